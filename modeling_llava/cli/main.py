@@ -1,0 +1,63 @@
+"""`llava COMMAND …`: the table of commands. Each command is one small module with `add_arguments` and `run`."""
+
+import argparse
+import importlib
+import os
+import sys
+
+
+COMMANDS: dict[str, str] = {
+    "quickstart": "the whole life of a small LLaVA on this machine's CPU, in minutes",
+    "init": "compose a new LLaVA from a vision encoder and a language model",
+    "train": "pretrain, finetune, LoRA or QLoRA, from a recipe",
+    "estimate": "memory by part, before anything is loaded",
+    "data": "check, preview, expand, filter or generate training data",
+    "eval": "ScienceQA, LLaVA-Bench and more: answers, scores, tables, plots",
+    "chat": "talk to a model in the terminal",
+    "web": "talk to a model in the browser",
+    "convert": "original, HF and GGUF checkpoints, in every direction",
+    "merge": "fold an adapter into 16-bit weights",
+    "publish": "check a model, write its card and push it to the Hub",
+    "doctor": "versions, GPU, 4-bit support, disk: what will work here",
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of `llava`. Only the module of `command` is imported, so that `llava --help` is instant."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="llava", description="LLaVA, HuggingFace-native: from captions and boxes to a published model."
+    )
+    parser.add_argument("--version", action="version", version=f"modeling-llava {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == command:
+            importlib.import_module(f"modeling_llava.cli.{name}").add_arguments(child)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script. A user's mistake is one line on stderr and exit code 2.
+
+    `LLAVA_DEBUG=1` shows the traceback instead. Ctrl-C ends with exit code 130.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if word in COMMANDS), None)
+    args = build_parser(command).parse_args(argv)
+    module = importlib.import_module(f"modeling_llava.cli.{args.command}")
+    try:
+        return module.run(args) or 0
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        print(f"llava {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
