@@ -1,0 +1,1 @@
+"""Conversion of checkpoints: original ↔ HF, HF → GGUF. Installed as `modeling_llava.conversion`."""
