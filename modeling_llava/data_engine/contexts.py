@@ -1,0 +1,351 @@
+"""Contexts: what a language-only model is given in place of an image (LLaVA §3).
+
+Two symbolic representations stand for an image: its captions, one per line, and its boxes, one per line as
+`category: [x1, y1, x2, y2]`, the corners as fractions of the image's width and height, rounded to three decimals,
+largest box first:
+
+```
+A red fire hydrant is deep in the snow.
+This city has had a very hard winter with snow.
+
+fire hydrant: [0.326, 0.612, 0.426, 0.72]
+```
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .json_stream import first_character, is_lines, iterate_json, iterate_lines
+
+
+logger = logging.getLogger(__name__)
+
+DECIMALS = 3
+
+
+@dataclass(frozen=True)
+class Box:
+    """One object of an image.
+
+    Attributes:
+        category: Its name.
+        corners: `(x1, y1, x2, y2)`, left, top, right, bottom, each a fraction 0..1 of the image's width or height.
+    """
+
+    category: str
+    corners: tuple[float, float, float, float]
+
+    @property
+    def area(self) -> float:
+        """Fraction of the image that the box covers, 0..1."""
+        x1, y1, x2, y2 = self.corners
+        return (x2 - x1) * (y2 - y1)
+
+    def __str__(self) -> str:
+        return f"{self.category}: [{', '.join(repr(round(value, DECIMALS)) for value in self.corners)}]"
+
+
+@dataclass(frozen=True)
+class Context:
+    """An image as a language-only model is told of it.
+
+    Attributes:
+        id: Name of the sample, unique in its file.
+        image: Path of the image, relative to the image folder.
+        captions: Captions of the image, one sentence each.
+        boxes: Its objects, largest first.
+    """
+
+    id: str
+    image: str
+    captions: tuple[str, ...]
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def caption_text(self) -> str:
+        """The captions, one per line."""
+        return "\n".join(self.captions)
+
+    @property
+    def box_text(self) -> str:
+        """The boxes, one per line, as `category: [x1, y1, x2, y2]`; empty without boxes."""
+        return "\n".join(str(box) for box in self.boxes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The context in the plain JSONL form that `read_contexts` reads."""
+        return {
+            "id": self.id,
+            "image": self.image,
+            "captions": list(self.captions),
+            "boxes": [{"category": box.category, "bbox": list(box.corners)} for box in self.boxes],
+        }
+
+
+@dataclass
+class ContextCounts:
+    """What was read and what was left out, by reason.
+
+    Attributes:
+        contexts: Contexts made.
+        boxes: Boxes kept.
+        dropped: Boxes, captions and images left out, by reason (`REASONS`).
+        clipped: Boxes that reached over the image's edge and were cut there.
+    """
+
+    contexts: int = 0
+    boxes: int = 0
+    clipped: int = 0
+    dropped: Counter = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.contexts:,} contexts with {self.boxes:,} boxes"]
+        if self.clipped:
+            parts.append(f"{self.clipped:,} boxes cut at the image's edge")
+        parts += [f"{number:,} × {REASONS[reason]}" for reason, number in sorted(self.dropped.items())]
+        return "; ".join(parts)
+
+
+REASONS = {
+    "crowd": "box around a crowd left out",
+    "not_finite": "box with NaN or infinity left out",
+    "inverted": "box with its corners swapped left out",
+    "empty": "box without area left out",
+    "tiny": "box thinner than a thousandth of the image left out",
+    "outside": "box outside the image left out",
+    "empty_caption": "empty caption left out",
+    "no_captions": "image without captions left out",
+}
+
+
+def clean_box(
+    category: str,
+    corners: Iterable[float],
+    counts: ContextCounts,
+    *,
+    width: float = 1.0,
+    height: float = 1.0,
+    crowd: bool = False,
+) -> Box | None:
+    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, where there is none.
+
+    Args:
+        category: Name of the object.
+        corners: `x1, y1, x2, y2` in pixels, or as fractions when `width` and `height` are 1.
+        counts: Where the reason is counted.
+        width: Width of the image, in the corners' unit.
+        height: Height of the image, in the corners' unit.
+        crowd: Whether the box is drawn around a crowd (COCO's `iscrowd`); such a box is no object.
+    """
+    reason = None
+    x1, y1, x2, y2 = (float(value) for value in corners)
+    if crowd:
+        reason = "crowd"
+    elif not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
+        reason = "not_finite"
+    elif x2 < x1 or y2 < y1:
+        reason = "inverted"
+    elif x2 == x1 or y2 == y1:
+        reason = "empty"
+    else:
+        exact = (x1 / width, y1 / height, x2 / width, y2 / height)
+        inside = tuple(min(max(value, 0.0), 1.0) for value in exact)
+        if inside[0] == inside[2] or inside[1] == inside[3]:
+            reason = "outside"
+        else:
+            rounded = [round(value, DECIMALS) for value in inside]
+            if rounded[0] == rounded[2] or rounded[1] == rounded[3]:
+                reason = "tiny"
+    if reason is not None:
+        counts.dropped[reason] += 1
+        return None
+    # COCO's own rounding reaches over the edge by hundredths of a pixel; only what shows in three decimals is counted.
+    counts.clipped += max(abs(a - b) for a, b in zip(exact, inside)) > 0.5 * 10**-DECIMALS
+    counts.boxes += 1
+    return Box(" ".join(category.split()), inside)
+
+
+def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
+    return tuple(sorted(boxes, key=lambda box: -box.area))  # stable: ties keep the file's order
+
+
+def _clean_captions(captions: Iterable[Any], name: str, counts: ContextCounts) -> tuple[str, ...]:
+    cleaned = []
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"sample '{name}': caption {caption!r} is no text.")
+        caption = " ".join(caption.split())
+        if caption:
+            cleaned.append(caption)
+        else:
+            counts.dropped["empty_caption"] += 1
+    return tuple(cleaned)
+
+
+def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "row") -> Context:
+    """A context from one row of the plain form or of LLaVA-Bench's.
+
+    Args:
+        row: `image`, `captions` (a list; or `caption`, a text) and `boxes` or `instances`, a list of
+            `{"category": name, "bbox": [x1, y1, x2, y2]}`. With `width` and `height` (pixels) the corners are pixels;
+            without, fractions of the image. `id` is optional; `iscrowd` of a box is honoured.
+        counts: Where what is left out is counted.
+        where: File and line, for messages.
+
+    Raises:
+        ValueError: a field is absent or not of its form.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise ValueError(f"{where} has no 'image'. A context is one object {{image, captions, boxes}} per line.")
+    name = str(row.get("id", PurePosixPath(row["image"]).with_suffix("")))
+    captions = row.get("captions", row.get("caption", ()))
+    captions = [captions] if isinstance(captions, str) else captions
+    size = {"width": row["width"], "height": row["height"]} if row.get("width") and row.get("height") else {}
+    boxes = []
+    for item in row.get("boxes", row.get("instances")) or ():
+        try:
+            category, (x1, y1, x2, y2), crowd = item["category"], item["bbox"], item.get("iscrowd", 0)
+            box = clean_box(category, (x1, y1, x2, y2), counts, crowd=bool(crowd), **size)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"{where}, sample '{name}': box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}."
+            ) from None
+        boxes += [box] if box else []
+    return Context(name, row["image"], _clean_captions(captions, name, counts), _largest_first(boxes))
+
+
+def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
+    """`images` by id as `(file name, width, height)`, `categories` by id, annotations by image id, of a COCO file.
+
+    Of an annotation only what a context needs is held: the caption, or the category and the corners.
+    """
+    images: dict[Any, tuple[str, Any, Any]] = {}
+    categories: dict[Any, str] = {}
+    annotations: dict[Any, list] = {}
+    for key, item in iterate_json(path):
+        try:
+            if key == "images":
+                images[item["id"]] = (item["file_name"], item.get("width"), item.get("height"))
+            elif key == "categories":
+                categories[item["id"]] = item["name"]
+            elif key == "annotations" and "caption" in item:
+                annotations.setdefault(item["image_id"], []).append(item["caption"])
+            elif key == "annotations" and "bbox" in item:
+                box = (item["category_id"], *item["bbox"], bool(item.get("iscrowd", 0)))
+                annotations.setdefault(item["image_id"], []).append(box)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({error} is absent): {item}") from None
+    if not images:
+        raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
+    return images, categories, annotations
+
+
+def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
+    images, categories, annotations = _coco_images(path)
+    boxes = {}
+    for image_id, found in annotations.items():
+        if image_id not in images:
+            raise ValueError(f"{path}: a box belongs to image {image_id}, which is not among its 'images'.")
+        name, width, height = images[image_id]
+        if not width or not height:
+            raise ValueError(f"{path}: image '{name}' has no width and height, by which its boxes are normalised.")
+        cleaned = []
+        for item in found:
+            if not isinstance(item, tuple) or len(item) != 6:
+                raise ValueError(f"{path}: image '{name}' has an annotation without a box [x, y, width, height].")
+            category, x, y, w, h, crowd = item
+            if category not in categories:
+                raise ValueError(f"{path}: image '{name}' has category {category}, which is not in 'categories'.")
+            corners = (x, y, x + w, y + h)
+            box = clean_box(categories[category], corners, counts, width=width, height=height, crowd=crowd)
+            cleaned += [box] if box else []
+        boxes[name] = _largest_first(cleaned)
+    return boxes
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`(where, row)` of a JSONL file or of a JSON array."""
+    if is_lines(path):
+        yield from ((f"{path}, line {number}", row) for number, row in iterate_lines(path))
+    else:
+        yield from ((f"{path}, row {number}", row) for number, (_, row) in enumerate(iterate_json(path)))
+
+
+def _is_coco(path: Path) -> bool:
+    return not is_lines(path) and first_character(path) == "{"
+
+
+def read_contexts(
+    captions: str | Path,
+    boxes: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    max_boxes: int | None = None,
+    counts: ContextCounts | None = None,
+) -> Iterator[Context]:
+    """Reads contexts, one at a time, in the order of the captions' file.
+
+    Args:
+        captions: COCO captions (`captions_train2017.json`), or rows {image, captions, boxes} as JSONL or a JSON array
+            (LLaVA-Bench's `caps_boxes_coco2014_val_80.jsonl` is one).
+        boxes: COCO instances (`instances_train2017.json`) or rows as above, matched to the captions by the image's
+            file name; `None` takes the boxes from the rows of `captions`.
+        limit: Most contexts to make.
+        max_boxes: Most boxes per context; the smallest are left out. `None` keeps all.
+        counts: Where what was read and left out is counted.
+
+    Raises:
+        ValueError: a file is not of a known form, or two samples share an id.
+        OSError: a file cannot be read.
+    """
+    counts = ContextCounts() if counts is None else counts
+    captions = Path(captions)
+    boxes_by_image: dict[str, tuple[Box, ...]] | None = None
+    if boxes is not None and Path(boxes) != captions:
+        if _is_coco(Path(boxes)):
+            boxes_by_image = _coco_boxes(Path(boxes), counts)
+        else:
+            boxes_by_image = {row["image"]: context_from_row(row, counts, at).boxes for at, row in _rows(Path(boxes))}
+    seen: set[str] = set()
+    for context in _coco_contexts(captions, counts) if _is_coco(captions) else _row_contexts(captions, counts):
+        if boxes_by_image is not None:
+            context = Context(context.id, context.image, context.captions, boxes_by_image.get(context.image, ()))
+        if not context.captions:
+            counts.dropped["no_captions"] += 1
+            continue
+        if context.id in seen:
+            raise ValueError(f"{captions}: two samples have the id '{context.id}'. Give each row an 'id' of its own.")
+        seen.add(context.id)
+        if max_boxes is not None and len(context.boxes) > max_boxes:
+            context = Context(context.id, context.image, context.captions, context.boxes[:max_boxes])
+        counts.contexts += 1
+        yield context
+        if limit is not None and counts.contexts >= limit:
+            break
+    lost = sum(counts.dropped[reason] for reason in ("outside", "tiny", "empty", "inverted", "not_finite"))
+    if lost > counts.boxes:
+        logger.warning(
+            "%s of %s boxes are unusable. Rows without 'width' and 'height' give corners as fractions 0..1, rows with "
+            "them in pixels; COCO files give [x, y, width, height] in pixels.",
+            f"{lost:,}",
+            f"{lost + counts.boxes:,}",
+        )
+
+
+def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
+    images, _, annotations = _coco_images(path)
+    for image_id in annotations.keys() - images.keys():
+        raise ValueError(f"{path}: a caption belongs to image {image_id}, which is not among its 'images'.")
+    for image_id, (name, _, _) in images.items():
+        stem = str(PurePosixPath(name).with_suffix(""))
+        yield Context(stem, name, _clean_captions(annotations.get(image_id, ()), stem, counts))
+
+
+def _row_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
+    for where, row in _rows(path):
+        yield context_from_row(row, counts, where)
