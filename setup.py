@@ -40,7 +40,15 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 EXTRAS["dev"] = sorted(
-    {*EXTRAS["all"], "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pytest-cov>=5.0", "hypothesis>=6.100", "ruff>=0.9"}
+    {
+        *EXTRAS["all"],
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "pytest-cov>=5.0",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+    }
 )
 
 setup(
@@ -54,7 +62,14 @@ setup(
     packages=[*find_packages(include=["modeling_llava", "modeling_llava.*"]), "modeling_llava.conversion"],
     package_dir={"modeling_llava.conversion": "conversion"},
     package_data={
-        "modeling_llava": ["chat_templates/*.jinja", "presets/**/*", "tiny_world/**/*", "data_engine/**/*", "hub/**/*", "py.typed"],
+        "modeling_llava": [
+            "chat_templates/*.jinja",
+            "presets/**/*",
+            "tiny_world/**/*",
+            "data_engine/**/*",
+            "hub/**/*",
+            "py.typed",
+        ],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -1,3 +1,52 @@
-"""LLaVA, HuggingFace-native."""
+"""
+LLaVA as a HuggingFace-native model contribution.
+
+Importing this package registers `LlavaConfig`, the models, the processor and the image processor with transformers'
+Auto classes and pipelines (see `registration.py`). The public names below are imported when they are first used.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 
 __version__ = "0.1.0"
+
+_PUBLIC_NAMES = {
+    "LlavaConfig": "configuration_llava",
+    "LlavaForConditionalGeneration": "modeling_llava",
+    "LlavaImageProcessor": "image_processing_llava",
+    "LlavaModel": "modeling_llava",
+    "LlavaProcessor": "processing_llava",
+}
+
+if TYPE_CHECKING:
+    from .configuration_llava import LlavaConfig
+    from .image_processing_llava import LlavaImageProcessor
+    from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
+    from .processing_llava import LlavaProcessor
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC_NAMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC_NAMES])
+
+
+def _is_console_script() -> bool:
+    # `llava --help` should not wait for torch: the command line registers by itself, before it runs a command.
+    program = Path(sys.argv[0] if sys.argv else "")
+    return program.stem == "llava" and program.suffix in ("", ".exe")
+
+
+if not _is_console_script():
+    from .registration import register_auto_classes
+
+    register_auto_classes()
+
+__all__ = sorted(_PUBLIC_NAMES)

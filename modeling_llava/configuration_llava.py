@@ -1,0 +1,128 @@
+"""LLaVA's configuration, and the one formula for how many image tokens an image takes."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+def count_image_tokens(
+    height: int,
+    width: int,
+    patch_size: int,
+    num_additional_image_tokens: int = 0,
+    vision_feature_select_strategy: Literal["default", "full"] = "default",
+) -> int:
+    """
+    Image tokens (positions of the language model) that one image takes. Processor, collator and model all use this.
+
+    Args:
+        height (`int`), width (`int`):
+            Size of the preprocessed image, in pixels.
+        patch_size (`int`):
+            Side of one patch of the vision tower, in pixels.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0):
+            Positions the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the tower's first position (the class token), `"full"` keeps all.
+
+    Returns:
+        `int`: `(height // patch_size) * (width // patch_size) + num_additional_image_tokens`, less one for `"default"`.
+
+    Example:
+
+    ```python
+    >>> count_image_tokens(336, 336, patch_size=14, num_additional_image_tokens=1)
+    576
+    ```"""
+    num_tokens = (height // patch_size) * (width // patch_size) + num_additional_image_tokens
+    return num_tokens - 1 if vision_feature_select_strategy == "default" else num_tokens
+
+
+@strict
+class LlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of LLaVA: a vision tower, a projector and a language model. The saved file is a stock `llava`
+    configuration: stock transformers loads it and ignores `projector_num_layers`, the one field of ours.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            The vision tower's configuration. Defaults to CLIP ViT-L/14-336 (LLaVA-1.5).
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The language model's configuration. Defaults to `LlamaConfig()`.
+        image_token_index (`int`, *optional*, defaults to 32000):
+            Id of the image token; also reachable as `image_token_id`.
+        image_seq_length (`int`, *optional*, defaults to 576):
+            Image tokens per image, in tokens ([`count_image_tokens`]).
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the projector's layers. `"linear"` for the paper's single matrix W.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the tower's class token, `"full"` keeps every position.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+            Hidden state(s) of the tower that are projected; several are concatenated along the features.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether the projector's layers have a bias.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the head shares the embedding matrix; taken over from `text_config` when that ties.
+        projector_num_layers (`int`, *optional*, defaults to 2):
+            Linear layers of the projector. 1 is the paper's W (LLaVA §4.1, Eq. 1); it is saved as `linear_1 = W` and
+            `linear_2 =` identity, so that stock transformers computes the same. More than 2 has no stock form.
+
+    Raises:
+        ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig, LlamaConfig
+    >>> from modeling_llava import LlavaConfig
+
+    >>> config = LlavaConfig(vision_config=CLIPVisionConfig(), text_config=LlamaConfig())
+    ```"""
+
+    model_type = "llava"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+                "vocab_size": 32000,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_index: int = 32000
+    image_seq_length: int = 576
+    projector_hidden_act: str = "gelu"
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_feature_layer: int | list[int] = -2
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    projector_num_layers: int = 2
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Most language models keep the flag in their own configuration; the head that is tied is ours.
+        self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
+        if self.projector_num_layers < 1:
+            raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
+        if self.projector_num_layers == 1 and self.projector_hidden_act != "linear":
+            raise ValueError(
+                f"A projector of one layer has no activation, but projector_hidden_act={self.projector_hidden_act!r}: "
+                'stock transformers would apply it. Set projector_hidden_act="linear", or projector_num_layers=2.'
+            )
+
+
+__all__ = ["LlavaConfig", "count_image_tokens"]

@@ -1,0 +1,164 @@
+"""
+Next-token cross-entropy on supervised positions only, a chunk of positions at a time.
+
+The stock loss builds `[batch, sequence, vocabulary]` logits in float32, most of them for positions whose label is
+`IGNORE_INDEX` (image tokens, questions, padding). Here the head sees supervised positions only, and each chunk's
+gradient is computed in the forward pass, while its logits exist: nothing is kept or computed twice.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, linear, pad
+from torch.utils.checkpoint import checkpoint
+
+from .constants import IGNORE_INDEX
+
+
+CHUNK_ELEMENTS = 2**23
+"""Logits that exist at one time, in elements (32 MiB in float32): a chunk has `CHUNK_ELEMENTS // vocabulary` rows."""
+
+MIN_CHUNK_ROWS = 64
+"""Rows of a chunk at least: below this the matrix products of the head are no longer efficient."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of `linear(hidden, weight, bias)`, gradients computed with it in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, label_smoothing, chunk_rows):
+        # hidden [num_rows, hidden_size], weight [vocabulary, hidden_size], targets [num_rows]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        compute_dtype = hidden.dtype
+        head = weight.to(compute_dtype)
+        head_bias = None if bias is None else bias.to(compute_dtype)
+        vocabulary = weight.shape[0]
+
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Sums of 16-bit products over many chunks are kept in float32: rounding after each chunk would add up.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if needs_bias else None
+
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = hidden[start : start + chunk_rows]
+            target = targets[start : start + chunk_rows, None]
+            logits = linear(rows, head, head_bias).float()  # [chunk, vocabulary]; from here on changed in place
+            at_target = logits.gather(1, target)
+            highest = logits.amax(dim=1, keepdim=True)
+            mean = logits.mean(dim=1, keepdim=True) if label_smoothing else None
+            total = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+            normaliser = total.log() + highest
+            row_loss = normaliser - at_target
+            if label_smoothing:
+                row_loss = (1 - label_smoothing) * row_loss + label_smoothing * (normaliser - mean)
+            loss += row_loss.sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+
+            # softmax − target distribution: the gradient of the loss with respect to the logits
+            grad_logits = logits.div_(total)
+            grad_logits.scatter_add_(1, target, torch.full_like(at_target, label_smoothing - 1.0))
+            if label_smoothing:
+                grad_logits.sub_(label_smoothing / vocabulary)
+            if needs_bias:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(compute_dtype)
+            if needs_hidden:
+                torch.mm(grad_logits, head, out=grad_hidden[start : start + chunk_rows])
+            if needs_weight:
+                if compute_dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.t(), rows)
+                else:
+                    grad_weight += grad_logits.t() @ rows
+
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grads = [
+            None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes)
+        ]
+        ctx.grads = None  # scaled in place: a second backward would be wrong, and fails here
+        return *grads, None, None, None
+
+
+def causal_language_model_loss(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    lm_head: nn.Module,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    shift_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The stock causal language-model loss, equal in value and gradients, without its logits.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Output of the language model, before the head.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Token ids, not shifted; `IGNORE_INDEX` (-100) where nothing is supervised.
+        lm_head (`nn.Module`):
+            The head. A plain `nn.Linear` takes the fast path; anything else (a LoRA-wrapped, quantised or sharded
+            head) is called chunk by chunk under activation checkpointing.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Supervised positions of the whole optimizer step (gradient accumulation, all processes). The sum of the
+            losses is divided by it; by the number of positions here when not given.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            As in `torch.nn.functional.cross_entropy`.
+        shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Labels that are shifted already (sequence-parallel training); used in place of `labels`.
+
+    Returns:
+        `torch.Tensor`: the loss, a float32 scalar. With nothing supervised it is 0 (stock: NaN) and keeps its
+        gradient graph, so that a process of a distributed run with such a batch stays in step with the others.
+    """
+    if shift_labels is None:
+        shift_labels = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden_states.device)
+    hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch_size * sequence_length, hidden_size]
+
+    if torch.compiler.is_compiling():  # choosing rows depends on the data, which would break the graph
+        logits = lm_head(hidden_states).float()
+        total = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+        count = (targets != IGNORE_INDEX).sum()
+    else:
+        supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        count = supervised.numel()
+        total = _summed_loss(hidden_states[supervised], targets[supervised], lm_head, label_smoothing)
+
+    if num_items_in_batch is None:
+        num_items_in_batch = count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def _summed_loss(hidden, targets, lm_head, label_smoothing):
+    # hidden [num_supervised, hidden_size], targets [num_supervised]
+    if type(lm_head) is nn.Linear and type(lm_head.weight.data) is torch.Tensor and lm_head.weight.dim() == 2:
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        elif hidden.dtype != lm_head.weight.dtype:
+            hidden = hidden.to(lm_head.weight.dtype)  # a float32 norm before a 16-bit head, as QLoRA has it
+        chunk_rows = max(CHUNK_ELEMENTS // lm_head.weight.shape[0], MIN_CHUNK_ROWS)
+        return _LinearCrossEntropy.apply(
+            hidden, lm_head.weight, lm_head.bias, targets, float(label_smoothing), chunk_rows
+        )
+
+    def chunk_loss(rows, target):
+        return cross_entropy(lm_head(rows).float(), target, reduction="sum", label_smoothing=label_smoothing)
+
+    vocabulary = getattr(lm_head, "out_features", None) or 2**15
+    chunk_rows = max(CHUNK_ELEMENTS // vocabulary, MIN_CHUNK_ROWS)
+    if hidden.shape[0] == 0:  # the head is called all the same: a sharded one must gather on every process
+        return lm_head(hidden.new_zeros(1, hidden.shape[-1])).float().sum() * 0.0 + hidden.sum() * 0.0
+    total = 0.0
+    for rows, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows)):
+        total = total + checkpoint(chunk_loss, rows, target, use_reentrant=False)
+    return total
+
+
+__all__ = ["causal_language_model_loss"]

@@ -1,0 +1,454 @@
+"""
+LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuning, §4.1).
+
+    pixel_values ──► vision_tower ──► patch features ──► multi_modal_projector ──► image features
+    input_ids ──► embedding ──► image-token positions replaced by image features ──► language_model ──► lm_head
+
+Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock
+`llava` checkpoint. What differs is the work per step, not the result: see `loss.py` (the head sees supervised
+positions only) and `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from .configuration_llava import LlavaConfig
+from .loss import causal_language_model_loss
+
+
+@dataclass
+class LlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`LlavaModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The language model's output, before the head.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the positions so far.
+        hidden_states (`tuple[torch.Tensor]`, *optional*), attentions (`tuple[torch.Tensor]`, *optional*):
+            The language model's, one per layer.
+        image_hidden_states (`torch.Tensor` of shape `(num_images * tokens_per_image, hidden_size)`, *optional*):
+            The projected image features, in the order of their positions.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LlavaCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`LlavaForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor`, a float32 scalar, *optional*):
+            Next-token loss over the supervised positions; given with `labels`.
+        logits (`torch.Tensor` of shape `(batch_size, num_kept_positions, vocab_size)`, *optional*):
+            Scores before the softmax. `None` when they were skipped (see `skip_logits`).
+        past_key_values, hidden_states, attentions, image_hidden_states:
+            As in [`LlavaModelOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class IdentityLinear(nn.Module):
+    """The second layer of a one-layer projector, as stock transformers must find it in the file: `y = I x + 0`.
+
+    Its matrix is a buffer: saved and loaded under the stock key, never trained, quantised or wrapped by LoRA."""
+
+    def __init__(self, features: int, bias: bool):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(features, features))
+        self.register_buffer("bias", torch.empty(features) if bias else None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class LlavaMultiModalProjector(nn.Module):
+    """
+    Patch features → image features in the language model's width.
+
+    One layer is the paper's matrix W (§4.1, Eq. 1), two with GELU are LLaVA-1.5's (§3.3), more are possible
+    (`linear_3`, …) but have no stock form.
+    """
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        layers = config.vision_feature_layer
+        num_feature_layers = 1 if isinstance(layers, int) else len(layers)
+        hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size * num_feature_layers, hidden_size, bias=bias)
+        if config.projector_num_layers == 1:
+            self.linear_2 = IdentityLinear(hidden_size, bias)
+        for number in range(2, config.projector_num_layers + 1):
+            self.add_module(f"linear_{number}", nn.Linear(hidden_size, hidden_size, bias=bias))
+        self.num_layers = config.projector_num_layers
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            image_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
+                Selected hidden states of the vision tower.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, num_patches, text_hidden_size)`.
+        """
+        hidden_states = self.linear_1(image_features)
+        for number in range(2, self.num_layers + 1):
+            hidden_states = getattr(self, f"linear_{number}")(self.act(hidden_states))
+        return hidden_states
+
+
+class LlavaPreTrainedModel(PreTrainedModel):
+    """Base class: weights' initialisation, and what transformers may rely on."""
+
+    config: LlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, IdentityLinear):
+            init.copy_(module.weight, torch.eye(module.weight.shape[0], dtype=module.weight.dtype))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+
+class LlavaModel(LlavaPreTrainedModel):
+    """The vision tower, the projector and the language model without its head."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states("vision_feature_layer")
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_indices: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Encode images and project their patch features.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
+                Preprocessed images.
+            vision_feature_layer (`int` or `list[int]`, *optional*):
+                Hidden state(s) of the tower to project; the configuration's by default.
+            vision_feature_select_strategy (`str`, *optional*):
+                `"default"` drops the class token, `"full"` keeps it; the configuration's by default.
+            image_sizes (`torch.Tensor` of shape `(num_images, 2)`, *optional*):
+                Height and width in pixels, for towers with images of several sizes (Pixtral).
+            image_indices (`torch.LongTensor` of shape `(num_slots,)`, *optional*):
+                Which image fills each slot of the text, when one image fills several: it is encoded once.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's output; its `pooler_output` is a
+            list with one tensor `(tokens_per_image, text_hidden_size)` per slot.
+        """
+        if image_sizes is not None:  # not every tower takes them
+            kwargs["image_sizes"] = image_sizes
+        trained = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):  # a frozen tower keeps no activations
+            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        selected = [outputs.hidden_states[layer] for layer in layers]  # each [num_images, positions, vision_hidden]
+        if vision_feature_select_strategy == "default":
+            selected = [hidden_state[:, 1:] for hidden_state in selected]
+        selected = selected[0] if isinstance(vision_feature_layer, int) else torch.cat(selected, dim=-1)
+        features = self.multi_modal_projector(selected)  # [num_images, tokens_per_image, text_hidden]
+
+        if image_sizes is not None:  # the tower packed the images into one row
+            patches = torch.as_tensor(image_sizes, device=features.device) // self.vision_tower.patch_size
+            features = torch.split(features.squeeze(0), patches.prod(dim=-1).tolist())
+        if image_indices is not None:
+            features = [features[i] for i in image_indices.tolist()]
+        outputs.pooler_output = list(features)
+        return outputs
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.BoolTensor:
+        """
+        Which positions are image tokens.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids; without them, positions are found by the image token's embedding.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Token embeddings.
+            image_features (`torch.Tensor` of shape `(num_features, hidden_size)`):
+                What is to fill these positions.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+
+        Raises:
+            ValueError: as many positions as features are needed. This counts over the batch, for the sake of
+                `torch.compile`; processor and collator check every sample and name it.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        else:
+            image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        num_positions = mask.sum()
+        torch_compilable_check(
+            num_positions * inputs_embeds.shape[-1] == image_features.numel(),
+            lambda: (
+                f"Image features and image tokens do not match: the batch has {int(num_positions)} image tokens but its "
+                f"images yield {image_features.shape[0]} (tokens: {int(num_positions)}, features: "
+                f"{image_features.shape[0]}). Let the processor expand the image tokens, and do not truncate them."
+            ),
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_indices: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaModelOutputWithPast:
+        """
+        See [`LlavaForConditionalGeneration.forward`] for the arguments.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; both `pixel_values` and
+                `mm_encoder_outputs`; image tokens without an image, or more or fewer of them than the images yield.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Give pixel_values or mm_encoder_outputs (images that are encoded already), not both.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
+                image_indices=image_indices,
+                return_dict=True,
+            )
+
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output), dim=0)  # [num_features, text_hidden]
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            torch_compilable_check(
+                (input_ids != self.config.image_token_id).all(),
+                "Image features and image tokens do not match: the text has image tokens, but there are no "
+                "pixel_values. Pass on everything that the processor returned.",
+            )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
+    """LLaVA with its head: answers questions about images, and learns to."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.model = LlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See [`LlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    @classmethod
+    def from_vision_language_pretrained(cls, vision: str, language: str, **kwargs) -> "LlavaForConditionalGeneration":
+        """
+        A new LLaVA from a pretrained vision tower and a pretrained language model, its projector untrained.
+
+        See [`modeling_llava.composition.compose`] for the arguments: any field of [`LlavaConfig`], and `dtype`.
+        """
+        from .composition import compose
+
+        return compose(cls, vision, language, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_indices: torch.LongTensor | None = None,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids, each image expanded to its image tokens (the processor does it).
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Preprocessed images of the whole batch, in the order in which their image tokens stand.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding. Absent for packed samples.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions; in a pack they restart at 0 with each sample.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier positions.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`; image positions are found by the image token's embedding.
+            vision_feature_layer, vision_feature_select_strategy, image_sizes, image_indices:
+                See [`LlavaModel.get_image_features`].
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to learn, `IGNORE_INDEX` elsewhere. They are shifted here.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                The last so many positions, or these positions, get logits; 0 for all. The loss is not affected.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": output of get_image_features}`, in place of `pixel_values`.
+            skip_logits (`bool`, *optional*):
+                Build no logits beside the loss. By default: in training, with labels.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Supervised positions of the optimizer step, by which the summed loss is divided (`Trainer` gives it).
+            label_smoothing (`float`, *optional*, defaults to 0.0):
+                As in `torch.nn.functional.cross_entropy`.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Labels that are shifted already.
+
+        Returns:
+            [`LlavaCausalLMOutputWithPast`]
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import modeling_llava
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf", dtype="auto")
+        >>> processor = AutoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+        >>> messages = [{"role": "user", "content": [
+        ...     {"type": "image", "image": "stop_sign.jpg"}, {"type": "text", "text": "What is this?"}]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+        >>> processor.decode(answer, skip_special_tokens=True)
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            image_indices=image_indices,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = causal_language_model_loss(
+                hidden_states, labels, self.lm_head, num_items_in_batch, label_smoothing, shift_labels
+            )
+        if skip_logits is None:
+            skip_logits = self.training and loss is not None
+        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["LlavaForConditionalGeneration", "LlavaModel", "LlavaPreTrainedModel"]
