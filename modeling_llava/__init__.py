@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC_NAMES = {
+if TYPE_CHECKING:
+    from .configuration_llava import LlavaConfig
+    from .image_processing_llava import LlavaImageProcessor
+    from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
+    from .processing_llava import LlavaProcessor
+
+_MODULES = {
     "LlavaConfig": "configuration_llava",
     "LlavaForConditionalGeneration": "modeling_llava",
     "LlavaImageProcessor": "image_processing_llava",
@@ -21,21 +27,23 @@ _PUBLIC_NAMES = {
     "LlavaProcessor": "processing_llava",
 }
 
-if TYPE_CHECKING:
-    from .configuration_llava import LlavaConfig
-    from .image_processing_llava import LlavaImageProcessor
-    from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
-    from .processing_llava import LlavaProcessor
+__all__ = [
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaImageProcessor",
+    "LlavaModel",
+    "LlavaProcessor",
+]
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC_NAMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PUBLIC_NAMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__():
-    return sorted([*globals(), *_PUBLIC_NAMES])
+    return sorted([*globals(), *_MODULES])
 
 
 def _is_console_script() -> bool:
@@ -48,5 +56,3 @@ if not _is_console_script():
     from .registration import register_auto_classes
 
     register_auto_classes()
-
-__all__ = sorted(_PUBLIC_NAMES)
