@@ -1,4 +1,9 @@
-"""`llava COMMAND …`: the table of commands. Each command is one small module with `add_arguments` and `run`."""
+"""
+`llava COMMAND …`: the table of commands.
+
+Each command is one small module with `add_arguments(parser)` and `run(args)`. A command that needs none of our models
+says `USES_MODELS = False` and starts at once.
+"""
 
 import argparse
 import importlib
@@ -48,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(command).parse_args(argv)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
+        if getattr(module, "USES_MODELS", True):  # the package itself does not register in the `llava` program
+            importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
