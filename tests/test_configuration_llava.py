@@ -1,0 +1,52 @@
+import pytest
+from tiny import tiny_config, tiny_text_config
+from transformers import CLIPVisionConfig
+from transformers import LlavaConfig as StockConfig
+
+from modeling_llava import LlavaConfig
+from modeling_llava.configuration_llava import count_image_tokens
+
+
+@pytest.mark.parametrize(
+    "size, patch, additional, strategy, expected",
+    [
+        (336, 14, 1, "default", 576),  # CLIP ViT-L/14-336: 24², the class token dropped
+        (224, 14, 1, "default", 256),
+        (336, 14, 1, "full", 577),
+        (384, 14, 0, "full", 729),  # SigLIP so400m: 27² (384 // 14), no class token
+        (335, 14, 1, "default", 529),  # a remainder of pixels makes no patch
+    ],
+)
+def test_image_tokens_of_known_towers(size, patch, additional, strategy, expected):
+    assert count_image_tokens(size, size, patch, additional, strategy) == expected
+
+
+def test_default_configuration_is_llava_15():
+    config, stock = LlavaConfig(), StockConfig()
+    for field in ("image_token_index", "image_seq_length", "projector_hidden_act", "vision_feature_layer"):
+        assert getattr(config, field) == getattr(stock, field)
+    assert config.vision_config.to_dict() == stock.vision_config.to_dict()
+    assert config.text_config.to_dict() == stock.text_config.to_dict()
+
+
+def test_saved_configuration_loads_in_stock_and_back(tmp_path):
+    ours = tiny_config(vision_feature_layer=[-2, -1], projector_num_layers=1, projector_hidden_act="linear")
+    ours.save_pretrained(tmp_path)
+    stock = StockConfig.from_pretrained(tmp_path)
+    assert type(stock) is StockConfig
+    assert stock.vision_feature_layer == [-2, -1]
+    assert stock.image_token_id == 299
+    stock.save_pretrained(tmp_path / "stock")
+    again = LlavaConfig.from_pretrained(tmp_path / "stock")
+    assert again.projector_num_layers == 1
+    assert isinstance(again.vision_config, CLIPVisionConfig)
+
+
+def test_tied_language_model_ties_llava():
+    assert tiny_config(text=tiny_text_config(tie_word_embeddings=True)).tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("wrong", [{"projector_num_layers": 0}, {"projector_num_layers": 1}])
+def test_impossible_projectors_are_refused(wrong):
+    with pytest.raises(ValueError, match="projector"):
+        tiny_config(**wrong)

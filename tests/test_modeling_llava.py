@@ -1,0 +1,401 @@
+"""Our model against stock transformers' on tiny random models: the same keys, logits, losses, gradients, answers."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import IMAGE_TOKENS, tiny_batch, tiny_config, tiny_text_config, tiny_vision_config
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, StaticCache
+from transformers import LlavaConfig as StockConfig
+from transformers import LlavaForConditionalGeneration as StockModel
+
+from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+
+
+def same_pair(tmp_path, **config):
+    """A stock model with random weights and ours, loaded from what it saved."""
+    torch.manual_seed(0)
+    stock = StockModel(tiny_config(StockConfig, **config)).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    ours, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return stock, ours.eval()
+
+
+def keys(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+TOWERS_AND_LANGUAGE_MODELS = {
+    "clip-llama": {},
+    "several-layers": {"vision_feature_layer": [-1, -2]},
+    "with-class-token": {"vision_feature_select_strategy": "full", "image_seq_length": 5},
+    "siglip": {
+        "vision": lambda: tiny_vision_config("siglip_vision_model"),
+        "vision_feature_select_strategy": "full",
+    },
+    "tied": {"text": lambda: tiny_text_config(tie_word_embeddings=True)},
+    "mistral": {"text": lambda: tiny_text_config("mistral", sliding_window=7)},
+    "qwen2": {"text": lambda: tiny_text_config("qwen2")},
+    "linear": {"projector_hidden_act": "linear", "multimodal_projector_bias": False},
+}
+
+
+@pytest.fixture(params=TOWERS_AND_LANGUAGE_MODELS)
+def pair(request, tmp_path):
+    config = {k: v() if callable(v) else v for k, v in TOWERS_AND_LANGUAGE_MODELS[request.param].items()}
+    return same_pair(tmp_path, **config)
+
+
+def batch_for(model, **kwargs):
+    if model.config.image_seq_length == IMAGE_TOKENS:
+        return tiny_batch(**kwargs)
+    batch = tiny_batch((0, 0))
+    batch["input_ids"][:, 1:6] = 299  # one image of five tokens in each
+    return {**batch, "pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def test_logits_and_loss_equal_stock(pair):
+    stock, ours = pair
+    batch = batch_for(ours)
+    with torch.no_grad():
+        expected, actual = stock(**batch), ours(**batch)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual.image_hidden_states, expected.image_hidden_states)
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(41)])
+def test_gradients_of_every_parameter_equal_stock(pair, num_items_in_batch):
+    stock, ours = pair
+    batch = batch_for(ours)
+    for model in pair:
+        model.train()
+        model(**batch, num_items_in_batch=num_items_in_batch).loss.backward()
+    expected = dict(stock.named_parameters())
+    assert {name for name, _ in ours.named_parameters()} == set(expected)
+    trained = 0
+    for name, parameter in ours.named_parameters():
+        if expected[name].grad is None:
+            assert parameter.grad is None
+            continue
+        trained += 1
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6)
+    assert trained > 30
+
+
+def test_greedy_and_beam_answers_equal_stock(pair):
+    stock, ours = pair
+    inputs = without_labels(batch_for(ours))
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    for options in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+        assert torch.equal(ours.generate(**inputs, **settings), stock.generate(**inputs, **settings))
+
+
+def test_sampling_with_a_seed_equals_stock(tmp_path):
+    stock, ours = same_pair(tmp_path)
+    inputs = without_labels(tiny_batch((1, 1)))
+    answers = []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        answers.append(model.generate(**inputs, max_new_tokens=8, do_sample=True, top_p=0.9, pad_token_id=0))
+    assert torch.equal(*answers)
+
+
+def test_saved_keys_are_the_stock_ones(pair, tmp_path):
+    _, ours = pair
+    ours.save_pretrained(tmp_path / "ours")
+    assert keys(tmp_path / "ours") == keys(tmp_path / "stock")
+    assert "language_model.model.embed_tokens.weight" in keys(tmp_path / "ours")
+    _, info = StockModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_stock_in_another_process_gives_the_same_logits(tmp_path):
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(tiny_config(projector_num_layers=1, projector_hidden_act="linear")).eval()
+    model.save_pretrained(tmp_path)
+    batch = without_labels(tiny_batch())
+    torch.save({"batch": batch, "logits": model(**batch).logits}, tmp_path / "expected.pt")
+    program = """
+        import sys, torch
+        from transformers import AutoModelForImageTextToText
+        model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
+        expected = torch.load(sys.argv[1] + "/expected.pt", weights_only=True)
+        assert type(model).__module__.startswith("transformers."), type(model)
+        assert not any(name.startswith("modeling_llava") for name in sys.modules)
+        torch.testing.assert_close(model(**expected["batch"]).logits, expected["logits"], rtol=0, atol=1e-5)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], check=True, cwd=tmp_path)
+
+
+def test_auto_classes_give_our_classes(tmp_path):
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlavaConfig
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is LlavaForConditionalGeneration
+    model, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is LlavaModel
+    assert not info["missing_keys"]
+
+
+def test_base_model_round_trip(tmp_path):
+    model = LlavaModel(tiny_config()).eval()
+    model.save_pretrained(tmp_path)
+    again, info = LlavaModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    batch = without_labels(tiny_batch())
+    torch.testing.assert_close(again.eval()(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_projectors_of_any_depth_round_trip(tmp_path, layers):
+    activation = "linear" if layers == 1 else "gelu"
+    model = LlavaForConditionalGeneration(
+        tiny_config(projector_num_layers=layers, projector_hidden_act=activation)
+    ).eval()
+    trainable = [name for name, _ in model.model.multi_modal_projector.named_parameters() if "weight" in name]
+    assert trainable == [f"linear_{number}.weight" for number in range(1, layers + 1)]
+    model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = without_labels(tiny_batch())
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_linear_projector_is_one_matrix(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config(projector_num_layers=1, projector_hidden_act="linear"))
+    projector = model.model.multi_modal_projector
+    features = torch.randn(2, 4, 32)
+    torch.testing.assert_close(projector(features), features @ projector.linear_1.weight.T + projector.linear_1.bias)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("multi_modal_projector.linear_2.weight"), torch.eye(64))
+        assert file.get_tensor("multi_modal_projector.linear_2.bias").abs().sum() == 0
+
+
+def test_attention_implementations_agree(tmp_path):
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    batch = tiny_batch()
+    outputs = {}
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            outputs[implementation] = model(**batch).logits[batch["attention_mask"].bool()]
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs["flex_attention"], outputs["eager"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
+    model = LlavaForConditionalGeneration(tiny_config()).train()
+    batch = tiny_batch()
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.model.language_model.gradient_checkpointing
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.slow
+def test_forward_compiles_without_graph_breaks():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected, actual = model(**batch), compiled(**batch)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+def test_static_cache_and_sampling_settings_generate(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    inputs = without_labels(tiny_batch((1, 1)))
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**inputs, **settings)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, **settings), expected)
+
+
+def test_left_padded_batch_answers_as_one_by_one():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    batch = tiny_batch((1, 2, 0))
+    samples, images = [], list(batch["pixel_values"].split([1, 2]))
+    for row, mask, pixels in zip(batch["input_ids"], batch["attention_mask"].bool(), [*images, None]):
+        samples.append({"input_ids": row[mask][None], **({} if pixels is None else {"pixel_values": pixels})})
+    alone = [model.generate(**sample, **settings)[0, sample["input_ids"].shape[1] :] for sample in samples]
+    width = batch["input_ids"].shape[1]
+    left = {
+        "input_ids": torch.stack([_left_pad(s["input_ids"][0], width) for s in samples]),
+        "attention_mask": torch.stack([_left_pad(torch.ones_like(s["input_ids"][0]), width) for s in samples]),
+        "pixel_values": batch["pixel_values"],
+    }
+    together = model.generate(**left, **settings)[:, width:]
+    for row, expected in zip(together, alone):
+        assert row[: len(expected)].tolist() == expected.tolist()
+
+
+def _left_pad(row, width):
+    return torch.cat([row.new_zeros(width - len(row)), row])
+
+
+def test_embeddings_in_place_of_ids_give_the_same_logits():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch())
+    expected = model(**batch).logits
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected)
+
+
+def test_images_encoded_beforehand_give_the_same_logits():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch())
+    expected = model(**batch).logits
+    image = model.get_image_features(batch.pop("pixel_values"), return_dict=True)
+    given = {"image": image}
+    torch.testing.assert_close(model(mm_encoder_outputs=given, **batch).logits, expected)
+    assert given == {"image": image}
+    with pytest.raises(ValueError, match="not both"):
+        model(mm_encoder_outputs=given, pixel_values=torch.zeros(3, 3, 28, 28), **batch)
+
+
+def test_an_image_that_fills_two_slots_is_encoded_once():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch((1, 2)))
+    first, second, _ = batch["pixel_values"]
+    batch["pixel_values"] = torch.stack([first, second, first])
+    expected = model(**batch).logits
+    seen = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    batch["pixel_values"] = torch.stack([first, second])
+    actual = model(**batch, image_indices=torch.tensor([0, 1, 0])).logits
+    hook.remove()
+    assert seen == [2]
+    torch.testing.assert_close(actual, expected)
+    answers = model.generate(
+        **batch, image_indices=torch.tensor([0, 1, 0]), max_new_tokens=3, num_beams=2, pad_token_id=0
+    )
+    assert answers.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+def test_logits_to_keep_slices_logits_and_not_the_loss():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    whole, last = model(**batch), model(**batch, logits_to_keep=3)
+    assert last.logits.shape == (2, 3, 300)
+    torch.testing.assert_close(last.logits, whole.logits[:, -3:])
+    torch.testing.assert_close(last.loss, whole.loss)
+    chosen = model(**batch, logits_to_keep=torch.tensor([0, 5]))
+    torch.testing.assert_close(chosen.logits, whole.logits[:, [0, 5]])
+
+
+def test_logits_are_built_when_asked_for_and_not_in_training():
+    model = LlavaForConditionalGeneration(tiny_config())
+    batch = tiny_batch()
+    assert model.eval()(**batch).logits is not None
+    assert model.eval()(**batch, skip_logits=True).logits is None
+    assert model.train()(**batch).logits is None
+    assert model.train()(**batch, skip_logits=False).logits is not None
+    assert model.train()(**without_labels(batch)).logits is not None
+
+
+def test_tuple_output_has_the_same_values():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    loss, logits, *_ = model(**batch, return_dict=False)
+    torch.testing.assert_close(logits, model(**batch).logits)
+    assert loss.dim() == 0
+
+
+def test_batch_without_any_image_equals_the_language_model_alone():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch((0, 0)))
+    alone = model.lm_head(model.model.language_model(**batch).last_hidden_state)
+    torch.testing.assert_close(model(**batch).logits, alone)
+
+
+def test_frozen_tower_builds_no_graph_and_trained_one_does():
+    model = LlavaForConditionalGeneration(tiny_config()).train()
+    outputs = []
+    hook = model.model.vision_tower.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    model.model.vision_tower.requires_grad_(False)
+    batch = tiny_batch()
+    model(**batch).loss.backward()
+    model.model.vision_tower.requires_grad_(True)
+    model(**batch).loss.backward()
+    hook.remove()
+    assert outputs[0].grad_fn is None
+    assert outputs[1].grad_fn is not None
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path, dtype):
+    LlavaForConditionalGeneration(tiny_config()).to(dtype).save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    assert model.dtype == dtype
+    outputs = model(**tiny_batch())  # pixel values stay float32: the tower casts them
+    assert outputs.logits.dtype == dtype
+    assert outputs.loss.dtype == torch.float32 and torch.isfinite(outputs.loss)
+
+
+def test_device_map_with_the_language_model_on_disk(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    model.save_pretrained(tmp_path)
+    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    mapped = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, device_map={**places, "model.language_model": "disk"}, offload_folder=tmp_path / "offload"
+    ).eval()
+    batch = without_labels(tiny_batch())
+    with torch.no_grad():
+        assert mapped.model.language_model.layers[0].mlp.up_proj.weight.device.type == "meta"
+        torch.testing.assert_close(mapped(**batch).logits, model(**batch).logits)
+
+
+def test_resized_embeddings_keep_the_known_logits(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch())
+    expected = model(**batch).logits
+    model.resize_token_embeddings(320)
+    assert model.config.text_config.vocab_size == 320
+    torch.testing.assert_close(model(**batch).logits[..., :300], expected)
+    model.save_pretrained(tmp_path)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.lm_head.weight.shape[0] == 320
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda batch: batch.pop("pixel_values"), "no pixel_values"),
+        (lambda batch: batch.update(pixel_values=batch["pixel_values"][:2]), "12 image tokens .* yield 8"),
+        (lambda batch: batch.pop("input_ids"), "exactly one of input_ids and inputs_embeds"),
+    ],
+)
+def test_wrong_inputs_are_one_clear_error(change, message):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+def test_mismatch_keeps_the_phrase_that_other_libraries_look_for():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    batch["pixel_values"] = batch["pixel_values"][:1]
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**batch)
