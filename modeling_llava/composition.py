@@ -93,6 +93,8 @@ def compose(
     text_config = causal_lm.config
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config  # GGUF: the weights are plain tensors here, only the label says otherwise
+    if text_config.tie_word_embeddings and not hasattr(causal_lm.base_model, "embed_tokens"):
+        _untie(causal_lm)
     num_additional = count_additional_image_tokens(tower_config)
     config_overrides.setdefault("vision_feature_select_strategy", "default" if num_additional else "full")
     if config_overrides.get("projector_num_layers") == 1:
@@ -130,6 +132,13 @@ def split_gguf_path(language: str, gguf_file: str | None = None) -> tuple[str, s
             )
         return str(path.parent), path.name
     return language, gguf_file
+
+
+def _untie(causal_lm):
+    """Give the head a matrix of its own: a llava checkpoint ties by the name `embed_tokens` only (GPT-2's is `wte`)."""
+    head = causal_lm.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    causal_lm.config.tie_word_embeddings = False
 
 
 def _assemble(model_class, config, vision_tower, causal_lm):

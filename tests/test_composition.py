@@ -1,0 +1,156 @@
+"""Composing a LLaVA from a tower and a language model of many families."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_text_config, tiny_vision_config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+)
+from transformers import (
+    LlavaForConditionalGeneration as StockModel,
+)
+
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.composition import count_additional_image_tokens
+
+
+VOCABULARY = 700  # of golden/tiny_spm.model
+
+
+def save_tower(folder, model_type="clip_vision_model"):
+    AutoModel.from_config(tiny_vision_config(model_type)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_language_model(folder, golden, model_type="llama", vocab_size=VOCABULARY, **overrides):
+    config = tiny_text_config(model_type, vocab_size=vocab_size, **overrides)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    shutil.copy(golden / "tiny_spm.model", folder / "tokenizer.model")
+    return str(folder)
+
+
+@pytest.mark.parametrize("tower, additional", [("clip_vision_model", 1), ("siglip_vision_model", 0)])
+def test_class_token_is_found_by_a_run_without_weights(tower, additional):
+    assert count_additional_image_tokens(tiny_vision_config(tower)) == additional
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+@pytest.mark.parametrize("language", ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "opt"])
+def test_composed_model_is_its_parts_and_loads_in_stock(tmp_path, golden, tower, language):
+    overrides = {"rotary_pct": 0.5} if language == "gpt_neox" else {}
+    overrides = {"word_embed_proj_dim": 64} if language == "opt" else overrides
+    vision = save_tower(tmp_path / "tower", tower)
+    text = save_language_model(tmp_path / "language", golden, language, **overrides)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(vision, text)
+
+    assert model.config.image_token_id == VOCABULARY  # <image> and <pad> follow the 700 pieces
+    assert model.config.image_seq_length == 4
+    assert model.config.vision_feature_select_strategy == ("default" if tower.startswith("clip") else "full")
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 704
+    assert model.generation_config.pad_token_id == VOCABULARY + 1
+
+    alone = AutoModelForCausalLM.from_pretrained(text).eval()
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits[..., :VOCABULARY], alone(input_ids=ids).logits)
+    pixels = torch.randn(1, 3, 28, 28)
+    tower_alone = AutoModel.from_pretrained(vision).eval()
+    torch.testing.assert_close(
+        model.model.vision_tower(pixels).last_hidden_state, tower_alone(pixels).last_hidden_state
+    )
+
+    model.save_pretrained(tmp_path / "llava")
+    stock, info = StockModel.from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.tensor([[1, *[VOCABULARY] * 4, 20, 21]])
+    torch.testing.assert_close(
+        stock.eval()(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids, pixel_values=pixels).logits
+    )
+
+
+def test_new_rows_are_the_mean_of_the_known_ones(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+    alone = AutoModelForCausalLM.from_pretrained(text)
+    for ours, known in (
+        (model.get_input_embeddings().weight, alone.get_input_embeddings().weight),
+        (model.lm_head.weight, alone.lm_head.weight),
+    ):
+        assert torch.equal(ours[:VOCABULARY], known)
+        torch.testing.assert_close(ours[VOCABULARY:], known.mean(dim=0).expand(4, -1))
+
+
+def test_rows_that_the_language_model_kept_in_reserve_are_used(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden, vocab_size=768)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+    assert model.get_input_embeddings().weight.shape[0] == 768
+    assert model.config.image_token_id == VOCABULARY
+    known = AutoModelForCausalLM.from_pretrained(text).lm_head.weight[:VOCABULARY]
+    torch.testing.assert_close(model.lm_head.weight[VOCABULARY], known.mean(dim=0))
+
+
+def test_tied_language_model_stays_tied(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden, tie_word_embeddings=True)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "llava")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+def test_fields_of_the_configuration_are_taken(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(
+        save_tower(tmp_path / "tower"), text, dtype=torch.bfloat16, vision_feature_layer=-1, projector_num_layers=1
+    )
+    assert model.dtype == model.model.vision_tower.dtype == torch.bfloat16
+    assert model.config.vision_feature_layer == -1
+    assert model.config.projector_hidden_act == "linear"
+    assert torch.equal(model.model.multi_modal_projector.linear_2.weight.float(), torch.eye(64))
+
+
+def test_projector_is_new_and_has_the_language_models_spread(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+    weight = model.model.multi_modal_projector.linear_2.weight
+    assert 0.015 < weight.std().item() < 0.025  # initializer_range 0.02
+    assert model.model.multi_modal_projector.linear_2.bias.abs().sum() == 0
+
+
+def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
+    text_config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    pair = CLIPModel(CLIPConfig(vision_config=tiny_vision_config().to_dict(), text_config=text_config)).eval()
+    pair.save_pretrained(tmp_path / "pair")
+    text = save_language_model(tmp_path / "language", golden)
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(str(tmp_path / "pair"), text)
+    pixels = torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(
+        model.model.vision_tower(pixels).last_hidden_state, pair.vision_model(pixels).last_hidden_state
+    )
+
+
+@pytest.mark.parametrize(
+    "language, overrides, message",
+    [
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 0.05, "pad_token_id": 0}, "scaling or capping"),
+        ("phi", {}, "bias"),
+    ],
+)
+def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden, language, overrides, message):
+    text = save_language_model(tmp_path / "language", golden, language, **overrides)
+    with pytest.raises(ValueError, match=message):
+        LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+
+
+def test_wrong_names_are_one_clear_error(tmp_path, golden):
+    text = save_language_model(tmp_path / "language", golden)
+    tower = save_tower(tmp_path / "tower")
+    with pytest.raises(ValueError, match="no field vision_layer"):
+        LlavaForConditionalGeneration.from_vision_language_pretrained(tower, text, vision_layer=-1)
+    with pytest.raises(FileNotFoundError, match="missing.gguf does not exist"):
+        LlavaForConditionalGeneration.from_vision_language_pretrained(tower, str(tmp_path / "missing.gguf"))
