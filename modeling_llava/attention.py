@@ -1,0 +1,332 @@
+"""
+Attention for packs: several samples behind one another in one row, none of which sees another.
+
+    input_ids     a a a a a b b c c c c      cu_seq_lens_q = [0, 5, 7, 11]
+    position_ids  0 1 2 3 4 0 1 0 1 2 3
+
+    a ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚
+    a ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     A dense mask costs T² positions, most of them for nothing. Here only the triangles
+    a ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     are computed:
+    a ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     - on a GPU that FlashAttention supports (sm80 and later, 16 bit) in one kernel:
+    a ■ ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚       flash-attn 3 or PyTorch's own `varlen_attn`, or flash-attn 2 where PyTorch has none;
+    b ⬚ ⬚ ⬚ ⬚ ⬚ ■ ⬚ ⬚ ⬚ ⬚ ⬚     - elsewhere (CPU, float32, older GPUs) one causal SDPA per sample.
+    b ⬚ ⬚ ⬚ ⬚ ⬚ ■ ■ ⬚ ⬚ ⬚ ⬚
+    c ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ■ ⬚ ⬚ ⬚     Without `cu_seq_lens_q` (padded batches, generation) it is stock `sdpa` with its mask.
+    c ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ■ ■ ⬚ ⬚
+    c ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ■ ■ ■ ⬚
+    c ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ■ ■ ■ ■
+
+It is registered with transformers under the name "varlen" for every model that uses `AttentionInterface`. Choose it
+for the language model of a LLaVA by `use_varlen_attention(model)`; nothing about it is saved with a checkpoint.
+"""
+
+import functools
+import importlib.util
+import inspect
+import weakref
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+
+logger = logging.get_logger(__name__)
+
+VARLEN = "varlen"
+"""Name under which transformers finds this attention."""
+
+
+class DeferredMask:
+    """
+    A mask matrix that is built when something needs it.
+
+    transformers builds a model's mask before its attention layers are asked, and cannot know that they will go by
+    `cu_seq_lens_q`. For a pack that mask is `[T, T]`: here its construction is put off, and for packs never happens.
+    """
+
+    def __init__(self, arguments: dict):
+        self.arguments = arguments
+        self.mask = None
+
+    def build(self) -> torch.Tensor | None:
+        """The mask of stock `sdpa`, `[batch_size, 1, T, T]`, the same object for every layer."""
+        if self.arguments is not None:
+            if not self.arguments["allow_is_causal_skip"] and not self.arguments.get("allow_is_bidirectional_skip"):
+                logger.warning_once(
+                    "position_ids restart inside a row, but no cu_seq_lens_q came with them: a dense mask of "
+                    f"{self.arguments['q_length']}² positions is built. Pass on everything that the collator returned."
+                )
+            self.mask, self.arguments = sdpa_mask(**self.arguments), None
+        return self.mask
+
+
+def varlen_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **arguments
+) -> torch.Tensor | DeferredMask | None:
+    """Stock `sdpa`'s mask, but deferred where the row may be a pack: no padding mask, no earlier positions."""
+    arguments = {
+        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
+        "q_offset": q_offset, "kv_offset": kv_offset, "allow_is_causal_skip": True, **arguments,
+    }  # fmt: skip
+    may_be_pack = (
+        arguments.get("attention_mask") is None
+        and isinstance(q_offset, int)
+        and q_offset == 0
+        and 1 < q_length == kv_length
+        and not arguments.get("use_vmap", False)  # someone's own mask function: it is to be applied
+        and not is_tracing()
+    )
+    return DeferredMask(arguments) if may_be_pack else sdpa_mask(**arguments)
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | DeferredMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Causal attention within each sample of a pack; stock `sdpa` where no pack is described.
+
+    Args:
+        module (`nn.Module`):
+            The attention layer.
+        query (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`):
+            Queries, after the rotary embedding.
+        key, value (`torch.Tensor` of shape `(batch_size, num_key_value_heads, sequence_length, head_dim)`):
+            Keys and values; fewer heads than queries are shared by groups (GQA), without repeating them.
+        attention_mask:
+            What `varlen_mask` returned.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Share of attention weights that are dropped.
+        scaling (`float`, *optional*):
+            Factor of the scores, `head_dim ** -0.5` by default.
+        sliding_window (`int`, *optional*):
+            Positions that a query sees, itself included, within its sample (Mistral).
+        cu_seq_lens_q (`torch.IntTensor` of shape `(num_samples + 1,)`, *optional*):
+            Where the samples begin in the flattened batch, and its end, in positions. `cu_seq_lens_k` equals it.
+        max_length_q (`int`, *optional*):
+            Length of the longest sample, in positions. `max_length_k` equals it.
+
+    Returns:
+        `tuple`: the output, of shape `(batch_size, sequence_length, num_heads, head_dim)`, and `None`.
+
+    Raises:
+        ValueError: a pack came with a mask, with earlier positions (a cache), or with an attention that is not plain
+            and causal.
+    """
+    if cu_seq_lens_q is None:
+        if isinstance(attention_mask, DeferredMask):
+            attention_mask = attention_mask.build()
+            attention_mask = None if attention_mask is None else attention_mask.to(query.device)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"A pack (cu_seq_lens_q) has {query.shape[2]} queries but {key.shape[2]} keys per row: it cannot continue a "
+            "cache. Pass cu_seq_lens_q only when all positions are computed at once."
+        )
+    if isinstance(attention_mask, torch.Tensor):
+        raise ValueError(
+            "A pack (cu_seq_lens_q) came with an attention_mask. Leave the mask out: a pack has no padding."
+        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if not is_causal or unsupported:
+        what = " and ".join(unsupported) if unsupported else "bidirectional attention"
+        raise ValueError(
+            f"Packed attention does not know {what}, which {type(module).__name__} asks for. Do not pack."
+        )
+
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        # the rotary embedding leaves queries and keys in float32; SDPA would cast, the kernels refuse
+        dtype = torch.get_autocast_dtype(query.device.type)
+    elif value.dtype != query.dtype:
+        dtype = value.dtype
+    batch_size, num_heads, length, _ = query.shape
+    # [batch_size, heads, length, head_dim] → [batch_size * length, heads, head_dim]; a view for a single row
+    query, key, value = (states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    compute = _choose_kernel(query.device, dtype, query.shape[-1], value.shape[-1], dropout)
+    if max_length_q is None and compute is not _sdpa_per_segment:
+        max_length_q = max(_segment_lengths(cu_seq_lens_q))
+    output = compute(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        max_length_q,
+        dropout=dropout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+    )
+    return output.view(batch_size, length, num_heads, value.shape[-1]), None
+
+
+def _choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, dropout: float):
+    """The fastest implementation that is right here. All take `[num_positions, heads, head_dim]`."""
+    flash = (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and _supports_flash(device.index)
+        and head_dim == value_dim
+        and head_dim <= 256
+        and head_dim % 8 == 0
+    )
+    if flash and dropout == 0.0 and _is_hopper(device.index) and _has("flash_attn_interface"):
+        return functools.partial(_flash_attn, implementation="flash_attention_3")
+    if flash and dropout == 0.0 and _torch_varlen() is not None:
+        return _torch_varlen_attn
+    if flash and _has("flash_attn"):
+        return functools.partial(_flash_attn, implementation="flash_attention_2")
+    return _sdpa_per_segment
+
+
+@functools.cache
+def _supports_flash(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@functools.cache
+def _is_hopper(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+@functools.cache
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _torch_varlen():
+    """PyTorch's FlashAttention for packs; None before the version that has windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if "window_size" in known and "enable_gqa" in known else None
+
+
+def _torch_varlen_attn(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window):
+    window = -1 if sliding_window is None else sliding_window - 1  # there: positions to the left, without itself
+    return _torch_varlen()(
+        query,
+        key,
+        value,
+        cu_seq_lens,
+        cu_seq_lens,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(window, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _flash_attn(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window, implementation):
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    return _flash_attention_forward(
+        query[None],
+        key[None],
+        value[None],
+        attention_mask=None,
+        query_length=query.shape[0],
+        is_causal=True,
+        dropout=dropout,
+        softmax_scale=scaling,
+        sliding_window=sliding_window,
+        cu_seq_lens_q=cu_seq_lens,
+        cu_seq_lens_k=cu_seq_lens,
+        max_length_q=max_length,
+        max_length_k=max_length,
+        attn_implementation=implementation,
+    )[0]
+
+
+def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window):
+    """One causal SDPA per sample: exact everywhere, and on the CPU as fast as the triangles are small."""
+    lengths = _segment_lengths(cu_seq_lens)
+    if sum(lengths) != query.shape[0]:
+        raise ValueError(
+            f"cu_seq_lens_q ends at position {sum(lengths)}, but the pack has {query.shape[0]} positions."
+        )
+    arguments = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    # `split` is undone by one concatenation in the backward pass; slices would each be padded to the whole row
+    parts = [states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)]
+    outputs = []
+    for q, k, v in zip(*parts):  # each [1, heads, segment_length, head_dim]
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            outputs.append(_windowed(q, k, v, sliding_window, arguments))
+        else:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **arguments))
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]  # [num_positions, heads, head_dim]
+
+
+def _windowed(query, key, value, window, arguments):
+    """
+    A sample longer than the sliding window, a window of queries at a time: masks stay at `window × 2 window`.
+
+    Query i sees keys i − window + 1 … i, so a block of queries needs the keys of its own block and of the one before.
+    """
+    length, outputs = query.shape[2], []
+    for start in range(0, length, window):
+        end, first = min(start + window, length), max(start - window + 1, 0)
+        rows = torch.arange(start, end, device=query.device)[:, None]
+        columns = torch.arange(first, end, device=query.device)[None]
+        mask = (columns <= rows) & (columns > rows - window)  # [queries, keys]
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=mask, **arguments
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _segment_lengths(cu_seq_lens: torch.Tensor) -> list[int]:
+    """Lengths of a pack's samples. Asked once per layer with the same tensor: on a GPU only the first one waits."""
+    global _last_lengths
+    known, version, lengths = _last_lengths
+    if known() is not cu_seq_lens or version != cu_seq_lens._version:
+        ends = cu_seq_lens.tolist()
+        lengths = [end - start for start, end in zip(ends, ends[1:])]
+        _last_lengths = (weakref.ref(cu_seq_lens), cu_seq_lens._version, lengths)
+    return lengths
+
+
+_last_lengths = (lambda: None, -1, [])
+
+
+def use_varlen_attention(model: PreTrainedModel) -> None:
+    """
+    Let the language model of a LLaVA use "varlen" attention; the vision tower keeps its own.
+
+    Args:
+        model ([`LlavaForConditionalGeneration`], [`LlavaModel`] or stock ones):
+            The model, without adapters around it or the base model inside them.
+    """
+    model.set_attn_implementation({"text_config": VARLEN})
+
+
+AttentionInterface.register(VARLEN, varlen_attention_forward)
+AttentionMaskInterface.register(VARLEN, varlen_mask)
+
+__all__ = ["VARLEN", "use_varlen_attention", "varlen_attention_forward", "varlen_mask"]

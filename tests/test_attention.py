@@ -1,0 +1,314 @@
+"""Packed attention against the same samples one by one, and against stock attention wherever nothing is packed."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_config, tiny_text_config
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers import LlavaForConditionalGeneration as StockModel
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava import attention as attention_module
+from modeling_llava.attention import VARLEN, use_varlen_attention, varlen_attention_forward
+
+
+LENGTHS = [9, 1, 14, 5]
+LANGUAGE_MODELS = {
+    "llama-gqa": {},
+    "llama-mha": {"num_key_value_heads": 4},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 4},
+    "mistral-no-window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2-mixed-window": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1
+    },
+}  # fmt: skip
+
+
+def language_model(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_text_config(**LANGUAGE_MODELS[name]), attn_implementation="eager")
+
+
+def samples(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 290, (length,), generator=generator) for length in lengths]
+
+
+def pack(parts):
+    lengths = torch.tensor([len(part) for part in parts])
+    ends = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    inputs = {
+        "input_ids": torch.cat(parts)[None],
+        "position_ids": torch.cat([torch.arange(len(part)) for part in parts])[None],
+    }
+    lens = FlashAttentionKwargs(
+        cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=int(lengths.max()), max_length_k=int(lengths.max())
+    )
+    return {**inputs, **lens}
+
+
+def states_and_gradients(model, batches):
+    """Last hidden states of all samples behind one another, and the gradients of a fixed weighting of them."""
+    model.zero_grad()
+    states = torch.cat([model.base_model(**b, use_cache=False).last_hidden_state.flatten(0, 1) for b in batches])
+    weights = torch.linspace(-1, 1, states.numel()).view_as(states) / len(states)  # a mean over positions, as a loss
+    (states * weights).sum().backward()
+    return states.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pack_equals_its_samples_one_by_one(name, checkpointing):
+    model = language_model(name).train()
+    parts = samples()
+    expected, expected_grads = states_and_gradients(model, [{"input_ids": part[None]} for part in parts])
+    model.set_attn_implementation(VARLEN)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    actual, grads = states_and_gradients(model, [pack(parts)])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert grads.keys() == expected_grads.keys() and len(grads) > 10
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[key], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_pack_do_not_see_each_other():
+    model = language_model("llama-gqa").eval()
+    model.set_attn_implementation(VARLEN)
+    parts = samples()
+    with torch.no_grad():
+        before = model(**pack(parts)).logits
+        parts[0] = parts[0].flip(0)
+        parts[2] = parts[2].flip(0)
+        after = model(**pack(parts)).logits
+    kept = torch.cat([torch.full((length,), bool(i % 2)) for i, length in enumerate(LENGTHS)])
+    assert torch.equal(before[:, kept], after[:, kept])
+    assert not torch.isclose(before[:, ~kept], after[:, ~kept]).all(-1).any()
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_padded_batches_equal_eager_and_sdpa(name):
+    model = language_model(name).eval()
+    ids = torch.stack([torch.cat([part, part.new_zeros(14 - len(part))]) for part in samples()])
+    mask = torch.stack([torch.arange(14) < length for length in LENGTHS]).long()
+    for side in ("right", "left"):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if side == "left":
+            inputs = {key: value.flip(1) for key, value in inputs.items()}
+        logits = {}
+        for implementation in ("eager", "sdpa", VARLEN):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                logits[implementation] = model(**inputs).logits[inputs["attention_mask"].bool()]
+        torch.testing.assert_close(logits[VARLEN], logits["eager"], rtol=0, atol=1e-5)
+        assert torch.equal(logits[VARLEN], logits["sdpa"])
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_equals_sdpa(name, cache):
+    model = language_model(name).eval()
+    ids = torch.randint(3, 290, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    answers = []
+    for implementation in ("sdpa", VARLEN):
+        model.set_attn_implementation(implementation)
+        answers.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1,
+                cache_implementation=cache, disable_compile=True,
+            )
+        )  # fmt: skip
+    assert answers[0].shape == (2, 19)
+    assert torch.equal(*answers)
+
+
+def test_prefill_into_a_static_cache_equals_no_cache():
+    model = language_model("llama-gqa").eval()
+    model.set_attn_implementation(VARLEN)
+    ids = samples()[2][None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        first = model(ids[:, :9], past_key_values=cache, cache_position=torch.arange(9)).logits
+        rest = model(ids[:, 9:], past_key_values=cache, cache_position=torch.arange(9, 14)).logits
+    torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_output_has_the_form_of_every_attention_function():
+    query, key = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
+    value = torch.randn(2, 2, 7, 16)
+    module = language_model("llama-gqa").model.layers[0].self_attn
+    lens = torch.tensor([0, 3, 7, 14], dtype=torch.int32)
+    packed, weights = varlen_attention_forward(module, query, key, value, None, cu_seq_lens_q=lens, max_length_q=7)
+    plain, _ = varlen_attention_forward(module, query, key, value, None)
+    assert packed.shape == plain.shape == (2, 7, 4, 16) and weights is None
+    torch.testing.assert_close(packed[1], plain[1])  # the second row is one sample
+    assert not torch.allclose(packed[0], plain[0])  # the first row holds two
+
+
+@pytest.mark.parametrize("length, window", [(13, 4), (12, 4), (5, 4), (4, 4), (9, 1)])
+def test_blocks_of_a_sliding_window_equal_one_dense_window(length, window):
+    torch.manual_seed(0)
+    states = [torch.randn(length, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(s.transpose(0, 1)[None] for s in states), attn_mask=(distance >= 0) & (distance < window), enable_gqa=True
+    )
+    actual = attention_module._sdpa_per_segment(
+        *states, torch.tensor([0, length]), None, dropout=0.0, scaling=None, sliding_window=window
+    )
+    torch.testing.assert_close(actual.transpose(0, 1)[None], expected)
+
+
+def test_a_pack_builds_no_square_matrix():
+    model = language_model("llama-gqa").train()
+    model.set_attn_implementation(VARLEN)
+    lengths = [40] * 10  # 400 positions; a dense mask or its scores would have 160,000 elements
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        model.base_model(**pack(samples(lengths)), use_cache=False).last_hidden_state.sum().backward()
+    assert largest <= 400 * 96  # the widest activation: intermediate_size
+
+
+def test_restarting_positions_without_lengths_are_right_and_warned_of(caplog):
+    model = language_model("llama-gqa").eval()
+    parts = samples()
+    packed = pack(parts)
+    model.set_attn_implementation(VARLEN)
+    logging.getLogger("transformers").propagate = True
+    attention_module.logger.warning_once.cache_clear()
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        expected = model(**packed, use_cache=False).logits
+        assert not caplog.records
+        bare = {name: packed[name] for name in ("input_ids", "position_ids")}
+        actual = model(**bare, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert "no cu_seq_lens_q came with them" in caplog.text
+
+
+def test_only_the_language_model_is_switched_and_nothing_of_it_is_saved(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config())
+    tower_before = model.model.vision_tower.config._attn_implementation
+    use_varlen_attention(model)
+    assert model.model.language_model.config._attn_implementation == VARLEN
+    assert model.model.vision_tower.config._attn_implementation == tower_before == "sdpa"
+    model.save_pretrained(tmp_path)
+    assert VARLEN not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    stock = StockModel.from_pretrained(tmp_path)
+    assert stock.config.text_config._attn_implementation == "sdpa"
+    batch = tiny_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch).logits, stock.eval()(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_a_model_can_be_loaded_with_it(tmp_path):
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation={"text_config": VARLEN, "vision_config": "sdpa"}
+    )
+    assert model.model.language_model.config._attn_implementation == VARLEN
+    assert copy.deepcopy(model.config).text_config._attn_implementation == VARLEN
+
+
+def test_contradictions_are_refused():
+    model = language_model("llama-gqa").eval()
+    model.set_attn_implementation(VARLEN)
+    packed = pack(samples())
+    with pytest.raises(ValueError, match="Leave the mask out"):
+        model(**packed, attention_mask=torch.ones(1, 29, dtype=torch.long).index_fill(1, torch.tensor([28]), 0))
+    cache = model(packed["input_ids"][:, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="29 queries but 33 keys"):
+        model(**packed, past_key_values=cache)
+    with pytest.raises(ValueError, match="ends at position 24, but the pack has 29 positions"):
+        model(**{**packed, "cu_seq_lens_q": packed["cu_seq_lens_q"][:-1]})
+    module = model.model.layers[0].self_attn
+    states = torch.randn(1, 4, 29, 16), torch.randn(1, 2, 29, 16), torch.randn(1, 2, 29, 16)
+    for arguments, name in [({"is_causal": False}, "bidirectional"), ({"softcap": 30.0}, "softcap")]:
+        with pytest.raises(ValueError, match=name):
+            varlen_attention_forward(module, *states, None, cu_seq_lens_q=packed["cu_seq_lens_q"], **arguments)
+
+
+def test_float32_queries_of_an_autocast_model_meet_16_bit_values():
+    model = language_model("llama-gqa").train()
+    parts = samples()
+    with torch.autocast("cpu", torch.bfloat16):
+        one_by_one = torch.cat([model.base_model(part[None]).last_hidden_state[0] for part in parts])
+        model.set_attn_implementation(VARLEN)
+        packed = model.base_model(**pack(parts), use_cache=False).last_hidden_state[0]
+    assert (packed - one_by_one).norm() / one_by_one.norm() < 2**-6
+
+
+@pytest.mark.parametrize(
+    "device, dtype, capability, dropout, packages, expected",
+    [
+        ("cpu", torch.bfloat16, None, 0.0, (), "_sdpa_per_segment"),
+        ("cuda", torch.float32, (9, 0), 0.0, (), "_sdpa_per_segment"),
+        ("cuda", torch.float16, (7, 5), 0.0, ("flash_attn",), "_sdpa_per_segment"),
+        ("cuda", torch.bfloat16, (8, 6), 0.0, ("flash_attn",), "_torch_varlen_attn"),
+        ("cuda", torch.bfloat16, (9, 0), 0.0, (), "_torch_varlen_attn"),
+        ("cuda", torch.bfloat16, (9, 0), 0.0, ("flash_attn_interface",), "flash_attention_3"),
+        ("cuda", torch.bfloat16, (8, 0), 0.0, ("flash_attn_interface",), "_torch_varlen_attn"),
+        ("cuda", torch.bfloat16, (8, 0), 0.1, ("flash_attn",), "flash_attention_2"),
+        ("cuda", torch.bfloat16, (8, 0), 0.1, (), "_sdpa_per_segment"),
+    ],
+)
+def test_the_kernel_is_picked_by_device_dtype_and_what_is_installed(
+    monkeypatch, device, dtype, capability, dropout, packages, expected
+):
+    monkeypatch.setattr(attention_module, "_supports_flash", lambda index: capability >= (8, 0))
+    monkeypatch.setattr(attention_module, "_is_hopper", lambda index: capability[0] == 9)
+    monkeypatch.setattr(attention_module, "_has", lambda package: package in packages)
+    kernel = attention_module._choose_kernel(torch.device(device), dtype, 64, 64, dropout)
+    name = kernel.keywords["implementation"] if hasattr(kernel, "keywords") else kernel.__name__
+    assert name == expected
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_pytorchs_kernel_is_called_as_it_wants_to_be(monkeypatch, window):
+    """Without a GPU its shape function runs: right arguments, grouped heads, and the window counted its way."""
+    called = {}
+
+    def spy(*args, **kwargs):
+        called.update(kwargs)
+        return varlen_attn(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "_torch_varlen", lambda: spy)
+    states = [torch.empty(29, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
+    lens = torch.empty(5, dtype=torch.int32, device="meta")
+    output = attention_module._torch_varlen_attn(*states, lens, 14, dropout=0.0, scaling=0.25, sliding_window=window)
+    assert output.shape == (29, 4, 16)
+    # FlashAttention's (left, right): right = 0 is causal; `left` does not count the query's own position
+    assert called["window_size"] == ((-1, 0) if window is None else (4, 0))
+    assert called["enable_gqa"] and called["scale"] == 0.25
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pack_on_the_gpu_equals_its_samples(name, dtype):
+    model = language_model(name).to("cuda", dtype).eval()
+    parts = [part.cuda() for part in samples()]
+    packed = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in pack(parts).items()}
+    with torch.no_grad():
+        expected = torch.cat([model(part[None]).logits[0] for part in parts])
+        model.set_attn_implementation(VARLEN)
+        actual = model(**packed, use_cache=False).logits[0]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert (actual - expected).norm() / expected.norm() < tolerance
