@@ -3,16 +3,40 @@
 A leaf of the package: the data engine and the judges of the benchmarks both stand on it, and it imports neither.
 """
 
+from .batch import BatchSummary, forget_batch, read_batch, write_batch
 from .chat import ChatModel, EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
+from .ledger import Ledger, LedgerCounts, TaskState
+from .limits import BATCH_PRICE, Backoff, Budget, Prices, TokenBucket
+from .openai_model import OpenAIModel
+from .runner import RunSettings, RunSummary, Task, Verdict, run_tasks, run_tasks_async
 
 
 __all__ = [
+    "BATCH_PRICE",
+    "Backoff",
+    "BatchSummary",
+    "Budget",
     "ChatModel",
     "EndpointFault",
     "FatalFault",
+    "Ledger",
+    "LedgerCounts",
     "Message",
+    "OpenAIModel",
     "PassingFault",
+    "Prices",
     "Reply",
     "RequestFault",
+    "RunSettings",
+    "RunSummary",
+    "Task",
+    "TaskState",
+    "TokenBucket",
     "Usage",
+    "Verdict",
+    "forget_batch",
+    "read_batch",
+    "run_tasks",
+    "run_tasks_async",
+    "write_batch",
 ]

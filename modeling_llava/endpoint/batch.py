@@ -1,0 +1,244 @@
+"""OpenAI's Batch API, for half the price: requests out to files, results in from files.
+
+The files go to the endpoint by hand (or by `openai api`), within a day they come back; both ways the ledger knows. A task
+that waits in a batch is not asked live, and a result that is read twice counts once.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .chat import EndpointFault, Reply
+from .ledger import Ledger
+from .limits import Budget
+from .openai_model import OpenAIModel, parse_completion, translate_status
+from .runner import ATTEMPTS, Task, Verdict, reply_event, resume_attempt
+
+
+MAX_REQUESTS = 50_000
+MAX_BYTES = 190_000_000
+"""OpenAI takes 50,000 requests and 200 MB per file."""
+
+
+@dataclass
+class BatchSummary:
+    """What `write_batch` or `read_batch` did.
+
+    Attributes:
+        files: Files written.
+        requests: Requests written.
+        accepted: Results accepted.
+        rejected: Results rejected for good.
+        again: Results rejected that are asked for once more, live or by the next batch.
+        faults: Results without a reply (expired, refused); asked for again.
+        waiting: Tasks that still wait in a batch.
+        unknown: Results that belong to no waiting task (read before, or of another run).
+        message: Why writing stopped early, if it did.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    requests: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    again: int = 0
+    faults: int = 0
+    waiting: int = 0
+    unknown: int = 0
+    message: str = ""
+
+
+def write_batch(
+    tasks: Iterable[Task],
+    model: OpenAIModel,
+    ledger: Ledger,
+    folder: str | Path,
+    *,
+    run_id: str = "",
+    budget: Budget | None = None,
+) -> BatchSummary:
+    """Writes every task that is neither settled nor waiting into batch files `batch-000.jsonl`, ….
+
+    A file gets its name only after the ledger knows its requests; one that a dying process left behind is named, or
+    removed if the ledger does not know it, by the next call.
+
+    Args:
+        tasks: What to ask.
+        model: Gives the requests' bodies.
+        ledger: Open for writing.
+        folder: Where the files go.
+        run_id: As in `run_tasks`.
+        budget: Writing stops before the request that it does not have.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = budget or Budget()
+    ledger.charge(budget)
+    finish_batch_files(ledger, folder)
+    summary = BatchSummary()
+    lines: list[bytes] = []
+    events: list[dict[str, Any]] = []
+    size = 0
+
+    def close_file() -> None:
+        nonlocal lines, events, size
+        if not lines:
+            return
+        number = len(ledger.batch_files)
+        while (path := folder / f"batch-{number:03d}.jsonl").exists():
+            number += 1
+        unnamed = path.with_name(path.name + ".part")
+        with open(unnamed, "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        ledger.append_now([{**event, "file": path.name} for event in events])
+        os.replace(unnamed, path)
+        summary.files.append(path)
+        summary.requests += len(lines)
+        lines, events, size = [], [], 0
+
+    for task in tasks:
+        state = ledger.state(task.id)
+        if state.final or state.batched:
+            summary.waiting += bool(state.batched)
+            continue
+        attempt = 1 + len(state.replies)
+        task = resume_attempt(task, ledger)
+        estimate = budget.estimate(task.messages, task.max_tokens)
+        if not budget.hold(estimate):
+            summary.message = "The budget does not have the next request; the rest is left for later."
+            break
+        request = task.request_id(run_id, model.name, attempt)
+        body = model.body(task.messages, max_tokens=task.max_tokens, temperature=task.temperature, seed=task.seed)
+        line = {"custom_id": request, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        encoded = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        if len(lines) >= MAX_REQUESTS or size + len(encoded) > MAX_BYTES:
+            close_file()
+        lines.append(encoded)
+        size += len(encoded)
+        tokens = [estimate.prompt_tokens, estimate.completion_tokens]
+        events.append({"event": "batch", "task": task.id, "request": request, "attempt": attempt, "tokens": tokens})
+    close_file()
+    return summary
+
+
+def finish_batch_files(ledger: Ledger, folder: Path) -> None:
+    """Names the files whose requests the ledger knows, and removes those that it does not."""
+    for unnamed in folder.glob("batch-*.jsonl.part"):
+        path = unnamed.with_name(unnamed.name.removesuffix(".part"))
+        if path.name in ledger.batch_files and not path.exists():
+            os.replace(unnamed, path)
+        else:
+            unnamed.unlink()
+
+
+def read_batch(
+    tasks: Iterable[Task], paths: Iterable[str | Path], ledger: Ledger, *, judge: Callable[[Task, Reply], Verdict]
+) -> BatchSummary:
+    """Reads the output and error files of batches into the ledger.
+
+    Args:
+        tasks: The tasks of the run, in order; those that wait in a batch are looked up in the files.
+        paths: Output and error files as the endpoint gives them.
+        ledger: Open for writing.
+        judge: Judges each reply, as in `run_tasks`.
+
+    Raises:
+        ValueError: a line is not a batch result.
+        OSError: a file cannot be read.
+    """
+    summary = BatchSummary()
+    where = _index(paths)
+    known = len(where)
+    events: list[dict[str, Any]] = []
+    for task in tasks:
+        state = ledger.state(task.id)
+        if state.batched is None:
+            continue
+        found = where.pop(state.batched, None)
+        if found is None:
+            summary.waiting += 1
+            continue
+        path, position = found
+        with open(path, "rb") as file:
+            file.seek(position)
+            result = json.loads(file.readline())
+        attempt = 1 + len(state.replies)
+        task = resume_attempt(task, ledger)
+        try:
+            reply = _reply(result)
+        except EndpointFault as fault:
+            event = {"event": "fault", "task": task.id, "request": state.batched, "attempt": attempt}
+            events.append({**event, "kind": fault.kind, "message": str(fault)[:500], "maybe_paid": False})
+            summary.faults += 1
+        else:
+            verdict = judge(task, reply)
+            final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
+            events.append(reply_event(task, state.batched, attempt, reply, verdict, final, batch=True))
+            summary.accepted += verdict.reason is None
+            summary.rejected += verdict.reason is not None and final
+            summary.again += not final
+        if len(events) >= 1000:
+            ledger.append_now(events)
+            events = []
+    ledger.append_now(events)
+    summary.unknown = len(where)
+    summary.requests = known - summary.unknown
+    return summary
+
+
+def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
+    """Frees every task that waits in a batch, to be asked again; returns how many."""
+    waiting = [(task.id, ledger.state(task.id)) for task in tasks if ledger.state(task.id).batched]
+    ledger.append_now(
+        [
+            {
+                "event": "fault",
+                "task": task,
+                "request": state.batched,
+                "attempt": 1 + len(state.replies),
+                "kind": "batch_forgotten",
+                "message": "freed by hand",
+                "maybe_paid": True,
+            }
+            for task, state in waiting
+        ]
+    )
+    return len(waiting)
+
+
+def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
+    """Where each result lies: custom_id → file and position."""
+    where: dict[str, tuple[Path, int]] = {}
+    for path in map(Path, paths):
+        position = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        result = json.loads(line)
+                        where[result["custom_id"]] = (path, position)
+                        if "response" not in result and "error" not in result:
+                            raise KeyError("response")
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise ValueError(
+                            f"{path}, line {number}, is no batch result ({type(error).__name__}: {error}). Give the "
+                            f"output or the error file of a batch, not its input."
+                        ) from None
+                position += len(line)
+    return where
+
+
+def _reply(result: dict[str, Any]) -> Reply:
+    response, error = result.get("response"), result.get("error")
+    if response and response.get("status_code") == 200:
+        return parse_completion(response["body"])
+    if response:
+        body = response.get("body")
+        message = body.get("error", {}).get("message", "") if isinstance(body, dict) else ""
+        raise translate_status(int(response.get("status_code") or 500), str(message))
+    error = error or {}
+    raise EndpointFault(str(error.get("code") or "batch"), str(error.get("message") or "no response"))

@@ -1,0 +1,305 @@
+"""The ledger: one line per event of a run, written and synced before anything that depends on it is done.
+
+It is the only state of a run. Everything else (which request is next, what was spent, the data set) follows from it:
+
+```
+{"event": "sent",  "task": "000000123:complex", "request": "9f…", "attempt": 1, "tokens": [612, 1024]}
+{"event": "reply", "task": …, "request": …, "attempt": 1, "text": …, "usage": [598, 187], "reason": null, "final": true}
+{"event": "fault", "task": …, "request": …, "attempt": 1, "kind": "429", "message": …, "maybe_paid": false}
+{"event": "batch", "task": …, "request": …, "attempt": 1, "tokens": [612, 1024], "file": …}
+```
+
+`reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A process that dies while
+it writes leaves a torn last line; the next one begins a new line, and torn lines are counted and passed over.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .chat import Usage
+from .limits import BATCH_PRICE, Budget
+
+
+@dataclass
+class TaskState:
+    """What the ledger holds of one task.
+
+    Attributes:
+        replies: Positions (bytes) of its reply lines, in order.
+        final: Whether it is settled.
+        accepted: Whether its last reply was accepted.
+        batched: Request id under which it waits in a batch file, if it does.
+    """
+
+    __slots__ = ("replies", "final", "accepted", "batched")
+
+    def __init__(self) -> None:
+        self.replies: tuple[int, ...] = ()
+        self.final = False
+        self.accepted = False
+        self.batched: str | None = None
+
+
+@dataclass
+class LedgerCounts:
+    """Sums over a ledger.
+
+    Attributes:
+        requests: Requests sent, each sending counted.
+        replies: Replies received.
+        accepted: Replies accepted.
+        rejected: Replies rejected, by reason.
+        faults: Requests that got no usable reply, by kind.
+        maybe_paid: Faults after which the endpoint may have billed (time-outs, cut or broken replies).
+        unknown: Requests that were in flight when a process died: neither reply nor fault is known.
+        torn: Lines cut by a dying process.
+        missing_usage: Replies whose endpoint did not say what they used; the estimate counts for them.
+        used: Tokens of replies to live requests, `[prompt, completion]`.
+        used_in_batch: The same, of batches.
+        perhaps_used: Estimated tokens of what may have been billed without a reply.
+        models: Names under which the endpoint answered.
+    """
+
+    requests: int = 0
+    replies: int = 0
+    accepted: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    faults: Counter = field(default_factory=Counter)
+    maybe_paid: int = 0
+    unknown: int = 0
+    torn: int = 0
+    missing_usage: int = 0
+    used: list[int] = field(default_factory=lambda: [0, 0])
+    used_in_batch: list[int] = field(default_factory=lambda: [0, 0])
+    perhaps_used: list[int] = field(default_factory=lambda: [0, 0])
+    models: Counter = field(default_factory=Counter)
+
+
+class Ledger:
+    """An append-only JSONL file and the state that follows from it.
+
+    Use as a context manager; only one process at a time can hold a ledger. `append` is for the event loop of a run: lines
+    of many tasks that come together are written and synced together, and each `append` returns when its line is on disk.
+
+    Args:
+        path: The file; made if absent.
+        write: `False` reads only and takes no lock.
+
+    Raises:
+        OSError: another process holds the ledger.
+    """
+
+    def __init__(self, path: str | Path, *, write: bool = True):
+        self.path = Path(path)
+        self.tasks: dict[str, TaskState] = {}
+        self.counts = LedgerCounts()
+        self.batch_files: set[str] = set()
+        self._open_requests: dict[str, list[int]] = {}  # request id → estimated tokens
+        self._batched_tokens: dict[str, list[int]] = {}
+        self._file: BinaryIO | None = None
+        self._lock: BinaryIO | None = None
+        self._end = 0
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
+        self._flushing: asyncio.Task | None = None
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            self._file = open(self.path, "ab")
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file and lets go of the lock."""
+        for file in (self._file, self._lock):
+            if file is not None:
+                file.close()
+        self._file = self._lock = None
+
+    def state(self, task: str) -> TaskState:
+        """What is known of a task (an empty state, not kept, if nothing is)."""
+        return self.tasks.get(task) or TaskState()
+
+    def reply_at(self, position: int) -> dict[str, Any]:
+        """The event of a reply line at a position out of `TaskState.replies`."""
+        with open(self.path, "rb") as file:
+            file.seek(position)
+            return json.loads(file.readline())
+
+    def replies(self, positions: Iterator[int]) -> Iterator[dict[str, Any]]:
+        """The events at many positions; like `reply_at`, with the file opened once."""
+        with open(self.path, "rb") as file:
+            for position in positions:
+                file.seek(position)
+                yield json.loads(file.readline())
+
+    def _load(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            position, line = 0, b""
+            for line in file:
+                try:
+                    event = json.loads(line)
+                    known = isinstance(event, dict) and "event" in event
+                except ValueError:
+                    known = False
+                if known:
+                    self._follow(event, position)
+                else:
+                    self.counts.torn += 1
+                position += len(line)
+            self._end = position
+        self.counts.unknown += len(self._open_requests)
+        for tokens in self._open_requests.values():
+            _add(self.counts.perhaps_used, tokens)
+        self._open_requests.clear()
+        if line and not line.endswith(b"\n") and self._file is not None:
+            self._write(b"\n")
+
+    def _follow(self, event: dict[str, Any], position: int) -> None:
+        """Brings the state up to date with one event."""
+        kind, counts = event["event"], self.counts
+        if kind not in {"sent", "reply", "fault", "batch"}:
+            return
+        state = self.tasks.setdefault(event["task"], TaskState())
+        request = event["request"]
+        if kind == "sent":
+            if request in self._open_requests:  # sent once more after a process died with it in flight
+                counts.unknown += 1
+                _add(counts.perhaps_used, self._open_requests[request])
+            self._open_requests[request] = event["tokens"]
+            counts.requests += 1
+        elif kind == "batch":
+            state.batched = request
+            self._batched_tokens[request] = event["tokens"]
+            self.batch_files.add(event["file"])
+            counts.requests += 1
+        else:
+            batched = self._batched_tokens.pop(request, None)
+            estimate = self._open_requests.pop(request, None) or batched or [0, 0]
+            state.batched = None
+            if kind == "fault":
+                counts.faults[event["kind"]] += 1
+                if event.get("maybe_paid"):
+                    counts.maybe_paid += 1
+                    _add(counts.perhaps_used, estimate)
+            else:
+                self._follow_reply(event, state, estimate, position)
+
+    def _follow_reply(self, event: dict[str, Any], state: TaskState, estimate: list[int], position: int) -> None:
+        counts = self.counts
+        state.replies += (position,)
+        state.final, state.accepted = event["final"], event["reason"] is None
+        counts.replies += 1
+        if event["reason"] is None:
+            counts.accepted += 1
+        else:
+            counts.rejected[event["reason"]] += 1
+        if event["usage"] is None:
+            counts.missing_usage += 1
+        _add(counts.used_in_batch if event.get("batch") else counts.used, event["usage"] or estimate)
+        counts.models[event.get("model") or ""] += 1
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None, "a ledger opened for reading is not written"
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._end += len(data)
+
+    def _encode(self, events: list[dict[str, Any]]) -> tuple[bytes, list[int]]:
+        lines, positions, position = [], [], self._end
+        for event in events:
+            line = json.dumps({**event, "time": round(time.time(), 3)}, ensure_ascii=False).encode() + b"\n"
+            lines.append(line)
+            positions.append(position)
+            position += len(line)
+        return b"".join(lines), positions
+
+    def append_now(self, events: list[dict[str, Any]]) -> None:
+        """Writes and syncs events from outside an event loop."""
+        data, positions = self._encode(events)
+        self._write(data)
+        for event, position in zip(events, positions):
+            self._follow(event, position)
+
+    async def append(self, event: dict[str, Any]) -> None:
+        """Writes one event; returns when its line is synced to disk and its state is followed."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((event, future))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        await future
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            events = [event for event, _ in group]
+            try:
+                data, positions = self._encode(events)
+                await asyncio.to_thread(self._write, data)
+                for event, position in zip(events, positions):
+                    self._follow(event, position)
+            except BaseException as error:  # a full disk must reach every task that waits for its line
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+                continue
+            for _, future in group:
+                if not future.done():
+                    future.set_result(None)
+
+    def charge(self, budget: Budget) -> None:
+        """Books what the ledger holds: replies, what may have been billed without one, and batches under way."""
+        budget.spend(Usage(*self.counts.used))
+        budget.spend(Usage(*self.counts.perhaps_used))
+        budget.spend(Usage(*self.counts.used_in_batch), factor=BATCH_PRICE)
+        for tokens in self._batched_tokens.values():
+            budget.spend(Usage(*tokens), factor=BATCH_PRICE)
+
+    @property
+    def used(self) -> Usage:
+        """Tokens of all replies."""
+        return Usage(*(a + b for a, b in zip(self.counts.used, self.counts.used_in_batch)))
+
+
+def _add(total: list[int], tokens: Any) -> None:
+    total[0] += tokens[0]
+    total[1] += tokens[1]
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Holds a lock beside the ledger until the returned file is closed or the process dies."""
+    file = open(path.with_name(path.name + ".lock"), "ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise OSError(f"{path} is held by another run. Two runs in one folder would pay twice; wait for it.") from None
+    return file

@@ -1,0 +1,462 @@
+"""Runs many tasks against a language model: concurrency, limits, retries, budget and ledger in one place.
+
+What is guaranteed, and what cannot be:
+
+* A reply is on disk before anything is done with it, so a reply once received is never asked for again, whatever kills
+  the process.
+* Each request is on disk before it is sent. After a `kill -9` the ledger names the requests whose fate is unknown: at
+  most as many as were in flight (`concurrency`). They are sent again under the same id (`Idempotency-Key`). An endpoint
+  that honours that header bills them once: then nothing is paid twice. For one that does not, those that it had
+  answered, or goes on to answer, are paid a second time; they are counted (`LedgerCounts.unknown`) and the budget
+  counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
+* A task is settled by one ledger line, so it is settled once; what is made from the ledger holds it once.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .chat import ChatModel, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
+from .ledger import Ledger
+from .limits import Backoff, Budget, TokenBucket
+
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 2
+"""A rejected reply is asked for once more, with the reason told to the model."""
+
+REFUSALS_BEFORE_STOP = 5
+"""So many requests refused (HTTP 400) before the first reply stop the run: it is the settings, not the requests."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to ask.
+
+    Attributes:
+        id: Unique in the run; the same when the run is resumed.
+        messages: The conversation to complete.
+        max_tokens: Longest reply, in tokens.
+        temperature: Sampling temperature; `None` leaves the endpoint's own.
+        seed: Sampling seed.
+    """
+
+    id: str
+    messages: list[Message]
+    max_tokens: int = 1024
+    temperature: float | None = 0.7
+    seed: int | None = None
+
+    def again(self, reply: str, reason: str) -> "Task":
+        """The task asked once more: the rejected reply and what was wrong with it are told to the model."""
+        told = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
+        return replace(self, messages=[*self.messages, *told], seed=None if self.seed is None else self.seed + 1)
+
+    def request_id(self, run: str, model: str, attempt: int) -> str:
+        """Name of the request: the same for the same request of the same run, different for any other."""
+        content = [run, model, self.id, attempt, self.messages, self.max_tokens, self.temperature, self.seed]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is thought of a reply.
+
+    Attributes:
+        reason: Short name under which a rejection is counted; `None` accepts.
+        detail: What exactly was wrong, for a person.
+        tell: What the model is told when it is asked again; `None` settles the task with this reply.
+    """
+
+    reason: str | None = None
+    detail: str = ""
+    tell: str | None = None
+
+
+@dataclass
+class RunSettings:
+    """How a run asks.
+
+    Attributes:
+        concurrency: Most requests in flight.
+        requests_per_minute: Limit; `None` for none.
+        tokens_per_minute: Limit, of prompts and longest replies; `None` for none.
+        backoff: Waiting and patience.
+        seed: Seed of the back-off's random part.
+    """
+
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    backoff: Backoff = field(default_factory=Backoff)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency is {self.concurrency}; at least one request must be in flight.")
+
+
+@dataclass
+class RunSummary:
+    """What one call of `run_tasks` did.
+
+    Attributes:
+        stopped: `"done"` (every task was looked at), `"interrupt"`, `"budget"` or `"endpoint"`.
+        message: Why it stopped, for a person.
+        accepted: Tasks settled with an accepted reply.
+        rejected: Tasks settled with a rejected one.
+        skipped: Tasks that were settled before.
+        batched: Tasks that wait in a batch file.
+        given_up: Tasks left open after faults; the next run asks them again.
+        seconds: Wall time.
+    """
+
+    stopped: str = "done"
+    message: str = ""
+    accepted: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    batched: int = 0
+    given_up: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+def accept_all(task: Task, reply: Reply) -> Verdict:
+    """A judge that takes every reply."""
+    return Verdict()
+
+
+class _Run:
+    """The state of one `run_tasks`."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        ledger: Ledger,
+        run_id: str,
+        judge: Callable[[Task, Reply], Verdict],
+        settings: RunSettings,
+        budget: Budget,
+        on_settled: Callable[[Task, bool], None] | None,
+    ):
+        self.model, self.ledger, self.run_id, self.judge = model, ledger, run_id, judge
+        self.settings, self.budget, self.on_settled = settings, budget, on_settled
+        self.summary = RunSummary()
+        self.stopping = asyncio.Event()
+        self.rng = random.Random(settings.seed)
+        self.requests = TokenBucket(settings.requests_per_minute) if settings.requests_per_minute else None
+        tokens = settings.tokens_per_minute
+        self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
+        self.not_before = 0.0
+        self.last_success = time.monotonic()
+        self.answered = 0
+        self.released = asyncio.Event()
+
+    def stop(self, why: str, message: str) -> None:
+        """No new request; those in flight are finished. The first reason stays."""
+        if not self.stopping.is_set():
+            self.summary.stopped, self.summary.message = why, message
+            self.stopping.set()
+            self.released.set()
+
+    async def pause(self, seconds: float) -> bool:
+        """Waits; `False` if the run was stopped meanwhile."""
+        if seconds > 0:
+            try:
+                await asyncio.wait_for(self.stopping.wait(), seconds)
+            except asyncio.TimeoutError:
+                pass
+        return not self.stopping.is_set()
+
+    async def wait_for_limits(self, estimate: Usage) -> bool:
+        """Waits for the limits and for a pause that the endpoint asked for; `False` if the run was stopped."""
+        waits = []
+        if self.requests:
+            waits.append(self.requests.take())
+        if self.tokens:
+            waits.append(self.tokens.take(estimate.total_tokens))
+        if not await self.pause(max(waits, default=0.0)):
+            return False
+        while (wait := self.not_before - time.monotonic()) > 0:
+            if not await self.pause(wait):
+                return False
+        return not self.stopping.is_set()
+
+    async def hold(self, estimate: Usage) -> bool:
+        """Sets `estimate` aside in the budget; `False` if it does not have it or the run was stopped.
+
+        Replies in flight mostly use less than is held for them: the budget has an end only when none is in flight.
+        """
+        while not self.stopping.is_set():
+            if self.budget.hold(estimate):
+                return True
+            if not self.budget.held_tokens:
+                self.stop("budget", _budget_message(self.budget, estimate))
+                return False
+            self.released.clear()
+            await self.released.wait()
+        return False
+
+    def release(self, estimate: Usage) -> None:
+        self.budget.release(estimate)
+        self.released.set()
+
+    async def work(self, tasks: Iterator[Task]) -> None:
+        """One of `concurrency` workers: takes the next task and brings it to its end."""
+        for task in tasks:
+            if self.stopping.is_set():
+                return
+            state = self.ledger.state(task.id)
+            if state.final:
+                self.summary.skipped += 1
+            elif state.batched:
+                self.summary.batched += 1
+            else:
+                await self.settle(task)
+
+    async def settle(self, task: Task) -> None:
+        """Asks until the task is settled, or leaves it open."""
+        state = self.ledger.state(task.id)
+        attempt = 1 + len(state.replies)
+        if attempt > 1:
+            task = resume_attempt(task, self.ledger)
+        while True:
+            reply, estimate = await self.ask(task, attempt)
+            if reply is None:
+                return
+            verdict = self.judge(task, reply)
+            final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
+            request = task.request_id(self.run_id, self.model.name, attempt)
+            await self.ledger.append(reply_event(task, request, attempt, reply, verdict, final))
+            used = reply.usage or estimate
+            self.budget.spend(used)
+            self.release(estimate)
+            if reply.usage:
+                self.budget.learn(task.messages, reply.usage)
+            if self.tokens:
+                self.tokens.give_back(estimate.total_tokens - used.total_tokens)
+            if final:
+                if verdict.reason is None:
+                    self.summary.accepted += 1
+                else:
+                    self.summary.rejected += 1
+                if self.on_settled:
+                    self.on_settled(task, verdict.reason is None)
+                return
+            if self.stopping.is_set():
+                return
+            task, attempt = task.again(reply.text, verdict.tell), attempt + 1
+
+    async def ask(self, task: Task, attempt: int) -> tuple[Reply | None, Usage]:
+        """One reply, through limits, budget and faults; the budget holds what was estimated for it.
+
+        `None`: the task stays open (the run stops, the endpoint refuses it, or it failed too often).
+        """
+        request = task.request_id(self.run_id, self.model.name, attempt)
+        head = {"task": task.id, "request": request, "attempt": attempt}
+        failed = 0
+        while True:
+            estimate = self.budget.estimate(task.messages, task.max_tokens)
+            if not await self.wait_for_limits(estimate):
+                return None, estimate
+            if not await self.hold(estimate):
+                return None, estimate
+            tokens = [estimate.prompt_tokens, estimate.completion_tokens]
+            await self.ledger.append({"event": "sent", **head, "tokens": tokens})
+            try:
+                reply = await self.model.complete(
+                    task.messages,
+                    max_tokens=task.max_tokens,
+                    temperature=task.temperature,
+                    seed=task.seed,
+                    request_id=request,
+                )
+            except (PassingFault, RequestFault, FatalFault) as error:
+                fault = {"kind": error.kind, "message": str(error)[:500], "maybe_paid": error.maybe_paid}
+                await self.ledger.append({"event": "fault", **head, **fault})
+                if error.maybe_paid:
+                    self.budget.spend(estimate)
+                self.release(estimate)
+                failed += 1
+                if not await self.bear(error, failed):
+                    self.summary.given_up[error.kind] += 1
+                    return None, estimate
+                continue
+            self.answered += 1
+            self.last_success = time.monotonic()
+            return reply, estimate
+
+    async def bear(self, fault: Exception, failed: int) -> bool:
+        """What a fault means for the task and the run; `True` after waiting, if the request is to be sent again."""
+        backoff = self.settings.backoff
+        if isinstance(fault, FatalFault):
+            self.stop("endpoint", f"The endpoint refuses every request ({fault.kind}): {fault}")
+            return False
+        if isinstance(fault, RequestFault):
+            refused = sum(self.summary.given_up.values()) + 1
+            if self.answered == 0 and refused >= REFUSALS_BEFORE_STOP:
+                self.stop(
+                    "endpoint", f"The first {refused} requests were all refused, the last with {fault.kind}: {fault}"
+                )
+            return False
+        silent = time.monotonic() - self.last_success
+        wait = backoff.seconds(failed, self.rng)
+        if fault.retry_after is not None:
+            wait = max(fault.retry_after, 0.0)
+            self.not_before = max(self.not_before, time.monotonic() + wait)
+        if silent > backoff.patience or wait > backoff.patience:
+            asked = f", and asks to wait {wait:.0f} s" if wait > backoff.patience else ""
+            self.stop(
+                "endpoint", f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}){asked}."
+            )
+            return False
+        # A limit or an unreachable endpoint is no fault of the request: it is borne as long as the run has patience.
+        if fault.kind not in {"429", "connection", "503"} and failed >= backoff.attempts:
+            return False
+        return await self.pause(wait)
+
+
+def reply_event(
+    task: Task, request: str, attempt: int, reply: Reply, verdict: Verdict, final: bool, **more: Any
+) -> dict[str, Any]:
+    """The ledger's line for a reply."""
+    return {
+        "event": "reply",
+        "task": task.id,
+        "request": request,
+        "attempt": attempt,
+        "text": reply.text,
+        "finish": reply.finish_reason,
+        "usage": [reply.usage.prompt_tokens, reply.usage.completion_tokens] if reply.usage else None,
+        "model": reply.model,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "tell": verdict.tell,
+        "final": final,
+        **more,
+    }
+
+
+def resume_attempt(task: Task, ledger: Ledger) -> Task:
+    """The task as it is to be asked after the rejected replies that the ledger holds."""
+    for position in ledger.state(task.id).replies:
+        event = ledger.reply_at(position)
+        task = task.again(event["text"], event["tell"])
+    return task
+
+
+def _budget_message(budget: Budget, estimate: Usage) -> str:
+    parts = []
+    if budget.max_tokens is not None:
+        parts.append(f"{budget.tokens:,} of {budget.max_tokens:,} tokens are used")
+    if budget.max_cost is not None:
+        parts.append(f"${budget.cost:.4f} of ${budget.max_cost:.2f} are spent")
+    return (
+        f"The budget does not have the next request (up to {estimate.total_tokens:,} tokens): {' and '.join(parts)}."
+    )
+
+
+async def run_tasks_async(
+    tasks: Iterable[Task],
+    model: ChatModel,
+    ledger: Ledger,
+    *,
+    run_id: str = "",
+    judge: Callable[[Task, Reply], Verdict] = accept_all,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    on_settled: Callable[[Task, bool], None] | None = None,
+    handle_interrupt: bool = False,
+) -> RunSummary:
+    """`run_tasks` inside a running event loop."""
+    settings = settings or RunSettings()
+    budget = budget or Budget()
+    ledger.charge(budget)
+    run = _Run(model, ledger, run_id, judge, settings, budget, on_settled)
+    undo = _interruptible(run) if handle_interrupt else None
+    start = time.monotonic()
+    iterator = iter(tasks)
+    workers = [asyncio.create_task(run.work(iterator)) for _ in range(settings.concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        if undo:
+            undo()
+        close = getattr(model, "close", None)
+        if close is not None:
+            await close()
+    run.summary.seconds = time.monotonic() - start
+    return run.summary
+
+
+def _interruptible(run: _Run) -> Callable[[], None] | None:
+    """The first Ctrl-C stops the run gently; the second one at once. Returns what undoes it."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_: Any) -> None:
+        if run.stopping.is_set():
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
+            return
+        logger.warning("Stopping: requests in flight are finished first. Ctrl-C again stops at once.")
+        loop.call_soon_threadsafe(run.stop, "interrupt", "Interrupted; what was in flight is finished and kept.")
+
+    signal.signal(signal.SIGINT, interrupted)
+    return lambda: signal.signal(signal.SIGINT, before)
+
+
+def run_tasks(tasks: Iterable[Task], model: ChatModel, ledger: Ledger, **options: Any) -> RunSummary:
+    """Asks every task that is not settled in `ledger`; resumes by being called again.
+
+    Tasks are drawn from `tasks` one by one as workers become free, so memory does not grow with their number.
+
+    Args:
+        tasks: What to ask, in order.
+        model: Who is asked.
+        ledger: Where everything is written; open for writing.
+        run_id: Name of the run: a part of each request's id, so that two runs with the same prompts are two.
+        judge: Judges each reply; a rejected one with `tell` is asked for once more.
+        settings: Concurrency, limits, back-off.
+        budget: Most tokens and dollars, over all runs on this ledger.
+        on_settled: Called with each task that is settled, and whether its reply was accepted.
+        handle_interrupt: Whether the first Ctrl-C finishes what is in flight (main thread only).
+
+    Returns:
+        What was done and why it stopped. Faults of the endpoint do not raise: the work so far is kept, and the summary
+        says what happened.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(run_tasks_async(tasks, model, ledger, **options))
+    # Inside a notebook's loop: a loop of our own in a thread.
+    result: list[Any] = []
+
+    def inside() -> None:
+        try:
+            result.append(asyncio.run(run_tasks_async(tasks, model, ledger, **options)))
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]

@@ -1,0 +1,192 @@
+"""A local OpenAI-compatible server that injects faults, counts what it was asked and bills each request key once.
+
+In a test: `with FaultServer(latency=0.01, faults={"500": 0.1}) as server: … server.url … server.paid`.
+Alone, for benchmarks: `python fault_server.py --latency 0.2` prints its URL and serves until its stdin closes.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import random
+import sys
+import threading
+from collections import Counter
+
+
+def answer(messages):
+    """A reply in the form that the messages ask for, different for different contexts."""
+    query = messages[-1]["content"]
+    tag = hashlib.sha256(messages[1 if len(messages) < 3 else -1]["content"].encode()).hexdigest()[:6]
+    scene = " ".join(word for word in query.split("\n", 1)[0].rstrip(".").split()).lower()
+    system = messages[0]["content"].lower()
+    if "conversation" in system:
+        return (
+            f"Question:\nWhich animal of herd {tag} stands here?\n===\nAnswer:\nOne sees {scene} and nothing more.\n===\n"
+            f"Question:\nHow many barns of farm {tag} are near?\n===\nAnswer:\nNot a single one is near, only {scene}."
+        )
+    if "question" in system:
+        return (
+            f"Question:\nWhat might the owner of house {tag} do next, and why?\n===\nAnswer:\n"
+            f"Because of {scene}, one would tidy up first: it is late, the light fades and rain is near."
+        )
+    return f"One sees {scene}. The light is soft and the air looks calm. House {tag} stands at the side, and a path leads on."
+
+
+class FaultServer:
+    """The server, in a thread of its own.
+
+    Args:
+        latency: Seconds from a whole request to its reply.
+        faults: Probability of each fault per request: "429", "500", "cut" (connection closed inside the reply), "drop"
+            (closed before anything is done), "malformed" (a body that is no JSON), "shape" (JSON without choices),
+            "hang" (no answer for a minute).
+        honours_keys: Whether the same `Idempotency-Key` is billed once and answered with the first reply.
+        reply: `messages -> text`, or `messages -> (status, body)`.
+        seed: Of the faults.
+        retry_after: What a 429 says.
+    """
+
+    def __init__(self, *, latency=0.0, faults=None, honours_keys=True, reply=answer, seed=0, retry_after="0.05"):
+        self.latency, self.faults, self.honours_keys = latency, dict(faults or {}), honours_keys
+        self.reply, self.retry_after = reply, retry_after
+        self.random = random.Random(seed)
+        self.paid = Counter()  # request key → times billed
+        self.asked = Counter()  # request key → times received whole
+        self.injected = Counter()
+        self.bodies = []  # the last hundred
+        self.headers = []
+        self.in_flight = self.most_in_flight = 0
+        self.answered = {}
+        self.connections = set()
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._server = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.open()
+        return self
+
+    def __exit__(self, *exc):
+        self.die()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def open(self):
+        """Starts listening; after `die`, on the same port again."""
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+
+    def die(self):
+        """Stops listening and cuts every connection, as a crashed server does."""
+        asyncio.run_coroutine_threadsafe(self._die(), self._loop).result(10)
+
+    async def _open(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _die(self):
+        self._server.close()
+        for writer in list(self.connections):
+            writer.transport.abort()
+        self.connections.clear()
+
+    async def _serve(self, reader, writer):
+        self.connections.add(writer)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                lines = head.decode("latin-1").split("\r\n")
+                headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:] if line)}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                if not await self._respond(lines[0].split()[1], headers, body, writer):
+                    writer.transport.abort()
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.connections.discard(writer)
+            writer.close()
+
+    async def _respond(self, path, headers, raw, writer):
+        if not path.endswith("/chat/completions"):
+            await self._send(writer, 404, b'{"error": {"message": "no such path"}}')
+            return True
+        body = json.loads(raw)
+        key = headers.get("idempotency-key") or hashlib.sha256(raw).hexdigest()
+        self.asked[key] += 1
+        self.bodies = [*self.bodies[-99:], body]
+        self.headers = [*self.headers[-99:], headers]
+        fault = self._draw()
+        if fault:
+            self.injected[fault] += 1
+        if fault == "429":
+            await self._send(writer, 429, b'{"error": {"message": "slow down"}}', {"Retry-After": self.retry_after})
+            return True
+        if fault == "500":
+            await self._send(writer, 500, b'{"error": {"message": "oops"}}')
+            return True
+        if fault == "drop":
+            return False
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(60 if fault == "hang" else self.latency)
+        finally:
+            self.in_flight -= 1
+        if not (self.honours_keys and key in self.answered):
+            self.paid[key] += 1
+            text = self.reply(body["messages"])
+            status, reply = text if isinstance(text, tuple) else (200, self._completion(body, text))
+            self.answered[key] = (status, json.dumps(reply).encode())
+        status, payload = self.answered[key]
+        if fault == "cut":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n" + payload[:40])
+            await writer.drain()
+            return False
+        if fault == "malformed":
+            payload = payload[: len(payload) // 2]
+        if fault == "shape":
+            payload = b'{"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []}'
+        await self._send(writer, status, payload)
+        return True
+
+    def _draw(self):
+        draw = self.random.random()
+        for fault, probability in self.faults.items():
+            if draw < probability:
+                return fault
+            draw -= probability
+        return None
+
+    @staticmethod
+    def _completion(body, text):
+        prompt = sum(len(message["content"]) for message in body["messages"]) // 4
+        completion = max(1, len(text) // 4)
+        return {
+            "id": "chatcmpl-0",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"] + "-2026",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+        }
+
+    async def _send(self, writer, status, payload, headers=()):
+        extra = "".join(f"{key}: {value}\r\n" for key, value in dict(headers).items())
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n{extra}\r\n"
+        writer.write(head.encode() + payload)
+        await writer.drain()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--latency", type=float, default=0.2)
+    with FaultServer(latency=parser.parse_args().latency) as running:
+        print(running.url, flush=True)
+        sys.stdin.read()
