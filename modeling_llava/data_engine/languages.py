@@ -1,0 +1,83 @@
+"""Tells whether a text is in a language, by its script and its commonest words. Enough to reject a reply in another one."""
+
+import re
+import unicodedata
+
+
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "ar": ("ARABIC",),
+    "el": ("GREEK",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "th": ("THAI",),
+    "uk": ("CYRILLIC",),
+    "zh": ("CJK",),
+}
+"""First words of the Unicode names of the letters of a language; those not listed are written in Latin letters."""
+
+COMMON_WORDS: dict[str, frozenset[str]] = {
+    code: frozenset(words.split())
+    for code, words in {
+        "de": "der die das und ist in den von zu mit sich auf für nicht ein eine einen einem es im dem auch als an sind wie "
+        "dass oder wird aus er sie bei nach um am man was hat",
+        "en": "the of and to in is are was a an it that on with as for this at by from be there his her their what which "
+        "who how or not have has one two they its can near while into of some other",
+        "es": "el la los las de que y en un una es se no por con para su al lo del como más está son qué hay o sobre pero "
+        "esta este muy también",
+        "fr": "le la les de des et est un une dans en du que qui il elle sur pour au avec ce ne pas par son sa ses sont plus "
+        "aux cette ou quel quelle être",
+        "it": "il lo la gli le di e che in un una è per con del della dei non si su da al sono come più anche cosa nel nella "
+        "questo questa ci",
+        "nl": "de het een en van is in op te dat die met voor niet zijn aan er om ook als bij door naar wat maar uit hun zich "
+        "deze wordt",
+        "pl": "w i na się z do nie jest to że o jak co po dla od za przez ale są oraz czy tym jego jej być który która",
+        "pt": "o a os as de que e em um uma é do da no na para com não se por mais dos das ao como são está seu sua ou qual "
+        "pelo",
+        "sv": "och att det i en på är som för av med den till inte har de ett om vid man kan från också hur vad eller sig",
+        "tr": "ve bir bu da de için ile olarak çok daha olan gibi ne var en o mi ise kadar sonra ya",
+    }.items()
+}
+
+LANGUAGES = tuple(sorted({*SCRIPTS, *COMMON_WORDS}))
+
+FEWEST_WORDS = 8
+"""Below so many words the commonest ones say nothing; the script alone decides."""
+
+
+def looks_like(text: str, language: str) -> bool:
+    """Whether a text may be in a language; in doubt, yes.
+
+    Args:
+        text: The text; numbers and punctuation are not looked at.
+        language: Code out of `LANGUAGES`.
+
+    Raises:
+        ValueError: the language cannot be told.
+    """
+    if language not in LANGUAGES:
+        raise ValueError(
+            f"'{language}' is no language that can be told; these can: {', '.join(LANGUAGES)}. "
+            "Give 'any' to take replies in every language."
+        )
+    letters = [c for c in text if c.isalpha()]
+    if not letters:
+        return True
+    scripts = SCRIPTS.get(language, ("LATIN",))
+    inside = sum(unicodedata.name(c, "").startswith(scripts) for c in letters)
+    if inside < 0.6 * len(letters):
+        return False
+    if language == "zh" and any(unicodedata.name(c, "").startswith(("HIRAGANA", "KATAKANA")) for c in letters):
+        return False
+    if language == "ja" and len(letters) >= 20:
+        return any(unicodedata.name(c, "").startswith(("HIRAGANA", "KATAKANA")) for c in letters)
+    if language not in COMMON_WORDS:
+        return True
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    if len(words) < FEWEST_WORDS:
+        return True
+    shares = {code: sum(word in common for word in words) for code, common in COMMON_WORDS.items()}
+    # Ties and texts of names and nouns only are let through: what is to be caught is a reply in another language.
+    return shares[language] >= max(shares.values()) or shares[language] >= 0.3 * len(words)

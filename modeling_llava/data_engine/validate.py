@@ -1,0 +1,287 @@
+"""Parses what a model wrote into questions and answers, and says what is wrong with it.
+
+Each rule is a function of the reply alone (and of the settings), so a reply gets the same verdict whenever it is judged.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+
+from .languages import looks_like
+
+
+Turn = tuple[str, str]
+"""A question and its answer. In a description the question is empty: it is drawn from a list."""
+
+REASONS: dict[str, str] = {
+    "no_parse": "not in the form of questions and answers",
+    "empty": "empty, or an empty question or answer",
+    "filtered": "withheld by the endpoint's content filter",
+    "cut": "cut at the longest reply",
+    "mentions_source": "speaks of captions, boxes or coordinates",
+    "refusal": "refuses to answer",
+    "wrong_language": "in another language",
+    "too_short": "too short",
+    "too_long": "too long",
+    "duplicate_questions": "asks the same question twice",
+    "gives_answer_away": "a question holds its own answer",
+}
+"""Reasons to reject a reply, in the order in which they are looked for."""
+
+TELL: dict[str, str] = {
+    "no_parse": "Your last reply was not in the required form. Write 'Question:' on a line of its own, then the question, "
+    "then '===', then 'Answer:' and the answer, exactly as in the examples, and nothing else.",
+    "empty": "Your last reply was empty or had an empty question or answer. Please write it again, complete.",
+    "filtered": "Your last reply was withheld. Please write another one that stays with what the image shows.",
+    "cut": "Your last reply was cut off because it was too long. Please write a shorter one that comes to an end.",
+    "mentions_source": "Your last reply spoke of captions, descriptions, boxes or coordinates ({detail}). Please write it "
+    "again as someone who looks at the image itself, in ordinary words.",
+    "refusal": "Your last reply refused to answer ({detail}). You do know what the image shows: it was told to you in "
+    "words. Please write the reply as if you were looking at it.",
+    "wrong_language": "Your last reply was not in the language of the examples. Please write it again in that language.",
+    "too_short": "Your last reply was too short ({detail}). Please write it again with more detail.",
+    "too_long": "Your last reply was too long ({detail}). Please write a shorter one.",
+    "duplicate_questions": "Your last reply asked the same question twice ({detail}). Please write it again with "
+    "different questions.",
+    "gives_answer_away": "In your last reply a question already held its answer ({detail}). Please write it again with "
+    "questions that do not.",
+}
+"""What the model is told when it is asked once more; `{detail}` is what was found."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What a reply must be like.
+
+    Attributes:
+        language: Code of the language (`"en"`), or `None` for any; `languages.LANGUAGES` has those that can be told.
+        answer_words: Fewest and most words of an answer, by type.
+        turns: Fewest and most pairs of question and answer, by type.
+        question_words: Fewest and most words of a question.
+    """
+
+    language: str | None = "en"
+    answer_words: dict[str, tuple[int, int]] = field(
+        default_factory=lambda: {"conversation": (1, 500), "detail": (20, 500), "complex": (20, 600)}
+    )
+    turns: dict[str, tuple[int, int]] = field(
+        default_factory=lambda: {"conversation": (1, 20), "detail": (1, 1), "complex": (1, 1)}
+    )
+    question_words: tuple[int, int] = (2, 80)
+
+
+class Rejection(ValueError):
+    """A reply is not good enough.
+
+    Args:
+        reason: One of `REASONS`.
+        detail: What was found.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{REASONS[reason]}: {detail}" if detail else REASONS[reason])
+        self.reason = reason
+        self.detail = detail
+
+    @property
+    def tell(self) -> str:
+        """What the model is told when it is asked once more."""
+        return TELL[self.reason].format(detail=self.detail)
+
+
+HEADER = re.compile(
+    r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\d+[.)][ \t]*)?[*_]{0,2}(question|answer|q|a)[ \t]*\d*[*_]{0,2}[ \t]*[:：][ \t]*[*_]{0,2}[ \t]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+SEPARATOR = re.compile(r"^[ \t]*(?:={3,}|-{3,}|\*{3,})[ \t]*$", re.MULTILINE)
+
+
+def parse_turns(text: str) -> list[Turn]:
+    """Questions and answers of a reply in the form `Question:` … `===` `Answer:` … `===`.
+
+    Forgiving where nothing is lost: separators may be absent, the text may begin on the header's line, headers may be
+    numbered or bold. Text before the first question, an answer before any question, or two of a kind in a row are not.
+
+    Raises:
+        Rejection: `"no_parse"`, or `"empty"` where a question or an answer has no text.
+    """
+    text = text.replace("\r\n", "\n")
+    headers = list(HEADER.finditer(text))
+    if not headers:
+        raise Rejection("no_parse", "no 'Question:'")
+    if SEPARATOR.sub("", text[: headers[0].start()]).strip():
+        raise Rejection("no_parse", "text before the first 'Question:'")
+    parts: list[tuple[str, str]] = []
+    for header, following in zip(headers, [*headers[1:], None]):
+        body = text[header.end() : following.start() if following else len(text)]
+        parts.append((header[1][0].lower(), _trim_separators(body)))
+    turns = []
+    for i in range(0, len(parts), 2):
+        if parts[i][0] != "q" or i + 1 == len(parts) or parts[i + 1][0] != "a":
+            raise Rejection("no_parse", "questions and answers do not alternate")
+        question, answer = parts[i][1], parts[i + 1][1]
+        if not question or not answer:
+            raise Rejection("empty", "an empty question" if not question else "an empty answer")
+        turns.append((question, answer))
+    return turns
+
+
+def _trim_separators(body: str) -> str:
+    lines = body.strip().split("\n")
+    while lines and (not lines[-1].strip() or SEPARATOR.fullmatch(lines[-1])):
+        lines.pop()
+    while lines and (not lines[0].strip() or SEPARATOR.fullmatch(lines[0])):
+        lines.pop(0)
+    return "\n".join(lines).strip()
+
+
+def parse_description(text: str) -> list[Turn]:
+    """A reply that is a description: one turn without a question. A leading `Answer:` or `Description:` is taken off.
+
+    Raises:
+        Rejection: `"empty"`.
+    """
+    text = re.sub(r"^\s*[*_]{0,2}(?:answer|description)[*_]{0,2}\s*:\s*[*_]{0,2}\s*", "", text, flags=re.IGNORECASE)
+    text = _trim_separators(text.replace("\r\n", "\n"))
+    if not text:
+        raise Rejection("empty")
+    return [("", text)]
+
+
+SOURCE = re.compile(
+    r"""
+      \b(?:the|these|those|this|both|given|provided|first|second|five|all)\s+(?:\w+\s+)?captions?\b(?!\s+(?:on|under|below|of\s+the\s+(?:sign|poster|photo)))
+    | \bcaptions?\s+(?:mentions?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)\b
+    | \b(?:in|from|by|per|to|on)\s+(?:the|its|a)\s+captions?\b
+    | \bbounding[\s-]?box(?:es)?\b
+    | \bbbox(?:es)?\b
+    | \bbox(?:es)?\s+(?:coordinates?|information|data|annotations?)\b
+    | \b(?:normali[sz]ed|object|box|pixel|exact|specific|given|provided|with|at|the|its|their|these|[xy])[\s-]+coordinates\b(?!\s+(?:with|their|its|his|her))
+    | \b(?:the|these|those|given|provided|five)\s+(?:given\s+|provided\s+|five\s+)?(?:sentences|descriptions)\b
+    | \b(?:provided|given)\s+(?:\w+\s+)?(?:description|information|text|data|sentences?|context)\b
+    | \b(?:according\s+to|based\s+on|from|as\s+per)\s+(?:the\s+|your\s+)?(?:descriptions?|sentences?|text\s+provided|object\s+list)\b
+    | \bdescriptions?\s+(?:does\s+not|doesn't|do\s+not|mentions?|states?|provided)\b
+    | [\[(]\s*[01]?\.\d+\s*,\s*[01]?\.\d+
+    | \b[xy][12]?\s*=\s*[01]?\.\d+
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+REFUSAL = re.compile(
+    r"""
+      \bI(?:'m|\s+am)\s+(?:sorry|afraid)\b
+    | \bI\s+apologi[sz]e\b
+    | \bas\s+an?\s+(?:AI|artificial\s+intelligence|language\s+model|text[- ]based)\b
+    | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:AI|language\s+model|text[- ]based)\b
+    | \bI\s+(?:can(?:no|')t|can\s+not|am\s+unable\s+to|am\s+not\s+able\s+to|do\s+not\s+have\s+the\s+ability\s+to|don't\s+have\s+the\s+ability\s+to)
+      \s+(?:actually\s+|directly\s+|really\s+)?(?:see|view|look|access|assist|help|provide|answer|fulfil|comply|analy[sz]e|describe|process|generate|create)\b
+    | \bI(?:'m|\s+am)\s+(?:unable|not\s+able)\s+to\s+(?:see|view|access|assist|help|provide|answer|analy[sz]e|describe)\b
+    | \bI\s+(?:do\s+not|don't)\s+(?:have\s+access|see\s+(?:an|any|the)\s+(?:image|photo|picture))
+    | \bno\s+(?:image|photo|picture)\s+(?:was|has\s+been|is)\s+(?:provided|attached|given|uploaded)\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+DENSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
+"""Scripts that are written without spaces: Japanese, Chinese, Thai. Two of their characters count as a word."""
+
+
+def count_words(text: str) -> int:
+    """Words of a text; in scripts without spaces, two characters count as one."""
+    dense = len(DENSE.findall(text))
+    return len(WORD.findall(DENSE.sub(" ", text))) + (dense + 1) // 2
+
+
+def normalise(text: str) -> str:
+    """A text without case, accents, punctuation and runs of space, by which questions are compared."""
+    text = unicodedata.normalize("NFKD", text.casefold())
+    return " ".join(WORD.findall("".join(c for c in text if not unicodedata.combining(c))))
+
+
+# Words that carry no content of their own when an answer is compared with its question.
+FUNCTION_WORDS = frozenset(
+    """a an the this that these those it its there here is are was were be been being am do does did has have had can could
+    may might must shall should will would what which who whom whose where when why how of in on at to for from by with as and
+    but if than then so very just also some any one they them their he she his her him we you your i my me us our not image
+    photo picture scene shown visible seen see color colour kind type""".split()
+)
+YES_NO = re.compile(r"^\W*(?:yes|no|not|none|nobody|nothing|it is not|there (?:is|are) no)\b", re.IGNORECASE)
+YES_NO_QUESTION = re.compile(
+    r"^\W*(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might)\b", re.IGNORECASE
+)
+
+
+def gives_answer_away(question: str, answer: str) -> bool:
+    """Whether a question holds its answer: the answer says nothing that the question does not ("What color is the red
+    hydrant?" – "The hydrant is red.").
+
+    Questions to be answered by yes or no, and those that offer a choice, name their answer by nature.
+    """
+    if YES_NO.match(answer) or YES_NO_QUESTION.match(question) or re.search(r"\bor\b", question, re.IGNORECASE):
+        return False
+    asked = set(normalise(question).split())
+    said = [word for word in normalise(answer).split() if word not in FUNCTION_WORDS]
+    return bool(said) and all(word in asked for word in said)
+
+
+def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: str = "stop") -> list[Turn]:
+    """The turns of a reply.
+
+    Args:
+        text: What the model wrote.
+        kind: `"conversation"`, `"detail"` or `"complex"`.
+        settings: What a reply must be like.
+        finish_reason: Why the model stopped; `"length"` is a reply that was cut.
+
+    Raises:
+        Rejection: with the first reason, in the order of `REASONS`.
+    """
+    if finish_reason == "content_filter":
+        raise Rejection("filtered")
+    if not text.strip():
+        raise Rejection("empty")
+    refused = REFUSAL.search(text)
+    try:
+        turns = parse_description(text) if kind == "detail" else parse_turns(text)
+    except Rejection as rejection:
+        # What is not in the form because it refuses, or because it was cut, says so.
+        if rejection.reason == "no_parse" and refused:
+            raise Rejection("refusal", refused[0]) from None
+        if finish_reason == "length":
+            raise Rejection("cut") from None
+        raise
+    if finish_reason == "length":
+        raise Rejection("cut")
+    for turn in turns:
+        for part in turn:
+            if found := SOURCE.search(part):
+                raise Rejection("mentions_source", " ".join(found[0].split()))
+    if refused:
+        raise Rejection("refusal", refused[0])
+    if settings.language and not looks_like("\n".join(part for turn in turns for part in turn), settings.language):
+        raise Rejection("wrong_language", settings.language)
+    _check_lengths(turns, kind, settings)
+    seen = set()
+    for question, answer in turns:
+        if question:
+            if normalise(question) in seen:
+                raise Rejection("duplicate_questions", question)
+            seen.add(normalise(question))
+            if gives_answer_away(question, answer):
+                raise Rejection("gives_answer_away", question)
+    return turns
+
+
+def _check_lengths(turns: list[Turn], kind: str, settings: ValidationSettings) -> None:
+    def check(number: int, bounds: tuple[int, int], what: str) -> None:
+        if number < bounds[0]:
+            raise Rejection("too_short", f"{number} {what}, at least {bounds[0]}")
+        if number > bounds[1]:
+            raise Rejection("too_long", f"{number} {what}, at most {bounds[1]}")
+
+    for question, answer in turns:
+        check(count_words(answer), settings.answer_words[kind], "words in an answer")
+        if question:
+            check(count_words(question), settings.question_words, "words in a question")
+    check(len(turns), settings.turns[kind], "pairs of question and answer")
