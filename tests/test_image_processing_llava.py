@@ -1,0 +1,266 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from modeling_llava.image_processing_llava import LlavaImageProcessor
+
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = [
+    "llava_v15_tiny",
+    "llava_v15_tiny_lora",
+    "llava_v15_tiny_projector",
+    "llava_v1_tiny",
+    "llava_v1_tiny_delta",
+]
+
+
+def noise(width, height, channels=3, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(values if channels > 1 else values[..., 0])
+
+
+def aspect_ratio_of(checkpoint):
+    for path in (GOLDEN / checkpoint).rglob("config.json"):
+        config = json.loads(path.read_text())
+        if "image_aspect_ratio" in config:
+            return config["image_aspect_ratio"]
+    return "pad"  # the projector's folder has no configuration of the whole; it is of LLaVA-1.5
+
+
+def reference_pixels(image, size, crop, pad, mean, std):
+    """The original's steps: expand to a square, resize horizontally then vertically, crop, rescale, normalise."""
+    image = image.convert("RGB")
+    width, height = image.size
+    if pad:
+        side = max(width, height)
+        canvas = Image.new("RGB", (side, side), tuple(int(x * 255) for x in mean))
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        image, width, height = canvas, side, side
+    long = int(size * max(width, height) / min(width, height))
+    new_width, new_height = (size, long) if width <= height else (long, size)
+    image = image.resize((new_width, height), Image.BICUBIC).resize((new_width, new_height), Image.BICUBIC)
+    left, top = (new_width - crop) // 2, (new_height - crop) // 2
+    values = np.asarray(image.crop((left, top, left + crop, top + crop)))
+    values = (values.astype(np.float64) / 255).astype(np.float32)
+    return ((values - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_pixels_equal_the_originals(checkpoint):
+    folder = GOLDEN / checkpoint
+    processor = LlavaImageProcessor.from_pretrained(
+        folder / "vision_tower", do_pad=aspect_ratio_of(checkpoint) == "pad"
+    )
+    samples = json.loads((folder / "expected.json").read_text())
+    images = [Image.open(folder / sample["image"]) for sample in samples]
+    expected = torch.from_numpy(np.load(folder / "expected.npz")["pixel_values"])
+    torch.testing.assert_close(processor(images, return_tensors="pt").pixel_values, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_pixels_equal_the_written_out_steps_for_random_sizes(pad):
+    rng = np.random.default_rng(0)
+    processor = LlavaImageProcessor(size=56, crop_size=56, do_pad=pad)
+    sizes = [(1, 1), (56, 56), (57, 56), (56, 57), (3, 40), (40, 3), *rng.integers(1, 400, (40, 2)).tolist()]
+    for i, (width, height) in enumerate(sizes):
+        if max(width, height) > 15 * min(width, height):
+            continue
+        image = noise(width, height, seed=i)
+        ours = processor(image, return_tensors="np").pixel_values[0]
+        expected = reference_pixels(image, 56, 56, pad, processor.image_mean, processor.image_std)
+        np.testing.assert_array_equal(ours, expected, err_msg=f"{width}x{height}")
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_pad": True, "size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}},
+        {"do_pad": True, "size": {"height": 30, "width": 30}, "do_center_crop": False},
+        {"do_pad": True, "do_resize": False, "crop_size": {"height": 50, "width": 60}},
+        {"size": {"shortest_edge": 42}, "crop_size": {"height": 39, "width": 42}},
+        {"size": {"shortest_edge": 42}, "crop_size": {"height": 45, "width": 50}},
+        {"size": {"shortest_edge": 42}, "crop_size": {"height": 41, "width": 43}},
+        {"size": {"height": 49, "width": 35}, "do_center_crop": False},
+        {"size": {"shortest_edge": 30, "longest_edge": 50}, "do_center_crop": False},
+        {"size": {"max_height": 30, "max_width": 50}, "do_center_crop": False},
+        {"size": {"shortest_edge": 42}, "do_normalize": False, "crop_size": {"height": 42, "width": 42}},
+        {"size": {"shortest_edge": 42}, "do_rescale": False, "crop_size": {"height": 42, "width": 42}},
+        {"do_resize": False, "do_rescale": False, "do_normalize": False, "do_center_crop": False},
+    ],
+)
+def test_pixels_equal_the_stock_pil_processors(options, resample):
+    ours = LlavaImageProcessor(resample=resample, **options)
+    stock = LlavaImageProcessorPil(resample=resample, **options)
+    # Landscape, where every Pillow resizes horizontally first, and tall pictures where padding makes them square.
+    sizes = [(80, 60), (61, 60), (60, 60), (42, 42), (200, 70), (43, 42)]
+    if options.get("do_pad"):
+        sizes += [(60, 80), (60, 61), (70, 200)]
+    for i, (width, height) in enumerate(sizes):
+        image = noise(width, height, seed=i)
+        a, b = ours(image, return_tensors="np").pixel_values, stock(image, return_tensors="np").pixel_values
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=f"{width}x{height}")
+
+
+def test_output_forms():
+    processor = LlavaImageProcessor(size=28, crop_size=28)
+    images = [noise(40, 30), noise(30, 40), noise(28, 28)]
+    as_torch = processor(images, return_tensors="pt").pixel_values
+    assert as_torch.shape == (3, 3, 28, 28) and as_torch.dtype == torch.float32 and as_torch.is_contiguous()
+    as_numpy = processor(images, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(as_numpy, as_torch.numpy())
+    as_list = processor(images).pixel_values
+    assert isinstance(as_list, list) and len(as_list) == 3
+    np.testing.assert_array_equal(np.stack(as_list), as_numpy)
+    nested = processor([images[:2], [], images[2:]], return_tensors="pt").pixel_values
+    assert torch.equal(nested, as_torch)
+    assert processor(images[0], return_tensors="pt").pixel_values.shape == (1, 3, 28, 28)
+
+
+def test_images_of_different_sizes_without_crop_stay_a_list():
+    processor = LlavaImageProcessor(size={"shortest_edge": 28}, do_center_crop=False)
+    first, second = processor([noise(56, 28), noise(28, 28)]).pixel_values
+    assert first.shape == (3, 28, 56) and second.shape == (3, 28, 28)
+
+
+def test_arrays_and_tensors_equal_the_image_they_hold():
+    processor = LlavaImageProcessor(size=28, crop_size=28, do_pad=True)
+    image = noise(40, 31)
+    expected = processor(image, return_tensors="pt").pixel_values
+    last = np.array(image)
+    first = last.transpose(2, 0, 1)
+    batch = torch.from_numpy(first.copy())[None]
+    for form in (last, first, torch.from_numpy(last), torch.from_numpy(first.copy()), batch):
+        assert torch.equal(processor(form, return_tensors="pt").pixel_values, expected)
+    assert torch.equal(
+        processor(first, input_data_format="channels_first", return_tensors="pt").pixel_values, expected
+    )
+
+
+def test_float_arrays_equal_stock():
+    image = np.asarray(noise(40, 30)).astype(np.float32)
+    options = {"size": 28, "crop_size": 28}
+    for array in (image, image.astype(np.int64)):
+        ours = LlavaImageProcessor(**options)(array, return_tensors="np").pixel_values
+        np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(array, return_tensors="np").pixel_values)
+    ours = LlavaImageProcessor(**options)(image / 255, do_rescale=False, return_tensors="np").pixel_values
+    stock = LlavaImageProcessorPil(**options)(image / 255, do_rescale=False, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(ours, stock)
+
+
+def test_float_arrays_of_the_unit_range_are_padded_with_the_mean_in_their_range():
+    image = np.ones((20, 40, 3), dtype=np.float32)
+    pixels = LlavaImageProcessor(size=40, crop_size=40, do_pad=True)(image, do_rescale=False, return_tensors="np")
+    np.testing.assert_allclose(pixels.pixel_values[0, :, 0, 0], 0, atol=0.02)  # the mean, normalised
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "PA", "I;16"])
+def test_other_modes_equal_stock(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(30, 40))
+    elif mode in ("LA", "RGBA", "PA"):
+        rgba = noise(40, 30, channels=4)
+        image = rgba if mode == "RGBA" else rgba.convert("LA") if mode == "LA" else rgba.convert("LA").convert("PA")
+    else:
+        image = noise(40, 30).convert(mode)
+    options = {"size": 28, "crop_size": 28}
+    ours = LlavaImageProcessor(**options)(image, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(image, return_tensors="np").pixel_values)
+
+
+def test_grey_images_without_conversion_keep_one_channel():
+    options = {"size": 28, "crop_size": 28, "do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
+    image = noise(40, 30, channels=1)
+    ours = LlavaImageProcessor(**options)(image, return_tensors="np").pixel_values
+    assert ours.shape == (1, 1, 28, 28)
+    np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(image, return_tensors="np").pixel_values)
+
+
+def test_call_overrides_do_not_stay():
+    processor = LlavaImageProcessor(size=28, crop_size=28)
+    image = noise(40, 30)
+    before = processor(image, return_tensors="pt").pixel_values
+    padded = processor(image, return_tensors="pt", do_pad=True, size=20, crop_size=20).pixel_values
+    assert padded.shape == (1, 3, 20, 20)
+    assert torch.equal(
+        padded, LlavaImageProcessor(size=20, crop_size=20, do_pad=True)(image, return_tensors="pt")["pixel_values"]
+    )
+    assert torch.equal(processor(image, return_tensors="pt").pixel_values, before)
+    half = processor(image, return_tensors="pt", image_mean=0.5, image_std=0.5).pixel_values
+    assert half.min() >= -1 and half.max() <= 1
+
+
+def test_the_image_given_is_not_changed():
+    image = noise(40, 30)
+    before = image.copy()
+    LlavaImageProcessor(size=28, crop_size=28, do_pad=True)(image)
+    assert image.size == before.size and image.tobytes() == before.tobytes()
+
+
+def test_paths_are_read(tmp_path):
+    noise(40, 30).save(tmp_path / "a.png")
+    processor = LlavaImageProcessor(size=28, crop_size=28)
+    expected = processor(noise(40, 30), return_tensors="pt").pixel_values
+    assert torch.equal(processor(str(tmp_path / "a.png"), return_tensors="pt").pixel_values, expected)
+
+
+def test_saved_file_is_stocks(tmp_path):
+    options = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "do_pad": True}
+    LlavaImageProcessor(**options).save_pretrained(tmp_path / "ours")
+    LlavaImageProcessorPil(**options).save_pretrained(tmp_path / "stock")
+    ours, stock = ((tmp_path / name / "preprocessor_config.json").read_text() for name in ("ours", "stock"))
+    assert ours == stock
+    assert LlavaImageProcessorPil.from_pretrained(tmp_path / "ours").to_json_string() == stock
+    assert LlavaImageProcessor.from_pretrained(tmp_path / "stock").to_json_string() == ours
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [CLIPImageProcessorPil(size=42, crop_size=42), SiglipImageProcessorPil(size={"height": 240, "width": 240})],
+    ids=["clip", "siglip"],
+)
+def test_loads_the_image_processor_of_a_vision_tower(stock, tmp_path):
+    stock.save_pretrained(tmp_path)
+    ours = LlavaImageProcessor.from_pretrained(tmp_path)
+    image = noise(300, 280)
+    np.testing.assert_array_equal(
+        ours(image, return_tensors="np").pixel_values, stock(image, return_tensors="np").pixel_values
+    )
+
+
+def test_auto_image_processor_gives_ours(tmp_path):
+    LlavaImageProcessorPil(do_pad=True).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is LlavaImageProcessor and loaded.do_pad is True
+
+
+def test_unknown_size_names_the_choices():
+    with pytest.raises(ValueError, match="shortest_edge"):
+        LlavaImageProcessor(size={"longest_edge": 30})(noise(40, 30))
+
+
+def test_works_where_torchvision_cannot_be_imported(tmp_path):
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "from PIL import Image\n"
+        "from modeling_llava import LlavaImageProcessor\n"
+        "from transformers import AutoImageProcessor\n"
+        "p = LlavaImageProcessor(size=28, crop_size=28, do_pad=True); p.save_pretrained(sys.argv[1])\n"
+        "p = AutoImageProcessor.from_pretrained(sys.argv[1])\n"
+        "print(type(p).__name__, tuple(p(Image.new('RGB', (40, 30)), return_tensors='pt').pixel_values.shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "LlavaImageProcessor (1, 3, 28, 28)"
