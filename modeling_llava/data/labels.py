@@ -30,3 +30,308 @@ Messages → text, by every template of ours, for a user turn that holds images:
 
 A user turn without images, and every answer, is rendered to the letter.
 """
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+import torch
+from transformers import ProcessorMixin
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..constants import IGNORE_INDEX
+from ..control_tokens import ControlTokens
+from ..processing_llava import num_image_tokens as tokens_per_image
+from ..templating import CHAT_TEMPLATES, has_generation_marks
+
+
+logger = logging.get_logger(__name__)
+
+
+def encode_conversation(
+    messages: Sequence[dict[str, Any]],
+    processor: ProcessorMixin,
+    *,
+    num_image_tokens: int | Sequence[int] | None = None,
+    max_length: int | None = None,
+    overflow: Literal["error", "drop", "truncate_text"] = "error",
+    sample_id: Any = None,
+    keep_image_order: bool = False,
+) -> dict[str, torch.Tensor] | None:
+    """
+    Ids and labels of one conversation, from one render and one tokenization.
+
+    What the template marks with `{% generation %}` is supervised: in our templates the answer and its stop (LLaVA §4.2,
+    Table 2). A template without marks is asked where the answers went (see `_find_answers`). Every image token is then
+    repeated to its number of positions. No image is opened.
+
+        <s> A chat … USER: <image> <image> … \n What is it ? ASSISTANT:  A cat . </s>
+        -100  …                                            -100       |  A cat . </s>
+
+    Differs from the original: it tokenized every turn again to count its tokens, wiped the labels of a sample where the
+    count was off, and cut a long sample anywhere. In `vicuna_v0` it supervised parts of the headers and lost parts of
+    later answers.
+
+    Args:
+        messages (`list[dict]`):
+            `[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …]`. Not changed.
+        processor (`ProcessorMixin`):
+            A [`LlavaProcessor`], ours or stock.
+        num_image_tokens (`int` or `list[int]`, *optional*):
+            Tokens per image, or one number for each. Defaults to the processor's.
+        max_length (`int`, *optional*):
+            The most tokens, images included. No limit by default.
+        overflow (`str`, *optional*, defaults to `"error"`):
+            What becomes of a longer conversation: `"error"` raises, `"drop"` returns `None` (the caller counts),
+            `"truncate_text"` cuts tokens off its end, but never a part of an image.
+        sample_id (*optional*):
+            Names the sample in errors.
+        keep_image_order (`bool`, *optional*, defaults to `False`):
+            See the top of this file.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids` and `labels`, both int64 `[sequence]`; `IGNORE_INDEX` where nothing is
+        supervised, so also at every image token. Or `None` (see `overflow`).
+
+    Raises:
+        ValueError: nothing is supervised; the conversation is too long; its images and the image tokens of the template
+            differ in number; the template refuses it.
+    """
+    if overflow not in ("error", "drop", "truncate_text"):
+        raise ValueError(f'overflow must be "error", "drop" or "truncate_text", not {overflow!r}.')
+    name = _name(sample_id)
+    encoded = _encode(messages, processor, keep_image_order, name)
+    image_token_id = encoded.image_token_id
+    labels = [IGNORE_INDEX] * len(encoded.ids)
+    for start, end in encoded.supervised:
+        labels[start:end] = encoded.ids[start:end]
+    if image_token_id in labels:
+        labels = [IGNORE_INDEX if label == image_token_id else label for label in labels]
+    input_ids, labels = torch.tensor(encoded.ids), torch.tensor(labels)
+    if encoded.num_images:
+        repeats = torch.ones_like(input_ids)
+        is_image = input_ids == image_token_id
+        repeats[is_image] = torch.tensor(_image_lengths(encoded, processor, num_image_tokens, name))
+        input_ids, labels = input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+    length = len(input_ids)
+    if max_length is not None and length > max_length:
+        if overflow == "drop":
+            return None
+        in_images = int((input_ids == image_token_id).sum())
+        if overflow == "error":
+            raise ValueError(
+                f"{name} has {length} tokens ({in_images} of them for its {encoded.num_images} images), max_length is "
+                f'{max_length}. Raise max_length, shorten the text, or set overflow="truncate_text" or "drop".'
+            )
+        kept = int((input_ids[:max_length] == image_token_id).sum())
+        if kept < in_images:
+            raise ValueError(
+                f"{name} has {length} tokens, of which {in_images} belong to its {encoded.num_images} images; cut to "
+                f'max_length={max_length} it would keep {kept} of these. Raise max_length, or set overflow="drop".'
+            )
+        # Copies: a view would keep the whole row alive.
+        input_ids, labels = input_ids[:max_length].clone(), labels[:max_length].clone()
+
+    if not bool((labels != IGNORE_INDEX).any()):
+        cause = "it has no answer from the assistant"
+        if encoded.supervised:
+            cause = f"its answers lie beyond max_length={max_length} and were cut off"
+        elif any(message.get("role") == "assistant" for message in messages):
+            cause = "the chat template marks nothing of its answers with {% generation %}"
+        raise ValueError(f"{name} has nothing to learn from: {cause}. Add an answer or leave the sample out.")
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def conversation_length(
+    messages: Sequence[dict[str, Any]],
+    processor: ProcessorMixin,
+    *,
+    num_image_tokens: int | Sequence[int] | None = None,
+    sample_id: Any = None,
+    keep_image_order: bool = False,
+) -> int:
+    """
+    Tokens of a conversation, images included, as [`encode_conversation`] would give; no image is opened. For sampling
+    and packing by length.
+    """
+    name = _name(sample_id)
+    encoded = _encode(messages, processor, keep_image_order, name)
+    if not encoded.num_images:
+        return len(encoded.ids)
+    return len(encoded.ids) - encoded.num_images + sum(_image_lengths(encoded, processor, num_image_tokens, name))
+
+
+def answer_stop(processor: ProcessorMixin) -> str:
+    """
+    The text with which the processor's chat template ends an answer, such as `"</s>"` or `"\\n###"`. Where it is not
+    the tokenizer's eos token, give it to `generate` as `stop_strings=[…]`.
+    """
+    answer = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    control = ControlTokens.of(processor.tokenizer, processor.image_token)
+    text, spans, _ = _render(messages, processor, control, False, "the probe")
+    if not spans:
+        raise ValueError("The chat template marks no answer with {% generation %}, so the stop is not known.")
+    start, end = spans[-1]
+    return text[start:end].split(answer, 1)[1]
+
+
+class _Encoded(NamedTuple):
+    ids: list[int]  # one per image
+    supervised: list[tuple[int, int]]  # spans of positions in `ids`
+    num_images: int
+    image_token_id: int
+
+
+def _name(sample_id: Any) -> str:
+    return "The conversation" if sample_id is None else f"Sample {sample_id!r}"
+
+
+def _encode(messages, processor, keep_image_order: bool, name: str) -> _Encoded:
+    """Render, tokenize once with one token per image, and carry the supervised spans from characters to tokens."""
+    tokenizer = processor.tokenizer
+    control = ControlTokens.of(tokenizer, processor.image_token)
+    text, spans, marks = _render(messages, processor, control, keep_image_order, name)
+    bos = tokenizer.bos_token
+    # A template that writes the first token itself wants none from the tokenizer (as in apply_chat_template).
+    has_bos = bos is not None and text.startswith(bos)
+    if marks is not None:
+        text, tokenizer = marks.rename(text), marks.tokenizer(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    # What an earlier call of the tokenizer left behind.
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens:
+        backend.encode_special_tokens = False
+    encoding = backend.encode(text, add_special_tokens=False)
+    ids, offsets = encoding.ids, encoding.offsets
+
+    prefix, suffix = ([], []) if has_bos else (control.prefix, control.suffix)
+    supervised = []
+    for start, end in spans:
+        # A token is supervised if it shares a character with the span.
+        first = bisect_right(offsets, start, key=_end_of)
+        last = bisect_left(offsets, end, key=_start_of)
+        if first < last:
+            supervised.append((first + len(prefix), last + len(prefix)))
+    num_images = sum(
+        item.get("type") in ("image", "image_url")
+        for message in messages
+        if not isinstance(message.get("content"), str)
+        for item in message.get("content") or ()
+    )
+    num_slots = ids.count(control.image_token_id)
+    if num_slots != num_images:
+        raise ValueError(
+            f"{name} has {num_images} images but the chat template wrote {num_slots} {processor.image_token}. Take a "
+            f"template that knows images ({', '.join(CHAT_TEMPLATES)}), or put the image token into a language model's "
+            'own: LlavaProcessor.from_vision_language_pretrained(..., chat_template="own").'
+        )
+    return _Encoded([*prefix, *ids, *suffix], supervised, num_images, control.image_token_id)
+
+
+def _start_of(offset: tuple[int, int]) -> int:
+    return offset[0]
+
+
+def _end_of(offset: tuple[int, int]) -> int:
+    return offset[1]
+
+
+def _image_lengths(encoded: _Encoded, processor, num_image_tokens, name: str) -> list[int]:
+    """Tokens of each image, in the order of the text."""
+    if num_image_tokens is None:
+        num_image_tokens = tokens_per_image(processor)
+    if isinstance(num_image_tokens, int):
+        return [num_image_tokens] * encoded.num_images
+    if len(num_image_tokens) != encoded.num_images:
+        raise ValueError(
+            f"{name} has {encoded.num_images} images but num_image_tokens tells of {len(num_image_tokens)}."
+        )
+    return list(num_image_tokens)
+
+
+def _render(messages, processor, control: ControlTokens, keep_image_order: bool, name: str):
+    """The conversation as text, the character spans that are supervised, and the marks in it (or `None`)."""
+    template = _template_of(processor)
+    (messages,), marks = control.mark(messages)
+    if not messages:
+        raise ValueError(f"{name} has no messages.")
+    variables = {**processor.tokenizer.special_tokens_map, "chat_template": template}
+    if keep_image_order:
+        variables["keep_image_order"] = True
+    try:
+        if has_generation_marks(template):
+            texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
+            return texts[0], spans[0], marks
+        return *_find_answers(messages, control, variables, name), marks
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{name} does not fit the chat template: {error}") from error
+
+
+def _template_of(processor) -> str:
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        raise ValueError(
+            "The processor has no chat template. Set one: processor.chat_template = "
+            f"modeling_llava.processing_llava.load_chat_template(name), with name one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    return template
+
+
+def _find_answers(messages, control: ControlTokens, variables: dict, name: str) -> tuple[str, list[tuple[int, int]]]:
+    """
+    Render by a template that does not say where the answers are, and find them: each answer is framed by two
+    private-use characters, which leave the text again after rendering. That the frames changed nothing is checked by
+    rendering without them. The stop is the control token that follows an answer.
+    """
+    opening, closing = "\U0010fffc", "\U0010fffd"
+    framed, num_answers = [], 0
+    for message in messages:
+        if message.get("role") == "assistant":
+            content = message.get("content") or ""
+            if not isinstance(content, str):
+                content = "".join(item.get("text", "") for item in content)
+            # Inside of the white space at its ends, so that a template can strip it.
+            core = content.strip()
+            framed_core = opening + core + closing
+            content = content.replace(core, framed_core, 1) if core else framed_core
+            message, num_answers = {**message, "content": content}, num_answers + 1
+        framed.append(message)
+    (plain,), _ = render_jinja_template([messages], **variables)
+    (text,), _ = render_jinja_template([framed], **variables)
+
+    answers = list(re.finditer(f"{opening}(.*?){closing}", text, re.DOTALL))
+    unframed = text.replace(opening, "").replace(closing, "")
+    mend = (
+        "Give the template {% generation %} marks around each answer and its stop, or take one that has them: "
+        f"{', '.join(CHAT_TEMPLATES)}."
+    )
+    if unframed != plain or len(answers) != num_answers:
+        raise ValueError(
+            f"{name}: the chat template has no {{% generation %}} marks, and changes the answers so that {len(answers)} "
+            f"of {num_answers} are found in its text. {mend}"
+        )
+    spans = []
+    for i, match in enumerate(answers):
+        start = match.start() - 2 * i
+        end = match.end() - 2 * (i + 1)
+        stop = control.find_stop(plain, end)
+        if stop is None:
+            raise ValueError(
+                f"{name}: the chat template has no {{% generation %}} marks, and no special token follows an answer "
+                f"({plain[end : end + 20]!r} does), so its stop is not known. {mend}"
+            )
+        spans.append((start, stop))
+    return plain, spans
+
+
+__all__ = ["answer_stop", "conversation_length", "encode_conversation"]

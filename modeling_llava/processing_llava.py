@@ -1,0 +1,434 @@
+"""`LlavaProcessor`: images and chat to model inputs. Stock transformers reads what it saves, and it reads stock files."""
+
+import copy
+import os
+from typing import Any
+
+from transformers import AutoImageProcessor
+from transformers.image_utils import is_valid_image
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
+from transformers.utils import logging
+
+from .configuration_llava import count_image_tokens
+from .constants import IMAGE_TOKEN
+from .control_tokens import ControlTokens, Marks
+from .image_processing_llava import LlavaImageProcessor
+from .templating import CHAT_TEMPLATES, insert_image_token, load_chat_template
+from .tokenization_llava import add_image_token, load_tokenizer
+
+
+logger = logging.get_logger(__name__)
+
+_CALL_OPTIONS = {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, "text_kwargs", "images_kwargs", "images"}
+
+
+class LlavaProcessor(ProcessorMixin):
+    r"""
+    Image processor and tokenizer in one. Constructor, attributes and saved files are those of the stock
+    `LlavaProcessor`.
+
+    Differs from stock: images are counted against `<image>` per sample, not over the batch; `apply_chat_template`
+    treats a `<image>` or `</s>` that a user typed as ordinary text.
+
+    Args:
+        image_processor ([`LlavaImageProcessor`]):
+            Any image processor whose output has one fixed size.
+        tokenizer (`PreTrainedTokenizerBase`):
+            It knows the image token ([`~modeling_llava.tokenization_llava.add_image_token`]).
+        patch_size (`int`, *optional*):
+            Side of a patch of the vision tower, in pixels.
+        vision_feature_select_strategy (`str`, *optional*):
+            `"default"` drops the tower's first position, `"full"` keeps all. As in the model's configuration.
+        chat_template (`str`, *optional*):
+            Jinja text ([`load_chat_template`]).
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            Used where the tokenizer has no `image_token` of its own.
+        num_additional_image_tokens (`int`, *optional*, defaults to 0):
+            Positions that the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
+
+    Example:
+
+    ```python
+    >>> processor = LlavaProcessor.from_vision_language_pretrained("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
+    >>> messages = [{"role": "user", "content": [{"type": "image", "path": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> inputs.input_ids.shape, inputs.pixel_values.shape
+    (torch.Size([1, 619]), torch.Size([1, 3, 336, 336]))
+    ```"""
+
+    # The stock signature, in its order: files are read by position.
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=0,
+        **kwargs,
+    ):
+        self.patch_size = patch_size
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_token = tokenizer.image_token if hasattr(tokenizer, "image_token") else image_token
+        ids = tokenizer.encode(self.image_token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"The tokenizer splits the image token {self.image_token!r} into {len(ids)} tokens. Add it first: "
+                "modeling_llava.tokenization_llava.add_image_token(tokenizer), and resize the model's embeddings."
+            )
+        self.image_token_id = ids[0]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_language_pretrained(
+        cls,
+        vision: str | os.PathLike,
+        language: str | os.PathLike,
+        chat_template: str = "vicuna_v1",
+        *,
+        do_pad: bool = True,
+        vision_feature_select_strategy: str | None = None,
+        image_wrap: tuple[str, str] | None = None,
+        gguf_file: str | None = None,
+    ) -> "LlavaProcessor":
+        """
+        The processor of a new LLaVA, for
+        [`LlavaForConditionalGeneration.from_vision_language_pretrained`] with the same two names.
+
+        Args:
+            vision (`str` or `os.PathLike`):
+                Folder or Hub name of a CLIP- or SigLIP-like model. Its own image processor says size, crop, mean and
+                standard deviation; without one, CLIP's are taken at the tower's image size.
+            language (`str` or `os.PathLike`):
+                Folder or Hub name of a causal language model, or a `.gguf` file.
+            chat_template (`str`, *optional*, defaults to `"vicuna_v1"`):
+                A name known to [`load_chat_template`]; `"own"` for the language model's own template with the image
+                token put in; or Jinja text.
+            do_pad (`bool`, *optional*, defaults to `True`):
+                Pad a picture to a square (LLaVA-1.5) instead of cutting one out of it (LLaVA v1, the paper).
+            vision_feature_select_strategy (`str`, *optional*):
+                Defaults to `"default"` for a tower with a class token and to `"full"` for one without.
+            image_wrap (`tuple[str, str]`, *optional*):
+                See [`load_chat_template`].
+            gguf_file (`str`, *optional*):
+                Name of the GGUF file inside `language`.
+
+        Raises:
+            ValueError: the image processor's output is not of the tower's image size; the chat template does not exist
+                or does not fit the tokenizer.
+        """
+        from .composition import count_additional_image_tokens, split_gguf_path, vision_tower_config
+
+        vision, language = os.fspath(vision), os.fspath(language)
+        config = vision_tower_config(vision)
+        num_additional = count_additional_image_tokens(config)
+        language, gguf_file = split_gguf_path(language, gguf_file)
+        tokenizer = load_tokenizer(language, padding_side="left", **({"gguf_file": gguf_file} if gguf_file else {}))
+        add_image_token(tokenizer)
+        tokenizer.chat_template = _choose_template(chat_template, tokenizer, image_wrap)
+        processor = cls(
+            image_processor=_image_processor_of(vision, config.image_size, do_pad),
+            tokenizer=tokenizer,
+            patch_size=config.patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy or ("default" if num_additional else "full"),
+            num_additional_image_tokens=num_additional,
+            chat_template=tokenizer.chat_template,
+        )
+        size = image_size(processor)
+        if size != (config.image_size, config.image_size):
+            raise ValueError(
+                f"The image processor of {vision} makes images of {size[0]}×{size[1]} pixels, its vision tower takes "
+                f"{config.image_size}×{config.image_size}. Correct size and crop_size in its preprocessor_config.json."
+            )
+        return processor
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions of the language model that one image takes, in tokens."""
+        return num_image_tokens(self)
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, control_token_marks=None, **kwargs):
+        """
+        Model inputs for prompts that hold one `<image>` per image; each becomes `num_image_tokens` of them.
+
+        Args:
+            images (`ImageInput`, *optional*):
+                One image, a list for all texts in order, or one list per text (`[[image], []]`): PIL images, arrays,
+                tensors, paths or URLs.
+            text (`str` or `list[str]`, *optional*):
+                Prompts. The tokenizer adds `<s>`.
+            control_token_marks (`Marks`, *optional*):
+                Given by `apply_chat_template` with a text whose user-typed control tokens are marked.
+            kwargs:
+                For the tokenizer (`padding`, `return_tensors`, …), the image processor, and
+                `return_mm_token_type_ids`.
+
+        Returns:
+            `BatchFeature`: `input_ids` and `attention_mask` `[batch, sequence]`, `pixel_values`
+            `[num_images, 3, height, width]`.
+
+        Raises:
+            ValueError: a sample has another number of `<image>` than of images; `images` holds `None`.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("LLaVA reads images and text; there is no video or audio part.")
+        processor = self
+        if control_token_marks is not None:
+            processor = copy.copy(self)
+            processor.tokenizer = _MarkedTextReader(self.tokenizer, control_token_marks)
+        outputs = ProcessorMixin.__call__(processor, images=images, text=text, **kwargs)
+        if self.tokenizer.padding_side == "right" and isinstance(text, (list, tuple)) and len(text) > 1:
+            padding = kwargs.get("padding", kwargs.get("text_kwargs", {}).get("padding"))
+            if padding and "padding_side" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+                logger.warning_once(
+                    "A batch is padded on the right, after which generation is wrong. To generate, set "
+                    'processor.tokenizer.padding_side = "left".'
+                )
+        return outputs
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if isinstance(images, (list, tuple)):
+            for i, image in enumerate(images):
+                if image is None or (isinstance(image, (list, tuple)) and any(item is None for item in image)):
+                    raise ValueError(
+                        f"images[{i}] is None. For samples without an image give one list per sample, an empty one for "
+                        "those: images=[[image], []]."
+                    )
+        images, text, videos, audio = super().prepare_inputs_layout(
+            images=images, text=text, videos=videos, audio=audio, **kwargs
+        )
+        if isinstance(images, (list, tuple)) and not any(map(_count, images)):
+            images = None  # [[], []]: text only
+        return images, text, videos, audio
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if images is None and text is None:
+            raise ValueError("Give the processor text, images or both.")
+        if text is None:
+            return
+        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
+            raise ValueError("`text` must be a string or a list of strings.")
+        in_text = [sample.count(self.image_token) for sample in text]
+        if isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images):
+            if len(images) != len(text):
+                raise ValueError(
+                    f"There are {len(text)} texts but {len(images)} lists of images. Give one list per text, an empty "
+                    "one for a text without images."
+                )
+            for i, (in_sample, own) in enumerate(zip(in_text, map(_count, images))):
+                if in_sample != own:
+                    raise ValueError(
+                        f"Sample {i} has {in_sample} {self.image_token} in its text but {own} images. Every image needs "
+                        "one of its own, and a text without images none."
+                    )
+            return
+        given = (
+            0 if images is None else sum(map(_count, images)) if isinstance(images, (list, tuple)) else _count(images)
+        )
+        if sum(in_text) != given:
+            where = ", ".join(f"sample {i}: {n}" for i, n in enumerate(in_text) if n) or "none"
+            raise ValueError(
+                f"The text has {sum(in_text)} {self.image_token} ({where}) but there are {given} images. Every image "
+                "needs one of its own. A user's text is safe in `apply_chat_template(..., tokenize=True)`."
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self._count_image_tokens(height, width)
+
+    def _count_image_tokens(self, height: int, width: int) -> int:
+        if self.patch_size is None or self.vision_feature_select_strategy is None:
+            raise ValueError(_INCOMPLETE.format("patch_size and vision_feature_select_strategy"))
+        return count_image_tokens(
+            height, width, self.patch_size, self.num_additional_image_tokens, self.vision_feature_select_strategy
+        )
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Image tokens and patches (one per image) of images of `image_sizes`, in pixels; vLLM asks for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = self._merge_kwargs(**kwargs)["images_kwargs"]
+        height, width = image_size(self, **{k: options[k] for k in ("size", "crop_size") if options.get(k)})
+        num_tokens = self._count_image_tokens(height, width)
+        return MultiModalData(
+            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
+        *,
+        tokenize: bool = False,
+        processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs,
+    ):
+        """
+        Render a conversation, and with `tokenize=True` turn it and its images into model inputs.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages, or a batch of them. Images are `{"type": "image", "image" | "path" | "url" | "base64": …}`.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
+                With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text.
+                Differs from stock, where the default is off, its ids of the surrounding text are not those of one
+                tokenization, and no assistant mask can be had.
+            kwargs:
+                As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`,
+                `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
+        """
+        processor_kwargs = dict(processor_kwargs or {})
+        if tokenize and sanitize_control_tokens:
+            control = ControlTokens.of(self.tokenizer, self.image_token)
+            variables = {name: value for name, value in kwargs.items() if name not in _CALL_OPTIONS}
+            conversation, tools, documents, variables, marks = _mark(
+                control, conversation, tools, documents, variables
+            )
+            kwargs.update(variables)
+            if marks is not None:
+                processor_kwargs["control_token_marks"] = marks
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            tools=tools,
+            documents=documents,
+            tokenize=tokenize,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+
+class _MarkedTextReader:
+    """Stands for the tokenizer while a marked text is read."""
+
+    def __init__(self, tokenizer, marks: Marks):
+        self._tokenizer = marks.tokenizer(tokenizer)
+        self._marks = marks
+        self.init_kwargs = tokenizer.init_kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, **kwargs):
+        return self._tokenizer([self._marks.rename(sample) for sample in text], **kwargs)
+
+
+def num_image_tokens(processor: ProcessorMixin) -> int:
+    """
+    Positions of the language model that one image takes, in tokens; for stock processors too.
+
+    Raises:
+        ValueError: the processor lacks `patch_size` or the like, or its images have no fixed size.
+    """
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        if getattr(processor, name, None) is None:
+            raise ValueError(_INCOMPLETE.format(name))
+    return count_image_tokens(
+        *image_size(processor),
+        processor.patch_size,
+        processor.num_additional_image_tokens,
+        processor.vision_feature_select_strategy,
+    )
+
+
+def image_size(processor: ProcessorMixin, size=None, crop_size=None) -> tuple[int, int]:
+    """
+    Height and width of every preprocessed image, in pixels.
+
+    Args:
+        processor (`ProcessorMixin`):
+            A processor of ours or a stock one.
+        size, crop_size (`dict` or `int`, *optional*):
+            In place of the image processor's own.
+
+    Raises:
+        ValueError: the image processor's output has no fixed size.
+    """
+    images = processor.image_processor
+    size = size if size is not None else getattr(images, "size", None)
+    crop_size = crop_size if crop_size is not None else getattr(images, "crop_size", None)
+    if getattr(images, "do_center_crop", False) and crop_size:
+        return (crop_size, crop_size) if isinstance(crop_size, int) else (crop_size["height"], crop_size["width"])
+    sides = {} if size is None else {"shortest_edge": size} if isinstance(size, int) else dict(size)
+    if sides.get("height") and sides.get("width"):
+        return sides["height"], sides["width"]
+    if getattr(images, "do_pad", False) and sides.get("shortest_edge"):
+        return sides["shortest_edge"], sides["shortest_edge"]
+    raise ValueError(
+        f"The image processor keeps the proportions of a picture (size={sides}, do_center_crop=False), so images have "
+        "no fixed size, which LLaVA needs. Set do_center_crop=True with a crop_size, or do_pad=True."
+    )
+
+
+_INCOMPLETE = (
+    "The processor lacks {}. They are in the model's configuration: patch_size=config.vision_config.patch_size, "
+    "vision_feature_select_strategy=config.vision_feature_select_strategy, and num_additional_image_tokens=1 for a tower "
+    "with a class token (CLIP), 0 without (SigLIP)."
+)
+
+
+def _mark(control: ControlTokens, conversation, tools, documents, variables):
+    conversation = [getattr(chat, "messages", chat) for chat in getattr(conversation, "messages", conversation)]
+    values, marks = control.mark(conversation, tools, documents, variables)
+    return *values, marks
+
+
+def _count(images) -> int:
+    """Images in what `images` may hold: an image, a batch of arrays, or a list of images."""
+    if isinstance(images, (list, tuple)):
+        return sum(map(_count, images))
+    if is_valid_image(images) and getattr(images, "ndim", 3) == 4:
+        return images.shape[0]
+    return 1
+
+
+def _choose_template(chat_template: str, tokenizer, image_wrap: tuple[str, str] | None) -> str:
+    if chat_template == "own":
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if own is None:
+            raise ValueError(
+                f"The language model has no chat template of its own. Choose one of: {', '.join(CHAT_TEMPLATES)}."
+            )
+        return insert_image_token(own, image_token=tokenizer.image_token, image_wrap=image_wrap)
+    template = chat_template
+    if "{" not in chat_template:
+        template = load_chat_template(chat_template, image_token=tokenizer.image_token, image_wrap=image_wrap)
+    if tokenizer.eos_token is None and "eos_token" in template:
+        raise ValueError(f"The tokenizer has no eos token, with which chat template {chat_template!r} ends an answer.")
+    if chat_template == "chatml" and len(tokenizer.encode("<|im_end|>", add_special_tokens=False)) > 1:
+        logger.warning(
+            'Chat template "chatml" ends an answer with <|im_end|>, which this tokenizer splits into several tokens. '
+            'If the language model was not made for it, take another template, such as "vicuna_v1".'
+        )
+    return template
+
+
+def _image_processor_of(vision: str, side: int, do_pad: bool) -> LlavaImageProcessor:
+    """The settings of a tower's own image processor, as a [`LlavaImageProcessor`]."""
+    try:
+        settings = AutoImageProcessor.from_pretrained(vision).to_dict()
+    except OSError:  # a tower saved alone
+        logger.warning(
+            f"{vision} has no preprocessor_config.json: pictures are prepared as for CLIP, at {side}×{side} pixels."
+        )
+        settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    names = (
+        *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"),
+        *("rescale_factor", "do_normalize", "image_mean", "image_std"),
+    )
+    known = {name: settings[name] for name in names if settings.get(name) is not None}
+    if len(settings) > 2:  # what a whole file does not mention is off, as for SigLIP's crop
+        known.setdefault("do_center_crop", False)
+        known["do_convert_rgb"] = True
+    return LlavaImageProcessor(**known, do_pad=do_pad)
+
+
+__all__ = ["LlavaProcessor", "image_size", "load_chat_template", "num_image_tokens"]

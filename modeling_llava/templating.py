@@ -1,0 +1,117 @@
+"""Chat templates: the original's conversation formats, and any language model's own with the image token put in."""
+
+import functools
+import re
+from pathlib import Path
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .constants import IMAGE_TOKEN
+
+
+CHAT_TEMPLATES = ("chatml", "llama_2", "llava_v1", "plain", "v0_mmtag", "v1_mmtag", "vicuna_v0", "vicuna_v1")
+_FOLDER = Path(__file__).parent / "chat_templates"
+_IMAGE_LINE = "{%- set image = '<image>' -%}"
+
+
+def load_chat_template(name: str, *, image_token: str = IMAGE_TOKEN, image_wrap: tuple[str, str] | None = None) -> str:
+    """
+    One of the project's chat templates, as one self-contained Jinja text that stock transformers renders.
+
+    All have `{% generation %}` around what is supervised: the answer with the space in front of it, and its stop. They
+    take string content and content lists, an optional system message (in place of the format's own; an empty one means
+    none), several images in a turn and turns without images. In a turn with images, these come first, each followed by
+    a line break, and the text is stripped; the template variable `keep_image_order=True` keeps the order (see
+    [`modeling_llava.data.labels`]). None writes the first `<s>`: the tokenizer does.
+
+    | name | original's name | ends an answer with |
+    |---|---|---|
+    | `plain` | plain (pretraining; the question is left out) | `"\\n"` |
+    | `vicuna_v0` | v0 | `"\\n###"` |
+    | `vicuna_v1` | v1 (LLaVA-1.5) | eos |
+    | `llava_v1` | llava_v1 | eos |
+    | `llama_2` | llava_llama_2 | `" "` and eos |
+    | `v0_mmtag` | v0_mmtag | `"\\n###"` |
+    | `v1_mmtag` | v1_mmtag | eos |
+    | `chatml` | – | `<\\|im_end\\|>` |
+
+    Args:
+        name (`str`):
+            One of the names above.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            Text of the image token.
+        image_wrap (`tuple[str, str]`, *optional*):
+            Text before and after every image token: `("<im_start>", "<im_end>")` for an original checkpoint with
+            `mm_use_im_start_end`. The original tokenizes the text after an image on its own, so a SentencePiece
+            tokenizer puts a space in front; one with `legacy=False` does not when the prompt is tokenized whole, and
+            needs `("", " ")` or `("<im_start>", "<im_end> ")` for the original's ids.
+
+    Raises:
+        ValueError: there is no template of that name.
+    """
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"There is no chat template {name!r}; the templates are {', '.join(CHAT_TEMPLATES)}.")
+    return _set_image(_read_template(name), image_token, image_wrap)
+
+
+def insert_image_token(
+    chat_template: str, *, image_token: str = IMAGE_TOKEN, image_wrap: tuple[str, str] | None = None
+) -> str:
+    """
+    A language model's own chat template, made to write the image token for `{"type": "image"}` items.
+
+    Content lists are turned into strings before the template sees them, by the same rule as in our own templates
+    ([`load_chat_template`]), so it works with every template that renders strings; text-only conversations are rendered
+    as before. The template is not marked with `{% generation %}`: `encode_conversation` finds the answers by itself.
+
+    Args:
+        chat_template (`str`):
+            Jinja text of a template, such as `tokenizer.chat_template`.
+        image_token, image_wrap:
+            See [`load_chat_template`].
+
+    Raises:
+        ValueError: the template does not write a user's text where it can be found again.
+    """
+    changed = _set_image(_read_template("_own"), image_token, image_wrap) + chat_template
+    probes = [
+        [{"role": "user", "content": "First question"}],
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "First question"}]}],
+    ]
+    variables = {"bos_token": "", "eos_token": "", "add_generation_prompt": True}
+    before, after, with_image = (
+        render_jinja_template(conversations=[probe], chat_template=template, **variables)[0][0]
+        for template, probe in [(chat_template, probes[0]), (changed, probes[0]), (changed, probes[1])]
+    )
+    before_text, image, after_text = (image_wrap or ("", ""))[0], image_token, (image_wrap or ("", ""))[1]
+    expected = before.replace("First question", f"{before_text}{image}{after_text}\nFirst question")
+    if before != after or before.count("First question") != 1 or with_image != expected:
+        raise ValueError(
+            f"This chat template does not write a user's text as it is: 'First question' becomes {before!r}, and with an "
+            f"image {with_image!r}. Choose one of ours instead: {', '.join(CHAT_TEMPLATES)}."
+        )
+    return changed
+
+
+@functools.lru_cache
+def has_generation_marks(chat_template: str) -> bool:
+    """Whether a template marks what the assistant writes with `{% generation %}`."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
+
+
+@functools.lru_cache
+def _read_template(name: str) -> str:
+    def included(match: re.Match) -> str:
+        return (_FOLDER / match[1]).read_text("utf-8")
+
+    text = (_FOLDER / f"{name}.jinja").read_text("utf-8")
+    return re.sub(r"\{%- include '(\w+\.jinja)' -%\}\n", included, text)
+
+
+def _set_image(template: str, image_token: str, image_wrap: tuple[str, str] | None) -> str:
+    before, after = image_wrap or ("", "")
+    image = (before + image_token + after).replace("\\", "\\\\").replace("'", "\\'")
+    return template.replace(_IMAGE_LINE, f"{{%- set image = '{image}' -%}}")
+
+
+__all__ = ["CHAT_TEMPLATES", "has_generation_marks", "insert_image_token", "load_chat_template"]
