@@ -1,0 +1,96 @@
+"""Grouping by length and modality: every sample once, batches alike, the same on any number of processes."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
+from modeling_llava.data.sampler import GroupedSampler
+
+
+def mix(number=1003, seed=0):
+    rng = np.random.default_rng(seed)
+    has_image = rng.random(number) < 0.8
+    return rng.integers(20, 400, number) + 576 * has_image, has_image
+
+
+def global_batches(sampler, size):
+    order = list(sampler)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def test_every_sample_is_given_once_in_an_epoch():
+    lengths, has_image = mix()
+    sampler = GroupedSampler(lengths, 32, has_image)
+    assert sorted(sampler) == list(range(1003)) and len(sampler) == 1003
+
+
+def test_global_batches_are_of_one_modality_but_for_the_rest():
+    lengths, has_image = mix()
+    batches = global_batches(GroupedSampler(lengths, 32, has_image), 32)
+    mixed = [i for i, batch in enumerate(batches) if len({bool(has_image[j]) for j in batch}) > 1]
+    assert mixed in ([len(batches) - 2], [len(batches) - 2, len(batches) - 1], [len(batches) - 1])
+    pure_text = sum(not has_image[batch].any() for batch in batches)
+    assert pure_text >= (~has_image).sum() // 32
+
+
+def test_batches_waste_less_padding_than_random_ones_and_come_in_random_order():
+    lengths, has_image = mix(5000)
+    sampler = GroupedSampler(lengths, 32, has_image)
+
+    def padding(batches):
+        return sum(len(b) * lengths[b].max() - lengths[b].sum() for b in batches) / lengths.sum()
+
+    batches = global_batches(sampler, 32)
+    order = np.random.default_rng(0).permutation(5000)
+    assert padding(batches) < 0.25 * padding([order[i : i + 32] for i in range(0, 5000, 32)])
+    heads = [lengths[batch].max() for batch in batches if has_image[batch].all()]
+    assert np.corrcoef(heads[1:], np.arange(len(heads) - 1))[0, 1] == pytest.approx(0, abs=0.3)
+
+
+def test_the_longest_sample_comes_first_so_that_lack_of_memory_shows_at_once():
+    lengths, has_image = mix(960)
+    batches = global_batches(GroupedSampler(lengths, 16, has_image), 16)
+    full = [i for batch in batches if len({bool(has_image[j]) for j in batch}) == 1 for i in batch]
+    assert batches[0][0] in np.flatnonzero(lengths == lengths[full].max())
+
+
+def test_epochs_differ_and_come_back_with_set_epoch():
+    sampler = GroupedSampler(*mix()[:1], 32, seed=3)
+    first, second = list(sampler), list(sampler)
+    assert first != second
+    resumed = GroupedSampler(*mix()[:1], 32, seed=3)
+    resumed.set_epoch(1)
+    assert list(resumed) == second
+    assert list(GroupedSampler(*mix()[:1], 32, seed=4)) != first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_optimizer_steps_are_the_same_on_any_number_of_processes(world_size):
+    lengths, has_image = mix(960)
+    expected = [sorted(batch) for batch in global_batches(GroupedSampler(lengths, 32, has_image), 32)]
+    per_device = 4
+    shards = [
+        list(
+            BatchSamplerShard(
+                BatchSampler(GroupedSampler(lengths, 32, has_image), per_device, drop_last=False), world_size, rank
+            )
+        )
+        for rank in range(world_size)
+    ]
+    accumulation = 32 // (per_device * world_size)
+    steps = []
+    for start in range(0, len(shards[0]), accumulation):
+        steps.append(sorted(i for shard in shards for batch in shard[start : start + accumulation] for i in batch))
+    assert steps == expected
+    work = torch.tensor([[int(lengths[batch].max()) for batch in shard] for shard in shards], dtype=torch.float)
+    assert (work.amax(0) / work.amin(0)).median() < 1.1  # nobody waits long for the others
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="2 lengths came with 3 entries"):
+        GroupedSampler([1, 2], 4, [True, False, True])
+    with pytest.raises(ValueError, match="global_batch_size=0"):
+        GroupedSampler([1, 2], 0)
+    assert list(GroupedSampler([], 4)) == []
