@@ -224,16 +224,16 @@ def _resize_rgb(
     width, height = image.size
     pad_columns, pad_rows = do_pad and width < height, do_pad and height < width
     side = max(width, height)
-    if pad_columns:  # padding takes part in the horizontal pass
-        image = _on_canvas(image, (side, side), background)
     padded_height, padded_width = (side, side) if do_pad else (height, width)
     target_height, target_width = (
         (padded_height, padded_width) if size is None else _target_size(padded_height, padded_width, size)
     )
     resample = PILImageResampling.BILINEAR if resample is None else resample
 
-    if image.width != target_width:
-        image = image.resize((target_width, image.height), resample)
+    if pad_columns:
+        image = _widened(image, side, target_width, resample, background)
+    elif width != target_width:
+        image = image.resize((target_width, height), resample)
     if pad_rows:
         image = _on_canvas(image, (target_width, side), background)
     if crop_size is not None and crop_size.width < target_width:
@@ -242,6 +242,17 @@ def _resize_rgb(
     if image.height != target_height:
         image = image.resize((image.width, target_height), resample)
     return image
+
+
+def _widened(image: Image.Image, side: int, target_width: int, resample, color: tuple[int, int, int]) -> Image.Image:
+    """Pad to `side` columns and resize them to `target_width`, in strips: the square of a long screenshot is huge."""
+    result = Image.new("RGB", (target_width, image.height))
+    rows = max(1, (1 << 20) // side)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip = _on_canvas(strip, (side, strip.height), color)
+        result.paste(strip.resize((target_width, strip.height), resample), (0, top))
+    return result
 
 
 def _on_canvas(image: Image.Image, size: tuple[int, int], color: tuple[int, int, int]) -> Image.Image:

@@ -114,6 +114,17 @@ def test_pixels_equal_the_stock_pil_processors(options, resample):
         np.testing.assert_array_equal(a, b, err_msg=f"{width}x{height}")
 
 
+def test_a_long_screenshot_is_padded_without_building_its_square():
+    # 40000² pixels would be 6.4 GB; the strips' seams must not show.
+    image = noise(30, 2600).resize((60, 40000))
+    processor = LlavaImageProcessor(size=56, crop_size=56, do_pad=True)
+    pixels = processor(image, return_tensors="np").pixel_values[0]
+    assert pixels.shape == (3, 56, 56)
+    small = noise(900, 1500)  # 1500² pixels: three strips
+    expected = reference_pixels(small, 56, 56, True, processor.image_mean, processor.image_std)
+    np.testing.assert_array_equal(processor(small, return_tensors="np").pixel_values[0], expected)
+
+
 def test_output_forms():
     processor = LlavaImageProcessor(size=28, crop_size=28)
     images = [noise(40, 30), noise(30, 40), noise(28, 28)]
