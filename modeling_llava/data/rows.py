@@ -1,0 +1,236 @@
+"""
+Raw rows of one source, by index or in a stream.
+
+Every class here has the same three ways in: `rows[index]`, `scan()` (every row once, without touching image bytes; it
+comes first) and `stream(share, seed, epoch)`. A row that cannot be read is given as a [`BadSampleError`], not raised.
+"""
+
+import codecs
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .schema import BAD_ROW, BadSampleError
+
+
+_CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
+
+
+class Share:
+    """The part of the rows that one worker of one process takes: those with `row % count == number`."""
+
+    def __init__(self, rank: int, world_size: int, worker: int, num_workers: int):
+        self.rank, self.world_size = rank, world_size
+        self.number, self.count = rank * num_workers + worker, world_size * num_workers
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+class ListRows:
+    """Rows in memory."""
+
+    def __init__(self, rows: Sequence):
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+    def scan(self) -> Iterator:
+        return iter(self.rows)
+
+    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
+        for index in range(share.number, len(self.rows), share.count):
+            yield index, self.rows[index]
+
+
+class JsonRows:
+    """
+    A JSON array or JSON lines. Scanning remembers where each row lies, so that a row is read from the file when it is
+    asked for and the file is never held in memory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._spans = None  # [num_rows, (first byte, bytes)]
+        self._file = self._pid = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_file": None, "_pid": None}
+
+    def __getitem__(self, index: int) -> Any:
+        if self._pid != os.getpid():  # a file position must not be shared with the process that we were forked from
+            self._file, self._pid = open(self.path, "rb"), os.getpid()
+        start, length = self._spans[index].tolist()
+        self._file.seek(start)
+        try:
+            return json.loads(self._file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{self.path} was changed while it was in use (row {index}: {error}).") from error
+
+    def scan(self) -> Iterator:
+        spans = []
+        for start, length, row in self._rows(lambda index: True):
+            spans.append((start, length))
+            yield row
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
+        def is_ours(index):
+            return index % share.count == share.number
+
+        for index, (_, _, row) in enumerate(self._rows(is_ours)):
+            if is_ours(index):
+                yield index, row
+
+    def _rows(self, wanted) -> Iterator[tuple[int, int, Any]]:
+        """`(first byte, bytes, row)` of each row. A line that `wanted(index)` refuses is not parsed."""
+        with open(self.path, "rb") as file:
+            start = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(start)
+            head = file.read(1)
+            while head.isspace():
+                head = file.read(1)
+            if not head:
+                raise ValueError(f"{self.path} is empty: it holds no conversation.")
+            file.seek(start)
+            if head == b"[":
+                yield from self._array(file, start)
+            else:
+                yield from self._lines(file, start, wanted)
+
+    def _lines(self, file, start: int, wanted) -> Iterator[tuple[int, int, Any]]:
+        index = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line) if wanted(index) else None
+                except ValueError as error:
+                    row = BadSampleError(str(index), BAD_ROW, f"is not JSON (line {number} of {self.path}): {error}.")
+                yield start, len(line), row
+                index += 1
+            start += len(line)
+
+    def _array(self, file, start: int) -> Iterator[tuple[int, int, Any]]:
+        """Decode one element after the other from a window of the file's text, which is widened where one is cut."""
+        decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")()
+        text, position, index, ended = "", 0, 0, False
+
+        def skip(characters: str) -> str:
+            """Pass over `characters`; return the next one, or `""` at the end of the file."""
+            nonlocal text, position, start, ended
+            while True:
+                begin = position
+                while position < len(text) and text[position] in characters:
+                    position += 1
+                start += position - begin  # they are of one byte each
+                if position < len(text) or ended:
+                    return text[position : position + 1]
+                chunk = file.read(_CHUNK)
+                ended = not chunk
+                text, position = text[position:] + utf8.decode(chunk, final=ended), 0
+
+        space = " \t\r\n"
+        skip(space)
+        position, start = position + 1, start + 1  # the bracket
+        following = skip(space)
+        while following != "]":
+            if following == "":
+                raise ValueError(f"{self.path} ends in the middle of its list, after row {index - 1}: is it cut off?")
+            while True:
+                try:
+                    row, end = decode(text, position)
+                    if end < len(text) or ended:  # a number at the end of the window could go on
+                        break
+                except json.JSONDecodeError as error:
+                    # Only an error that more text could mend is worth reading on for.
+                    is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
+                    if ended or not is_cut:
+                        raise ValueError(
+                            f"{self.path} is not valid JSON in row {index}, which starts at byte {start}: {error.msg}. "
+                            "Is the file cut off, or are two files joined?"
+                        ) from error
+                chunk = file.read(max(_CHUNK, len(text)))
+                ended = not chunk
+                text, position = text[position:] + utf8.decode(chunk, final=ended), 0
+            length = len(text[position:end].encode())
+            yield start, length, row
+            position, start, index = end, start + length, index + 1
+            following = skip(space)
+            if following == ",":
+                position, start = position + 1, start + 1
+                following = skip(space)
+            elif following != "]":
+                raise ValueError(
+                    f"{self.path} is not valid JSON after row {index - 1}, at byte {start}: expected ',' or ']', found "
+                    f"{following or 'the end of the file'!r}."
+                )
+
+
+class ArrowRows:
+    """A `datasets.Dataset`, read as Arrow: its images stay what they are in the file, bytes or a path."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset.with_format("arrow")
+
+    def __getitem__(self, index: int) -> dict:
+        return self.dataset[index].to_pylist()[0]
+
+    def scan(self) -> Iterator[dict]:
+        """All rows, with a placeholder for each image, so that no image bytes are touched."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for table in self.dataset.iter(batch_size=1000):
+            counts = {}
+            for name in {"image", "images"} & set(table.column_names):
+                column = table.column(name)
+                if pa.types.is_struct(column.type):
+                    counts[name] = column.is_valid().cast(pa.int32()).to_pylist()
+                elif _is_list(column.type) and pa.types.is_struct(column.type.value_type):
+                    counts[name] = pc.list_value_length(column).to_pylist()
+                else:
+                    continue
+                table = table.drop_columns([name])
+            rows = table.to_pylist()
+            for name, column in counts.items():
+                for row, count in zip(rows, column):
+                    row[name] = [{"bytes": None, "path": None}] * (count or 0)
+            yield from rows
+
+    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
+        for index in range(share.number, len(self.dataset), share.count):
+            yield index, self[index]
+
+
+class StreamedRows:
+    """A `datasets.IterableDataset`, shared by shards."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset.decode(False) if dataset.features else dataset
+
+    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int | str, dict]]:
+        from datasets.distributed import split_dataset_by_node
+
+        dataset = self.dataset
+        if seed is not None:
+            dataset = dataset.shuffle(seed=seed, buffer_size=1)  # the order of the shards; our buffer does the rest
+            dataset.set_epoch(epoch)
+        if share.world_size > 1:
+            dataset = split_dataset_by_node(dataset, share.rank, share.world_size)
+        # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by share.
+        prefix = f"{share}:" if share.count > 1 else ""
+        for index, row in enumerate(dataset):
+            yield f"{prefix}{index}", row
+
+
+def _is_list(arrow_type) -> bool:
+    import pyarrow as pa
+
+    return (
+        pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
+    )

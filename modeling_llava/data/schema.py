@@ -1,0 +1,310 @@
+"""
+One conversation, in one form, whatever it was read from.
+
+Every source row becomes a plain dict (see [`Conversation`]); everything after this file reads that form only. What is
+wrong with a row is found here, by one check, and said in one sentence that names the sample.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+
+from ..constants import IMAGE_TOKEN
+
+
+logger = logging.getLogger(__name__)
+
+# The reasons for which a sample can be bad, as they appear in counts and reports.
+BAD_ROW = "unreadable row"
+BAD_ROLES = "roles out of order"
+EMPTY_ANSWER = "empty answer"
+BAD_MARKERS = "image markers do not match images"
+MISSING_IMAGE = "missing image"
+OUTSIDE_IMAGE = "image outside the image folder"
+CORRUPT_IMAGE = "corrupt image"
+TOO_LONG = "too long"
+NOTHING_SUPERVISED = "nothing supervised"
+REASONS = (
+    BAD_ROW,
+    BAD_ROLES,
+    EMPTY_ANSWER,
+    BAD_MARKERS,
+    MISSING_IMAGE,
+    OUTSIDE_IMAGE,
+    CORRUPT_IMAGE,
+    TOO_LONG,
+    NOTHING_SUPERVISED,
+)
+
+# LLaVA and ShareGPT rows say `from: human | gpt`, HF rows `role: user | assistant`.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+class Conversation(TypedDict):
+    """
+    The form that all of `modeling_llava.data` works on.
+
+    `id` (`str`): what errors and reports call this sample; the row number where the source has none.
+    `messages` (`list[dict]`): `{"role": "system" | "user" | "assistant", "content": [item, …]}` with items
+        `{"type": "image"}` and `{"type": "text", "text": str}`; an optional system message, then user and assistant in
+        turn, the last one an assistant. The i-th image item is filled by the i-th of `images`.
+    `images` (`list`): undecoded references: a path, a `PIL.Image`, or `{"bytes": bytes | None, "path": str | None}`.
+    `type` (`str`, *optional*): conversation, detail or complex (LLaVA §3), or any other name to weight by.
+    """
+
+    id: str
+    messages: list[dict]
+    images: list[Any]
+    type: str | None
+
+
+class BadSampleError(ValueError):
+    """
+    A sample that cannot be used.
+
+    Args:
+        sample_id (`str`): The sample.
+        reason (`str`): One of `REASONS`, for counting.
+        message (`str`): What is wrong and how to mend it, as the rest of a sentence that begins with the sample's name.
+    """
+
+    def __init__(self, sample_id: str, reason: str, message: str):
+        super().__init__(
+            f"sample {sample_id!r}{message}" if message[:1] in ":'" else f"sample {sample_id!r} {message}"
+        )
+        self.sample_id = sample_id
+        self.reason = reason
+        self._parts = (sample_id, reason, message)
+
+    def __reduce__(self):  # an exception of three arguments crosses process borders only with this
+        return type(self), self._parts
+
+
+def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
+    """
+    Read a row of LLaVA's JSON: `{"id", "image": str | list, "conversations": [{"from", "value"}]}`.
+
+    `<image>` marks an image in the text of a human turn of a row that has images; everywhere else it is text. How the
+    white space beside a marker is treated is said in `labels.py`.
+
+    Args:
+        row (`Mapping`): The row. `image` (or `images`) is a path, a `PIL.Image`, a `{"bytes", "path"}`, or a list.
+        index (`int` or `str`): The row's number (from 0), its `id` if it has none.
+        type (`str`, *optional*): The type of a row that names none.
+
+    Raises:
+        BadSampleError: Unknown role, roles out of order, an empty answer, or markers that do not match the images.
+    """
+    sample_id = _sample_id(row, index)
+    turns = row.get("conversations")
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'conversations': its keys are {sorted(row)}.")
+    images = _images(row, sample_id)
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or "from" not in turn or not isinstance(turn.get("value"), str):
+            raise BadSampleError(
+                sample_id, BAD_ROW, f"has a turn {number} that is not {{'from': …, 'value': text}}: {_short(turn)}."
+            )
+        role = _role(turn["from"], sample_id)
+        content = _cut(turn["value"]) if images and role == "user" else _text(turn["value"])
+        messages.append({"role": role, "content": content})
+    return _checked(sample_id, messages, images, row.get("type") or type)
+
+
+def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
+    """
+    Read a row of the HF form: `{"messages": [{"role", "content": str | list}], "images": list}`.
+
+    A content that is a list holds its images as items, and `<image>` in its texts is text. Contents that are strings,
+    in a row that has images and no image item, mark images by `<image>`, as LLaVA rows do.
+
+    Args:
+        row (`Mapping`): The row.
+        index (`int` or `str`): The row's number (from 0), its `id` if it has none.
+        type (`str`, *optional*): The type of a row that names none.
+
+    Raises:
+        BadSampleError: As [`from_llava_row`].
+    """
+    sample_id = _sample_id(row, index)
+    turns = row.get("messages")
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'messages': its keys are {sorted(row)}.")
+    images = _images(row, sample_id)
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
+            raise BadSampleError(
+                sample_id, BAD_ROW, f"has a message {number} that is not {{'role': …, 'content': …}}: {_short(turn)}."
+            )
+        role, content = _role(turn["role"], sample_id), turn["content"]
+        if isinstance(content, str):
+            content = _cut(content) if images and role == "user" else _text(content)
+        elif isinstance(content, Sequence):
+            content = [_item(item, role, number, sample_id) for item in content]
+        else:
+            raise BadSampleError(
+                sample_id,
+                BAD_ROW,
+                f"has a message {number} whose content is neither text nor a list: {_short(content)}.",
+            )
+        messages.append({"role": role, "content": content})
+    return _checked(sample_id, messages, images, row.get("type") or type)
+
+
+def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
+    """Read a row of either form, told apart by its key `conversations` or `messages`. See [`from_llava_row`]."""
+    if isinstance(row, Mapping) and row.get("conversations") is not None:
+        return from_llava_row(row, index, type)
+    if isinstance(row, Mapping) and row.get("messages") is not None:
+        return from_messages_row(row, index, type)
+    keys = f"its keys are {sorted(row)}" if isinstance(row, Mapping) else f"it is {_short(row)}"
+    raise BadSampleError(
+        _sample_id(row, index) if isinstance(row, Mapping) else str(index),
+        BAD_ROW,
+        f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): {keys}.",
+    )
+
+
+class DropCounter:
+    """
+    Counts dropped samples by reason, also across the worker processes of a `DataLoader`, and says each reason once.
+
+    The counts lie in shared memory, one row per worker, so that the copy in the main process sees them all.
+    """
+
+    MAX_WORKERS = 256
+
+    def __init__(self):
+        self._counts = torch.zeros(self.MAX_WORKERS + 1, len(REASONS), dtype=torch.int64).share_memory_()
+
+    def add(self, error: BadSampleError, what: str) -> None:
+        """Count one dropped sample; the first one of a reason is logged, with its error, as a warning."""
+        column = REASONS.index(error.reason)
+        info = torch.utils.data.get_worker_info()
+        worker = 0 if info is None else 1 + info.id % self.MAX_WORKERS
+        first = not self._counts[:, column].any()
+        self._counts[worker, column] += 1
+        if first:
+            logger.warning(
+                "%s drops samples (on_bad_sample or overflow is 'drop'). The first for the reason '%s': %s "
+                "Further ones are counted, not printed.",
+                what,
+                error.reason,
+                error,
+            )
+
+    def as_dict(self) -> dict[str, int]:
+        """`{reason: samples}` of the reasons that occurred."""
+        totals = self._counts.sum(0).tolist()
+        return {reason: total for reason, total in zip(REASONS, totals) if total}
+
+
+def summarize_drops(counts: Mapping[str, int]) -> str:
+    """`"3 samples dropped: 2 missing image, 1 empty answer"`."""
+    total = sum(counts.values())
+    parts = ", ".join(f"{count} {reason}" for reason, count in Counter(counts).most_common())
+    return f"{total} sample{'' if total == 1 else 's'} dropped: {parts}"
+
+
+def _sample_id(row: Mapping, index: int | str) -> str:
+    sample_id = row.get("id")
+    return str(index if sample_id is None else sample_id)
+
+
+def _role(name: Any, sample_id: str) -> str:
+    if name not in _ROLES:
+        raise BadSampleError(
+            sample_id, BAD_ROLES, f"has the unknown role {name!r}; the roles are {', '.join(sorted(_ROLES))}."
+        )
+    return _ROLES[name]
+
+
+def _images(row: Mapping, sample_id: str) -> list:
+    """The image references of a row, from `images` or `image`, one or many; none where they are null or empty."""
+    if row.get("image") and row.get("images"):
+        raise BadSampleError(sample_id, BAD_ROW, "has both 'image' and 'images': keep one of them.")
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    if images is None or (isinstance(images, (str, Sequence)) and len(images) == 0):
+        return []
+    return list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+
+
+def _text(value: str) -> list[dict]:
+    return [{"type": "text", "text": value}] if value else []
+
+
+def _cut(value: str) -> list[dict]:
+    """Content items of a human turn: cut at every marker, without the white space at the two ends of the turn."""
+    pieces = value.split(IMAGE_TOKEN)
+    if len(pieces) == 1:
+        return _text(value)
+    for order, strip in ((range(len(pieces)), str.lstrip), (range(len(pieces) - 1, -1, -1), str.rstrip)):
+        for i in order:
+            pieces[i] = strip(pieces[i])
+            if pieces[i]:
+                break
+    content = _text(pieces[0])
+    for piece in pieces[1:]:
+        content += [{"type": "image"}, *_text(piece)]
+    return content
+
+
+def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
+    """One item of a content list. Items that went through Arrow carry every key, with null where it does not apply."""
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if kind == "text" and isinstance(item.get("text"), str):
+        return {"type": "text", "text": item["text"]}
+    if kind == "image" and role == "user":
+        return {"type": "image"}
+    if kind == "image":
+        raise BadSampleError(
+            sample_id,
+            BAD_MARKERS,
+            f"has an image in message {number}, which is the {role}'s: images belong to the user.",
+        )
+    raise BadSampleError(
+        sample_id, BAD_ROW, f"has an item in message {number} that is neither an image nor a text: {_short(item)}."
+    )
+
+
+def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> Conversation:
+    """The conversation, if its roles alternate, its answers are not empty, and its image items match its images."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise BadSampleError(
+            sample_id,
+            BAD_ROLES,
+            f"has its roles out of order ({', '.join(roles[:8]) or 'no turn at all'}{', …' if len(roles) > 8 else ''}): "
+            "after an optional system message, user and assistant must take turns, and the last turn is an answer.",
+        )
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and not any(item["text"].strip() for item in message["content"]):
+            raise BadSampleError(
+                sample_id, EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it."
+            )
+    slots = sum(item["type"] == "image" for message in messages for item in message["content"])
+    if slots != len(images):
+        raise BadSampleError(
+            sample_id,
+            BAD_MARKERS,
+            f"marks {slots} image{'' if slots == 1 else 's'} in its user turns but comes with {len(images)}: write one "
+            f"{IMAGE_TOKEN} (or one image item) for each image.",
+        )
+    return {"id": sample_id, "messages": messages, "images": images, "type": None if type is None else str(type)}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,331 @@
+"""
+From files, `datasets` objects and Hub names to conversations: random access, or a stream.
+
+Images stay undecoded references here; what a row holds is said in `schema.py`, how a reference is read in `images.py`.
+"""
+
+import logging
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .rows import ArrowRows, JsonRows, ListRows, Share, StreamedRows
+from .schema import (
+    OUTSIDE_IMAGE,
+    BadSampleError,
+    Conversation,
+    DropCounter,
+    from_row,
+    summarize_drops,
+)
+
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_conversations(
+    source: Any,
+    image_folder: str | os.PathLike | None = None,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    on_bad_sample: str = "raise",
+    types: Sequence[str] | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> "ConversationDataset | ConversationStream":
+    """
+    Read conversations (see [`Conversation`]) from anywhere.
+
+    Args:
+        source (`str`, `datasets.Dataset`, `list` or `dict`):
+            - a LLaVA `.json` or `.jsonl` file (told apart by its content), also with `messages` rows;
+            - a `.parquet` file, a folder of them, or a folder written by `Dataset.save_to_disk`;
+            - the name of a dataset on the Hub;
+            - a `datasets` object, or a list of rows in memory;
+            - a list of any of these strings, or a dict that gives each source's rows a type where they name none:
+              `{"conversation": "conversation_58k.json", "detail": "detail_23k.json"}`.
+        image_folder (`str`, *optional*):
+            Relative image paths are joined to it; paths that leave it are bad samples.
+        split (`str`, defaults to `"train"`): Which split of a dataset that has several.
+        streaming (`bool`, defaults to `False`): Return a [`ConversationStream`]: constant memory, no length.
+        on_bad_sample (`str`, defaults to `"raise"`):
+            `"raise"` at the first row that is wrong, or `"drop"` such rows, counted by reason in `.dropped`. Without
+            streaming every row is checked here, before training starts; images are not opened.
+        types (`Sequence[str]`, *optional*): Keep only samples of these types (the data ablation of LLaVA §5.1).
+        config_name, revision (`str`, *optional*): Of a dataset on the Hub.
+        shuffle_buffer (`int`, defaults to 0): Streaming only: samples held back to draw from at random; 0 keeps the order.
+        seed (`int`, defaults to 0): Of that draw, together with the epoch.
+        rank, world_size (`int`, defaults to 0 and 1):
+            Streaming only: this process and the number of processes to share the rows with. Leave them as they are
+            where something else shares the rows out, as `Trainer` and `accelerate` do.
+
+    Raises:
+        BadSampleError: A row is wrong and `on_bad_sample="raise"`.
+        FileNotFoundError: There is no such file.
+        ValueError: The source is of no known kind, is empty, or has no such split.
+
+    Example:
+
+    ```python
+    >>> dataset = load_conversations("llava_instruct_150k.json", "coco/train2017")
+    >>> dataset[0]["messages"][0]
+    {'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What are the colors of the bus in the image?'}]}
+    ```
+    """
+    if on_bad_sample not in ("raise", "drop"):
+        raise ValueError(f"on_bad_sample is {on_bad_sample!r}: give 'raise' or 'drop'.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} but there are {world_size} processes, numbered from 0.")
+    named = _named_sources(source)
+    parts = [
+        (_open(item, split, streaming, config_name, revision), type_name, _describe(item)) for type_name, item in named
+    ]
+    folder = None if image_folder is None else os.path.abspath(image_folder)
+    if streaming:
+        return ConversationStream(parts, folder, on_bad_sample, types, shuffle_buffer, seed, rank, world_size)
+    return ConversationDataset(parts, folder, on_bad_sample, types)
+
+
+class _Reader:
+    """Turns a raw row into a conversation with its image paths joined to the folder."""
+
+    def __init__(self, folder: str | None):
+        self.folder = folder
+
+    def __call__(self, row: Any, index: int, type_name: str | None) -> Conversation:
+        conversation = from_row(row, index, type_name)
+        if self.folder is not None:
+            conversation["images"] = [self._joined(image, conversation["id"]) for image in conversation["images"]]
+        return conversation
+
+    def _joined(self, image: Any, sample_id: str) -> Any:
+        if not isinstance(image, (str, os.PathLike)):
+            return image
+        path = os.path.normpath(os.path.join(self.folder, image))
+        if os.path.commonpath([path, self.folder]) != self.folder:
+            raise BadSampleError(
+                sample_id,
+                OUTSIDE_IMAGE,
+                f"has the image path {os.fspath(image)!r}, which leaves the image folder {self.folder!r}: give paths "
+                "relative to it, or an image folder that holds them all.",
+            )
+        return path
+
+
+class ConversationDataset(torch.utils.data.Dataset):
+    """
+    Conversations by index, read from disk when asked for. Picklable; each worker opens its own files.
+
+    Attributes:
+        types (`list[str | None]`): The type of each sample, for weights by type.
+        num_images (`np.ndarray` `[num_samples]`, int32): Images of each sample, for grouping by modality.
+        dropped (`dict[str, int]`): Dropped rows by reason.
+    """
+
+    def __init__(self, parts: list, folder: str | None, on_bad_sample: str, types: Sequence[str] | None):
+        self._rows = [rows for rows, _, _ in parts]
+        self._type_names = [type_name for _, type_name, _ in parts]
+        self._read = _Reader(folder)
+        kept, self.types, num_images, dropped = [], [], [], Counter()
+        first_error = None
+        for part, (rows, type_name, what) in enumerate(parts):
+            progress = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, mininterval=1)
+            for index, row in enumerate(progress):
+                try:
+                    if isinstance(row, BadSampleError):
+                        raise row
+                    conversation = self._read(row, index, type_name)
+                except BadSampleError as error:
+                    if on_bad_sample == "raise":
+                        raise
+                    first_error = first_error or error
+                    dropped[error.reason] += 1
+                    continue
+                if types is None or conversation["type"] in types:
+                    kept.append((part, index))
+                    self.types.append(conversation["type"])
+                    num_images.append(len(conversation["images"]))
+        self._index = np.array(kept, dtype=np.int64).reshape(-1, 2)  # [num_samples, (part, row)]
+        self.num_images = np.array(num_images, dtype=np.int32)
+        self.dropped = dict(dropped)
+        what = " + ".join(what for _, _, what in parts)
+        if dropped:
+            logger.warning("%s: %s. The first: %s", what, summarize_drops(dropped), first_error)
+        if not kept:
+            wanted = "" if types is None else f" of the types {list(types)}"
+            raise ValueError(
+                f"{what} holds no usable sample{wanted}. {summarize_drops(dropped) if dropped else ''}".strip()
+            )
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        part, row = self._index[index].tolist()
+        return self._read(self._rows[part][row], row, self._type_names[part])
+
+    def select(self, indices: Iterable[int]) -> "ConversationDataset":
+        """The samples at `indices`, in that order; rows are shared, not copied."""
+        indices = np.fromiter(indices, dtype=np.int64)
+        subset = object.__new__(type(self))
+        subset.__dict__.update(self.__dict__)
+        subset._index = self._index[indices]
+        subset.num_images = self.num_images[indices]
+        subset.types = [self.types[i] for i in indices.tolist()]
+        return subset
+
+
+class ConversationStream(torch.utils.data.IterableDataset):
+    """
+    Conversations one after the other, without holding them. The rows are shared among the processes (`rank`,
+    `world_size`) and among the workers of a `DataLoader`, and no row is given to two of them.
+
+    A JSON file is read through by everyone, and each takes every n-th row; a `datasets` stream is shared by its shards.
+
+    Attributes:
+        dropped (`dict[str, int]`): Rows dropped so far, by reason, in all workers of this process.
+    """
+
+    def __init__(self, parts, folder, on_bad_sample, types, shuffle_buffer, seed, rank, world_size):
+        self._parts = parts
+        self._read = _Reader(folder)
+        self._drop = on_bad_sample == "drop"
+        self._types = types
+        self._shuffle_buffer, self._seed, self._epoch = shuffle_buffer, seed, 0
+        self._rank, self._world_size = rank, world_size
+        self._dropped = DropCounter()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self._dropped.as_dict()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change the order of the shuffle buffer, and of the shards of `datasets` streams, for this epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Conversation]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        share = Share(self._rank, self._world_size, worker, num_workers)
+        samples = self._samples(share)
+        if self._shuffle_buffer > 1:
+            # A string seed is hashed with SHA-512, so the draw is the same in every process and Python version.
+            samples = _shuffled(samples, self._shuffle_buffer, random.Random(f"{self._seed}-{self._epoch}-{share}"))
+        return samples
+
+    def _samples(self, share: "Share") -> Iterator[Conversation]:
+        for rows, type_name, what in self._parts:
+            for index, row in rows.stream(share, self._seed if self._shuffle_buffer else None, self._epoch):
+                try:
+                    if isinstance(row, BadSampleError):
+                        raise row
+                    conversation = self._read(row, index, type_name)
+                except BadSampleError as error:
+                    if not self._drop:
+                        raise
+                    self._dropped.add(error, what)
+                    continue
+                if self._types is None or conversation["type"] in self._types:
+                    yield conversation
+
+
+def _shuffled(samples: Iterator, size: int, rng: random.Random) -> Iterator:
+    """Hold `size` samples back; each new one takes the place of one drawn at random."""
+    buffer = []
+    for sample in samples:
+        if len(buffer) < size:
+            buffer.append(sample)
+            continue
+        i = rng.randrange(size)
+        buffer[i], sample = sample, buffer[i]
+        yield sample
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _named_sources(source: Any) -> list[tuple[str | None, Any]]:
+    """`(type name, source)` of each part."""
+    from datasets import DatasetDict, IterableDatasetDict
+
+    if isinstance(source, Mapping) and not isinstance(source, (DatasetDict, IterableDatasetDict)):
+        return list(source.items())
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
+        return [(None, item) for item in source]
+    return [(None, source)]
+
+
+def _describe(source: Any) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+
+
+def _open(source: Any, split: str, streaming: bool, config_name: str | None, revision: str | None):
+    """The rows of one source."""
+    import datasets
+
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in source:
+            raise ValueError(f"the dataset has no split {split!r}; it has {', '.join(sorted(source))}.")
+        source = source[split]
+    if isinstance(source, datasets.Dataset):
+        return ArrowRows(source)
+    if isinstance(source, datasets.IterableDataset):
+        if not streaming:
+            raise ValueError("an IterableDataset has no random access: pass streaming=True.")
+        return StreamedRows(source)
+    if isinstance(source, (list, tuple)):
+        return ListRows(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"cannot read conversations from a {type(source).__name__}: give a path, a name on the Hub, a datasets object, "
+            "or a list of rows."
+        )
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+            return _open(loaded, split, streaming, config_name, revision)
+        if next(path.rglob("*.parquet"), None) is None:
+            raise ValueError(
+                f"the folder {str(path)!r} holds neither parquet files nor a dataset written by save_to_disk: name the "
+                "JSON file itself."
+            )
+        return _open(_load_dataset(str(path), split, streaming), split, streaming, config_name, revision)
+    if path.is_file():
+        if path.suffix == ".parquet":
+            loaded = _load_dataset("parquet", "train", streaming, data_files=str(path))
+            return _open(loaded, split, streaming, config_name, revision)
+        return JsonRows(path)
+    name = os.fspath(source)
+    if path.suffix in (".json", ".jsonl", ".parquet") or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"there is no file or folder {name!r} (looked in {os.getcwd()!r}).")
+    loaded = _load_dataset(name, split, streaming, name=config_name, revision=revision)
+    return _open(loaded, split, streaming, config_name, revision)
+
+
+def _load_dataset(path: str, split: str, streaming: bool, **kwargs):
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split, streaming=streaming, **kwargs)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path!r} is neither a file or folder here nor a dataset on the Hub: {error}"
+        ) from error

@@ -1,0 +1,297 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+from transformers.image_utils import load_image as load_image_of_transformers
+
+from modeling_llava.data.images import image_key, load_image, read_image_size
+from modeling_llava.data.schema import CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
+
+
+def noise(width=40, height=30, channels=3, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(values if channels > 1 else values[..., 0])
+
+
+def smooth(width=40, height=30):
+    """A picture that JPEG hardly changes."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 4, y * 5, x + y], -1).astype(np.uint8))
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def assert_same(image, expected, tolerance=0):
+    assert image.mode == "RGB" and image.size == expected.size
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected.convert("RGB")).astype(int)).max() <= tolerance
+
+
+def fails(reason, words, *args, **options):
+    with pytest.raises(BadSampleError) as caught:
+        load_image(*args, **options, sample_id="s-7")
+    message = str(caught.value)
+    assert caught.value.reason == reason and message.startswith("sample 's-7' has ") and "\n" not in message
+    assert words in message, message
+
+
+# What is read rightly.
+
+
+def test_gif_named_jpg_and_animation_give_the_first_frame(tmp_path):
+    frames = [Image.new("P", (8, 6), i) for i in (3, 90)]
+    for frame in frames:
+        frame.putpalette([i for value in range(256) for i in (value, 255 - value, 7)])
+    frames[0].save(tmp_path / "a.jpg", "GIF", save_all=True, append_images=frames[1:])
+    assert_same(load_image("a.jpg", tmp_path), Image.new("RGB", (8, 6), (3, 252, 7)))
+    noise().save(tmp_path / "b.jpg", "PNG", save_all=True, append_images=[noise(seed=1)])
+    assert_same(load_image("b.jpg", tmp_path), noise())
+
+
+def test_cmyk_jpeg(tmp_path):
+    smooth().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
+    assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = (np.arange(30 * 40, dtype=np.uint16) * 54).reshape(30, 40)
+    expected = Image.fromarray((values // 256).astype(np.uint8))
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert_same(load_image(name, tmp_path), expected)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "b.tif")
+    assert Image.open(tmp_path / "b.tif").mode == "I"
+    assert_same(load_image("b.tif", tmp_path), expected)
+    (tmp_path / "c.pgm").write_bytes(b"P5 40 30 65535\n" + values.astype(">u2").tobytes())
+    assert_same(load_image("c.pgm", tmp_path), expected)
+
+
+def test_dark_16_bit_png_stays_dark():
+    values = np.full((30, 40), 200, dtype=np.uint16)
+    assert_same(load_image(encoded(Image.fromarray(values))), Image.new("L", (40, 30), 0))
+
+
+def test_16_bit_colour_png():
+    # Pillow does not write one: 8-bit values as the high bytes of a hand-made file.
+    import struct
+    import zlib
+
+    rgb = np.asarray(noise(5, 4))
+    rows = b"".join(b"\0" + b"".join(bytes([v, 9]) for v in row.reshape(-1)) for row in rgb)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert_same(load_image(data), noise(5, 4))
+
+
+def test_float_tiff_of_a_known_range():
+    values = np.asarray(noise(channels=1)).astype(np.float32)
+    assert_same(load_image(encoded(Image.fromarray(values), "TIFF")), noise(channels=1))
+    assert_same(load_image(encoded(Image.fromarray(values / 255), "TIFF")), noise(channels=1))
+
+
+def test_palette_with_transparency_is_laid_on_white():
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 1), 1)
+    expected = Image.new("RGB", (4, 2), (255, 255, 255))
+    expected.putpixel((1, 1), (40, 50, 60))
+    assert_same(load_image(encoded(image, transparency=0)), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_laid_on_white(mode):
+    image = noise(channels=4) if mode == "RGBA" else noise(channels=4).convert("LA")
+    values = np.asarray(image).astype(float)
+    alpha = values[..., -1:] / 255
+    expected = np.broadcast_to(values[..., :-1] * alpha + 255 * (1 - alpha), (30, 40, 3))
+    np.testing.assert_allclose(np.asarray(load_image(encoded(image))), expected, atol=1)
+
+
+def test_colour_key_transparency():
+    image = Image.new("RGB", (4, 2), (1, 2, 3))
+    image.putpixel((0, 0), (9, 9, 9))
+    expected = Image.new("RGB", (4, 2), (255, 255, 255))
+    expected.putpixel((0, 0), (9, 9, 9))
+    assert_same(load_image(encoded(image, transparency=(1, 2, 3))), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr"])
+def test_other_modes(mode):
+    image = smooth().convert(mode)
+    data = encoded(image, "TIFF" if mode == "YCbCr" else "PNG")
+    assert_same(load_image(data), image.convert("RGB"), tolerance=2 if mode == "YCbCr" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_transformers_does(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    smooth().save(path, exif=exif, quality=95)
+    image = load_image("a.jpg", tmp_path)
+    assert_same(image, load_image_of_transformers(str(path)))
+    assert image.size == ((40, 30) if orientation < 5 else (30, 40))
+    assert_same(load_image_of_transformers(image), image)  # turned once, not again by the next reader
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_cost_the_picture(tmp_path):
+    smooth().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12broken", quality=95)
+    assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
+
+
+def test_references_of_every_kind(tmp_path):
+    noise().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    absolute = str(tmp_path / "a.png")
+    for reference in (
+        absolute,
+        tmp_path / "a.png",
+        data,
+        {"bytes": data, "path": "x.png"},
+        {"bytes": None, "path": absolute},
+    ):
+        assert_same(load_image(reference), noise())
+    assert_same(load_image("a.png", tmp_path), noise())
+    assert_same(load_image(absolute, tmp_path), noise())
+    assert_same(load_image("sub/../a.png", tmp_path), noise())
+    image = noise(channels=4)
+    assert load_image(image).mode == "RGB" and image.mode == "RGBA"
+
+
+def test_stream_urls_are_opened_through_fsspec():
+    import fsspec
+
+    with fsspec.open("memory://pictures/a.png", "wb") as file:
+        file.write(encoded(noise()))
+    assert_same(load_image({"bytes": None, "path": "memory://pictures/a.png"}), noise())
+    fails(MISSING_IMAGE, "cannot be read", {"bytes": None, "path": "memory://pictures/b.png"})
+
+
+# What is one clear error.
+
+
+def test_missing_file(tmp_path):
+    fails(MISSING_IMAGE, "'a.jpg', which is not there in the image folder", "a.jpg", tmp_path)
+    noise().save(tmp_path / "a.png")
+    fails(MISSING_IMAGE, "There is 'a.png' instead.", "a.jpg", tmp_path)
+    fails(MISSING_IMAGE, "null byte", "a\0.jpg", tmp_path)
+    fails(MISSING_IMAGE, "cannot be opened", "a" * 5000, tmp_path)
+    fails(MISSING_IMAGE, "a URL: download", "https://example.com/a.jpg", tmp_path)
+
+
+def test_folder_and_pipe_in_place_of_a_file(tmp_path):
+    (tmp_path / "a.jpg").mkdir()
+    fails(MISSING_IMAGE, "not a file", "a.jpg", tmp_path)
+    os.mkfifo(tmp_path / "b.jpg")
+    fails(MISSING_IMAGE, "not a file", "b.jpg", tmp_path)
+
+
+def test_paths_that_leave_the_folder(tmp_path):
+    folder, outside = tmp_path / "images", tmp_path / "images2"
+    folder.mkdir(), outside.mkdir()
+    noise().save(outside / "a.png")
+    fails(OUTSIDE_IMAGE, "leaves the image folder", "../images2/a.png", folder)
+    fails(OUTSIDE_IMAGE, "leaves the image folder", str(outside / "a.png"), folder)
+    (folder / "link").symlink_to(outside)
+    (folder / "b.png").symlink_to(outside / "a.png")
+    fails(OUTSIDE_IMAGE, "by a symbolic link: pass follow_symlinks=True", "link/a.png", folder)
+    fails(OUTSIDE_IMAGE, "by a symbolic link", "b.png", folder)
+    assert_same(load_image("link/a.png", folder, follow_symlinks=True), noise())
+    fails(OUTSIDE_IMAGE, "leaves the image folder", "../images2/a.png", folder, follow_symlinks=True)
+
+
+def test_a_folder_that_is_itself_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    noise().save(tmp_path / "disk" / "a.png")
+    (tmp_path / "images").symlink_to(tmp_path / "disk")
+    assert_same(load_image("a.png", tmp_path / "images"), noise())
+
+
+def test_truncated_jpeg(tmp_path):
+    data = encoded(noise(200, 200), "JPEG")
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    fails(CORRUPT_IMAGE, "cut off", "a.jpg", tmp_path)
+    with pytest.raises(BadSampleError, match="cut off"):  # found from the header too: the end marker is missing
+        read_image_size("a.jpg", tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def test_truncated_png(tmp_path):
+    data = encoded(noise(200, 200))
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    fails(CORRUPT_IMAGE, "cut off", "a.png", tmp_path)
+
+
+def test_zero_bytes(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    fails(CORRUPT_IMAGE, "empty (0 bytes)", "a.jpg", tmp_path)
+    fails(CORRUPT_IMAGE, "empty (0 bytes)", {"bytes": b"", "path": "a.jpg"})
+
+
+def test_web_page_named_jpg(tmp_path):
+    (tmp_path / "a.jpg").write_text("<!DOCTYPE html><html>404</html>")
+    fails(CORRUPT_IMAGE, "web page", "a.jpg", tmp_path)
+    (tmp_path / "b.jpg").write_bytes(b"\x00\x01 nothing known")
+    fails(CORRUPT_IMAGE, "not an image: it begins with", "b.jpg", tmp_path)
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    noise(60, 60).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    fails(CORRUPT_IMAGE, "more pixels than Pillow opens", "a.png", tmp_path)
+
+
+def test_values_without_a_meaning():
+    values = np.linspace(-3, 900, 1200, dtype=np.float32).reshape(30, 40)
+    fails(CORRUPT_IMAGE, "from -3 to 900", encoded(Image.fromarray(values), "TIFF"))
+    values = np.arange(1200, dtype=np.int32).reshape(30, 40) * 1000
+    fails(CORRUPT_IMAGE, "from 0 to 1199000", encoded(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.filterwarnings("ignore:Tag data")
+def test_random_damage_is_a_picture_or_a_named_error():
+    rng = np.random.default_rng(0)
+    formats = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
+    for number in range(240):
+        data = bytearray(encoded(smooth(), formats[number % len(formats)]))
+        for _ in range(rng.integers(1, 12)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        if number % 3 == 0:
+            data = data[: rng.integers(1, len(data))]
+        try:
+            assert load_image(bytes(data), sample_id="s").mode == "RGB"
+        except BadSampleError as error:
+            assert error.reason == CORRUPT_IMAGE
+
+
+def test_unknown_reference():
+    with pytest.raises(BadSampleError, match="image reference of type int"):
+        load_image(3, sample_id="s")
+    with pytest.raises(BadSampleError, match="image reference of type NoneType"):
+        load_image({"bytes": None, "path": None}, sample_id="s")
+
+
+def test_size_from_the_header(tmp_path):
+    noise(64, 48).save(tmp_path / "a.jpg")
+    assert read_image_size("a.jpg", tmp_path) == (64, 48)
+    assert read_image_size(encoded(noise(12, 5))) == (12, 5) and read_image_size(noise(3, 4)) == (3, 4)
+    with pytest.raises(BadSampleError, match="not there"):
+        read_image_size("b.jpg", tmp_path)
+
+
+def test_key_is_equal_for_the_same_image():
+    data, image = encoded(noise()), noise()
+    assert image_key("a/../b.jpg") == image_key("b.jpg") == image_key({"bytes": None, "path": "b.jpg"})
+    assert image_key({"bytes": data, "path": "b.jpg"}) == image_key(bytes(data)) != image_key("b.jpg")
+    assert image_key(image) == image_key(image) != image_key(image.copy())

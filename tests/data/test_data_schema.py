@@ -1,0 +1,194 @@
+import pickle
+
+import pytest
+import torch
+
+from modeling_llava.data.schema import (
+    BAD_MARKERS,
+    BAD_ROLES,
+    BAD_ROW,
+    EMPTY_ANSWER,
+    BadSampleError,
+    DropCounter,
+    from_llava_row,
+    from_messages_row,
+    from_row,
+    summarize_drops,
+)
+
+
+IMAGE = {"type": "image"}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def llava_row(*values, image="a.jpg", **other):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return {"id": "s", "conversations": turns, **({"image": image} if image else {}), **other}
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [  # the table in labels.py
+        ("<image>\nWhat is this?", [IMAGE, text("What is this?")]),
+        ("What is this?\n<image>", [text("What is this?"), IMAGE]),
+        ("<image>\n   What is this?  ", [IMAGE, text("What is this?")]),
+        ("<image>", [IMAGE]),
+        ("Look at <image> now, please.", [text("Look at "), IMAGE, text(" now, please.")]),
+    ],
+)
+def test_markers_become_items_as_the_labels_module_says(value, content):
+    conversation = from_llava_row(llava_row(value, "A lamp."))
+    assert conversation["messages"][0] == {"role": "user", "content": content}
+    assert conversation["messages"][1] == {"role": "assistant", "content": [text("A lamp.")]}
+    assert conversation["images"] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        ("Compare <image> with <image>, please.", [text("Compare "), IMAGE, text(" with "), IMAGE, text(", please.")]),
+        ("<image>\n<image>\nCompare.", [IMAGE, IMAGE, text("Compare.")]),
+        ("Compare.\n<image> <image>\n", [text("Compare."), IMAGE, IMAGE]),
+    ],
+)
+def test_two_markers_in_a_turn(value, content):
+    conversation = from_llava_row(llava_row(value, "Fine.", image=["a.jpg", "b.jpg"]))
+    assert conversation["messages"][0]["content"] == content and conversation["images"] == ["a.jpg", "b.jpg"]
+
+
+def test_text_is_kept_to_the_letter_where_there_is_no_marker():
+    row = llava_row("<image>\nHi", "  A lamp. ", "    And\n\nthat?  ", "A <image> tag.\n")
+    contents = [message["content"] for message in from_llava_row(row)["messages"]]
+    assert contents[1:] == [[text("  A lamp. ")], [text("    And\n\nthat?  ")], [text("A <image> tag.\n")]]
+
+
+def test_literal_marker_in_a_text_only_row_is_text():
+    conversation = from_llava_row(llava_row("What does <image> mean in HTML?", "Nothing.", image=None))
+    assert conversation["messages"][0]["content"] == [text("What does <image> mean in HTML?")]
+    assert conversation["images"] == []
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_null_image_is_no_image(image):
+    row = {**llava_row("Hello", "Hi.", image=None), "image": image}
+    assert from_llava_row(row)["images"] == []
+
+
+def test_id_falls_back_to_the_row_number_and_type_is_kept():
+    row = llava_row("<image>", "A lamp.", type="detail")
+    assert from_llava_row(row)["type"] == "detail"
+    assert from_llava_row(row, type="complex")["type"] == "detail"
+    del row["id"], row["type"]
+    assert from_llava_row(row, 17)["id"] == "17"
+    assert from_llava_row(row, type="complex")["type"] == "complex" and from_llava_row(row)["type"] is None
+    assert from_llava_row({**row, "id": 5})["id"] == "5"
+
+
+def test_messages_row_with_items_after_arrow():
+    row = {
+        "id": 3,
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "A <image>?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+        ],
+        "images": [{"bytes": b"x", "path": None}],
+    }
+    conversation = from_messages_row(row)
+    assert conversation["messages"][1]["content"] == [IMAGE, text("A <image>?")]
+    assert conversation["images"] == [{"bytes": b"x", "path": None}] and conversation["id"] == "3"
+    assert from_row(row) == conversation
+
+
+def test_messages_row_with_strings_marks_images_as_llava_does():
+    row = {
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A lamp."}],
+        "images": ["a.jpg"],
+    }
+    assert from_row(row)["messages"][0]["content"] == [IMAGE, text("What?")]
+    assert from_row({**row, "images": None})["messages"][0]["content"] == [text("<image>\nWhat?")]
+
+
+def test_the_row_is_not_changed():
+    row = llava_row("<image>\nWhat?", "A lamp.")
+    before = pickle.dumps(row)
+    from_llava_row(row)["images"].append("b.jpg")
+    assert pickle.dumps(row) == before
+
+
+BAD_ROWS = [
+    (llava_row("<image>\nHi", " \n"), EMPTY_ANSWER, "empty answer in turn 1"),
+    (llava_row("<image>\nHi", ""), EMPTY_ANSWER, "empty answer"),
+    (llava_row("<image>\nHi", "A.", "More?"), BAD_ROLES, "user, assistant, user"),
+    (llava_row(), BAD_ROLES, "no turn at all"),
+    (llava_row("<image> <image>", "A."), BAD_MARKERS, "marks 2 images in its user turns but comes with 1"),
+    (llava_row("Hi", "A."), BAD_MARKERS, "marks 0 images in its user turns but comes with 1"),
+    (llava_row("Hi", "An <image>."), BAD_MARKERS, "marks 0 images"),
+    ({"id": "s", "conversations": [{"from": "tool", "value": "x"}]}, BAD_ROLES, "unknown role 'tool'"),
+    ({"id": "s", "conversations": [{"from": "human"}]}, BAD_ROW, "turn 0"),
+    ({"id": "s", "conversations": [{"from": "human", "value": None}]}, BAD_ROW, "turn 0"),
+    ({"id": "s", "conversations": "Hi"}, BAD_ROW, "no list of 'conversations'"),
+    ({"id": "s", "text": "Hi"}, BAD_ROW, "neither a LLaVA row"),
+    ({**llava_row("<image>", "A."), "images": ["b.jpg"]}, BAD_ROW, "both 'image' and 'images'"),
+    ({"id": "s", "messages": [{"role": "user", "content": 3}]}, BAD_ROW, "neither text nor a list"),
+    (
+        {"id": "s", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        BAD_ROW,
+        "neither an image nor a text",
+    ),
+    ({"id": "s", "messages": [{"role": "assistant", "content": [IMAGE]}]}, BAD_MARKERS, "images belong to the user"),
+    (
+        {"id": "s", "messages": [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": "A."}]},
+        BAD_MARKERS,
+        "marks 1 image in its user turns but comes with 0",
+    ),
+    (
+        {"id": "s", "messages": [{"role": "assistant", "content": "A."}, {"role": "user", "content": "Q"}]},
+        BAD_ROLES,
+        "assistant, user",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "words"), BAD_ROWS)
+def test_bad_row_is_one_error_that_names_the_sample(row, reason, words):
+    with pytest.raises(BadSampleError) as caught:
+        from_row(row)
+    assert caught.value.reason == reason and caught.value.sample_id == "s"
+    assert str(caught.value).startswith("sample 's' ") and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_error_crosses_process_borders():
+    error = pickle.loads(pickle.dumps(BadSampleError("a", EMPTY_ANSWER, "has none.")))
+    assert (error.sample_id, error.reason, str(error)) == ("a", EMPTY_ANSWER, "sample 'a' has none.")
+
+
+class Dropping(torch.utils.data.Dataset):
+    def __init__(self):
+        self.counter = DropCounter()
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        self.counter.add(BadSampleError(str(index), (EMPTY_ANSWER, BAD_ROLES)[index % 3 == 0], "is bad."), "test")
+        return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_drop_counter_sees_the_workers_of_a_dataloader(num_workers):
+    dataset = Dropping()
+    assert len(list(torch.utils.data.DataLoader(dataset, num_workers=num_workers))) == 12
+    assert dataset.counter.as_dict() == {BAD_ROLES: 4, EMPTY_ANSWER: 8}
+
+
+def test_drop_counter_says_each_reason_once(caplog):
+    dataset = Dropping()
+    for index in range(12):
+        dataset[index]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "sample '0' is bad." in caplog.text and "sample '1' is bad." in caplog.text
+    assert summarize_drops(dataset.counter.as_dict()) == "12 samples dropped: 8 empty answer, 4 roles out of order"
