@@ -1,0 +1,361 @@
+"""
+Proof that a converted checkpoint is what it should be.
+
+[`check_stock_ready`] holds a HF folder against stock transformers: keys, configuration, tokens per image, template, and
+the logits of one image; given the original that it was made from, the logits before and after must be equal. Models
+of any size are checked: weights stay in their files (see `streamed.py`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM
+from transformers.models.llava.configuration_llava import LlavaConfig as StockConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+
+from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
+from modeling_llava.modeling_llava import LlavaForConditionalGeneration
+
+from .keymaps import canonical_hf_key, drop_derived, rename_all
+from .originals import Original, read_original
+from .streamed import streamed
+from .tensors import LazyTensor, cast, find_weights, read_checkpoint
+
+
+QUESTION = "What is shown here?"
+TOLERANCE = 1e-4
+"""Largest difference of logits before and after, relative to the largest logit; both are computed in float32."""
+
+NUM_COMPARED = 16
+"""The logits of this many last positions are compared."""
+
+
+@dataclass(frozen=True)
+class CheckItem:
+    """One thing that was checked: `state` is `"ok"`, `"failed"`, `"skipped"` or, where only we can do it, `"ours only"`."""
+
+    name: str
+    state: str
+    detail: str
+
+
+@dataclass
+class CheckReport:
+    """
+    What a check found.
+
+    Args:
+        folder (`Path`):
+            What was checked.
+        items (`list[CheckItem]`):
+            In the order of the checks.
+    """
+
+    folder: Path
+    items: list[CheckItem] = field(default_factory=list)
+
+    def add(self, name: str, state: str, detail: str) -> None:
+        self.items.append(CheckItem(name, state, detail))
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing failed: at least this package runs it."""
+        return all(item.state != "failed" for item in self.items)
+
+    @property
+    def is_stock_ready(self) -> bool:
+        """Stock transformers runs it without this package."""
+        return all(item.state in ("ok", "skipped") for item in self.items)
+
+    def failures(self) -> str:
+        return "; ".join(f"{item.name}: {item.detail}" for item in self.items if item.state not in ("ok", "skipped"))
+
+    def __str__(self) -> str:
+        width = max(len(item.name) for item in self.items)
+        return "\n".join(f"{item.state:>9}  {item.name:<{width}}  {item.detail}" for item in self.items)
+
+
+def check_stock_ready(
+    folder: str | Path,
+    *,
+    reference: str | Path | Original | None = None,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    logits: bool = True,
+) -> CheckReport:
+    """
+    Check that stock transformers can run a HF LLaVA folder, and that it computes what the original did.
+
+    Args:
+        folder (`str` or `Path`):
+            The HF folder.
+        reference (`str`, `Path` or [`Original`], *optional*):
+            The original from which it was made; its logits must be the same.
+        base (`str` or `Path`, *optional*), vision_tower (`str` or `Path`, *optional*):
+            Of the reference.
+        logits (`bool`, *optional*, defaults to `True`):
+            Run the model on one image: about 2 operations per parameter and image token, some minutes for 7B on a CPU.
+
+    Returns:
+        [`CheckReport`]; `is_stock_ready` says whether all is well.
+
+    Raises:
+        ValueError: the folder or the reference cannot be read at all.
+        OSError: it is not there.
+    """
+    if isinstance(reference, (str, Path)):
+        reference = read_original(reference, base, vision_tower)
+    return check_folder(Path(folder), reference=reference, logits=logits)
+
+
+def check_folder(
+    folder: Path, *, reference: Original | None = None, dtype: torch.dtype | None = None, logits: bool = True
+) -> CheckReport:
+    """[`check_stock_ready`], where the original was converted to another `dtype` on the way."""
+    report = CheckReport(folder)
+    if not (folder / "config.json").is_file():
+        raise OSError(f"{folder} is not a checkpoint: it has no config.json.")
+    config = LlavaConfig.from_pretrained(folder)
+    weights = find_weights(folder)
+    if weights is None:
+        raise ValueError(f"{folder} holds no weights (model.safetensors or its index).")
+    tensors = rename_all(drop_derived(read_checkpoint(weights)), canonical_hf_key)
+
+    is_stock = _check_projector(report, config)
+    _check_keys(report, folder, is_stock)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = _check_processor(report, config, processor)
+    if inputs is None or not report.is_sound:
+        return report
+    if not logits:
+        report.add("logits", "skipped", "not asked for")
+        return report
+    _check_logits(report, folder, config, tensors, inputs, is_stock, reference, dtype)
+    return report
+
+
+def _check_projector(report: CheckReport, config: LlavaConfig) -> bool:
+    layers = config.projector_num_layers
+    if layers > 2:
+        report.add(
+            "projector",
+            "ours only",
+            f"{layers} layers; stock's has two. This package loads, trains and runs the checkpoint; stock transformers, "
+            "vLLM and llama.cpp do not.",
+        )
+        return False
+    detail = "one layer W, saved as W and an identity" if layers == 1 else "two layers"
+    report.add("projector", "ok", f"{detail}, activation {config.projector_hidden_act!r}")
+    return True
+
+
+def _check_keys(report: CheckReport, folder: Path, is_stock: bool) -> None:
+    """Let transformers load the folder onto the meta device: it matches all names and shapes and reads no weight."""
+    model_class = StockLlava if is_stock else LlavaForConditionalGeneration
+    try:
+        config = (StockConfig if is_stock else LlavaConfig).from_pretrained(folder)
+        _, info = model_class.from_pretrained(folder, config=config, device_map="meta", output_loading_info=True)
+    except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
+        report.add("keys", "failed", f"{model_class.__module__} does not load it: {str(error).splitlines()[0]}")
+        return
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in wrong.items())
+        report.add("keys", "failed", text)
+    else:
+        who = "stock transformers" if is_stock else "this package"
+        report.add("keys", "ok", f"{who} finds every weight, none missing, none left over")
+
+
+def _check_processor(report: CheckReport, config: LlavaConfig, processor):
+    """Tokens per image, the template, and the inputs for the run."""
+    vision = config.vision_config
+    additional = getattr(processor, "num_additional_image_tokens", 0)
+    expected = count_image_tokens(
+        vision.image_size, vision.image_size, vision.patch_size, additional, config.vision_feature_select_strategy
+    )
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    try:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # a template can fail in any way that a program can
+        report.add("template", "failed", f"{type(error).__name__}: {error}")
+        return None
+    image_token = processor.image_token
+    if text.count(image_token) != 1 or QUESTION not in text:
+        report.add("template", "failed", f"one image and a question became {text!r}")
+        return None
+    report.add("template", "ok", f"{len(text)} characters, one {image_token}")
+
+    inputs = processor(images=probe_image(), text=text, return_tensors="pt")
+    count = int((inputs["input_ids"] == config.image_token_id).sum())
+    size, side = tuple(inputs["pixel_values"].shape[-2:]), vision.image_size
+    if count != expected or config.image_seq_length != expected or size != (side, side):
+        report.add(
+            "image tokens",
+            "failed",
+            f"the processor writes {count} for an image of {size[0]}x{size[1]} pixels, the configuration says "
+            f"{config.image_seq_length} (image_seq_length), the tower gives {expected} for {side}x{side}",
+        )
+        return None
+    if int(inputs["input_ids"].max()) >= config.text_config.vocab_size:
+        report.add(
+            "image tokens", "failed", f"token id {int(inputs['input_ids'].max())} has no row in the vocabulary"
+        )
+        return None
+    report.add("image tokens", "ok", f"{expected} per image, by processor, configuration and tower")
+    return inputs
+
+
+def probe_image(width: int = 96, height: int = 64) -> Image.Image:
+    """A picture with something in every channel and place: two gradients and a pattern."""
+    x, y = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    pixels = torch.stack([x * 255 // width, y * 255 // height, (x * 7 + y * 13) % 256], dim=-1)
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def _check_logits(report, folder, config, tensors, inputs, is_stock, reference, dtype) -> None:
+    after = hf_logits(folder, tensors, inputs, is_stock)
+    if not torch.isfinite(after).all():
+        report.add("logits", "failed", "not finite for one image")
+        return
+    if reference is None:
+        report.add("logits", "ok", "finite for one image (no original given to compare with)")
+        return
+    before = original_logits(reference, inputs, config.image_token_id, dtype)
+    known, added = after[..., : before.shape[-1]], after[..., before.shape[-1] :]
+    if added.numel() and (added.amax(-1) > before.amax(-1) + TOLERANCE).any():
+        report.add("logits", "failed", "a token that was added has the largest logit")
+        return
+    _compare(report, before, known)
+
+
+def _compare(report: CheckReport, before: torch.Tensor, after: torch.Tensor) -> None:
+    difference, scale = (after - before).abs().max().item(), before.abs().max().item()
+    state = "ok" if difference <= TOLERANCE * max(1.0, scale) else "failed"
+    report.add(
+        "logits", state, f"before and after differ by at most {difference:.1e} (largest {scale:.3g}) for one image"
+    )
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, tensors: dict[str, LazyTensor], inputs, is_stock: bool = True) -> torch.Tensor:
+    """
+    Logits of the last positions, `[1, positions, vocabulary]`, by the stock class (ours where stock has no form).
+
+    Args:
+        folder (`Path`):
+            For its configuration.
+        tensors (`dict[str, LazyTensor]`):
+            Under HF's names.
+        inputs:
+            `input_ids [1, S]`, `pixel_values [1, 3, H, W]`.
+        is_stock (`bool`, *optional*, defaults to `True`):
+            Use stock transformers' class.
+    """
+    model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
+    config = config_class.from_pretrained(folder)
+    config._attn_implementation = "sdpa"
+    model = streamed(lambda: model_class(config), _ByModule(tensors))
+    output = model(
+        input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].float(), logits_to_keep=NUM_COMPARED
+    )
+    return output.logits
+
+
+def check_original(
+    folder: Path, hf, *, tower_config_from: Path | None = None, dtype: torch.dtype | None = None
+) -> CheckReport:
+    """
+    Check that an original folder which was made from a HF one is read as an original, with equal logits.
+
+    Args:
+        folder (`Path`):
+            The original folder.
+        hf ([`HfCheckpoint`]):
+            What it was made from.
+        tower_config_from (`Path`, *optional*):
+            The HF folder, where the tower is only named and may not be on this machine: its tower stands for it.
+        dtype (`torch.dtype`, *optional*):
+            To which the weights were rounded.
+    """
+    report = CheckReport(folder)
+    original = read_original(folder, tower=None if tower_config_from is None else (hf.config.vision_config, hf.tensors))
+    report.add("keys", "ok", f"{len(original.tensors)} tensors, as the original names them")
+    processor = AutoProcessor.from_pretrained(hf.folder)
+    inputs = _check_processor(report, hf.config, processor)
+    if inputs is not None:
+        tensors = {entry.hf: cast(tensor, dtype) for entry, tensor in hf.tensors.items()}
+        before = hf_logits(hf.folder, tensors, inputs, hf.config.projector_num_layers <= 2)
+        after = original_logits(original, inputs, hf.config.image_token_id, dtype)
+        _compare(report, before[..., : after.shape[-1]], after)
+    return report
+
+
+class _ByModule(Mapping):
+    """Tensors under HF's names, looked up by the names that the modules have in memory."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]):
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[canonical_hf_key(name)]
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@torch.no_grad()
+def original_logits(
+    original: Original, inputs, image_token_id: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """
+    Logits of the last positions as the original computes them: tower, projector, features put between the text's
+    embeddings, language model. It uses the original's configuration, names and weights only.
+
+    Args:
+        original ([`Original`]):
+            The whole original model.
+        inputs:
+            `input_ids [1, S]` with `image_token_id` at the image's positions, `pixel_values [1, 3, H, W]`.
+        image_token_id (`int`):
+            Marks the image's positions; the original has no such token.
+        dtype (`torch.dtype`, *optional*):
+            To which the weights are rounded first.
+    """
+    read = {entry.original: cast(tensor, dtype) for entry, tensor in original.tensors.items()}
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    tower = streamed(
+        lambda: CLIPVisionModel(original.vision_config),
+        {key[len(prefix) :]: tensor for key, tensor in read.items() if key.startswith(prefix)},
+    )
+    states = tower(inputs["pixel_values"].float(), output_hidden_states=True).hidden_states
+    features = states[original.config.get("mm_vision_select_layer", -2)]
+    if original.config.get("mm_vision_select_feature", "patch") == "patch":
+        features = features[:, 1:]
+    layers = [key for key in read if key.startswith("model.mm_projector.") and key.endswith("weight")]
+    for i, key in enumerate(layers):
+        features = torch.nn.functional.gelu(features) if i else features
+        bias = read[key[: -len("weight")] + "bias"].tensor().float()
+        features = torch.nn.functional.linear(features, read[key].tensor().float(), bias)
+
+    model_class = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[original.text_config.model_type]
+    text_config = type(original.text_config).from_dict(original.text_config.to_dict())
+    text_config.vocab_size = original.sizes.vocabulary
+    text_config.pad_token_id = None
+    text_config._attn_implementation = "sdpa"
+    language_model = streamed(
+        lambda: model_class(text_config), {key: tensor for key, tensor in read.items() if "mm_projector" not in key}
+    )
+    ids = inputs["input_ids"][0]
+    places = (ids == image_token_id).nonzero().flatten()
+    embed = language_model.get_input_embeddings()
+    first, last = int(places[0]), int(places[-1]) + 1
+    embeddings = torch.cat([embed(ids[:first]), features[0], embed(ids[last:])])
+    return language_model(inputs_embeds=embeddings[None], logits_to_keep=NUM_COMPARED).logits
+

@@ -1,0 +1,336 @@
+"""HF checkpoints → the original's form: a folder that the original's `load_pretrained_model` reads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_llava.image_processing_llava import LlavaImageProcessor
+from modeling_llava.processing_llava import LlavaProcessor
+
+from .checks import check_original
+from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
+from .keymaps import vision_entries
+from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
+from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json, read_projector_type
+from .tensors import LazyTensor, cast, first_rows, in_memory
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
+
+
+ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
+"""Language model → the original's `model_type` and class."""
+
+TOWER_FOLDER = "vision_tower"
+"""Sub-folder for a tower that has no name of its own."""
+
+
+def convert_hf_to_original(
+    source: str | Path,
+    output: str | Path,
+    *,
+    vision_tower: str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: str | torch.dtype | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """
+    Convert a HF LLaVA folder to the original's form.
+
+    A checkpoint that came from the original goes back bit for bit: the rows that the HF vocabulary gained are dropped,
+    an identity layer is recognised, configuration and tokenizer files are those that it came with.
+
+    The original takes its tower from where `mm_vision_tower` says. A tower that is still the named one is named; one
+    that was trained is written into the checkpoint too, as the original does (`unfreeze_mm_vision_tower`); one without
+    a name gets a folder of its own in `output`.
+
+    Args:
+        source (`str` or `Path`):
+            HF folder or Hub name.
+        output (`str` or `Path`):
+            Folder to write.
+        vision_tower (`str`, *optional*):
+            Name of the tower for `mm_vision_tower`, of which the checkpoint's tower is an unchanged copy.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`):
+            Of one safetensors file.
+        dtype (`str` or `torch.dtype`, *optional*):
+            Of the weights. By default every tensor keeps its own.
+        check (`bool`, *optional*, defaults to `True`):
+            Read the result as an original and compare the logits of one image.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the folder `output`.
+
+    Raises:
+        ValueError: the original has no form for it (several feature layers, a projector with another activation), or
+            it is damaged; or the check failed.
+        OSError: a file is not there, or the disk is too small.
+    """
+    dtype = as_dtype(dtype)
+    hf = read_hf(source)
+    _check_has_original_form(hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf.folder)
+    rows, keeps_files = original_vocabulary(hf, tokenizer)
+    tower = _plan_tower(hf, vision_tower)
+    tensors = original_tensors(hf, rows, tower["inside"], dtype)
+    config = original_config(hf, rows, tower)
+    shards = plan_shards(tensors, max_shard_size)
+    tower_tensors = _tower_tensors(hf, dtype) if tower["folder"] else {}
+    total = sum(tensor.nbytes for tensor in [*tensors.values(), *tower_tensors.values()])
+    fingerprint = fingerprint_of("hf to original", hf.files, {**shards, "tower": tower_tensors})
+
+    report = None
+    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
+        if not folder.is_done:
+            folder.write_shards(shards)
+            if tower["folder"]:
+                _write_tower(hf, tower_tensors, folder, tower["folder"])
+            _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
+            _write_generation_config(hf, keeps_files, folder.partial)
+            kept = hf.folder / ORIGINAL_FILES / "config.json"
+            if kept.is_file() and read_json(kept, "a checkpoint") == config:
+                shutil.copyfile(kept, folder.partial / "config.json")
+            else:
+                write_json(folder.partial / "config.json", config)
+            if check:
+                place = hf.folder if not tower["folder"] else None
+                report = check_original(folder.partial, hf, tower_config_from=place, dtype=dtype)
+                if not report.is_sound:
+                    (folder.partial / "config.json").unlink()
+                    raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
+            folder.commit()
+    return Conversion(Path(output), _notes(hf, tower, output), report)
+
+
+def _check_has_original_form(hf: HfCheckpoint) -> None:
+    config = hf.config
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"{hf.folder} takes features of several layers ({config.vision_feature_layer}); the original has one."
+        )
+    act = config.projector_hidden_act
+    if config.projector_num_layers > 1 and act != "gelu":
+        raise ValueError(
+            f"{hf.folder} has a projector of {config.projector_num_layers} layers with activation {act!r} between "
+            "them; the original's are 'gelu'."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def original_vocabulary(hf: HfCheckpoint, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
+    """
+    Rows of the original's vocabulary, and whether the tokenizer files that it came with still fit.
+
+    What HF needs and the original does not is left out: the image token, a pad token right behind it, the filling rows.
+    Tokens that were added after those stay, and then nothing can be left out before them.
+    """
+    ids = tokenizer.get_vocab()
+    image = hf.config.image_token_id
+    ours = {image}
+    if tokenizer.pad_token_id == image + 1 and tokenizer.pad_token == "<pad>":
+        ours.add(image + 1)
+    needed = max((i for i in ids.values() if i not in ours), default=-1) + 1
+    recorded = hf.record.get("vocab_size")
+    has_files = any((hf.folder / ORIGINAL_FILES / name).is_file() for name in TOKENIZER_FILES)
+    if recorded is not None and needed <= recorded <= hf.sizes.vocabulary and has_files:
+        return recorded, True
+    has_sentencepiece = (hf.folder / "tokenizer.model").is_file()
+    if not has_sentencepiece:  # tokenizer.json is copied, image token and all
+        needed = max(ids.values()) + 1
+    return min(needed, hf.sizes.vocabulary), False
+
+
+def original_tensors(
+    hf: HfCheckpoint, rows: int, tower_inside: bool, dtype: torch.dtype | None = None
+) -> dict[str, LazyTensor]:
+    """The original's name → tensor; a projector without bias gets one of zeros, since the original's has one."""
+    tensors: dict[str, LazyTensor] = {}
+    for entry, tensor in hf.tensors.items():
+        if entry.original is None or (entry.part == "vision" and not tower_inside):
+            continue
+        if entry.original in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = first_rows(tensor, rows)
+        tensors[entry.original] = cast(tensor, dtype)
+        if entry.part == "projector" and not hf.sizes.projector_bias:
+            name = f"{entry.original.removesuffix('weight')}bias"
+            tensors[name] = in_memory(torch.zeros(entry.shape[0], dtype=dtype or tensor.dtype), f"zeros for {name}")
+    return tensors
+
+
+def _tower_tensors(hf: HfCheckpoint, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    own = dict(zip((e for e in hf.tensors if e.part == "vision"), vision_entries(hf.sizes, "clip"), strict=True))
+    return {own[entry].original: cast(hf.tensors[entry], dtype) for entry in own}
+
+
+def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
+    """`name` for `mm_vision_tower`, whether the weights go `inside`, and the `folder` to write or `None`."""
+    recorded = hf.record.get("vision_tower") or {}
+    name = name or recorded.get("name")
+    if not name:
+        return {"name": TOWER_FOLDER, "inside": False, "folder": TOWER_FOLDER, "trained": False}
+    inside = bool(recorded.get("inside"))
+    trained = False
+    if not inside and "crc32" in recorded:
+        tower = {entry.hf: tensor for entry, tensor in hf.tensors.items() if entry.part == "vision"}
+        trained = checksum(tower) != recorded["crc32"]
+    path = Path(name)
+    is_ours = not HUB_NAME.fullmatch(name) and not path.is_absolute() and ".." not in path.parts
+    return {"name": name, "inside": inside or trained, "folder": name if is_ours else None, "trained": trained}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and small files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
+    """
+    The original's `config.json`: the one that the checkpoint came with, where it did, brought up to date; a field is
+    changed only where its meaning is another.
+    """
+    layers, config = hf.config.projector_num_layers, hf.config
+    recorded = dict(hf.record.get("config") or {})
+    result = recorded or _text_fields(hf)
+    kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
+    if (layers, hf.sizes.projector_numbered) != read_projector_type(result)[:2] and not (
+        layers > 1 and result.get("mm_projector_type") == kind
+    ):
+        result["mm_projector_type"] = kind
+    strategies = {strategy: feature for feature, strategy in FEATURE_STRATEGIES.items()}
+    _set(result, "mm_vision_select_feature", strategies[config.vision_feature_select_strategy], default="patch")
+    _set(result, "mm_vision_select_layer", config.vision_feature_layer, default=-2)
+    _set(result, "mm_hidden_size", hf.sizes.vision_hidden)
+    _set(result, "vocab_size", rows)
+    _set(result, "mm_vision_tower", tower["name"])
+    if tower["trained"]:
+        result["unfreeze_mm_vision_tower"] = True
+    processor = LlavaProcessor.from_pretrained(hf.folder)
+    pads = bool(getattr(processor.image_processor, "do_pad", False))
+    if pads != (result.get("image_aspect_ratio") == "pad"):
+        result["image_aspect_ratio"] = "pad" if pads else "square"
+    template = processor.chat_template or ""
+    _set(result, "mm_use_im_start_end", all(mark in template for mark in IMAGE_MARKS), default=False)
+    if not recorded:
+        result |= {"use_mm_proj": True, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad" if pads else "square"}
+    return result
+
+
+def _set(config: dict, name: str, value, default=None) -> None:
+    if config.get(name, default) != value:
+        config[name] = value
+
+
+def _text_fields(hf: HfCheckpoint) -> dict:
+    """The language model's fields as transformers 4 (which the original stands on) writes them."""
+    text = hf.config.text_config
+    fields = text.to_dict()
+    rope = dict(fields.pop("rope_parameters", None) or {})
+    fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", "default")
+    fields["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    for name in ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path"):
+        fields.pop(name, None)
+    if fields.get("head_dim") == text.hidden_size // text.num_attention_heads:
+        fields.pop("head_dim")
+    model_type, architecture = ARCHITECTURES[text.model_type]
+    dtype = str(hf.config.dtype or torch.float32).removeprefix("torch.")
+    return {"architectures": [architecture], "model_type": model_type, "torch_dtype": dtype, **fields}
+
+
+def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, folder: Path) -> None:
+    if keeps_files:
+        source, names = hf.folder / ORIGINAL_FILES, TOKENIZER_FILES
+    elif (hf.folder / "tokenizer.model").is_file():
+        source, names = hf.folder, ("tokenizer.model",)
+        _write_slow_tokenizer_files(tokenizer, rows, folder)
+    else:
+        source, names = hf.folder, TOKENIZER_FILES
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
+    """What transformers 4's `LlamaTokenizer` reads beside `tokenizer.model`, without the tokens that HF needs."""
+    named = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {name: getattr(tokenizer, name) for name in named if getattr(tokenizer, name) is not None}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokens["pad_token"] = tokens.get("unk_token", tokens["eos_token"])
+    added = {
+        str(i): {
+            "content": token.content,
+            **{name: getattr(token, name) for name in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+        }
+        for i, token in sorted(tokenizer.added_tokens_decoder.items())
+        if i < rows
+    }
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": bool(tokenizer.init_kwargs.get("legacy", True)),
+        "add_bos_token": bool(tokenizer.init_kwargs.get("add_bos_token", True)),
+        "add_eos_token": bool(tokenizer.init_kwargs.get("add_eos_token", False)),
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "sp_model_kwargs": {},
+        "use_default_system_prompt": False,
+        "added_tokens_decoder": added,
+        **tokens,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", tokens)
+
+
+def _write_generation_config(hf: HfCheckpoint, keeps_files: bool, folder: Path) -> None:
+    kept = hf.folder / ORIGINAL_FILES
+    if keeps_files and kept.is_dir():
+        source = kept / "generation_config.json"
+        if source.is_file():
+            shutil.copyfile(source, folder / "generation_config.json")
+        return
+    source = hf.folder / "generation_config.json"
+    if source.is_file():
+        fields = json.loads(source.read_text("utf-8"))
+        fields.pop("transformers_version", None)
+        write_json(folder / "generation_config.json", fields)
+
+
+def _write_tower(hf: HfCheckpoint, tensors: dict[str, LazyTensor], folder: OutputFolder, name: str) -> None:
+    """A CLIP folder, as `CLIPVisionModel.from_pretrained` and `CLIPImageProcessor.from_pretrained` read it."""
+    place = folder.partial / name
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "model.safetensors").is_file():
+        write_safetensors(place / "model.safetensors", tensors, folder.progress.update)
+    config = hf.config.vision_config.to_dict()
+    write_json(place / "config.json", {**config, "architectures": ["CLIPVisionModel"]})
+    processor: LlavaImageProcessor = LlavaProcessor.from_pretrained(hf.folder).image_processor
+    fields = {key: value for key, value in processor.to_dict().items() if key in IMAGE_FIELDS}
+    write_json(place / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **fields})
+
+
+def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:
+    notes = []
+    if tower["trained"]:
+        notes.append(
+            f"The vision tower was trained and is no longer {tower['name']}: its weights lie in the checkpoint, with "
+            "unfreeze_mm_vision_tower, as the original writes it."
+        )
+    if tower["folder"]:
+        notes.append(
+            f"The vision tower lies in {Path(output) / tower['folder']}. The original looks for mm_vision_tower "
+            f"({tower['folder']!r}) from the working directory: start it in {output}."
+        )
+    if not (hf.folder / "tokenizer.model").is_file():
+        notes.append(
+            "There is no tokenizer.model: the original asks for a slow tokenizer (use_fast=False), which needs it for "
+            "LLaMA's."
+        )
+    return notes

@@ -1,0 +1,343 @@
+"""Original checkpoints → HF: a folder that stock transformers, vLLM and ours load."""
+
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from modeling_llava import __version__
+from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
+from modeling_llava.image_processing_llava import LlavaImageProcessor
+from modeling_llava.processing_llava import LlavaProcessor, load_chat_template
+from modeling_llava.tokenization_llava import LegacyLlamaTokenizer, add_image_token, load_tokenizer
+
+from .checks import CheckReport, check_folder
+from .hf_checkpoints import ORIGINAL_FILES, RECORD
+from .keymaps import Entry, projector_entries
+from .originals import FEATURE_STRATEGIES, TOKENIZER_FILES, Original, read_json, read_original
+from .tensors import Extended, LazyTensor, cast, in_memory
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_text
+
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_MULTIPLE = 64
+"""Rows of the embedding are filled up to a multiple of this, which matrix products on GPUs prefer."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+IMAGE_MARKS = ("<im_start>", "<im_end>")
+"""Around each image where `mm_use_im_start_end` is set."""
+
+IMAGE_FIELDS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+"""Of a CLIP tower's `preprocessor_config.json`, what LLaVA's image processor takes over."""
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
+@dataclass
+class Conversion:
+    """
+    What a conversion did.
+
+    Args:
+        output (`Path`):
+            The folder that was written.
+        notes (`list[str]`):
+            What the user should know about it, one sentence each.
+        check (`CheckReport`, *optional*):
+            What the check at its end found; `None` if it was not asked for.
+    """
+
+    output: Path
+    notes: list[str]
+    check: CheckReport | None = None
+
+
+def convert_original_to_hf(
+    source: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: str | torch.dtype | None = None,
+    chat_template: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+) -> Conversion:
+    """
+    Convert an original LLaVA checkpoint, of any of its five forms, to a HF folder.
+
+    Tensors that do not change are copied byte for byte. The vocabulary gains the image token and, where there is none,
+    a pad token, and is filled up to a multiple of 64 rows; a new row is the mean of the old ones. A linear projector W
+    is saved as `linear_1 = W`, `linear_2 =` identity, with a linear activation: stock transformers computes the same.
+
+    Args:
+        source (`str` or `Path`):
+            Folder or Hub name of a full checkpoint, a delta, a LoRA or a projector, or a `mm_projector.bin`.
+        output (`str` or `Path`):
+            Folder to write. It appears when it is whole; a conversion that was stopped goes on where it was.
+        base (`str` or `Path`, *optional*):
+            The language model to which a delta, LoRA or projector belongs.
+        vision_tower (`str` or `Path`, *optional*):
+            The CLIP tower; by default the one that the configuration names.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`):
+            Of one safetensors file, in bytes or with a unit.
+        dtype (`str` or `torch.dtype`, *optional*):
+            `"float32"`, `"float16"` or `"bfloat16"`. By default every tensor keeps its own.
+        chat_template (`str`, *optional*):
+            Name of one of the package's templates, or Jinja text. By default `vicuna_v1` (LLaVA-1.5) for LLaMA, and
+            for Mistral `llama_2` without a system message, as the original does.
+        check (`bool`, *optional*, defaults to `True`):
+            Compute logits of one image before and after, and everything else of [`check_stock_ready`].
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the folder `output`.
+
+    Returns:
+        [`Conversion`].
+
+    Raises:
+        ValueError: `source` cannot be converted, is damaged, or its parts do not belong together; or the check failed.
+        OSError: a file is not there, or the disk is too small.
+    """
+    dtype = as_dtype(dtype)
+    original = read_original(source, base, vision_tower)
+    processor = make_processor(original, chat_template)
+    tensors = hf_tensors(original, len(processor.tokenizer), dtype)
+    config = make_config(original, processor, tensors)
+    shards = plan_shards(tensors, max_shard_size)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    fingerprint = fingerprint_of("original to hf", original.files, shards)
+    report = None
+    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
+        if not folder.is_done:
+            folder.write_shards(shards)
+            config.original_checkpoint["vision_tower"]["crc32"] = checksum(
+                {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
+            )
+            _write_small_files(original, processor, config, folder.partial)
+            if check:
+                report = check_folder(folder.partial, reference=original, dtype=dtype)
+                if not report.is_sound:
+                    (folder.partial / "config.json").unlink()
+                    raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
+            folder.commit()
+    return Conversion(Path(output), _notes(original, config), report)
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; there are {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def fingerprint_of(direction: str, files: Iterable[Path], shards: Mapping[str, Mapping[str, LazyTensor]]) -> dict:
+    """What the bytes of a conversion's shards depend on; a partial folder is continued only if it is the same."""
+    states = {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    content = {name: [[key, str(t.dtype), t.shape] for key, t in part.items()] for name, part in shards.items()}
+    return {"direction": direction, "version": __version__, "files": states, "shards": content}
+
+
+def _notes(original: Original, config: LlavaConfig) -> list[str]:
+    notes = []
+    if original.kind != "full":
+        notes.append(f"A {original.kind} and its base became one whole checkpoint.")
+    if config.projector_num_layers > 2:
+        notes.append(
+            f"The projector has {config.projector_num_layers} layers, for which stock transformers has no form: this "
+            "package loads, trains and runs the checkpoint; stock transformers, vLLM and llama.cpp do not."
+        )
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+    """
+    The tensors of the HF checkpoint.
+
+    Args:
+        original ([`Original`]):
+            The whole original model.
+        num_tokens (`int`):
+            Of the tokenizer, with the image token; the vocabulary gets at least as many rows.
+        dtype (`torch.dtype`, *optional*):
+            Of all; by default every tensor keeps its own.
+
+    Returns:
+        `dict[str, LazyTensor]`: HF's name → tensor.
+    """
+    old_rows = original.sizes.vocabulary
+    rows = max(old_rows, -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
+    tensors: dict[str, LazyTensor] = {}
+    for entry, tensor in original.tensors.items():
+        if rows > old_rows and entry.hf in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            tensor = Extended(tensor, rows, old_rows)
+        assert entry.hf not in tensors
+        tensors[entry.hf] = cast(tensor, dtype)
+    for entry in _added_entries(original):
+        like = tensors["multi_modal_projector.linear_1.weight"].dtype
+        value = torch.eye(entry.shape[0], dtype=like) if len(entry.shape) == 2 else torch.zeros(entry.shape, dtype=like)
+        tensors[entry.hf] = in_memory(value, f"the identity of {entry.hf}")
+    return tensors
+
+
+def _added_entries(original: Original) -> list[Entry]:
+    """The second layer that stock transformers asks for where the original has one."""
+    return [entry for entry in projector_entries(original.sizes) if entry.original is None]
+
+
+def checksum(tensors: Mapping[str, LazyTensor]) -> str:
+    """CRC-32 over names and contents: tells whether a tower is still the one that was converted."""
+    value = 0
+    for key in sorted(tensors):
+        value = zlib.crc32(key.encode(), value)
+        for piece in tensors[key].row_pieces():
+            value = zlib.crc32(piece.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration, processor, small files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_processor(original: Original, chat_template: str | None = None) -> LlavaProcessor:
+    """The processor: the tower's image processing, the tokenizer with an image token, the chat template."""
+    config = original.config
+    tokenizer = load_tokenizer(original.tokenizer_folder, padding_side="left")  # for generation in batches
+    marks = IMAGE_MARKS if config.get("mm_use_im_start_end") else ("", "")
+    wanted = ["<im_patch>"] if config.get("mm_use_im_patch_token") else []
+    wanted += [mark for mark in marks if mark]
+    missing = [token for token in wanted if token not in tokenizer.get_vocab()]
+    if missing:  # the original adds them when it loads such a checkpoint
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    add_image_token(tokenizer)
+    if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
+        # The original tokenizes what follows an image on its own, which puts a space in front of it.
+        marks = (marks[0], marks[1] + " ")
+    return LlavaProcessor(
+        image_processor=_image_processor(original),
+        tokenizer=tokenizer,
+        patch_size=original.vision_config.patch_size,
+        num_additional_image_tokens=1,  # CLIP's class token
+        vision_feature_select_strategy=_strategy(config),
+        chat_template=_chat_template(chat_template, original.text_config.model_type, marks),
+    )
+
+
+def _chat_template(name: str | None, language_model: str, marks: tuple[str, str]) -> str:
+    if name is not None and "{" in name:
+        return name
+    wrap = marks if any(marks) else None
+    template = load_chat_template(name or ("llama_2" if language_model == "mistral" else "vicuna_v1"), image_wrap=wrap)
+    if name is None and language_model == "mistral":
+        template, count = re.subn(r'\{%- set system = "[^"]*" -%\}', '{%- set system = "" -%}', template, count=1)
+        assert count == 1, "the llama_2 template sets its system message in one line"
+    return template
+
+
+def _strategy(config: dict) -> str:
+    return FEATURE_STRATEGIES[config.get("mm_vision_select_feature", "patch")]
+
+
+def _image_processor(original: Original) -> LlavaImageProcessor:
+    fields = read_json(original.tower_folder / "preprocessor_config.json", "a vision tower")
+    known = {name: fields[name] for name in IMAGE_FIELDS if name in fields}
+    known["do_pad"] = original.config.get("image_aspect_ratio") == "pad"
+    processor = LlavaImageProcessor(**known)
+    crop, side = processor.crop_size, original.vision_config.image_size
+    if processor.do_center_crop and (crop["height"], crop["width"]) != (side, side):
+        raise ValueError(
+            f"The vision tower {original.tower_folder} takes images of {side} pixels (config.json), but its "
+            f"preprocessor_config.json makes them {crop['height']}x{crop['width']}. The files belong to different towers."
+        )
+    return processor
+
+
+def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[str, LazyTensor]) -> LlavaConfig:
+    """The HF configuration. Its field `original_checkpoint` keeps the original's, for the way back."""
+    tokenizer, text, vision = processor.tokenizer, original.text_config, original.vision_config
+    embedding = tensors["language_model.model.embed_tokens.weight"]
+    text.vocab_size = embedding.num_rows
+    text.pad_token_id = tokenizer.pad_token_id
+    strategy = _strategy(original.config)
+    layers = original.sizes.projector_layers
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, 1, strategy),
+        projector_hidden_act="linear" if layers == 1 else "gelu",
+        projector_num_layers=layers,
+        vision_feature_layer=original.config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = embedding.dtype
+    setattr(
+        config,
+        RECORD,
+        {
+            "config": original.config,
+            "vocab_size": original.sizes.vocabulary,
+            "vision_tower": {"name": original.config.get("mm_vision_tower"), "inside": original.tower_inside},
+        },
+    )
+    return config
+
+
+def _write_small_files(original: Original, processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:
+    """Everything but the weights. `config.json`, without which nothing loads the folder, comes last."""
+    processor.save_pretrained(folder)
+    make_generation_config(original, processor.tokenizer).save_pretrained(folder)
+    keep = folder / ORIGINAL_FILES
+    keep.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (original.tokenizer_folder / name).is_file():
+            shutil.copyfile(original.tokenizer_folder / name, keep / name)
+    for name in ("config.json", "generation_config.json"):
+        if (original.folder / name).is_file():
+            shutil.copyfile(original.folder / name, keep / name)
+    write_text(folder / "config.json", config.to_json_string())
+
+
+def make_generation_config(original: Original, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How to generate: the source's file where it has one, and the tokens that begin, end and pad a text."""
+    for folder in (original.folder, original.tokenizer_folder):
+        if (folder / "generation_config.json").is_file():
+            fields = read_json(folder / "generation_config.json", "a checkpoint")
+            break
+    else:
+        fields = {"bos_token_id": original.text_config.bos_token_id, "eos_token_id": original.text_config.eos_token_id}
+    if not fields.get("do_sample"):  # transformers 5 refuses to save a temperature that nothing uses
+        fields = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
+    fields.pop("transformers_version", None)
+    fields["pad_token_id"] = tokenizer.pad_token_id
+    return GenerationConfig(**fields)

@@ -1,0 +1,431 @@
+"""
+Reading the original's checkpoints: what lies in a folder, and the whole model that it stands for.
+
+| kind | told by | needs |
+|---|---|---|
+| full | weights of a language model and a projector | its vision tower, unless it was trained and lies inside |
+| delta | the same, and a base is given | base, tower |
+| lora | `adapter_model.*` (and `non_lora_trainables.bin`) | base, tower |
+| projector | `mm_projector.bin` alone | base, tower |
+
+Nothing is decided by a folder's name.
+"""
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from .keymaps import (
+    CLIP_TEXT_SIDE,
+    TOWER_PREFIXES,
+    Entry,
+    Sizes,
+    drop_derived,
+    key_table,
+    language_entries,
+    match_keys,
+    projector_entries,
+    tower_form,
+    vision_entries,
+)
+from .overlays import WRONG_BASE, add_delta, fold_lora, put_over, without_adapter_prefix
+from .tensors import Extended, LazyTensor, find_weights, read_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_MODELS = {
+    "llava_llama": LlamaConfig,
+    "llava": LlamaConfig,  # 2023
+    "llama": LlamaConfig,  # projector-only folders
+    "llava_mistral": MistralConfig,
+    "mistral": MistralConfig,
+}
+"""`model_type` of an original configuration → its language model's configuration class."""
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+FEATURE_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+"""`mm_vision_select_feature` → `vision_feature_select_strategy`."""
+
+NOT_TEXT_FIELDS = re.compile(
+    r"mm_.*|use_mm_proj|tune_mm_.*|freeze_mm_.*|unfreeze_mm_.*|image_.*|pretrain_mm_.*|tokenizer_.*|vision_tower"
+    r"|model_type|architectures|transformers_version|torch_dtype|dtype|_name_or_path|auto_map|quantization_config"
+)
+"""Fields of an original configuration that are not the language model's."""
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass
+class Original:
+    """
+    An original LLaVA, whole: base and parts are put together, nothing is read yet.
+
+    Args:
+        kind (`str`):
+            What the folder held: `"full"`, `"delta"`, `"lora"` or `"projector"`.
+        folder, tokenizer_folder, tower_folder (`Path`):
+            Where configuration, tokenizer and the tower's `preprocessor_config.json` lie.
+        config (`dict`):
+            The original's `config.json`.
+        text_config, vision_config (`PreTrainedConfig`):
+            Of the language model (`vocab_size` is the embedding's rows) and the tower.
+        sizes ([`Sizes`]):
+            Of the whole.
+        tensors (`dict[Entry, LazyTensor]`):
+            All of its tensors.
+        tower_inside (`bool`):
+            The checkpoint held the tower's weights (it was trained).
+        files (`list[Path]`):
+            Every file that was read.
+    """
+
+    kind: Literal["full", "delta", "lora", "projector"]
+    folder: Path
+    tokenizer_folder: Path
+    tower_folder: Path
+    config: dict
+    text_config: PreTrainedConfig
+    vision_config: CLIPVisionConfig
+    sizes: Sizes
+    tensors: dict[Entry, LazyTensor]
+    tower_inside: bool
+    files: list[Path]
+
+
+def read_original(
+    source: str | Path,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    *,
+    tower: tuple[CLIPVisionConfig, dict[Entry, LazyTensor]] | None = None,
+) -> Original:
+    """
+    Read what an original checkpoint is, and with its base and tower the whole model that it stands for.
+
+    Args:
+        source (`str` or `Path`):
+            Folder or Hub name of a full checkpoint, delta, LoRA or projector; or a path to `mm_projector.bin`.
+        base (`str` or `Path`, *optional*):
+            Folder or Hub name of the language model (or LLaVA) to which a delta, LoRA or projector belongs.
+        vision_tower (`str` or `Path`, *optional*):
+            Folder or Hub name of the CLIP tower. By default the one that `mm_vision_tower` names: a path, a folder in
+            or beside `source`, or a Hub name.
+
+    Raises:
+        ValueError: it is no original LLaVA; a part is missing, too many or of another size.
+        OSError: a folder or file is not there.
+    """
+    folder = local_folder(source, "checkpoint")
+    config = read_config(folder)
+    _check_is_original(config, folder)
+    files = [folder / "config.json"]
+    kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
+
+    text_config = read_text_config(config)
+    if "model.embed_tokens.weight" in tensors:
+        text_config.vocab_size = tensors["model.embed_tokens.weight"].num_rows
+        head = tensors.get("lm_head.weight")
+        if head is not None and head.num_rows < text_config.vocab_size:  # added tokens whose embeddings alone were kept
+            tensors["lm_head.weight"] = Extended(head, text_config.vocab_size, head.num_rows)
+
+    tower_folder = find_tower(folder, config, vision_tower) if tower is None else folder
+    vision_config = read_vision_config(tower_folder) if tower is None else tower[0]
+    num_layers, is_numbered = read_projector_type(config)
+    sizes = Sizes.from_configs(
+        text_config, vision_config, projector_layers=num_layers, projector_numbered=is_numbered
+    )
+    _check_feature_layer(config, vision_config, tower_folder)
+    _check_projector_width(tensors, sizes, tower_folder)
+
+    tower_inside = tower_form(tensors) == "inside"
+    if tower_inside:
+        matched = match_keys(key_table(sizes), "original", tensors, str(folder), hint=_hint(kind))
+    else:
+        parts = [*language_entries(sizes), *projector_entries(sizes)]
+        matched = match_keys(parts, "original", tensors, str(folder), hint=_hint(kind))
+        if tower is None:
+            matched |= read_tower(tower_folder, sizes, files)
+        else:
+            matched |= {entry: tensor for entry, tensor in tower[1].items() if entry.part == "vision"}
+    files.append(tower_folder / "config.json")
+    return Original(
+        kind=kind,
+        folder=folder,
+        tokenizer_folder=tokenizer_folder,
+        tower_folder=tower_folder,
+        config=config,
+        text_config=text_config,
+        vision_config=vision_config,
+        sizes=sizes,
+        tensors=matched,
+        tower_inside=tower_inside,
+        files=files,
+    )
+
+
+def _hint(kind: str) -> str:
+    return "" if kind == "full" else WRONG_BASE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def local_folder(name: str | Path, what: str) -> Path:
+    """
+    The folder of a checkpoint; one that is named by its Hub name is downloaded (or taken from the cache).
+
+    Raises:
+        OSError: it is neither a folder nor a Hub name, or the Hub cannot be reached.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name in PROJECTOR_FILES:
+        return path.parent
+    if path.exists() or not HUB_NAME.fullmatch(str(name)):
+        raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
+    return _from_hub(str(name), what)
+
+
+def _from_hub(name: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"The {what} {name!r} is not a folder here, and the Hub does not give it ({reason}). Download it and give "
+            "its folder."
+        ) from error
+
+
+def read_config(folder: Path) -> dict:
+    """`config.json` of a folder."""
+    return read_json(folder / "config.json", "a checkpoint")
+
+
+def read_json(path: Path, of_what: str) -> dict:
+    """A JSON object. OSError without the file, ValueError if it is none."""
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in path.parent.iterdir())[:8]) or "nothing"
+        raise OSError(f"{path.parent} is not {of_what}: it has no {path.name}. It holds: {there}.")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but an object was expected.")
+    return content
+
+
+def _check_is_original(config: dict, folder: Path) -> None:
+    if "text_config" in config:
+        raise ValueError(f"{folder} is in the HF form already. Convert it with --to original or --to gguf.")
+    kind = config.get("model_type")
+    if kind not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"{folder} has model_type {kind!r}. Converted are LLaVAs on LLaMA and Mistral: "
+            f"{', '.join(sorted(LANGUAGE_MODELS))}."
+        )
+    if not any(name in config for name in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
+        raise ValueError(f"{folder} is no LLaVA: its config.json has no mm_vision_tower and no mm_projector_type.")
+    if config.get("image_aspect_ratio") == "anyres":
+        raise ValueError(
+            f"{folder} has image_aspect_ratio 'anyres': it is a LLaVA-NeXT (1.6), which is another model "
+            "(transformers' llava_next). Converted are LLaVA v1 and v1.5."
+        )
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature not in FEATURE_STRATEGIES:
+        raise ValueError(f"{folder} has mm_vision_select_feature {feature!r}; known are 'patch' and 'cls_patch'.")
+
+
+def read_text_config(config: dict) -> PreTrainedConfig:
+    """The language model's configuration, out of an original LLaVA's."""
+    fields = {name: value for name, value in config.items() if not NOT_TEXT_FIELDS.fullmatch(name)}
+    fields.setdefault("tie_word_embeddings", False)
+    return LANGUAGE_MODELS[config["model_type"]](**fields)
+
+
+def read_projector_type(config: dict) -> tuple[int, bool]:
+    """Number of layers of the projector, and whether a single one is numbered (`mlp1x_gelu`). The default is linear."""
+    kind = config.get("mm_projector_type") or "linear"
+    if kind == "linear":
+        return 1, False
+    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f"mm_projector_type {kind!r} is not known; converted are 'linear' and 'mlpNx_gelu'.")
+    return int(match[1]), True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: list[Path]):
+    """Kind, tensors under the original's names, and the folder of the tokenizer."""
+    adapter = find_weights(folder, ADAPTER_FILES)
+    weights = find_weights(folder)
+    projector = find_weights(folder, PROJECTOR_FILES)
+    own_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    kind = "lora" if adapter else "full" if weights else "projector" if projector else None
+    if kind is None:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise ValueError(f"{folder} holds no weights (model, pytorch_model, adapter_model or mm_projector): {there}.")
+    if kind == "full" and base is None:
+        tensors = drop_derived(_read(weights, files))
+        _warn_if_delta(tensors, folder)
+        return kind, tensors, folder
+
+    if base is None:
+        named = read_json(folder / "adapter_config.json", "a LoRA").get("base_model_name_or_path") if adapter else None
+        called = f" (it names {named!r})" if named else ""
+        what = "a LoRA adapter" if adapter else "a projector alone"
+        raise ValueError(f"{folder} holds {what}: give the language model that it belongs to with --base{called}.")
+    base_folder = local_folder(base, "base")
+    base_config = read_config(base_folder)
+    if "text_config" in base_config:
+        raise ValueError(f"The base {base_folder} is in the HF form. Give the language model, or an original LLaVA.")
+    base_weights = find_weights(base_folder)
+    if base_weights is None:
+        raise ValueError(f"The base {base_folder} holds no weights (model.safetensors, pytorch_model.bin).")
+    below = drop_derived(_read(base_weights, files))
+    files.append(base_folder / "config.json")
+    tokenizer_folder = folder if own_tokenizer else base_folder
+
+    if kind == "full":
+        return "delta", add_delta(drop_derived(_read(weights, files)), below, str(folder)), tokenizer_folder
+    gap = int(bool(config.get("mm_use_im_patch_token")) and bool(config.get("mm_use_im_start_end")))
+    if kind == "projector":
+        own = without_adapter_prefix(_read(projector, files))
+        return kind, put_over(below, own, gap=gap), tokenizer_folder
+    adapter_config = read_json(folder / "adapter_config.json", "a LoRA")
+    files.append(folder / "adapter_config.json")
+    trained = find_weights(folder, NON_LORA_FILES)
+    if trained is None and not any(key.startswith("model.mm_projector.") for key in below):
+        raise ValueError(
+            f"{folder} has no non_lora_trainables.bin, in which a LoRA's projector lies, and its base has none either."
+        )
+    own = without_adapter_prefix(_read(trained, files)) if trained else {}
+    tensors = put_over(below, own, gap=gap)
+    return kind, fold_lora(_read(adapter, files), adapter_config, tensors, str(folder)), tokenizer_folder
+
+
+def _read(file: Path, files: list[Path]) -> dict[str, LazyTensor]:
+    files.append(file)
+    tensors = read_checkpoint(file)
+    if file.suffix == ".json":
+        files.extend(sorted({path for tensor in tensors.values() for path in _paths(tensor)}))
+    return tensors
+
+
+def _paths(tensor: LazyTensor) -> set[Path]:
+    return {piece.path for piece in tensor.ranges(tensor.num_rows)} if tensor.ranges else set()
+
+
+def _warn_if_delta(tensors: dict[str, LazyTensor], folder: Path) -> None:
+    norm = tensors.get("model.norm.weight")
+    if norm is not None and norm.tensor().float().abs().mean() < 0.05:
+        logger.warning(
+            "%s looks like a delta: its model.norm.weight is near 0, a model's is near 1 or above. If it is one, give "
+            "the language model that it is to be added to with --base.",
+            folder,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_tower(folder: Path, config: dict, vision_tower: str | Path | None) -> Path:
+    """
+    The folder of the vision tower: the one given, or the one that the configuration names.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if vision_tower is not None:
+        return local_folder(vision_tower, "vision tower")
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    if not name:
+        raise ValueError(f"{folder}/config.json names no mm_vision_tower: give the tower with --vision-tower.")
+    for place in (folder / name, folder.absolute().parent / name, Path(name)):
+        if (place / "config.json").is_file():
+            return place
+    try:
+        return local_folder(name, "vision tower")
+    except OSError as error:
+        raise OSError(f"{error} Or give it with --vision-tower.") from error
+
+
+def read_vision_config(folder: Path) -> CLIPVisionConfig:
+    """A CLIP tower's configuration; of a CLIP pair, the vision half. ValueError for another kind of tower."""
+    config = read_json(folder / "config.json", "a vision tower")
+    kind = config.get("model_type")
+    if kind == "clip":
+        vision = CLIPConfig(**config).vision_config
+    elif kind == "clip_vision_model":
+        vision = CLIPVisionConfig(**config)
+    else:
+        raise ValueError(f"The vision tower {folder} is a {kind!r}; the original's towers are CLIP's (clip).")
+    for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
+        vision.__dict__.pop(name, None)
+    return vision
+
+
+def read_tower(folder: Path, sizes: Sizes, files: list[Path]) -> dict[Entry, LazyTensor]:
+    """The tower's tensors, from its own folder; of a CLIP pair, the vision half."""
+    weights = find_weights(folder)
+    if weights is None:
+        raise OSError(f"The vision tower {folder} holds no weights (model.safetensors, pytorch_model.bin).")
+    tensors = drop_derived(_read(weights, files))
+    form = tower_form(tensors)
+    if form is None:
+        raise ValueError(f"{weights} holds no CLIP vision tower: it has no '{TOWER_PREFIXES['clip']}embeddings…'.")
+    tensors = {key: value for key, value in tensors.items() if not CLIP_TEXT_SIDE.fullmatch(key)}
+    matched = match_keys(vision_entries(sizes, form), "original", tensors, f"The vision tower {weights}")
+    return dict(zip(vision_entries(sizes), matched.values(), strict=True))
+
+
+def _check_feature_layer(config: dict, vision: CLIPVisionConfig, folder: Path) -> None:
+    layer, states = config.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
+    if not isinstance(layer, int) or not -states <= layer < states:
+        raise ValueError(
+            f"mm_vision_select_layer is {layer!r}, but the tower {folder} has {states} hidden states "
+            f"({vision.num_hidden_layers} layers and the embeddings): {-states} to {states - 1}."
+        )
+
+
+def _check_projector_width(tensors: dict[str, LazyTensor], sizes: Sizes, tower: Path) -> None:
+    name = next(entry.original for entry in projector_entries(sizes))
+    weight = tensors.get(name)
+    if weight is not None and len(weight.shape) == 2 and weight.shape[1] != sizes.vision_hidden:
+        raise ValueError(
+            f"The vision tower {tower} gives {sizes.vision_hidden} features per patch (hidden_size), but {weight.origin} "
+            f"takes {weight.shape[1]}. Give the tower that it was trained with: --vision-tower."
+        )

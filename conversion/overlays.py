@@ -1,0 +1,209 @@
+"""
+What the original saves instead of a whole model, put together with its base: deltas, LoRA adapters, projectors.
+
+Each function takes and gives tables of lazy tensors under the original's names; nothing is computed until it is
+written, and then in pieces of a few megabytes. Sums are taken in float32 and rounded once, to the base's dtype.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+
+from .keymaps import FLOAT_DTYPES, drop_derived, rename_all
+from .tensors import Extended, LazyTensor
+
+
+ADAPTER_PREFIX = re.compile(r"base_model\.model\.(.+)")
+LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+BARE_PROJECTOR = re.compile(r"mm_projector\.(?:\d+\.)?(?:weight|bias)")
+PROJECTOR = re.compile(r"model\.mm_projector\..+")
+LONGER_IN_DELTA = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors to which the original added rows (its image tokens); a delta holds the added rows themselves."""
+
+WRONG_BASE = "Is --base the language model that it was made from?"
+
+
+def without_adapter_prefix(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Names as in the model: `base_model.model.` (PEFT's) removed, `mm_projector.0.…` given its place in the model."""
+
+    def rename(key: str) -> str:
+        match = ADAPTER_PREFIX.fullmatch(key)
+        key = match[1] if match else key
+        return f"model.{key}" if BARE_PROJECTOR.fullmatch(key) else key
+
+    return rename_all(tensors, rename)
+
+
+def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """
+    The model of a delta: the base's tensors plus the delta's, the projector from the delta alone.
+
+    Raises:
+        ValueError: the base lacks a tensor or has another shape; or `delta` is no delta but a whole model.
+    """
+    base, summed = drop_derived(base), {}
+    for key, tensor in delta.items():
+        other = base.pop(key, None)
+        if other is None and not PROJECTOR.fullmatch(key):
+            raise ValueError(f"The base has no '{key}', to which {tensor.origin} is to be added. {WRONG_BASE}")
+        summed[key] = tensor if other is None else _sum(key, tensor, other)
+    if base:
+        raise ValueError(
+            f"{source} is no delta of this base: it lacks {len(base)} of its tensors, such as '{next(iter(base))}'. "
+            f"{WRONG_BASE}"
+        )
+    _refuse_whole_model(delta, summed, source)
+    return summed
+
+
+def _sum(key: str, delta: LazyTensor, base: LazyTensor) -> LazyTensor:
+    longer = key in LONGER_IN_DELTA and delta.num_rows >= base.num_rows and delta.shape[1:] == base.shape[1:]
+    if delta.shape != base.shape and not longer:
+        raise ValueError(
+            f"The delta's {delta.origin} is {list(delta.shape)}, the base's {base.origin} is {list(base.shape)}. "
+            f"{WRONG_BASE}"
+        )
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        rows, shared = delta.rows(start, stop), min(stop, base.num_rows)
+        if start >= shared:
+            return rows
+        total = rows.float()
+        total[: shared - start] += base.rows(start, shared).float()
+        return total.to(delta.dtype)
+
+    return LazyTensor(delta.dtype, delta.shape, read, f"{delta.origin} plus {base.origin}")
+
+
+def _refuse_whole_model(delta: Mapping[str, LazyTensor], summed: Mapping[str, LazyTensor], source: str) -> None:
+    """A whole model that is given a base would come out doubled; its last norm gives it away."""
+    key = "model.norm.weight"
+    if key in delta:
+        own, total = delta[key].tensor().float(), summed[key].tensor().float()
+        base = total - own
+        if (own - base).abs().mean() < 0.25 * base.abs().mean():
+            raise ValueError(
+                f"{source} is a whole model, not a delta: its '{key}' is nearly the base's. Leave out --base."
+            )
+
+
+def fold_lora(
+    adapter: Mapping[str, LazyTensor], config: Mapping, base: Mapping[str, LazyTensor], source: str
+) -> dict[str, LazyTensor]:
+    """
+    The base's tensors with a LoRA adapter folded in: `W + scale · B A`, `scale = alpha / r` (`/ √r` for rsLoRA).
+
+    Args:
+        adapter (`Mapping[str, LazyTensor]`):
+            PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors beside them
+            (biases, modules to save), which replace the base's.
+        config (`Mapping`):
+            The `adapter_config.json`: `r`, `lora_alpha`, `fan_in_fan_out`, `use_rslora`, `alpha_pattern`.
+        base (`Mapping[str, LazyTensor]`):
+            The original's names → tensors.
+        source (`str`):
+            For errors.
+
+    Raises:
+        ValueError: not a LoRA adapter, or one of a kind that is not a sum (DoRA); a target that the base lacks; shapes
+            that do not fit.
+    """
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA" or config.get("use_dora"):
+        raise ValueError(
+            f"{source} is an adapter of kind {'DoRA' if config.get('use_dora') else kind}; only LoRA can be folded in. "
+            "Merge it with peft first."
+        )
+    pairs: dict[str, dict[str, LazyTensor]] = {}
+    folded, whole = dict(base), {}
+    for key, tensor in adapter.items():
+        if match := LORA_KEY.fullmatch(key):
+            pairs.setdefault(match["module"], {})[match["side"]] = tensor
+        else:
+            whole[key] = tensor
+    if not pairs:
+        raise ValueError(f"{source} holds no LoRA tensors (….lora_A.weight).")
+    for module, sides in pairs.items():
+        key = f"{module}.weight"
+        if sides.keys() != {"A", "B"}:
+            raise ValueError(f"{source} has lora_{'/'.join(sides)} of '{module}' but not the other of the two.")
+        if key not in base:
+            raise ValueError(f"The base has no '{key}', for which {sides['A'].origin} is an adapter. {WRONG_BASE}")
+        folded[key] = _lora_sum(base[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config)
+    for key, tensor in without_adapter_prefix(whole).items():
+        if key not in base:
+            raise ValueError(f"{tensor.origin} is neither a LoRA tensor nor one of the base's. {WRONG_BASE}")
+        folded[key] = tensor
+    return folded
+
+
+def _scale(config: Mapping, module: str, rank: int) -> float:
+    """LoRA's factor of one module. `alpha_pattern` (PEFT) gives single modules another alpha than `lora_alpha`."""
+    alpha = config.get("lora_alpha")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
+    if alpha is None:
+        raise ValueError("adapter_config.json has no lora_alpha, without which the adapter cannot be folded in.")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, config: Mapping) -> LazyTensor:
+    transposed = bool(config.get("fan_in_fan_out"))
+    product = (up.shape[0], down.shape[1])
+    shape = product[::-1] if transposed else product
+    if weight.dtype not in FLOAT_DTYPES or up.shape[1] != down.shape[0] or weight.shape != shape:
+        raise ValueError(
+            f"The adapter does not fit the base: {up.origin} {list(up.shape)} times {down.origin} {list(down.shape)} is "
+            f"{list(shape)}, but {weight.origin} is {list(weight.shape)}, {weight.dtype}. {WRONG_BASE}"
+        )
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        if transposed:  # W [in, out] += (B A)ᵀ
+            change = down.tensor().float().T[start:stop] @ up.tensor().float().T
+        else:
+            change = up.rows(start, stop).float() @ down.tensor().float()
+        return (weight.rows(start, stop).float() + scale * change).to(weight.dtype)
+
+    return LazyTensor(weight.dtype, weight.shape, read, f"{weight.origin} with {down.origin}")
+
+
+def put_over(
+    base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, gap: int = 0
+) -> dict[str, LazyTensor]:
+    """
+    The base's tensors, replaced by those that a training saved whole (projector, embedding rows of image tokens).
+
+    An embedding that holds only the rows of added tokens (as the original accepts it) goes below the base's, after
+    `gap` rows of tokens that were added but not trained.
+    """
+    result = dict(base)
+    for key, tensor in own.items():
+        known = base.get(key)
+        if known is not None and key in LONGER_IN_DELTA and tensor.num_rows < known.num_rows:
+            upper = Extended(known, known.num_rows + gap, known.num_rows) if gap else known
+            tensor = _below(upper, tensor)
+        result[key] = tensor
+    return result
+
+
+def _below(upper: LazyTensor, lower: LazyTensor) -> LazyTensor:
+    if upper.shape[1:] != lower.shape[1:]:
+        raise ValueError(
+            f"{lower.origin} has rows of {lower.shape[1:]} values, {upper.origin} of {upper.shape[1:]}. {WRONG_BASE}"
+        )
+    split = upper.num_rows
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        parts = []
+        if start < split:
+            parts.append(upper.rows(start, min(stop, split)))
+        if stop > split:
+            parts.append(lower.rows(max(start, split) - split, stop - split).to(upper.dtype))
+        return torch.cat(parts)
+
+    shape = (split + lower.num_rows, *upper.shape[1:])
+    return LazyTensor(upper.dtype, shape, read, f"{upper.origin} above {lower.origin}")

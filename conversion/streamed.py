@@ -1,0 +1,94 @@
+"""
+Running a model whose weights stay in their files.
+
+The check after a conversion computes logits before and after, for models larger than the memory: transformers' own
+modules run, but their large matrices (linear layers, token embeddings) are read piece by piece while they are used.
+Everything is computed in float32.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.nn import functional as F
+
+from .tensors import LazyTensor
+
+
+class StreamedLinear(nn.Module):
+    """`nn.Linear` over a lazy weight `[out, in]`: a few rows at a time."""
+
+    def __init__(self, weight: LazyTensor, bias: LazyTensor | None):
+        super().__init__()
+        self.lazy_weight, self.lazy_bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = x.new_empty(*x.shape[:-1], self.out_features)
+        start = 0
+        for rows in self.lazy_weight.row_pieces():
+            output[..., start : start + rows.shape[0]] = F.linear(x, rows.float())
+            start += rows.shape[0]
+        return output if self.lazy_bias is None else output + self.lazy_bias.tensor().float()
+
+
+class StreamedEmbedding(nn.Module):
+    """`nn.Embedding` over a lazy weight `[tokens, hidden]`: only the rows that are asked for."""
+
+    def __init__(self, weight: LazyTensor):
+        super().__init__()
+        self.lazy_weight = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        unique, places = ids.unique(return_inverse=True)
+        rows = torch.cat([self.lazy_weight.rows(i, i + 1) for i in unique.tolist()])
+        return rows.float()[places]
+
+
+def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) -> nn.Module:
+    """
+    A model in evaluation mode whose weights are read while it runs.
+
+    Args:
+        build (`Callable[[], nn.Module]`):
+            Makes the model; its parameters get no memory.
+        tensors (`Mapping[str, LazyTensor]`):
+            By the names of the model's parameters and persistent buffers; a tied head may be left out.
+
+    Raises:
+        KeyError: a parameter without a tensor.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+
+    def find(name: str) -> LazyTensor:
+        return tensors[tied[name]] if name in tied and name not in tensors else tensors[name]
+
+    for name, module in list(model.named_modules()):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = find(f"{prefix}weight")
+            if isinstance(module, nn.Linear):
+                new = StreamedLinear(weight, find(f"{prefix}bias") if module.bias is not None else None)
+            elif _is_small(weight):
+                new = nn.Embedding.from_pretrained(weight.tensor().float())
+            else:
+                new = StreamedEmbedding(weight)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+            continue
+        for key in [key for key, value in module._parameters.items() if value is not None]:
+            value = find(f"{prefix}{key}").tensor().float()
+            module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        for key in [key for key in module._buffers if key not in module._non_persistent_buffers_set]:
+            if module._buffers[key] is not None:
+                module._buffers[key] = find(f"{prefix}{key}").tensor().float()
+    return model.eval()
+
+
+def _is_small(weight: LazyTensor) -> bool:
+    """Tables of positions are read whole: their module is also asked for its `weight`."""
+    return weight.nbytes <= 2**20 * 8

@@ -1,0 +1,378 @@
+"""
+Tensors of checkpoint files, described without being read.
+
+A conversion is a table of [`LazyTensor`]s: each knows its dtype, its shape and where it lies, and hands out its content
+in pieces of a few megabytes, or as a range of a file that the operating system copies by itself. No conversion ever
+holds more than a few pieces, whatever the checkpoint's size.
+
+`.bin` files are pickles: they are only ever read by torch's restricted unpickler (`weights_only=True`), which builds
+tensors and refuses everything else, and only their directory is read, not their tensors.
+"""
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+PIECE_BYTES = 16 * 2**20
+"""Upper bound, in bytes, of what is computed or copied at once."""
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+MAX_HEADER_BYTES = 100 * 2**20
+"""A safetensors header beyond this many bytes is refused, as the safetensors library does."""
+
+MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Where a folder's weights may lie, in the order of preference."""
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """`nbytes` bytes of the file `path`, from `offset` on (bytes)."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class LazyTensor:
+    """
+    A tensor that is read or computed in pieces of rows (slices of the first dimension).
+
+    Args:
+        dtype (`torch.dtype`):
+            Of the elements.
+        shape (`tuple[int, ...]`):
+            Sizes; `()` for a scalar, which counts as one row.
+        read (`Callable[[int, int], torch.Tensor]`):
+            Gives the rows `[start, stop)`, of `dtype` and with the trailing sizes of `shape`.
+        origin (`str`):
+            For errors: which tensor of which file.
+        ranges (`Callable[[int], list[FileRange]]`, *optional*):
+            Given a number of rows n, the file ranges that hold exactly the first n rows.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        read: Callable[[int, int], torch.Tensor],
+        origin: str,
+        ranges: Callable[[int], list[FileRange]] | None = None,
+    ):
+        self.dtype, self.shape, self.origin = dtype, tuple(shape), origin
+        self.rows, self.ranges = read, ranges
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[FileRange | torch.Tensor]:
+        """The content in order: file ranges where the bytes lie in a file as they are, tensors elsewhere."""
+        if self.ranges is not None:
+            yield from self.ranges(self.num_rows)
+            return
+        yield from self.row_pieces()
+
+    def row_pieces(self) -> Iterator[torch.Tensor]:
+        """The content in order, as tensors of at most [`PIECE_BYTES`] bytes (but at least one row)."""
+        step = max(1, PIECE_BYTES // max(1, self.row_bytes))
+        for start in range(0, self.num_rows, step):
+            yield self.rows(start, min(start + step, self.num_rows))
+
+    def tensor(self) -> torch.Tensor:
+        """All of it, in memory."""
+        return self.rows(0, self.num_rows).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.dtype}, {list(self.shape)}, {self.origin})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stored(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], key: str) -> LazyTensor:
+    """A tensor that lies in a file from `offset` (bytes) on, row after row."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        data = bytearray((stop - start) * row_bytes)
+        if not data:
+            return torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset + start * row_bytes)
+            view = memoryview(data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{path} ends inside tensor '{key}'. It changed or was cut while it was read.")
+                view = view[count:]
+        return torch.frombuffer(data, dtype=dtype).reshape(stop - start, *shape[1:])
+
+    return LazyTensor(
+        dtype, shape, read, f"tensor '{key}' of {path}", lambda rows: [FileRange(path, offset, rows * row_bytes)]
+    )
+
+
+def in_memory(tensor: torch.Tensor, origin: str) -> LazyTensor:
+    """A tensor that is in memory already; it is never written to."""
+    tensor = tensor.detach()
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda a, b: rows[a:b].contiguous(), origin)
+
+
+def cast(source: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
+    """`source` in another dtype; `source` itself if it has that one, or if `dtype` is `None`."""
+    if dtype is None or source.dtype == dtype:
+        return source
+    return LazyTensor(dtype, source.shape, lambda a, b: source.rows(a, b).to(dtype), source.origin)
+
+
+def first_rows(source: LazyTensor, num_rows: int) -> LazyTensor:
+    """The first `num_rows` rows of `source`."""
+    if num_rows == source.num_rows:
+        return source
+    shape = (num_rows, *source.shape[1:])
+    ranges = None if source.ranges is None else lambda rows: source.ranges(rows)
+    return LazyTensor(source.dtype, shape, source.rows, source.origin, ranges)
+
+
+def permuted_rows(source: LazyTensor, order: torch.Tensor) -> LazyTensor:
+    """`source` with its rows in another order: row i is row `order[i]` of `source`."""
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        wanted = order[start:stop]
+        low, high = int(wanted.min()), int(wanted.max()) + 1
+        return source.rows(low, high)[wanted - low]
+
+    return LazyTensor(source.dtype, source.shape, read, source.origin)
+
+
+class Extended(LazyTensor):
+    """
+    `source` with rows added below it, each the mean of its first `num_known` rows.
+
+    The mean of the rows gives a new token the mean of the known tokens' logits, which never exceeds the largest of
+    them: greedy continuations are those of the model before.
+    """
+
+    def __init__(self, source: LazyTensor, num_rows: int, num_known: int):
+        self.source, self.num_known, self._filler = source, num_known, None
+        super().__init__(source.dtype, (num_rows, *source.shape[1:]), self._read, source.origin)
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
+        old = self.source.num_rows
+        kept = self.source.rows(start, min(stop, old)) if start < old else None
+        if stop <= old:
+            return kept
+        added = self._added_rows(stop - max(start, old))
+        return added if kept is None else torch.cat([kept, added])
+
+    def _added_rows(self, count: int) -> torch.Tensor:
+        if self._filler is None:
+            total = torch.zeros(self.shape[1:], dtype=torch.float64)
+            for piece in first_rows(self.source, self.num_known).row_pieces():
+                total += piece.sum(dim=0, dtype=torch.float64)
+            self._filler = (total / self.num_known).to(self.dtype)
+        return self._filler.expand(count, *self.shape[1:])
+
+    def pieces(self) -> Iterator[FileRange | torch.Tensor]:
+        yield from self.source.pieces()
+        yield self._added_rows(self.num_rows - self.source.num_rows).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """
+    The tensors of a `.safetensors` file. Only its header is read.
+
+    Raises:
+        ValueError: the file is cut short or its header is damaged; names the first tensor that is affected.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path} is not a whole safetensors file: its header should have {length} bytes, the file has "
+                f"{max(0, size - 8)} after the length. Download or copy it again."
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"][0])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} has a damaged safetensors header ({error}). Download or copy it again.") from error
+
+    tensors, start = {}, 8 + length
+    for key, entry in entries:
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"Tensor '{key}' of {path} has dtype {entry['dtype']}, which is not supported.")
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"Tensor '{key}' of {path} takes {end - begin} bytes by its offsets but {list(shape)} of "
+                f"{entry['dtype']} are {math.prod(shape) * dtype.itemsize} bytes: the header is damaged."
+            )
+        if start + end > size:
+            raise ValueError(
+                f"{path} is cut short: tensor '{key}' ends at byte {start + end}, the file has {size} bytes. "
+                "Download or copy it again."
+            )
+        tensors[key] = stored(path, start + begin, dtype, shape, key)
+    return tensors
+
+
+def read_torch_file(path: Path) -> dict[str, LazyTensor]:
+    """
+    The tensors of a `.bin` file (a pickle). It is never unpickled freely: tensors are built, all else is refused.
+
+    Args:
+        path (`Path`):
+            File that `torch.save` wrote from a dict of tensors. Of the zip form (torch ≥ 1.6) only the directory is
+            read; the older form has none and is loaded whole.
+
+    Raises:
+        ValueError: the pickle holds something other than tensors (its code is not run), or the file is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+        if isinstance(content, Mapping) and not all(_lies_in_file(value) for value in content.values()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+        raise ValueError(
+            f"{path} was refused: it is a pickle that holds more than tensors, and such a file can run any program "
+            f"when it is opened. Nothing of it was run. {reason.strip()} If you trust its author, ask for the weights "
+            "as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            "Download or copy it again."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but a dict of tensors was expected.")
+
+    tensors, size = {}, path.stat().st_size
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path} holds {type(value).__name__} under '{key}', but only tensors were expected.")
+        if value.device.type != "meta" or value.layout != torch.strided:
+            tensors[key] = in_memory(value, f"tensor '{key}' of {path}")
+            continue
+        offset = value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
+        if offset + value.untyped_storage().nbytes() - value.storage_offset() * value.dtype.itemsize > size:
+            raise ValueError(f"{path} is cut short: tensor '{key}' ends beyond its {size} bytes. Copy it again.")
+        tensors[key] = _strided(path, offset, value, key)
+    return tensors
+
+
+def _lies_in_file(value) -> bool:
+    """Whether torch told where in the file a tensor's bytes begin (it does so since 2.7, for the zip form)."""
+    return not isinstance(value, torch.Tensor) or hasattr(value.untyped_storage(), "_checkpoint_offset")
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _strided(path: Path, offset: int, value: torch.Tensor, key: str) -> LazyTensor:
+    """A saved tensor; one that was saved transposed or expanded is put in order in memory when it is read."""
+    if value.is_contiguous():
+        return stored(path, offset, value.dtype, tuple(value.shape), key)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    flat = stored(path, offset, value.dtype, (extent,), key)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        whole = flat.tensor().as_strided(value.shape, value.stride())
+        return whole[start:stop].contiguous()
+
+    return LazyTensor(value.dtype, tuple(value.shape), read, flat.origin)
+
+
+def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one `.safetensors` or `.bin` file."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+
+
+def find_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Path | None:
+    """The file of `folder` through which its weights are read: an index, or the one file. `None` without any."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read_checkpoint(file: Path) -> dict[str, LazyTensor]:
+    """
+    All tensors of a checkpoint, given its index (`*.index.json`) or its one file.
+
+    Raises:
+        ValueError: the index is damaged, names a shard that is not there or a tensor that its shard does not hold,
+            or two shards hold the same tensor.
+    """
+    if file.suffix != ".json":
+        return read_tensor_file(file)
+    try:
+        weight_map = json.loads(file.read_text("utf-8"))["weight_map"]
+        shards = dict.fromkeys(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not an index of weights ({error!r}).") from error
+
+    tensors: dict[str, LazyTensor] = {}
+    for name in shards:
+        path = file.parent / name
+        if os.path.basename(name) != name or not path.is_file():
+            first = next(key for key, shard in weight_map.items() if shard == name)
+            raise ValueError(
+                f"{file.name} of {file.parent} names the shard '{name}', which is not there (it should hold "
+                f"'{first}' and {sum(shard == name for shard in weight_map.values()) - 1} more tensors). Download it."
+            )
+        content = read_tensor_file(path)
+        twice = sorted(tensors.keys() & content.keys())
+        if twice:
+            raise ValueError(f"Tensor '{twice[0]}' is in {path} and in another shard of {file.name}.")
+        tensors.update(content)
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise ValueError(f"{file} says that {name} holds tensor '{key}', but it does not.")
+    return tensors
