@@ -1,0 +1,190 @@
+"""The model card, filled from what a run left beside its weights. What is not known is said to be unknown."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+PICTURES = {
+    "loss_curve.png": "Loss over the optimizer steps",
+    "answers.png": "Answers to questions about pictures that were not in the training data",
+    "results.png": "Evaluation",
+}
+
+
+def render_model_card(
+    folder: str | Path,
+    repo: str,
+    *,
+    kind: str,
+    base_models: list[str] | None = None,
+    datasets: list[str] | None = None,
+    license: str = "other",
+    language: str = "en",
+    summary: str | None = None,
+) -> str:
+    """
+    A model card (Markdown with the Hub's metadata) for the model in `folder`.
+
+    Args:
+        folder (`str` or `Path`):
+            A full, adapter or projector folder. `config.json` or `adapter_config.json`, and where there are any
+            `recipe.yaml`, `run.json`, `trainer_state.json`, `results*.json` and pictures are read.
+        repo (`str`):
+            Name on the Hub, `owner/name`.
+        kind (`str`):
+            `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.checkpoints.checkpoint_kind`]).
+        base_models (`list[str]`, *optional*):
+            Hub names of the models that these weights derive from.
+        datasets (`list[str]`, *optional*):
+            Hub names of the training data.
+        license (`str`, *optional*, defaults to `"other"`):
+            The Hub's identifier of the weights' licence.
+        language (`str`, *optional*, defaults to `"en"`):
+            Language of the answers.
+        summary (`str`, *optional*):
+            First paragraph, in place of the one that is written from the facts.
+
+    Returns:
+        `str`
+    """
+    folder = Path(folder)
+    run = _read_json(folder / "run.json")
+    recipe_file = folder / "recipe.yaml"
+    recipe = recipe_file.read_text("utf-8") if recipe_file.is_file() else None
+    settings = yaml.safe_load(recipe) if recipe else {}
+    evaluation = _evaluation(folder)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        name=repo.split("/")[-1],
+        repo=repo,
+        kind=kind,
+        base_models=base_models or [],
+        datasets=datasets or [],
+        license=license,
+        language=language,
+        summary=summary or _summary(kind, settings, base_models),
+        architecture=_architecture(folder, kind),
+        recipe=recipe.strip() if recipe else None,
+        data_line=_data_line(run),
+        hardware=_hardware(run, settings),
+        duration=_duration(_read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")),
+        versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
+        pictures={name: caption for name, caption in PICTURES.items() if (folder / name).is_file()},
+        evaluation=evaluation,
+        model_index=evaluation,
+    )
+
+
+def _summary(kind: str, settings: dict, base_models: list[str] | None) -> str:
+    what = {
+        "full": "A LLaVA: it answers questions about pictures",
+        "adapter": "A LoRA adapter for LLaVA, which answers questions about pictures",
+        "projector": "The projector of a LLaVA after its first stage, which aligns picture features with words",
+    }[kind]
+    how = {"lora": "fine-tuned with LoRA", "qlora": "fine-tuned with QLoRA", "none": "trained"}
+    trained = f", {how[settings['adapter']]}" if settings.get("adapter") in how else ""
+    start = f" from {', '.join(f'`{name}`' for name in base_models)}" if base_models and trained else ""
+    return f"{what}{trained}{start}. Made with `modeling_llava`."
+
+
+def _architecture(folder: Path, kind: str) -> dict[str, str]:
+    """Parts of the model, one line each."""
+    config = _read_json(folder / "config.json")
+    parts = {}
+    if config:
+        vision, text = config.get("vision_config", {}), config.get("text_config", {})
+        parts["vision tower"] = (
+            f"{vision.get('model_type')}, {vision.get('num_hidden_layers')} layers × {vision.get('hidden_size')}, "
+            f"{vision.get('image_size')} pixels in patches of {vision.get('patch_size')}, "
+            f"features of layer {config.get('vision_feature_layer')}"
+        )
+        layers = config.get("projector_num_layers", 2)
+        activation = "" if layers == 1 else f", {config.get('projector_hidden_act')}"
+        parts["projector"] = f"{layers} linear layer{'s' if layers > 1 else ''}{activation}"
+        parts["language model"] = (
+            f"{text.get('model_type')}, {text.get('num_hidden_layers')} layers × {text.get('hidden_size')}, "
+            f"vocabulary {text.get('vocab_size')}"
+        )
+        parts["image tokens"] = f"{config.get('image_seq_length')} per picture"
+    if kind == "adapter":
+        adapter = _read_json(folder / "adapter_config.json")
+        parts["adapter"] = (
+            f"LoRA, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
+            f"{', DoRA' if adapter.get('use_dora') else ''}{', rsLoRA' if adapter.get('use_rslora') else ''}"
+        )
+        whole = adapter.get("modules_to_save") or []
+        if whole:
+            parts["trained in full"] = ", ".join(name.split(".")[-1] for name in whole)
+    weights = [file for pattern in ("*.safetensors",) for file in folder.glob(pattern)]
+    parts["files"] = f"{sum(file.stat().st_size for file in weights) / 2**20:,.1f} MiB of safetensors"
+    return parts
+
+
+def _data_line(run: dict) -> str:
+    data = run.get("data", {})
+    sources = ", ".join(
+        f"`{Path(source['name']).name}`" + (f" (SHA-256 {source['sha256'][:12]}…)" if source.get("sha256") else "")
+        for source in data.get("sources", [])
+    )
+    count = f", {data['num_samples']:,} samples" if "num_samples" in data else ""
+    return f"{sources or 'not recorded'}{count}."
+
+
+def _hardware(run: dict, settings: dict) -> str:
+    if not run:
+        return ""
+    devices = run.get("devices", 1)
+    accelerator = run.get("accelerator")
+    where = f"{devices} × {accelerator}" if accelerator else f"{devices} process{'es' if devices > 1 else ''}"
+    return f"{where}, {run.get('machine', 'unknown machine')}, {settings.get('precision', 'unknown')} arithmetic"
+
+
+def _duration(state: dict, results: dict) -> str:
+    seconds = results.get("train_runtime")
+    if seconds is None:
+        seconds = next(
+            (e["train_runtime"] for e in reversed(state.get("log_history", [])) if "train_runtime" in e), None
+        )
+    steps = state.get("global_step")
+    if seconds is None or not steps:
+        return ""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    duration = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+    return f"{steps:,} optimizer steps in {duration} (the last uninterrupted stretch)."
+
+
+def _evaluation(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the evaluation table: every overall score of every `results*.json` beside the weights."""
+    rows = []
+    for file in sorted(folder.glob("results*.json")):
+        results = _read_json(file)
+        benchmark = results.get("benchmark")
+        for metric, value in (results.get("scores") or {}).items():
+            if isinstance(value, dict):
+                value = value.get("value", value.get("mean"))
+            if not benchmark or not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            rows.append(
+                {
+                    "dataset": benchmark,
+                    "dataset_type": re.sub(r"[^a-z0-9]+", "-", benchmark.lower()).strip("-"),
+                    "metric": metric,
+                    "metric_type": re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_"),
+                    "value": round(value, 4),
+                }
+            )
+    return rows
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+__all__ = ["render_model_card"]

@@ -1,0 +1,48 @@
+"""One question to what is about to be published, through the same pipeline that its users will call."""
+
+import os
+
+from PIL import Image
+
+
+def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None) -> str:
+    """
+    Load a gathered model with `pipeline("image-text-to-text")` and ask it about a plain picture.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A full model or an adapter, as it would be sent.
+        source (`str` or `os.PathLike`, *optional*):
+            An adapter's folder as it was trained: its base may lie on this machine only under the name that stands there.
+
+    Returns:
+        `str`: the answer, whatever it is.
+
+    Raises:
+        ValueError: the processor writes another number of image tokens than the model has features.
+    """
+    from transformers import AutoProcessor, pipeline
+
+    from ..checkpoints import checkpoint_kind
+    from ..processing_llava import num_image_tokens
+
+    kind = checkpoint_kind(folder)
+    if kind == "projector":
+        return "(a projector alone is not asked)"
+    path = os.fspath(source if kind == "adapter" and source is not None else folder)
+    processor = AutoProcessor.from_pretrained(os.fspath(folder))
+    pipe = pipeline("image-text-to-text", model=path, processor=processor)
+    expected, actual = pipe.model.config.image_seq_length, num_image_tokens(processor)
+    if expected != actual:
+        raise ValueError(
+            f"{folder}: the processor writes {actual} image tokens per picture, but config.json says {expected} "
+            "(image_seq_length). Save the processor that belongs to this model."
+        )
+    picture = Image.new("RGB", (64, 64), (120, 160, 200))
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}
+    ]
+    return pipe(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+
+
+__all__ = ["ask_once"]

@@ -1,0 +1,271 @@
+"""Publishing to a server on this machine that speaks the Hub's API, with failures in the middle."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from local_hub import LocalHub
+from tiny import tiny_text_config, tiny_vision_config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, CLIPVisionModel
+
+from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.hub.files import find_problems, select_files
+from modeling_llava.hub.model_card import render_model_card
+from modeling_llava.hub.publish import gather, push
+
+
+TOKEN = "hf_" + "t" * 30
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, request):
+    golden = request.config.rootpath / "tests" / "golden"
+    folder = tmp_path_factory.mktemp("parts")
+    CLIPVisionModel(tiny_vision_config()).save_pretrained(folder / "tower")
+    size = {"height": 28, "width": 28}
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder / "tower")
+    AutoModelForCausalLM.from_config(tiny_text_config(vocab_size=700)).save_pretrained(folder / "language")
+    (folder / "language" / "tokenizer.model").write_bytes((golden / "tiny_spm.model").read_bytes())
+    return str(folder / "tower"), str(folder / "language")
+
+
+@pytest.fixture
+def model_folder(tmp_path, parts):
+    folder = tmp_path / "my-llava"
+    LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(folder)
+    LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(folder)
+    recipe = "model: /home/someone/llava\ndata: /home/someone/pictures/instruct.json\nadapter: none\nprecision: fp32\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    data = {"sources": [{"name": "/home/someone/pictures/instruct.json", "sha256": "ab" * 32}], "num_samples": 1234}
+    record = {"versions": {"torch": "2.13.0"}, "machine": "Linux-6", "devices": 2, "data": data}
+    (folder / "run.json").write_text(json.dumps(record))
+    state = {
+        "global_step": 42,
+        "log_history": [{"train_runtime": 7380.0}],
+        "best_model_checkpoint": "/home/a/checkpoint-1",
+    }
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    results = {"benchmark": "ScienceQA", "scores": {"average": 0.8984, "unparsed": 3}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with LocalHub(TOKEN) as server:
+        yield server
+
+
+def test_published_model_downloads_and_loads(hub, model_folder, tmp_path):
+    publication = gather(model_folder, "tester/my-llava", license="llama2", base_models=["org/base"])
+    assert publication.problems == []
+    url = push(publication, endpoint=hub.url, private=True, tags=["v1"])
+    assert url == f"{hub.url}/tester/my-llava"
+    assert hub.repositories["model", "tester/my-llava"]["visibility"] == "private"
+    assert hub.repositories["model", "tester/my-llava"]["tags"] == {"v1": "main"}
+    assert set(hub.files("tester/my-llava")) == set(publication.files)
+    program = """
+        import sys, torch
+        from huggingface_hub import snapshot_download
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        model = AutoModelForImageTextToText.from_pretrained("tester/my-llava", revision="v1")
+        AutoProcessor.from_pretrained("tester/my-llava")
+        torch.save(model.state_dict(), sys.argv[1])
+        assert not any(name.startswith("modeling_llava") for name in sys.modules)
+    """
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": TOKEN, "PATH": "/usr/bin", "HF_HUB_OFFLINE": "0"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "weights.pt")],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    ours = AutoModelForImageTextToText.from_pretrained(model_folder).state_dict()
+    downloaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert ours.keys() == downloaded.keys()
+    assert all(torch.equal(ours[name], downloaded[name]) for name in ours)
+
+
+def test_card_holds_the_facts_of_the_run(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava", license="llama2", base_models=["org/base"])
+    card = (publication.folder / "README.md").read_text()
+    metadata, body = card.split("---\n")[1:3]
+    import yaml
+
+    metadata = yaml.safe_load(metadata)
+    assert metadata["license"] == "llama2" and metadata["base_model"] == ["org/base"]
+    assert metadata["pipeline_tag"] == "image-text-to-text"
+    result = metadata["model-index"][0]["results"][0]
+    assert (result["dataset"]["name"], result["metrics"][0]["value"]) == ("ScienceQA", 0.8984)
+    for fact in ("1,234 samples", "abababababab", "42 optimizer steps in 2 h 3 min", "torch 2.13.0", "2 processes"):
+        assert fact in body, fact
+    assert "28 pixels in patches of 14" in body and "4 per picture" in body
+    for runtime in ("vllm serve tester/my-llava", "sglang", "llama.cpp", "transformers serve", "llava chat"):
+        assert runtime in body
+
+
+def test_local_paths_of_the_run_are_shortened_and_the_source_is_not_changed(model_folder):
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    publication = gather(model_folder, "tester/my-llava")
+    for name in ("recipe.yaml", "run.json", "trainer_state.json", "README.md"):
+        text = (publication.folder / name).read_text()
+        assert "/home" not in text
+    assert "instruct.json" in (publication.folder / "recipe.yaml").read_text()
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("results_notes.json", '{"key": "hf_' + "a" * 34 + '"}', "Hugging Face token"),
+        ("results_notes.json", '{"key": "sk-' + "a" * 40 + '"}', "OpenAI key"),
+        ("results_notes.json", '{"note": "see /home/someone/notes"}', "a place on this machine"),
+        ("results_notes.json", '{"note": "see C:\\\\\\\\Users\\\\\\\\me"}', "a place on this machine"),
+    ],
+)
+def test_secrets_and_local_paths_stop_the_push(hub, model_folder, name, content, message):
+    (model_folder / name).write_text(content)
+    publication = gather(model_folder, "tester/my-llava")
+    assert len(publication.problems) == 1
+    assert message in str(publication.problems[0]) and str(publication.problems[0]).startswith(name)
+    assert "a" * 34 not in str(publication.problems[0])
+    with pytest.raises(ValueError, match="1 problem"):
+        push(publication, endpoint=hub.url)
+    assert hub.requests == []
+
+
+def test_pickles_optimizer_state_and_checkpoints_stay(model_folder):
+    (model_folder / "optimizer.pt").write_bytes(b"x")
+    (model_folder / "pytorch_model.bin").write_bytes(b"x")
+    (model_folder / "checkpoint-10").mkdir()
+    (model_folder / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
+    publication = gather(model_folder, "tester/my-llava")
+    assert not any(name.endswith((".pt", ".bin")) or "checkpoint-10" in name for name in publication.files)
+    assert "optimizer.pt" in publication.left_out and "pytorch_model.bin" in publication.left_out
+
+
+def test_a_pickle_that_got_in_is_a_problem(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    assert [str(problem) for problem in find_problems(tmp_path)][0].startswith("weights.bin: can hold a pickle")
+
+
+def test_an_interrupted_upload_goes_on_without_sending_twice(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next("POST", "/commit/", "500")
+    with pytest.raises(OSError, match="broke off .* goes on"):
+        push(publication, endpoint=hub.url)
+    sent = list(hub.uploads)
+    assert sent and hub.files("tester/my-llava") == {}
+    push(publication, endpoint=hub.url)
+    assert hub.uploads == sent
+    assert "model.safetensors" in hub.files("tester/my-llava")
+
+
+def test_a_cut_connection_while_weights_are_sent_is_survived(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next("PUT", "/lfs-storage/", "drop")
+    push(publication, endpoint=hub.url)  # huggingface_hub tries again by itself
+    sent = hub.files("tester/my-llava")["model.safetensors"]
+    assert sent == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_a_token_that_may_not_write_is_one_clear_error_without_the_token(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next("POST", "/repos/create", "403")
+    with pytest.raises(PermissionError, match="may write there") as error:
+        push(publication, endpoint=hub.url)
+    assert TOKEN not in str(error.value)
+
+
+def test_a_branch_is_made_and_main_stays(hub, model_folder):
+    push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, revision="trial")
+    assert hub.files("tester/my-llava") == {}
+    assert "config.json" in hub.files("tester/my-llava", revision="trial")
+
+
+def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(model_folder), "r": 8, "lora_alpha": 16, "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    (adapter / "processor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="--base-model"):
+        gather(adapter, "tester/adapter")
+    publication = gather(adapter, "tester/adapter", base_models=["org/base"])
+    assert publication.kind == "adapter" and publication.problems == []
+    staged = json.loads((publication.folder / "adapter_config.json").read_text())
+    assert staged["base_model_name_or_path"] == "org/base"
+    assert json.loads((adapter / "adapter_config.json").read_text()) == config
+    card = (publication.folder / "README.md").read_text()
+    assert "base_model_relation: adapter" in card and "rank 8, alpha 16" in card
+
+
+def test_a_data_set_is_published_as_one(hub, tmp_path):
+    folder = tmp_path / "data-set"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "train.parquet").write_bytes(b"PAR1")
+    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Data\n")
+    (folder / "ledger.jsonl").write_text("{}\n")
+    push(gather(folder, "tester/data"), endpoint=hub.url)
+    assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train.parquet", "ledger.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: is missing"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
+    ],
+)
+def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
+    spoil(model_folder)
+    publication = gather(model_folder, "tester/my-llava")
+    assert message in "\n".join(map(str, publication.problems))
+
+
+def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        gather(tmp_path / "nowhere", "tester/x")
+    with pytest.raises(ValueError, match="not a name on the Hub"):
+        gather(model_folder, "a/b/c")
+    with pytest.raises(ValueError, match="was not made by this command"):
+        gather(model_folder, "tester/x", tmp_path)
+    with pytest.raises(ValueError, match="is being published"):
+        gather(model_folder, "tester/x", model_folder / "inside")
+
+
+def test_gathering_again_replaces_what_was_gathered(model_folder):
+    first = gather(model_folder, "tester/my-llava")
+    (first.folder / "left-over.json").write_text("{}")
+    second = gather(model_folder, "tester/my-llava")
+    assert not (second.folder / "left-over.json").exists()
+
+
+def test_card_without_any_record_says_what_is_not_known(tmp_path):
+    card = render_model_card(tmp_path, "tester/x", kind="full")
+    assert "left no record" in card and "No evaluation results" in card
+    assert "None" not in card
+
+
+def test_selection_takes_models_files_only_from_the_top(tmp_path):
+    for name in (
+        "config.json",
+        "runs/events.json",
+        "model-00001-of-00002.safetensors",
+        ".cache/config.json",
+        "notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    published, left = select_files(tmp_path, "model")
+    assert [str(p) for p in published] == ["config.json", "model-00001-of-00002.safetensors"]
+    assert [str(p) for p in left] == ["notes.txt", "runs/events.json"]
