@@ -5,8 +5,9 @@ It is done once, when `modeling_llava` is imported. Each step answers one way in
 past our classes, some of them without a word (measured on transformers 5.23).
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -23,10 +24,9 @@ def register_auto_classes() -> None:
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
-    AutoImageProcessor.register(
-        LlavaConfig,
-        image_processor_classes={"torchvision": LlavaImageProcessor, "pil": LlavaImageProcessor},
-        exist_ok=True,
+    # Not by AutoImageProcessor.register: it would import the stock class first, which warns that torchvision is absent.
+    IMAGE_PROCESSOR_MAPPING.register(
+        LlavaConfig, {"torchvision": LlavaImageProcessor, "pil": LlavaImageProcessor}, exist_ok=True
     )
     # AutoProcessor and the pipelines look a class up by its stock name first.
     PROCESSOR_MAPPING_NAMES.pop("llava", None)

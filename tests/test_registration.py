@@ -1,0 +1,81 @@
+"""What `import modeling_llava` does to transformers, in a process of its own."""
+
+import subprocess
+import sys
+import textwrap
+
+from tiny import tiny_config
+
+from modeling_llava import LlavaForConditionalGeneration
+
+
+def run(program, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def test_import_says_nothing_and_needs_neither_torchvision_nor_bitsandbytes(tmp_path):
+    result = run(
+        """
+        import sys
+        for name in ("torchvision", "bitsandbytes", "peft", "openai", "gradio", "matplotlib", "spacy", "ray"):
+            sys.modules[name] = None  # importing it raises ImportError
+        import modeling_llava
+        from modeling_llava import (
+            LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaModel, LlavaProcessor,
+        )
+        """,
+        cwd=tmp_path,
+    )
+    assert result.stdout == "" and result.stderr == ""
+
+
+def test_auto_classes_give_ours_whatever_was_saved(tmp_path, golden):
+    from transformers import AutoTokenizer, LlavaImageProcessorPil
+    from transformers import LlavaProcessor as StockProcessor
+
+    from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(golden / "tiny_spm.model")
+    add_image_token(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    StockProcessor(
+        image_processor=LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=size),
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(tmp_path)
+    run(
+        """
+        import sys
+        import modeling_llava
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+        folder = sys.argv[1]
+        for auto in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+            assert type(auto.from_pretrained(folder)).__module__.startswith("modeling_llava."), auto
+        pipe = pipeline("image-text-to-text", model=folder)
+        assert type(pipe.model).__module__ == "modeling_llava.modeling_llava"
+        assert type(pipe.processor).__module__ == "modeling_llava.processing_llava"
+        """,
+        tmp_path,
+        cwd=tmp_path,
+    )
+
+
+def test_registering_twice_changes_nothing():
+    from transformers import AutoConfig
+
+    from modeling_llava import LlavaConfig
+    from modeling_llava.registration import register_auto_classes
+
+    register_auto_classes()
+    register_auto_classes()
+    assert type(AutoConfig.for_model("llava")) is LlavaConfig
