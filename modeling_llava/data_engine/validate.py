@@ -7,6 +7,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
+from ..constants import IMAGE_TOKEN
 from .languages import looks_like
 
 
@@ -18,6 +19,7 @@ REASONS: dict[str, str] = {
     "empty": "empty, or an empty question or answer",
     "filtered": "withheld by the endpoint's content filter",
     "cut": "cut at the longest reply",
+    "image_marker": "holds the text <image>, which would mark an image",
     "mentions_source": "speaks of captions, boxes or coordinates",
     "refusal": "refuses to answer",
     "wrong_language": "in another language",
@@ -34,6 +36,7 @@ TELL: dict[str, str] = {
     "empty": "Your last reply was empty or had an empty question or answer. Please write it again, complete.",
     "filtered": "Your last reply was withheld. Please write another one that stays with what the image shows.",
     "cut": "Your last reply was cut off because it was too long. Please write a shorter one that comes to an end.",
+    "image_marker": "Your last reply held the text {detail}, which has a meaning of its own. Please write it again without.",
     "mentions_source": "Your last reply spoke of captions, descriptions, boxes or coordinates ({detail}). Please write it "
     "again as someone who looks at the image itself, in ordinary words.",
     "refusal": "Your last reply refused to answer ({detail}). You do know what the image shows: it was told to you in "
@@ -255,6 +258,8 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         raise Rejection("cut")
     for turn in turns:
         for part in turn:
+            if IMAGE_TOKEN in part:
+                raise Rejection("image_marker", IMAGE_TOKEN)
             if found := SOURCE.search(part):
                 raise Rejection("mentions_source", " ".join(found[0].split()))
     if refused:

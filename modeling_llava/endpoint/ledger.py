@@ -18,7 +18,6 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,6 +104,7 @@ class Ledger:
         self._batched_tokens: dict[str, list[int]] = {}
         self._file: BinaryIO | None = None
         self._lock: BinaryIO | None = None
+        self._reading: BinaryIO | None = None
         self._end = 0
         self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
         self._flushing: asyncio.Task | None = None
@@ -126,10 +126,10 @@ class Ledger:
 
     def close(self) -> None:
         """Closes the file and lets go of the lock."""
-        for file in (self._file, self._lock):
+        for file in (self._file, self._lock, self._reading):
             if file is not None:
                 file.close()
-        self._file = self._lock = None
+        self._file = self._lock = self._reading = None
 
     def state(self, task: str) -> TaskState:
         """What is known of a task (an empty state, not kept, if nothing is)."""
@@ -137,16 +137,10 @@ class Ledger:
 
     def reply_at(self, position: int) -> dict[str, Any]:
         """The event of a reply line at a position out of `TaskState.replies`."""
-        with open(self.path, "rb") as file:
-            file.seek(position)
-            return json.loads(file.readline())
-
-    def replies(self, positions: Iterator[int]) -> Iterator[dict[str, Any]]:
-        """The events at many positions; like `reply_at`, with the file opened once."""
-        with open(self.path, "rb") as file:
-            for position in positions:
-                file.seek(position)
-                yield json.loads(file.readline())
+        if self._reading is None:
+            self._reading = open(self.path, "rb")
+        self._reading.seek(position)
+        return json.loads(self._reading.readline())
 
     def _load(self) -> None:
         if not self.path.exists():

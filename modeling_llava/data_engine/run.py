@@ -1,0 +1,254 @@
+"""The folder of a run of `llava data generate`, and what must stay the same when it is resumed.
+
+```
+OUT/
+  run.json        settings, name of the run, where the contexts came from
+  contexts.jsonl  the contexts, as read
+  prompts.json    the prompts, word by word
+  ledger.jsonl    every event; everything below follows from the files above and can be made again
+  instruct.json   the data in LLaVA's form
+  rejected.jsonl  every reply and turn that is not in it, with the reason
+  dataset/        the data as a `datasets` folder with its card
+  report.html     samples to look at
+```
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .contexts import Context, ContextCounts, context_from_row
+from .prompts import FOLDERS, Prompt, hash_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What a run makes. All of it must stay the same when the run is resumed.
+
+    Attributes:
+        model: Name of the language model.
+        types: Types of data to make.
+        mix: Relative numbers of the three types, conversation : detail : complex. The largest of those made is asked of
+            every image, the others of as many images as their number says (LLaVA-Instruct: 58 : 23 : 77 thousand).
+        seed: Of the draws (which image gets which type, questions, order) and of the model's sampling.
+        temperature: Sampling temperature; `None` leaves the endpoint's own.
+        max_reply_tokens: Longest reply, in tokens.
+        language: Language of the replies (`"en"`), `None` for any.
+        send_seed: Whether the endpoint is given a sampling seed.
+        max_boxes: Most boxes per context, the largest; `None` for all.
+    """
+
+    model: str
+    types: tuple[str, ...] = tuple(FOLDERS)
+    mix: tuple[float, float, float] = (58, 23, 77)
+    seed: int = 0
+    temperature: float | None = 0.7
+    max_reply_tokens: int = 1024
+    language: str | None = "en"
+    send_seed: bool = False
+    max_boxes: int | None = None
+
+    def __post_init__(self):
+        unknown = [kind for kind in self.types if kind not in FOLDERS]
+        if unknown or not self.types:
+            raise ValueError(f"types are {', '.join(self.types) or 'empty'}; choose out of {', '.join(FOLDERS)}.")
+        if len(set(self.types)) < len(self.types):
+            raise ValueError(f"types are {', '.join(self.types)}: one is named twice.")
+        if len(self.mix) != len(FOLDERS) or min(self.mix) < 0 or not any(self.shares.values()):
+            raise ValueError(f"mix is {self.mix}; it is three numbers, conversation : detail : complex, not all zero.")
+        if self.max_reply_tokens < 1:
+            raise ValueError(f"max_reply_tokens is {self.max_reply_tokens}; a reply needs at least one token.")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the images that each type is asked of, 0..1."""
+        mix = {kind: number for kind, number in zip(FOLDERS, self.mix) if kind in self.types}
+        most = max(mix.values()) or 1
+        return {kind: number / most for kind, number in mix.items()}
+
+    def wants(self, context_id: str, kind: str) -> bool:
+        """Whether an image is asked for a type; the same in every run with the same seed, whatever else is asked."""
+        draw = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{context_id}".encode()).digest()[:7], "big")
+        return draw < self.shares.get(kind, 0.0) * 2**56
+
+
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        path: The folder; made if absent.
+        config: What the run makes.
+        prompts: The prompts of its types.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or prompts.
+    """
+
+    def __init__(self, path: str | Path, config: GenerateConfig, prompts: dict[str, Prompt]):
+        self.path = Path(path)
+        self.config, self.prompts = config, prompts
+        self.path.mkdir(parents=True, exist_ok=True)
+        identity = {
+            **dataclasses.asdict(config),
+            "types": list(config.types),
+            "mix": list(config.mix),
+            "prompts": hash_prompts(prompts),
+        }
+        if (self.path / "run.json").exists():
+            self.about = read_about(self.path)
+            before = self.about["settings"]
+            changed = [
+                f"{key} was {before.get(key)!r} and is {value!r}"
+                for key, value in identity.items()
+                if before.get(key) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with other settings: {'; '.join(changed)}. Resume it with the settings it "
+                    "began with, or give another --out."
+                )
+        else:
+            if (self.path / "ledger.jsonl").exists():
+                raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
+            # The name goes into each request's id: a second run with the same prompts asks anew.
+            self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
+            texts = {kind: dataclasses.asdict(prompt) for kind, prompt in prompts.items()}
+            write_atomically(self.path / "prompts.json", json.dumps(texts, indent=1, ensure_ascii=False))
+            self.save()
+
+    @property
+    def id(self) -> str:
+        return self.about["run"]
+
+    def save(self) -> None:
+        write_atomically(self.path / "run.json", json.dumps(self.about, indent=1, ensure_ascii=False))
+
+    def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
+        """Writes the contexts beside the ledger, or checks that they are those that the run began with.
+
+        Args:
+            contexts: The contexts; not looked at where `sources` are unchanged since they were written.
+            counts: What was left out while they were read.
+            sources: The files they come from; `None` if they come from none.
+
+        Raises:
+            ValueError: they differ from those that the run began with, or there are none.
+        """
+        known = self.about["contexts"]
+        marks = [_mark(source) for source in sources] if sources is not None else None
+        target = self.path / "contexts.jsonl"
+        if known and marks is not None and marks == known["sources"] and target.exists():
+            return
+        digest, number = hashlib.sha256(), 0
+        unnamed = target.with_name(target.name + ".part")
+        with open(unnamed, "wb") as file:
+            for context in contexts:
+                line = json.dumps(context.to_dict(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+                digest.update(line)
+                file.write(line)
+                number += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if number == 0:
+            unnamed.unlink()
+            raise ValueError(f"There is no context with captions: {counts.summary()}.")
+        if known and known["sha256"] != digest.hexdigest():
+            unnamed.unlink()
+            raise ValueError(
+                f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} contexts "
+                f"then, {number:,} now, or other words). Give another --out."
+            )
+        os.replace(unnamed, target)
+        self.about["contexts"] = {
+            "number": number,
+            "boxes": counts.boxes,
+            "clipped": counts.clipped,
+            "dropped": dict(counts.dropped),
+            "sha256": digest.hexdigest(),
+            "sources": marks,
+        }
+        self.save()
+
+    def contexts(self, limit: int | None = None) -> Iterator[Context]:
+        """The contexts, one at a time; at most `limit`."""
+        yield from read_stored_contexts(self.path, limit)
+
+    def plan(self, limit: int | None = None) -> Iterator[tuple[str, Context, str]]:
+        """`(task id, context, type)` of everything that the run makes, in order."""
+        for context in self.contexts(limit):
+            for kind in self.config.types:
+                if self.config.wants(context.id, kind):
+                    yield f"{context.id}:{kind}", context, kind
+
+
+def read_stored_contexts(path: Path, limit: int | None = None) -> Iterator[Context]:
+    """The contexts of a run's folder, one at a time; at most `limit`."""
+    counts = ContextCounts()
+    with open(path / "contexts.jsonl", encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if limit is not None and number >= limit:
+                break
+            yield context_from_row(json.loads(line), counts)
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """`run.json` of a run's folder.
+
+    Raises:
+        ValueError: it is not of this form.
+        OSError: there is none.
+    """
+    file = Path(path) / "run.json"
+    if not file.is_file():
+        raise OSError(f"{file} is absent: {path} is not the folder of a run of `llava data generate`.")
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        about["settings"], about["run"], about["contexts"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not the file of a run of `llava data generate`.") from None
+    return about
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """The run in a folder, with the settings and prompts it began with."""
+    about = read_about(path)
+    settings = {key: value for key, value in about["settings"].items() if key != "prompts"}
+    settings["types"], settings["mix"] = tuple(settings["types"]), tuple(settings["mix"])
+    texts = json.loads((Path(path) / "prompts.json").read_text("utf-8"))
+    prompts = {
+        kind: Prompt(
+            text["type"],
+            text["system"],
+            tuple((given, answered) for given, answered in text["examples"]),
+            text["with_boxes"],
+            tuple(text["questions"]),
+        )
+        for kind, text in texts.items()
+    }
+    return RunFolder(path, GenerateConfig(**settings), prompts)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a whole file beside `path`, syncs it and gives it its name."""
+    unnamed = path.with_name(path.name + ".part")
+    with open(unnamed, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unnamed, path)
+
+
+def _mark(path: Path) -> list[Any]:
+    """Name, size and time of a file: unchanged, it is taken to be the same file."""
+    stat = Path(path).stat()
+    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
