@@ -6,6 +6,7 @@ comes first) and `stream(share, seed, epoch)`. A row that cannot be read is give
 """
 
 import codecs
+import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -218,7 +219,12 @@ class StreamedRows:
 
         dataset = self.dataset
         if seed is not None:
-            dataset = dataset.shuffle(seed=seed, buffer_size=1)  # the order of the shards; our buffer does the rest
+            # Only the order of the shards is drawn here; the rows go through the buffer of the ConversationStream.
+            one_by_one = {"max_buffer_input_shards": 1}
+            one_by_one = (
+                one_by_one if "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters else {}
+            )
+            dataset = dataset.shuffle(seed=seed, buffer_size=1, **one_by_one)
             dataset.set_epoch(epoch)
         if share.world_size > 1:
             dataset = split_dataset_by_node(dataset, share.rank, share.world_size)

@@ -83,10 +83,10 @@ class BadSampleError(ValueError):
         )
         self.sample_id = sample_id
         self.reason = reason
-        self._parts = (sample_id, reason, message)
+        self.message = message
 
     def __reduce__(self):  # an exception of three arguments crosses process borders only with this
-        return type(self), self._parts
+        return type(self), (self.sample_id, self.reason, self.message)
 
 
 def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:

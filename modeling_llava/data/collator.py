@@ -1,0 +1,316 @@
+"""From a list of conversations to one batch of model inputs."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import ProcessorMixin
+
+from ..configuration_llava import count_image_tokens
+from ..constants import IGNORE_INDEX
+from ..processing_llava import num_image_tokens
+from .images import image_key, load_image
+from .labels import conversation_length, encode_conversation
+from .schema import TOO_LONG, BadSampleError, Conversation, DropCounter
+
+
+class LlavaDataCollator:
+    r"""
+    Turns conversations into a padded batch: tokens, labels and pixels.
+
+    **Input**: a list of conversations (see [`Conversation`]), as `load_conversations` gives them. They are not changed.
+
+    **Output**: a dict with
+
+    - `input_ids` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on the right; each image takes
+      `processor.num_image_tokens` positions.
+    - `attention_mask` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): 1 for samples, 0 for padding.
+    - `labels` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): −100 (`IGNORE_INDEX`) wherever there is
+      nothing to learn: system text, questions, images, padding.
+    - `pixel_values` (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): the images of all samples, in the
+      order of their places in the text. Absent where no sample has an image.
+    - `image_indices` (`torch.LongTensor` of shape `(num_places,)`): only where an image occurs more than once in the
+      batch, which our model then encodes once: `pixel_values` holds each image once, and `image_indices[i]` is the row
+      of `pixel_values` that fills the i-th place.
+
+    Args:
+        processor ([`LlavaProcessor`]):
+            Ours or a stock one.
+        max_length (`int`, *optional*, defaults to 2048):
+            Most tokens of a sample, images included. `None` for no limit.
+        overflow (`str`, *optional*, defaults to `"error"`):
+            What becomes of a longer sample: `"error"`, `"drop"` (counted), or `"truncate_text"`, which cuts its end
+            but never an image.
+        image_folder (`str`, *optional*):
+            Relative image paths are looked up there, and no path may leave it.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            `"raise"`, or `"drop"` samples whose image cannot be read or that hold nothing to learn. They are counted by
+            reason in `dropped`, and the first of each reason is logged.
+        first_turn_order (`str`, *optional*, defaults to `"as_is"`):
+            `"as_is"` renders images before the text, as the chat templates and the original code do; `"random"` puts the
+            images of the first question before or behind it (LLaVA §4.1), drawn by `seed` and the sample's id alone:
+            the same in every epoch, process and resume.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of that draw.
+        padding (`str`, *optional*, defaults to `"longest"`):
+            `"longest"` sample of the batch, or `"max_length"`.
+        pad_to_multiple_of (`int`, *optional*):
+            Round the sequence length up.
+        follow_symlinks (`bool`, *optional*, defaults to `False`):
+            Allow links inside `image_folder` to lead out of it.
+
+    Attributes:
+        dropped (`dict[str, int]`):
+            Samples dropped so far, by reason, in all workers of this process's `DataLoader`.
+
+    Example:
+
+    With 4 tokens per image (here `I`), padding 0, and ids shortened:
+
+    ```python
+    >>> collator = LlavaDataCollator(processor, image_folder="images")
+    >>> collator([
+    ...     {"id": "a", "messages": [user(image, "What is it?"), assistant("A cat.")], "images": ["cat.jpg"]},
+    ...     {"id": "b", "messages": [user("Hi."), assistant("Hello.")], "images": []},
+    ... ])
+    {"input_ids":      [[1, 11,    I,    I,    I,    I,   13,   21, 12, 31, 32, 2],
+                        [1, 11,   22,   12,   33,    2,    0,    0,  0,  0,  0, 0]],
+     "attention_mask": [[1,  1,    1,    1,    1,    1,    1,    1,  1,  1,  1, 1],
+                        [1,  1,    1,    1,    1,    1,    0,    0,  0,  0,  0, 0]],
+     "labels":         [[-100, -100, -100, -100, -100, -100, -100, -100, -100, 31, 32, 2],
+                        [-100, -100, -100, -100,   33,    2, -100, -100, -100, -100, -100, -100]],
+     "pixel_values":   float32 [1, 3, 336, 336]}
+    ```
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_length: int | None = 2048,
+        overflow: Literal["error", "drop", "truncate_text"] = "error",
+        image_folder: str | os.PathLike | None = None,
+        on_bad_sample: Literal["raise", "drop"] = "raise",
+        first_turn_order: Literal["as_is", "random"] = "as_is",
+        seed: int = 0,
+        padding: Literal["longest", "max_length"] = "longest",
+        pad_to_multiple_of: int | None = None,
+        follow_symlinks: bool = False,
+    ):
+        choices = {
+            "overflow": (overflow, ("error", "drop", "truncate_text")),
+            "on_bad_sample": (on_bad_sample, ("raise", "drop")),
+            "first_turn_order": (first_turn_order, ("as_is", "random")),
+            "padding": (padding, ("longest", "max_length")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}.")
+        if padding == "max_length" and max_length is None:
+            raise ValueError("padding='max_length' needs a max_length.")
+        if image_folder is not None and not os.path.isdir(image_folder):
+            raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
+        self.processor = processor
+        self.max_length = max_length
+        self.overflow = overflow
+        self.image_folder = image_folder
+        self.on_bad_sample = on_bad_sample
+        self.first_turn_order = first_turn_order
+        self.seed = seed
+        self.padding = padding
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.follow_symlinks = follow_symlinks
+        tokenizer = processor.tokenizer
+        # Its value is never read, since the mask hides it; a tokenizer without one is no reason to stop.
+        self.pad_token_id = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i >= 0), 0
+        )
+        self._dropped = DropCounter()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return self._dropped.as_dict()
+
+    def __call__(self, examples: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+        """
+        Encode and pad `examples`.
+
+        Raises:
+            BadSampleError: A sample cannot be used, and it is not to be dropped.
+            ValueError: Every sample of the batch was dropped; the processor's image tokens do not fit its images.
+        """
+        samples, images = self.encode_all(examples)
+        batch = self._pad(samples)
+        batch.update(self._pixels(samples, images))
+        return batch
+
+    def length(self, conversation: Conversation) -> int:
+        """
+        Tokens that a conversation takes in a batch, images included. No image is opened.
+
+        With `overflow="truncate_text"` at most `max_length`; otherwise longer ones are told as they are.
+        """
+        length = conversation_length(
+            self._arranged(conversation),
+            self.processor,
+            sample_id=_id(conversation),
+            keep_image_order=self._keeps_order,
+        )
+        return min(length, self.max_length) if self.overflow == "truncate_text" and self.max_length else length
+
+    def encode_all(self, examples: Sequence[Conversation]) -> tuple[list[dict], dict[tuple, Any]]:
+        """
+        Tokens of every usable example, and the images that they need.
+
+        Returns:
+            `tuple[list[dict], dict]`: a dict per sample with `id`, `input_ids` `[S]`, `labels` `[S]` and `keys`, one per
+            image; and RGB images by key, each loaded once, in the order in which they first occur.
+        """
+        samples, images, failures = [], {}, {}
+        errors = []
+        for position, example in enumerate(examples):
+            if not isinstance(example, Mapping) or "messages" not in example:
+                raise TypeError(
+                    f"example {position} of the batch is not a conversation with 'messages' and 'images', but "
+                    f"{_describe(example)}: read the data with load_conversations."
+                )
+            try:
+                sample = self.encode(example)
+                for key, reference in zip(sample["keys"], example.get("images") or ()):
+                    if key not in images:
+                        # Failed files are not tried again for the next sample of the batch, but are its error too.
+                        if key in failures:
+                            raise BadSampleError(sample["id"], failures[key].reason, failures[key].message)
+                        try:
+                            images[key] = load_image(
+                                reference, self.image_folder, sample["id"], follow_symlinks=self.follow_symlinks
+                            )
+                        except BadSampleError as error:
+                            failures[key] = error
+                            raise
+            except BadSampleError as error:
+                asked_to_raise = self.on_bad_sample == "raise"
+                if error.reason == TOO_LONG and self.overflow != "truncate_text":
+                    asked_to_raise = self.overflow == "error"
+                if asked_to_raise:
+                    raise
+                self._dropped.add(error, "the collator")
+                errors.append(error)
+                continue
+            samples.append(sample)
+        if not samples:
+            causes = "; ".join(str(error) for error in errors[:3])
+            raise ValueError(
+                f"all {len(examples)} samples of a batch were dropped, so there is nothing to train on. {causes} "
+                "`llava data check` lists every such sample."
+            )
+        return samples, images
+
+    def encode(self, conversation: Conversation) -> dict[str, Any]:
+        """Tokens, labels and image keys of one conversation. No image is opened."""
+        sample_id = _id(conversation)
+        encoded = encode_conversation(
+            self._arranged(conversation),
+            self.processor,
+            max_length=self.max_length,
+            overflow=self.overflow,
+            sample_id=sample_id,
+            keep_image_order=self._keeps_order,
+        )
+        if encoded is None:
+            raise BadSampleError(sample_id, TOO_LONG, f"has more tokens than max_length={self.max_length}.")
+        return {"id": sample_id, "keys": [image_key(image) for image in conversation.get("images") or ()], **encoded}
+
+    @property
+    def _keeps_order(self) -> bool:
+        return self.first_turn_order == "random"
+
+    def _arranged(self, conversation: Conversation) -> list[dict]:
+        """The messages with the images of the first question where the draw puts them."""
+        messages = conversation["messages"]
+        if not self._keeps_order:
+            return messages
+        arranged, is_first = [], True
+        for message in messages:
+            if message["role"] == "user":
+                behind = is_first and _draws_behind(self.seed, _id(conversation))
+                message, is_first = {**message, "content": _with_images(message["content"], behind)}, False
+            arranged.append(message)
+        return arranged
+
+    def _pad(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(sample["input_ids"]) for sample in samples)
+        if self.padding == "max_length":
+            length = max(length, self.max_length)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(samples), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            end = len(sample["input_ids"])
+            input_ids[row, :end] = sample["input_ids"]
+            labels[row, :end] = sample["labels"]
+            attention_mask[row, :end] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _pixels(self, samples: list[dict], images: dict[tuple, Any]) -> dict[str, torch.Tensor]:
+        """`pixel_values`, and `image_indices` if an image occurs twice; checked against the tokens of each sample."""
+        keys = [key for sample in samples for key in sample["keys"]]
+        if not keys:
+            return {}
+        unique = list(dict.fromkeys(keys))  # images of dropped samples are not among them
+        pixel_values = self.processor.image_processor([images[key] for key in unique], return_tensors="pt")[
+            "pixel_values"
+        ]
+        self._check_image_tokens(samples, pixel_values)
+        if len(unique) == len(keys):
+            return {"pixel_values": pixel_values}
+        row_of = {key: row for row, key in enumerate(unique)}
+        return {"pixel_values": pixel_values, "image_indices": torch.tensor([row_of[key] for key in keys])}
+
+    def _check_image_tokens(self, samples: list[dict], pixel_values: torch.Tensor) -> None:
+        processor = self.processor
+        height, width = pixel_values.shape[-2:]
+        strategy = processor.vision_feature_select_strategy
+        per_image = count_image_tokens(
+            height, width, processor.patch_size, processor.num_additional_image_tokens, strategy
+        )
+        for sample in samples:
+            found = int((sample["input_ids"] == processor.image_token_id).sum())
+            if found != per_image * len(sample["keys"]):
+                raise ValueError(
+                    f"sample {sample['id']!r} has {found} image tokens but its {len(sample['keys'])} images of "
+                    f"{height}×{width} pixels yield {per_image} each (patch_size={processor.patch_size}, "
+                    f"{processor.num_additional_image_tokens} additional, vision_feature_select_strategy={strategy!r}), "
+                    f"while the processor's settings say {num_image_tokens(processor)} each. The image processor and the "
+                    "processor's settings disagree: set size and crop_size to what the vision tower takes."
+                )
+
+
+def _id(conversation: Conversation) -> str:
+    return str(conversation.get("id", "without id"))
+
+
+def _draws_behind(seed: int, sample_id: str) -> bool:
+    """A coin toss that is the same in every process: Python's own `hash` of a string is not."""
+    return bool(hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=1).digest()[0] & 1)
+
+
+def _with_images(content: Any, behind: bool) -> Any:
+    """The items of a user turn with its images in front of its text, or behind it."""
+    if isinstance(content, str) or all(item["type"] == "text" for item in content):
+        return content
+    images = [item for item in content if item["type"] != "text"]
+    text = "".join(item["text"] for item in content if item["type"] == "text").strip()
+    texts = [{"type": "text", "text": text}] if text else []
+    return texts + images if behind else images + texts
+
+
+def _describe(value: Any) -> str:
+    return f"a dict with the keys {sorted(value)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+
+
+__all__ = ["LlavaDataCollator"]

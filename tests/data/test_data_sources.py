@@ -1,0 +1,412 @@
+import json
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from modeling_llava.data import BadSampleError, ConversationDataset, ConversationStream, load_conversations
+from modeling_llava.data import rows as rows_module
+from modeling_llava.data.images import load_image
+from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER
+
+
+def llava_row(number, **other):
+    turns = [{"from": "human", "value": f"<image>\nÄ question {number}?"}, {"from": "gpt", "value": f"答え {number}."}]
+    return {"id": f"s{number}", "image": f"{number}.jpg", "conversations": turns, **other}
+
+
+def hf_row(number, image):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": f"Q {number}?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": f"A {number}."}]},
+    ]
+    return {"id": f"s{number}", "messages": messages, "images": [image]}
+
+
+def write_json(path, rows, **options):
+    path.write_text(json.dumps(rows, ensure_ascii=False, **options), "utf-8")
+    return path
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def ids(samples):
+    return [sample["id"] for sample in samples]
+
+
+@pytest.fixture
+def hf_dataset():
+    features = Features(
+        {
+            "id": Value("string"),
+            "messages": List(
+                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+            ),
+            "images": List(Image()),
+        }
+    )
+    pictures = [PILImage.new("RGB", (8, 6), (i, 2 * i, 3 * i)) for i in range(12)]
+    return Dataset.from_list([hf_row(i, picture) for i, picture in enumerate(pictures)], features=features)
+
+
+def assert_hf_samples(dataset):
+    assert len(dataset) == 12
+    sample = dataset[5]
+    assert sample["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "Q 5?"}]
+    assert isinstance(sample["images"][0]["bytes"], bytes)  # not decoded
+    assert load_image(sample["images"][0]).getpixel((0, 0)) == (5, 10, 15)
+
+
+# JSON
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 22])
+def test_json_rows_equal_what_json_reads_at_any_window(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(rows_module, "_CHUNK", chunk)
+    rows = [llava_row(i, extra={"n": [i, -1.5e3, True, None], "s": 'a "quoted" \\ [brace] }é😀'}) for i in range(9)]
+    reader = rows_module.JsonRows(write_json(tmp_path / "a.json", rows, indent=indent))
+    assert list(reader.scan()) == rows
+    assert [reader[i] for i in (8, 0, 4)] == [rows[8], rows[0], rows[4]]
+
+
+def test_json_with_a_byte_order_mark_and_space_around(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps([llava_row(0), llava_row(1)]).encode() + b" \n\n")
+    assert ids(load_conversations(path)) == ["s0", "s1"]
+
+
+def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
+    path = write_lines(tmp_path / "a.json", [llava_row(0), llava_row(1)])
+    path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\r\n\n"))
+    dataset = load_conversations(path)
+    assert ids(dataset) == ["s0", "s1"] and dataset[-1]["messages"][1]["content"][0]["text"] == "答え 1."
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"a": 1}, {"b": ', "row 1"),
+        ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
+        ('[{"a": 1},', "ends in the middle of its list, after row 0"),
+        ('[{"a": tru}]', "row 0"),
+        ("", "is empty"),
+        ("[]", "holds no usable sample"),
+    ],
+)
+def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="a.json") as caught:
+        load_conversations(tmp_path / "a.json", on_bad_sample="drop")
+    assert words in str(caught.value)
+
+
+def test_broken_line_is_a_bad_row(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [llava_row(0), llava_row(1)])
+    path.write_text(path.read_text() + '{"id": \n' + json.dumps(llava_row(3)))
+    with pytest.raises(BadSampleError, match="sample '2' is not JSON .line 3 of"):
+        load_conversations(path)
+    dataset = load_conversations(path, on_bad_sample="drop")
+    assert ids(dataset) == ["s0", "s1", "s3"] and dataset.dropped == {BAD_ROW: 1}
+
+
+def test_missing_ids_are_row_numbers_that_dropping_does_not_shift(tmp_path):
+    rows = [llava_row(i) for i in range(4)]
+    for row in rows:
+        del row["id"]
+    rows[1]["conversations"][1]["value"] = ""
+    path = write_json(tmp_path / "a.json", rows)
+    with pytest.raises(BadSampleError, match="sample '1' has an empty answer"):
+        load_conversations(path)
+    dataset = load_conversations(path, on_bad_sample="drop")
+    assert ids(dataset) == ["0", "2", "3"] and dataset.dropped == {EMPTY_ANSWER: 1}
+    assert ids(load_conversations(path, on_bad_sample="drop", streaming=True)) == ["0", "2", "3"]
+
+
+def test_drops_are_said_once(tmp_path, caplog):
+    rows = [llava_row(i) for i in range(4)]
+    for row in rows[1:]:
+        row["conversations"].pop()
+    load_conversations(write_json(tmp_path / "a.json", rows), on_bad_sample="drop")
+    (record,) = caplog.records
+    assert "3 samples dropped: 3 roles out of order" in record.getMessage() and "sample 's1'" in record.getMessage()
+
+
+def test_changed_file_is_said(tmp_path):
+    path = write_json(tmp_path / "a.json", [llava_row(0), llava_row(1)])
+    dataset = load_conversations(path)
+    write_json(path, [{"id": "x"}])
+    with pytest.raises(ValueError, match="was changed while it was in use"):
+        dataset[1]
+
+
+# Paths
+
+
+def test_image_folder_is_joined(tmp_path):
+    path = write_json(tmp_path / "a.json", [llava_row(0)])
+    assert load_conversations(path)[0]["images"] == ["0.jpg"]
+    assert load_conversations(path, tmp_path / "x" / ".." / "pictures")[0]["images"] == [
+        str(tmp_path / "pictures" / "0.jpg")
+    ]
+
+
+def test_paths_that_leave_the_image_folder_are_bad_samples(tmp_path):
+    path = write_json(
+        tmp_path / "a.json", [llava_row(0, image="../0.jpg"), llava_row(1, image="/etc/passwd"), llava_row(2)]
+    )
+    with pytest.raises(BadSampleError, match="sample 's0' has the image path '../0.jpg', which leaves"):
+        load_conversations(path, tmp_path)
+    dataset = load_conversations(path, tmp_path, on_bad_sample="drop")
+    assert ids(dataset) == ["s2"] and sum(dataset.dropped.values()) == 2
+
+
+# datasets
+
+
+def test_datasets_object(hf_dataset):
+    assert_hf_samples(load_conversations(hf_dataset))
+    shuffled = load_conversations(hf_dataset.select([7, 3, 5]))
+    assert ids(shuffled) == ["s7", "s3", "s5"] and shuffled.num_images.tolist() == [1, 1, 1]
+
+
+def test_dataset_dict_picks_the_split_or_names_them(hf_dataset):
+    both = DatasetDict({"train": hf_dataset, "test": hf_dataset.select([0])})
+    assert len(load_conversations(both)) == 12 and len(load_conversations(both, split="test")) == 1
+    with pytest.raises(ValueError, match="no split 'validation'; it has test, train"):
+        load_conversations(both, split="validation")
+
+
+def test_saved_to_disk(hf_dataset, tmp_path):
+    hf_dataset.save_to_disk(tmp_path / "one")
+    assert_hf_samples(load_conversations(tmp_path / "one"))
+    DatasetDict({"train": hf_dataset}).save_to_disk(tmp_path / "dict")
+    assert_hf_samples(load_conversations(str(tmp_path / "dict")))
+
+
+@pytest.fixture
+def parquet_folder(hf_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    for number in range(3):
+        hf_dataset.shard(3, number, contiguous=True).to_parquet(folder / f"part-{number}.parquet")
+    return folder
+
+
+def test_parquet_folder_and_file(parquet_folder):
+    assert_hf_samples(load_conversations(parquet_folder))
+    assert ids(load_conversations(parquet_folder / "part-1.parquet")) == ["s4", "s5", "s6", "s7"]
+
+
+def test_llava_rows_in_a_datasets_object():
+    data = Dataset.from_list([llava_row(0, type="detail"), {**llava_row(1), "image": None, "type": None}])
+    dataset = load_conversations(data)
+    assert dataset[0]["images"] == ["0.jpg"] and dataset[1]["images"] == []
+    assert dataset.types == ["detail", None] and dataset.num_images.tolist() == [1, 0]
+
+
+def test_one_image_column():
+    features = Features(
+        {
+            "image": Image(),
+            "conversations": List({"from": Value("string"), "value": Value("string")}),
+        }
+    )
+    picture = PILImage.new("RGB", (4, 4), (9, 9, 9))
+    turns = llava_row(0)["conversations"]
+    plain = [{"from": "human", "value": "Hi <image>."}, {"from": "gpt", "value": "Ho."}]
+    data = Dataset.from_list(
+        [{"image": picture, "conversations": turns}, {"image": None, "conversations": plain}], features=features
+    )
+    dataset = load_conversations(data)
+    assert dataset.num_images.tolist() == [1, 0]
+    assert load_image(dataset[0]["images"][0]).getpixel((0, 0)) == (9, 9, 9)
+    assert dataset[1]["messages"][0]["content"] == [{"type": "text", "text": "Hi <image>."}]
+
+
+# Several sources, types, selection
+
+
+def test_sources_by_type(tmp_path):
+    paths = {
+        name: write_json(tmp_path / f"{name}.json", [llava_row(i), llava_row(i + 1)])
+        for i, name in enumerate(["detail", "complex"])
+    }
+    dataset = load_conversations(paths)
+    assert dataset.types == ["detail", "detail", "complex", "complex"] == [sample["type"] for sample in dataset]
+    assert ids(dataset) == ["s0", "s1", "s1", "s2"]
+    assert ids(load_conversations(paths, types=["complex"])) == ["s1", "s2"]
+    assert len(load_conversations(list(map(str, paths.values())))) == 4
+    with pytest.raises(ValueError, match="holds no usable sample of the types .'conversation'"):
+        load_conversations(paths, types=["conversation"])
+    assert ids(load_conversations(paths, types=["complex"], streaming=True)) == ["s1", "s2"]
+
+
+def test_rows_in_memory_and_select():
+    dataset = load_conversations([llava_row(i, type="abc"[i % 3]) for i in range(6)])
+    subset = dataset.select([4, 0, 5])
+    assert ids(subset) == ["s4", "s0", "s5"] and subset.types == ["b", "a", "c"] and len(subset.num_images) == 3
+    assert len(dataset) == 6 and ids(subset.select(np.array([2]))) == ["s5"]
+    with pytest.raises(IndexError):
+        subset[3]
+
+
+def test_dataset_is_picklable_after_its_file_was_opened(tmp_path):
+    dataset = load_conversations(write_json(tmp_path / "a.json", [llava_row(i) for i in range(7)]))
+    dataset[0]
+    assert ids(pickle.loads(pickle.dumps(dataset))) == ids(dataset)
+
+
+@pytest.mark.slow
+def test_dataset_works_in_spawned_workers(tmp_path):
+    dataset = load_conversations(write_json(tmp_path / "a.json", [llava_row(i) for i in range(7)]))
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=ids, multiprocessing_context="spawn")
+    assert [i for batch in loader for i in batch] == [f"s{i}" for i in range(7)]
+
+
+def test_forked_workers_do_not_share_a_file_position(tmp_path):
+    dataset = load_conversations(write_json(tmp_path / "a.json", [llava_row(i) for i in range(300)]))
+    dataset[0]  # opens the file before the fork
+    loader = DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=ids)
+    assert [i for batch in loader for i in batch] == [f"s{i}" for i in range(300)]
+
+
+# What is no source
+
+
+@pytest.mark.parametrize("name", ["missing.json", "missing.parquet", "/no/where", "a/b/c"])
+def test_missing_file(name):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        load_conversations(name)
+
+
+def test_name_that_is_not_on_the_hub():
+    with pytest.raises(OSError):
+        load_conversations("no-such-user/no-such-dataset")
+
+
+def test_other_wrong_sources(tmp_path):
+    with pytest.raises(ValueError, match="holds neither parquet files nor"):
+        load_conversations(tmp_path)
+    with pytest.raises(TypeError, match="cannot read conversations from a int"):
+        load_conversations(3)
+    with pytest.raises(ValueError, match="on_bad_sample is 'skip'"):
+        load_conversations([llava_row(0)], on_bad_sample="skip")
+    with pytest.raises(ValueError, match="rank is 2 but there are 2"):
+        load_conversations([llava_row(0)], streaming=True, rank=2, world_size=2)
+
+
+# Streams
+
+
+def stream_sources(tmp_path, hf_dataset, parquet_folder):
+    rows = [llava_row(i) for i in range(12)]
+    return {
+        "json": write_json(tmp_path / "a.json", rows),
+        "jsonl": write_lines(tmp_path / "a.jsonl", rows),
+        "rows": rows,
+        "dataset": hf_dataset,
+        "parquet": parquet_folder,
+        "iterable": hf_dataset.to_iterable_dataset(num_shards=3),
+    }
+
+
+KINDS = ["json", "jsonl", "rows", "dataset", "parquet", "iterable"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stream_gives_what_random_access_gives(kind, tmp_path, hf_dataset, parquet_folder):
+    source = stream_sources(tmp_path, hf_dataset, parquet_folder)[kind]
+    stream = load_conversations(source, streaming=True)
+    assert isinstance(stream, ConversationStream)
+    expected = [hf_dataset[i]["id"] for i in range(12)]
+    assert ids(stream) == expected == ids(stream)  # twice: it can be read again
+    if kind != "iterable":
+        dataset = load_conversations(source)
+        assert isinstance(dataset, ConversationDataset)
+        assert list(stream) == [dataset[i] for i in range(len(dataset))]
+    else:
+        assert isinstance(next(iter(stream))["images"][0]["bytes"], bytes)
+        with pytest.raises(ValueError, match="pass streaming=True"):
+            load_conversations(source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (3, 2)])
+@pytest.mark.parametrize("shuffle_buffer", [0, 4])
+def test_ranks_and_workers_share_a_stream_without_repeats(
+    kind, world_size, num_workers, shuffle_buffer, tmp_path, hf_dataset, parquet_folder
+):
+    if num_workers and kind in ("rows", "dataset", "iterable") and world_size == 3:
+        pytest.skip("the same code as the other kinds: seconds saved")
+    source = stream_sources(tmp_path, hf_dataset, parquet_folder)[kind]
+    seen = []
+    for rank in range(world_size):
+        stream = load_conversations(
+            source, streaming=True, rank=rank, world_size=world_size, shuffle_buffer=shuffle_buffer
+        )
+        share = [
+            i for batch in DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=ids) for i in batch
+        ]
+        assert share, f"rank {rank} has nothing to do"
+        seen += share
+    assert sorted(seen) == sorted(f"s{i}" for i in range(12))
+
+
+def test_shuffle_depends_on_seed_and_epoch_alone(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [llava_row(i) for i in range(40)])
+
+    def order(seed, epoch):
+        stream = load_conversations(path, streaming=True, shuffle_buffer=16, seed=seed)
+        stream.set_epoch(epoch)
+        return ids(stream)
+
+    assert order(0, 0) == order(0, 0) != [f"s{i}" for i in range(40)]
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_stream_counts_drops_in_workers(tmp_path):
+    rows = [llava_row(i) for i in range(10)]
+    for row in rows[::2]:
+        row["conversations"][1]["value"] = " "
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(BadSampleError, match="sample 's0'"):
+        list(load_conversations(path, streaming=True))
+    stream = load_conversations(path, streaming=True, on_bad_sample="drop")
+    assert sum(len(batch) for batch in DataLoader(stream, num_workers=2, collate_fn=ids)) == 5
+    assert stream.dropped == {EMPTY_ANSWER: 5}
+
+
+def test_rows_without_id_get_different_names_in_different_shares(hf_dataset):
+    stream = load_conversations(hf_dataset.remove_columns("id").to_iterable_dataset(num_shards=4), streaming=True)
+    names = [i for batch in DataLoader(stream, num_workers=2, collate_fn=ids) for i in batch]
+    assert len(set(names)) == 12
+
+
+def test_streaming_json_does_not_hold_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_CHUNK", 1 << 12)
+    path = tmp_path / "a.json"
+    with open(path, "w") as file:
+        file.write("[" + ",".join(json.dumps(llava_row(i)) for i in range(8000)) + "]")
+    import tracemalloc
+
+    stream = load_conversations(path, streaming=True)
+    tracemalloc.start()
+    assert sum(1 for _ in stream) == 8000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20 < path.stat().st_size
+
+
+def test_torch_sees_datasets_and_streams_for_what_they_are():
+    assert isinstance(load_conversations([llava_row(0)]), torch.utils.data.Dataset)
+    assert isinstance(load_conversations([llava_row(0)], streaming=True), torch.utils.data.IterableDataset)
