@@ -23,6 +23,19 @@ _SPACE = "▁"  # SentencePiece's visible space
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.type
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
+# Field numbers of sentencepiece_model.proto, the attribute of `_SentencePieceModel` that each fills, and its type.
+_TRAINER_FIELDS = {
+    3: ("model_type", int),
+    35: ("byte_fallback", bool),
+    45: ("unk_piece", bytes.decode),
+    46: ("bos_piece", bytes.decode),
+    47: ("eos_piece", bytes.decode),
+}
+_NORMALIZER_FIELDS = {
+    2: ("charsmap", bytes),
+    3: ("add_dummy_prefix", bool),
+    4: ("remove_extra_whitespaces", bool),
+}
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -314,17 +327,9 @@ def _read_sentencepiece(path: str) -> _SentencePieceModel:
                 model.scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
                 model.types.append(piece.get(3, _NORMAL))
             elif number == 2:  # TrainerSpec
-                trainer = dict(_fields(value))
-                model.model_type = trainer.get(3, _UNIGRAM)
-                model.byte_fallback = bool(trainer.get(35, False))
-                model.unk_piece = trainer.get(45, b"<unk>").decode("utf-8")
-                model.bos_piece = trainer.get(46, b"<s>").decode("utf-8")
-                model.eos_piece = trainer.get(47, b"</s>").decode("utf-8")
+                _read_into(model, value, _TRAINER_FIELDS)
             elif number == 3:  # NormalizerSpec
-                normalizer = dict(_fields(value))
-                model.charsmap = normalizer.get(2, b"")
-                model.add_dummy_prefix = bool(normalizer.get(3, True))
-                model.remove_extra_whitespaces = bool(normalizer.get(4, True))
+                _read_into(model, value, _NORMALIZER_FIELDS)
     except (IndexError, KeyError, AttributeError, TypeError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(f"{path} is not a SentencePiece model ({type(error).__name__}: {error}).") from error
     if not model.pieces:
@@ -334,6 +339,13 @@ def _read_sentencepiece(path: str) -> _SentencePieceModel:
             f"{path} has user-defined pieces. Text after one of them gets a leading space that SentencePiece does not add."
         )
     return model
+
+
+def _read_into(model: _SentencePieceModel, message: bytes, names: dict) -> None:
+    for number, value in _fields(message):
+        if number in names:
+            name, convert = names[number]
+            setattr(model, name, convert(value))
 
 
 def _fields(message: bytes):

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jinja2
+import numpy as np
 import torch
 from transformers import ProcessorMixin
 from transformers.utils import logging
@@ -46,6 +47,7 @@ from ..constants import IGNORE_INDEX
 from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens as tokens_per_image
 from ..templating import CHAT_TEMPLATES, has_generation_marks
+from .schema import BAD_MARKERS, BAD_ROLES, BAD_ROW, NOTHING_SUPERVISED, TOO_LONG, BadSampleError
 
 
 logger = logging.get_logger(__name__)
@@ -97,25 +99,24 @@ def encode_conversation(
         supervised, so also at every image token. Or `None` (see `overflow`).
 
     Raises:
-        ValueError: nothing is supervised; the conversation is too long; its images and the image tokens of the template
-            differ in number; the template refuses it.
+        BadSampleError: nothing is supervised; the conversation is too long; its images and the image tokens of the
+            template differ in number; the template refuses it. It is a `ValueError` with the reason for counting.
+        ValueError: there is no chat template, or one in which the answers cannot be found.
     """
     if overflow not in ("error", "drop", "truncate_text"):
         raise ValueError(f'overflow must be "error", "drop" or "truncate_text", not {overflow!r}.')
-    name = _name(sample_id)
-    encoded = _encode(messages, processor, keep_image_order, name)
+    encoded = _encode(messages, processor, keep_image_order, sample_id)
     image_token_id = encoded.image_token_id
-    labels = [IGNORE_INDEX] * len(encoded.ids)
+    input_ids = np.array(encoded.ids, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
     for start, end in encoded.supervised:
-        labels[start:end] = encoded.ids[start:end]
-    if image_token_id in labels:
-        labels = [IGNORE_INDEX if label == image_token_id else label for label in labels]
-    input_ids, labels = torch.tensor(encoded.ids), torch.tensor(labels)
+        labels[start:end] = input_ids[start:end]
     if encoded.num_images:
-        repeats = torch.ones_like(input_ids)
         is_image = input_ids == image_token_id
-        repeats[is_image] = torch.tensor(_image_lengths(encoded, processor, num_image_tokens, name))
-        input_ids, labels = input_ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+        labels[is_image] = IGNORE_INDEX
+        repeats = np.ones_like(input_ids)
+        repeats[is_image] = _image_lengths(encoded, processor, num_image_tokens, sample_id)
+        input_ids, labels = input_ids.repeat(repeats), labels.repeat(repeats)
 
     length = len(input_ids)
     if max_length is not None and length > max_length:
@@ -123,27 +124,35 @@ def encode_conversation(
             return None
         in_images = int((input_ids == image_token_id).sum())
         if overflow == "error":
-            raise ValueError(
-                f"{name} has {length} tokens ({in_images} of them for its {encoded.num_images} images), max_length is "
-                f'{max_length}. Raise max_length, shorten the text, or set overflow="truncate_text" or "drop".'
+            raise _bad(
+                sample_id,
+                TOO_LONG,
+                f"has {length} tokens ({in_images} of them for its {encoded.num_images} images), max_length is "
+                f'{max_length}. Raise max_length, shorten the text, or set overflow="truncate_text" or "drop".',
             )
         kept = int((input_ids[:max_length] == image_token_id).sum())
         if kept < in_images:
-            raise ValueError(
-                f"{name} has {length} tokens, of which {in_images} belong to its {encoded.num_images} images; cut to "
-                f'max_length={max_length} it would keep {kept} of these. Raise max_length, or set overflow="drop".'
+            raise _bad(
+                sample_id,
+                TOO_LONG,
+                f"has {length} tokens, of which {in_images} belong to its {encoded.num_images} images; cut to "
+                f'max_length={max_length} it would keep {kept} of these. Raise max_length, or set overflow="drop".',
             )
         # Copies: a view would keep the whole row alive.
-        input_ids, labels = input_ids[:max_length].clone(), labels[:max_length].clone()
+        input_ids, labels = input_ids[:max_length].copy(), labels[:max_length].copy()
 
-    if not bool((labels != IGNORE_INDEX).any()):
+    if not (labels != IGNORE_INDEX).any():
         cause = "it has no answer from the assistant"
         if encoded.supervised:
             cause = f"its answers lie beyond max_length={max_length} and were cut off"
         elif any(message.get("role") == "assistant" for message in messages):
             cause = "the chat template marks nothing of its answers with {% generation %}"
-        raise ValueError(f"{name} has nothing to learn from: {cause}. Add an answer or leave the sample out.")
-    return {"input_ids": input_ids, "labels": labels}
+        raise _bad(
+            sample_id,
+            NOTHING_SUPERVISED,
+            f"has nothing to learn from: {cause}. Add an answer or leave the sample out.",
+        )
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
 def conversation_length(
@@ -158,11 +167,10 @@ def conversation_length(
     Tokens of a conversation, images included, as [`encode_conversation`] would give; no image is opened. For sampling
     and packing by length.
     """
-    name = _name(sample_id)
-    encoded = _encode(messages, processor, keep_image_order, name)
+    encoded = _encode(messages, processor, keep_image_order, sample_id)
     if not encoded.num_images:
         return len(encoded.ids)
-    return len(encoded.ids) - encoded.num_images + sum(_image_lengths(encoded, processor, num_image_tokens, name))
+    return len(encoded.ids) - encoded.num_images + sum(_image_lengths(encoded, processor, num_image_tokens, sample_id))
 
 
 def answer_stop(processor: ProcessorMixin) -> str:
@@ -173,7 +181,7 @@ def answer_stop(processor: ProcessorMixin) -> str:
     answer = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     control = ControlTokens.of(processor.tokenizer, processor.image_token)
-    text, spans, _ = _render(messages, processor, control, False, "the probe")
+    text, spans, _ = _render(messages, processor, control, False, None)
     if not spans:
         raise ValueError("The chat template marks no answer with {% generation %}, so the stop is not known.")
     start, end = spans[-1]
@@ -187,15 +195,17 @@ class _Encoded(NamedTuple):
     image_token_id: int
 
 
-def _name(sample_id: Any) -> str:
-    return "The conversation" if sample_id is None else f"Sample {sample_id!r}"
+def _bad(sample_id: Any, reason: str, message: str) -> ValueError:
+    if sample_id is None:
+        return ValueError(f"the conversation {message}")
+    return BadSampleError(sample_id, reason, message)
 
 
-def _encode(messages, processor, keep_image_order: bool, name: str) -> _Encoded:
+def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
     """Render, tokenize once with one token per image, and carry the supervised spans from characters to tokens."""
     tokenizer = processor.tokenizer
     control = ControlTokens.of(tokenizer, processor.image_token)
-    text, spans, marks = _render(messages, processor, control, keep_image_order, name)
+    text, spans, marks = _render(messages, processor, control, keep_image_order, sample_id)
     bos = tokenizer.bos_token
     # A template that writes the first token itself wants none from the tokenizer (as in apply_chat_template).
     has_bos = bos is not None and text.startswith(bos)
@@ -228,10 +238,12 @@ def _encode(messages, processor, keep_image_order: bool, name: str) -> _Encoded:
     )
     num_slots = ids.count(control.image_token_id)
     if num_slots != num_images:
-        raise ValueError(
-            f"{name} has {num_images} images but the chat template wrote {num_slots} {processor.image_token}. Take a "
-            f"template that knows images ({', '.join(CHAT_TEMPLATES)}), or put the image token into a language model's "
-            'own: LlavaProcessor.from_vision_language_pretrained(..., chat_template="own").'
+        raise _bad(
+            sample_id,
+            BAD_MARKERS,
+            f"has {num_images} images but the chat template wrote {num_slots} {processor.image_token}. Take a template "
+            f"that knows images ({', '.join(CHAT_TEMPLATES)}), or put the image token into a language model's own: "
+            'LlavaProcessor.from_vision_language_pretrained(..., chat_template="own").',
         )
     return _Encoded([*prefix, *ids, *suffix], supervised, num_images, control.image_token_id)
 
@@ -244,25 +256,27 @@ def _end_of(offset: tuple[int, int]) -> int:
     return offset[1]
 
 
-def _image_lengths(encoded: _Encoded, processor, num_image_tokens, name: str) -> list[int]:
+def _image_lengths(encoded: _Encoded, processor, num_image_tokens, sample_id) -> list[int]:
     """Tokens of each image, in the order of the text."""
     if num_image_tokens is None:
         num_image_tokens = tokens_per_image(processor)
     if isinstance(num_image_tokens, int):
         return [num_image_tokens] * encoded.num_images
     if len(num_image_tokens) != encoded.num_images:
-        raise ValueError(
-            f"{name} has {encoded.num_images} images but num_image_tokens tells of {len(num_image_tokens)}."
+        raise _bad(
+            sample_id,
+            BAD_MARKERS,
+            f"has {encoded.num_images} images but num_image_tokens tells of {len(num_image_tokens)}.",
         )
     return list(num_image_tokens)
 
 
-def _render(messages, processor, control: ControlTokens, keep_image_order: bool, name: str):
+def _render(messages, processor, control: ControlTokens, keep_image_order: bool, sample_id):
     """The conversation as text, the character spans that are supervised, and the marks in it (or `None`)."""
     template = _template_of(processor)
     (messages,), marks = control.mark(messages)
     if not messages:
-        raise ValueError(f"{name} has no messages.")
+        raise _bad(sample_id, BAD_ROW, "has no messages.")
     variables = {**processor.tokenizer.special_tokens_map, "chat_template": template}
     if keep_image_order:
         variables["keep_image_order"] = True
@@ -270,9 +284,14 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
         if has_generation_marks(template):
             texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
             return texts[0], spans[0], marks
-        return *_find_answers(messages, control, variables, name), marks
+        return *_find_answers(messages, control, variables, sample_id), marks
     except jinja2.TemplateError as error:
-        raise ValueError(f"{name} does not fit the chat template: {error}") from error
+        raise _bad(sample_id, BAD_ROLES, f"does not fit the chat template: {error}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"The chat template does not know content lists ({error}). It is a language model's own: put the image token "
+            "into it with modeling_llava.templating.insert_image_token(template)."
+        ) from error
 
 
 def _template_of(processor) -> str:
@@ -287,14 +306,14 @@ def _template_of(processor) -> str:
     return template
 
 
-def _find_answers(messages, control: ControlTokens, variables: dict, name: str) -> tuple[str, list[tuple[int, int]]]:
+def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) -> tuple[str, list[tuple[int, int]]]:
     """
     Render by a template that does not say where the answers are, and find them: each answer is framed by two
     private-use characters, which leave the text again after rendering. That the frames changed nothing is checked by
     rendering without them. The stop is the control token that follows an answer.
     """
     opening, closing = "\U0010fffc", "\U0010fffd"
-    framed, num_answers = [], 0
+    framed, leading_spaces = [], []
     for message in messages:
         if message.get("role") == "assistant":
             content = message.get("content") or ""
@@ -303,31 +322,35 @@ def _find_answers(messages, control: ControlTokens, variables: dict, name: str) 
             # Inside of the white space at its ends, so that a template can strip it.
             core = content.strip()
             framed_core = opening + core + closing
-            content = content.replace(core, framed_core, 1) if core else framed_core
-            message, num_answers = {**message, "content": content}, num_answers + 1
+            content = content.replace(core, framed_core, 1) if core else content + framed_core
+            message = {**message, "content": content}
+            leading_spaces.append(content[: content.index(opening)])
         framed.append(message)
     (plain,), _ = render_jinja_template([messages], **variables)
     (text,), _ = render_jinja_template([framed], **variables)
 
     answers = list(re.finditer(f"{opening}(.*?){closing}", text, re.DOTALL))
     unframed = text.replace(opening, "").replace(closing, "")
+    where = "the conversation" if sample_id is None else f"sample {sample_id!r}"
     mend = (
         "Give the template {% generation %} marks around each answer and its stop, or take one that has them: "
         f"{', '.join(CHAT_TEMPLATES)}."
     )
-    if unframed != plain or len(answers) != num_answers:
+    if unframed != plain or len(answers) != len(leading_spaces):
         raise ValueError(
-            f"{name}: the chat template has no {{% generation %}} marks, and changes the answers so that {len(answers)} "
-            f"of {num_answers} are found in its text. {mend}"
+            f"{where}: the chat template has no {{% generation %}} marks, and changes the answers so that {len(answers)} "
+            f"of {len(leading_spaces)} are found in its text. {mend}"
         )
     spans = []
-    for i, match in enumerate(answers):
+    for i, (match, leading_space) in enumerate(zip(answers, leading_spaces)):
         start = match.start() - 2 * i
         end = match.end() - 2 * (i + 1)
+        if plain[:start].endswith(leading_space):
+            start -= len(leading_space)
         stop = control.find_stop(plain, end)
         if stop is None:
             raise ValueError(
-                f"{name}: the chat template has no {{% generation %}} marks, and no special token follows an answer "
+                f"{where}: the chat template has no {{% generation %}} marks, and no special token follows an answer "
                 f"({plain[end : end + 20]!r} does), so its stop is not known. {mend}"
             )
         spans.append((start, stop))

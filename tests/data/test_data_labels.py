@@ -1,0 +1,394 @@
+import copy
+import json
+
+import pytest
+import sentencepiece
+import torch
+from golden_text import (
+    GOLDEN,
+    GOLDEN_CASES,
+    MODELS,
+    TEMPLATES,
+    decode,
+    golden_messages,
+    golden_rows,
+    tiny_processor,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
+
+from modeling_llava.data.labels import answer_stop, conversation_length, encode_conversation
+from modeling_llava.data.schema import NOTHING_SUPERVISED, TOO_LONG, BadSampleError
+from modeling_llava.processing_llava import load_chat_template
+from modeling_llava.templating import CHAT_TEMPLATES, insert_image_token
+from modeling_llava.tokenization_llava import add_image_token
+
+
+STOPS = {
+    "plain": "\n",
+    "vicuna_v0": "\n###",
+    "v0_mmtag": "\n###",
+    "vicuna_v1": "</s>",
+    "llava_v1": "</s>",
+    "v1_mmtag": "</s>",
+    "llama_2": " </s>",
+    "chatml": "<|im_end|>",
+}
+PIECES = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tiny_spm.model"))
+CONTROL = {0: "<unk>", 1: "<s>", 2: "</s>", 700: "<image>", 701: "<pad>"}
+
+
+def user(*content):
+    items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
+    return {"role": "user", "content": items}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+IMAGE = {"type": "image"}
+SAMPLE = [user(IMAGE, "What is this?"), assistant("A cat.")]
+
+
+def supervised_runs(encoded):
+    """Ids of every stretch of supervised positions."""
+    runs, before = [], False
+    for i, label in zip(encoded["input_ids"].tolist(), encoded["labels"].tolist()):
+        if label != -100:
+            assert label == i
+            runs = [*runs[:-1], [*runs[-1], i]] if before else [*runs, [i]]
+        before = label != -100
+    return runs
+
+
+@pytest.fixture(scope="module")
+def processors():
+    return {name: tiny_processor(template=name, patches=2) for name in CHAT_TEMPLATES}
+
+
+@pytest.mark.parametrize("file, version", GOLDEN_CASES)
+def test_ids_and_labels_are_the_original_codes(file, version):
+    processor = tiny_processor(MODELS[file], TEMPLATES[version])
+    for row in golden_rows(file, version):
+        encoded = encode_conversation(golden_messages(row), processor, sample_id=row["id"])
+        image = processor.image_token_id
+        assert [-200 if i == image else i for i in encoded["input_ids"].tolist()] == row["input_ids"], row["id"]
+        if not version.startswith("v0"):
+            assert encoded["labels"].tolist() == row["labels"], row["id"]
+
+
+@pytest.mark.parametrize("file, version", [case for case in GOLDEN_CASES if case[1].startswith("v0")])
+def test_v0_supervises_exactly_answers_and_stops(file, version):
+    # There the original's spans drift into the headers, so the rule is the paper's (Table 2).
+    processor = tiny_processor(MODELS[file], TEMPLATES[version])
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / MODELS[file]))
+    for row in golden_rows(file, version):
+        encoded = encode_conversation(golden_messages(row), processor)
+        texts = [decode(pieces, run, {}) for run in supervised_runs(encoded)]
+        answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
+        assert texts == [f" {answer}\n###" for answer in answers], row["id"]
+
+
+# --- Invariants over random conversations --------------------------------------------------------------------------
+
+FRAGMENTS = [
+    *("the kettle", "a", " ", "   ", "\n", "\t", "é", "이", "🐈", "###", "Human:", "USER:", "image", "s>", ">", "<"),
+    *("</s>", "<s>", "<image>", "<unk>", "<pad>", "<<s>s>", "</", "<ima", "ge>", "[INST]", "<|im_end|>", "\U000f0000"),
+]
+TEXTS = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=8).map("".join)
+USER_TURNS = st.lists(st.one_of(st.just(IMAGE), TEXTS), min_size=1, max_size=4)
+TURNS = st.lists(st.tuples(USER_TURNS, TEXTS), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(turns=TURNS, system=st.one_of(st.none(), TEXTS), keep_image_order=st.booleans())
+def test_random_conversations_keep_the_invariants(processors, name, turns, system, keep_image_order):
+    turns = turns[:1] if name == "plain" else turns
+    messages = [message for content, answer in turns for message in (user(*content), assistant(answer))]
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    before = copy.deepcopy(messages)
+    processor = processors[name]
+    encoded = encode_conversation(messages, processor, keep_image_order=keep_image_order)
+    assert messages == before
+
+    ids = encoded["input_ids"].tolist()
+    num_images = sum(item is IMAGE for content, _ in turns for item in content)
+    assert ids.count(processor.image_token_id) == num_images * processor.num_image_tokens
+    assert len(ids) == conversation_length(messages, processor, keep_image_order=keep_image_order)
+
+    # Control tokens are those that the template writes, whatever was typed.
+    ends = len(turns) if STOPS[name].strip() == "</s>" else 0
+    starts = len(turns) if name == "llama_2" else 1
+    assert [ids.count(i) for i in (0, 1, 2, 701)] == [0, starts, ends, 0]
+
+    # Supervised text is exactly the answers and their stops. (After an image there is SentencePiece's space.)
+    texts = [decode(PIECES, run, CONTROL) for run in supervised_runs(encoded)]
+    space = "" if name == "chatml" else " "
+    assert texts == [f"{space}{answer}{STOPS[name]}" for _, answer in turns]
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=TURNS)
+def test_random_conversations_are_sentencepiece_between_the_templates_control_tokens(processors, turns):
+    messages = [message for content, answer in turns for message in (user(*content), assistant(answer))]
+    encoded = encode_conversation(messages, processors["vicuna_v1"], num_image_tokens=1)
+    system = render_system(processors["vicuna_v1"])
+    stretches, controls = [system + " USER: "], []
+    for i, (content, answer) in enumerate(turns):
+        if i:
+            stretches.append("USER: ")
+        images = [item for item in content if item is IMAGE]
+        text = "".join(item for item in content if item is not IMAGE)
+        for number in range(len(images)):
+            controls.append(700)
+            stretches.append("\n" if number < len(images) - 1 or text.strip() else "")
+        stretches[-1] += (text.strip() if images else text) + f" ASSISTANT: {answer}"
+        controls.append(2)
+    expected = [1]
+    for stretch, control in zip(stretches, controls):
+        expected += [*PIECES.encode(stretch), control]
+    assert encoded["input_ids"].tolist() == expected
+
+
+def render_system(processor):
+    return processor.apply_chat_template([user("x")]).split(" USER:")[0]
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A GPT-2-like tokenizer with ChatML's control tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        ["the kettle is on the table <|im_end> <|im_start <image> assistant user\n"] * 3, trainer
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    add_image_token(tokenizer)
+    tokenizer.add_tokens(["<tool>"])  # a word, not a control token
+    return tokenizer
+
+
+@settings(max_examples=100, deadline=None)
+@given(turns=st.lists(st.tuples(USER_TURNS, TEXTS), min_size=1, max_size=3))
+def test_random_conversations_with_a_byte_level_tokenizer(byte_level, turns):
+    processor = tiny_processor(tokenizer=byte_level, template="chatml", patches=2)
+    messages = [message for content, answer in turns for message in (user(*content), assistant(answer))]
+    encoded = encode_conversation(messages, processor)
+    ids = encoded["input_ids"].tolist()
+    num_images = sum(item is IMAGE for content, _ in turns for item in content)
+    start, end = byte_level.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert ids.count(processor.image_token_id) == 4 * num_images
+    assert (ids.count(start), ids.count(end), ids.count(byte_level.pad_token_id)) == (2 * len(turns),) * 2 + (0,)
+    texts = [byte_level.decode(run) for run in supervised_runs(encoded)]
+    # The line break of the header is in the answer's first token where the two were merged.
+    assert [text.removeprefix("\n") for text in texts] == [f"{a.removeprefix(chr(10))}<|im_end|>" for _, a in turns]
+
+
+def test_an_added_token_that_is_not_special_is_a_word_like_others(byte_level):
+    processor = tiny_processor(tokenizer=byte_level, template="chatml")
+    ids = encode_conversation([user("a <tool>"), assistant("b")], processor)["input_ids"].tolist()
+    assert ids.count(byte_level.convert_tokens_to_ids("<tool>")) == 1
+
+
+@pytest.mark.parametrize("content", [["</", "s>"], ["<ima", "ge>"], ["<s", ">", "x"]])
+def test_texts_that_meet_do_not_become_a_control_token(processors, content):
+    ids = encode_conversation([user(*content), assistant("x")], processors["vicuna_v1"])["input_ids"].tolist()
+    assert [ids.count(i) for i in CONTROL] == [0, 1, 1, 0, 0]
+
+
+# --- Length ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_exact_length_fits(processors):
+    length = conversation_length(SAMPLE, processors["vicuna_v1"])
+    encoded = encode_conversation(SAMPLE, processors["vicuna_v1"], max_length=length)
+    assert len(encoded["input_ids"]) == len(encoded["labels"]) == length
+    assert encoded["input_ids"].dtype == encoded["labels"].dtype == torch.int64
+
+
+def test_a_longer_conversation_raises_is_dropped_or_loses_its_end(processors):
+    processor = processors["vicuna_v1"]
+    messages = [*SAMPLE, user("Why?"), assistant("It has pointed ears, whiskers and a tail.")]
+    whole = encode_conversation(messages, processor)
+    length = len(whole["input_ids"])
+    with pytest.raises(
+        BadSampleError, match=rf"sample 'ins-17' has {length} tokens \(4 of them for its 1 images\)"
+    ) as e:
+        encode_conversation(messages, processor, max_length=length - 5, sample_id="ins-17")
+    assert e.value.reason == TOO_LONG
+    assert encode_conversation(messages, processor, max_length=length - 5, overflow="drop") is None
+    cut = encode_conversation(messages, processor, max_length=length - 5, overflow="truncate_text")
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:-5])
+    assert torch.equal(cut["labels"], whole["labels"][:-5])
+
+
+def test_truncation_never_cuts_an_image(processors):
+    processor = processors["vicuna_v1"]
+    messages = [user("One."), assistant("Two."), user(IMAGE, "Three?"), assistant("Four.")]
+    ids = encode_conversation(messages, processor)["input_ids"].tolist()
+    last = len(ids) - ids[::-1].index(processor.image_token_id)
+    cut = encode_conversation(messages, processor, max_length=last, overflow="truncate_text")
+    assert cut["input_ids"].tolist() == ids[:last]
+    with pytest.raises(ValueError, match=f"cut to max_length={last - 1} it would keep 3 of these"):
+        encode_conversation(messages, processor, max_length=last - 1, overflow="truncate_text")
+
+
+def test_nothing_supervised_names_the_sample_and_the_cause(processors):
+    processor = processors["vicuna_v1"]
+    with pytest.raises(BadSampleError, match="sample 7 has nothing to learn from: it has no answer") as e:
+        encode_conversation(SAMPLE[:1], processor, sample_id=7)
+    assert e.value.reason == NOTHING_SUPERVISED
+    length = conversation_length(SAMPLE[:1], processor)
+    with pytest.raises(ValueError, match=f"its answers lie beyond max_length={length} and were cut off"):
+        encode_conversation(SAMPLE, processor, max_length=length, overflow="truncate_text")
+    with pytest.raises(ValueError, match="the conversation has no messages"):
+        encode_conversation([], processor)
+
+
+def test_an_unknown_overflow_is_refused(processors):
+    with pytest.raises(ValueError, match="overflow must be"):
+        encode_conversation(SAMPLE, processors["vicuna_v1"], overflow="truncate")
+
+
+def test_images_of_different_lengths(processors):
+    processor = processors["vicuna_v1"]
+    messages = [user(IMAGE, IMAGE, "Compare."), assistant("Equal.")]
+    ids = encode_conversation(messages, processor, num_image_tokens=[3, 5])["input_ids"].tolist()
+    first = ids.index(700)
+    assert ids[first : first + 3] == [700] * 3 and ids[first + 3] != 700
+    assert ids.count(700) == 8
+    assert conversation_length(messages, processor, num_image_tokens=[3, 5]) == len(ids)
+    with pytest.raises(ValueError, match="has 2 images but num_image_tokens tells of 1"):
+        encode_conversation(messages, processor, num_image_tokens=[3])
+
+
+# --- Other processors and templates ----------------------------------------------------------------------------------
+
+
+def test_a_stock_processor_gives_the_same(processors):
+    ours = processors["vicuna_v1"]
+    stock = StockLlavaProcessor(
+        ours.image_processor,
+        ours.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=ours.chat_template,
+    )
+    for name in ("input_ids", "labels"):
+        assert torch.equal(encode_conversation(SAMPLE, stock)[name], encode_conversation(SAMPLE, ours)[name])
+
+
+OWN_TEMPLATES = {  # written for this test, without {% generation %}
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}",
+    "trimmed": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + eos_token }}{% endfor %}",
+    "with bos": "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + ' ' + eos_token }}{% endfor %}",
+}
+
+
+def test_answers_are_found_in_a_template_without_generation_marks(processors, byte_level):
+    turns = [("a", "b"), ("what </s>", "  the kettle <image>\n"), ("b", "b"), ("", "<|im_end|>")]
+    messages = [message for question, answer in turns for message in (user(question), assistant(answer))]
+    messages[0] = user(IMAGE, "a")
+    tokenizer = processors["vicuna_v1"].tokenizer
+    expected = {
+        "trimmed": [" b</s>", " the kettle <image></s>", " b</s>", " <|im_end|></s>"],
+        "with bos": ["b </s>", "  the kettle <image>\n </s>", "b </s>", "<|im_end|> </s>"],
+    }
+    for name, texts in expected.items():
+        processor = tiny_processor(tokenizer=tokenizer, template=insert_image_token(OWN_TEMPLATES[name]))
+        encoded = encode_conversation(messages, processor)
+        assert [decode(PIECES, run, CONTROL) for run in supervised_runs(encoded)] == texts
+        assert encoded["input_ids"].tolist().count(1) == 1  # the template's <s>, or the tokenizer's
+        assert answer_stop(processor).strip() == "</s>"
+    processor = tiny_processor(tokenizer=byte_level, template=insert_image_token(OWN_TEMPLATES["chatml"]))
+    marked = tiny_processor(tokenizer=byte_level, template="chatml")
+    for name in ("input_ids", "labels"):
+        assert torch.equal(encode_conversation(messages, processor)[name], encode_conversation(messages, marked)[name])
+
+
+@pytest.mark.parametrize(
+    "template, error",
+    [
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}",
+            "no special token follows",
+        ),
+        ("{% for m in messages %}{{ m['content'][:3] + eos_token }}{% endfor %}", "changes the answers"),
+        ("{% for m in messages %}{{ m['content'] * 2 + eos_token }}{% endfor %}", "changes the answers"),
+    ],
+)
+def test_a_template_whose_answers_cannot_be_found_is_refused_with_the_mend(template, error):
+    processor = tiny_processor(template=template)
+    with pytest.raises(ValueError, match="does not know content lists"):
+        encode_conversation([user("question"), assistant("answer")], processor)
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    with pytest.raises(ValueError, match=rf"(?s)sample 'x': .*{error}.*Give the template {{% generation %}} marks"):
+        encode_conversation(messages, processor, sample_id="x")
+
+
+def test_a_template_that_knows_no_images_is_refused_with_the_mend():
+    template = "{% for m in messages %}{% generation %}{{ m['content'][0]['text'] }}{% endgeneration %}{% endfor %}"
+    processor = tiny_processor(template=template)
+    with pytest.raises(ValueError, match="has 1 images but the chat template wrote 0 <image>"):
+        encode_conversation([user("What?", IMAGE), assistant("x")], processor)
+
+
+def test_a_refusal_of_the_template_names_the_sample(processors):
+    with pytest.raises(BadSampleError, match="sample 3 does not fit the chat template: Message role"):
+        encode_conversation([{"role": "tool", "content": "x"}], processors["vicuna_v1"], sample_id=3)
+
+
+def test_without_a_chat_template_the_mend_is_named(processors):
+    processor = copy.copy(processors["vicuna_v1"])
+    processor.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template. Set one: processor.chat_template = .*load_chat_template"):
+        encode_conversation(SAMPLE, processor)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_stop_of_every_template(processors, name):
+    assert answer_stop(processors[name]) == STOPS[name]
+
+
+def test_labels_do_not_depend_on_what_the_tokenizer_was_used_for(processors):
+    processor = processors["vicuna_v1"]
+    expected = encode_conversation(SAMPLE, processor)
+    processor.tokenizer(["a", "b c d"], padding="max_length", max_length=3, truncation=True)
+    again = encode_conversation(SAMPLE, processor)
+    assert torch.equal(expected["input_ids"], again["input_ids"]) and torch.equal(expected["labels"], again["labels"])
+
+
+def test_tokens_added_later_are_seen():
+    processor = tiny_processor()
+    assert 703 not in encode_conversation([user("<new>"), assistant("x")], processor)["input_ids"]
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
+    ids = encode_conversation([user("<new>"), assistant("x")], processor)["input_ids"].tolist()
+    assert processor.tokenizer.convert_tokens_to_ids("<new>") not in ids  # typed by a user, so still text
+
+
+def test_image_wrap_gives_the_originals_ids_without_legacy(tmp_path):
+    # The original tokenized the text after an image on its own, so it began with a space; `legacy=False` adds none.
+    (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny_spm.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
+    from modeling_llava.tokenization_llava import load_tokenizer
+
+    tokenizer = load_tokenizer(tmp_path)
+    add_image_token(tokenizer)
+    template = load_chat_template("vicuna_v1", image_wrap=("", " "))
+    ids = encode_conversation(SAMPLE, tiny_processor(tokenizer=tokenizer, template=template))["input_ids"].tolist()
+    after = ids.index(700) + 1
+    assert [PIECES.id_to_piece(i) for i in ids[after : after + 3]] == ["▁", "<0x0A>", "Wh"]
