@@ -1,0 +1,303 @@
+"""
+From prompts to answers, many rows at a time: rows that share an image share its keys and values, prompts are computed
+without padding, a finished row leaves and the next one takes its place.
+"""
+
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging
+
+from .shared_prefix import Decode, Prefill, Prefix, RowCache, shared_prefix_implementation, supports_shared_prefix
+
+
+logger = logging.get_logger(__name__)
+
+MAX_PREFILL_TOKENS = 4096
+"""Tokens of prompts that one forward pass takes at most (a longer prompt goes alone): bounds its memory."""
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """
+    How answers are chosen. The default is greedy.
+
+    Args:
+        max_new_tokens (`int`, defaults to 512): Tokens of an answer at most, its end token included.
+        do_sample (`bool`, defaults to `False`): Draw tokens rather than take the likeliest.
+        temperature, top_k, top_p: As in transformers' `GenerationConfig`; used with `do_sample`.
+        repetition_penalty (`float`, defaults to 1.0): As in `GenerationConfig`; over prompt and answer.
+        seed (`int`, defaults to 0):
+            With `do_sample`. Every row draws from a generator of its own, made of the seed and the row's id: an answer
+            does not depend on what else is in the batch, nor on where an interrupted run went on.
+        stop_strings (`tuple[str, ...]`): An answer ends before the first of them, for models whose turns do not end
+            with an end token (`###` of LLaVA v0).
+        end_token_ids (`tuple[int, ...]`): An answer ends with one of these.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_new_tokens: int = 512
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if self.do_sample and not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}. For greedy answers: do_sample=False."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
+
+
+@dataclass(eq=False)
+class Row:
+    """
+    A prompt and the answer that grows after it.
+
+    Attributes:
+        id: Names the row; also the seed of its sampling.
+        ids (`list[int]`): The whole prompt, each image expanded to its image tokens.
+        prefix (`Prefix`, *optional*): Keys and values of the first `prefix.end` tokens of `ids`.
+        features (`list[torch.Tensor]`): Features `[num_image_tokens, hidden]` of the images after the prefix.
+        keep (`bool`): Keep the keys and values of a finished row, in `kept`.
+        tokens (`list[int]`): The answer so far, its end token included.
+        finish_reason (`str`, *optional*): `"stop"`, `"length"`, or `None` while it grows.
+    """
+
+    id: Hashable
+    ids: list[int]
+    prefix: Prefix | None = None
+    features: list[torch.Tensor] = field(default_factory=list)
+    keep: bool = False
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    kept: Prefix | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The prompt's tokens after the prefix."""
+        return self.ids[self.prefix.end :] if self.prefix else self.ids
+
+
+class Decoder:
+    """
+    Runs a LLaVA over rows.
+
+    Args:
+        model ([`LlavaForConditionalGeneration`], stock or ours, or a `PeftModel` around it)
+        tokenizer: For stop strings.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.language_model = self.model.model.language_model
+        self.tokenizer = tokenizer
+        self.num_layers = self.language_model.config.num_hidden_layers
+        self.shares_prefixes = supports_shared_prefix(self.language_model)
+        if not self.shares_prefixes:
+            logger.warning(
+                f"{type(self.language_model).__name__} has layers whose keys and values cannot be shared between questions: "
+                "images are encoded once, but each prompt is computed anew, one at a time."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
+        tower = self.model.model.vision_tower
+        pixel_values = pixel_values.to(tower.device, tower.dtype)
+        return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+
+    @torch.inference_mode()
+    def build_prefix(self, ids: list[int], features: list[torch.Tensor]) -> Prefix:
+        """Computes the keys and values of a prompt's first tokens."""
+        prefix = Prefix(list(ids))
+
+        def write(layer, row, keys, values):
+            prefix.keys.append(keys.clone())
+            prefix.values.append(values.clone())
+
+        step = Prefill([len(ids)], [None], write, self.device)
+        self._forward(self._embed(Row("the prefix", prefix.ids, features=features))[None], step)
+        return prefix
+
+    def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int = 8) -> Iterator[Row]:
+        """
+        Answers rows, `batch_size` of them at a time. Yields a row each time it has got a token; `row.finish_reason` says
+        whether it was the last one. `rows` is read as slots become free, so it may be longer than memory.
+        """
+        if not self.shares_prefixes:
+            yield from self._run_unshared(rows, settings)
+            return
+        pending = iter(rows)
+        active: list[Row] = []  # row i of the cache is active[i]
+        cache = None
+        exhausted = False
+        while True:
+            # A pass over few new tokens costs as much as one over many: wait until a quarter of the slots is free.
+            free = batch_size - len(active)
+            if not exhausted and (not active or free >= max(1, batch_size // 4)):
+                new = list(islice(pending, free))
+                exhausted = len(new) < free
+                if new:
+                    cache = cache or RowCache(len(new), self.num_layers)
+                    self._prefill(new, cache, settings)
+                    active += new
+                    yield from new
+                    _remove_finished(active, cache)
+                    continue
+            if not active:
+                return
+            self._decode(active, cache, settings)
+            yield from active.copy()
+            _remove_finished(active, cache)
+
+    @torch.inference_mode()
+    def _prefill(self, new: list[Row], cache: RowCache, settings: DecodingSettings) -> None:
+        first = 0
+        while first < len(new):
+            end, num_tokens = first, 0
+            while end < len(new) and (end == first or num_tokens + len(new[end].own_ids) <= MAX_PREFILL_TOKENS):
+                num_tokens += len(new[end].own_ids)
+                end += 1
+            some, first = new[first:end], end
+            lengths = [len(row.own_ids) for row in some]
+            slots = [cache.add(length, row.prefix) for length, row in zip(lengths, some)]
+            cache.reserve(max(lengths) + 1)
+
+            def write(layer, index, keys, values, slots=slots):
+                cache_keys, cache_values = cache.buffers(layer, keys[None])
+                cache_keys[slots[index], :, : keys.shape[1]] = keys
+                cache_values[slots[index], :, : values.shape[1]] = values
+
+            step = Prefill(lengths, [row.prefix for row in some], write, self.device)
+            hidden = self._forward(torch.cat([self._embed(row) for row in some])[None], step)
+            last = torch.tensor([end - 1 for _, end in step.spans], device=hidden.device)
+            self._choose(self.model.lm_head(hidden[0, last]), some, settings)
+
+    @torch.inference_mode()
+    def _decode(self, active: list[Row], cache: RowCache, settings: DecodingSettings) -> None:
+        tokens = torch.tensor([[row.tokens[-1] for row in active]], device=self.device)
+        step = Decode(cache, self.device)
+        hidden = self._forward(self.model.get_input_embeddings()(tokens), step)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        self._choose(self.model.lm_head(hidden[0]), active, settings)
+
+    def _forward(self, embeds: torch.Tensor, step: Prefill | Decode) -> torch.Tensor:
+        # embeds [1, num_tokens, hidden]
+        with shared_prefix_implementation(self.language_model.config):
+            outputs = self.language_model(
+                inputs_embeds=embeds,
+                position_ids=step.positions[None],
+                attention_mask=None,
+                use_cache=False,
+                llava_step=step,
+            )
+        return outputs.last_hidden_state
+
+    def _embed(self, row: Row) -> torch.Tensor:
+        """The embeddings `[num_tokens, hidden]` of a row's own tokens, with its images' features in their places."""
+        ids = torch.tensor(row.own_ids, device=self.device)
+        embeds = self.model.get_input_embeddings()(ids)
+        is_image = ids == self.model.config.image_token_id
+        num_features = sum(len(features) for features in row.features)
+        if int(is_image.sum()) != num_features:
+            raise ValueError(
+                f"sample {row.id!r} has {int(is_image.sum())} image tokens but its images yield {num_features}. Do "
+                f"processor and model belong together? Does the question hold the text of the image token?"
+            )
+        if num_features:
+            embeds[is_image] = torch.cat(row.features).to(embeds.device, embeds.dtype)
+        return embeds
+
+    @torch.inference_mode()
+    def _run_unshared(self, rows, settings):
+        """Row by row with transformers' own cache, for language models that `shared_prefix` cannot serve."""
+        for row in rows:
+            cache = DynamicCache(config=self.language_model.config)
+            embeds = self._embed(row)[None]
+            while row.finish_reason is None:
+                outputs = self.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+                self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
+                yield row
+                embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))
+
+    def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
+        """Gives each row its next token. logits `[num_rows, vocab_size]`."""
+        logits = logits.float()
+        if not settings.do_sample and settings.repetition_penalty == 1.0:
+            tokens = logits.argmax(dim=-1).tolist()
+        else:
+            tokens = [_draw(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.cpu())]
+        for row, token in zip(rows, tokens):
+            row.tokens.append(token)
+            if token in settings.end_token_ids or self._stopped_by_text(row, settings.stop_strings):
+                row.finish_reason = "stop"
+            elif len(row.tokens) >= settings.max_new_tokens:
+                row.finish_reason = "length"
+
+    def _stopped_by_text(self, row: Row, stop_strings: tuple[str, ...]) -> bool:
+        if not stop_strings:
+            return False
+        # A token is a character at least, but for the bytes of rare characters.
+        tail = self.tokenizer.decode(row.tokens[-(max(map(len, stop_strings)) + 8) :])
+        return any(stop in tail for stop in stop_strings)
+
+
+def _draw(row: Row, logits: torch.Tensor, settings: DecodingSettings) -> int:
+    # logits [1, vocab_size], on the CPU: the same draw on every device
+    steps = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            steps.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k is not None:
+            steps.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p is not None and settings.top_p < 1:
+            steps.append(TopPLogitsWarper(settings.top_p))
+    scores = steps(torch.tensor([row.ids + row.tokens]), logits)
+    if not settings.do_sample:
+        return int(scores.argmax())
+    if row.generator is None:
+        digest = hashlib.sha256(f"{settings.seed}/{row.id}".encode()).digest()
+        row.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=row.generator))
+
+
+def _remove_finished(active: list[Row], cache: RowCache) -> None:
+    for index in reversed(range(len(active))):
+        row = active[index]
+        if row.finish_reason is None:
+            continue
+        if row.keep:  # the last token of an answer was never an input
+            row.kept = cache.take(index, row.own_ids + row.tokens[:-1])
+        cache.remove(index)
+        active[index] = active[-1]
+        active.pop()
+
+
+__all__ = ["Decoder", "DecodingSettings", "Row"]

@@ -1,0 +1,425 @@
+"""`LlavaPredictor`: encode an image once, ask many. And the same for whole benchmarks."""
+
+import hashlib
+import os
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+from PIL import Image
+from transformers.utils import logging
+
+from ..data.images import image_key, load_image
+from ..data.labels import answer_stop
+from .decoding import Decoder, DecodingSettings, Row
+from .prompts import encode_prompt
+from .shared_prefix import Prefix, common_length, join, match_chain
+
+
+logger = logging.get_logger(__name__)
+
+WINDOW_BATCHES = 8
+"""So many batches of samples are looked at together, to group them by image and to order them by length."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    The answer to one sample.
+
+    Attributes:
+        id: The sample's.
+        text (`str`): Without end token and stop string, stripped.
+        num_tokens (`int`): Tokens of the answer, its end token included.
+        finish_reason (`str`): `"stop"`, or `"length"` if it was cut at `max_new_tokens`.
+    """
+
+    id: Any
+    text: str
+    num_tokens: int
+    finish_reason: str
+
+
+@dataclass
+class _EncodedImages:
+    """Images that have been through the tower, and the keys and values of the prompt up to the last of them."""
+
+    features: list
+    prefix: Prefix | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(feature.nbytes for feature in self.features) + (self.prefix.nbytes if self.prefix else 0)
+
+
+class LlavaPredictor:
+    """
+    Answers questions about images. An image, and the prompt in front of the question, is encoded once; its keys and
+    values are shared by all questions, in one batch or one after the other, and never copied. Greedy answers are those
+    of `generate`, token for token (float32).
+
+    The model is put into `eval()`; its weights are not touched. One thread at a time.
+
+    Args:
+        model ([`LlavaForConditionalGeneration`]):
+            Ours or stock's; with a LoRA adapter (`PeftModel`) or 4-bit weights too.
+        processor ([`LlavaProcessor`]):
+            Ours or stock's, with a chat template.
+        system (`str`, *optional*):
+            System message in place of the chat template's own.
+        max_cached_images (`int`, *optional*, defaults to 8), max_cached_bytes (`int`, *optional*, defaults to 2 GiB):
+            Images whose keys and values are kept for when they are set again; those not used for longest go first. The
+            present image is kept whatever it takes. 7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
+        settings ([`DecodingSettings`], *optional*):
+            How answers are chosen; by default greedy, at most 512 tokens, with end tokens and repetition penalty of the
+            model's generation configuration. Any field can be given anew with each question.
+
+    Example:
+
+    ```python
+    >>> from modeling_llava.inference import LlavaPredictor
+
+    >>> predictor = LlavaPredictor.from_pretrained("llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda")
+    >>> predictor.set_image("street.jpg")
+    >>> predictor.ask("What is the weather like?")
+    >>> predictor.ask(["How many people are there?", "What is written on the sign?"], max_new_tokens=32)
+    >>> predictor.ask("What are they wearing?", keep_history=True)
+    >>> for piece in predictor.stream("And the one on the left?", keep_history=True):
+    ...     print(piece, end="", flush=True)
+    ```"""
+
+    def __init__(
+        self,
+        model,
+        processor,
+        *,
+        system: str | None = None,
+        max_cached_images: int = 8,
+        max_cached_bytes: int = 2 * 2**30,
+        settings: DecodingSettings | None = None,
+    ):
+        if max_cached_images < 0 or max_cached_bytes < 0:
+            raise ValueError(
+                "max_cached_images and max_cached_bytes cannot be negative; 0 keeps the present image only."
+            )
+        self.model = model.eval()
+        self.processor = processor
+        self.system = system
+        self.max_cached_images, self.max_cached_bytes = max_cached_images, max_cached_bytes
+        self.decoder = Decoder(model, processor.tokenizer)
+        self.settings = settings or _default_settings(self.decoder.model, processor)
+        self._cache: OrderedDict[tuple, _EncodedImages] = OrderedDict()
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, system: str | None = None, **kwargs) -> "LlavaPredictor":
+        """A predictor over [`~modeling_llava.inference.load_model`]`(path, **kwargs)`."""
+        from .loading import load_model
+
+        return cls(*load_model(path, **kwargs), system=system)
+
+    def reset(self) -> None:
+        """Forgets image, conversation and every cached image."""
+        self._cache.clear()
+        self._images: _EncodedImages | None = None
+        self._num_images: int | None = None
+        self.forget_history()
+
+    def forget_history(self) -> None:
+        """Begins a new conversation about the same image."""
+        self.history: list[tuple[str, str]] = []
+        self._past: Prefix | None = None
+
+    def set_image(self, image: Any) -> None:
+        """
+        Encodes what the next questions are about, and begins a new conversation.
+
+        Args:
+            image (`str`, `PIL.Image.Image`, `bytes`, a list of them, or `None`):
+                A path, a picture, the bytes of an image file; several images stand before the question in this order;
+                `None` for questions without an image.
+
+        Raises:
+            ValueError: an image is missing or cannot be read. The image set before stays.
+        """
+        references = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        encoded = None
+        if references:
+            key = tuple(_content_key(reference) for reference in references)
+            encoded = self._cache.get(key)
+            if encoded is None:
+                encoded = _EncodedImages(self._encode([load_image(reference) for reference in references]))
+                self._cover(encoded, encode_prompt(self._messages([("?", None)], len(references)), self.processor))
+            self._cache[key] = encoded
+            self._cache.move_to_end(key)
+            self._evict()
+        self._images, self._num_images = encoded, len(references)
+        self.forget_history()
+
+    def ask(
+        self, question: str | list[str], *, keep_history: bool = False, batch_size: int = 64, **settings
+    ) -> str | list[str]:
+        """
+        Answers a question, or a list of them at once, about the image.
+
+        Args:
+            question (`str` or `list[str]`)
+            keep_history (`bool`, *optional*, defaults to `False`):
+                Continue the conversation: the earlier questions asked so, and their answers, are part of the prompt, and
+                this question and its answer become part of it. Otherwise the question stands alone and leaves the
+                conversation as it is.
+            batch_size (`int`, *optional*, defaults to 64):
+                Questions of a list answered at a time.
+            settings: Fields of [`DecodingSettings`] for this call, such as `max_new_tokens=32`.
+
+        Returns:
+            The answer, or a list of them in the questions' order.
+
+        Raises:
+            ValueError: no image was set (`set_image(None)` says that there is none); an empty question; a list of
+                questions with `keep_history`.
+        """
+        if isinstance(question, str):
+            row, pieces = self._stream(question, keep_history, settings)
+            deque(pieces, maxlen=0)
+            return self._text(row, self._settings(settings))
+        if keep_history:
+            raise ValueError("A conversation goes on with one question. Ask a list without keep_history.")
+        settings = self._settings(settings)
+        rows = [self._row([(text, None)], number) for number, text in enumerate(question)]
+        for _ in self.decoder.run(rows, settings, batch_size):
+            pass
+        return [self._text(row, settings) for row in rows]
+
+    def stream(self, question: str, *, keep_history: bool = False, **settings) -> Iterator[str]:
+        """
+        As [`ask`] with one question; yields the answer's text piece by piece, as it grows. With `keep_history` the turn
+        is kept once the last piece has been taken; an answer that is broken off leaves the conversation as it was.
+        """
+        return self._stream(question, keep_history, settings)[1]
+
+    def _stream(self, question: str, keep_history: bool, settings: dict) -> tuple[Row, Iterator[str]]:
+        turns = [*self.history, (question, None)] if keep_history else [(question, None)]
+        row = self._row(turns, 0, self._past if keep_history else None)
+        row.keep = keep_history
+        return row, self._pieces(row, question, self._settings(settings))
+
+    def _pieces(self, row: Row, question: str, settings: DecodingSettings) -> Iterator[str]:
+        shown = ""
+        for _ in self.decoder.run([row], settings, batch_size=1):
+            text = self._text(row, settings)
+            # The beginning of a stop string, or half a character, may still change.
+            held = text.endswith("\N{REPLACEMENT CHARACTER}") or any(
+                text.endswith(stop[:end]) for stop in settings.stop_strings for end in range(1, len(stop))
+            )
+            if row.finish_reason is None and held:
+                continue
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+        if row.keep:
+            self.history.append((question, self._text(row, settings)))
+            self._past = join(row.kept) if row.kept else None
+
+    def answer_many(
+        self,
+        samples: Iterable[dict],
+        *,
+        batch_size: int = 8,
+        image_folder: str | os.PathLike | None = None,
+        template_variables: dict | None = None,
+        **settings,
+    ) -> Iterator[Answer]:
+        """
+        Answers a benchmark's samples. Those with the same image are put together, and it is encoded once for them;
+        prompts of different lengths are computed without padding; a finished answer makes room for the next sample. Memory
+        does not grow with the number of samples.
+
+        Args:
+            samples (`Iterable[dict]`):
+                `{"id", "messages", "images"}` as in [`modeling_llava.data.schema.Conversation`], a user's turn last.
+                Samples with the same image should stand near each other (within `8 · batch_size`) and refer to it by the
+                same path.
+            batch_size (`int`, *optional*, defaults to 8): Answers that grow at a time.
+            image_folder (`str`, *optional*): What paths of images are relative to.
+            template_variables (`dict`, *optional*): For the chat template.
+            settings: Fields of [`DecodingSettings`].
+
+        Yields:
+            [`Answer`]: as they are finished, not in the samples' order. An answer does not depend on the order, on the batch
+            or on the other samples.
+
+        Raises:
+            ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
+        """
+        settings = self._settings(settings)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        rows = self._benchmark_rows(iter(samples), batch_size, image_folder, template_variables or {})
+        for row in self.decoder.run(rows, settings, batch_size):
+            if row.finish_reason is not None:
+                yield Answer(row.id, self._text(row, settings), len(row.tokens), row.finish_reason)
+
+    def _benchmark_rows(self, samples, batch_size, image_folder, template_variables) -> Iterator[Row]:
+        while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
+            groups: dict[tuple, list[tuple[dict, list[int]]]] = {}
+            for sample in window:
+                _check_sample(sample)
+                system = [] if self.system is None else [{"role": "system", "content": [_text_item(self.system)]}]
+                own_system = sample["messages"][0]["role"] == "system"
+                messages = sample["messages"] if own_system else [*system, *sample["messages"]]
+                ids = encode_prompt(messages, self.processor, **template_variables)
+                # A sample without an image shares nothing: a group of its own.
+                key = tuple(map(image_key, sample["images"])) or (id(sample),)
+                groups.setdefault(key, []).append((sample, ids))
+            # The longest first: the first batch makes the buffers as large as they will ever be.
+            ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
+            for some in _batches(ordered, batch_size):
+                yield from self._rows_of_groups(some, image_folder)
+
+    def _rows_of_groups(self, groups, image_folder) -> Iterator[Row]:
+        pictures = [
+            [load_image(reference, image_folder, str(group[0][0]["id"])) for reference in group[0][0]["images"]]
+            for group in groups
+        ]
+        features = iter(self._encode([picture for some in pictures for picture in some]))
+        for group, some in zip(groups, pictures):
+            own_features = list(islice(features, len(some)))
+            prefix = self._group_prefix([ids for _, ids in group], own_features)
+            for sample, ids in group:
+                yield Row(sample["id"], ids, prefix, [] if prefix else own_features)
+
+    def _group_prefix(self, prompts: list[list[int]], features) -> Prefix | None:
+        """What all prompts of a group begin with, if that holds their images and is worth a pass of its own."""
+        if len(prompts) < 2 or not features or not self.decoder.shares_prefixes:
+            return None
+        first = prompts[0]
+        length = min(min(common_length(first, ids) for ids in prompts), min(map(len, prompts)) - 1)
+        if self.processor.image_token_id in first[length:]:
+            return None
+        return self.decoder.build_prefix(first[:length], features)
+
+    def _encode(self, pictures: list[Image.Image]) -> list:
+        if not pictures:
+            return []
+        pixel_values = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.decoder.encode_images(pixel_values)
+
+    def _cover(self, encoded: _EncodedImages, ids: list[int]) -> None:
+        """Makes sure that the keys and values of a prompt's images, and of what stands before them, are there."""
+        last = max(i for i, token in enumerate(ids) if token == self.processor.image_token_id)
+        matched = match_chain(encoded.prefix, ids)
+        if self.decoder.shares_prefixes and (matched is None or matched.end <= last):
+            encoded.prefix = self.decoder.build_prefix(ids[: last + 1], encoded.features)
+
+    def _row(self, turns: list[tuple[str, str | None]], row_id: int, past: Prefix | None = None) -> Row:
+        """The row of a conversation whose last question is to be answered; `past` are the turns' keys and values."""
+        if self._num_images is None:
+            raise ValueError(
+                "No image is set: call set_image(image) first, or set_image(None) to ask without an image."
+            )
+        question = turns[-1][0]
+        if not isinstance(question, str):
+            raise TypeError(f"A question is a string, not {type(question).__name__}.")
+        if not question.strip():
+            raise ValueError("The question is empty.")
+        ids = encode_prompt(self._messages(turns, self._num_images), self.processor)
+        row = Row(row_id, ids, match_chain(past or (self._images and self._images.prefix), ids))
+        if (
+            self._images and self.processor.image_token_id in row.own_ids
+        ):  # another beginning than when the image was set
+            self._cover(self._images, ids)
+            row.prefix = match_chain(self._images.prefix, ids)
+            row.features = [] if row.prefix else self._images.features
+        return row
+
+    def _messages(self, turns: list[tuple[str, str | None]], num_images: int) -> list[dict]:
+        messages = [] if self.system is None else [{"role": "system", "content": [_text_item(self.system)]}]
+        for number, (question, answer) in enumerate(turns):
+            images = [{"type": "image"}] * (num_images if number == 0 else 0)
+            messages.append({"role": "user", "content": [*images, _text_item(question)]})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": [_text_item(answer)]})
+        return messages
+
+    def _text(self, row: Row, settings: DecodingSettings) -> str:
+        text = self.processor.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        for stop in settings.stop_strings:
+            text = text.split(stop, 1)[0]
+        return text.strip()
+
+    def _settings(self, changes: dict) -> DecodingSettings:
+        known = [field.name for field in fields(DecodingSettings)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise TypeError(f"There is no setting {', '.join(unknown)}; the settings are {', '.join(known)}.")
+        return replace(self.settings, **changes)
+
+    def _evict(self) -> None:
+        while len(self._cache) > max(1, self.max_cached_images) or (
+            len(self._cache) > 1 and sum(entry.nbytes for entry in self._cache.values()) > self.max_cached_bytes
+        ):
+            self._cache.popitem(last=False)
+
+
+def _default_settings(model, processor) -> DecodingSettings:
+    """What the model's generation configuration and the chat template say about the end of an answer."""
+    tokenizer, generation = processor.tokenizer, model.generation_config
+    end = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    end = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
+    stop_strings = ()
+    try:
+        stop = answer_stop(processor)
+    except ValueError as error:  # a foreign template: the end token has to do
+        logger.info("Answers end with the end token only: %s", error)
+    else:
+        stop = stop.strip() or stop
+        stop_id = tokenizer.get_added_vocab().get(stop)
+        if stop_id is not None:
+            end = sorted({*end, stop_id})
+        elif stop and stop not in map(tokenizer.decode, end):
+            stop_strings = (stop,)
+    return DecodingSettings(
+        end_token_ids=tuple(end),
+        stop_strings=stop_strings,
+        repetition_penalty=generation.repetition_penalty or 1.0,
+    )
+
+
+def _content_key(reference: Any) -> tuple:
+    """Equal for the same picture: a file that has not changed, or the same pixels."""
+    if isinstance(reference, Image.Image):
+        return "pixels", reference.mode, reference.size, hashlib.blake2b(reference.tobytes()).digest()
+    if isinstance(reference, (str, os.PathLike)) and os.path.isfile(reference):
+        info = os.stat(reference)
+        return "file", os.path.abspath(reference), info.st_mtime_ns, info.st_size
+    return image_key(reference)
+
+
+def _text_item(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _check_sample(sample: dict) -> None:
+    missing = [key for key in ("id", "messages", "images") if key not in sample]
+    if missing:
+        raise ValueError(f"A sample has no {', '.join(missing)}; its keys are {', '.join(map(str, sample))}.")
+    num_items = sum(item["type"] == "image" for message in sample["messages"] for item in message["content"])
+    if num_items != len(sample["images"]):
+        raise ValueError(
+            f"sample {sample['id']!r} has {num_items} image items in its messages but {len(sample['images'])} images."
+        )
+    if sample["messages"][-1]["role"] != "user":
+        raise ValueError(
+            f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."
+        )
+
+
+def _batches(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+__all__ = ["Answer", "LlavaPredictor"]

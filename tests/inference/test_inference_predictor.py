@@ -1,0 +1,564 @@
+"""`LlavaPredictor` against `generate`: the same answers from a prefix that is computed once and never copied."""
+
+import pytest
+import torch
+from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+
+from modeling_llava.inference.decoding import Decoder, DecodingSettings, Row
+from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference.prompts import encode_prompt
+from modeling_llava.inference.shared_prefix import Prefix, match_chain, partial_attention
+
+
+QUESTIONS = [
+    "What is this?",
+    "How many people are in the picture, and what do all of them wear on their heads?",
+    "Why?",
+    "  Is it   indented?\n",
+    "Describe the weather.",
+]
+LANGUAGE_MODELS = {
+    "llama": {},
+    "llama without grouped heads": {"num_key_value_heads": 4},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "mistral, window inside the question": {"model_type": "mistral", "sliding_window": 6},
+    "mistral, window over the image": {"model_type": "mistral", "sliding_window": 30},
+    "qwen2, one layer with a window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor)
+
+
+@pytest.fixture
+def predictor(model, processor):
+    return LlavaPredictor(model, processor)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_answers_equal_generate_one_by_one_and_in_a_batch(name, processor):
+    model = tiny_llava(processor, **LANGUAGE_MODELS[name])
+    predictor = LlavaPredictor(model, processor)
+    image = picture(1)
+    expected = [generated(model, processor, [user_turn(question, [image])]) for question in QUESTIONS]
+    assert len(set(expected)) == len(QUESTIONS)
+    predictor.set_image(image)
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+    assert predictor.ask(QUESTIONS, max_new_tokens=12, batch_size=2) == expected
+    assert [predictor.ask(question, max_new_tokens=12) for question in QUESTIONS] == expected
+    predictor.set_image(picture(2))
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) != expected
+
+
+def test_stock_class_and_stock_processor_give_the_same(model, processor):
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers.models.llava.processing_llava import LlavaProcessor
+
+    stock = LlavaForConditionalGeneration(LlavaConfig(**model.config.to_dict())).eval()
+    stock.load_state_dict(model.state_dict())
+    stock.generation_config = model.generation_config
+    stock_processor = LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=processor.chat_template,
+        num_additional_image_tokens=1,
+    )
+    ours, theirs = LlavaPredictor(model, processor), LlavaPredictor(stock, stock_processor)
+    for predictor in (ours, theirs):
+        predictor.set_image(picture(1))
+    assert ours.ask(QUESTIONS, max_new_tokens=8) == theirs.ask(QUESTIONS, max_new_tokens=8)
+
+
+def test_prefix_is_computed_once_and_never_copied(predictor):
+    image_passes, prefix_lengths = [], []
+    encode, forward = predictor.decoder.encode_images, predictor.decoder._forward
+    predictor.decoder.encode_images = lambda pixels: image_passes.append(len(pixels)) or encode(pixels)
+    predictor.decoder._forward = lambda embeds, step: prefix_lengths.append(embeds.shape[1]) or forward(embeds, step)
+    predictor.set_image(picture(1))
+    prefix = predictor._images.prefix
+    tensors = [tensor.data_ptr() for tensor in (*prefix.keys, *prefix.values)]
+    prompt = len(encode_prompt([user_turn(QUESTIONS[0], [picture(1)])], predictor.processor))
+    assert image_passes == [1] and prefix_lengths == [len(prefix.ids)]
+    assert predictor.processor.image_token_id == prefix.ids[-1]
+
+    predictor.ask([QUESTIONS[0]] * 7, max_new_tokens=3)
+    # One pass over the seven questions without their prefix, then two tokens for each.
+    assert prefix_lengths[1:] == [7 * (prompt - len(prefix.ids)), 7, 7]
+    predictor.ask(QUESTIONS[0], max_new_tokens=1)
+    assert image_passes == [1]
+    assert [tensor.data_ptr() for tensor in (*prefix.keys, *prefix.values)] == tensors
+    assert all(tensor.shape[1] == len(prefix.ids) for tensor in prefix.keys)
+
+
+def test_memory_of_a_batch_does_not_hold_the_prefix_per_question(processor, monkeypatch):
+    big = tiny_processor(side=28 * 8)  # 256 image tokens
+    predictor = LlavaPredictor(tiny_llava(big, side=28 * 8), big)
+    predictor.set_image(picture(1))
+    rows = {}
+    take_buffers = predictor.decoder._decode
+
+    def watch(active, cache, settings):
+        rows["bytes"] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        return take_buffers(active, cache, settings)
+
+    monkeypatch.setattr(predictor.decoder, "_decode", watch)
+    predictor.ask(QUESTIONS[:3] * 8, max_new_tokens=2)
+    prefix = predictor._images.prefix
+    assert len(prefix.ids) > 256
+    # 24 copies would take 24 times the prefix; the rows' own buffers have room for some 100 tokens each.
+    assert rows["bytes"] < 12 * prefix.nbytes
+
+
+def test_conversation_equals_generate_on_the_whole_conversation(predictor, model, processor):
+    image = picture(3)
+    predictor.set_image(image)
+    messages = []
+    for number, question in enumerate(QUESTIONS):
+        messages.append(user_turn(question, [image] if number == 0 else []))
+        expected = generated(model, processor, messages, 10)
+        assert predictor.ask(question, keep_history=True, max_new_tokens=10) == expected
+        messages.append(assistant_turn(expected))
+    assert [question for question, _ in predictor.history] == QUESTIONS
+    past = predictor._past
+    assert len(past.chain()) == 2 and past.chain()[0] is predictor._images.prefix
+
+    alone = generated(model, processor, [user_turn(QUESTIONS[1], [image])], 10)
+    assert predictor.ask(QUESTIONS[1], max_new_tokens=10) == alone
+    assert len(predictor.history) == len(QUESTIONS)
+    predictor.forget_history()
+    assert predictor.ask(QUESTIONS[1], keep_history=True, max_new_tokens=10) == alone
+
+
+def test_conversation_uses_what_it_has_computed(predictor):
+    predictor.set_image(picture(3))
+    predictor.ask(QUESTIONS[0], keep_history=True, max_new_tokens=6)
+    lengths = []
+    forward = predictor.decoder._forward
+    predictor.decoder._forward = lambda embeds, step: lengths.append(embeds.shape[1]) or forward(embeds, step)
+    predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=1)
+    turns = [user_turn(QUESTIONS[0], [None]), assistant_turn(predictor.history[0][1]), user_turn(QUESTIONS[2])]
+    whole = len(encode_prompt(turns, predictor.processor))
+    # The answer's text may be cut into other tokens than those that were generated: at most the answer is computed anew.
+    assert lengths[0] < whole - len(predictor._images.prefix.ids) - 10
+
+
+def test_several_images_and_none(predictor, model, processor):
+    images = [picture(4), picture(5, (20, 60)), picture(6)]
+    predictor.set_image(images)
+    expected = [generated(model, processor, [user_turn(question, images)]) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+    predictor.set_image(images[::-1])
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) != expected
+    predictor.set_image(None)
+    expected = [generated(model, processor, [user_turn(question)]) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("template", ["llava_v1", "v1_mmtag", "llama_2", "chatml"])
+def test_templates_and_system_messages(template, model):
+    processor = tiny_processor(template)
+    predictor = LlavaPredictor(model, processor, system="Answer briefly.")
+    predictor.set_image(picture(1))
+    system = {"role": "system", "content": [{"type": "text", "text": "Answer briefly."}]}
+    messages = [system, user_turn(QUESTIONS[1], [picture(1)])]
+    assert predictor.ask(QUESTIONS[1], max_new_tokens=8) == generated(model, processor, messages, 8)
+    # The system message was changed after the image was set: its prefix no longer fits, and is made anew.
+    predictor.system = "Take your time."
+    system["content"][0]["text"] = "Take your time."
+    assert predictor.ask(QUESTIONS[1:3], max_new_tokens=8)[0] == generated(model, processor, messages, 8)
+
+
+def test_image_after_the_question(model):
+    processor = tiny_processor()
+    processor.chat_template = (
+        "{{ messages[0].content[-1].text }} <image> {% if add_generation_prompt %}Answer:{% endif %}"
+    )
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])]) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+
+
+def test_question_that_looks_like_control_tokens_is_text(predictor, model, processor):
+    question = "Is <image> or </s> a token? <s>"
+    predictor.set_image(picture(1))
+    assert predictor.ask(question, max_new_tokens=8) == generated(
+        model, processor, [user_turn(question, [picture(1)])], 8
+    )
+
+
+def test_prompts_are_those_of_the_processor(processor):
+    for messages in (
+        [user_turn(QUESTIONS[3], [picture(1), picture(2)])],
+        [user_turn("<image></s>", [picture(1)]), assistant_turn("a </s>"), user_turn("b")],
+        [user_turn("no image")],
+    ):
+        expected = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert encode_prompt(messages, processor) == expected["input_ids"][0].tolist()
+
+
+def test_answers_end_at_the_end_token_and_at_stop_strings(predictor, model, processor):
+    predictor.set_image(picture(1))
+    free = predictor.ask(QUESTIONS[0], max_new_tokens=12)
+    tokens = processor.tokenizer(free, add_special_tokens=False)["input_ids"]
+    expected = generated(model, processor, [user_turn(QUESTIONS[0], [picture(1)])], 12, eos_token_id=tokens[3])
+    assert predictor.ask(QUESTIONS[0], max_new_tokens=12, end_token_ids=(tokens[3],)) == expected
+    for stop in (free[5:7], free[3:4]):
+        assert predictor.ask(QUESTIONS[0], max_new_tokens=12, stop_strings=(stop,)) == free.split(stop)[0].strip()
+    assert LlavaPredictor(model, tiny_processor("vicuna_v0")).settings.stop_strings == ("###",)
+    assert LlavaPredictor(model, tiny_processor("vicuna_v1")).settings.stop_strings == ()
+
+
+def test_stream_gives_the_answer_in_pieces(predictor):
+    predictor.set_image(picture(2))
+    for question in QUESTIONS:
+        whole = predictor.ask(question, max_new_tokens=20)
+        pieces = list(predictor.stream(question, max_new_tokens=20))
+        assert "".join(pieces) == whole and len(pieces) > 5
+    broken_off = predictor.stream(QUESTIONS[0], keep_history=True)
+    next(broken_off)
+    broken_off.close()
+    assert predictor.history == []
+
+
+def test_stream_never_shows_a_stop_string_or_half_a_character(predictor):
+    predictor.set_image(picture(2))
+    whole = predictor.ask(QUESTIONS[0], max_new_tokens=20)
+    stop = whole[7:11]
+    pieces = list(predictor.stream(QUESTIONS[0], max_new_tokens=20, stop_strings=(stop,)))
+    assert "".join(pieces) == whole.split(stop)[0].strip()
+    emoji = predictor.processor.tokenizer("\N{CAT FACE}\N{CAT FACE}", add_special_tokens=False)["input_ids"]
+    assert len(emoji) > 4  # bytes
+    row = Row(0, [1])
+
+    def say(rows, settings, batch_size):
+        for token in emoji:
+            row.tokens.append(token)
+            row.finish_reason = "stop" if len(row.tokens) == len(emoji) else None
+            yield row
+
+    predictor.decoder.run = say
+    assert list(predictor._pieces(row, "", predictor.settings)) == ["\N{CAT FACE}", "\N{CAT FACE}"]
+
+
+def test_images_set_again_are_found_and_the_oldest_are_dropped(model, processor, tmp_path):
+    predictor = LlavaPredictor(model, processor, max_cached_images=2)
+    passes = []
+    encode = predictor.decoder.encode_images
+    predictor.decoder.encode_images = lambda pixels: passes.append(1) or encode(pixels)
+    for seed in (1, 2, 1, 2, 3, 2, 1):
+        predictor.set_image(picture(seed))
+    assert len(passes) == 4 and len(predictor._cache) == 2  # 1, 2, 3, and 1 again
+    picture(1).save(tmp_path / "a.png")
+    predictor.set_image(tmp_path / "a.png")
+    predictor.set_image(str(tmp_path / "a.png"))
+    assert len(passes) == 5
+    picture(9).save(tmp_path / "a.png", compress_level=0)
+    predictor.set_image(tmp_path / "a.png")  # the file has changed
+    assert len(passes) == 6
+    one = predictor._images.nbytes
+    predictor = LlavaPredictor(model, processor, max_cached_bytes=int(2.5 * one))
+    for seed in range(5):
+        predictor.set_image(picture(seed))
+    assert len(predictor._cache) == 2
+    predictor.reset()
+    assert not predictor._cache
+    with pytest.raises(ValueError, match="set_image"):
+        predictor.ask("What?")
+
+
+def test_bad_input_is_refused_with_a_reason(predictor, tmp_path):
+    with pytest.raises(ValueError, match="No image is set"):
+        predictor.ask("What?")
+    with pytest.raises(ValueError, match="nowhere.png"):
+        predictor.set_image(tmp_path / "nowhere.png")
+    predictor.set_image(picture(1))
+    with pytest.raises(ValueError, match="nowhere.png"):
+        predictor.set_image([picture(2), str(tmp_path / "nowhere.png")])
+    assert predictor.ask("What?", max_new_tokens=2)  # the image set before
+    with pytest.raises(ValueError, match="one question"):
+        predictor.ask(["a", "b"], keep_history=True)
+    with pytest.raises(ValueError, match="empty"):
+        predictor.ask(["a", " "])
+    with pytest.raises(TypeError, match="no setting max_tokens"):
+        predictor.ask("a", max_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        predictor.ask("a", max_new_tokens=0)
+    with pytest.raises(ValueError, match="top_p"):
+        predictor.ask("a", do_sample=True, top_p=0.0)
+    with pytest.raises(ValueError, match="stop_strings"):
+        predictor.ask("a", stop_strings="###")
+    processor = tiny_processor()
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        LlavaPredictor(predictor.model, processor).set_image(picture(1))
+
+
+def test_repetition_penalty_of_the_generation_configuration_is_kept(processor):
+    model = tiny_llava(processor)
+    model.generation_config.repetition_penalty = 1.7
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])]) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+
+
+def test_sampling_depends_on_seed_and_row_only(predictor):
+    predictor.set_image(picture(1))
+    settings = {"do_sample": True, "temperature": 2.0, "top_k": 50, "top_p": 0.95, "max_new_tokens": 8}
+    first = predictor.ask(QUESTIONS, seed=1, **settings)
+    assert predictor.ask(QUESTIONS, seed=1, batch_size=2, **settings) == first
+    assert predictor.ask(QUESTIONS[:2], seed=1, **settings) == first[:2]
+    assert predictor.ask(QUESTIONS, seed=2, **settings) != first
+    assert predictor.ask(QUESTIONS, max_new_tokens=8, do_sample=True, top_k=1) == predictor.ask(
+        QUESTIONS, max_new_tokens=8
+    )
+
+
+def test_lora_adapter_as_peft_model_and_as_loaded_adapter(processor, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llava(processor)
+    plain = LlavaPredictor(model, processor)
+    plain.set_image(picture(1))
+    without = plain.ask(QUESTIONS, max_new_tokens=8)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    predictor = LlavaPredictor(adapted, processor)
+    predictor.set_image(picture(1))
+    answers = predictor.ask(QUESTIONS, max_new_tokens=8)
+    assert answers == [generated(adapted, processor, [user_turn(q, [picture(1)])], 8) for q in QUESTIONS] != without
+    adapted.save_pretrained(tmp_path)
+
+    loaded = tiny_llava(processor)
+    loaded.load_adapter(tmp_path)
+    predictor = LlavaPredictor(loaded, processor)
+    predictor.set_image(picture(1))
+    assert predictor.ask(QUESTIONS, max_new_tokens=8) == answers
+
+
+@pytest.mark.slow
+def test_four_bit_weights(processor, tmp_path):
+    from modeling_llava.inference.loading import load_model
+
+    wide = tiny_llava(processor, hidden_size=64, intermediate_size=128)
+    wide.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, loaded_processor = load_model(tmp_path, dtype=torch.float32, device="cpu", load_in_4bit=True)
+    assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+    predictor = LlavaPredictor(model, loaded_processor)
+    predictor.set_image(picture(1))
+    expected = [generated(model, loaded_processor, [user_turn(q, [picture(1)])], 8) for q in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=8) == expected
+
+
+def test_language_model_that_cannot_share_is_answered_all_the_same(processor, caplog):
+    model = tiny_llava(processor, "gemma2", head_dim=16, attn_logit_softcapping=5.0, sliding_window=8)
+    predictor = LlavaPredictor(model, processor)
+    assert not predictor.decoder.shares_prefixes
+    predictor.set_image(picture(1))
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])], 8) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=8) == expected
+    messages = [user_turn(QUESTIONS[0], [picture(1)])]
+    for question in QUESTIONS[:3]:
+        if len(messages) > 1:
+            messages.append(user_turn(question))
+        answer = predictor.ask(question, keep_history=True, max_new_tokens=8)
+        assert answer == generated(model, processor, messages, 8)
+        messages.append(assistant_turn(answer))
+
+
+def samples_of(specification):
+    """(image seeds, question) → samples; a conversation before the question where it is a list."""
+    samples = []
+    for number, (seeds, question) in enumerate(specification):
+        images = [picture(seed) for seed in seeds]
+        messages = [user_turn(question, [None] * len(images))]
+        messages[0]["content"] = [
+            {"type": "image"} if item["type"] == "image" else item for item in messages[0]["content"]
+        ]
+        samples.append({"id": f"s{number}", "messages": messages, "images": images})
+    return samples
+
+
+def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, tmp_path):
+    specification = [
+        ([1], QUESTIONS[0]),
+        ([], QUESTIONS[1]),
+        ([2], QUESTIONS[1] * 3),
+        ([1], QUESTIONS[2]),
+        ([3, 4], QUESTIONS[4]),
+        ([], QUESTIONS[2]),
+        ([1], QUESTIONS[1]),
+        ([5], QUESTIONS[4]),
+        ([2], QUESTIONS[2]),
+        ([3, 4], QUESTIONS[0]),
+        ([6], QUESTIONS[3]),
+    ]
+    for seed in range(1, 7):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    samples = samples_of(specification)
+    for sample, (seeds, _) in zip(samples, specification):
+        sample["images"] = [f"{seed}.png" for seed in seeds]
+    expected = {
+        f"s{number}": generated(model, processor, [user_turn(question, [picture(seed) for seed in seeds])], 9)
+        for number, (seeds, question) in enumerate(specification)
+    }
+    predictor = LlavaPredictor(model, processor)
+    passes = []
+    encode = predictor.decoder.encode_images
+    predictor.decoder.encode_images = lambda pixels: passes.append(len(pixels)) or encode(pixels)
+    for batch_size in (1, 3, 8, 64):
+        answers = list(
+            predictor.answer_many(iter(samples), batch_size=batch_size, image_folder=tmp_path, max_new_tokens=9)
+        )
+        assert {answer.id: answer.text for answer in answers} == expected
+        assert len(answers) == len(samples)
+    assert passes[-1] == 6  # six pictures in all, each encoded once
+
+
+def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
+    """Rows that end early make room: the answers stay what they are."""
+    samples = samples_of([([seed], QUESTIONS[seed % 5]) for seed in range(13)])
+    predictor = LlavaPredictor(model, processor)
+    free = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30)}
+    stops = (free["s2"].text[4:6], free["s5"].text[10:12])
+    expected = {}
+    for number in range(13):
+        cut = free[f"s{number}"].text
+        for stop in stops:
+            cut = cut.split(stop)[0].strip()
+        expected[f"s{number}"] = cut
+    answers = list(predictor.answer_many(samples, batch_size=4, max_new_tokens=30, stop_strings=stops))
+    assert {answer.id: answer.text for answer in answers} == expected
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    assert all(answer.num_tokens == 30 for answer in answers if answer.finish_reason == "length")
+
+
+def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
+    predictor = LlavaPredictor(model, processor)
+    good = samples_of([([1], "a")])[0]
+    for change, message in (
+        ({"images": ["gone.png"]}, "sample 's0' .*gone.png"),
+        ({"images": []}, "sample 's0' has 1 image items in its messages but 0 images"),
+        ({"messages": [*good["messages"], assistant_turn("x")]}, "sample 's0' ends with the assistant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(predictor.answer_many([{**good, **change}], image_folder=tmp_path))
+    with pytest.raises(ValueError, match="no messages"):
+        list(predictor.answer_many([{"id": 1, "images": []}]))
+    with pytest.raises(ValueError, match="batch_size"):
+        next(predictor.answer_many([good], batch_size=0))
+
+
+def test_benchmark_reads_its_samples_as_it_goes(model, processor):
+    """A stream without an end is no problem: nothing is collected."""
+    predictor = LlavaPredictor(model, processor)
+    read = []
+
+    def endless():
+        number = 0
+        while True:
+            read.append(number)
+            yield {"id": number, "messages": [user_turn("What?")], "images": []}
+            number += 1
+
+    answers = predictor.answer_many(endless(), batch_size=2, max_new_tokens=2)
+    first = [next(answers).id for _ in range(40)]
+    assert len(set(first)) == 40 and len(read) <= 40 + 2 * 16 + 2
+
+
+def test_model_and_processor_that_do_not_belong_together(model):
+    other = tiny_processor(side=56)
+    with pytest.raises(ValueError, match="16 image tokens but its images yield 4"):
+        predictor = LlavaPredictor(model, other)
+        predictor.decoder.encode_images = lambda pixels: [torch.zeros(4, 64)]
+        predictor.set_image(picture(1))
+
+
+def test_training_flag_and_attention_are_left_as_they_were(model, processor):
+    before = model.model.language_model.config._attn_implementation
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    predictor.ask("What?", max_new_tokens=2)
+    assert model.model.language_model.config._attn_implementation == before
+    assert model.training is False
+
+
+def test_prefix_in_several_parts_is_one_softmax():
+    query, key, value = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
+    mask = torch.rand(5, 11) > 0.4
+    mask[:, 7] = True
+    mask[2, :7] = False  # nothing of the first part is seen
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    first = partial_attention(query, key[:, :, :7], value[:, :, :7], mask[:, :7], 0.3)
+    second = partial_attention(query, key[:, :, 7:], value[:, :, 7:], mask[:, 7:], 0.3)
+    total = torch.logaddexp(first[1], second[1])
+    merged = first[0] * (first[1] - total).exp() + second[0] * (second[1] - total).exp()
+    torch.testing.assert_close(merged, whole)
+    assert torch.isneginf(first[1][:, :, 2]).all()
+
+
+def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
+    from modeling_llava.inference import shared_prefix
+
+    query, key, value = torch.randn(2, 50, 8), torch.randn(2, 40, 8), torch.randn(2, 40, 8)
+    whole = partial_attention(query, key, value, None, 0.3)
+    sizes = []
+    matmul = torch.matmul
+    monkeypatch.setattr(shared_prefix.torch, "matmul", lambda a, b: sizes.append((a @ b).numel()) or matmul(a, b))
+    monkeypatch.setattr(shared_prefix, "MAX_SCORES", 800)
+    pieces = partial_attention(query, key, value, None, 0.3)
+    assert max(sizes) <= 800
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_prefix_is_matched_by_the_ids_of_the_whole_prompt():
+    image = Prefix([1, 5, 9, 9, 9], keys=[torch.randn(1, 5, 2)], values=[torch.randn(1, 5, 2)])
+    turns = Prefix([7, 8, 6], 5, image, [torch.randn(1, 3, 2)], [torch.randn(1, 3, 2)])
+    assert match_chain(turns, [1, 5, 9, 9, 9, 7, 8, 6, 2]) is turns
+    cut = match_chain(turns, [1, 5, 9, 9, 9, 7, 3, 6, 2])  # the second answer is cut into other tokens
+    assert cut.ids == [7] and cut.parent is image and cut.end == 6
+    assert cut.keys[0].data_ptr() == turns.keys[0].data_ptr()
+    assert match_chain(turns, [1, 5, 9, 9, 9]).end == 4  # one token is left over, to ask with
+    assert match_chain(turns, [2, 5]) is None and match_chain(None, [1]) is None
+
+
+def test_long_prompts_are_computed_in_pieces(model, processor, monkeypatch):
+    from modeling_llava.inference import decoding
+
+    samples = samples_of([([seed], QUESTIONS[seed % 5] * (1 + seed % 3)) for seed in range(9)])
+    predictor = LlavaPredictor(model, processor)
+    expected = {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)}
+    sizes = []
+    forward = Decoder._forward
+    monkeypatch.setattr(Decoder, "_forward", lambda self, e, s: sizes.append(e.shape[1]) or forward(self, e, s))
+    monkeypatch.setattr(decoding, "MAX_PREFILL_TOKENS", 200)
+    assert {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)} == expected
+    longest = max(len(encode_prompt(sample["messages"], processor)) for sample in samples)
+    assert max(sizes) <= max(200, longest)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="temperature"):
+        DecodingSettings(do_sample=True, temperature=0)
+    with pytest.raises(ValueError, match="top_k"):
+        DecodingSettings(top_k=0)

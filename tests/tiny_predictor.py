@@ -1,0 +1,78 @@
+"""A tiny random LLaVA with a processor, and the answers that plain `generate` gives."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tiny import tiny_text_config, tiny_vision_config
+
+from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+from modeling_llava.processing_llava import load_chat_template
+from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tiny_processor(template="vicuna_v1", side=28):
+    """Over the golden SentencePiece model (700 pieces); `(side // 14)²` image tokens per image."""
+    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model", padding_side="left")
+    add_image_token(tokenizer)
+    image_processor = LlavaImageProcessor(size=side, crop_size=side, do_pad=True)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=load_chat_template(template),
+    )
+
+
+def tiny_llava(processor, model_type="llama", side=28, **text_overrides):
+    """Weights large enough that pictures, questions and positions change the answer."""
+    text = tiny_text_config(model_type, **{"vocab_size": 704, "max_position_embeddings": 512, **text_overrides})
+    config = LlavaConfig(
+        vision_config=tiny_vision_config(image_size=side),
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        model.lm_head.weight[:259] = (
+            0.0  # no control tokens and no single bytes: answers that survive being read as text
+        )
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model
+
+
+def picture(seed, size=(40, 30)):
+    """Noise."""
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.byte().numpy())
+
+
+def user_turn(text, images=()):
+    items = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
+
+
+def assistant_turn(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def generated(model, processor, messages, max_new_tokens=12, **kwargs):
+    """The answer of stock `generate` on the processor's own inputs, one prompt, nothing kept from before."""
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        output = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs})
+    tokens = output[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(tokens, skip_special_tokens=True).strip()
