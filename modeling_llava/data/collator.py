@@ -60,6 +60,8 @@ class LlavaDataCollator:
             Round the sequence length up.
         follow_symlinks (`bool`, *optional*, defaults to `False`):
             Allow links inside `image_folder` to lead out of it.
+        share_images (`bool`, *optional*, defaults to `True`):
+            Give an image that occurs more than once only once, with `image_indices`. A stock model needs `False`.
 
     Attributes:
         dropped (`dict[str, int]`):
@@ -97,6 +99,7 @@ class LlavaDataCollator:
         padding: Literal["longest", "max_length"] = "longest",
         pad_to_multiple_of: int | None = None,
         follow_symlinks: bool = False,
+        share_images: bool = True,
     ):
         choices = {
             "overflow": (overflow, ("error", "drop", "truncate_text")),
@@ -121,6 +124,7 @@ class LlavaDataCollator:
         self.padding = padding
         self.pad_to_multiple_of = pad_to_multiple_of
         self.follow_symlinks = follow_symlinks
+        self.share_images = share_images
         tokenizer = processor.tokenizer
         # Its value is never read, since the mask hides it; a tokenizer without one is no reason to stop.
         self.pad_token_id = next(
@@ -269,7 +273,10 @@ class LlavaDataCollator:
         if len(unique) == len(keys):
             return {"pixel_values": pixel_values}
         row_of = {key: row for row, key in enumerate(unique)}
-        return {"pixel_values": pixel_values, "image_indices": torch.tensor([row_of[key] for key in keys])}
+        indices = torch.tensor([row_of[key] for key in keys])
+        if not self.share_images:
+            return {"pixel_values": pixel_values[indices]}
+        return {"pixel_values": pixel_values, "image_indices": indices}
 
     def _check_image_tokens(self, samples: list[dict], pixel_values: torch.Tensor) -> None:
         processor = self.processor

@@ -396,15 +396,15 @@ def test_streaming_json_does_not_hold_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "_CHUNK", 1 << 12)
     path = tmp_path / "a.json"
     with open(path, "w") as file:
-        file.write("[" + ",".join(json.dumps(llava_row(i)) for i in range(8000)) + "]")
+        file.write("[" + ",".join(json.dumps(llava_row(i)) for i in range(3000)) + "]")
     import tracemalloc
 
     stream = load_conversations(path, streaming=True)
     tracemalloc.start()
-    assert sum(1 for _ in stream) == 8000
+    assert sum(1 for _ in stream) == 3000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1 << 20 < path.stat().st_size
+    assert 2 * peak < path.stat().st_size
 
 
 def test_torch_sees_datasets_and_streams_for_what_they_are():

@@ -1,0 +1,329 @@
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import LlavaProcessor as StockProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.data import BadSampleError, LlavaDataCollator, encode_conversation, from_llava_row, load_image
+from modeling_llava.data.schema import CORRUPT_IMAGE, MISSING_IMAGE, NOTHING_SUPERVISED, TOO_LONG
+
+
+TOKENS_PER_IMAGE = 9  # (42 // 14)² patches
+
+
+def conversation(sample_id, *values, image=None):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return from_llava_row({"id": sample_id, "image": image, "conversations": turns})
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number in range(3):
+        values = np.random.default_rng(number).integers(0, 256, (30 + number, 40, 3), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def two_samples():
+    return [
+        conversation("a", "<image>\nWhat is it?", "A cat, asleep.", "Where?", "On a mat.", image="0.png"),
+        conversation("b", "Hi.", "Hello."),
+    ]
+
+
+def test_batch_is_the_samples_padded_on_the_right(processor, pictures):
+    batch = LlavaDataCollator(processor, image_folder=pictures)(two_samples())
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    longest = batch["attention_mask"].sum(1).max()
+    for row, sample in enumerate(two_samples()):
+        expected = encode_conversation(sample["messages"], processor)
+        end = len(expected["input_ids"])
+        assert torch.equal(batch["input_ids"][row, :end], expected["input_ids"])
+        assert torch.equal(batch["labels"][row, :end], expected["labels"])
+        assert batch["attention_mask"][row].tolist() == [1] * end + [0] * (longest - end)
+        assert (batch["labels"][row, end:] == -100).all()
+        assert (batch["input_ids"][row, end:] == processor.tokenizer.pad_token_id).all()
+    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels"))
+    image = load_image("0.png", pictures)
+    assert torch.equal(batch["pixel_values"], processor.image_processor(image, return_tensors="pt").pixel_values)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [TOKENS_PER_IMAGE, 0]
+
+
+def test_ids_and_labels_are_the_originals(processor, golden):
+    samples = json.loads((golden / "masks_tiny.json").read_text())["versions"]["v1"]
+    picture = Image.new("RGB", (42, 42))
+    rows = [
+        from_llava_row(
+            {"id": s["id"], "image": picture if s["has_image"] else None, "conversations": s["conversations"]}
+        )
+        for s in samples
+    ]
+    batch = LlavaDataCollator(processor)(rows)
+    assert len(samples) == 21
+    for row, sample in enumerate(samples):
+        ids, labels = [], []
+        for token, label in zip(sample["input_ids"], sample["labels"]):
+            repeats = TOKENS_PER_IMAGE if token == -200 else 1
+            ids += [processor.image_token_id if token == -200 else token] * repeats
+            labels += [label] * repeats
+        end = int(batch["attention_mask"][row].sum())
+        assert batch["input_ids"][row, :end].tolist() == ids, sample["id"]
+        # A span begins at the space before the answer and ends with the stop; the original's differ by that space.
+        ours = batch["labels"][row, :end]
+        assert [i for i, v in enumerate(labels) if v != -100][-1] == torch.nonzero(ours != -100)[-1].item()
+        assert all(o == t for o, t in zip(ours.tolist(), ids) if o != -100)
+
+
+def test_examples_are_not_changed(processor, pictures):
+    samples = two_samples()
+    before = copy.deepcopy(samples)
+    for order in ("as_is", "random"):
+        LlavaDataCollator(processor, image_folder=pictures, first_turn_order=order)(samples)
+    assert samples == before
+
+
+def test_text_only_batch_has_no_pixels(processor):
+    batch = LlavaDataCollator(processor)([two_samples()[1]])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_image_that_occurs_twice_is_given_once(processor, pictures):
+    samples = [
+        conversation("a", "<image>\nWhat?", "A cat.", image="0.png"),
+        conversation("b", "Compare <image> and <image>.", "No.", image=["1.png", "0.png"]),
+        conversation("c", "Hi.", "Hello."),
+        conversation("d", "<image>", "A dog.", image="./1.png"),
+    ]
+    batch = LlavaDataCollator(processor, image_folder=pictures)(samples)
+    assert batch["pixel_values"].shape == (2, 3, 42, 42) and batch["image_indices"].tolist() == [0, 1, 0, 1]
+    places = [load_image(name, pictures) for name in ("0.png", "1.png", "0.png", "1.png")]
+    expected = processor.image_processor(places, return_tensors="pt").pixel_values
+    assert torch.equal(batch["pixel_values"][batch["image_indices"]], expected)
+
+
+def test_model_takes_the_batch_and_shared_images_change_nothing(processor, pictures, golden):
+    folder = golden / "llava_v15_tiny_lora"
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(
+        folder / "vision_tower", folder / "language_model"
+    )
+    samples = [conversation(str(i), "<image>\nWhat?", f"A cat {i}.", image="0.png") for i in range(3)]
+    batch = LlavaDataCollator(processor, image_folder=pictures)(samples)
+    assert "image_indices" in batch
+    loss = model.eval()(**batch).loss
+    rows = batch.pop("image_indices")
+    torch.testing.assert_close(model(**{**batch, "pixel_values": batch["pixel_values"][rows]}).loss, loss)
+
+
+def test_shared_images_can_be_switched_off_for_a_stock_model(processor, pictures):
+    samples = [conversation(i, "<image>\nWhat?", "A cat.", image="0.png") for i in "ab"]
+    shared = LlavaDataCollator(processor, image_folder=pictures)(samples)
+    batch = LlavaDataCollator(processor, image_folder=pictures, share_images=False)(samples)
+    assert "image_indices" not in batch
+    assert torch.equal(batch["pixel_values"], shared["pixel_values"][shared["image_indices"]])
+
+
+@pytest.mark.parametrize("source", ["bytes", "image"])
+def test_embedded_images_and_pil_images(processor, pictures, source):
+    data = (pictures / "0.png").read_bytes()
+    reference = {"bytes": data, "path": None} if source == "bytes" else load_image("0.png", pictures)
+    batch = LlavaDataCollator(processor)([conversation(i, "<image>", "A cat.", image=reference) for i in "ab"])
+    expected = processor.image_processor(load_image("0.png", pictures), return_tensors="pt").pixel_values
+    assert torch.equal(batch["pixel_values"], expected) and batch["image_indices"].tolist() == [0, 0]
+
+
+def test_padding_options(processor, pictures):
+    samples = two_samples()
+    assert (
+        LlavaDataCollator(processor, image_folder=pictures, pad_to_multiple_of=64)(samples)["labels"].shape[1] % 64
+        == 0
+    )
+    padded = LlavaDataCollator(processor, 300, image_folder=pictures, padding="max_length")(samples)
+    assert padded["input_ids"].shape == (2, 300) and (padded["labels"][:, -20:] == -100).all()
+
+
+# Bad samples
+
+
+def bad_batch():
+    return [
+        conversation("gone", "<image>", "A.", image="9.png"),
+        conversation("good", "<image>", "B.", image="0.png"),
+        conversation("broken", "<image>", "C.", image="broken.png"),
+        conversation("gone too", "<image>", "D.", image="9.png"),
+    ]
+
+
+def test_bad_image_is_an_error_that_names_the_sample(processor, pictures):
+    with pytest.raises(BadSampleError, match="sample 'gone' has the image '9.png', which is not there"):
+        LlavaDataCollator(processor, image_folder=pictures)(bad_batch())
+
+
+def test_bad_samples_are_dropped_counted_and_said_once(processor, pictures, caplog):
+    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
+    batch = collator(bad_batch())
+    alone = LlavaDataCollator(processor, image_folder=pictures)(bad_batch()[1:2])
+    assert all(torch.equal(batch[name], alone[name]) for name in alone) and set(batch) == set(alone)
+    assert collator.dropped == {MISSING_IMAGE: 2, CORRUPT_IMAGE: 1}
+    collator(bad_batch())
+    assert collator.dropped == {MISSING_IMAGE: 4, CORRUPT_IMAGE: 2} and len(caplog.records) == 2
+
+
+def test_batch_of_dropped_samples_alone_is_an_error(processor, pictures):
+    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
+    with pytest.raises(ValueError, match="all 2 samples of a batch were dropped.*sample 'gone'.*sample 'broken'"):
+        collator([bad_batch()[0], bad_batch()[2]])
+
+
+def test_second_image_of_a_dropped_sample_leaves_no_trace(processor, pictures):
+    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
+    samples = [conversation("x", "<image><image>", "A.", image=["1.png", "9.png"]), bad_batch()[1]]
+    assert collator(samples)["pixel_values"].shape[0] == 1
+
+
+def test_drops_in_workers_are_seen(processor, pictures):
+    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
+    loader = DataLoader(bad_batch() * 3, batch_size=4, num_workers=2, collate_fn=collator)
+    assert [len(batch["labels"]) for batch in loader] == [1, 1, 1]
+    assert collator.dropped == {MISSING_IMAGE: 6, CORRUPT_IMAGE: 3}
+
+
+@pytest.mark.parametrize("on_bad_sample", ["raise", "drop"])
+def test_overflow(processor, pictures, on_bad_sample):
+    samples = [conversation("long", "<image>\nWhat is it?", "A cat. " * 40, image="0.png"), two_samples()[1]]
+    options = {"max_length": 90, "image_folder": pictures, "on_bad_sample": on_bad_sample}
+    with pytest.raises(BadSampleError, match="sample 'long' has .* max_length is 90"):
+        LlavaDataCollator(processor, **options)(samples)
+    collator = LlavaDataCollator(processor, overflow="drop", **options)
+    assert "pixel_values" not in collator(samples) and collator.dropped == {TOO_LONG: 1}
+    cut = LlavaDataCollator(processor, overflow="truncate_text", **options)(samples)
+    assert cut["input_ids"].shape == (2, 90)
+    assert (cut["input_ids"] == processor.image_token_id).sum() == TOKENS_PER_IMAGE
+
+
+def test_truncation_that_would_cut_an_image_or_every_answer_is_a_bad_sample(processor, pictures):
+    late = conversation("late", "Hi.", "A cat. " * 20, "<image>", "B.", image="0.png")
+    dumb = conversation("dumb", "Why? " * 60, "B.")
+    collator = LlavaDataCollator(processor, 90, "truncate_text", image_folder=pictures)
+    with pytest.raises(BadSampleError, match="sample 'late'") as caught:
+        collator([late])
+    assert caught.value.reason == TOO_LONG
+    with pytest.raises(BadSampleError, match="sample 'dumb'") as caught:
+        collator([dumb])
+    assert caught.value.reason == NOTHING_SUPERVISED
+    collator = LlavaDataCollator(processor, 90, "truncate_text", image_folder=pictures, on_bad_sample="drop")
+    assert len(collator([late, dumb, two_samples()[1]])["labels"]) == 1
+    assert collator.dropped == {TOO_LONG: 1, NOTHING_SUPERVISED: 1}
+
+
+def test_image_processor_that_disagrees_with_the_settings_is_named(processor, pictures):
+    images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, size={"height": 42, "width": 42})
+    wrong = StockProcessor(images, processor.tokenizer, 14, "default", processor.chat_template, "<image>", 1)
+    sample = conversation("s-3", "<image>", "A.", image=Image.new("RGB", (56, 42)))
+    with pytest.raises(ValueError, match="sample 's-3' has 9 image tokens but its 1 images of 42×56 pixels yield 12"):
+        LlavaDataCollator(wrong)([sample])
+
+
+def test_stock_processor_gives_the_same_batch(processor, pictures):
+    images = CLIPImageProcessorPil.from_dict(processor.image_processor.to_dict())
+    stock = StockProcessor(images, processor.tokenizer, 14, "default", processor.chat_template, "<image>", 1)
+    samples = [conversation("a", "<image>\nWhat?", "A.", image=Image.new("RGB", (42, 42), (9, 8, 7)))]
+    ours, theirs = LlavaDataCollator(processor)(samples), LlavaDataCollator(stock)(samples)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_wrong_arguments_and_examples(processor, tmp_path):
+    for option in ("overflow", "on_bad_sample", "first_turn_order", "padding"):
+        with pytest.raises(ValueError, match=f"{option} is 'no'"):
+            LlavaDataCollator(processor, **{option: "no"})
+    with pytest.raises(ValueError, match="needs a max_length"):
+        LlavaDataCollator(processor, None, padding="max_length")
+    with pytest.raises(FileNotFoundError, match="image folder"):
+        LlavaDataCollator(processor, image_folder=tmp_path / "no")
+    with pytest.raises(TypeError, match="read the data with load_conversations"):
+        LlavaDataCollator(processor)([{"conversations": []}])
+
+
+# Order of the first turn
+
+
+def text_of(processor, batch, row=0):
+    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    text = processor.tokenizer.decode(ids)
+    return text.replace("<image>" * TOKENS_PER_IMAGE, "<image>")
+
+
+def test_first_turn_order_is_drawn_by_seed_and_id_alone(processor, pictures):
+    samples = [
+        conversation(f"s{i}", "<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="0.png") for i in range(60)
+    ]
+
+    def behind(seed, samples):
+        collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random", seed=seed)
+        batch = collator(samples)
+        texts = [text_of(processor, batch, row) for row in range(len(samples))]
+        # The rest of the conversation follows the same way in both orders.
+        assert all(text.count("<image>") == 1 and "Sure? ASSISTANT: Yes." in text for text in texts)
+        return [text.index("<image>") > text.index("What is it?") for text in texts]
+
+    drawn = behind(0, samples)
+    assert 15 < sum(drawn) < 45
+    assert behind(0, samples[::-1]) == drawn[::-1]
+    assert behind(0, samples[7:8]) == drawn[7:8]
+    assert behind(1, samples) != drawn
+    assert not any(
+        text_of(processor, LlavaDataCollator(processor, image_folder=pictures)([sample])).index("<image>") > 220
+        for sample in samples[:3]
+    )
+
+
+def test_random_order_renders_the_papers_first_turn(processor, pictures):
+    samples = [conversation(f"s{i}", "<image>\nWhat is it?", "A cat.", image="0.png") for i in range(12)]
+    collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random")
+    turns = set()
+    for row in range(12):
+        text = text_of(processor, collator(samples), row)
+        turns.add(text[text.index("USER:") : text.index("ASSISTANT:")])
+    normalised = {turn.replace(" ", "") for turn in turns}
+    assert normalised == {"USER:<image>\nWhatisit?", "USER:Whatisit?\n<image>"}
+
+
+def test_random_order_in_front_equals_the_default(processor, pictures):
+    sample = conversation("s", "Look <image> here.", "A cat.", "And <image>?", "A dog.", image=["0.png", "1.png"])
+    as_is = LlavaDataCollator(processor, image_folder=pictures)
+    orders = {
+        seed: LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random", seed=seed)
+        for seed in range(9)
+    }
+    same = [torch.equal(collator([sample])["input_ids"], as_is([sample])["input_ids"]) for collator in orders.values()]
+    assert any(same) and not all(same)
+
+
+def test_samples_without_an_image_in_the_first_turn_are_left_alone(processor):
+    sample = conversation("s", "  Hi. ", "Hello.")
+    as_is, drawn = (LlavaDataCollator(processor, first_turn_order=order)([sample]) for order in ("as_is", "random"))
+    assert torch.equal(as_is["input_ids"], drawn["input_ids"])
+
+
+@pytest.mark.parametrize("order", ["as_is", "random"])
+def test_length_is_that_of_the_batch_and_opens_no_image(processor, pictures, order):
+    collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order=order)
+    samples = [conversation(f"s{i}", "<image>\nWhat?", "Cat. " * i, image="0.png") for i in range(1, 9)]
+    assert [collator.length(sample) for sample in samples] == collator(samples)["attention_mask"].sum(1).tolist()
+    assert collator.length({**samples[0], "images": ["9.png"]}) == collator.length(samples[0])
+    short = LlavaDataCollator(processor, 40, "truncate_text")
+    assert short.length(samples[-1]) == 40
+
+
+def test_collator_is_picklable(processor, pictures):
+    collator = LlavaDataCollator(processor, image_folder=pictures)
+    clone = pickle.loads(pickle.dumps(collator))
+    assert torch.equal(clone(two_samples())["input_ids"], collator(two_samples())["input_ids"])
