@@ -1,0 +1,348 @@
+"""
+What a folder on disk (or on the Hub) holds, and how its weights get into a model. Training and inference stand on it.
+
+| kind | told by | holds |
+|---|---|---|
+| `full` | `config.json` with weights | a stock `llava` checkpoint |
+| `adapter` | `adapter_config.json` | PEFT: LoRA, the whole projector, the vision tower if it was trained |
+| `projector` | `projector_config.json` | what a pretrain run trained; the frozen weights stay where they were |
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+
+
+PROJECTOR_CONFIG_NAME = "projector_config.json"
+PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
+
+COMPONENTS = ("language_model", "multi_modal_projector", "vision_tower")
+"""The parts of a LLaVA, by the names of their modules; the head counts as the language model's."""
+
+DORA_MAGNITUDE = ".lora_magnitude_vector"
+"""How PEFT names DoRA's magnitudes in a file; transformers looks for this with `.weight` behind it."""
+
+UNQUANTISED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+"""Kept out of 4-bit. In full: transformers silently ignores `["vision_tower"]`. PEFT cannot train a 4-bit projector."""
+
+
+def component_of(parameter_name: str) -> str:
+    """The component to which a parameter or module belongs, in memory, in a saved file or under PEFT's wrappers."""
+    parts = parameter_name.split(".")
+    return next((name for name in ("vision_tower", "multi_modal_projector") if name in parts), "language_model")
+
+
+def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Literal["full", "adapter", "projector"]:
+    """
+    What `path` holds, by the names of its files.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A folder or a Hub name.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
+        ValueError: the folder holds nothing that can be loaded.
+    """
+    path = os.fspath(path)
+    if not os.path.isdir(path):
+        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+            raise FileNotFoundError(f"{path!r} is neither a folder nor the name of a model on the Hub.")
+    if find_adapter_config_file(path, revision=revision) is not None:
+        return "adapter"
+    if _config_file(path, PROJECTOR_CONFIG_NAME, revision) is not None:
+        return "projector"
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(
+            f"{path!r} holds no model: it has neither config.json nor adapter_config.json nor {PROJECTOR_CONFIG_NAME}. "
+            f"It holds: {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
+        )
+    return "full"
+
+
+def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
+    """
+    The model on which an adapter or projector folder was trained.
+
+    Raises:
+        ValueError: the folder does not say, or the local folder that it names is gone.
+    """
+    path = os.fspath(path)
+    adapter_config = find_adapter_config_file(path, revision=revision)
+    config_file = adapter_config or _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    base = json.loads(Path(config_file).read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{config_file} names no base model. Write its folder or Hub name as base_model_name_or_path."
+        )
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(
+            f"{path} was trained on {base}, which is not there. Put it back, or write its new place into "
+            f"{config_file} as base_model_name_or_path."
+        )
+    return base
+
+
+def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
+    """Whether the folder or Hub repository holds a processor of its own."""
+    return _config_file(os.fspath(path), "processor_config.json", revision) is not None
+
+
+def base_name_to_record(model: PreTrainedModel) -> str | None:
+    """The name under which `model` was loaded, so that it is found from any working directory; `None` if it was not."""
+    name = getattr(model, "name_or_path", None) or None
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
+def _config_file(path: str, name: str, revision: str | None) -> str | None:
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+# Weights by their saved names
+
+
+def saved_tensors(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a model under the names that a checkpoint has for them (`language_model.lm_head.weight`).
+
+    They are the model's own storage, not copies, except where transformers fuses several saved tensors into one.
+    """
+    return revert_weight_conversion(model, state_dict if state_dict is not None else model.state_dict())
+
+
+@torch.no_grad()
+def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """
+    Copy the weights of a full checkpoint into a model that exists, exactly and without a second model in memory.
+
+    `model.load_state_dict(file, strict=False)`, which `Trainer` uses to resume, finds not one key of a `llava`
+    checkpoint, since saved names differ from names in memory, and goes on with the weights that it had.
+
+    Raises:
+        ValueError: names or shapes of the file and of the model differ.
+    """
+    folder = Path(folder)
+    targets = saved_tensors(model)
+    own_storage = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    if any(tensor.untyped_storage().data_ptr() not in own_storage for tensor in targets.values()):
+        # a language model whose saved tensors are fused in memory (mixture of experts): let transformers fuse them
+        fresh = type(model).from_pretrained(folder, dtype=torch.float32)
+        model.load_state_dict(fresh.state_dict())
+        return
+    loaded, unexpected = set(), []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name not in targets:
+                    unexpected.append(name)
+                    continue
+                _copy(tensors.get_tensor(name), targets[name], name, file)
+                loaded.add(name)
+    filled = {targets[name].data_ptr() for name in loaded}  # a tied head is saved once
+    missing = sorted(name for name in targets.keys() - loaded if targets[name].data_ptr() not in filled)
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
+            f"{len(unexpected)} are not the model's ({', '.join(sorted(unexpected)[:3])})."
+        )
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a full checkpoint, one or its shards."""
+    folder = Path(folder)
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    return [folder / SAFE_WEIGHTS_NAME]
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor, name: str, file: Path) -> None:
+    if source.shape != target.shape:
+        raise ValueError(
+            f"{file}: {name} is {list(source.shape)}, but the model's is {list(target.shape)}. "
+            "They come from different vision towers or language models."
+        )
+    target.copy_(source)
+
+
+# Projector folders
+
+
+def save_projector(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    base: str | None = None,
+) -> None:
+    """
+    Write what a pretrain run trained: the projector and, if it was trained, the vision tower, under stock names.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model; components with a trainable parameter are written whole.
+        folder (`str` or `os.PathLike`):
+            Created if absent. `projector.safetensors` and `projector_config.json` are written.
+        state_dict (`dict`, *optional*):
+            The model's, if it had to be gathered from several processes.
+        base (`str`, *optional*):
+            The model to which the projector belongs; by default the one that was loaded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    components = sorted({component_of(name) for name, p in model.named_parameters() if p.requires_grad})
+    assert "language_model" not in components, "a trained language model needs a full checkpoint"
+    tensors = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in saved_tensors(model, state_dict).items()
+        if component_of(name) in components
+    }
+    save_file(tensors, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": base or base_name_to_record(model),
+        "components": components,
+        "projector_hidden_act": model.config.projector_hidden_act,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+    }
+    (folder / PROJECTOR_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+@torch.no_grad()
+def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> list[str]:
+    """
+    Put the projector of a pretrain run into a model, and the vision tower if the run trained it.
+
+    Returns:
+        `list[str]`: the components that were replaced.
+
+    Raises:
+        ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
+    """
+    path = os.fspath(path)
+    config_file = _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    if config_file is None:
+        raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
+    config = json.loads(Path(config_file).read_text("utf-8"))
+    for name in ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy"):
+        ours = getattr(model.config, name)
+        if config[name] != (list(ours) if isinstance(ours, tuple) else ours):
+            raise ValueError(f"{path} was trained with {name}={config[name]!r}, but the model has {ours!r}.")
+    weights_file = cached_file(path, PROJECTOR_WEIGHTS_NAME, revision=revision)
+    targets = {name: t for name, t in saved_tensors(model).items() if component_of(name) in config["components"]}
+    with safe_open(weights_file, framework="pt") as tensors:
+        names = set(tensors.keys())
+        if names != targets.keys():
+            raise ValueError(
+                f"{weights_file} does not fit the model: {', '.join(sorted(names ^ targets.keys())[:4])} stand on one "
+                "side only. They come from different vision towers or projectors."
+            )
+        for name in names:
+            _copy(tensors.get_tensor(name), targets[name], name, Path(weights_file))
+    return config["components"]
+
+
+# Adapters
+
+
+def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+    """Put an adapter into a model by transformers' own means, so that it keeps its class and works in pipelines."""
+    from peft import PeftConfig
+    from peft.utils.save_and_load import load_peft_weights
+
+    path = os.fspath(path)
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    if not getattr(config, "use_dora", False):
+        model.load_adapter(path, adapter_kwargs={"revision": revision} if revision else None)
+        return
+    weights = load_peft_weights(path, device="cpu", **({"revision": revision} if revision else {}))
+    renamed = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in weights.items()}
+    model.load_adapter(peft_config=config, adapter_state_dict=renamed)
+
+
+# 4-bit weights
+
+
+def four_bit_config(
+    compute_dtype: torch.dtype, quant_type: str = "nf4", double_quant: bool = True
+) -> BitsAndBytesConfig:
+    """
+    QLoRA's quantisation of the language model; tower, projector and head stay in `compute_dtype`.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "4-bit weights need bitsandbytes: pip install 'modeling-llava[qlora]' (Linux and Windows; not macOS). "
+            "adapter=lora works without it."
+        ) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=UNQUANTISED_MODULES,
+    )
+
+
+def forbid_inference_packing(model: nn.Module) -> None:
+    """
+    Keep 4-bit weights in the layout in which they can be trained.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks them in place in the first forward of `eval()`; a training step
+    after an evaluation then runs a kernel without gradients, with other results and no exception.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any linear layer holds 4- or 8-bit weights."""
+    return any(parameter.__class__.__name__ in ("Params4bit", "Int8Params") for parameter in model.parameters())
+
+
+__all__ = [
+    "COMPONENTS",
+    "DORA_MAGNITUDE",
+    "PROJECTOR_CONFIG_NAME",
+    "PROJECTOR_WEIGHTS_NAME",
+    "UNQUANTISED_MODULES",
+    "base_model_of",
+    "base_name_to_record",
+    "checkpoint_kind",
+    "component_of",
+    "forbid_inference_packing",
+    "four_bit_config",
+    "has_processor",
+    "is_quantised",
+    "load_adapter_for_inference",
+    "load_full_weights",
+    "load_projector",
+    "save_projector",
+    "saved_tensors",
+    "weight_files",
+]

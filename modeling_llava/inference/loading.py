@@ -1,0 +1,108 @@
+"""Load a LLaVA for use, whatever the folder holds: a full checkpoint, an adapter, or a pretrain run's projector."""
+
+import os
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..checkpoints import (
+    base_model_of,
+    checkpoint_kind,
+    forbid_inference_packing,
+    four_bit_config,
+    has_processor,
+    load_adapter_for_inference,
+    load_projector,
+)
+
+
+def load_model(
+    path: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    load_in_4bit: bool = False,
+    adapter: str | os.PathLike | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    A model in evaluation mode, and its processor.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            Folder or Hub name of a full checkpoint, an adapter or a pretrain run's output. The last two find their
+            base by themselves.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Of the weights that are not quantised; `"auto"` is the checkpoint's own.
+        device (`str` or `torch.device`, *optional*):
+            Where to put the model; by default the accelerator if there is one, else the CPU.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Quantise the language model to NF4; tower, projector and head stay in `dtype`.
+        adapter (`str` or `os.PathLike`, *optional*):
+            An adapter to put on `path`, which must then be a full checkpoint.
+        base (`str`, *optional*):
+            The base of an adapter or a projector, if it is no longer where its folder says.
+        revision (`str`, *optional*):
+            Branch, tag or commit of `path` on the Hub.
+        attn_implementation (`str`, *optional*):
+            As in `from_pretrained`.
+
+    Returns:
+        `tuple` of [`~transformers.PreTrainedModel`] and [`~transformers.ProcessorMixin`]
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor the form of a Hub name.
+        ValueError: the folder holds no model, its base is gone, or `adapter` is given beside an adapter folder.
+        ImportError: `load_in_4bit` without bitsandbytes.
+    """
+    path = os.fspath(path)
+    kind = checkpoint_kind(path, revision)
+    if adapter is not None:
+        if kind != "full":
+            raise ValueError(f"{path} is a {kind} folder already; adapter={adapter} needs a full model under it.")
+        base, path, kind = path, os.fspath(adapter), "adapter"
+        if checkpoint_kind(path) != "adapter":
+            raise ValueError(f"adapter={path} is not an adapter folder: it has no adapter_config.json.")
+    elif kind != "full":
+        base = base or base_model_of(path, revision)
+
+    device = torch.device(device) if device is not None else default_device()
+    settings = {"dtype": dtype, "device_map": {"": device}}
+    if attn_implementation is not None:
+        settings["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        compute_dtype = dtype if isinstance(dtype, torch.dtype) else default_dtype(device)
+        settings["quantization_config"] = four_bit_config(compute_dtype)
+        settings["dtype"] = compute_dtype
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        base or path, revision=revision if base is None else None, **settings
+    )
+    if kind == "adapter":
+        load_adapter_for_inference(model, path, revision)
+    elif kind == "projector":
+        load_projector(model, path, revision)
+    if load_in_4bit:
+        forbid_inference_packing(model)
+    source = path if base is None or has_processor(path, revision) else base
+    processor = AutoProcessor.from_pretrained(source, revision=revision if source == path else None)
+    return model.eval(), processor
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which 4-bit weights are computed with: bfloat16 where the device has it, float16 on other GPUs."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+__all__ = ["default_device", "default_dtype", "load_model"]

@@ -1,0 +1,359 @@
+"""`LlavaTrainingArguments`: every setting of a training run, checked, with one help text each. No I/O."""
+
+import logging
+import re
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LEARNING_RATES = {"pretrain": 1e-3, "finetune": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+"""LLaVA-1.5's learning rates: of the two stages, and of the LoRA weights (its projector: 2e-5)."""
+
+ADAPTER_PROJECTOR_LEARNING_RATE = 2e-5
+"""LLaVA-1.5's learning rate of the projector beside LoRA weights."""
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None):
+    metadata = {"help": help, "group": "llava"} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """
+    Every setting of a run: what to train on what data, and all of [`~transformers.TrainingArguments`].
+
+    A recipe (YAML) has exactly these keys, flat. Each field's meaning is its `metadata["help"]`; `describe_settings`
+    lists them. Where the defaults of [`~transformers.TrainingArguments`] do not fit LLaVA, they are the papers':
+    cosine schedule, 3 % warm-up, no weight decay, a learning rate by stage and adapter.
+
+    Raises:
+        ValueError: settings that contradict each other; the message names both and says what to change.
+    """
+
+    # --- The model ---
+    model: str | None = _setting(
+        None, "Model to start from: a LLaVA folder or Hub name, or an adapter folder to be trained further."
+    )
+    model_revision: str | None = _setting(None, "Branch, tag or commit of `model` on the Hub.")
+    processor: str | None = _setting(None, "Folder or Hub name of the processor; the model's own by default.")
+    chat_template: str | None = _setting(
+        None, "Name of one of our chat templates (vicuna_v1, llava_v1, plain, …); the processor's own by default."
+    )
+    projector: str | None = _setting(
+        None, "Output folder of a pretrain run: its projector is put into `model` before training starts."
+    )
+    attn_implementation: str | None = _setting(
+        None, "Attention of the language model: eager, sdpa, flex_attention, flash_attention_2; transformers' choice."
+    )
+    precision: str = _setting(
+        "auto",
+        "Arithmetic: bf16 or fp16 (mixed precision), or fp32. auto: bf16 on a GPU that has it, else fp16; fp32 without a GPU.",
+        ("auto", "bf16", "fp16", "fp32"),
+    )
+    trained_dtype: str = _setting(
+        "float32",
+        "Storage of trained weights and optimizer state. bfloat16 halves both and loses small updates.",
+        ("float32", "bfloat16"),
+    )
+
+    # --- What is trained ---
+    stage: str = _setting(
+        "finetune",
+        "pretrain: the projector alone, on captions. finetune: projector and language model, on instructions.",
+        ("pretrain", "finetune"),
+    )
+    train_vision_tower: bool = _setting(False, "Train the vision tower as well.")
+    projector_learning_rate: float | None = _setting(
+        None, "Learning rate of the projector; by default `learning_rate`, and 2e-5 beside an adapter."
+    )
+    vision_tower_learning_rate: float | None = _setting(
+        None, "Learning rate of the vision tower; `learning_rate` by default. LLaVA-1.6 takes 2e-6."
+    )
+    learning_rate: float | None = _setting(
+        None, "Highest learning rate. By default 1e-3 (pretrain), 2e-5 (finetune), 2e-4 (LoRA and QLoRA)."
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Optimizer steps of linear warm-up; below 1 a share of all steps."}
+    )
+
+    # --- The adapter ---
+    adapter: str = _setting(
+        "none",
+        "none: train the weights themselves. lora: low-rank matrices beside the language model's linear layers. "
+        "qlora: the same beside 4-bit weights.",
+        ("none", "lora", "qlora"),
+    )
+    lora_r: int = _setting(128, "Rank of the low-rank matrices.")
+    lora_alpha: int = _setting(256, "Their product is scaled by lora_alpha / lora_r (rsLoRA: / √lora_r).")
+    lora_dropout: float = _setting(0.05, "Dropout before the low-rank matrices.")
+    lora_bias: str = _setting(
+        "none", "lora_only: train the biases of the layers with LoRA too.", ("none", "lora_only")
+    )
+    lora_target: str | None = _setting(
+        None, "Regular expression over module names; by default every linear layer of the language model but its head."
+    )
+    use_dora: bool = _setting(False, "DoRA: learn the magnitude of each weight apart from its direction.")
+    use_rslora: bool = _setting(False, "rsLoRA: scale by lora_alpha / √lora_r, which suits high ranks.")
+    quant_type: str = _setting("nf4", "4-bit data type of QLoRA.", ("nf4", "fp4"))
+    double_quant: bool = _setting(True, "QLoRA: quantise the quantisation constants too (0.4 bits per weight less).")
+
+    # --- The data ---
+    data: str | list[str] | dict[str, str] | None = _setting(
+        None,
+        "LLaVA JSON or JSONL, parquet, or a dataset with `messages` and `images`. Several: a list, or a mapping that "
+        "gives the samples of each a type, {conversation: a.json, detail: b.json}.",
+    )
+    data_split: str = _setting("train", "Split of a dataset that has several.")
+    image_folder: str | None = _setting(None, "Folder to which image paths in the data are relative.")
+    eval_data: str | list[str] | dict[str, str] | None = _setting(
+        None, "Evaluation data, in the same forms; its loss is reported."
+    )
+    eval_size: float | None = _setting(
+        None, "Hold out this share (below 1) or number of samples of `data` for evaluation, drawn by `data_seed`."
+    )
+    streaming: bool = _setting(False, "Read `data` while training, without loading it; needs max_steps.")
+    shuffle_buffer: int = _setting(10_000, "streaming: samples held back, from which the next is drawn at random.")
+    max_samples: int | None = _setting(None, "Use only this many samples of `data`, drawn by `data_seed`.")
+    only_types: list[str] | None = _setting(
+        None, "Use only conversations of these types (the paper's data ablation), such as [conversation, detail]."
+    )
+    type_weights: dict[str, float] | None = _setting(
+        None, "Draw conversations by type with these weights; {conversation: 1, detail: 1, complex: 1} is the paper's."
+    )
+    max_length: int = _setting(2048, "Most positions of one sample in the language model, image tokens included.")
+    overflow: str = _setting(
+        "error",
+        "A sample above max_length: stop with an error, drop it, or truncate its text. Image tokens are never cut.",
+        ("error", "drop", "truncate_text"),
+    )
+    on_bad_sample: str = _setting(
+        "raise", "An unreadable image or a malformed sample: stop with an error, or drop and count.", ("raise", "drop")
+    )
+    first_turn_order: str = _setting(
+        "as_is",
+        "Image and question in the first turn: as in the data, or in random order as in the paper (seeded by sample).",
+        ("as_is", "random"),
+    )
+
+    # --- The run ---
+    global_batch_size: int | None = _setting(
+        None,
+        "Samples per optimizer step over all devices; sets gradient_accumulation_steps = global_batch_size / "
+        "(per_device_train_batch_size × devices), so one recipe fits any number of GPUs.",
+    )
+    resume: str = _setting(
+        "auto",
+        "auto: go on from the newest complete checkpoint in output_dir, if there is one. never: start anew. "
+        "Or the path of a checkpoint.",
+    )
+    early_stopping_patience: int | None = _setting(
+        None, "Stop after this many evaluations without a better metric_for_best_model."
+    )
+    early_stopping_threshold: float = _setting(0.0, "A metric is better only if it is so by more than this.")
+    preview_samples: int = _setting(1, "Samples shown, decoded and with their supervised text marked, before step 1.")
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs; below 1 a share."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Inputs that the evaluation takes for labels."}
+    )
+
+    def __post_init__(self):
+        for setting in fields(self):
+            choices = setting.metadata.get("choices")
+            value = getattr(self, setting.name)
+            if choices and setting.metadata.get("group") == "llava" and value not in choices:
+                raise ValueError(f"{setting.name}={value!r} is not one of {', '.join(map(str, choices))}.")
+        self._check_training()
+        self._check_data()
+        self._check_run()
+        self._resolve_precision()
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
+        self._given = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        super().__post_init__()
+        self._normalised = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        if self.global_batch_size is not None:
+            self._resolve_global_batch_size()
+
+    def _check_training(self):
+        if self.adapter != "none" and self.stage == "pretrain":
+            raise ValueError(
+                f"adapter={self.adapter} with stage=pretrain: pretraining trains the projector itself. "
+                "Set adapter=none, or stage=finetune."
+            )
+        if self.adapter == "none":
+            for name in ("use_dora", "use_rslora", "lora_target"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with adapter=none. Set adapter=lora."
+                    )
+        if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
+            raise ValueError(
+                f"vision_tower_learning_rate={self.vision_tower_learning_rate} but train_vision_tower=False. "
+                "Set train_vision_tower=true, or leave the learning rate out."
+            )
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise ValueError(f"lora_r={self.lora_r} and lora_alpha={self.lora_alpha} must both be at least 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not in [0, 1).")
+        if self.lora_target is not None:
+            try:
+                re.compile(self.lora_target)
+            except re.error as error:
+                raise ValueError(f"lora_target={self.lora_target!r} is not a regular expression: {error}.") from None
+
+    def _check_data(self):
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} positions: at least 1 is needed.")
+        if self.eval_data is not None and self.eval_size is not None:
+            raise ValueError("eval_data and eval_size are both given. Keep one: own data, or a part of `data`.")
+        if self.eval_size is not None and self.eval_size <= 0:
+            raise ValueError(f"eval_size={self.eval_size}: give a share in (0, 1) or a number of samples.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples={self.max_samples}: at least 1 is needed.")
+        if self.streaming:
+            for name in ("type_weights", "eval_size", "max_samples"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs the whole of the data before training. Set streaming=false.")
+            if self.max_steps <= 0:
+                raise ValueError("streaming=true: the number of samples is not known. Set max_steps.")
+        if self.type_weights is not None:
+            weights = self.type_weights
+            if not isinstance(weights, dict) or not all(
+                isinstance(w, int | float) and w >= 0 for w in weights.values()
+            ):
+                raise ValueError(f"type_weights={weights!r} is not a mapping from type to a number of at least 0.")
+            if not any(weights.values()):
+                raise ValueError(f"type_weights={weights!r}: at least one weight must be above 0.")
+            outside = sorted(set(weights) - set(self.only_types or weights))
+            if outside:
+                raise ValueError(
+                    f"type_weights names {', '.join(outside)}, which only_types={self.only_types} excludes."
+                )
+
+    def _check_run(self):
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=true would remove the conversations themselves. Leave it out.")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} and gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} are both given. Keep one."
+            )
+        if self.early_stopping_patience is not None:
+            if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+                raise ValueError("early_stopping_patience needs evaluations: set eval_strategy=steps and eval_steps.")
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            # without its count of evaluations a resumed run would stop later than one that was not interrupted
+            self.restore_callback_states_from_checkpoint = True
+
+    def _resolve_precision(self):
+        """Turn `precision` into transformers' two switches, or take it from them where they are set."""
+        switched = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set. Set precision=bf16 or precision=fp16 instead.")
+        if switched is not None and self.precision not in ("auto", switched):
+            raise ValueError(f"precision={self.precision} contradicts {switched}=true. Leave {switched} out.")
+        if self.precision == "auto":
+            self.precision = switched or ("fp32" if self.use_cpu else best_precision())
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self.bf16 and not _has_accelerator():
+            self.use_cpu = True  # transformers allows bf16 on the CPU only when told so
+
+    def _resolve_global_batch_size(self):
+        per_step = self.train_batch_size * self.world_size
+        if self.global_batch_size % per_step:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} samples is not a multiple of {per_step} samples "
+                f"(per_device_train_batch_size={self.per_device_train_batch_size} × "
+                f"{per_step // self.per_device_train_batch_size} device(s)). Change per_device_train_batch_size."
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // per_step
+
+    @property
+    def compute_dtype(self):
+        """`torch.dtype` of the arithmetic, and of frozen weights."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
+
+    def to_recipe(self) -> dict[str, Any]:
+        """
+        The resolved settings as a flat recipe: all of ours, and those of transformers that are not at their default.
+
+        `train(to_recipe())` repeats the run. Tokens are left out.
+        """
+        recipe = {}
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if not setting.init or name.endswith("_token") or name in _DERIVED:
+                continue
+            if name == "gradient_accumulation_steps" and self.global_batch_size is not None:
+                continue
+            if name not in LlavaTrainingArguments.__annotations__:
+                if value == self._normalised[name]:
+                    value = self._given[name]  # as it was written, before transformers turned it into its own form
+                if value == setting.default and name not in _ALWAYS_WRITTEN:
+                    continue
+            recipe[name] = _plain(value)
+        return recipe
+
+
+# Fields that other fields decide (bf16 and fp16 ← precision), that are deprecated, or that describe the launch.
+_DERIVED = {
+    "bf16", "fp16", "local_rank", "do_train", "do_eval", "do_predict", "remove_unused_columns", "label_names",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+}  # fmt: skip
+_ALWAYS_WRITTEN = {"output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "seed"}
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def best_precision() -> str:
+    """`"bf16"` on a device that computes in it, `"fp16"` on another CUDA device, `"fp32"` elsewhere.
+
+    Turing and older GPUs report bfloat16 support that is an emulation, slower than float32; it does not count."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if _has_accelerator() and torch.accelerator.current_accelerator().type in ("xpu", "npu", "hpu"):
+        return "bf16"
+    return "fp32"
+
+
+def describe_settings() -> list[tuple[str, Any, str]]:
+    """`(name, default, help)` of LLaVA's own settings, in order."""
+    return [
+        (setting.name, setting.default, setting.metadata["help"])
+        for setting in fields(LlavaTrainingArguments)
+        if setting.metadata.get("group") == "llava"
+    ]
+
+
+__all__ = ["LlavaTrainingArguments", "best_precision", "describe_settings"]

@@ -1,0 +1,209 @@
+"""
+Recipes: flat YAML files whose keys are the fields of [`LlavaTrainingArguments`].
+
+    base: qlora                        # a preset of this package, or the path of another recipe beside this one
+    model: llava-hf/llava-1.5-7b-hf
+    learning_rate: 1e-4                # replaces the base's
+
+Later wins: base, then the recipe, then `key=value` from the command line.
+"""
+
+import difflib
+import os
+import types
+import typing
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .arguments import LlavaTrainingArguments
+
+
+PRESETS = Path(__file__).parents[1] / "presets"
+"""Folder of the recipes that come with the package."""
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package, for `llava train NAME` and `base: NAME`."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """
+    Read a recipe with its bases and overrides, check every key and convert every value. Nothing is loaded.
+
+    Args:
+        recipe (`str` or `os.PathLike`):
+            Path of a YAML file, or the name of a preset of this package (`qlora`).
+        overrides (`list[str]`, *optional*):
+            `key=value` pairs; values are YAML. `type_weights.detail=2` sets one entry of a mapping.
+
+    Returns:
+        `dict[str, Any]`: keyword arguments of [`LlavaTrainingArguments`].
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a preset.
+        ValueError: the file is not a flat mapping, its bases go in a circle, or a key is unknown (the nearest name is
+            proposed).
+        TypeError: a value has the wrong type.
+    """
+    path = _find(str(recipe), Path.cwd())
+    settings = _read_with_bases(path, seen=())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{override!r} is not of the form key=value.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"The value of {override!r} is not YAML: {_one_line(error)}.") from None
+        key, _, entry = key.partition(".")
+        check_key(key, "the command line")
+        if entry:
+            current = settings.get(key)
+            value = {**(current if isinstance(current, dict) else {}), entry: value}
+        settings[key] = convert_value(key, value, "the command line")
+    return settings
+
+
+def parse_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> LlavaTrainingArguments:
+    """[`read_recipe`], then [`LlavaTrainingArguments`]."""
+    return LlavaTrainingArguments(**read_recipe(recipe, overrides))
+
+
+def write_recipe(settings: dict[str, Any], path: str | os.PathLike, header: str = "") -> None:
+    """Write a flat recipe; the file is complete or not there (written beside, then moved)."""
+    path = Path(path)
+    text = "".join(f"# {line}\n" for line in header.splitlines())
+    text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def check_key(key: str, source: str) -> None:
+    """Raise ValueError, with the nearest name, unless `key` is a setting."""
+    names = _hints()
+    if key in names:
+        return
+    nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{source}: there is no setting {key!r}.{hint}")
+
+
+def convert_value(key: str, value: Any, source: str) -> Any:
+    """
+    Check a value that YAML read against the type of its setting, and undo two habits of YAML 1.1: `2e-5` (no dot) is
+    text there, and `no` is false.
+
+    Raises:
+        TypeError: the value has another type.
+    """
+    accepted = _hints()[key]
+    if value is None and type(None) in accepted:
+        return None
+    wants_text = str in accepted or any(isinstance(t, type) and issubclass(t, Enum) for t in accepted)
+    if value is False and bool not in accepted and wants_text:
+        return "no"
+    if isinstance(value, bool):
+        if bool in accepted:
+            return value
+    elif isinstance(value, int):
+        if int in accepted:
+            return value
+        if float in accepted:
+            return float(value)
+    elif isinstance(value, float):
+        if float in accepted:
+            return value
+        if int in accepted and value.is_integer():
+            return int(value)
+    elif isinstance(value, str):
+        if wants_text:
+            return value
+        for number in (int, float):
+            if number in accepted:
+                try:
+                    return number(value)
+                except ValueError:
+                    continue
+        if list in accepted:
+            return [item.strip() for item in value.split(",")]
+    elif type(value) in accepted:
+        return value
+    names = " or ".join(
+        sorted({"nothing" if t is type(None) else _TYPE_NAMES.get(t, "text") for t in accepted if t is not Any})
+    )
+    raise TypeError(f"{source}: {key}={value!r} should be {names}.")
+
+
+_TYPE_NAMES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"
+}  # fmt: skip
+
+
+def _hints() -> dict[str, set[type]]:
+    """Setting → types that it accepts."""
+    if not _HINTS:
+        hints = typing.get_type_hints(LlavaTrainingArguments)
+        for setting in fields(LlavaTrainingArguments):
+            if setting.init:
+                _HINTS[setting.name] = set(_members(hints[setting.name]))
+    return _HINTS
+
+
+_HINTS: dict[str, set[type]] = {}
+
+
+def _members(hint) -> list[type]:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(hint) for member in _members(part)]
+    if origin is typing.Literal:
+        return [type(value) for value in typing.get_args(hint)]
+    return [origin or hint]
+
+
+def _find(name: str, folder: Path) -> Path:
+    path = folder / os.path.expanduser(name)
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{name}.yaml"
+    if os.sep not in name and preset.is_file():
+        return preset
+    nearest = difflib.get_close_matches(name, preset_names(), n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise FileNotFoundError(
+        f"There is no recipe {str(path)!r}, and no preset of that name (there are {', '.join(preset_names())}).{hint}"
+    )
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        chain = " → ".join(str(p) for p in (*seen, path))
+        raise ValueError(f"The bases of a recipe go in a circle: {chain}.")
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {_one_line(error)}.") from None
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not settings of the form `key: value`.")
+    base = settings.pop("base", None)
+    inherited = {} if base is None else _read_with_bases(_find(str(base), path.parent), (*seen, path))
+    for key, value in settings.items():
+        check_key(key, str(path))
+        inherited[key] = convert_value(key, value, str(path))
+    return inherited
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+__all__ = ["parse_recipe", "preset_names", "read_recipe", "write_recipe"]

@@ -1,0 +1,186 @@
+"""What a run leaves beside its weights so that it can be repeated, and which checkpoint it can be resumed from."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .arguments import LlavaTrainingArguments
+from .recipes import write_recipe
+
+
+logger = logging.getLogger(__name__)
+
+RECIPE_NAME = "recipe.yaml"
+RUN_RECORD_NAME = "run.json"
+
+_RECORDED_PACKAGES = ("modeling-llava", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+
+
+def write_run_record(
+    folder: str | os.PathLike, args: LlavaTrainingArguments, data_record: dict[str, Any] | None = None
+) -> None:
+    """
+    Write `recipe.yaml` (every setting, resolved) and `run.json` (versions, machine, hash of the data).
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where the weights lie.
+        args ([`LlavaTrainingArguments`]):
+            The settings of the run.
+        data_record (`dict`, *optional*):
+            See [`record_data`].
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(args.to_recipe(), folder / RECIPE_NAME, "The resolved recipe of this run: llava train recipe.yaml")
+    record = {
+        "versions": installed_versions(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "devices": args.world_size * max(args.n_gpu, 1),
+        "data": data_record or {},
+    }
+    beside = folder / f".{RUN_RECORD_NAME}.{os.getpid()}"
+    beside.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    os.replace(beside, folder / RUN_RECORD_NAME)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages on which the numbers of a run depend."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
+    """
+    What the data was: each source with the SHA-256 of its file, and the number of samples.
+
+    A folder is hashed by the names and sizes of its files. Data on the Hub has no hash here.
+    """
+    if isinstance(sources, str):
+        sources = [sources]
+    elif isinstance(sources, dict):
+        sources = list(sources.values())
+    record: dict[str, Any] = {"sources": [{"name": str(s), "sha256": _hash(str(s))} for s in sources or []]}
+    if getattr(dataset, "dropped", None):
+        record["dropped"] = dict(dataset.dropped)
+    if hasattr(dataset, "__len__"):
+        record["num_samples"] = len(dataset)
+    return record
+
+
+def _hash(source: str) -> str | None:
+    path = Path(source)
+    if path.is_file():
+        with open(path, "rb") as file:
+            if sys.version_info >= (3, 11):
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+            return digest.hexdigest()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        listing = "\n".join(f"{p.relative_to(path)} {p.stat().st_size}" for p in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    return None
+
+
+def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
+    """All `checkpoint-N` folders of a run, whether complete or not, the newest first."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    numbered = [
+        (int(match[1]), path)
+        for path in output_dir.iterdir()
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """
+    The newest complete checkpoint of a run, `None` if there is none.
+
+    The newest folder by name need not be one: a run that was killed while saving leaves a part of a checkpoint.
+    """
+    for folder in checkpoint_folders(output_dir):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder
+        logger.warning(f"{folder} is not complete ({reason}): an earlier checkpoint is looked for.")
+    return None
+
+
+def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
+    """
+    Why a run cannot be resumed from a checkpoint; `None` if it can.
+
+    `trainer_state.json` is written last: if it parses, everything was written. Weights and optimizer are looked at as
+    well (not read), since a copy between machines can break off too.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+        if not isinstance(state, dict) or "global_step" not in state:
+            return f"{TRAINER_STATE_NAME} has no global_step"
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (ValueError, OSError) as error:
+        return f"{TRAINER_STATE_NAME} does not parse: {error}"
+    for file in checkpoint.glob("*.safetensors"):
+        if not _is_whole_safetensors(file):
+            return f"{file.name} is cut off"
+    # of a plain run, of FSDP (a file or a folder), of DeepSpeed
+    if not any(
+        any(checkpoint.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+    ):
+        return "it holds no optimizer state (save_only_model)"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        file = checkpoint / name
+        if file.is_file() and not zipfile.is_zipfile(file):
+            return f"{name} is cut off"
+    return None
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        header_size = int.from_bytes(handle.read(8), "little")
+        if size < 8 + header_size:
+            return False
+        try:
+            header = json.loads(handle.read(header_size))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + header_size + max(ends, default=0)
+
+
+__all__ = [
+    "RECIPE_NAME",
+    "RUN_RECORD_NAME",
+    "checkpoint_folders",
+    "find_resumable_checkpoint",
+    "installed_versions",
+    "record_data",
+    "why_incomplete",
+    "write_run_record",
+]

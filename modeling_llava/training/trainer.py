@@ -1,0 +1,260 @@
+"""`LlavaTrainer`: HF's `Trainer` with LLaVA's learning rates, loss, checkpoints and resuming. Its loop is untouched."""
+
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..checkpoints import (
+    PROJECTOR_CONFIG_NAME,
+    forbid_inference_packing,
+    load_full_weights,
+    load_projector,
+    save_projector,
+)
+from .adapters import add_adapter, write_dora_keys_for_transformers
+from .arguments import LlavaTrainingArguments
+from .mixture import TypeMixtureSampler
+from .run_record import write_run_record
+from .stages import optimizer_groups, set_dtypes, set_trainable
+
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaTrainer(Trainer):
+    """
+    Trains a LLaVA, ours or stock transformers', as [`LlavaTrainingArguments`] say.
+
+    Beyond [`~transformers.Trainer`]:
+
+    - freezes what the stage freezes, and adds the adapter (unless `model` is PEFT-wrapped already);
+    - a learning rate per component;
+    - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
+    - an evaluation of the loss alone builds no logits;
+    - a checkpoint holds the processor with its chat template; in the stage `pretrain` it holds what is trained, and
+      not the frozen gigabytes;
+    - resuming and `load_best_model_at_end` read the weights of a full checkpoint (stock looks for them under other
+      names, finds none, and goes on with a warning).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
+            The model. Its parameters are frozen, unfrozen and converted to the dtypes of the run.
+        args ([`LlavaTrainingArguments`]):
+            The settings.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            A LLaVA processor; needed for conversations, saved with each checkpoint.
+        data_collator (`Callable`, *optional*):
+            By default a [`LlavaDataCollator`] with the settings of `args`, for datasets of conversations.
+        train_dataset, eval_dataset, callbacks, kwargs:
+            As in [`~transformers.Trainer`].
+    """
+
+    args: LlavaTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: LlavaTrainingArguments,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        data_record: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, LlavaTrainingArguments):
+            raise TypeError(f"LlavaTrainer takes LlavaTrainingArguments, not {type(args).__name__}.")
+        if data_collator is None and processing_class is not None:
+            data_collator = default_collator(processing_class, args)
+        self.data_record = data_record
+        self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(
+            model=prepare_model(model, args),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        core = core_model(self.model)
+        parameters = inspect.signature(core.forward).parameters
+        self._model_skips_logits = "skip_logits" in parameters
+        self._model_smooths_labels = "label_smoothing" in parameters
+        if self.label_smoother is not None:
+            # Trainer would take the labels away from the model, and compare position t with label t.
+            self.label_smoother = None
+            if not self._model_smooths_labels:
+                self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
+
+    # Optimizer and data
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """A group per component and weight decay; everything else as `Trainer` has it."""
+        trained = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if not {"params", "model", "optimizer_dict"} & kwargs.keys():  # optimizers that choose by themselves
+                groups = optimizer_groups(trained, self.args, self.get_decay_parameter_names(trained))
+                self.optimizer_cls_and_kwargs = (optimizer_class, {**kwargs, "params": groups})
+                try:
+                    return super().create_optimizer(model)
+                finally:
+                    self.optimizer_cls_and_kwargs = None
+        return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.type_weights is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, seed)
+        self.pop_callback(_EpochOfSampler)
+        self.add_callback(_EpochOfSampler(sampler))
+        return sampler
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.label_smoothing_factor and self._model_smooths_labels:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only and self._model_skips_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Checkpoints. `_save_checkpoint` itself is never overridden: the original lost its resumable pretraining that way.
+
+    @property
+    def _saves_projector_only(self) -> bool:
+        return self.args.stage == "pretrain"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            # A finished checkpoint is one with this file, which is written last: none may be left from before.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        if self._saves_projector_only:
+            save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        else:
+            config = getattr(core_model(self.model), "config", None)
+            use_cache = getattr(config, "use_cache", None)
+            try:
+                if use_cache is not None and self._saved_use_cache is not None:
+                    config.use_cache = self._saved_use_cache  # switched off for training only
+                super()._save(str(folder), state_dict)
+                if self.args.use_dora:
+                    write_dora_keys_for_transformers(folder)
+            finally:
+                if use_cache is not None:
+                    config.use_cache = use_cache
+        write_run_record(folder, self.args, self.data_record)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if self._loads_by_itself(resume_from_checkpoint):
+            self._load_weights(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._loads_by_itself(self.state.best_model_checkpoint):
+            logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+            self._load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _loads_by_itself(self, folder: str) -> bool:
+        """Full and projector checkpoints. PEFT, and sharded engines that write their own files, load as in Trainer."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or _is_peft(self.model):
+            return False
+        return os.path.isdir(folder)
+
+    def _load_weights(self, model: nn.Module, folder: str) -> None:
+        model = self.accelerator.unwrap_model(model)
+        if os.path.isfile(os.path.join(folder, PROJECTOR_CONFIG_NAME)):
+            load_projector(model, folder)
+        else:
+            load_full_weights(model, folder)
+
+
+def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
+    """Freeze, add the adapter if there is none, set dtypes, and keep 4-bit weights trainable on the CPU."""
+    if not _is_peft(model):
+        set_trainable(model, args)
+        set_dtypes(model, args)
+        if args.adapter != "none":
+            model = add_adapter(model, args)
+    elif args.adapter == "none":
+        raise ValueError("The model has an adapter, but adapter=none. Set adapter=lora, or merge it (llava merge).")
+    forbid_inference_packing(model)
+    return model
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """The LLaVA under PEFT's wrapper."""
+    return model.get_base_model() if _is_peft(model) else model
+
+
+def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments):
+    """The collator for datasets of conversations, with the settings of a run."""
+    from ..data.collator import LlavaDataCollator
+
+    return LlavaDataCollator(
+        processor,
+        max_length=args.max_length,
+        overflow=args.overflow,
+        image_folder=args.image_folder,
+        on_bad_sample=args.on_bad_sample,
+        first_turn_order=args.first_turn_order,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _smoothed_loss(label_smoothing: float):
+    """For stock models: cross-entropy with label smoothing, labels shifted, normalised as the stock loss is."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"][:, :-1].float()  # [batch_size, sequence_length - 1, vocabulary]
+        targets = labels[:, 1:].to(logits.device)
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
+        )
+        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+
+    return loss
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler its epoch, also after a resume and behind accelerate's wrappers."""
+
+    def __init__(self, sampler: TypeMixtureSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+__all__ = ["LlavaTrainer", "core_model", "default_collator", "prepare_model"]

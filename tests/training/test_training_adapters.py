@@ -1,0 +1,334 @@
+"""LoRA, DoRA, rsLoRA, QLoRA: what they touch, and folders that plain PEFT and plain transformers load back."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_batch, tiny_config, tiny_text_config
+from torch import nn
+
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.checkpoints import UNQUANTISED_MODULES, four_bit_config, is_quantised
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
+from modeling_llava.training.adapters import add_adapter, lora_target_pattern, merge_adapter
+
+
+LANGUAGE_MODELS = {
+    "llama": tiny_text_config("llama"),
+    "mistral": tiny_text_config("mistral"),
+    "qwen2": tiny_text_config("qwen2"),
+    "phi": tiny_text_config("phi"),  # dense, fc1, fc2
+    "phi3": tiny_text_config("phi3", pad_token_id=0),  # qkv_proj, gate_up_proj
+    "gpt_neox": tiny_text_config("gpt_neox"),  # query_key_value
+}
+
+
+def arguments(folder, **settings):
+    settings = {
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "report_to": "none",
+        "learning_rate": 1e-2,
+        **settings,
+    }
+    return LlavaTrainingArguments(
+        str(folder), projector_learning_rate=1e-2, per_device_train_batch_size=2, disable_tqdm=True, **settings
+    )
+
+
+class Batches(torch.utils.data.Dataset):
+    """Samples of one image each."""
+
+    def __init__(self, number=8):
+        self.batch = tiny_batch(images_per_sample=(1,) * number)
+        self.batch["attention_mask"] = torch.ones_like(self.batch["input_ids"])
+
+    def __len__(self):
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index):
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(folder)
+    return str(folder)
+
+
+def load(base, cls=LlavaForConditionalGeneration, **settings):
+    return cls.from_pretrained(base, **settings)
+
+
+def train(base, folder, steps=3, cls=LlavaForConditionalGeneration, **settings):
+    """A few steps; returns the trainer. The adapter lies in `folder`."""
+    args = arguments(folder, adapter=settings.pop("adapter", "lora"), max_steps=steps, save_strategy="no", **settings)
+    quantised = {"quantization_config": four_bit_config(torch.float32)} if args.adapter == "qlora" else {}
+    transformers.set_seed(0)
+    trainer = LlavaTrainer(load(base, cls, **quantised), args, train_dataset=Batches())
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@torch.no_grad()
+def logits(model):
+    batch = tiny_batch()
+    batch.pop("labels")
+    return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_lora_is_on_every_linear_layer_of_the_language_model_and_no_other(tmp_path, name):
+    from peft.tuners.lora import LoraLayer
+
+    model = LlavaForConditionalGeneration(tiny_config(text=LANGUAGE_MODELS[name]))
+    expected = {
+        f"model.language_model.{n}" for n, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)
+    }
+    peft_model = add_adapter(model, arguments(tmp_path, adapter="lora"))
+    adapted = {n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    assert adapted == expected and len(adapted) >= 8
+    assert not isinstance(peft_model.get_base_model().lm_head, LoraLayer)
+
+
+def test_lora_pattern_of_llama():
+    pattern = lora_target_pattern(LlavaForConditionalGeneration(tiny_config()))
+    assert pattern.endswith("(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)")
+    assert re.fullmatch(pattern, "model.language_model.layers.11.self_attn.q_proj")
+    assert not re.fullmatch(pattern, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("target", [r".*q_proj", r"model\.language_model\.nothing"])
+def test_a_target_outside_the_language_model_is_refused(tmp_path, target):
+    model = LlavaForConditionalGeneration(tiny_config())
+    with pytest.raises(ValueError, match="outside of the language model|matches no module"):
+        add_adapter(model, arguments(tmp_path, adapter="lora", lora_target=target))
+
+
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "tower": {"train_vision_tower": True},
+    "bias": {"lora_bias": "lora_only"},
+    "qlora": {"adapter": "qlora"},
+    "qlora_tower": {"adapter": "qlora", "train_vision_tower": True},
+    "qlora_dora": {"adapter": "qlora", "use_dora": True},
+}
+
+
+def test_adapter_folders_load_in_plain_peft_and_in_plain_transformers(base, tmp_path):
+    """On the stock class, in a process that never imports us: the same logits as the trained model."""
+    for kind, settings in KINDS.items():
+        trainer = train(base, tmp_path / kind, **settings)
+        torch.save(logits(trainer.model), tmp_path / kind / "expected.pt")
+        files = {path.name for path in (tmp_path / kind).iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "run.json"} <= files
+        assert "config.json" not in files  # with it, transformers would take the folder for a full model
+    torch.save(tiny_batch(), tmp_path / "batch.pt")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaForConditionalGeneration
+four_bit = {{"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
+    llm_int8_skip_modules={UNQUANTISED_MODULES!r})}}
+batch = {{k: v for k, v in torch.load("batch.pt").items() if k != "labels"}}
+for kind in {list(KINDS)}:
+    quantised = four_bit if "qlora" in kind else {{}}
+    expected = torch.load(kind + "/expected.pt")
+    bare = LlavaForConditionalGeneration.from_pretrained(r"{base}", **quantised)
+    native = AutoModelForImageTextToText.from_pretrained(kind, **quantised)
+    assert type(native).__module__.startswith("transformers.models.llava"), type(native)
+    with torch.no_grad():
+        assert (bare.eval()(**batch).logits - expected).abs().max().item() > 1e-3, kind
+        for model in (PeftModel.from_pretrained(bare, kind), native):
+            difference = (model.eval()(**batch).logits - expected).abs().max().item()
+            assert difference < 1e-5, (kind, type(model), difference)
+assert "modeling_llava" not in [m.split(".")[0] for m in sys.modules]
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_projector_is_trained_whole_and_tower_and_language_model_stay(base, tmp_path):
+    trainer = train(base, tmp_path / "adapter")
+    before, after = load(base), trainer.model.merge_and_unload()
+    assert not torch.equal(
+        before.model.multi_modal_projector.linear_1.weight, after.model.multi_modal_projector.linear_1.weight
+    )
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters()):
+        if "vision_tower" in name or "norm" in name or "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(old, new), name
+
+
+def test_dora_and_rslora_reach_peft(base, tmp_path):
+    peft_model = add_adapter(
+        load(base), arguments(tmp_path, adapter="lora", use_dora=True, use_rslora=True, lora_r=16)
+    )
+    layer = peft_model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == 8 / 16**0.5  # rsLoRA: alpha / √r
+    assert "default" in layer.lora_magnitude_vector  # DoRA
+    assert (
+        add_adapter(load(base), arguments(tmp_path, adapter="lora", lora_r=16))
+        .get_base_model()
+        .model.language_model.layers[0]
+        .self_attn.q_proj.scaling["default"]
+        == 8 / 16
+    )
+
+
+def test_originals_under_trained_modules_hold_no_memory(base, tmp_path):
+    peft_model = add_adapter(load(base), arguments(tmp_path, adapter="lora", train_vision_tower=True))
+    originals = [p for name, p in peft_model.named_parameters() if ".original_module." in name]
+    assert len(originals) > 10 and sum(p.numel() for p in originals) == 0
+
+
+def test_only_the_language_model_is_quantised_and_nothing_is_upcast(base):
+    model = load(base, quantization_config=four_bit_config(torch.bfloat16), dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            in_language_model = name.startswith("model.language_model.")
+            assert (type(module).__name__ == "Linear4bit") == in_language_model, name
+    trainer_model = LlavaTrainer(
+        model, arguments("unused", adapter="qlora", precision="bf16", save_strategy="no"), train_dataset=[0]
+    ).model
+    for name, parameter in trainer_model.named_parameters():
+        if "Params4bit" not in type(parameter).__name__ and ".original_module." not in name:
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+
+
+def test_qlora_step_after_an_evaluation_equals_the_step_without_one(base, tmp_path):
+    """On CPUs with AVX512-BF16, bitsandbytes would repack the weights in evaluation; the flag forbids it everywhere."""
+
+    def losses(**settings):
+        trainer = train(base, tmp_path / str(len(settings)), steps=4, adapter="qlora", logging_steps=1)
+        assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in trainer.model.modules())
+        return trainer
+
+    plain = losses()
+    args = arguments(
+        tmp_path / "evaluated", adapter="qlora", max_steps=4, save_strategy="no", logging_steps=1,
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    model = load(base, quantization_config=four_bit_config(torch.float32))
+    evaluated = LlavaTrainer(model, args, train_dataset=Batches(), eval_dataset=Batches(2))
+    evaluated.train()
+    for key in ("loss", "grad_norm"):
+        first, second = ([entry[key] for entry in t.state.log_history if key in entry] for t in (plain, evaluated))
+        assert len(first) == 4 and first == second, key
+    for (name, ours), (_, theirs) in zip(plain.model.named_parameters(), evaluated.model.named_parameters()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_qlora(base, tmp_path):
+    def gradients(**settings):
+        transformers.set_seed(0)
+        model = load(base, quantization_config=four_bit_config(torch.float32))
+        args = arguments(tmp_path, adapter="qlora", max_steps=1, save_strategy="no", logging_steps=1, **settings)
+        trainer = LlavaTrainer(model, args, train_dataset=Batches())
+        trainer.train()
+        return trainer
+
+    plain, checkpointed = gradients(), gradients(activation_checkpointing=True)
+    assert checkpointed.model.get_base_model().is_activation_checkpointing
+    norms = [t.state.log_history[0]["grad_norm"] for t in (plain, checkpointed)]
+    assert norms[0] > 0 and norms[0] == pytest.approx(norms[1], rel=1e-5)
+    # text alone: no input of the language model has a gradient, the adapter must be trained all the same
+    batch = tiny_batch(images_per_sample=(0, 0))
+    model = checkpointed.model.train()
+    model.zero_grad()
+    model(**batch).loss.backward()
+    lora_b = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_b)
+
+
+def test_neftune_noise_is_added_in_training_and_gone_after(base, tmp_path):
+    plain = train(base, tmp_path / "a", logging_steps=1)
+    noisy = train(base, tmp_path / "b", logging_steps=1, neftune_noise_alpha=15.0)
+    first = [t.state.log_history[0]["loss"] for t in (plain, noisy)]
+    assert first[0] != first[1]
+    embedding = noisy.model.get_base_model().get_input_embeddings()
+    assert not embedding._forward_hooks
+
+
+def test_training_goes_on_from_an_adapter(settings, tmp_path):
+    from modeling_llava.training.run import load_model_and_processor
+    from modeling_llava.training.run import train as run
+
+    first = run({**settings, "adapter": "lora"})
+    further = {**settings, "model": str(first.output_dir), "output_dir": str(tmp_path / "second"), "adapter": "lora"}
+    model, _ = load_model_and_processor(LlavaTrainingArguments(**further))
+    assert torch.equal(logits_of(model, settings), logits_of_folder(first.output_dir, settings))
+    second = run(further)
+    assert second.kind == "adapter"
+    assert not torch.equal(logits_of_folder(second.output_dir, settings), logits_of_folder(first.output_dir, settings))
+    with pytest.raises(ValueError, match="Set adapter=lora"):
+        run({**further, "adapter": "none"})
+    with pytest.raises(ValueError, match="Set train_vision_tower=false"):
+        run({**further, "train_vision_tower": True})
+
+
+def logits_of_folder(folder, settings):
+    return logits_of(transformers.AutoModelForImageTextToText.from_pretrained(folder), settings)
+
+
+@torch.no_grad()
+def logits_of(model, settings):
+    processor = transformers.AutoProcessor.from_pretrained(settings["model"])
+    batch = processor(
+        text="USER: <image>\nWhat is it? ASSISTANT:",
+        images=torch.zeros(3, 42, 42, dtype=torch.uint8).numpy(),
+        return_tensors="pt",
+    )
+    return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"train_vision_tower": True}, {"adapter": "qlora"}])
+def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path, settings):
+    trainer = train(base, tmp_path / "adapter", **settings)
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    merged, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not is_quantised(merged)
+    from peft import PeftModel
+
+    expected = PeftModel.from_pretrained(load(base), tmp_path / "adapter")  # QLoRA: on unquantised weights
+    assert torch.allclose(logits(merged), logits(expected), atol=1e-5)
+    if not settings:
+        assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
+
+
+def test_merging_rounds_once_in_16_bit(tmp_path, base):
+    train(base, tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), dtype="bfloat16")
+    merged = load(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    from peft import PeftModel
+
+    model = load(base).to(torch.bfloat16).float()
+    exact = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    for (name, ours), (_, theirs) in zip(merged.named_parameters(), exact.named_parameters()):
+        assert torch.equal(ours, theirs.to(torch.bfloat16)), name
+
+
+def test_merge_refuses_4_bit_bases_full_models_and_full_folders(base, tmp_path):
+    train(base, tmp_path / "adapter", steps=1)
+    load(base, quantization_config=four_bit_config(torch.float32)).save_pretrained(tmp_path / "base4")
+    with pytest.raises(ValueError, match="4-bit weights.*--base"):
+        merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "out"), base=str(tmp_path / "base4"))
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge_adapter(base, str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="not an empty folder"):
+        merge_adapter(str(tmp_path / "adapter"), base)
+    assert not (tmp_path / "out").exists()
