@@ -1,0 +1,52 @@
+# Every target sets itself up: a virtual environment in .venv, packages at the versions of constraints.txt.
+#
+#   make quickstart   install, then the whole life of a small LLaVA on this machine's CPU
+#   make test         install, then the default tests (a few minutes on two cores)
+#   make test-slow    the slow tests: real servers, kills and resumes, two processes, the full quickstart
+#   make style        format and fix
+#   make quality      check formatting and lint
+#   make bench        the benchmarks that need no GPU; results go to examples/results/benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= quickstart
+# Two test processes on two cores, one thread each: tiny models gain nothing from more threads.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: install quickstart test test-slow style quality bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.11, say."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/llava quickstart --out $(OUT)
+
+test: install
+	$(PYTEST) -n $(WORKERS)
+
+test-slow: install
+	$(PYTEST) -m slow
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	for script in images train convert data_engine inference; do \
+		$(BIN)/python examples/benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
