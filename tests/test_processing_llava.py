@@ -1,0 +1,385 @@
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from golden_text import GOLDEN, tiny_processor
+from PIL import Image
+from tiny import tiny_vision_config
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
+
+from modeling_llava import LlavaImageProcessor, LlavaProcessor
+from modeling_llava.configuration_llava import count_image_tokens
+from modeling_llava.processing_llava import image_size, load_chat_template, num_image_tokens
+from modeling_llava.tokenization_llava import load_tokenizer
+
+
+IMAGE_ID, PAD_ID = 700, 701
+PICTURE = Image.new("RGB", (40, 30), "teal")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(patches=2)  # 4 tokens per image
+
+
+def stock_twin(processor):
+    return StockLlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        chat_template=processor.chat_template,
+    )
+
+
+def user(*content):
+    items = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c} for c in content]
+    return {"role": "user", "content": items}
+
+
+# --- The same as stock -----------------------------------------------------------------------------------------------
+
+
+def test_the_constructor_is_the_stock_one():
+    ours, stock = (inspect.signature(c.__init__).parameters for c in (LlavaProcessor, StockLlavaProcessor))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in stock.values()]
+    assert LlavaProcessor.get_attributes() == StockLlavaProcessor.get_attributes()
+
+
+@pytest.mark.parametrize(
+    "images, text",
+    [
+        ([PICTURE], "USER: <image>\nWhat?"),
+        ([PICTURE, PICTURE], "<image> and <image>"),
+        ([PICTURE, PICTURE], ["<image> a longer text than the other", "<image> b"]),
+        ([[PICTURE, PICTURE], [], [PICTURE]], ["<image><image>", "no image", "one <image>"]),
+        (None, ["no image", "none here either"]),
+        (PICTURE, "<image>"),
+        (np.zeros((2, 3, 30, 40), dtype=np.uint8), "<image><image>"),
+    ],
+)
+def test_calls_give_what_the_stock_processor_gives(processor, images, text):
+    options = {"padding": True, "return_tensors": "pt", "return_mm_token_type_ids": True}
+    ours = processor(images=images, text=text, **options)
+    stock = stock_twin(processor)(images=images, text=text, **options)
+    assert set(ours) == set(stock)
+    for name in ours:
+        assert torch.equal(ours[name], stock[name]), name
+    assert torch.equal(ours["mm_token_type_ids"], (ours["input_ids"] == IMAGE_ID).long())
+
+
+def test_images_alone(processor):
+    assert processor(images=[PICTURE], return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("sanitize", [True, False])
+def test_apply_chat_template_gives_what_stock_gives_for_ordinary_text(processor, sanitize):
+    conversations = [
+        [user(PICTURE, "What is this?"), {"role": "assistant", "content": "A cat."}, user("Why?")],
+        [user("No image.")],
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    options["processor_kwargs"] = {"padding": True}
+    ours = processor.apply_chat_template(conversations, sanitize_control_tokens=sanitize, **options)
+    stock = stock_twin(processor).apply_chat_template(conversations, **options)
+    assert set(ours) == set(stock)
+    for name in ours:
+        assert torch.equal(ours[name], stock[name]), name
+
+
+STOCK = """
+import json, sys
+from transformers import AutoProcessor
+from PIL import Image
+folder, again = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+assert not any(name.split(".")[0] == "modeling_llava" for name in sys.modules)
+assert type(processor).__module__ == "transformers.models.llava.processing_llava"
+messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 30), "teal")},
+                                         {"type": "text", "text": "What is this?"}]}]
+output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+processor.save_pretrained(again)
+print(json.dumps([output["input_ids"], float(output["pixel_values"][0].sum()), processor.tokenizer.padding_side]))
+"""
+
+
+def test_stock_loads_what_we_save_and_we_load_what_stock_saves(tmp_path, processor):
+    processor.save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "processor_config.json").read_text())
+    assert config["processor_class"] == "LlavaProcessor"
+    result = subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path / "ours"), str(tmp_path / "stock")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    ids, pixel_sum, padding_side = json.loads(result.stdout)
+    messages = [user(PICTURE, "What is this?")]
+    for folder in ("ours", "stock"):
+        loaded = AutoProcessor.from_pretrained(tmp_path / folder)
+        assert type(loaded) is LlavaProcessor
+        assert loaded.chat_template == processor.chat_template
+        assert (loaded.patch_size, loaded.num_additional_image_tokens) == (14, 1)
+        output = loaded.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+        assert output["input_ids"] == ids
+        assert float(output["pixel_values"][0].sum()) == pytest.approx(pixel_sum, rel=1e-5)
+    assert padding_side == "left"
+
+
+# --- Images and their tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patches", [1, 2, 3])
+@pytest.mark.parametrize("strategy, additional", [("default", 1), ("full", 1), ("full", 0)])
+def test_every_way_to_count_image_tokens_agrees(patches, strategy, additional):
+    processor = tiny_processor(patches=patches)
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = strategy, additional
+    expected = patches**2 + additional - (strategy == "default")
+    assert processor.num_image_tokens == num_image_tokens(stock_twin(processor)) == expected
+    assert count_image_tokens(14 * patches, 14 * patches, 14, additional, strategy) == expected
+    assert processor(images=PICTURE, text="<image>")["input_ids"][0].count(IMAGE_ID) == expected
+    data = processor._get_num_multimodal_tokens(image_sizes=[(30, 40), (500, 20)])
+    assert data["num_image_tokens"] == [expected] * 2 and data["num_image_patches"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"size": 32, "crop_size": 28}, (28, 28)),
+        ({"size": {"height": 28, "width": 42}, "do_center_crop": False}, (28, 42)),
+        ({"size": 56, "do_center_crop": False, "do_pad": True}, (56, 56)),
+    ],
+)
+def test_image_size_is_that_of_the_pixels(settings, expected):
+    processor = tiny_processor()
+    processor.image_processor = LlavaImageProcessor(**settings)
+    assert image_size(processor) == image_size(stock_twin(processor)) == expected
+    assert processor(images=PICTURE, return_tensors="pt")["pixel_values"].shape[-2:] == expected
+
+
+def test_images_of_no_fixed_size_are_refused():
+    processor = tiny_processor()
+    processor.image_processor = LlavaImageProcessor(do_center_crop=False)
+    with pytest.raises(ValueError, match="keeps the proportions .* Set do_center_crop=True"):
+        processor.num_image_tokens  # noqa: B018
+
+
+def test_a_processor_without_patch_size_says_where_it_is_written():
+    processor = tiny_processor()
+    processor.patch_size = None
+    with pytest.raises(ValueError, match="lacks patch_size.*config.vision_config.patch_size"):
+        processor.num_image_tokens  # noqa: B018
+    with pytest.raises(ValueError, match="lacks patch_size"):
+        processor(images=PICTURE, text="<image>")
+
+
+@pytest.mark.parametrize(
+    "images, text, error",
+    [
+        # The sums agree, so stock lets these pass.
+        ([[PICTURE] * 2, [PICTURE] * 2], ["<image>" * 1, "<image>" * 3], "Sample 0 has 1 <image> .* but 2 images"),
+        ([[PICTURE], []], ["none", "<image>"], "Sample 0 has 0 <image> in its text but 1 images"),
+        # 3 + 5 placeholders for two images of 4 tokens.
+        ([[PICTURE], [PICTURE]], ["<image>" * 3, "<image>" * 5], "Sample 0 has 3 <image> in its text but 1 images"),
+        ([PICTURE] * 2, ["<image>" * 3, "<image>" * 5], r"has 8 <image> \(sample 0: 3, sample 1: 5\) .* 2 images"),
+        ([[PICTURE]], ["<image>", "<image>"], "2 texts but 1 lists of images"),
+        (None, ["a", "<image>"], r"has 1 <image> \(sample 1: 1\) but there are 0 images"),
+        ([PICTURE, None], ["<image>", "a"], r"images\[1\] is None.*images=\[\[image\], \[\]\]"),
+        ([[PICTURE], [None]], ["<image>", "a"], r"images\[1\] is None"),
+        (None, [1], "`text` must be a string"),
+        (None, None, "text, images or both"),
+    ],
+)
+def test_images_are_counted_per_sample(processor, images, text, error):
+    with pytest.raises(ValueError, match=error):
+        processor(images=images, text=text)
+
+
+def test_samples_without_images_beside_one_with(processor):
+    outputs = processor(images=[[PICTURE], []], text=["<image> a", "b"])
+    assert [ids.count(IMAGE_ID) for ids in outputs["input_ids"]] == [4, 0]
+    assert len(outputs["pixel_values"]) == 1
+    assert "pixel_values" not in processor(images=[[], []], text=["a", "b"])
+
+
+def test_video_is_refused(processor):
+    with pytest.raises(ValueError, match="no video or audio"):
+        processor(text="a", videos=[1])
+
+
+def test_a_tokenizer_without_the_image_token_is_refused_with_the_mend():
+    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model")
+    with pytest.raises(ValueError, match="splits the image token '<image>' into .*add_image_token"):
+        LlavaProcessor(LlavaImageProcessor(), tokenizer)
+
+
+# --- Text that looks like a control token ----------------------------------------------------------------------------
+
+LITERALS = ["<image>", "</s>", "<s>", "<pad>", "<unk>", "a</s>b<image>", "<im", "<"]
+
+
+@pytest.mark.parametrize("literal", LITERALS)
+@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt", "processor_kwargs": {"padding": True}}])
+def test_typed_control_tokens_are_text(processor, literal, options):
+    conversations = [[user(PICTURE, f"What is {literal}?")], [user(literal)]]
+    outputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, add_generation_prompt=True, **options
+    )
+    rows = [
+        [i for i, on in zip(ids, mask) if on] for ids, mask in zip(outputs["input_ids"], outputs["attention_mask"])
+    ]
+    assert [[row.count(i) for i in (0, 1, 2, IMAGE_ID, PAD_ID)] for row in rows] == [[0, 1, 0, 4, 0], [0, 1, 0, 0, 0]]
+    assert literal in processor.tokenizer.decode(list(map(int, rows[1])), skip_special_tokens=True)
+    if options:
+        padded = outputs["input_ids"][1][outputs["attention_mask"][1] == 0]
+        assert len(padded) and set(padded.tolist()) == {PAD_ID}
+
+
+def test_a_typed_control_token_leaves_all_other_tokens_as_they_are(processor):
+    # A word that is no control token, of the same shape, in its place: only its own pieces may differ.
+    def ids(word):
+        messages = [user(PICTURE, f"Where is {word} now?"), {"role": "assistant", "content": f"There. {word}"}]
+        output = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+        tokens = processor.tokenizer.convert_ids_to_tokens(output["input_ids"][0])
+        return "".join(tokens).replace("<0x2F>", "/"), len(tokens)
+
+    (text, _), (other, _) = ids("</s>"), ids("</t>")
+    # The answer's end is a control token in both.
+    assert text.removesuffix("</s>").replace("</s>", "</t>") == other.removesuffix("</s>")
+
+
+def test_the_assistant_mask_beside_typed_control_tokens(processor):
+    messages = [user(PICTURE, "a</s>"), {"role": "assistant", "content": "b<image></s>"}]
+    output = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [i for i, on in zip(output["input_ids"][0], output["assistant_masks"][0]) if on]
+    assert processor.tokenizer.decode(ids) == "b<image></s></s>"
+    assert ids.count(2) == 1 and ids[-1] == 2
+
+
+def test_a_prefilled_answer_with_a_typed_control_token(processor):
+    messages = [user("a"), {"role": "assistant", "content": [{"type": "text", "text": "So </s> it"}]}]
+    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, continue_final_message=True)
+    assert output["input_ids"][0].count(2) == 0
+    assert processor.tokenizer.decode(output["input_ids"][0]).endswith("ASSISTANT: So </s> it")
+
+
+def test_control_tokens_in_a_prompt_are_the_callers_own(processor):
+    assert processor(text="a</s>")["input_ids"][0][-1] == 2
+    messages = [user("a</s>")]
+    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, sanitize_control_tokens=False)
+    assert output["input_ids"][0].count(2) == 1
+    assert "a</s>" in processor.apply_chat_template(messages)
+
+
+def test_messages_are_not_changed(processor):
+    messages = [user(PICTURE, "a</s>")]
+    processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert messages == [user(PICTURE, "a</s>")]
+
+
+def test_keep_image_order_reaches_the_template(processor):
+    messages = [user("What?", PICTURE)]
+    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, keep_image_order=True)
+    text = processor.tokenizer.decode(output["input_ids"][0])
+    assert text.index("What?") < text.index("<image>")
+
+
+def test_no_second_bos(processor):
+    ids = processor.apply_chat_template([user("a")], tokenize=True)[0]
+    assert ids.count(1) == 1
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    ids = processor.apply_chat_template([{"role": "user", "content": "a"}], template, tokenize=True)[0]
+    assert ids.count(1) == 1
+
+
+def test_right_padding_of_a_batch_is_warned_of(processor, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("modeling_llava.processing_llava.logger.warning_once", warnings.append)
+    monkeypatch.setattr(processor.tokenizer, "padding_side", "right")
+    processor(text=["a", "b c d"], padding=True)
+    processor(text=["a", "b c d"], padding=True, padding_side="left")
+    assert len(warnings) == 1 and 'padding_side = "left"' in warnings[0]
+
+
+# --- Composition -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """Folders of a CLIP-like and a SigLIP-like tower, each with its own image processor."""
+    folders = {}
+    for name, model, images, settings in [
+        ("clip", CLIPVisionModel, CLIPImageProcessorPil, {"size": {"shortest_edge": 28}, "crop_size": 28}),
+        ("siglip", SiglipVisionModel, SiglipImageProcessorPil, {"size": {"height": 28, "width": 28}}),
+    ]:
+        folders[name] = tmp_path_factory.mktemp(name)
+        model(tiny_vision_config(f"{name}_vision_model")).save_pretrained(folders[name])
+        images(**settings).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+@pytest.mark.parametrize("name, additional, strategy", [("clip", 1, "default"), ("siglip", 0, "full")])
+def test_composition_fits_the_tower(towers, tmp_path, name, additional, strategy, do_pad):
+    language = GOLDEN / "llava_v15_tiny_lora" / "language_model"
+    composed = LlavaProcessor.from_vision_language_pretrained(towers[name], language, do_pad=do_pad)
+    assert (composed.num_additional_image_tokens, composed.vision_feature_select_strategy) == (additional, strategy)
+    assert composed.num_image_tokens == 4
+    assert composed.image_token_id == 700
+    assert composed.chat_template == composed.tokenizer.chat_template == load_chat_template("vicuna_v1")
+    assert composed.tokenizer.padding_side == "left"
+    assert composed.image_processor.do_pad is do_pad
+    composed.save_pretrained(tmp_path)
+    output = AutoProcessor.from_pretrained(tmp_path)(images=PICTURE, text="<image>", return_tensors="pt")
+    reference = composed.image_processor(PICTURE, return_tensors="pt")["pixel_values"]
+    assert torch.equal(output["pixel_values"], reference)
+    assert output["pixel_values"].shape == (1, 3, 28, 28)
+    if not do_pad:  # the tower's own pixels
+        own = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[name].from_pretrained(towers[name])
+        assert torch.allclose(reference, own(PICTURE, return_tensors="pt")["pixel_values"], atol=0.02)
+
+
+def test_composition_with_a_tower_that_was_saved_alone(tmp_path):
+    CLIPVisionModel(tiny_vision_config()).save_pretrained(tmp_path)
+    composed = LlavaProcessor.from_vision_language_pretrained(tmp_path, GOLDEN / "llava_v1_tiny", "plain")
+    assert image_size(composed) == (28, 28)
+    assert composed.image_processor.do_center_crop is True
+    assert composed.chat_template == load_chat_template("plain")
+
+
+def test_composition_with_the_language_models_own_template(towers, tmp_path):
+    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no chat template of its own. Choose one of: chatml"):
+        LlavaProcessor.from_vision_language_pretrained(towers["clip"], tmp_path, "own")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    composed = LlavaProcessor.from_vision_language_pretrained(towers["clip"], tmp_path, "own")
+    assert composed.apply_chat_template([user(PICTURE, "What?")]) == "user: <image>\nWhat?</s>"
+    jinja = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    composed = LlavaProcessor.from_vision_language_pretrained(towers["clip"], tmp_path, jinja)
+    assert composed.chat_template == jinja
+    with pytest.raises(ValueError, match="no chat template 'vicuna'"):
+        LlavaProcessor.from_vision_language_pretrained(towers["clip"], tmp_path, "vicuna")
+
+
+def test_composition_refuses_images_of_another_size_than_the_towers(tmp_path):
+    CLIPVisionModel(tiny_vision_config()).save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="makes images of 32×32 pixels, its vision tower takes 28×28"):
+        LlavaProcessor.from_vision_language_pretrained(tmp_path, GOLDEN / "llava_v1_tiny")
