@@ -1,0 +1,140 @@
+"""What the conversion tests share: the golden checkpoints, and originals and HF folders made for one test."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+GOLDEN_CASES = {
+    "llava_v15_tiny": {"source": "llava_v15_tiny"},
+    "llava_v1_tiny": {"source": "llava_v1_tiny"},
+    "llava_v15_tiny_lora": {"source": "llava_v15_tiny_lora/llava-lora", "base": "llava_v15_tiny_lora/language_model"},
+    "llava_v15_tiny_projector": {
+        "source": "llava_v15_tiny_projector/projector",
+        "base": "llava_v15_tiny_projector/language_model",
+    },
+    "llava_v1_tiny_delta": {"source": "llava_v1_tiny_delta/delta", "base": "llava_v1_tiny_delta/language_model"},
+}
+"""Name → arguments of `convert_original_to_hf`, relative to the golden folder."""
+
+
+def golden_arguments(name: str) -> dict[str, Path]:
+    return {key: GOLDEN / path for key, path in GOLDEN_CASES[name].items()}
+
+
+def original_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an original checkpoint, by the libraries that wrote it."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    for path in sorted(folder.glob("*.bin")):
+        tensors |= torch.load(path, weights_only=True)
+    return tensors
+
+
+def copy_original(target: Path, name: str = "llava_v15_tiny", **config) -> Path:
+    """A copy of a golden full checkpoint (tower inside its folder) with fields of its configuration changed."""
+    shutil.copytree(GOLDEN / name, target)
+    edit_json(target / "config.json", **config)
+    return target
+
+
+def edit_json(path: Path, **fields) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    content |= fields
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not REMOVED}), "utf-8")
+
+
+REMOVED = object()
+"""As a value for `edit_json`: the field goes."""
+
+
+def rewrite(folder: Path, change, form: str = "safetensors") -> None:
+    """Replace the weights of a one-file original by `change(tensors)`, as safetensors, one `.bin` or sharded `.bin`."""
+    tensors = change(original_tensors(folder))
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        path.unlink()
+    if form == "safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    elif form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        names = list(tensors)
+        groups = [names[0::3], names[1::3], names[2::3]]
+        weight_map = {}
+        for i, group in enumerate(groups, start=1):
+            shard = f"pytorch_model-{i:05d}-of-00003.bin"
+            torch.save({name: tensors[name] for name in group}, folder / shard)
+            weight_map |= dict.fromkeys(group, shard)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def random_language_model(
+    *, model_type: str = "llama", vocabulary: int = 700, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
+):
+    """A tiny LLaMA or Mistral with grouped queries, of transformers, with random weights (norms included)."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    fields = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    if model_type == "mistral":
+        model = MistralForCausalLM(MistralConfig(**fields, sliding_window=None))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model.eval()
+
+
+def random_projector(layers: int = 2, width: int = 32, hidden: int = 64, seed: int = 1) -> dict[str, torch.Tensor]:
+    """The original's projector tensors: one layer is `mm_projector`, several are `mm_projector.0`, `.2`, …"""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for i in range(layers):
+        name = "model.mm_projector" if layers == 1 else f"model.mm_projector.{2 * i}"
+        tensors[f"{name}.weight"] = torch.randn(hidden, width if i == 0 else hidden, generator=generator) * 0.3
+        tensors[f"{name}.bias"] = torch.randn(hidden, generator=generator) * 0.1
+    return tensors
+
+
+def random_original(folder: Path, *, model_type: str = "llama", projector_layers: int = 2, seed: int = 0, **config) -> Path:
+    """An original full checkpoint with a random language model, the golden tower and the golden tokenizer."""
+    model = random_language_model(model_type=model_type, seed=seed)
+    shutil.copytree(GOLDEN / "llava_v15_tiny" / "vision_tower", folder / "vision_tower")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(GOLDEN / "llava_v15_tiny" / name, folder / name)
+    tensors = {key: value.clone() for key, value in model.state_dict().items()} | random_projector(projector_layers)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    golden = json.loads((GOLDEN / "llava_v15_tiny" / "config.json").read_text("utf-8"))
+    fields = golden | {
+        "model_type": f"llava_{model_type}",
+        "architectures": [f"Llava{model_type.title()}ForCausalLM"],
+        "num_key_value_heads": model.config.num_key_value_heads,
+        "max_position_embeddings": model.config.max_position_embeddings,
+        "rms_norm_eps": model.config.rms_norm_eps,
+        "mm_projector_type": "linear" if projector_layers == 1 else f"mlp{projector_layers}x_gelu",
+        **config,
+    }
+    if model_type == "mistral":
+        fields |= {"sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(fields, indent=2), "utf-8")
+    return folder
