@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     source = Path(args.model)
     with tempfile.TemporaryDirectory() as scratch:
         if args.merge:
-            from ..training.merge import merge_adapter
+            from ..training import merge_adapter
 
             console.print(f"Folding {source} into its base …")
             merge_adapter(source, Path(scratch, source.resolve().name))

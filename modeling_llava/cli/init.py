@@ -1,0 +1,106 @@
+"""`llava init VISION LANGUAGE OUT`: compose a new LLaVA from a vision encoder and a language model."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vision", help="CLIP- or SigLIP-like model: folder or Hub name")
+    parser.add_argument("language", help="causal language model: folder or Hub name, or a .gguf file")
+    parser.add_argument("out", help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--chat-template",
+        default="vicuna_v1",
+        help="vicuna_v1 (LLaVA-1.5), plain, vicuna_v0, llava_v1, llama_2, v0_mmtag, v1_mmtag, chatml, or own: the language "
+        "model's (default: vicuna_v1)",
+    )
+    parser.add_argument(
+        "--projector-layers", type=int, default=2, help="1: the paper's matrix W; 2: LLaVA-1.5's (default: 2)"
+    )
+    parser.add_argument(
+        "--feature-layer", type=int, default=-2, help="hidden state of the tower to project (default: -2)"
+    )
+    parser.add_argument(
+        "--crop", action="store_true", help="cut a square out of pictures (LLaVA v1) instead of padding"
+    )
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the language model's")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+    import shutil
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import LlavaForConditionalGeneration, LlavaProcessor
+    from ..processing_llava import num_image_tokens
+
+    console = Console()
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty. Choose another folder.")
+    console.print(f"Composing {args.vision} and {args.language} …")
+    processor = LlavaProcessor.from_vision_language_pretrained(
+        args.vision, args.language, chat_template=args.chat_template, do_pad=not args.crop
+    )
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(
+        args.vision,
+        args.language,
+        dtype=args.dtype,
+        projector_num_layers=args.projector_layers,
+        vision_feature_layer=args.feature_layer,
+    )
+    _check_agreement(model, processor, num_image_tokens(processor))
+    beside = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    if out.is_dir():
+        out.rmdir()
+    os.replace(beside, out)
+
+    table = Table("part", "parameters", "what", title=str(out), title_justify="left")
+    parts = {
+        "vision tower": model.model.vision_tower,
+        "projector (new)": model.model.multi_modal_projector,
+        "language model": model.model.language_model,
+    }
+    for name, module in parts.items():
+        table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,}", type(module).__name__)
+    table.add_row("image tokens per picture", f"{model.config.image_seq_length:,}", f"layer {args.feature_layer}")
+    table.add_row("vocabulary", f"{model.lm_head.weight.shape[0]:,}", f"<image> is {model.config.image_token_id}")
+    console.print(table)
+    console.print(
+        f"The projector knows nothing yet. Next: llava train pretrain model={out} data=captions.json image_folder=images "
+        "output_dir=pretrain",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _check_agreement(model, processor, image_tokens: int) -> None:
+    """One picture through processor and model, before anything is written."""
+    import torch
+    from PIL import Image
+
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.new("RGB", (32, 24))},
+                {"type": "text", "text": "What is this?"},
+            ],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    found = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if not found == image_tokens == model.config.image_seq_length:
+        raise ValueError(
+            f"The processor writes {found} image tokens, its settings say {image_tokens} and the model expects "
+            f"{model.config.image_seq_length}. The vision tower's preprocessor_config.json is for another image size."
+        )
+    with torch.no_grad():
+        model(**inputs, logits_to_keep=1)
