@@ -105,6 +105,7 @@ def encode_conversation(
     """
     if overflow not in ("error", "drop", "truncate_text"):
         raise ValueError(f'overflow must be "error", "drop" or "truncate_text", not {overflow!r}.')
+    _warn_if_endless(processor)
     encoded = _encode(messages, processor, keep_image_order, sample_id)
     image_token_id = encoded.image_token_id
     input_ids = np.array(encoded.ids, dtype=np.int64)
@@ -179,13 +180,37 @@ def answer_stop(processor: ProcessorMixin) -> str:
     the tokenizer's eos token, give it to `generate` as `stop_strings=[…]`.
     """
     answer = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in [("user", "question"), ("assistant", answer)]
+    ]
     control = ControlTokens.of(processor.tokenizer, processor.image_token)
     text, spans, _ = _render(messages, processor, control, False, None)
-    if not spans:
+    start, end = spans[-1] if spans else (0, 0)
+    _, found, stop = text[start:end].partition(answer)
+    if not found:
         raise ValueError("The chat template marks no answer with {% generation %}, so the stop is not known.")
-    start, end = spans[-1]
-    return text[start:end].split(answer, 1)[1]
+    return stop
+
+
+_KNOWN_TO_STOP: set[str] = set()
+
+
+def _warn_if_endless(processor) -> None:
+    """Say once of a template that it teaches no stop, as that of `llava-hf/llava-1.5-7b-hf` does not."""
+    template = _template_of(processor)
+    if template in _KNOWN_TO_STOP:
+        return
+    _KNOWN_TO_STOP.add(template)
+    try:
+        stop = answer_stop(processor)
+    except ValueError:  # a template that does not take the probe; whether it takes the sample is said by the sample
+        return
+    if stop in ("", " "):
+        logger.warning(
+            "The chat template supervises answers without a stop, so a model trained with it does not learn to end them. "
+            'Take one that does: processor.chat_template = load_chat_template("vicuna_v1").'
+        )
 
 
 class _Encoded(NamedTuple):

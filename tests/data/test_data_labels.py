@@ -364,6 +364,21 @@ def test_the_stop_of_every_template(processors, name):
     assert answer_stop(processors[name]) == STOPS[name]
 
 
+def test_a_template_that_teaches_no_stop_is_warned_of_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("modeling_llava.data.labels.logger.warning", warnings.append)
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+        "{% elif m['role'] == 'assistant' %}{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}"
+        "{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor = tiny_processor(template=template)
+    for _ in range(2):
+        encoded = encode_conversation(SAMPLE, processor)
+        assert [decode(PIECES, run, CONTROL) for run in supervised_runs(encoded)] == [" A cat. "]
+    assert len(warnings) == 1 and "without a stop" in warnings[0]
+
+
 def test_labels_do_not_depend_on_what_the_tokenizer_was_used_for(processors):
     processor = processors["vicuna_v1"]
     expected = encode_conversation(SAMPLE, processor)
