@@ -2,13 +2,15 @@
 Raw rows of one source, by index or in a stream.
 
 Every class here has the same three ways in: `rows[index]`, `scan()` (every row once, without touching image bytes; it
-comes first) and `stream(share, seed, epoch)`. A row that cannot be read is given as a [`BadSampleError`], not raised.
+comes first) and `stream(share, seed, epoch)`. The last two give a row that cannot be read as a [`BadSampleError`]; the
+first raises it. `identity()` is equal as long as the data is the same.
 """
 
 import codecs
 import inspect
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,9 @@ class ListRows:
     def __init__(self, rows: Sequence):
         self.rows = rows
 
+    def identity(self) -> str:
+        return uuid.uuid4().hex  # what is in memory cannot be known again
+
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
 
@@ -58,12 +63,19 @@ class JsonRows:
     def __init__(self, path: Path):
         self.path = path
         self._spans = None  # [num_rows, (first byte, bytes)]
+        self._broken = {}  # row → error
         self._file = self._pid = None
+
+    def identity(self) -> list:
+        info = os.stat(self.path)
+        return [os.path.abspath(self.path), info.st_size, info.st_mtime_ns]
 
     def __getstate__(self):
         return {**self.__dict__, "_file": None, "_pid": None}
 
     def __getitem__(self, index: int) -> Any:
+        if index in self._broken:
+            raise self._broken[index]
         if self._pid != os.getpid():  # a file position must not be shared with the process that we were forked from
             self._file, self._pid = open(self.path, "rb"), os.getpid()
         start, length = self._spans[index].tolist()
@@ -76,6 +88,8 @@ class JsonRows:
     def scan(self) -> Iterator:
         spans = []
         for start, length, row in self._rows(lambda index: True):
+            if isinstance(row, BadSampleError):
+                self._broken[len(spans)] = row
             spans.append((start, length))
             yield row
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
@@ -177,6 +191,9 @@ class ArrowRows:
 
     def __init__(self, dataset):
         self.dataset = dataset.with_format("arrow")
+
+    def identity(self) -> str:
+        return self.dataset._fingerprint
 
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index].to_pylist()[0]

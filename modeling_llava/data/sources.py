@@ -91,17 +91,28 @@ def load_conversations(
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}: give 'raise' or 'drop'.")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} but there are {world_size} processes, numbered from 0.")
-    named = _named_sources(source)
-    parts = [
-        (_open(item, split, streaming, config_name, revision), type_name, _describe(item)) for type_name, item in named
-    ]
+    parts = open_sources(source, split, streaming, config_name, revision)
     folder = None if image_folder is None else os.path.abspath(image_folder)
     if streaming:
         return ConversationStream(parts, folder, on_bad_sample, types, shuffle_buffer, seed, rank, world_size)
     return ConversationDataset(parts, folder, on_bad_sample, types)
 
 
-class _Reader:
+def open_sources(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> list[tuple[Any, str | None, str]]:
+    """`(rows, type of rows that name none, description)` of each source; see `rows.py` and [`load_conversations`]."""
+    return [
+        (_open(item, split, streaming, config_name, revision), type_name, _describe(item))
+        for type_name, item in _named_sources(source)
+    ]
+
+
+class RowReader:
     """Turns a raw row into a conversation with its image paths joined to the folder."""
 
     def __init__(self, folder: str | None):
@@ -140,7 +151,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __init__(self, parts: list, folder: str | None, on_bad_sample: str, types: Sequence[str] | None):
         self._rows = [rows for rows, _, _ in parts]
         self._type_names = [type_name for _, type_name, _ in parts]
-        self._read = _Reader(folder)
+        self._read = RowReader(folder)
         kept, self.types, num_images, dropped = [], [], [], Counter()
         first_error = None
         for part, (rows, type_name, what) in enumerate(parts):
@@ -205,7 +216,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
 
     def __init__(self, parts, folder, on_bad_sample, types, shuffle_buffer, seed, rank, world_size):
         self._parts = parts
-        self._read = _Reader(folder)
+        self._read = RowReader(folder)
         self._drop = on_bad_sample == "drop"
         self._types = types
         self._shuffle_buffer, self._seed, self._epoch = shuffle_buffer, seed, 0

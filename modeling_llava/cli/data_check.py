@@ -1,0 +1,128 @@
+"""`llava data check SOURCE`: what is wrong with a data set, before a run finds it."""
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Read every record and every image's header, in parallel, and say what cannot be trained on: missing and corrupt "
+        "images, empty answers, roles out of order, samples over --max-length and what would be cut. A check that is "
+        "stopped goes on when it is started again. Exit code 1 if there is a problem, 0 if there is none."
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        help="LLaVA JSON or JSONL, parquet, a folder written by datasets, or a dataset on the Hub; several are taken as one",
+    )
+    parser.add_argument("--image-folder", "--images", metavar="DIR", help="where relative image paths are looked up")
+    parser.add_argument("--processor", metavar="P", help="model folder or Hub name: adds everything about tokens")
+    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="samples per optimizer step (default: 128)"
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every image, not only its header (slower)")
+    parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
+    parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
+    parser.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--out", metavar="DIR", help="write report.json, problems.jsonl and lengths.png there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..data.check import check_data
+
+    processor = None
+    if args.processor is not None:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(args.processor)
+    try:
+        report = check_data(
+            args.source if len(args.source) > 1 else args.source[0],
+            processor,
+            args.image_folder,
+            max_length=args.max_length,
+            split=args.split,
+            config_name=args.config_name,
+            batch_size=args.batch_size,
+            decode=args.decode,
+            follow_symlinks=args.follow_symlinks,
+            num_workers=args.workers,
+            out=args.out,
+            show_progress=not args.json,
+        )
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from here.", file=sys.stderr)
+        raise
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show(report, args)
+    return 0 if report.ok else 1
+
+
+def _show(report, args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if report.resumed_at:
+        console.print(f"went on behind {report.resumed_at:,} samples of an earlier check")
+    facts = Table(show_header=False, box=None)
+    facts.add_row("samples", f"{report.samples:,}, of which {report.usable:,} are without a problem")
+    facts.add_row("images", f"{report.images:,}; {report.text_only:,} samples have none")
+    if set(report.types) != {"without type"}:
+        facts.add_row("types", ", ".join(f"{name} {number:,}" for name, number in report.types.items()))
+    if report.tokens:
+        share = report.supervised_tokens / report.tokens
+        facts.add_row(
+            "tokens",
+            f"{report.tokens:,}: {report.image_tokens:,} of images, {report.supervised_tokens:,} supervised ({share:.1%})",
+        )
+        facts.add_row(
+            "per sample",
+            f"mean {report.length_mean:,.0f}, median {report.length_median:,.0f}, 95 % up to {report.length_95th:,.0f}, "
+            f"longest {report.length_longest:,}",
+        )
+        facts.add_row(
+            "an epoch",
+            f"{report.steps:,} steps of {report.batch_size:,} samples, or {report.packed_steps:,} steps of "
+            f"{report.batch_size:,} packs of {args.max_length:,} positions ({report.pack_utilization:.1%} filled)",
+        )
+    if report.too_long["samples"]:
+        cut = report.too_long
+        facts.add_row(
+            "too long",
+            f"{cut['samples']:,} samples; overflow=truncate_text would cut {cut['tokens']:,} tokens, "
+            f"{cut['supervised_tokens']:,} of them supervised, and could not save {cut['images_cut']:,} whose image "
+            f"would be cut and {cut['answers_lost']:,} without an answer left",
+        )
+    console.print(facts)
+    for title, counts, style in (("problems", report.problems, "red"), ("notices", report.notices, "yellow")):
+        for reason, number in counts.items():
+            console.print(f"\n[bold {style}]{number:,} × {reason}[/] ({title[:-1]})")
+            for message in report.examples[reason]:
+                console.print(f"  {escape(message)}", highlight=False, soft_wrap=True)
+            if number > len(report.examples[reason]):
+                console.print(f"  … and {number - len(report.examples[reason]):,} more", highlight=False)
+    console.print()
+    if report.files:
+        console.print(f"written: {', '.join(report.files)}", highlight=False, soft_wrap=True)
+        if not any(name.endswith(".png") for name in report.files) and report.tokens:
+            console.print("no lengths.png: it needs matplotlib (pip install 'modeling-llava\\[plots]')")
+    if not report.ok:
+        where = "" if report.files else " (--out DIR writes the whole list)"
+        console.print(
+            f"[bold red]{sum(report.problems.values()):,} problems[/]: mend them, or train with on_bad_sample=drop and "
+            f"overflow=drop{where}"
+        )
+    elif args.processor is None:
+        console.print(
+            "[bold green]no problem[/] in records and images; next: the same with --processor MODEL, for tokens"
+        )
+    else:
+        console.print("[bold green]no problem[/]; next: llava data preview, or llava train RECIPE.yaml")

@@ -1,0 +1,163 @@
+"""`llava data preview SOURCE`: samples as the model sees them."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show samples as the model sees them: the text of the chat template, each image as <image>×576, what is "
+        "supervised in green, special tokens as such. Nothing is trained."
+    )
+    parser.add_argument("source", nargs="+", help="as in `llava data check`")
+    parser.add_argument("--processor", required=True, metavar="P", help="model folder or Hub name")
+    parser.add_argument("--image-folder", "--images", metavar="DIR", help="where relative image paths are looked up")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="a template of the project in place of the processor's"
+    )
+    parser.add_argument("-n", "--number", type=int, default=3, help="how many samples (default: 3)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first one, from 0 (default: 0)")
+    parser.add_argument("--random", action="store_true", help="draw them at random instead")
+    parser.add_argument("--id", action="append", metavar="ID", help="show the sample of this id (repeatable)")
+    parser.add_argument("--type", action="append", metavar="TYPE", help="only samples of this type (repeatable)")
+    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
+    parser.add_argument(
+        "--overflow", choices=("error", "drop", "truncate_text"), default="truncate_text", help="for longer samples"
+    )
+    parser.add_argument("--first-turn-order", choices=("as_is", "random"), default="as_is")
+    parser.add_argument("--seed", type=int, default=0, help="of --random and --first-turn-order (default: 0)")
+    parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
+    parser.add_argument("--save-images", metavar="DIR", help="write each image there as the vision tower sees it")
+    parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    import random
+
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import AutoProcessor
+
+    from ..data import LlavaDataCollator, load_conversations
+    from ..data.schema import summarize_drops
+
+    processor = AutoProcessor.from_pretrained(args.processor)
+    if args.chat_template is not None:
+        from ..templating import load_chat_template
+
+        processor.chat_template = load_chat_template(args.chat_template, image_token=processor.image_token)
+    source = args.source if len(args.source) > 1 else args.source[0]
+    dataset = load_conversations(source, split=args.split, types=args.type, on_bad_sample="drop")
+    collator = LlavaDataCollator(
+        processor,
+        max_length=args.max_length,
+        overflow=args.overflow,
+        image_folder=args.image_folder,
+        first_turn_order=args.first_turn_order,
+        seed=args.seed,
+        follow_symlinks=args.follow_symlinks,
+    )
+    console = Console()
+    if args.id is not None:
+        wanted = set(args.id)
+        indices = [index for index in range(len(dataset)) if dataset[index]["id"] in wanted]
+        missing = wanted - {dataset[index]["id"] for index in indices}
+        if missing:
+            raise ValueError(f"there is no usable sample with the id {', '.join(sorted(missing))}.")
+    elif args.random:
+        indices = random.Random(args.seed).sample(range(len(dataset)), min(args.number, len(dataset)))
+    else:
+        indices = list(range(len(dataset)))[args.start : args.start + args.number]
+        if not indices:
+            raise ValueError(f"--start is {args.start} but there are {len(dataset)} samples, numbered from 0.")
+
+    bad = 0
+    for index in indices:
+        conversation = dataset[index]
+        try:
+            batch = collator([conversation])
+        except ValueError as error:
+            bad += 1
+            console.print(Text(f"\n{error}", "red"), soft_wrap=True)
+            continue
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        images = conversation["images"]
+        facts = [
+            f"sample {conversation['id']!r}",
+            *([conversation["type"]] if conversation["type"] else []),
+            f"{len(ids):,} tokens",
+            f"{int((labels != -100).sum()):,} supervised",
+            f"{len(images)} image{'' if len(images) == 1 else 's'}",
+        ]
+        names = [image for image in images if isinstance(image, str)]
+        console.print()
+        console.rule(Text(", ".join(facts + names), "bold"), align="left")
+        console.print(render(processor, ids.tolist(), labels.tolist()), soft_wrap=True)
+        if args.save_images and images:
+            for path in _save(batch, processor, Path(args.save_images), conversation["id"]):
+                console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{len(dataset):,} samples in all; [green]green[/]: supervised, [cyan]cyan[/]: images and special tokens"
+    )
+    if dataset.dropped:
+        console.print(f"{summarize_drops(dataset.dropped)}: `llava data check` lists them")
+    return 1 if bad else 0
+
+
+def render(processor, input_ids: list[int], labels: list[int]):
+    """
+    A sample as `rich.text.Text`, to the letter: what is supervised green, special tokens cyan, each run of image tokens
+    as `<image>×576`. A text piece is what decoding one token more adds, so that no space is lost between pieces.
+    """
+    from rich.text import Text
+
+    from ..constants import IGNORE_INDEX
+
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids) | {processor.image_token_id}
+    text = Text()
+    position = 0
+    while position < len(input_ids):
+        token, learnt = input_ids[position], labels[position] != IGNORE_INDEX
+        end = position + 1
+        while end < len(input_ids) and (labels[end] != IGNORE_INDEX) == learnt:
+            if token in special and input_ids[end] != token or token not in special and input_ids[end] in special:
+                break
+            end += 1
+        if token == processor.image_token_id:
+            text.append(f"{processor.image_token}×{end - position}", "cyan")
+        elif token in special:
+            text.append(tokenizer.convert_ids_to_tokens(token) * (end - position), "bold cyan" if learnt else "cyan")
+        else:
+            # Decoded behind what stands before it: a SentencePiece decoder drops the space at the start of a text.
+            start = position
+            while start > 0 and input_ids[start - 1] not in special and position - start < 8:
+                start -= 1
+            before = _decode(tokenizer, input_ids[start:position])
+            piece = _decode(tokenizer, input_ids[start:end])
+            piece = piece[len(before) :] if piece.startswith(before) else _decode(tokenizer, input_ids[position:end])
+            text.append(piece, "bold green" if learnt else "dim")
+        position = end
+    return text
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+
+
+def _save(batch: dict, processor, folder: Path, sample_id: str) -> list[Path]:
+    """The pixels of a batch of one sample, back as PNG files."""
+    import re
+
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    images = processor.image_processor
+    paths = []
+    for number, pixels in enumerate(batch["pixel_values"].numpy()):
+        values = pixels.transpose(1, 2, 0) * np.asarray(images.image_std) + np.asarray(images.image_mean)
+        name = re.sub(r"[^\w.-]", "_", sample_id)
+        paths.append(folder / f"{name}-{number}.png")
+        Image.fromarray(np.rint(values.clip(0, 1) * 255).astype(np.uint8)).save(paths[-1])
+    return paths

@@ -1,0 +1,282 @@
+"""
+What is wrong with a data set, before a run of days finds it: every record and every image header, in parallel.
+
+    report = check_data("instruct.json", processor, "images", max_length=2048)
+    report.problems      # samples that cannot be trained on as they are
+    report.notices       # what is unusual, and may be meant
+"""
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from ..constants import IGNORE_INDEX, IMAGE_TOKEN
+from .check_report import DataReport, Found, summarize, write_report
+from .images import image_key, load_image, read_image_size
+from .labels import answer_stop, encode_conversation
+from .schema import TOO_LONG, BadSampleError
+from .sources import RowReader, open_sources
+
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 128  # records that are checked, and remembered for a resume, at a time
+
+STOP_IN_TEXT = "text holds the template's stop"
+MARKER_IN_TEXT = "text-only sample holds <image>"
+
+
+def check_data(
+    source: Any,
+    processor: ProcessorMixin | None = None,
+    image_folder: str | os.PathLike | None = None,
+    *,
+    max_length: int | None = 2048,
+    split: str = "train",
+    config_name: str | None = None,
+    batch_size: int = 128,
+    decode: bool = False,
+    follow_symlinks: bool = False,
+    num_workers: int | None = None,
+    out: str | os.PathLike | None = None,
+    show_progress: bool = True,
+) -> DataReport:
+    """
+    Check every sample of a source as the collator would meet it.
+
+    An interrupted check goes on where it stopped when it is started again with the same arguments on the same files:
+    what was found is kept in a small file, in `out` or in the system's folder for temporary files, and deleted at the end.
+
+    Args:
+        source: As in [`load_conversations`]; not a stream.
+        processor ([`LlavaProcessor`], *optional*):
+            Its template and tokenizer give the lengths. Without one, records and images are checked but not tokens.
+        image_folder (`str`, *optional*): As in [`LlavaDataCollator`].
+        max_length (`int`, *optional*, defaults to 2048): Most tokens of a sample; longer ones are a problem.
+        split, config_name (`str`, *optional*): As in [`load_conversations`].
+        batch_size (`int`, *optional*, defaults to 128): Samples (or packs) of an optimizer step.
+        decode (`bool`, *optional*, defaults to `False`): Decode every image, instead of reading its header.
+        follow_symlinks (`bool`, *optional*, defaults to `False`): As in [`LlavaDataCollator`].
+        num_workers (`int`, *optional*): Processes; by default one per core, and none for a few hundred samples.
+        out (`str`, *optional*):
+            Folder for `report.json`, `problems.jsonl` (every problem and notice) and `lengths.png`.
+        show_progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+
+    Raises:
+        ValueError: A file cannot be read as a whole, such as a JSON list that is cut off.
+        FileNotFoundError: The source or the image folder is not there.
+    """
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size} samples: at least 1 is needed.")
+    parts = open_sources(source, split, False, config_name)
+    places = _places(parts, show_progress)
+    if not len(places):
+        raise ValueError(f"{' + '.join(what for _, _, what in parts)} holds no sample.")
+    records = _Records(parts, places, processor, image_folder, max_length, decode, follow_symlinks)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    with _Progress(out, records.fingerprint()) as progress:
+        start = progress.resumed_at
+        if num_workers is None:
+            num_workers = 0 if len(records) - start < 500 else os.cpu_count() or 1
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(records, range(start, len(records))),
+            batch_size=CHUNK,
+            num_workers=num_workers,
+            collate_fn=list,
+        )
+        bar = tqdm(total=len(records), initial=start, unit=" samples", desc="checking", disable=not show_progress)
+        with bar:
+            for chunk in loader:
+                progress.add(chunk)
+                bar.update(len(chunk))
+        report, findings = summarize(progress.found, max_length, batch_size)
+        report.resumed_at = start
+        if out is not None:
+            write_report(Path(out), report, findings, [record.length for record in progress.found if record.length])
+        progress.finished = True
+    return report
+
+
+def _places(parts: list, show_progress: bool) -> np.ndarray:
+    """`[num_records, (part, row)]`. Reading through a source once also finds where the rows of a JSON file lie."""
+    places = []
+    for part, (rows, _, what) in enumerate(parts):
+        scan = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, disable=not show_progress)
+        places += [(part, row) for row, _ in enumerate(scan)]
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+class _Records(torch.utils.data.Dataset):
+    """What is found about each record."""
+
+    def __init__(self, parts, places, processor, image_folder, max_length, decode, follow_symlinks):
+        self.rows = [rows for rows, _, _ in parts]
+        self.types = [type_name for _, type_name, _ in parts]
+        self.places = places
+        self.processor = processor
+        self.image_folder = image_folder
+        self.max_length = max_length
+        self.decode = decode
+        self.follow_symlinks = follow_symlinks
+        self.read = RowReader(None)
+        self.checks = [self._images] if processor is None else [self._images, self._tokens]
+        self.stop = None if processor is None else _typed_stop(processor)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Found:
+        part, number = self.places[index].tolist()
+        found = {"id": str(number)}
+        try:
+            row = self.rows[part][number]
+            if isinstance(row, dict) and row.get("id") is not None:
+                found["id"] = str(row["id"])
+            conversation = self.read(row, number, self.types[part])
+        except BadSampleError as error:
+            return Found(**found, problems=[(error.reason, str(error))])
+        found |= {"type": conversation["type"], "images": len(conversation["images"]), "hash": _hash(conversation)}
+        found["notices"] = list(self._unusual(conversation))
+        found["problems"] = problems = []
+        for check in self.checks:  # all: a mended image should not bring the next surprise
+            try:
+                check(conversation, found)
+            except BadSampleError as error:
+                problems.append((error.reason, str(error)))
+        return Found(**found)
+
+    def _unusual(self, conversation: dict) -> Iterator[tuple[str, str]]:
+        texts = [item["text"] for m in conversation["messages"] for item in m["content"] if item["type"] == "text"]
+        name = f"sample {conversation['id']!r}"
+        if self.stop is not None and any(self.stop in text for text in texts):
+            yield STOP_IN_TEXT, f"{name} has {self.stop!r} in its text, with which the chat template ends an answer."
+        if not conversation["images"] and any(IMAGE_TOKEN in text for text in texts):
+            yield MARKER_IN_TEXT, f"{name} has {IMAGE_TOKEN} in its text but no image: it is read as text."
+
+    def _images(self, conversation: dict, found: dict) -> None:
+        look = load_image if self.decode else read_image_size
+        for reference in conversation["images"]:
+            look(reference, self.image_folder, conversation["id"], follow_symlinks=self.follow_symlinks)
+
+    def _tokens(self, conversation: dict, found: dict) -> None:
+        encoded = encode_conversation(conversation["messages"], self.processor, sample_id=conversation["id"])
+        supervised = encoded["labels"] != IGNORE_INDEX
+        is_image = encoded["input_ids"] == self.processor.image_token_id
+        length, limit = len(is_image), self.max_length
+        found |= {"length": length, "image_tokens": int(is_image.sum()), "supervised": int(supervised.sum())}
+        if limit is None or length <= limit:
+            return
+        lost = int(supervised[limit:].sum())
+        cuts_image, cuts_all = bool(is_image[limit:].any()), lost == found["supervised"]
+        found["cut"] = (length - limit, lost, cuts_image, cuts_all)
+        what = "would cut an image" if cuts_image else f"would lose {lost} of {found['supervised']} supervised tokens"
+        raise BadSampleError(
+            conversation["id"], TOO_LONG, f"has {length} tokens, max_length is {limit}: cutting its end {what}."
+        )
+
+    def fingerprint(self) -> str:
+        """Equal where an interrupted check can go on: same data, same processor, same arguments."""
+        parts = [
+            "1",  # of the progress file's form
+            [rows.identity() for rows in self.rows],
+            self.types,
+            None if self.image_folder is None else os.path.abspath(self.image_folder),
+            [self.max_length, self.decode, self.follow_symlinks],
+        ]
+        if self.processor is not None:
+            tokenizer = self.processor.tokenizer
+            parts += [self.processor.to_json_string(), self.processor.chat_template]
+            parts += [tokenizer.name_or_path, len(tokenizer), tokenizer.chat_template]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _typed_stop(processor: ProcessorMixin) -> str | None:
+    """
+    The text that ends an answer in the chat template, if a user could have typed it, such as `###` in `vicuna_v0`. A
+    token of its own cannot be typed: `encode_conversation` reads it as text.
+    """
+    try:
+        stop = answer_stop(processor).strip()
+    except ValueError as error:
+        logger.info("Not looked for: text that holds the stop of an answer. %s", error)
+        return None
+    return stop if stop and stop not in processor.tokenizer.get_added_vocab() else None
+
+
+def _hash(conversation: dict) -> str:
+    """Of the images and the text, equal for the same conversation under two ids."""
+    keys = [image_key(image) for image in conversation["images"]]
+    keys = [(kind, base64.b64encode(key).decode() if isinstance(key, bytes) else str(key)) for kind, key in keys]
+    text = json.dumps([keys, conversation["messages"]], ensure_ascii=False)
+    return base64.b64encode(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=9).digest()).decode()
+
+
+class _Progress:
+    """
+    The records found so far, also as JSON lines in a file, one line per chunk, so that a check can go on after it was
+    killed. A last line that was cut is read again.
+    """
+
+    def __init__(self, out: str | os.PathLike | None, fingerprint: str):
+        folder = Path(out) if out is not None else Path(tempfile.gettempdir())
+        self.path = folder / ("progress.jsonl" if out is not None else f"llava-data-check-{fingerprint[:16]}.jsonl")
+        self.fingerprint = fingerprint
+        self.found: list[Found] = []
+        self.finished = False
+
+    def __enter__(self) -> "_Progress":
+        end = 0
+        for size, line in self._lines():
+            self.found += [Found(*record) for record in line]
+            end += size
+        self.resumed_at = len(self.found)
+        # What follows the last whole line, or another check's findings, goes.
+        self.file = open(self.path, "r+b" if end else "wb")
+        self.file.truncate(end)
+        self.file.seek(end)
+        if not end:
+            self._write({"fingerprint": self.fingerprint})
+        return self
+
+    def _lines(self) -> Iterator[tuple[int, list[list]]]:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                try:
+                    content = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    content = None
+                if content is None or (number == 0 and content != {"fingerprint": self.fingerprint}):
+                    return
+                yield len(line), content if number else []
+
+    def _write(self, content: Any) -> None:
+        self.file.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        self.file.flush()
+
+    def add(self, chunk: list[Found]) -> None:
+        self.found += chunk
+        self._write(chunk)
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        if self.finished:
+            self.path.unlink(missing_ok=True)
+
+
+__all__ = ["DataReport", "check_data"]

@@ -1,0 +1,204 @@
+"""What [`check_data`] found, in numbers, examples and one picture."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .packing import best_fit_packs
+
+
+_SHOWN = 5  # examples per problem in the report
+
+DUPLICATE_ID = "duplicate id"
+DUPLICATE_SAMPLE = "duplicate conversation"
+
+
+class Found(NamedTuple):
+    """What was found about one record; a list in the file of an interrupted check."""
+
+    id: str
+    type: str | None = None
+    images: int = 0
+    length: int = 0
+    """Tokens, images included; 0 where the record could not be encoded."""
+    image_tokens: int = 0
+    supervised: int = 0
+    hash: str | None = None
+    """Equal for the same images and text."""
+    problems: Sequence[tuple[str, str]] = ()
+    """`(reason, message)` of each."""
+    notices: Sequence[tuple[str, str]] = ()
+    cut: tuple[int, int, bool, bool] | None = None
+    """Beyond `max_length`: tokens, supervised tokens, whether an image is, and whether every answer is."""
+
+
+@dataclass
+class DataReport:
+    """The result of [`check_data`]. Lengths are in tokens, images included; they are 0 where no processor was given."""
+
+    samples: int
+    """Records read."""
+    usable: int
+    """Records without a problem."""
+    images: int
+    """Images in all samples."""
+    text_only: int
+    """Samples without an image."""
+    types: dict[str, int]
+    """Samples by conversation type."""
+    problems: dict[str, int]
+    """Samples that cannot be trained on as they are, by reason."""
+    notices: dict[str, int]
+    """Samples that are unusual, by kind."""
+    examples: dict[str, list[str]]
+    """Up to five messages for each problem and notice."""
+    length_mean: float
+    length_median: float
+    length_95th: float
+    length_longest: int
+    tokens: int
+    """Tokens of all encoded samples."""
+    image_tokens: int
+    """Of them, image tokens."""
+    supervised_tokens: int
+    """Of them, supervised positions."""
+    max_length: int | None
+    too_long: dict[str, int]
+    """What `overflow="truncate_text"` would cut: `samples`, `tokens`, `supervised_tokens`, and how many of the samples
+    it could not save: `images_cut` (an image would be cut), `answers_lost` (no answer would be left)."""
+    batch_size: int
+    steps: int
+    """Optimizer steps of an epoch, `batch_size` samples each."""
+    packed_steps: int
+    """Optimizer steps of an epoch, `batch_size` packs of `max_length` positions each."""
+    pack_utilization: float
+    """Share of the packs' positions that is filled."""
+    resumed_at: int = 0
+    """Records that an earlier, interrupted check had read."""
+    files: list[str] = field(default_factory=list)
+    """Files that were written."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def summarize(found: list[Found], max_length: int | None, batch_size: int) -> tuple[DataReport, list[dict]]:
+    """The report, and every problem and notice as `{"id", "kind", "reason", "message"}`."""
+    findings = []
+    for record in found:
+        for kind, entries in (("problem", record.problems), ("notice", record.notices)):
+            for reason, message in entries:
+                findings.append({"id": record.id, "kind": kind, "reason": reason, "message": message})
+    ids, hashes = set(), {}
+    for record in found:
+        if record.id in ids:
+            message = f"sample {record.id!r} has the same id as an earlier one."
+            findings.append({"id": record.id, "kind": "notice", "reason": DUPLICATE_ID, "message": message})
+        ids.add(record.id)
+        if record.hash is not None:
+            earlier = hashes.setdefault(record.hash, record)
+            if earlier is not record:
+                message = f"sample {record.id!r} has the same images and text as {earlier.id!r}."
+                findings.append({"id": record.id, "kind": "notice", "reason": DUPLICATE_SAMPLE, "message": message})
+
+    counts = {kind: Counter(f["reason"] for f in findings if f["kind"] == kind) for kind in ("problem", "notice")}
+    examples: dict[str, list[str]] = {}
+    for finding in findings:
+        shown = examples.setdefault(finding["reason"], [])
+        if len(shown) < _SHOWN:
+            shown.append(finding["message"])
+    lengths = np.array([record.length for record in found if record.length], dtype=np.int64)
+    usable = np.array([record.length for record in found if not record.problems], dtype=np.int64)
+    cuts = [record.cut for record in found if record.cut]
+    plan = best_fit_packs(usable if len(lengths) else [], max_length or int(lengths.max(initial=1)))
+    return DataReport(
+        samples=len(found),
+        usable=len(usable),
+        images=sum(record.images for record in found),
+        text_only=sum(not record.images for record in found),
+        types=dict(Counter(record.type or "without type" for record in found).most_common()),
+        problems=dict(counts["problem"].most_common()),
+        notices=dict(counts["notice"].most_common()),
+        examples=examples,
+        length_mean=float(lengths.mean()) if len(lengths) else 0.0,
+        length_median=float(np.median(lengths)) if len(lengths) else 0.0,
+        length_95th=float(np.percentile(lengths, 95)) if len(lengths) else 0.0,
+        length_longest=int(lengths.max(initial=0)),
+        tokens=int(lengths.sum()),
+        image_tokens=sum(record.image_tokens for record in found),
+        supervised_tokens=sum(record.supervised for record in found),
+        max_length=max_length,
+        too_long={
+            "samples": len(cuts),
+            "tokens": sum(cut[0] for cut in cuts),
+            "supervised_tokens": sum(cut[1] for cut in cuts),
+            "images_cut": sum(cut[2] for cut in cuts),
+            "answers_lost": sum(cut[3] for cut in cuts),
+        },
+        batch_size=batch_size,
+        steps=-(-len(usable) // batch_size),
+        packed_steps=-(-len(plan) // batch_size),
+        pack_utilization=plan.utilization,
+    ), findings
+
+
+def write_report(out: Path, report: DataReport, findings: list[dict], lengths: list[int]) -> None:
+    """Write `lengths.png`, `problems.jsonl` and, last, `report.json`; `report.files` names them."""
+    picture = plot_lengths(lengths, report.max_length, out / "lengths.png")
+    report.files = [str(out / "report.json"), str(out / "problems.jsonl"), *([str(picture)] if picture else [])]
+    lines = "".join(json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
+    texts = {"problems.jsonl": lines, "report.json": json.dumps(report.to_dict(), indent=2) + "\n"}
+    for name, text in texts.items():
+        beside = out / (name + ".tmp")
+        beside.write_text(text, "utf-8", "surrogatepass")
+        os.replace(beside, out / name)
+
+
+def plot_lengths(lengths: list[int], max_length: int | None, path: str | os.PathLike) -> Path | None:
+    """
+    Draw how many samples have how many tokens, as a PNG.
+
+    Returns:
+        `Path` of the picture; `None` if matplotlib is not installed or there is nothing to draw.
+    """
+    if not len(lengths):
+        return None
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bins = np.histogram_bin_edges(lengths, bins=min(60, max(10, len(set(lengths)))))
+    axes.hist(lengths, bins=bins, color="#4c72b0")
+    if max_length is not None and max(lengths) > max_length:
+        over = sum(length > max_length for length in lengths)
+        axes.axvline(max_length, color="#c44e52", linewidth=1.5)
+        axes.annotate(
+            f" max_length {max_length:,}\n {over:,} samples beyond",
+            (max_length, 0.97),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            color="#c44e52",
+        )
+    axes.set(xlabel="tokens per sample, images included", ylabel="samples", xlim=(0, None))
+    axes.set_title(f"{len(lengths):,} samples, median {np.median(lengths):,.0f} tokens, longest {max(lengths):,}")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+__all__ = ["DataReport", "Found", "plot_lengths", "summarize", "write_report"]
