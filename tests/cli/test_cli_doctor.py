@@ -1,0 +1,59 @@
+"""`llava doctor` tells the truth about this machine, and about machines that lack something."""
+
+import json
+import re
+
+from modeling_llava.cli import doctor
+from modeling_llava.cli.main import main
+
+
+def test_report_is_about_this_machine(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    import torch
+    import transformers
+
+    assert report["packages"]["transformers"] == transformers.__version__
+    assert len(report["gpus"]) >= torch.cuda.device_count()
+    assert report["problems"] == []
+    assert report["cpu"]["memory_gib"] > 0 and report["disk_free_gib"] > 0
+
+
+def test_tables_name_every_extra_and_what_works(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for name in (*doctor.EXTRAS, "llava quickstart", "4 bit:"):
+        assert name in printed
+
+
+def test_four_bit_is_tried_and_not_assumed():
+    bitsandbytes_is_there = doctor._version("bitsandbytes") is not None
+    assert doctor._try_four_bit(on_gpu=False).startswith("works") == bitsandbytes_is_there
+
+
+def test_old_and_missing_packages_are_problems_with_their_mend(monkeypatch, capsys):
+    versions = {"transformers": "4.57.1", "peft": None}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
+    assert main(["doctor", "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert any("transformers 4.57.1 is too old" in p and "pip install --upgrade" in p for p in problems)
+    assert any("peft is missing" in p for p in problems)
+
+
+def test_small_gpu_without_bf16(monkeypatch):
+    gpu = {"name": "small", "memory_gib": 8.0, "compute_capability": "7.5", "bf16": False}
+    works = doctor._what_works({"gpus": [gpu], "four_bit": "works (cuda)"})
+    assert works["QLoRA of 7B (qlora-8gb … qlora-24gb)"] == "yes"
+    assert works["LoRA of 7B in bf16"] == "no: needs 20.0 GiB of GPU memory, there are 8.0"
+    assert "fp16" in works["bf16"]
+
+
+def test_versions_are_compared_as_numbers():
+    assert doctor._older("2.9.1", "2.13") and not doctor._older("2.13.0+cpu", "2.6")
+
+
+def test_oldest_versions_are_those_of_setup(request):
+    setup = (request.config.rootpath / "setup.py").read_text()
+    for package, oldest in doctor.CORE.items():
+        assert re.search(rf'"{package}>={re.escape(oldest)}[",]', setup), package
