@@ -19,7 +19,12 @@ from .tokenization_llava import add_image_token, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
-_CALL_OPTIONS = {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, "text_kwargs", "images_kwargs", "images"}
+# Keywords of `apply_chat_template` that no template renders.
+_CALL_OPTIONS = {
+    *TextKwargs.__annotations__,
+    *ImagesKwargs.__annotations__,
+    *("text_kwargs", "images_kwargs", "images", "continue_final_message"),
+}
 
 
 class LlavaProcessor(ProcessorMixin):

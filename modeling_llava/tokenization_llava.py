@@ -41,7 +41,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 class LegacyLlamaTokenizer(TokenizersBackend):
     """
-    A tokenizer made from a SentencePiece model. Nothing of it depends on this class: its files say
+    A LLaMA tokenizer that keeps its pipeline, `legacy` or not (`init_kwargs["legacy"]`). Nothing depends on this class once it is saved: its files say
     `PreTrainedTokenizerFast`, so every transformers (also 4.x, and vLLM on it) takes `tokenizer.json` as it is, whereas
     `LlamaTokenizer` of transformers 5 would build the pipeline anew and lose a space wherever a text, or the text
     after a special token, begins with one. The SentencePiece model is saved too: the original code and llama.cpp
@@ -105,7 +105,11 @@ def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     if "tokenizer.json" in files and type(tokenizer).__name__ == "LlamaTokenizer":
         # This class forgets the file's normaliser; a llava checkpoint's tokenizer is reloaded with it.
-        return TokenizersBackend.from_pretrained(path, **kwargs)
+        tokenizer = LegacyLlamaTokenizer.from_pretrained(path, **kwargs)
+        if "tokenizer.model" in files:
+            tokenizer.sentencepiece_model = Path(files["tokenizer.model"]).read_bytes()
+        after_eos = tokenizer.tokenize(f"{tokenizer.eos_token}a")[1]
+        tokenizer.init_kwargs["legacy"] = after_eos.startswith(_SPACE)
     return tokenizer
 
 
@@ -382,8 +386,10 @@ def _find_files(path: str, hub_options: dict) -> dict[str, str]:
     """Local paths of the tokenizer files of a folder or a Hub repository, by name."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
     files = {}
+    # Whether there is anything at all is left to AutoTokenizer to say.
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
     for name in (*names, "added_tokens.json", "chat_template.jinja"):
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+        file = cached_file(path, name, **quiet, **hub_options)
         if file is not None:
             files[name] = file
     return files
