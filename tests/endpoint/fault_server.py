@@ -14,23 +14,35 @@ import threading
 from collections import Counter
 
 
+NOUNS = (
+    "barn bell boat bowl brush candle cart chair clock cloud coat cup desk drum fence flag flute fork garden gate glove hat "
+    "hill horse kettle kite ladder lamp leaf mirror nest oven pail path pencil plate pond purse rope saddle shell shovel "
+    "sled spoon stove table tent tower train tree trunk vase wagon wall well wheel window"
+).split()
+
+
 def answer(messages):
-    """A reply in the form that the messages ask for, different for different contexts."""
+    """A valid reply in the form that the messages ask for; different, in every question, for different contexts."""
     query = messages[-1]["content"]
-    tag = hashlib.sha256(messages[1 if len(messages) < 3 else -1]["content"].encode()).hexdigest()[:6]
-    scene = " ".join(word for word in query.split("\n", 1)[0].rstrip(".").split()).lower()
+    digest = hashlib.sha256(query.encode()).digest()
+    words = [NOUNS[byte % len(NOUNS)] for byte in digest] + [f"{NOUNS[a % len(NOUNS)]}{a}{b}" for a, b in zip(digest, digest[1:])]
+    scene = query.split("\n", 1)[0].rstrip(".").lower()
     system = messages[0]["content"].lower()
     if "conversation" in system:
         return (
-            f"Question:\nWhich animal of herd {tag} stands here?\n===\nAnswer:\nOne sees {scene} and nothing more.\n===\n"
-            f"Question:\nHow many barns of farm {tag} are near?\n===\nAnswer:\nNot a single one is near, only {scene}."
+            f"Question:\nIs a {words[40]} {words[41]} {words[42]} near?\n===\nAnswer:\nNo, one sees {scene} and nothing "
+            f"more.\n===\nQuestion:\nHow far are {words[43]} and {words[44]} {words[45]}?\n===\nAnswer:\nNot far; next to it "
+            f"one sees {scene}."
         )
     if "question" in system:
         return (
-            f"Question:\nWhat might the owner of house {tag} do next, and why?\n===\nAnswer:\n"
-            f"Because of {scene}, one would tidy up first: it is late, the light fades and rain is near."
+            f"Question:\nWhy would {words[46]} {words[47]} need {words[48]} {words[49]} {words[50]}?\n===\nAnswer:\nBecause of "
+            f"{scene}, one would tidy up first: it is late in the day, the light fades, the {words[0]} is wet and rain is near."
         )
-    return f"One sees {scene}. The light is soft and the air looks calm. House {tag} stands at the side, and a path leads on."
+    return (
+        f"One sees {scene}. The light is soft and the air looks calm. A {words[0]} and a {words[1]} stand at the side, and a "
+        f"{words[2]} leads on to the {words[3]} at the back."
+    )
 
 
 class FaultServer:

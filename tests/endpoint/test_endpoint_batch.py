@@ -1,0 +1,160 @@
+import json
+
+import pytest
+
+from modeling_llava.endpoint import (
+    Budget,
+    Ledger,
+    OpenAIModel,
+    Reply,
+    Task,
+    Usage,
+    Verdict,
+    batch,
+    forget_batch,
+    read_batch,
+    run_tasks,
+    write_batch,
+)
+
+
+openai = pytest.importorskip("openai")
+
+
+def tasks(number=4):
+    return [Task(f"t{i}", [{"role": "user", "content": f"thing {i}"}], 50, 0.5) for i in range(number)]
+
+
+@pytest.fixture
+def model():
+    return OpenAIModel("m", base_url="http://localhost:1/v1")
+
+
+def judge(task, reply):
+    return Verdict("too_short", "", "Longer, please.") if reply.text == "bad" else Verdict()
+
+
+def output_line(line, text="good", status=200, error=None):
+    request = json.loads(line)
+    body = {
+        "model": "m-2026",
+        "choices": [{"finish_reason": "stop", "message": {"content": text}}],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 3},
+    }
+    if status != 200:
+        body = {"error": {"message": "no"}}
+    response = None if error else {"status_code": status, "request_id": "x", "body": body}
+    return json.dumps({"id": "batch_req_1", "custom_id": request["custom_id"], "response": response, "error": error})
+
+
+def test_batch_file_has_openais_form(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        summary = write_batch(tasks(2), model, ledger, tmp_path / "out", run_id="run")
+        assert ledger.state("t0").batched and not ledger.state("t0").final
+    assert [path.name for path in summary.files] == ["batch-000.jsonl"] and summary.requests == 2
+    lines = [json.loads(line) for line in summary.files[0].read_text().splitlines()]
+    assert lines[0] == {
+        "custom_id": tasks()[0].request_id("run", "m", 1),
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [{"role": "user", "content": "thing 0"}], "max_tokens": 50, "temperature": 0.5},
+    }
+    assert len({line["custom_id"] for line in lines}) == 2
+
+
+def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        first = write_batch(tasks(), model, ledger, tmp_path / "out")
+    a, b, c, d = first.files[0].read_text().splitlines()
+    results = tmp_path / "output.jsonl"
+    expired = {"code": "batch_expired", "message": "expired"}
+    results.write_text("\n".join([output_line(c, status=500), output_line(a), output_line(b, "bad")]) + "\n")
+    errors = tmp_path / "errors.jsonl"
+    errors.write_text(output_line(d, error=expired) + "\n")
+    with Ledger(tmp_path / "l") as ledger:
+        read = read_batch(tasks(), [results, errors], ledger, judge=judge)
+        assert (read.accepted, read.again, read.rejected, read.faults, read.waiting) == (1, 1, 0, 2, 0)
+        assert ledger.counts.faults == {"500": 1, "batch_expired": 1}
+        assert ledger.counts.used_in_batch == [22, 6] and ledger.counts.used == [0, 0]
+    with Ledger(tmp_path / "l") as ledger:  # read from disk again
+        second = write_batch(tasks(), model, ledger, tmp_path / "out")
+    assert second.files[0].name == "batch-001.jsonl"
+    again = [json.loads(line) for line in second.files[0].read_text().splitlines()]
+    assert [line["body"]["messages"][-1]["content"] for line in again] == ["Longer, please.", "thing 2", "thing 3"]
+
+
+def test_results_read_twice_count_once(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        first = write_batch(tasks(), model, ledger, tmp_path / "out")
+        results = tmp_path / "output.jsonl"
+        results.write_text("\n".join(output_line(line) for line in first.files[0].read_text().splitlines()))
+        read_batch(tasks(), [results], ledger, judge=judge)
+        again = read_batch(tasks(), [results], ledger, judge=judge)
+        assert again.accepted == 0 and again.unknown == 4 and ledger.counts.accepted == 4
+
+
+def test_what_waits_in_a_batch_is_not_asked_live_until_it_is_freed(tmp_path, model):
+    class Live:
+        name = "m"
+        asked = 0
+
+        async def complete(self, messages, **options):
+            self.asked += 1
+            return Reply("good", usage=Usage(1, 1))
+
+    live = Live()
+    with Ledger(tmp_path / "l") as ledger:
+        write_batch(tasks(), model, ledger, tmp_path / "out")
+        assert run_tasks(tasks(5), live, ledger).batched == 4 and live.asked == 1
+        assert write_batch(tasks(), model, ledger, tmp_path / "out").waiting == 4
+        assert forget_batch(tasks(), ledger) == 4
+        assert run_tasks(tasks(5), live, ledger).accepted == 4
+
+
+def test_files_stay_within_openais_limits(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_REQUESTS", 3)
+    with Ledger(tmp_path / "l") as ledger:
+        summary = write_batch(tasks(8), model, ledger, tmp_path / "out")
+    assert [len(path.read_text().splitlines()) for path in summary.files] == [3, 3, 2]
+    monkeypatch.setattr(batch, "MAX_BYTES", 500)
+    with Ledger(tmp_path / "m") as ledger:
+        summary = write_batch(tasks(8), model, ledger, tmp_path / "out2")
+    assert all(path.stat().st_size <= 500 for path in summary.files) and len(summary.files) > 1
+
+
+def test_budget_bounds_what_is_written(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        summary = write_batch(tasks(8), model, ledger, tmp_path / "out", budget=Budget(max_tokens=200))
+    assert summary.requests == 3 and "budget" in summary.message  # 50 for the reply, 6 for the prompt each
+
+
+def test_a_process_that_dies_while_writing_leaves_nothing_asked_twice(tmp_path, model, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with Ledger(tmp_path / "l") as ledger:  # killed before the ledger knows
+        monkeypatch.setattr(ledger, "append_now", die)
+        with pytest.raises(Killed):
+            write_batch(tasks(), model, ledger, tmp_path / "out")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch-000.jsonl.part"]
+    monkeypatch.setattr(batch.os, "replace", die)  # killed after the ledger knows
+    with Ledger(tmp_path / "l") as ledger:
+        with pytest.raises(Killed):
+            write_batch(tasks(), model, ledger, tmp_path / "out")
+    monkeypatch.undo()
+    with Ledger(tmp_path / "l") as ledger:
+        summary = write_batch(tasks(), model, ledger, tmp_path / "out")
+        assert summary.requests == 0 and summary.waiting == 4
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch-000.jsonl"]
+    assert len((tmp_path / "out" / "batch-000.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_input_file_given_as_a_result_is_named(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        written = write_batch(tasks(), model, ledger, tmp_path / "out")
+        with pytest.raises(ValueError, match="line 1, is no batch result.*not its input"):
+            read_batch(tasks(), written.files, ledger, judge=judge)

@@ -1,0 +1,138 @@
+import time
+from email.utils import formatdate
+
+import pytest
+
+from modeling_llava.endpoint import Backoff, Budget, Prices, TokenBucket, Usage
+from modeling_llava.endpoint.openai_model import parse_completion, parse_retry_after, translate_status
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("per_minute", [30, 60, 600])
+def test_bucket_lets_no_more_than_its_limit_through_in_any_minute(per_minute):
+    clock = Clock()
+    bucket = TokenBucket(per_minute, clock=clock)
+    # Workers that ask as soon as they may: each waits as long as it is told.
+    times = []
+    for _ in range(3 * per_minute):
+        wait = bucket.take()
+        clock.now += wait
+        times.append(clock.now)
+    for i, start in enumerate(times):
+        assert sum(start <= t < start + 60 for t in times[i:]) <= per_minute + 1
+    assert times[-1] - times[0] == pytest.approx((len(times) - 1) * 60 / per_minute)
+
+
+def test_bucket_queues_those_who_come_at_once_one_behind_the_other():
+    bucket = TokenBucket(60, clock=Clock())
+    assert [bucket.take() for _ in range(4)] == pytest.approx([0, 1, 2, 3])
+
+
+def test_bucket_lets_a_request_larger_than_itself_pass_and_pays_it_off_afterwards():
+    clock = Clock()
+    bucket = TokenBucket(600, capacity=10, clock=clock)
+    assert bucket.take(100) == 0
+    assert bucket.take(10) == pytest.approx(10)  # 100 tokens at 10 per second
+
+
+def test_bucket_is_given_back_what_was_not_used():
+    clock = Clock()
+    bucket = TokenBucket(600, capacity=100, clock=clock)
+    bucket.take(100)
+    bucket.give_back(70)
+    assert bucket.take(70) == 0
+    assert bucket.take(30) == pytest.approx(3)
+
+
+def test_bucket_refuses_a_limit_that_lets_nothing_through():
+    with pytest.raises(ValueError, match="leave it out for no limit"):
+        TokenBucket(0)
+
+
+def test_budget_holds_back_what_requests_in_flight_may_use():
+    budget = Budget(max_tokens=1000)
+    request = Usage(100, 300)
+    assert budget.hold(request) and budget.hold(request)
+    assert not budget.hold(request)  # 1200 > 1000 although nothing is spent yet
+    budget.release(request)
+    budget.spend(Usage(90, 10))
+    assert budget.hold(request)  # 100 spent, 400 held, 400 asked for
+
+
+def test_budget_in_dollars_counts_prompts_and_replies_by_their_prices():
+    budget = Budget(max_cost=0.01, prices=Prices(prompt=1.0, completion=4.0))
+    budget.spend(Usage(2000, 1000))
+    assert budget.cost == pytest.approx(2000 / 1e6 + 4 * 1000 / 1e6)
+    assert budget.hold(Usage(0, 1000))
+    assert not budget.hold(Usage(1, 0))
+
+
+def test_budget_in_dollars_without_prices_is_refused():
+    with pytest.raises(ValueError, match="--price-in and --price-out"):
+        Budget(max_cost=5.0)
+
+
+def test_budget_learns_how_many_tokens_a_character_takes():
+    messages = [{"role": "user", "content": "字" * 1000}]
+    budget = Budget()
+    assert budget.estimate(messages, 10).prompt_tokens == 304
+    budget.learn(messages, Usage(1500, 1))
+    assert budget.estimate(messages, 10).prompt_tokens == 1500
+
+
+def test_backoff_doubles_up_to_its_longest():
+    import random
+
+    backoff = Backoff(first=1, longest=10)
+    for sent, most in ((1, 1), (2, 2), (3, 4), (4, 8), (5, 10), (50, 10)):
+        waits = [backoff.seconds(sent, random.Random(seed)) for seed in range(100)]
+        assert max(waits) <= most and min(waits) >= most / 2 and len(set(waits)) > 50
+
+
+def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date():
+    assert parse_retry_after({"retry-after": "2.5"}) == 2.5
+    assert parse_retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
+    in_a_minute = formatdate(time.time() + 60, usegmt=True)
+    assert parse_retry_after({"retry-after": in_a_minute}) == pytest.approx(60, abs=2)
+    assert parse_retry_after({"retry-after": "soon"}) is None
+    assert parse_retry_after({}) is None
+
+
+@pytest.mark.parametrize(
+    "status, code, name",
+    [
+        (429, "", "PassingFault"),
+        (429, "insufficient_quota", "FatalFault"),
+        (500, "", "PassingFault"),
+        (503, "", "PassingFault"),
+        (408, "", "PassingFault"),
+        (401, "", "FatalFault"),
+        (404, "", "FatalFault"),
+        (400, "", "RequestFault"),
+        (413, "", "RequestFault"),
+    ],
+)
+def test_statuses_say_what_may_be_done_about_them(status, code, name):
+    assert type(translate_status(status, "m", {}, code)).__name__ == name
+
+
+def test_a_refusal_and_a_reply_without_usage_are_replies():
+    body = {"choices": [{"finish_reason": "content_filter", "message": {"content": None, "refusal": "I won't."}}]}
+    reply = parse_completion(body)
+    assert (reply.text, reply.finish_reason, reply.usage) == ("I won't.", "content_filter", None)
+
+
+@pytest.mark.parametrize("body", [None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}])
+def test_what_is_no_completion_is_a_passing_fault(body):
+    from modeling_llava.endpoint import PassingFault
+
+    with pytest.raises(PassingFault) as caught:
+        parse_completion(body)
+    assert caught.value.kind == "malformed" and caught.value.maybe_paid

@@ -1,0 +1,374 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fault_server import FaultServer
+
+from modeling_llava.endpoint import (
+    Backoff,
+    Budget,
+    ChatModel,
+    FatalFault,
+    Ledger,
+    OpenAIModel,
+    PassingFault,
+    Prices,
+    Reply,
+    RequestFault,
+    RunSettings,
+    Task,
+    Usage,
+    Verdict,
+    run_tasks,
+    run_tasks_async,
+)
+
+
+openai = pytest.importorskip("openai")
+QUICK = Backoff(first=0.01, longest=0.05, attempts=30, patience=20)
+
+
+def tasks(number):
+    for i in range(number):
+        yield Task(f"t{i}", [{"role": "system", "content": "describe"}, {"role": "user", "content": f"thing {i}."}])
+
+
+class Scripted:
+    """A `ChatModel` without a network: replies, or raises what the script says."""
+
+    name = "scripted"
+
+    def __init__(self, script=None, seconds=0.0):
+        self.script, self.seconds = script or (lambda messages: "fine"), seconds
+        self.asked = []
+        self.in_flight = self.most_in_flight = 0
+
+    async def complete(self, messages, *, max_tokens, temperature, seed=None, request_id=None):
+        self.asked.append((request_id, messages))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        await asyncio.sleep(self.seconds)
+        self.in_flight -= 1
+        result = self.script(messages)
+        if isinstance(result, Exception):
+            raise result
+        return result if isinstance(result, Reply) else Reply(result, usage=Usage(10, 5), model="scripted-1")
+
+
+def test_openai_model_and_scripted_responder_share_one_interface():
+    assert isinstance(OpenAIModel("m", base_url="http://localhost:1/v1"), ChatModel)
+    assert isinstance(Scripted(), ChatModel)
+
+
+def test_request_carries_model_messages_length_temperature_and_its_name(tmp_path):
+    with FaultServer() as server, Ledger(tmp_path / "l") as ledger:
+        model = OpenAIModel("tiny", base_url=server.url, extra_body={"top_p": 0.9})
+        run_tasks([Task("a", [{"role": "user", "content": "hi"}], 77, 0.3, 5)], model, ledger, run_id="run")
+        assert server.bodies == [
+            {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "hi"}],
+                "max_tokens": 77,
+                "temperature": 0.3,
+                "seed": 5,
+                "top_p": 0.9,
+            }
+        ]
+        request = Task("a", [{"role": "user", "content": "hi"}], 77, 0.3, 5).request_id("run", "tiny", 1)
+        assert server.headers[0]["idempotency-key"] == request
+        assert ledger.counts.models == {"tiny-2026": 1}
+
+
+def test_settings_left_to_the_endpoint_are_not_sent():
+    model = OpenAIModel("m", base_url="http://localhost:1/v1", length_parameter="max_completion_tokens")
+    assert model.body([], max_tokens=9, temperature=None, seed=None) == {
+        "model": "m",
+        "messages": [],
+        "max_completion_tokens": 9,
+    }
+
+
+def test_all_faults_are_survived_and_counted(tmp_path):
+    faults = {"429": 0.1, "500": 0.1, "cut": 0.1, "drop": 0.05, "malformed": 0.1, "shape": 0.05}
+    with FaultServer(latency=0.002, faults=faults) as server, Ledger(tmp_path / "l") as ledger:
+        model = OpenAIModel("tiny", base_url=server.url)
+        summary = run_tasks(tasks(150), model, ledger, settings=RunSettings(16, backoff=QUICK))
+        assert (summary.stopped, summary.accepted) == ("done", 150)
+        assert len(server.paid) == 150 and set(server.paid.values()) == {1}
+        counted = ledger.counts.faults
+        assert counted["429"] == server.injected["429"] and counted["500"] == server.injected["500"]
+        assert counted["malformed"] == server.injected["malformed"] + server.injected["shape"]
+        assert counted["connection"] == server.injected["cut"] + server.injected["drop"]
+        assert ledger.counts.requests == sum(server.asked.values()) == 150 + counted.total()
+
+
+def test_a_slow_reply_times_out_and_is_asked_for_again_under_the_same_name(tmp_path):
+    with FaultServer(faults={"hang": 1.0}) as server, Ledger(tmp_path / "l") as ledger:
+        model = OpenAIModel("tiny", base_url=server.url, timeout=0.3)
+        timer = threading.Timer(0.7, server.faults.clear)
+        timer.start()
+        summary = run_tasks(tasks(2), model, ledger, settings=RunSettings(2, backoff=QUICK))
+        assert summary.accepted == 2
+        assert ledger.counts.faults["timeout"] == ledger.counts.maybe_paid >= 2
+        assert len(server.asked) == 2
+
+
+def test_endpoint_that_dies_and_comes_back_is_waited_for(tmp_path):
+    with FaultServer(latency=0.02) as server, Ledger(tmp_path / "l") as ledger:
+        threading.Timer(0.3, server.die).start()
+        threading.Timer(1.2, server.open).start()
+        model = OpenAIModel("tiny", base_url=server.url)
+        backoff = Backoff(first=0.05, longest=0.2, attempts=2, patience=30)
+        summary = run_tasks(tasks(200), model, ledger, settings=RunSettings(4, backoff=backoff))
+        assert (summary.stopped, summary.accepted) == ("done", 200)
+        assert ledger.counts.faults["connection"] > 4  # more often than `attempts`: it is no fault of the requests
+        assert set(server.paid.values()) == {1}
+
+
+def test_endpoint_that_stays_dead_stops_the_run_and_the_next_run_goes_on(tmp_path):
+    backoff = Backoff(first=0.02, longest=0.1, patience=0.5)
+    with FaultServer(latency=0.02) as server:
+        model = OpenAIModel("tiny", base_url=server.url)
+        with Ledger(tmp_path / "l") as ledger:
+            threading.Timer(0.3, server.die).start()
+            first = run_tasks(tasks(150), model, ledger, settings=RunSettings(4, backoff=backoff))
+        assert first.stopped == "endpoint" and "no reply for" in first.message
+        assert 0 < first.accepted < 150
+        server.open()
+        with Ledger(tmp_path / "l") as ledger:
+            second = run_tasks(tasks(150), model, ledger, settings=RunSettings(16, backoff=backoff))
+        assert second.stopped == "done" and second.skipped == first.accepted
+        assert first.accepted + second.accepted == 150
+
+
+def test_retry_after_holds_back_every_request(tmp_path):
+    times = []
+    first = [True]
+
+    def script(messages):
+        times.append(time.monotonic())
+        if first[0]:
+            first[0] = False
+            return PassingFault("429", "slow down", retry_after=0.5)
+        return "fine"
+
+    with Ledger(tmp_path / "l") as ledger:
+        run_tasks(tasks(20), Scripted(script), ledger, settings=RunSettings(1, backoff=QUICK))
+    assert times[1] - times[0] >= 0.5
+    times.clear()
+    first[0] = True
+    with Ledger(tmp_path / "m") as ledger:
+        run_tasks(tasks(20), Scripted(script, seconds=0.01), ledger, settings=RunSettings(4, backoff=QUICK))
+    # Those in flight with the first one were already under way; all others waited.
+    assert sum(t - times[0] < 0.5 for t in times) <= 4
+
+
+def test_requests_per_minute_are_kept(tmp_path):
+    model = Scripted()
+    with Ledger(tmp_path / "l") as ledger:
+        start = time.monotonic()
+        run_tasks(tasks(21), model, ledger, settings=RunSettings(64, requests_per_minute=1200))
+        assert time.monotonic() - start >= 1.0  # 20 intervals of 50 ms
+
+
+def test_tokens_per_minute_are_kept_by_what_was_used(tmp_path):
+    model = Scripted()  # uses 15 tokens although 1024 and more were held for it
+    with Ledger(tmp_path / "l") as ledger:
+        start = time.monotonic()
+        run_tasks(tasks(6), model, ledger, settings=RunSettings(1, tokens_per_minute=60_000))
+        took = time.monotonic() - start
+    assert took < 2.0  # 6 × 1034 tokens at 1000 per second would take five seconds
+
+
+@pytest.mark.parametrize("fault", [FatalFault("401", "wrong key"), FatalFault("404", "no such model")])
+def test_what_no_retry_can_mend_stops_the_run_at_once(tmp_path, fault):
+    model = Scripted(lambda messages: fault)
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(100), model, ledger, settings=RunSettings(4))
+    assert summary.stopped == "endpoint" and fault.kind in summary.message
+    assert len(model.asked) <= 4
+
+
+def test_a_wrong_key_at_a_real_endpoint_is_one_message(tmp_path):
+    refuse = lambda messages: (401, {"error": {"message": "Incorrect API key"}})  # noqa: E731
+    with FaultServer(reply=refuse) as server, Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(10), OpenAIModel("m", base_url=server.url), ledger, settings=RunSettings(1))
+    assert summary.message == "The endpoint refuses every request (401): Incorrect API key"
+
+
+def test_one_refused_request_is_left_open_and_the_others_go_on(tmp_path):
+    script = lambda messages: RequestFault("400", "too long") if messages[-1]["content"] == "thing 3." else "fine"  # noqa: E731
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(10), Scripted(script), ledger, settings=RunSettings(1))
+        assert (summary.accepted, summary.given_up) == (9, {"400": 1})
+        assert not ledger.state("t3").final
+    with Ledger(tmp_path / "l") as ledger:
+        assert run_tasks(tasks(10), Scripted(), ledger).accepted == 1
+
+
+def test_settings_that_every_request_is_refused_for_stop_the_run(tmp_path):
+    script = lambda messages: RequestFault("400", "use max_completion_tokens")  # noqa: E731
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(1000), Scripted(script), ledger, settings=RunSettings(2))
+    assert summary.stopped == "endpoint" and "max_completion_tokens" in summary.message
+    assert ledger.counts.requests <= 7
+
+
+def test_a_request_that_always_fails_is_given_up_and_asked_again_by_the_next_run(tmp_path):
+    script = lambda messages: PassingFault("500", "oops") if messages[-1]["content"] == "thing 3." else "fine"  # noqa: E731
+    backoff = Backoff(attempts=3, first=0.001, longest=0.001)
+    model = Scripted(script)
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(10), model, ledger, settings=RunSettings(2, backoff=backoff))
+    assert summary.given_up == {"500": 1} and summary.accepted == 9 and len(model.asked) == 12
+    with Ledger(tmp_path / "l") as ledger:
+        assert run_tasks(tasks(10), Scripted(), ledger).accepted == 1
+
+
+def test_concurrency_is_a_bound_and_tasks_are_drawn_as_workers_become_free(tmp_path):
+    drawn = Counter()
+
+    def counted():
+        for task in tasks(200):
+            drawn["tasks"] += 1
+            # What is drawn and not settled is what workers hold.
+            assert drawn["tasks"] - drawn["settled"] <= 8
+            yield task
+
+    model = Scripted(seconds=0.002)
+    with Ledger(tmp_path / "l") as ledger:
+        run_tasks(counted(), model, ledger, settings=RunSettings(8), on_settled=lambda t, a: drawn.update(settled=1))
+    assert model.most_in_flight == 8 and drawn["settled"] == 200
+
+
+def rejecting(task, reply):
+    if reply.text == "bad":
+        return Verdict("too_short", "3 words", "Your last reply was too short.")
+    return Verdict()
+
+
+def test_a_rejected_reply_is_asked_for_once_more_with_the_reason(tmp_path):
+    script = lambda messages: "good" if len(messages) == 4 else "bad"  # noqa: E731
+    model = Scripted(script)
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(1), model, ledger, judge=rejecting)
+        assert (summary.accepted, summary.rejected) == (1, 0)
+        assert model.asked[1][1][2:] == [
+            {"role": "assistant", "content": "bad"},
+            {"role": "user", "content": "Your last reply was too short."},
+        ]
+        assert model.asked[0][0] != model.asked[1][0]
+        kept = [ledger.reply_at(position) for position in ledger.state("t0").replies]
+        assert [(event["text"], event["reason"], event["final"]) for event in kept] == [
+            ("bad", "too_short", False),
+            ("good", None, True),
+        ]
+
+
+def test_a_reply_rejected_twice_settles_the_task_and_both_are_kept(tmp_path):
+    model = Scripted(lambda messages: "bad")
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(3), model, ledger, judge=rejecting)
+        assert (summary.accepted, summary.rejected, len(model.asked)) == (0, 3, 6)
+        assert ledger.counts.rejected == {"too_short": 6} and ledger.state("t0").final
+    with Ledger(tmp_path / "l") as ledger:
+        assert run_tasks(tasks(3), model, ledger, judge=rejecting).skipped == 3
+    assert len(model.asked) == 6
+
+
+def test_a_run_stopped_between_the_two_replies_goes_on_with_the_second(tmp_path):
+    with Ledger(tmp_path / "l") as ledger:
+        first = Scripted(lambda messages: "bad" if len(messages) == 2 else FatalFault("401", "gone"))
+        run_tasks(tasks(1), first, ledger, judge=rejecting, settings=RunSettings(1))
+    second = Scripted(lambda messages: "good")
+    with Ledger(tmp_path / "l") as ledger:
+        assert run_tasks(tasks(1), second, ledger, judge=rejecting).accepted == 1
+    assert second.asked[0][0] == first.asked[1][0]  # the same request, not a new one
+    assert [message["content"] for message in second.asked[0][1][2:]] == ["bad", "Your last reply was too short."]
+
+
+def test_budget_ends_the_run_without_being_overdrawn_and_a_larger_one_goes_on(tmp_path):
+    with Ledger(tmp_path / "l") as ledger:
+        budget = Budget(max_tokens=3000)
+        summary = run_tasks(tasks(500), Scripted(seconds=0.001), ledger, settings=RunSettings(8), budget=budget)
+        used = ledger.used.total_tokens
+    assert summary.stopped == "budget" and "3,000" in summary.message
+    # 15 tokens a reply; what is held for one request (1024 + prompt) is left over, not what eight would hold.
+    assert used <= 3000 < used + 1024 + 20
+    with Ledger(tmp_path / "l") as ledger:
+        again = run_tasks(tasks(500), Scripted(), ledger, budget=Budget(max_tokens=used + 50))
+        assert (again.stopped, again.accepted) == ("budget", 0)
+        rest = run_tasks(tasks(500), Scripted(), ledger, budget=Budget(max_tokens=100_000))
+    assert rest.stopped == "done" and summary.accepted + rest.accepted == 500
+
+
+def test_budget_in_dollars_ends_the_run(tmp_path):
+    with Ledger(tmp_path / "l") as ledger:
+        budget = Budget(max_cost=0.02, prices=Prices(10, 10))  # 2000 tokens
+        summary = run_tasks(tasks(500), Scripted(), ledger, settings=RunSettings(4), budget=budget)
+        assert summary.stopped == "budget" and "$0.02" in summary.message
+        assert ledger.used.total_tokens <= 2000
+
+
+def test_two_runs_with_the_same_prompts_are_two_for_the_endpoint():
+    task = next(tasks(1))
+    assert task.request_id("run 1", "m", 1) != task.request_id("run 2", "m", 1)
+    assert task.request_id("run 1", "m", 1) == next(tasks(1)).request_id("run 1", "m", 1)
+
+
+def test_run_works_inside_a_running_event_loop(tmp_path):
+    async def notebook():
+        with Ledger(tmp_path / "l") as ledger:
+            return run_tasks(tasks(3), Scripted(), ledger)
+
+    assert asyncio.run(notebook()).accepted == 3
+
+    async def own():
+        with Ledger(tmp_path / "m") as ledger:
+            return await run_tasks_async(tasks(3), Scripted(), ledger)
+
+    assert asyncio.run(own()).accepted == 3
+
+
+INTERRUPTED = """
+import sys, types
+sys.path.insert(0, {tests!r})
+package = types.ModuleType("modeling_llava")  # the endpoint is a leaf: the core is not needed, and slow to import
+package.__path__ = [{package!r}]
+sys.modules["modeling_llava"] = package
+from modeling_llava.endpoint import *
+from test_endpoint_runner import tasks
+with Ledger({ledger!r}) as ledger:
+    print("ready", flush=True)
+    model = OpenAIModel("tiny", base_url={url!r})
+    summary = run_tasks(tasks(10_000), model, ledger, settings=RunSettings(8), handle_interrupt=True)
+    print(summary.stopped, summary.accepted, ledger.counts.requests, ledger.counts.replies, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_finishes_what_is_in_flight(tmp_path):
+    here = Path(__file__).parent
+    package = here.parents[1] / "modeling_llava"
+    with FaultServer(latency=0.3) as server:
+        code = INTERRUPTED.format(
+            tests=str(here), package=str(package), ledger=str(tmp_path / "l"), url=server.url
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        while sum(server.asked.values()) < 20:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stopped, accepted, requests, replies = process.communicate(timeout=30)[0].split()
+        assert stopped == "interrupt" and process.returncode == 0
+        assert int(accepted) == int(requests) == int(replies) >= 20
+        assert sum(server.asked.values()) == int(requests)
+    with Ledger(tmp_path / "l") as ledger:
+        assert ledger.counts.unknown == 0
