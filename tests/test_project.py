@@ -1,0 +1,227 @@
+"""The project as a whole: imports point one way, the command line is instant, the wheel is complete, words are true."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_llava"
+
+# What each part may import, besides itself. `core` is the modules that lie directly in the package.
+ALLOWED = {
+    "core": set(),
+    "data": {"core"},
+    "training": {"core", "data"},
+    "inference": {"core", "data"},
+    "endpoint": set(),
+    "data_engine": {"core", "data", "endpoint"},
+    "tiny_world": {"core", "data", "training", "inference", "endpoint", "data_engine", "evaluation"},
+    "evaluation": {"core", "data", "training", "inference", "endpoint", "data_engine"},
+    "hub": {"core", "data", "training", "inference", "conversion"},
+    "conversion": {"core"},
+    "cli": {"core", "data", "training", "inference", "endpoint", "data_engine", "tiny_world", "evaluation", "hub",
+            "conversion"},
+}  # fmt: skip
+OPTIONAL = {
+    "peft",
+    "bitsandbytes",
+    "openai",
+    "gradio",
+    "matplotlib",
+    "spacy",
+    "ray",
+    "gguf",
+    "llama_cpp",
+    "torchvision",
+}
+FREE = {"constants"}
+"""Modules that everything may import, a leaf too."""
+
+
+def modules():
+    for folder, name in ((PACKAGE, None), (ROOT / "conversion", "conversion")):
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder)
+            part = name or (relative.parts[0] if len(relative.parts) > 1 else "core")
+            yield path, relative, part, name
+
+
+def imported_names(path, relative, top):
+    """Absolute dotted names of everything a file imports, and whether the import stands at the top level."""
+    tree = ast.parse(path.read_text("utf-8"))
+    package = ["modeling_llava", *([top] if top else []), *relative.parts[:-1]]
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
+    }
+    typing = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.unparse(f.test)
+        for n in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        at_top = id(node) not in inside and id(node) not in typing
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, at_top
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield name, at_top
+            for alias in node.names:
+                yield f"{name}.{alias.name}", at_top
+
+
+def part_of(name):
+    parts = name.split(".")
+    if parts[0] != "modeling_llava" or len(parts) < 2:
+        return None
+    return parts[1] if parts[1] in ALLOWED else "core"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path, relative, part, top in modules():
+        for name, _ in imported_names(path, relative, top):
+            target = part_of(name)
+            if target is None or target == part or target in ALLOWED[part]:
+                continue
+            if target == "core" and name.split(".")[1] in FREE:
+                continue
+            wrong.append(f"{path.relative_to(ROOT)} ({part}) imports {name} ({target})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name} at its top"
+        for path, relative, _, top in modules()
+        for name, at_top in imported_names(path, relative, top)
+        if at_top and name.split(".")[0] in OPTIONAL
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_ignore_index_is_written_once():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, *_ in modules()
+        if path.name != "constants.py"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and ast.unparse(node.operand) == "100"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_help_is_instant_and_imports_no_torch():
+    program = Path(sys.executable).with_name("llava")
+    if not program.is_file():
+        pytest.skip("the console script is not installed in this environment")
+    fastest = 60.0
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
+        fastest = min(fastest, time.perf_counter() - started)
+    assert "quickstart" in result.stdout
+    imported = subprocess.run(
+        [sys.executable, "-X", "importtime", str(program), "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    assert not re.search(r"\| +(torch|transformers)$", imported, re.M)
+    assert fastest < 5.0  # 0.1 s on an idle machine; this only tells a second from a minute
+
+
+def test_every_command_has_help_that_says_what_it_does():
+    from modeling_llava.cli.main import COMMANDS, build_parser
+
+    for name, summary in COMMANDS.items():
+        parser = build_parser(name)
+        action = next(action for action in parser._actions if hasattr(action, "choices") and action.choices)
+        text = action.choices[name].format_help()
+        assert summary[:20].lower() in text.lower(), name
+
+
+def test_an_unknown_command_and_a_typed_path_are_one_line(tmp_path):
+    for words in (["chart"], ["train", str(tmp_path / "nowhere.yaml")], ["init", "/a", "/b", str(tmp_path / "c")]):
+        result = subprocess.run(
+            [sys.executable, "-m", "modeling_llava.cli.main", *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+
+
+def test_nothing_names_a_place_of_one_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    # put together here, so that this file does not name them itself
+    places = ["/" + "work/", "/" + "root/", "/" + "farm/", "." + "library", "/tmp/" + "w/"]
+    wrong = []
+    for name in tracked.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix not in (
+            ".py",
+            ".md",
+            ".yaml",
+            ".yml",
+            ".toml",
+            ".cff",
+            ".txt",
+            ".json",
+            ".ipynb",
+            ".jinja",
+            "",
+        ):
+            continue
+        if "golden" in path.parts or not path.is_file() or path.stat().st_size > 2**20:
+            continue
+        text = path.read_text("utf-8", errors="ignore")
+        wrong += [f"{name}: {place}" for place in places if place in text]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_works_in_an_empty_folder(tmp_path):
+    """Built, installed beside nothing of the checkout, run from a folder without it; dependencies are this machine's."""
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path / "dist"), str(source)], check=True)
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    # its packages, after the wheel's own; without this checkout's editable install
+    Path(site, "dependencies.pth").write_text(here + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def run(*command):
+        return subprocess.run(command, cwd=empty, check=True, capture_output=True, text=True).stdout
+
+    assert "quickstart" in run(python.with_name("llava"), "--help")
+    program = (
+        "import modeling_llava, modeling_llava.conversion, modeling_llava.data, modeling_llava.training;"
+        "from modeling_llava.processing_llava import load_chat_template;"
+        "from modeling_llava.conversion import convert_original_to_hf;"
+        "assert 'ASSISTANT' in load_chat_template('vicuna_v1');"
+        "print(modeling_llava.__file__, modeling_llava.conversion.__file__)"
+    )
+    places = run(python, "-c", program).split()
+    assert all(str(tmp_path / "env") in place for place in places), places
+    files = subprocess.run(
+        [python, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True
+    ).stdout
+    for needed in ("chat_templates/vicuna_v1.jinja", "hub/model_card_template.md", "presets/qlora.yaml", "py.typed"):
+        assert f"modeling_llava/{needed}" in files, needed
+    assert "tests/" not in files
