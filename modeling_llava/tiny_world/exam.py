@@ -1,0 +1,142 @@
+"""The quickstart's exam: questions about scenes that were never trained on, and proofs that the model looks at them.
+
+The same questions are asked three times: with their picture, with a blank picture, and with the pictures shuffled among
+the questions. Beside the scores stands what a model could reach that never looks: for every question text, the answer
+that is right most often in the training data.
+"""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..data_engine.contexts import read_contexts
+from ..data_engine.validate import normalise
+from .responder import Question, list_questions, list_reasoning, read_context
+from .scenes import HELD_OUT
+
+
+KINDS = ("place", "count", "presence", "colour", "object", "position", "largest", "reasoning")
+HELD_OUT_NAMES = frozenset(f"{colour} {category}" for colour, category in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class ExamItem:
+    """A question about a picture. `answer` is the only right one."""
+
+    id: str
+    image: Path
+    kind: str
+    question: str
+    answer: str
+
+
+def set_exam(split: Path, seed: int, limit: int | None = None, held_out: bool = False) -> list[ExamItem]:
+    """Questions about a split's pictures, one of each kind where a picture has one, from captions and boxes.
+
+    Args:
+        split: Folder with `images`, `captions.json` and `instances.json`.
+        seed: Of the choice among questions of a kind.
+        limit: Most pictures.
+        held_out: Only questions that a held-out pair decides; otherwise every kind.
+    """
+    items = []
+    for context in read_contexts(split / "captions.json", split / "instances.json", limit=limit):
+        rng = random.Random(f"{seed}:exam:{context.id}")
+        scene = read_context(f"{context.caption_text}\n\n{context.box_text}")
+        by_kind: dict[str, list[Question]] = defaultdict(list)
+        for question in [*list_questions(scene, rng), *list_reasoning(scene)]:
+            if not held_out or (len(question.about) == 1 and question.about[0] in HELD_OUT_NAMES):
+                by_kind[question.kind].append(question)
+        for kind in KINDS:
+            if by_kind[kind]:
+                question = _draw_fairly(by_kind[kind], rng)
+                image = split / "images" / context.image
+                items.append(ExamItem(f"{context.id}:{kind}", image, kind, question.text, question.answer))
+    return items
+
+
+def _draw_fairly(questions: list[Question], rng: random.Random) -> Question:
+    # "Is there …?" is answered by no as often as by yes: a model that always says yes gets one half.
+    no = [question for question in questions if question.answer.startswith("No,")]
+    return rng.choice(no if no and rng.random() < 0.5 else [q for q in questions if q not in no] or no)
+
+
+def blank_picture(like: Path) -> Image.Image:
+    """A grey picture of the same size."""
+    with Image.open(like) as picture:
+        return Image.new("RGB", picture.size, (127, 127, 127))
+
+
+def shuffle_pictures(items: list[ExamItem], seed: int) -> list[Path]:
+    """For each item the picture of another scene: the scenes are dealt out anew, none keeps its own."""
+    scenes = sorted({item.image for item in items})
+    dealt = scenes[:]
+    random.Random(f"{seed}:shuffle").shuffle(dealt)
+    other = dict(zip(dealt, [*dealt[1:], dealt[0]]))  # a cycle through all of them
+    return [other[item.image] for item in items]
+
+
+def answer_items(predictor, items: list[ExamItem], pictures: Iterable, batch_size: int = 64) -> list[str]:
+    """The model's answers, greedy, in the items' order.
+
+    Args:
+        predictor: A [`~modeling_llava.inference.LlavaPredictor`].
+        items: The questions.
+        pictures: One picture (a path or `PIL.Image.Image`) per question.
+        batch_size: Answers that grow at a time.
+    """
+    samples = [
+        {
+            "id": number,
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]},
+            ],
+            "images": [picture if isinstance(picture, Image.Image) else str(picture)],
+        }
+        for number, (item, picture) in enumerate(zip(items, pictures))
+    ]
+    answers = predictor.answer_many(samples, batch_size=batch_size, max_new_tokens=32)
+    found = {answer.id: answer.text for answer in answers}
+    return [found[number] for number in range(len(samples))]
+
+
+def is_right(item: ExamItem, answer: str) -> bool:
+    """Whether an answer is the right one, word by word; case, punctuation and spaces do not count."""
+    return normalise(answer) == normalise(item.answer)
+
+
+def score(items: list[ExamItem], answers: list[str]) -> dict[str, float]:
+    """Share of right answers, 0..1: `all`, and by kind."""
+    right = defaultdict(list)
+    for item, answer in zip(items, answers):
+        right["all"].append(is_right(item, answer))
+        right[item.kind].append(right["all"][-1])
+    return {kind: sum(right[kind]) / len(right[kind]) for kind in ("all", *KINDS) if right[kind]}
+
+
+def answer_by_majority(items: list[ExamItem], training: Iterable[tuple[str, str]]) -> list[str]:
+    """For each question the answer that is most often right in the training data for the same text.
+
+    A question that the training data does not have gets an empty answer.
+    """
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for question, answer in training:
+        counts[normalise(question)][answer] += 1
+    return [
+        counts[normalise(item.question)].most_common(1)[0][0] if counts[normalise(item.question)] else ""
+        for item in items
+    ]
+
+
+def read_turns(rows: list[dict]) -> list[tuple[str, str]]:
+    """Questions and answers of rows in LLaVA's form, without the image's mark."""
+    turns = []
+    for row in rows:
+        messages = row["conversations"]
+        for asked, answered in zip(messages[::2], messages[1::2]):
+            turns.append((asked["value"].replace("<image>", "").strip(), answered["value"]))
+    return turns

@@ -1,0 +1,193 @@
+"""The tiny world's language model: a tokenizer and a Llama that learn to read about scenes and to answer questions.
+
+It never sees a picture. Scenes that nobody draws are described to it in words, and it answers questions about them; so,
+like Vicuna before LLaVA, it understands questions and can talk about what it was told before it is given eyes.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ..constants import IGNORE_INDEX
+from ..templating import load_chat_template
+from .responder import (
+    Question,
+    SeenScene,
+    SeenThing,
+    choose_questions,
+    list_questions,
+    list_reasoning,
+    write_description,
+)
+from .scenes import PLACES, Scene, write_captions
+from .vision import warmup_and_cosine
+from .world import scene_texts
+
+
+BOS, EOS, PAD, TURN = "<s>", "<|im_end|>", "<pad>", "<|im_start|>"
+VOCABULARY_SIZE = 512
+
+
+def tell_scene(scene: Scene) -> SeenScene:
+    """A scene as someone who sees it would know it."""
+    largest_first = sorted(scene.things, key=lambda thing: -thing.side)
+    things = [SeenThing(t.category, t.colour, t.size, t.row, t.column) for t in largest_first]
+    return SeenScene(PLACES[scene.place], tuple(things))
+
+
+def write_dialogue(scene: Scene, rng: random.Random, turns: int = 6) -> list[dict[str, str]]:
+    """A conversation in which a scene is told in the first message and asked about in all."""
+    seen = tell_scene(scene)
+    questions = choose_questions(list_questions(seen, rng), rng, turns)
+    if rng.random() < 0.3:
+        questions[0] = rng.choice(list_reasoning(seen))
+    if rng.random() < 0.2:
+        questions[0] = Question("detail", "Describe the picture.", write_description(seen), ())
+    messages = []
+    for number, question in enumerate(questions):
+        told = f"{write_description(seen)}\n" if number == 0 else ""
+        messages.append({"role": "user", "content": told + question.text})
+        messages.append({"role": "assistant", "content": question.answer})
+    return messages
+
+
+def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that writes `<s>` in front, with ChatML's turn marks and its chat template.
+
+    Bytes are its alphabet, so a user may type anything.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD, TURN)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, extra_special_tokens=[TURN]
+    )
+    wrapped.chat_template = load_chat_template("chatml")
+    return wrapped
+
+
+def tiny_language_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, layers: int = 4) -> LlamaConfig:
+    """Configuration of the language model."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_language_model(
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    log: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, float]:
+    """Trains tokenizer and language model on scenes in words, and saves both.
+
+    One document in four is a caption, which is learnt word by word; the others are conversations, of which the answers
+    are learnt.
+
+    Args:
+        out: Folder for both, as `save_pretrained` writes them.
+        steps: Optimizer steps.
+        batch_size: Documents per step.
+        learning_rate: Highest learning rate.
+        seed: Of the texts, initialisation and order.
+        log: Called with each step and its loss.
+
+    Returns:
+        Loss over the last tenth of the steps (nats per learnt token), tokens read, and seconds.
+    """
+    begun = time.perf_counter()
+    torch.manual_seed(seed)
+    rng, scenes = random.Random(f"{seed}:language"), scene_texts(seed, "language")
+    samples = [write_dialogue(next(scenes), rng) for _ in range(1000)]
+    tokenizer = train_tokenizer(
+        [message["content"] for messages in samples for message in messages]
+        + [caption for _ in range(300) for caption in write_captions(next(scenes))]
+        + ["user\n", "assistant\n"] * 300
+    )
+    model = LlamaForCausalLM(tiny_language_config(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
+    losses, num_tokens = [], 0
+    for step in range(steps):
+        documents = [
+            _caption(tokenizer, rng.choice(write_captions(next(scenes))))
+            if index % 4 == 0
+            else _dialogue(tokenizer, write_dialogue(next(scenes), rng))
+            for index in range(batch_size)
+        ]
+        batch = _pad(documents, tokenizer.pad_token_id)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        num_tokens += int(batch["attention_mask"].sum())
+        losses.append(loss.item())
+        log(step + 1, losses[-1])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    last = losses[-max(1, steps // 10) :]
+    return {
+        "loss": round(sum(last) / len(last), 4),
+        "tokens": num_tokens,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[list[int], list[int]]:
+    ids = tokenizer(caption + "\n")["input_ids"]
+    return ids, ids
+
+
+def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, kept = encoded["input_ids"], encoded["assistant_masks"]
+    labels = [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, kept)]
+    return [tokenizer.bos_token_id, *ids], [IGNORE_INDEX, *labels]  # templates leave <s> to the tokenizer
+
+
+def _pad(documents: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    length = max(len(ids) for ids, _ in documents)
+
+    def rows(index: int, padding: int) -> torch.Tensor:
+        return torch.tensor([document[index] + [padding] * (length - len(document[index])) for document in documents])
+
+    ids = rows(0, pad_token_id)
+    lengths = torch.tensor([len(ids) for ids, _ in documents])
+    mask = (torch.arange(length)[None] < lengths[:, None]).long()  # [batch, sequence]
+    return {"input_ids": ids, "labels": rows(1, IGNORE_INDEX), "attention_mask": mask}

@@ -1,0 +1,422 @@
+"""The whole life of a small LLaVA, phase by phase: draw, write, train, train, compose, align, instruct, examine, reload.
+
+Each phase writes into a folder of its own and is noted in `progress.json` when it is whole; the same call again goes on
+after the last one noted.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .scenes import HELD_OUT
+from .world import draw_scenes, write_json, write_split
+
+
+PHASES: dict[str, str] = {
+    "world": "draw pictures, with captions and boxes",
+    "data": "turn captions and boxes into instruction data",
+    "language": "train a language model on words alone",
+    "vision": "train a vision encoder on the boxes",
+    "compose": "join both by an untrained projector",
+    "pretrain": "stage 1: the projector, on captions",
+    "finetune": "stage 2: LoRA and the projector, on instructions",
+    "reload": "merge, save, reload through pipeline()",
+    "exam": "ask about pictures never seen",
+    "figures": "draw the loss curve and the answers",
+}
+STAGES = ("language", "vision", "pretrain", "finetune")
+"""Phases that train; each has a loss curve."""
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """How much of everything. The defaults take about three minutes on two cores.
+
+    Attributes:
+        seed: Of the world, the data and every training.
+        pictures: Training pictures.
+        unseen: Pictures of the exam.
+        held_out: Pictures of the exam with pairs of colour and category that are nowhere in training.
+        language_steps, vision_steps, pretrain_steps, finetune_steps: Optimizer steps.
+        batch_size: Samples per step.
+    """
+
+    seed: int = 0
+    pictures: int = 3000
+    unseen: int = 120
+    held_out: int = 60
+    language_steps: int = 200
+    vision_steps: int = 700
+    pretrain_steps: int = 80
+    finetune_steps: int = 240
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.name != "seed" and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}; at least 1 is needed.")
+
+    def scaled(self, scale: float) -> "QuickstartSettings":
+        """The same with every number of steps multiplied."""
+        steps = [field.name for field in dataclasses.fields(self) if field.name.endswith("_steps")]
+        return dataclasses.replace(self, **{name: max(1, round(scale * getattr(self, name))) for name in steps})
+
+
+FAST = QuickstartSettings(
+    pictures=64,
+    unseen=8,
+    held_out=4,
+    language_steps=4,
+    vision_steps=4,
+    pretrain_steps=2,
+    finetune_steps=3,
+    batch_size=8,
+)
+"""Every phase, and nothing learnt: for tests."""
+
+
+class Quickstart:
+    """One run of the quickstart.
+
+    Args:
+        out: The run's folder; made if absent.
+        settings: How much of everything.
+        on_phase: Called with a phase's name when it begins.
+        on_step: Called with `(step, steps, loss)` while a phase trains.
+
+    Raises:
+        ValueError: `out` holds something else, or a run with other settings.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        settings: QuickstartSettings | None = None,
+        *,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    ):
+        self.out = Path(out)
+        self.settings = settings or QuickstartSettings()
+        self.on_phase, self.on_step = on_phase, on_step
+        self.progress = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.settings)
+        file = self.out / "progress.json"
+        if file.is_file():
+            progress = json.loads(file.read_text("utf-8"))
+            changed = [
+                f"{key} was {progress['settings'].get(key)} and is {value}"
+                for key, value in settings.items()
+                if progress["settings"].get(key) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.out} holds a quickstart with other settings: {'; '.join(changed)}. Give another --out, or "
+                    "delete the folder."
+                )
+            return progress
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"{self.out} exists and is no quickstart. Give another --out.")
+        self.out.mkdir(parents=True, exist_ok=True)
+        progress = {"settings": settings, "phases": {}}
+        write_json(file, progress)
+        return progress
+
+    def run(self) -> dict[str, Any]:
+        """Runs every phase that is not whole yet.
+
+        Returns:
+            What `results.json` holds: scores, seconds per phase, peak memory.
+        """
+        for phase in PHASES:
+            if phase not in self.progress["phases"]:
+                self.on_phase(phase)
+                begun = time.perf_counter()
+                facts = getattr(self, f"_{phase}")()
+                facts = {**(facts or {}), "seconds": round(time.perf_counter() - begun, 1), "peak_rss": peak_rss()}
+                self.progress["phases"][phase] = facts
+                write_json(self.out / "progress.json", self.progress)
+        results = self.results()
+        write_json(self.out / "results.json", results)
+        return results
+
+    def results(self) -> dict[str, Any]:
+        """Scores, seconds and memory of a finished run."""
+        phases = self.progress["phases"]
+        return {
+            "scores": phases["exam"]["scores"],
+            "examples_of_wrong_answers": phases["exam"]["wrong"],
+            "pipeline_agrees": phases["reload"]["pipeline_agrees"],
+            "held_out_pairs": sorted(" ".join(pair) for pair in HELD_OUT),
+            "seconds": {phase: phases[phase]["seconds"] for phase in PHASES},
+            "total_seconds": round(sum(phases[phase]["seconds"] for phase in PHASES), 1),
+            "peak_rss_bytes": max(phases[phase]["peak_rss"] for phase in PHASES),
+            "settings": self.progress["settings"],
+        }
+
+    # The phases. Each makes its folders anew, so that one that was interrupted leaves nothing behind.
+
+    def _world(self) -> dict[str, Any]:
+        shutil.rmtree(self.out / "world", ignore_errors=True)
+        settings = self.settings
+        splits = {"train": settings.pictures, "unseen": settings.unseen, "held_out": settings.held_out}
+        for split, number in splits.items():
+            scenes = draw_scenes(number, settings.seed, split, held_out=split == "held_out")
+            write_split(self.out / "world" / split, scenes, workers=min(2, os.cpu_count() or 1))
+        return {"pictures": splits}
+
+    def _data(self) -> dict[str, Any]:
+        from ..data_engine.captions import expand_captions
+        from ..data_engine.generate import generate
+        from ..data_engine.run import GenerateConfig
+        from ..data_engine.samples import OutputSettings
+        from ..data_engine.validate import ValidationSettings
+        from .responder import PROMPTS, ScriptedResponder
+
+        train, out = self.out / "world" / "train", self.out / "data"
+        shutil.rmtree(out, ignore_errors=True)
+        responder = ScriptedResponder(self.settings.seed)
+        summary = generate(
+            out / "instruct",
+            responder,
+            GenerateConfig(responder.name, mix=(4, 1, 1), seed=self.settings.seed),
+            captions=train / "captions.json",
+            boxes=train / "instances.json",
+            images=train / "images",
+            prompts=PROMPTS,
+            # The world is small: its answers are short and its questions come again with every picture.
+            validation=ValidationSettings(
+                answer_words={"conversation": (1, 60), "detail": (8, 90), "complex": (6, 60)}
+            ),
+            output=OutputSettings(question_repeats=None, parquet=False, report_samples=60),
+        )
+        expand_captions(train / "captions.json", out / "captions.json", style="plain", seed=self.settings.seed)
+        if summary.run.rejected or summary.run.given_up or summary.output is None:
+            raise ValueError(
+                f"The data engine left out {summary.run.rejected} replies and gave up {sum(summary.run.given_up.values())}"
+                f" requests; see {out / 'instruct' / 'rejected.jsonl'}."
+            )
+        return {"samples": dict(summary.output.samples), "turns": sum(summary.output.turns.values())}
+
+    def _language(self) -> dict[str, Any]:
+        from .language import train_language_model
+
+        out, steps = self._fresh("parts/language_model"), self.settings.language_steps
+        losses = _Losses(self.on_step, steps)
+        facts = train_language_model(
+            out, steps=steps, batch_size=self.settings.batch_size, seed=self.settings.seed, log=losses
+        )
+        return {**facts, "losses": losses.losses}
+
+    def _vision(self) -> dict[str, Any]:
+        from .vision import train_vision_tower
+
+        out, steps = self._fresh("parts/vision_encoder"), self.settings.vision_steps
+        losses = _Losses(self.on_step, steps)
+        facts = train_vision_tower(
+            self.out / "world" / "train",
+            out,
+            steps=steps,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            log=losses,
+        )
+        return {**facts, "losses": losses.losses}
+
+    def _compose(self) -> dict[str, Any]:
+        import torch
+
+        from .. import LlavaForConditionalGeneration, LlavaProcessor
+        from .vision import FEATURE_LAYER
+
+        out = self._fresh("parts/untrained")
+        vision, language = str(self.out / "parts" / "vision_encoder"), str(self.out / "parts" / "language_model")
+        torch.manual_seed(self.settings.seed)
+        model = LlavaForConditionalGeneration.from_vision_language_pretrained(
+            vision, language, vision_feature_layer=FEATURE_LAYER
+        )
+        processor = LlavaProcessor.from_vision_language_pretrained(vision, language, chat_template="chatml")
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+        return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def _recipe(self, phase: str) -> dict[str, Any]:
+        """Settings of a stage, as a recipe file has them."""
+        settings = {
+            "model": str(self.out / "parts" / "untrained"),
+            "image_folder": str(self.out / "world" / "train" / "images"),
+            "output_dir": str(self.out / phase),
+            "per_device_train_batch_size": self.settings.batch_size,
+            "seed": self.settings.seed,
+            "precision": "fp32",
+            "use_cpu": True,
+            "max_length": 512,
+            "logging_steps": 1,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        if phase == "pretrain":
+            return {
+                "stage": "pretrain",
+                "chat_template": "plain",
+                "data": str(self.out / "data" / "captions.json"),
+                "learning_rate": 5e-3,
+                "max_steps": self.settings.pretrain_steps,
+                **settings,
+            }
+        return {
+            "stage": "finetune",
+            "adapter": "lora",
+            "lora_r": 64,
+            "lora_alpha": 128,
+            "lora_dropout": 0.0,
+            "projector": str(self.out / "pretrain"),
+            "data": str(self.out / "data" / "instruct" / "instruct.json"),
+            "learning_rate": 2e-3,
+            "projector_learning_rate": 2e-3,
+            "max_steps": self.settings.finetune_steps,
+            **settings,
+        }
+
+    def _train(self, phase: str) -> dict[str, Any]:
+        from rich.console import Console
+
+        from ..training import train
+        from ..training.recipes import write_recipe
+
+        shutil.rmtree(self.out / phase, ignore_errors=True)
+        recipe = self._recipe(phase)
+        write_recipe(recipe, self.out / f"{phase}.yaml", f"{PHASES[phase]}: llava train {self.out / phase}.yaml")
+        losses = _Losses(self.on_step, recipe["max_steps"])
+        with open(self.out / f"{phase}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            result = train(recipe, callbacks=[_loss_callback(losses)], console=Console(file=log, width=120))
+        return {"losses": losses.losses, "steps": result.global_step}
+
+    def _pretrain(self) -> dict[str, Any]:
+        return self._train("pretrain")
+
+    def _finetune(self) -> dict[str, Any]:
+        return self._train("finetune")
+
+    def _reload(self) -> dict[str, Any]:
+        from transformers import pipeline
+
+        from ..inference import LlavaPredictor
+        from ..training import merge_adapter
+        from .exam import answer_items, set_exam
+
+        model = self.out / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        merge_adapter(str(self.out / "finetune"), str(model))
+        items = set_exam(self.out / "world" / "unseen", self.settings.seed, limit=2)
+        answers = answer_items(LlavaPredictor.from_pretrained(str(model)), items, [item.image for item in items])
+        with contextlib.redirect_stdout(io.StringIO()):
+            pipe = pipeline("image-text-to-text", model=str(model), device="cpu")
+        piped = []
+        for item in items:
+            content = [{"type": "image", "image": str(item.image)}, {"type": "text", "text": item.question}]
+            found = pipe(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
+            piped.append(found[0]["generated_text"].strip())
+        if piped != answers:
+            raise ValueError(f"After the reload pipeline() answers {piped}, the predictor answered {answers}.")
+        return {"pipeline_agrees": True, "answer": {"question": items[0].question, "answer": piped[0]}}
+
+    def _exam(self) -> dict[str, Any]:
+        from ..inference import LlavaPredictor
+        from . import exam
+
+        predictor = LlavaPredictor.from_pretrained(str(self.out / "model"))
+        seed = self.settings.seed
+        items = exam.set_exam(self.out / "world" / "unseen", seed)
+        held_out = exam.set_exam(self.out / "world" / "held_out", seed, held_out=True)
+        pictures = [item.image for item in items]
+        blank = exam.blank_picture(pictures[0])
+        rows = json.loads((self.out / "data" / "instruct" / "instruct.json").read_text("utf-8"))
+        answers = exam.answer_items(predictor, items, pictures)
+        held_out_answers = exam.answer_items(predictor, held_out, [item.image for item in held_out])
+        scores = {
+            "with the picture": exam.score(items, answers),
+            "blank pictures": exam.score(items, exam.answer_items(predictor, items, [blank] * len(items))),
+            "pictures shuffled": exam.score(
+                items, exam.answer_items(predictor, items, exam.shuffle_pictures(items, seed))
+            ),
+            "majority answer": exam.score(items, exam.answer_by_majority(items, exam.read_turns(rows))),
+            "held-out pairs": exam.score(held_out, held_out_answers),
+        }
+        scores = {name: {kind: round(share, 4) for kind, share in kinds.items()} for name, kinds in scores.items()}
+        pairs = [(item, text) for item, text in [*zip(items, answers), *zip(held_out, held_out_answers)]]
+        shown = [
+            {
+                "image": str(item.image.relative_to(self.out)),
+                "kind": item.kind,
+                "question": item.question,
+                "answer": text,
+                "expected": item.answer,
+                "right": exam.is_right(item, text),
+            }
+            for item, text in pairs
+        ]
+        write_json(self.out / "answers.json", shown)
+        wrong = [f"{row['question']} {row['answer']} (right: {row['expected']})" for row in shown if not row["right"]]
+        return {"scores": scores, "questions": len(items), "wrong": wrong[:10]}
+
+    def _figures(self) -> None:
+        from .figures import plot_answers, plot_losses
+
+        phases = self.progress["phases"]
+        plot_losses({PHASES[phase]: phases[phase]["losses"] for phase in STAGES}, self.out / "loss_curve.png")
+        answers = json.loads((self.out / "answers.json").read_text("utf-8"))
+        plot_answers(answers, phases["exam"]["scores"], self.out, self.out / "answers.png", self.settings.seed)
+
+    def _fresh(self, name: str) -> Path:
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        return self.out / name
+
+
+class _Losses:
+    """Keeps the losses of a training and passes them on."""
+
+    def __init__(self, on_step: Callable[[int, int, float], None], steps: int):
+        self.on_step, self.steps, self.losses = on_step, steps, []
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.losses.append(round(loss, 4))
+        self.on_step(step, self.steps, loss)
+
+
+def _loss_callback(losses: _Losses):
+    from transformers import TrainerCallback
+
+    class LossCallback(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                losses(state.global_step, logs["loss"])
+
+    return LossCallback()
+
+
+def peak_rss() -> int:
+    """Highest resident memory of this process so far, in bytes; the present one where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,81 @@
+"""Makes the tiny world: pictures on disk with captions and boxes in COCO's form, and nothing else."""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from .drawing import PICTURE_SIZE, draw_picture
+from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
+
+
+JPEG_QUALITY = 92
+
+
+def draw_scenes(number: int, seed: int, split: str, held_out: bool = False) -> list[Scene]:
+    """Scenes drawn by lot; the same for the same seed and name of the split, different for different names.
+
+    Args:
+        number: How many.
+        seed: Of the whole world.
+        split: Name of the split, `"train"` or another.
+        held_out: Whether each scene holds one of the pairs that no training scene has.
+    """
+    rng = random.Random(f"{seed}:{split}")
+    return [draw_scene(rng, held_out) for _ in range(number)]
+
+
+def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int = PICTURE_SIZE) -> None:
+    """Writes `images/*.jpg`, `captions.json` and `instances.json` (COCO's form) of some scenes; the JSON files last.
+
+    Args:
+        folder: Where; made if absent.
+        scenes: What is drawn.
+        workers: Processes that draw.
+        size: Side of a picture in pixels.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    jobs = [(scene, images / f"{index:06d}.jpg", size) for index, scene in enumerate(scenes)]
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(_save_picture, jobs, chunksize=64))
+    else:
+        for job in jobs:
+            _save_picture(job)
+    entries = [{"id": i, "file_name": path.name, "width": size, "height": size} for i, (_, path, _) in enumerate(jobs)]
+    captions = [
+        {"id": 3 * i + j, "image_id": i, "caption": caption}
+        for i, scene in enumerate(scenes)
+        for j, caption in enumerate(write_captions(scene))
+    ]
+    boxes = []
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            box = box_of(thing, size, size)
+            box = {"bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0}
+            boxes.append({"id": len(boxes), "image_id": i, "category_id": CATEGORIES.index(thing.category) + 1, **box})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
+    write_json(folder / "captions.json", {"images": entries, "annotations": captions})
+    write_json(folder / "instances.json", {"images": entries, "annotations": boxes, "categories": categories})
+
+
+def _save_picture(job: tuple[Scene, Path, int]) -> None:
+    scene, path, size = job
+    draw_picture(scene, size).save(path, quality=JPEG_QUALITY)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file whole or not at all."""
+    unnamed = path.with_name(path.name + ".part")
+    unnamed.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(unnamed, path)
+
+
+def scene_texts(seed: int, name: str) -> Iterator[Scene]:
+    """An endless supply of scenes that are told of and never drawn: what the language model reads."""
+    rng = random.Random(f"{seed}:{name}")
+    while True:
+        yield draw_scene(rng)
