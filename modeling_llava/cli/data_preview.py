@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
     from transformers import AutoProcessor
 
+    from ..constants import IGNORE_INDEX
     from ..data import LlavaDataCollator, load_conversations
     from ..data.schema import summarize_drops
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             f"sample {conversation['id']!r}",
             *([conversation["type"]] if conversation["type"] else []),
             f"{len(ids):,} tokens",
-            f"{int((labels != -100).sum()):,} supervised",
+            f"{int((labels != IGNORE_INDEX).sum()):,} supervised",
             f"{len(images)} image{'' if len(images) == 1 else 's'}",
         ]
         names = [image for image in images if isinstance(image, str)]
