@@ -1,5 +1,6 @@
 """`train(recipe)`: from a recipe to trained weights, a record of the run and its loss curve."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints import base_model_of, checkpoint_kind, four_bit_config, has_processor, load_projector
 from .adapters import load_adapter
@@ -97,11 +99,17 @@ def train(
     if checkpoint is not None:
         _report_changes(args, checkpoint)
 
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics = dict(output.metrics)
+    metrics: dict[str, float] = {}
+    if checkpoint is not None and _is_finished(trainer, checkpoint):
+        logger.warning("%s is the end of the run already: nothing is trained, the result is written again.", checkpoint)
+        trainer.restore_result(checkpoint)
+    else:
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics |= output.metrics
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
     save_result(trainer)
+    _report_drops(trainer)
     return TrainResult(
         output_dir=Path(args.output_dir),
         kind="adapter" if args.adapter != "none" else "projector" if args.stage == "pretrain" else "full",
@@ -259,6 +267,29 @@ def _checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
     if reason is not None:
         raise ValueError(f"resume={args.resume}: the checkpoint is not complete ({reason}). Choose an earlier one.")
     return checkpoint
+
+
+def _is_finished(trainer: LlavaTrainer, checkpoint: Path) -> bool:
+    """
+    Whether a checkpoint is a run's last: all steps done, or stopped early.
+
+    `Trainer` itself looks only after a step, so that a finished run that is started again would train one step more.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+    max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    if state["global_step"] >= max_steps:
+        return True
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def _report_drops(trainer: LlavaTrainer) -> None:
+    """Say once what the collator left out; what was wrong with the rows was said when they were read."""
+    dropped = getattr(trainer.data_collator, "dropped", None)
+    if dropped:
+        from ..data.schema import summarize_drops
+
+        logger.warning("While training: %s. `llava data check` lists every such sample.", summarize_drops(dropped))
 
 
 def _report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints import (
@@ -20,6 +20,7 @@ from ..checkpoints import (
     load_projector,
     save_projector,
 )
+from ..constants import IGNORE_INDEX
 from .adapters import add_adapter, write_dora_keys_for_transformers
 from .arguments import LlavaTrainingArguments
 from .mixture import TypeMixtureSampler
@@ -75,9 +76,10 @@ class LlavaTrainer(Trainer):
         if not isinstance(args, LlavaTrainingArguments):
             raise TypeError(f"LlavaTrainer takes LlavaTrainingArguments, not {type(args).__name__}.")
         if data_collator is None and processing_class is not None:
-            data_collator = default_collator(processing_class, args)
+            data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
-        self._saved_use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
+        self._use_cache = vars(model.config).get("use_cache", _ABSENT)
         super().__init__(
             model=prepare_model(model, args),
             args=args,
@@ -155,18 +157,22 @@ class LlavaTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
-            config = getattr(core_model(self.model), "config", None)
-            use_cache = getattr(config, "use_cache", None)
+            config = core_model(self.model).config
+            in_training = _set_or_remove(config, "use_cache", self._use_cache)
             try:
-                if use_cache is not None and self._saved_use_cache is not None:
-                    config.use_cache = self._saved_use_cache  # switched off for training only
                 super()._save(str(folder), state_dict)
-                if self.args.use_dora:
-                    write_dora_keys_for_transformers(folder)
             finally:
-                if use_cache is not None:
-                    config.use_cache = use_cache
+                _set_or_remove(config, "use_cache", in_training)
+            if self.args.use_dora:
+                write_dora_keys_for_transformers(folder)
         write_run_record(folder, self.args, self.data_record)
+
+    def restore_result(self, checkpoint: str | os.PathLike) -> None:
+        """Take over weights and state from the last checkpoint of a finished run, as if it had just ended."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -214,8 +220,8 @@ def core_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if _is_peft(model) else model
 
 
-def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments):
-    """The collator for datasets of conversations, with the settings of a run."""
+def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, model: nn.Module):
+    """The collator for datasets of conversations, with the settings of a run and what the model's forward takes."""
     from ..data.collator import LlavaDataCollator
 
     return LlavaDataCollator(
@@ -226,7 +232,21 @@ def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments):
         on_bad_sample=args.on_bad_sample,
         first_turn_order=args.first_turn_order,
         seed=args.seed if args.data_seed is None else args.data_seed,
+        share_images="image_indices" in inspect.signature(model.forward).parameters,
     )
+
+
+_ABSENT = object()
+
+
+def _set_or_remove(config: Any, name: str, value: Any) -> Any:
+    """Set an attribute, or remove it if `value` is `_ABSENT`; returns what it was."""
+    before = vars(config).get(name, _ABSENT)
+    if value is not _ABSENT:
+        setattr(config, name, value)
+    elif before is not _ABSENT:
+        delattr(config, name)
+    return before
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -242,7 +262,7 @@ def _smoothed_loss(label_smoothing: float):
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
         )
-        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum())
 
     return loss
 

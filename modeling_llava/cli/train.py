@@ -1,0 +1,67 @@
+"""`llava train RECIPE [key=value …]`."""
+
+import argparse
+
+
+EPILOG = """\
+examples:
+  llava train qlora model=llava-hf/llava-1.5-7b-hf data=my.json image_folder=images output_dir=runs/my
+  llava train examples/recipes/llava-1.5-7b/pretrain.yaml output_dir=runs/pretrain
+  accelerate launch --num_processes 8 -m modeling_llava.cli.main train RECIPE.yaml
+An interrupted run goes on where it stopped when the same command is given again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "recipe", nargs="?", help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list_settings:
+        return _list_settings()
+    if args.recipe is None:
+        raise ValueError("which recipe? Give a YAML file or the name of a preset (llava train --help).")
+    if "=" in args.recipe:
+        raise ValueError(f"the recipe comes before key=value: llava train RECIPE {args.recipe}")
+
+    from ..training import parse_recipe, train
+
+    settings = parse_recipe(args.recipe, args.overrides)
+    is_main = settings.process_index == 0
+    if is_main:
+        what = settings.stage if settings.adapter == "none" else f"{settings.stage} with {settings.adapter}"
+        print(f"{what} of {settings.model} on {settings.data} → {settings.output_dir}")
+    result = train(settings)
+    if not is_main:
+        return 0
+    losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
+    if losses:
+        print(f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {result.global_step} steps")
+    if "eval_loss" in result.metrics:
+        print(f"evaluation loss {result.metrics['eval_loss']:.3f}")
+    print(f"written: {result.output_dir} ({result.kind})")
+    print(f"next: {_next_command(result.kind, str(result.output_dir))}")
+    return 0
+
+
+def _next_command(kind: str, folder: str) -> str:
+    if kind == "projector":
+        return f"llava train finetune projector={folder} model=… data=… output_dir=…"
+    if kind == "adapter":
+        return f"llava chat {folder}   (or: llava merge {folder} {folder}-merged)"
+    return f"llava chat {folder}"
+
+
+def _list_settings() -> int:
+    from ..training.arguments import describe_settings
+
+    for name, default, help_text in describe_settings():
+        print(f"{name} = {default}\n    {help_text}")
+    print("… and every setting of transformers.TrainingArguments.")
+    return 0

@@ -1,0 +1,202 @@
+"""A run that is killed goes on as if it had not been: the same losses and the same weights, bit for bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_llava.training import train
+from modeling_llava.training.run_record import checkpoint_folders, find_resumable_checkpoint, why_incomplete
+
+
+# Runs every scenario in a process of its own, forked from one that has imported everything already.
+DRIVER = '''
+import json, os, signal, sys
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
+from modeling_llava.training import train
+import modeling_llava.training.run, modeling_llava.training.trainer, modeling_llava.data.collator, peft
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killer(TrainerCallback):
+    def __init__(self, moment, step):
+        self.moment, self.step = moment, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (self.moment, self.step) == ("step", state.global_step):
+            die()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if (self.moment, self.step) == ("evaluation", state.global_step):
+            die()
+
+
+def run(settings, moment=None, step=0):
+    """Train in a forked process; `moment`: where it is killed."""
+    child = os.fork()
+    if child == 0:
+        if moment == "save":  # weights and optimizer are written, trainer_state.json is not
+            save = TrainerState.save_to_json
+            TrainerState.save_to_json = lambda state, path: die() if state.global_step == step else save(state, path)
+        if moment == "state":  # a part of trainer_state.json is written
+            save = TrainerState.save_to_json
+
+            def half(state, path):
+                save(state, path)
+                if state.global_step == step:
+                    text = open(path).read()
+                    open(path, "w").write(text[: len(text) // 2])
+                    die()
+
+            TrainerState.save_to_json = half
+        try:
+            result = train(settings, callbacks=[Killer(moment, step)], console=Console(file=open(os.devnull, "w")))
+            with open(os.path.join(settings["output_dir"], "result.json"), "w") as file:
+                json.dump({"history": result.log_history, "resumed_from": str(result.resumed_from)}, file)
+        except BaseException as error:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+for settings, moment, step in json.loads(sys.argv[1]):
+    status = run(settings, moment, step)
+    assert status == (0 if moment is None else -signal.SIGKILL), (moment, step, status)
+'''
+
+KINDS = {
+    "full": {"neftune_noise_alpha": 5.0, "train_vision_tower": True},
+    "lora": {"adapter": "lora", "lora_dropout": 0.2, "train_vision_tower": True},
+    "pretrain": {"stage": "pretrain"},
+    "qlora": {"adapter": "qlora", "lora_dropout": 0.2},
+}
+
+
+def drive(jobs):
+    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(jobs)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def history(folder):
+    """What was logged at each step, without times."""
+    entries = json.loads((Path(folder) / "result.json").read_text())["history"]
+    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return [{key: entry[key] for key in kept if key in entry} for entry in entries if "train_runtime" not in entry]
+
+
+def weights(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert len(files) == 1
+    return load_file(files[0])
+
+
+def assert_equal_runs(first, second):
+    assert history(first) == history(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def scenario(settings, kind, folder):
+    return {
+        **settings, **KINDS[kind], "output_dir": str(folder), "max_steps": 7, "max_samples": 12, "eval_size": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "first_turn_order": "random",
+        "type_weights": {"conversation": 1, "detail": 1, "complex": 2}, "save_total_limit": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        ("full", [("step", 3), ("save", 4)]),
+        ("lora", [("state", 6)]),
+        pytest.param("full", [("evaluation", 4), ("state", 2), ("step", 7)], marks=pytest.mark.slow),
+        pytest.param("lora", [("step", 5), ("save", 2), ("evaluation", 6)], marks=pytest.mark.slow),
+        pytest.param("pretrain", [("step", 5), ("state", 4)], marks=pytest.mark.slow),
+        pytest.param("qlora", [("step", 5), ("save", 4)], marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_equals_not_killed(settings, tmp_path, kind, moments):
+    """5 steps an epoch: killed in the first epoch and in the second, with dropout, noise, mixture and random order."""
+    uninterrupted = scenario(settings, kind, tmp_path / "whole")
+    jobs = [(uninterrupted, None, 0)]
+    for moment, step in moments:
+        killed = scenario(settings, kind, tmp_path / f"{moment}{step}")
+        jobs += [(killed, moment, step), (killed, None, 0)]
+    drive(jobs)
+    for moment, step in moments:
+        folder = tmp_path / f"{moment}{step}"
+        assert_equal_runs(tmp_path / "whole", folder)
+        last_complete = (step - 1) // 2 * 2 if moment in ("save", "state", "evaluation", "step") else step
+        expected = folder / f"checkpoint-{last_complete}" if last_complete else None
+        assert json.loads((folder / "result.json").read_text())["resumed_from"] == str(expected)
+
+
+def test_a_checkpoint_that_is_cut_off_anywhere_is_not_picked(settings, tmp_path):
+    train({**settings, "max_steps": 3, "save_steps": 1, "save_total_limit": None, "adapter": "lora"})
+    run = tmp_path / "run"
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    assert find_resumable_checkpoint(run).name == "checkpoint-3"
+    newest = run / "checkpoint-3"
+    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
+        whole = (newest / name).read_bytes()
+        for size in (0, 7, len(whole) // 2, len(whole) - 1):
+            (newest / name).write_bytes(whole[:size])
+            if name == "trainer_state.json" and size == len(whole) - 1:
+                continue  # the last byte is a line break
+            assert name in why_incomplete(newest), (name, size)
+            assert find_resumable_checkpoint(run).name == "checkpoint-2"
+        (newest / name).write_bytes(whole)
+    assert why_incomplete(newest) is None
+    (newest / "optimizer.pt").unlink()
+    assert "no optimizer state" in why_incomplete(newest)
+    shutil.rmtree(run / "checkpoint-1"), shutil.rmtree(run / "checkpoint-2")
+    assert find_resumable_checkpoint(run) is None
+    assert find_resumable_checkpoint(tmp_path / "nothing") is None
+
+
+def test_folders_are_ordered_by_step_and_not_by_name(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-x", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
+
+
+def test_a_checkpoint_that_is_written_again_is_incomplete_until_it_is_whole(settings, tmp_path, monkeypatch):
+    """A run that goes back and dies while it writes checkpoint-2 anew must not leave the old trainer_state.json there."""
+    from transformers.trainer_callback import TrainerState
+
+    train({**settings, "save_steps": 1, "stage": "pretrain"})
+    monkeypatch.setattr(TrainerState, "save_to_json", lambda state, path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train({**settings, "save_steps": 1, "stage": "pretrain", "resume": str(tmp_path / "run" / "checkpoint-1")})
+    assert "trainer_state.json is missing" in why_incomplete(tmp_path / "run" / "checkpoint-2")
+    assert find_resumable_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
+def test_resume_settings(settings, tmp_path, caplog):
+    first = train({**settings, "save_steps": 1, "stage": "pretrain"})
+    assert first.resumed_from is None
+    with pytest.raises(ValueError, match="resume=never, but .* holds checkpoint-2"):
+        train({**settings, "stage": "pretrain", "resume": "never"})
+    with pytest.raises(FileNotFoundError, match="there is no such checkpoint"):
+        train({**settings, "stage": "pretrain", "resume": str(tmp_path / "run" / "checkpoint-9")})
+    again = train({**settings, "save_steps": 1, "stage": "pretrain"})
+    assert again.resumed_from.name == "checkpoint-2" and again.global_step == 2  # finished: nothing is trained again
+    assert not [r for r in caplog.records if "other settings" in r.message]
+    further = train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 3, "learning_rate": 5e-4})
+    assert further.global_step == 3
+    message = next(r.message for r in caplog.records if "other settings" in r.message)
+    assert "learning_rate 0.001 → 0.0005" in message and "max_steps 2 → 3" in message

@@ -1,0 +1,387 @@
+"""`train(recipe)`: what it writes, who can read it, and what goes on when it goes on."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from modeling_llava.checkpoints import checkpoint_kind, load_projector
+from modeling_llava.constants import IGNORE_INDEX
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter, train
+from modeling_llava.training.callbacks import masked_text, plot_loss_curve
+from modeling_llava.training.run import load_datasets, load_model_and_processor
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    return Console(record=True, width=160, file=open(tmp_path / "console.txt", "w"))
+
+
+def keys(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+
+def test_pretrain_writes_the_projector_and_finetune_takes_it(settings, base_model, tmp_path, quiet):
+    result = train({**settings, "stage": "pretrain", "chat_template": "plain", "save_steps": 1}, console=quiet)
+    assert result.kind == checkpoint_kind(result.output_dir) == "projector"
+    frozen_bytes = (base_model / "model.safetensors").stat().st_size
+    for folder in (result.output_dir, result.output_dir / "checkpoint-1", result.output_dir / "checkpoint-2"):
+        assert (folder / "projector.safetensors").stat().st_size < frozen_bytes / 10
+        assert not (folder / "model.safetensors").exists()
+        with safe_open(folder / "projector.safetensors", framework="pt") as file:
+            assert set(file.keys()) == {
+                f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+            }
+        AutoProcessor.from_pretrained(folder)
+
+    further = {**settings, "projector": str(result.output_dir), "output_dir": str(tmp_path / "second")}
+    model, processor = load_model_and_processor(LlavaTrainingArguments(**further))
+    trained = model.model.multi_modal_projector.linear_1.weight
+    untrained = AutoModelForImageTextToText.from_pretrained(base_model).model.multi_modal_projector.linear_1.weight
+    assert not torch.equal(trained, untrained)
+    assert "USER" in processor.chat_template  # the template of pretraining stays there
+    assert train(further, console=quiet).kind == "full"
+    with pytest.raises(ValueError, match=f"Set projector=.*model={base_model}"):
+        train({**settings, "model": str(result.output_dir)})
+
+
+def test_full_finetuning_writes_a_stock_checkpoint(settings, base_model, tmp_path, quiet):
+    result = train({**settings, "train_vision_tower": True}, console=quiet)
+    assert keys(result.output_dir) == keys(base_model)
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (result.output_dir, base_model))
+    for part in (config, before):  # transformers writes the tokenizer's, if the model has none
+        part["text_config"].pop("pad_token_id")
+    assert config == before  # use_cache and the like: training leaves no trace
+    script = f"""
+import sys, torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+model, info = LlavaForConditionalGeneration.from_pretrained(r"{result.output_dir}", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"]
+processor = AutoProcessor.from_pretrained(r"{result.output_dir}")
+assert type(processor).__module__ == "transformers.models.llava.processing_llava", type(processor)
+assert "modeling_llava" not in sys.modules
+inputs = processor(text="USER: <image>\\nWhat? ASSISTANT:", images=torch.zeros(3, 42, 42), return_tensors="pt")
+with torch.no_grad():
+    torch.save(model.eval()(**inputs).logits, r"{tmp_path}/logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
+    model = AutoModelForImageTextToText.from_pretrained(result.output_dir).eval()
+    processor = AutoProcessor.from_pretrained(result.output_dir)
+    inputs = processor(text="USER: <image>\nWhat? ASSISTANT:", images=torch.zeros(3, 42, 42), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, torch.load(tmp_path / "logits.pt"), atol=1e-5)
+
+
+def test_full_finetuning_in_mixed_precision_is_published_in_16_bit_and_resumable_in_float32(settings, quiet):
+    result = train({**settings, "precision": "bf16", "save_steps": 1}, console=quiet)
+    for folder, expected in ((result.output_dir, {"BF16"}), (result.output_dir / "checkpoint-1", {"BF16", "F32"})):
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        assert set(dtypes.values()) == expected
+    assert all(dtype == ("BF16" if "vision_tower" in name else "F32") for name, dtype in dtypes.items())
+    assert json.loads((result.output_dir / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_run_is_recorded_beside_the_weights(settings, instructions, quiet):
+    result = train({**settings, "save_steps": 1, "eval_size": 4, "hub_token": "secret"}, console=quiet)
+    for folder in (result.output_dir, result.output_dir / "checkpoint-1"):
+        record = json.loads((folder / "run.json").read_text())
+        assert record["versions"]["transformers"] == transformers.__version__
+        source = record["data"]["sources"][0]
+        import hashlib
+
+        assert source == {"name": str(instructions), "sha256": hashlib.sha256(instructions.read_bytes()).hexdigest()}
+        assert record["data"]["num_samples"] == 20
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        assert recipe["model"] == settings["model"] and recipe["seed"] == 42
+        assert "secret" not in (folder / "recipe.yaml").read_text() + (folder / "run.json").read_text()
+    assert "eval_loss" in result.metrics
+    assert (result.output_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    again = train(str(result.output_dir / "recipe.yaml"), [f"output_dir={result.output_dir}-again"], console=quiet)
+    assert [e["loss"] for e in again.log_history if "loss" in e] == [
+        e["loss"] for e in result.log_history if "loss" in e
+    ]
+
+
+def test_preview_shows_the_table_and_a_masked_sample_and_changes_nothing(settings, tmp_path, quiet):
+    shown = train(settings, console=quiet)
+    text = quiet.export_text()
+    assert "What is trained" in text and "multi_modal_projector" in text
+    assert "<image> × 9" in text and "ASSISTANT:" in text
+    hidden = train({**settings, "output_dir": str(tmp_path / "hidden"), "preview_samples": 0}, console=quiet)
+    assert shown.log_history[0]["loss"] == hidden.log_history[0]["loss"]
+
+
+def test_masked_text_marks_what_is_learnt(settings):
+    args = LlavaTrainingArguments(**settings)
+    _, processor = load_model_and_processor(args)
+    dataset, _ = load_datasets(args)
+    from modeling_llava.data.labels import encode_conversation
+
+    encoded = encode_conversation(dataset[0]["messages"], processor)
+    text = masked_text(processor, encoded["input_ids"].tolist(), encoded["labels"].tolist())
+    learnt = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "bold green")
+    assert learnt.strip() == "It is red.</s>"
+    assert text.plain.count("<image> × 9") == 1
+
+
+def test_evaluation_loss_is_the_models_and_builds_no_logits(settings, quiet):
+    args = LlavaTrainingArguments(**{**settings, "per_device_eval_batch_size": 4})
+    model, processor = load_model_and_processor(args)
+    dataset, _ = load_datasets(args)
+    dataset = dataset.select(range(4))
+    trainer = LlavaTrainer(model, args, eval_dataset=dataset, processing_class=processor)
+    seen = []
+    handle = trainer.model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits))
+    loss = trainer.evaluate()["eval_loss"]
+    handle.remove()
+    assert seen == [None]
+    batch = trainer.data_collator([dataset[i] for i in range(4)])
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX
+    )
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_label_smoothing_compares_shifted_labels(settings, stock):
+    args = LlavaTrainingArguments(**{**settings, "label_smoothing_factor": 0.2})
+    model, processor = load_model_and_processor(args)
+    if stock:
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(settings["model"])
+    dataset, _ = load_datasets(args)
+    trainer = LlavaTrainer(model, args, train_dataset=dataset, processing_class=processor)
+    batch = trainer.data_collator([dataset[i] for i in range(4)])
+    count = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    with torch.no_grad():
+        logits = trainer.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        expected = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.2
+        )
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_gradient_accumulation_weights_tokens_not_batches(settings, tmp_path, quiet):
+    """4 samples in one batch, or in two of unequal length: the same step, since the count of tokens is passed on."""
+
+    def first_step(**changes):
+        result = train(
+            {**settings, "output_dir": str(tmp_path / str(changes)), "max_steps": 1, **changes}, console=quiet
+        )
+        weights = AutoModelForImageTextToText.from_pretrained(result.output_dir).state_dict()
+        return result.log_history[0], weights
+
+    at_once, weights = first_step(per_device_train_batch_size=4, warmup_steps=0)
+    in_two, weights_in_two = first_step(per_device_train_batch_size=2, global_batch_size=4, warmup_steps=0)
+    assert at_once["loss"] == pytest.approx(in_two["loss"], rel=1e-5)
+    assert at_once["grad_norm"] == pytest.approx(in_two["grad_norm"], rel=1e-4)
+    assert weights.keys() == weights_in_two.keys()
+
+
+def test_resuming_reads_the_weights_of_a_full_checkpoint(settings, tmp_path):
+    """Stock Trainer finds none of a llava checkpoint's keys, and trains on from the weights it happens to have."""
+    args = LlavaTrainingArguments(**{**settings, "save_steps": 1, "max_steps": 1})
+    model, processor = load_model_and_processor(args)
+    dataset, _ = load_datasets(args)
+    LlavaTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
+    fresh, _ = load_model_and_processor(args)
+    trainer = LlavaTrainer(fresh, args, train_dataset=dataset, processing_class=processor)
+    trainer._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-1"))
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), fresh.named_parameters()):
+        assert torch.equal(ours, theirs), name
+    # a checkpoint of another model is refused, not half read
+    other = AutoModelForImageTextToText.from_pretrained(settings["model"])
+    other.resize_token_embeddings(720)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is .720, 64., but the model's is .704, 64."):
+        trainer._load_from_checkpoint(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [{}, {"stage": "pretrain"}, {"adapter": "lora"}], ids=["full", "pretrain", "lora"])
+def test_best_checkpoint_is_loaded_at_the_end(settings, tmp_path, kind, quiet):
+    class WorseAndWorse(TrainerCallback):
+        """After step 1 the learning rate ruins the model."""
+
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 3.0
+
+    result = train(
+        {
+            **settings, **kind, "max_steps": 3, "eval_size": 4, "eval_strategy": "steps", "eval_steps": 1,
+            "save_steps": 1, "save_total_limit": 5, "load_best_model_at_end": True, "lr_scheduler_type": "constant",
+        },
+        callbacks=[WorseAndWorse()],
+        console=quiet,
+    )  # fmt: skip
+    evaluations = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
+    assert evaluations[0] < evaluations[1] and evaluations[0] < evaluations[2]
+    assert result.metrics["eval_loss"] == pytest.approx(evaluations[0], abs=1e-6)
+    name = {"lora": "adapter_model.safetensors", "pretrain": "projector.safetensors"}.get(
+        kind.get("adapter") or kind.get("stage"), "model.safetensors"
+    )
+    from safetensors.torch import load_file
+
+    final, best = load_file(result.output_dir / name), load_file(result.output_dir / "checkpoint-1" / name)
+    assert all(torch.equal(final[key], best[key]) for key in best)
+
+
+def test_early_stopping(settings, quiet):
+    result = train(
+        {
+            **settings, "max_steps": 20, "learning_rate": 0.0, "eval_size": 4, "eval_strategy": "steps",
+            "eval_steps": 1, "early_stopping_patience": 2,
+        },
+        console=quiet,
+    )  # fmt: skip
+    assert result.global_step == 3  # the first evaluation is the best, two more are not better
+
+
+class FakeHub:
+    """Stands where the Hub is; keeps what `Trainer` would send."""
+
+    def __init__(self):
+        self.created, self.uploaded = [], []
+
+    def create_repo(self, name, **kwargs):
+        self.created.append((name, kwargs))
+        from types import SimpleNamespace
+
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, **kwargs):
+        self.uploaded.append(kwargs)
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(None)
+        return future
+
+
+@pytest.mark.parametrize("kind", [{"adapter": "lora"}, {"stage": "pretrain"}], ids=["lora", "pretrain"])
+def test_push_to_hub_is_passed_through(settings, kind, monkeypatch, quiet):
+    import transformers.trainer as trainer_module
+
+    hub = FakeHub()
+    monkeypatch.setattr(trainer_module, "hf_api", lambda: hub)
+    result = train(
+        {**settings, **kind, "push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True}, console=quiet
+    )
+    assert hub.created[0][0] == "me/mine" and hub.created[0][1]["private"] is True
+    assert {upload["repo_id"] for upload in hub.uploaded} == {"me/mine"}
+    assert hub.uploaded[-1]["folder_path"] == str(result.output_dir)
+
+
+def test_types_can_be_chosen_and_weighted(settings, instructions):
+    def types(**changes):
+        args = LlavaTrainingArguments(**{**settings, **changes})
+        dataset, _ = load_datasets(args)
+        return dataset, args
+
+    dataset, _ = types(only_types=["detail", "complex"])
+    assert sorted(set(dataset.types)) == ["complex", "detail"] and len(dataset) == 16
+    dataset, _ = types(data={"mine": str(instructions)})
+    assert len(dataset) == 24
+    with pytest.raises(ValueError, match="only_types names detial"):
+        types(only_types=["detial", "complex"])
+
+    dataset, args = types(type_weights={"conversation": 1, "detail": 0, "complex": 3})
+    model, processor = load_model_and_processor(args)
+    trainer = LlavaTrainer(model, args, train_dataset=dataset, processing_class=processor)
+    drawn = [dataset.types[i] for i in trainer._get_train_sampler()]
+    assert set(drawn) == {"conversation", "complex"} and len(drawn) == 16
+
+
+def test_data_is_split_by_seed_without_overlap(settings):
+    def split(**changes):
+        train_set, eval_set = load_datasets(LlavaTrainingArguments(**{**settings, "eval_size": 0.25, **changes}))
+        return {c["id"] for c in train_set}, {c["id"] for c in eval_set}
+
+    train_ids, eval_ids = split()
+    assert len(eval_ids) == 6 and len(train_ids) == 18 and not train_ids & eval_ids
+    assert split() == (train_ids, eval_ids)
+    assert split(data_seed=1)[1] != eval_ids
+    with pytest.raises(ValueError, match="holds out 24 of 24"):
+        split(eval_size=24)
+
+
+def test_users_mistakes_are_one_clear_error(settings, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor the name"):
+        train({**settings, "model": "./no/such/model"})
+    with pytest.raises(ValueError, match="model is not set"):
+        train({k: v for k, v in settings.items() if k != "model"})
+    with pytest.raises(ValueError, match="data is not set"):
+        train({k: v for k, v in settings.items() if k != "data"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no model"):
+        train({**settings, "model": str(tmp_path / "empty")})
+    with pytest.raises(ValueError, match="not the output folder of a pretrain run"):
+        train({**settings, "projector": str(tmp_path / "empty")})
+
+
+def test_a_projector_of_another_model_is_refused(settings, base_model, tmp_path, quiet):
+    result = train({**settings, "stage": "pretrain"}, console=quiet)
+    model = AutoModelForImageTextToText.from_pretrained(base_model)
+    model.config.vision_feature_layer = -1
+    with pytest.raises(ValueError, match="vision_feature_layer=-2, but the model has -1"):
+        load_projector(model, result.output_dir)
+
+
+def test_pretrain_output_becomes_a_full_checkpoint_by_merging(settings, tmp_path, quiet):
+    result = train({**settings, "stage": "pretrain", "train_vision_tower": True}, console=quiet)
+    merge_adapter(str(result.output_dir), str(tmp_path / "full"))
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "full")
+    expected = AutoModelForImageTextToText.from_pretrained(settings["model"])
+    assert load_projector(expected, result.output_dir) == ["multi_modal_projector", "vision_tower"]
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), expected.parameters()))
+    assert not torch.equal(
+        merged.model.vision_tower.embeddings.patch_embedding.weight,
+        AutoModelForImageTextToText.from_pretrained(
+            settings["model"]
+        ).model.vision_tower.embeddings.patch_embedding.weight,
+    )
+    with pytest.raises(ValueError, match="brings a trained vision tower"):
+        train({**settings, "output_dir": str(tmp_path / "b"), "projector": str(result.output_dir), "adapter": "lora"})
+
+
+def test_loss_curve_needs_no_evaluation_and_says_when_it_has_nothing(tmp_path):
+    assert plot_loss_curve([], tmp_path / "a.png") is None
+    history = [{"step": i, "loss": 3 / (i + 1)} for i in range(5)] + [{"step": 4, "eval_loss": 1.0}]
+    assert plot_loss_curve(history, tmp_path / "b.png").is_file()
+    assert not list(tmp_path.glob(".*"))  # nothing is left beside it
+
+
+def test_command_line(settings, tmp_path, capsys):
+    from modeling_llava.cli.main import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**settings, "adapter": "lora"}))
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    assert main(["train", str(recipe), "max_steps=1", f"output_dir={adapter}"]) == 0
+    out = capsys.readouterr().out
+    assert "finetune with lora" in out and f"llava merge {adapter}" in out
+    assert main(["merge", adapter, merged]) == 0
+    assert checkpoint_kind(merged) == "full"
+    AutoProcessor.from_pretrained(merged)
+    capsys.readouterr()
+    assert main(["train", str(recipe), "lora_rr=3"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Did you mean 'lora_r'" in error
+    assert main(["merge", merged, str(tmp_path / "again")]) == 2
+    assert "nothing to merge" in capsys.readouterr().err
+    assert main(["train", "--list-settings"]) == 0
+    assert "projector_learning_rate" in capsys.readouterr().out
+    shutil.rmtree(merged)
