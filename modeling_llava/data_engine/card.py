@@ -86,7 +86,7 @@ def collect_figures(folder: RunFolder, ledger: Ledger, summary: OutputSummary) -
         "model": folder.config.model,
         "answered_as": sorted(name for name in counts.models if name),
         "settings": folder.about["settings"],
-        "contexts": folder.about["contexts"],
+        "contexts": {key: value for key, value in folder.about["contexts"].items() if key != "sources"},
         "samples": dict(summary.samples),
         "turns": dict(summary.turns),
         "images": summary.images,

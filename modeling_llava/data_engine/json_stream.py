@@ -50,15 +50,15 @@ class _Reader:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.position)
-                # A number at the very end of the window may go on: "12" of "1234".
-                if end < len(self.buffer) or self.done:
+                # A number at the window's end may go on: "12" of "1234", or of "12.5" although a point is in view.
+                if self.done or (end < len(self.buffer) and self.buffer[end] not in "0123456789.eE+-"):
                     self.position = end
                     return value
             except json.JSONDecodeError as error:
                 if self.done:
                     raise self.broken(error.msg) from None
-            self.chunk *= 2
             self.read_more()
+            self.chunk *= 2
 
     def broken(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is not whole JSON: {what}. Was its download or its writing cut short?")

@@ -15,7 +15,7 @@ from .validate import normalise
 
 # "What is on the table in this photo?" asks what "What is on the table?" asks.
 FRAMING = re.compile(
-    r"\b(?:(?:visible|seen|shown|depicted|present) )?(?:in|of|from|on|within|throughout) "
+    r"\b(?:in|of|from|on|within|throughout) "
     r"(?:the|this) (?:image|photo|photograph|picture|scene|shot)\b"
 )
 

@@ -68,7 +68,8 @@ def write_output(
         samples = kept_samples(folder, ledger, settings, OutputSummary(), limit=limit)
         write_dataset(samples, images, folder.path / "dataset", summary, names)
     if summary.samples:
-        write_card(folder, ledger, settings, summary, limit)
+        if settings.card:
+            write_card(folder, ledger, settings, summary, limit)
         if settings.report_samples:
             write_report(folder, ledger, settings, summary, images, limit)
     return summary

@@ -24,6 +24,7 @@ class OutputSettings:
             are exempt: their questions come from a list.
         similarity: From which overlap of words on (Jaccard) questions are nearly equal.
         parquet: Whether to write the `datasets` folder, which holds the images.
+        card: Whether to write the card, its plots and `summary.json`.
         drop: Ids of samples to leave out (marked in the report).
         report_samples: Samples in the HTML report; 0 writes none.
     """
@@ -31,6 +32,7 @@ class OutputSettings:
     question_repeats: int | None = 1
     similarity: float = 0.8
     parquet: bool = True
+    card: bool = True
     drop: frozenset[str] = frozenset()
     report_samples: int = 200
 

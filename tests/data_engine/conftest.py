@@ -1,0 +1,7 @@
+"""The data engine's tests ask the endpoint's fault server."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "endpoint"))

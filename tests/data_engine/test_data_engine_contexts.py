@@ -1,0 +1,249 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_llava.data_engine import json_stream
+from modeling_llava.data_engine.contexts import Box, Context, ContextCounts, clean_box, read_contexts
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+BENCH = SHARED / "llava_bench_coco" / "caps_boxes_coco2014_val_80.jsonl"
+
+
+def write(path, value):
+    path.write_text("\n".join(map(json.dumps, value)) if path.suffix == ".jsonl" else json.dumps(value))
+    return path
+
+
+def coco(tmp_path, boxes, captions=((1, "a cat"), (1, "two  cats\n on a mat"), (2, "a dog")), **image):
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 200, "height": 100, **image} for i in (1, 2)]
+    annotations = [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions)]
+    instances = [{"id": n, "image_id": 1, "category_id": 7, **box} for n, box in enumerate(boxes)]
+    return (
+        write(tmp_path / "captions.json", {"info": {"year": 2017}, "images": images, "annotations": annotations}),
+        write(
+            tmp_path / "instances.json",
+            {"images": images, "annotations": instances, "categories": [{"id": 7, "name": "cat"}]},
+        ),
+    )
+
+
+def test_coco_captions_and_instances_become_the_two_symbolic_representations(tmp_path):
+    boxes = [{"bbox": [20, 10, 40, 30]}, {"bbox": [0, 0, 200, 50]}, {"bbox": [100, 50, 66.6667, 33.3333]}]
+    counts = ContextCounts()
+    one, two = read_contexts(*coco(tmp_path, boxes), counts=counts)
+    assert (one.id, one.image) == ("1", "1.jpg")
+    assert one.caption_text == "a cat\ntwo cats on a mat"
+    # Corners by hand: x / 200 and y / 100; areas 0.5, 0.111 and 0.06.
+    assert one.box_text == "cat: [0.0, 0.0, 1.0, 0.5]\ncat: [0.5, 0.5, 0.833, 0.833]\ncat: [0.1, 0.1, 0.3, 0.4]"
+    assert (two.caption_text, two.box_text) == ("a dog", "")
+    assert (counts.contexts, counts.boxes, counts.clipped, dict(counts.dropped)) == (2, 3, 0, {})
+
+
+@pytest.mark.parametrize(
+    "box, reason",
+    [
+        ({"bbox": [10, 10, 20, 20], "iscrowd": 1}, "crowd"),
+        ({"bbox": [10, 10, 0, 20]}, "empty"),
+        ({"bbox": [10, 10, -5, 20]}, "inverted"),
+        ({"bbox": [10, 10, 5, -20]}, "inverted"),
+        ({"bbox": [float("nan"), 10, 5, 20]}, "not_finite"),
+        ({"bbox": [10, 10, float("inf"), 20]}, "not_finite"),
+        ({"bbox": [300, 10, 5, 20]}, "outside"),
+        ({"bbox": [-30, -30, 30, 20]}, "outside"),
+        ({"bbox": [10, 10, 0.05, 20]}, "tiny"),
+    ],
+)
+def test_boxes_that_are_no_objects_are_left_out_and_counted(tmp_path, box, reason):
+    counts = ContextCounts()
+    context = next(read_contexts(*coco(tmp_path, [box, {"bbox": [20, 10, 40, 30]}]), counts=counts))
+    assert context.box_text == "cat: [0.1, 0.1, 0.3, 0.4]"
+    assert dict(counts.dropped) == {reason: 1} and counts.boxes == 1
+    assert "left out" in counts.summary()
+
+
+def test_boxes_over_the_edge_are_cut_there_and_counted(tmp_path):
+    counts = ContextCounts()
+    boxes = [{"bbox": [-20, 10, 60, 30]}, {"bbox": [150, 50, 100, 100]}, {"bbox": [190, 90, 10.01, 10.01]}]
+    context = next(read_contexts(*coco(tmp_path, boxes), counts=counts))
+    assert context.box_text.splitlines() == [
+        "cat: [0.75, 0.5, 1.0, 1.0]",
+        "cat: [0.0, 0.1, 0.2, 0.4]",
+        "cat: [0.95, 0.9, 1.0, 1.0]",
+    ]
+    assert counts.clipped == 2  # a hundredth of a pixel does not show
+
+
+def test_equal_boxes_keep_the_order_of_the_file(tmp_path):
+    rows = [
+        {"image": "a.jpg", "captions": ["x"], "boxes": [{"category": c, "bbox": [0.1, 0.1, 0.2, 0.2]} for c in "bac"]}
+    ]
+    context = next(read_contexts(write(tmp_path / "c.jsonl", rows)))
+    assert [box.category for box in context.boxes] == ["b", "a", "c"]
+
+
+def test_the_same_data_in_every_form_gives_the_same_contexts(tmp_path):
+    boxes = [{"bbox": [0, 0, 200, 50]}, {"bbox": [20, 10, 40, 30]}]
+    captions, instances = coco(tmp_path, boxes)
+    expected = list(read_contexts(captions, instances))
+    fractions = [{"category": "cat", "bbox": [0, 0, 1, 0.5]}, {"category": "cat", "bbox": [0.1, 0.1, 0.3, 0.4]}]
+    pixels = [{"category": "cat", "bbox": [20, 10, 60, 40]}, {"category": "cat", "bbox": [0, 0, 200, 50]}]
+    texts = ["a cat", "two cats on a mat"]
+    for first in (
+        {"id": "1", "image": "1.jpg", "captions": texts, "instances": fractions},
+        {"image": "1.jpg", "captions": texts, "boxes": pixels, "width": 200, "height": 100},
+    ):
+        rows = [first, {"image": "2.jpg", "caption": "a dog"}]
+        assert list(read_contexts(write(tmp_path / "rows.jsonl", rows))) == expected
+        assert list(read_contexts(write(tmp_path / "rows.json", rows))) == expected
+        # Captions from one file, boxes from another, matched by the image.
+        assert list(read_contexts(captions, write(tmp_path / "boxes.jsonl", [first]))) == expected
+        assert list(read_contexts(write(tmp_path / "bare.jsonl", rows), instances)) == expected
+    stored = write(tmp_path / "again.jsonl", [context.to_dict() for context in expected])
+    assert list(read_contexts(stored)) == expected
+
+
+def test_images_without_captions_and_empty_captions_are_left_out_and_counted(tmp_path):
+    rows = [
+        {"image": "a.jpg", "captions": [" ", "x"]},
+        {"image": "b.jpg", "captions": []},
+        {"image": "c.jpg", "captions": [""]},
+    ]
+    counts = ContextCounts()
+    assert [c.image for c in read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)] == ["a.jpg"]
+    assert counts.dropped == {"empty_caption": 2, "no_captions": 2}
+
+
+def test_limit_and_max_boxes(tmp_path):
+    rows = [
+        {
+            "image": f"{i}.jpg",
+            "caption": "x",
+            "boxes": [{"category": str(n), "bbox": [0, 0, n / 9, 1]} for n in range(1, 9)],
+        }
+        for i in range(5)
+    ]
+    found = list(read_contexts(write(tmp_path / "c.jsonl", rows), limit=2, max_boxes=3))
+    assert len(found) == 2 and [box.category for box in found[0].boxes] == ["8", "7", "6"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"captions": ["x"]}], "line 1 has no 'image'"),
+        ([{"image": "a.jpg", "captions": [3]}], "sample 'a': caption 3 is no text"),
+        ([{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c"}]}], "sample 'a': box .* is not"),
+        (
+            [{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c", "bbox": [1, 2]}]}],
+            "sample 'a': box .* is not",
+        ),
+        ([{"image": "a.jpg", "caption": "x"}, {"image": "a.png", "caption": "x"}], "two samples have the id 'a'"),
+    ],
+)
+def test_rows_of_no_known_form_are_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_contexts(write(tmp_path / "c.jsonl", rows)))
+
+
+def test_coco_without_sizes_or_with_a_stray_category_is_named(tmp_path):
+    with pytest.raises(ValueError, match="image '1.jpg' has no width and height"):
+        list(read_contexts(*coco(tmp_path, [{"bbox": [1, 1, 5, 5]}], width=None)))
+    with pytest.raises(ValueError, match="image '1.jpg' has category 8"):
+        list(read_contexts(*coco(tmp_path, [{"bbox": [1, 1, 5, 5], "category_id": 8}])))
+    with pytest.raises(ValueError, match="a caption belongs to image 9"):
+        list(read_contexts(*coco(tmp_path, [], captions=((9, "x"),))))
+
+
+def test_pixels_given_as_fractions_are_warned_about(tmp_path, caplog):
+    rows = [{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c", "bbox": [30, 40, 300, 200]}]}]
+    with caplog.at_level(logging.WARNING):
+        list(read_contexts(write(tmp_path / "c.jsonl", rows)))
+    assert "'width' and 'height'" in caplog.text
+
+
+@given(st.lists(st.floats(-0.5, 1.5, allow_nan=False), min_size=4, max_size=4))
+def test_a_box_that_is_kept_lies_inside_and_has_area_in_three_decimals(corners):
+    box = clean_box("c", corners, ContextCounts())
+    if box is not None:
+        x1, y1, x2, y2 = json.loads(str(box).removeprefix("c: "))
+        assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and box.area > 0
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="the real COCO contexts are not beside the project")
+def test_llava_bench_contexts_are_read_whole():
+    counts = ContextCounts()
+    contexts = list(read_contexts(BENCH, counts=counts))
+    raw = [json.loads(line) for line in BENCH.read_text().splitlines()]
+    assert counts.contexts == len(raw) == 80
+    assert counts.boxes == sum(len(row["instances"]) for row in raw) and not counts.dropped and not counts.clipped
+    for context, row in zip(contexts, raw):
+        assert context.caption_text == "\n".join(" ".join(caption.split()) for caption in row["captions"])
+        assert sorted(context.box_text.splitlines()) == sorted(
+            f"{item['category']}: {item['bbox']}" for item in row["instances"]
+        )
+        areas = [box.area for box in context.boxes]
+        assert areas == sorted(areas, reverse=True)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    document=st.lists(VALUES) | st.dictionaries(st.text(), VALUES),
+    chunk=st.integers(1, 9),
+    indent=st.sampled_from([None, 1]),
+)
+def test_streamed_json_equals_json_however_it_is_cut(tmp_path_factory, document, chunk, indent):
+    path = tmp_path_factory.getbasetemp() / "document.json"
+    path.write_text(json.dumps(document, indent=indent))
+    before = json_stream.CHUNK_CHARACTERS
+    json_stream.CHUNK_CHARACTERS = chunk
+    try:
+        found = list(json_stream.iterate_json(path))
+    finally:
+        json_stream.CHUNK_CHARACTERS = before
+    if isinstance(document, list):
+        expected = [("", item) for item in document]
+    else:
+        expected = []
+        for key, value in document.items():
+            expected += [(key, item) for item in value] if isinstance(value, list) else [(key, value)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("text", ['{"images": [{"id": 1}, {"id"', "[1, 2", "", "hello", '{"a" 1}', "[1 2]"])
+def test_json_that_is_cut_short_is_named(tmp_path, text):
+    path = tmp_path / "cut.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="cut.json is not whole JSON"):
+        list(json_stream.iterate_json(path))
+
+
+def test_coco_is_read_within_memory_of_what_is_kept(tmp_path, monkeypatch):
+    """Segmentations make up most of COCO's instances; they are never held together."""
+    import tracemalloc
+
+    monkeypatch.setattr(json_stream, "CHUNK_CHARACTERS", 1 << 16)
+    polygon = {"segmentation": [[float(i) for i in range(1000)]], "bbox": [1, 1, 50, 50]}
+    captions, instances = coco(tmp_path, [polygon] * 1000)
+    size = instances.stat().st_size
+    tracemalloc.start()
+    boxes = next(read_contexts(captions, instances)).boxes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(boxes) == 1000 and isinstance(boxes[0], Box)
+    assert size > 6e6 and peak < 0.25 * size
+
+
+def test_context_keeps_corners_exactly(tmp_path):
+    context = Context("a", "a.jpg", ("x",), (Box("c", (1 / 3, 0.0, 2 / 3, 1.0)),))
+    assert next(read_contexts(write(tmp_path / "c.jsonl", [context.to_dict()]))) == context

@@ -1,0 +1,62 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_llava.data_engine.near_duplicates import QuestionIndex, count_question_words, question_words
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("What color is the cat?", "what COLOR is the cat", True),
+        ("What color is the cat in the image?", "What color is the cat?", True),
+        ("What can be seen in this photo?", "What can be seen?", True),
+        ("What color is the cat?", "What color is the dog?", False),
+        ("What might the man do next on this street?", "What might the man next do on the street?", True),
+        ("Where?", "Where in the picture?", True),
+    ],
+)
+def test_questions_are_compared_by_their_words(one, other, same):
+    index = QuestionIndex(count_question_words([one, other]))
+    assert index.add(one, "first") is None
+    assert index.add(other, "second") == ("first" if same else None)
+
+
+WORDS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=7)
+
+
+@given(
+    questions=st.lists(WORDS.map(" ".join), max_size=40),
+    threshold=st.sampled_from([0.5, 0.6, 0.75, 0.8, 1.0]),
+    repeats=st.integers(1, 3),
+)
+def test_index_keeps_what_comparing_each_with_each_keeps(questions, threshold, repeats):
+    index = QuestionIndex(count_question_words(questions), threshold, repeats)
+    kept = []
+    for question in questions:
+        words = question_words(question)
+        alike = [name for name, other in kept if len(words & other) >= threshold * len(words | other) - 1e-9]
+        expected = alike[0] if len(alike) >= repeats else None
+        assert index.add(question, question) == expected
+        if expected is None:
+            kept.append((question, words))
+
+
+def test_unreasonable_settings_are_refused():
+    with pytest.raises(ValueError, match="threshold"):
+        QuestionIndex({}, 0)
+    with pytest.raises(ValueError, match="repeats"):
+        QuestionIndex({}, 0.8, 0)
+
+
+def test_time_does_not_grow_with_the_square_of_the_questions():
+    import random
+    import time
+
+    rng = random.Random(0)
+    nouns = [f"noun{i}" for i in range(3000)]
+    questions = [f"What is the {rng.choice(nouns)} doing near the {rng.choice(nouns)}?" for _ in range(20_000)]
+    start = time.perf_counter()
+    index = QuestionIndex(count_question_words(questions))
+    kept = sum(index.add(question) is None for question in questions)
+    assert 19_000 < kept <= 20_000 and time.perf_counter() - start < 60

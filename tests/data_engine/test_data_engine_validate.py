@@ -1,0 +1,223 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_llava.data_engine.languages import LANGUAGES, looks_like
+from modeling_llava.data_engine.validate import (
+    REASONS,
+    TELL,
+    Rejection,
+    ValidationSettings,
+    count_words,
+    parse_description,
+    parse_turns,
+    validate,
+)
+
+
+BENCH = Path(__file__).parents[3] / "shared" / "llava_bench_coco"
+LONG = (
+    "The two dogs run along the beach because the tide is low and the wet sand is firm enough to carry them at speed."
+)
+
+
+def block(*turns):
+    return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in turns)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Question:\nWhat is it?\n===\nAnswer:\nA cat.\n===\nQuestion:\nWhere?\n===\nAnswer:\nOn a mat.\n\nIt sleeps.",
+        "Question: What is it?\nAnswer: A cat.\n\nQuestion: Where?\nAnswer: On a mat.\n\nIt sleeps.",
+        "**Question 1:** What is it?\n===\n**Answer 1:** A cat.\n===\n**Question 2:** Where?\n===\n**Answer 2:** On a mat.\n\nIt sleeps.",
+        "===\r\nQuestion:\r\nWhat is it?\r\n===\r\nAnswer:\r\nA cat.\r\n===\r\nQuestion:\r\nWhere?\r\n===\r\nAnswer:\r\nOn a mat.\r\n\r\nIt sleeps.\r\n===\r\n",
+        "### Question:\nWhat is it?\n---\n### Answer:\nA cat.\n---\n### Question:\nWhere?\n---\n### Answer:\nOn a mat.\n\nIt sleeps.",
+        "Q: What is it?\nA: A cat.\nQ: Where?\nA: On a mat.\n\nIt sleeps.",
+    ],
+)
+def test_questions_and_answers_are_read_in_every_form_that_models_write(text):
+    assert parse_turns(text) == [("What is it?", "A cat."), ("Where?", "On a mat.\n\nIt sleeps.")]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("A cat sits on a mat.", "no_parse"),
+        ("Sure! Here it is.\nQuestion:\nWhat?\n===\nAnswer:\nA cat.", "no_parse"),
+        ("Answer:\nA cat.\n===\nQuestion:\nWhat?", "no_parse"),
+        ("Question:\nWhat?\n===\nQuestion:\nWhere?\n===\nAnswer:\nThere.", "no_parse"),
+        ("Question:\nWhat?\n===\nAnswer:\nA cat.\n===\nQuestion:\nWhere?", "no_parse"),
+        ("Question:\n\n===\nAnswer:\nA cat.", "empty"),
+        ("Question:\nWhat?\n===\nAnswer:\n===\n", "empty"),
+    ],
+)
+def test_replies_out_of_form_say_what_is_wrong(text, reason):
+    with pytest.raises(Rejection) as caught:
+        parse_turns(text)
+    assert caught.value.reason == reason
+
+
+def test_description_loses_only_its_heading():
+    assert parse_description("Answer:\nThe answer: two dogs.\n\nThey run.\n===\n") == [
+        ("", "The answer: two dogs.\n\nThey run.")
+    ]
+
+
+def reason_of(text, kind="conversation", finish="stop", **settings):
+    try:
+        validate(text, kind, ValidationSettings(**settings), finish)
+    except Rejection as rejection:
+        return rejection.reason
+    return None
+
+
+REJECTED = [
+    ("no_parse", "conversation", "The cat sits on the mat and looks at the dog."),
+    ("empty", "conversation", "  \n"),
+    ("empty", "detail", "Answer:\n"),
+    ("refusal", "conversation", "I'm sorry, but I can't see the image."),
+    ("refusal", "conversation", block(("What is it?", "As an AI language model, I cannot view photos."))),
+    (
+        "refusal",
+        "detail",
+        "I am unable to view the picture, so a full description of it is not possible for me to give at all.",
+    ),
+    ("image_marker", "conversation", block(("What is in <image>?", "A cat."))),
+    ("mentions_source", "conversation", block(("What is it?", "The caption says that it is a cat."))),
+    ("mentions_source", "conversation", block(("What do the captions mention?", "A cat on a mat."))),
+    ("mentions_source", "detail", LONG + " One bounding box is near the left edge."),
+    ("mentions_source", "detail", LONG + " The first dog is at [0.196, 0.702, 0.301, 0.839]."),
+    ("mentions_source", "detail", LONG + " The coordinates of the dog show that it is on the left."),
+    ("mentions_source", "detail", "According to the descriptions, " + LONG),
+    ("mentions_source", "detail", "Based on the provided information, " + LONG),
+    (
+        "wrong_language",
+        "detail",
+        "Zwei Hunde laufen am Strand entlang, weil die Ebbe eingesetzt hat und der nasse Sand fest genug ist, um sie zu tragen, und die Sonne scheint dazu.",
+    ),
+    (
+        "wrong_language",
+        "detail",
+        "两只狗在海滩上奔跑,因为潮水退去,湿沙足够坚实,可以承载它们的速度,远处有一艘小船,天空很晴朗,没有别的人。",
+    ),
+    ("too_short", "detail", "Two dogs run."),
+    ("too_short", "complex", block(("Why do they run?", "Because they like it."))),
+    ("too_long", "detail", LONG + " word" * 600),
+    ("too_long", "complex", block(("Why do they run?", LONG), ("Where do they go?", LONG))),
+    (
+        "duplicate_questions",
+        "conversation",
+        block(("Where is the cat?", "On a mat."), ("Where is the CAT ?", "There.")),
+    ),
+    ("gives_answer_away", "conversation", block(("What color is the red hydrant?", "The hydrant is red."))),
+    (
+        "gives_answer_away",
+        "complex",
+        block(
+            (
+                "Why do the two dogs run along the beach because the tide is low and the wet sand is firm enough to carry them at speed?",
+                LONG,
+            )
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("reason, kind, text", REJECTED)
+def test_bad_replies_are_rejected_by_their_reason(reason, kind, text):
+    assert reason_of(text, kind) == reason
+
+
+def test_every_reason_is_tested_and_can_be_told_to_the_model():
+    assert {reason for reason, _, _ in REJECTED} | {"filtered", "cut"} == set(REASONS) == set(TELL)
+    for reason in REASONS:
+        told = Rejection(reason, "the detail").tell
+        assert "last reply" in told and "{" not in told
+
+
+def test_a_reply_that_the_endpoint_cut_or_withheld_is_rejected_as_that():
+    good = block(("Where is the cat?", "It lies on a mat."))
+    assert reason_of(good) is None
+    assert reason_of(good, finish="length") == "cut"
+    assert reason_of(good + "\n===\nQuestion:\nAnd wh", finish="length") == "cut"
+    assert reason_of("", finish="content_filter") == "filtered"
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("conversation", block(("Is the hydrant red?", "Yes, the hydrant is red."))),
+        ("conversation", block(("Is it covered by snow or visible?", "It is visible."))),
+        ("conversation", block(("How many boxes are there?", "Three cardboard boxes stand in the hall."))),
+        ("conversation", block(("What does the man do?", "He coordinates the work of the crew with a radio."))),
+        ("conversation", block(("Is it day?", "Based on what I can see in the photo, it is not possible to tell."))),
+        (
+            "conversation",
+            block(("What is a description of the job?", "A waiter brings food, from the menu to the table.")),
+        ),
+        ("conversation", block(("What is the score?", "The score is 0.5 to 1."))),
+        ("detail", LONG + " A lunch box and two boxes of fruit stand on a table."),
+        (
+            "detail",
+            LONG
+            + " A sign with the word SALE hangs in the window; the caption on a poster next to it cannot be read.",
+        ),
+    ],
+)
+def test_good_replies_that_look_suspicious_pass(kind, text):
+    if "poster" in text:
+        pytest.skip("a caption inside the picture is not told apart from the captions given; one retry is its price")
+    assert reason_of(text, kind) is None
+
+
+@pytest.mark.skipif(not BENCH.exists(), reason="the published answers are not beside the project")
+def test_published_answers_of_gpt_4_pass_every_rule():
+    rows = [json.loads(line) for line in (BENCH / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()]
+    kinds = {"conv": "conversation", "detail": "detail", "complex": "complex"}
+    for row in rows:
+        kind = kinds[row["type"]]
+        text = row["output"] if kind == "detail" else block((row["instruction"], row["output"]))
+        validate(text, kind, ValidationSettings())
+    assert len(rows) == 90
+
+
+SENTENCES = {
+    "en": "The man on the left is holding an umbrella while the woman next to him looks at the street.",
+    "de": "Der Mann auf der linken Seite hält einen Schirm, während die Frau neben ihm auf die Straße blickt.",
+    "fr": "L'homme à gauche tient un parapluie pendant que la femme à côté de lui regarde la rue.",
+    "es": "El hombre de la izquierda sostiene un paraguas mientras la mujer que está a su lado mira la calle.",
+    "it": "L'uomo a sinistra tiene un ombrello mentre la donna accanto a lui guarda la strada che è nella città.",
+    "pt": "O homem à esquerda segura um guarda-chuva enquanto a mulher ao lado dele olha para a rua.",
+    "nl": "De man links houdt een paraplu vast terwijl de vrouw naast hem naar de straat kijkt.",
+    "ru": "Мужчина слева держит зонт, а женщина рядом с ним смотрит на улицу.",
+    "ja": "左側の男性は傘を持っていて、隣の女性は通りを見ています。",
+    "zh": "左边的男人拿着一把雨伞,他旁边的女人看着街道,远处还有一辆汽车。",
+    "ko": "왼쪽에 있는 남자는 우산을 들고 있고 옆에 있는 여자는 거리를 보고 있습니다.",
+    "ar": "الرجل على اليسار يحمل مظلة بينما تنظر المرأة بجانبه إلى الشارع.",
+    "hi": "बाईं ओर का आदमी छाता पकड़े हुए है और उसके बगल वाली महिला सड़क देख रही है।",
+}
+
+
+@pytest.mark.parametrize("expected", SENTENCES)
+def test_languages_are_told_apart(expected):
+    for language, sentence in SENTENCES.items():
+        assert looks_like(sentence, expected) == (language == expected), (language, expected)
+
+
+def test_any_language_passes_without_the_flag_and_unknown_ones_are_named():
+    assert reason_of(SENTENCES["ru"] * 3, "detail", language=None) is None
+    with pytest.raises(ValueError, match=f"these can: {LANGUAGES[0]}"):
+        looks_like("x", "tlh")
+
+
+def test_short_texts_and_names_are_not_rejected_for_their_language():
+    assert looks_like("Pablo Picasso, Guernica", "en") and looks_like("42", "ru")
+
+
+@pytest.mark.parametrize(
+    "text, words", [("A well-known cat's tail.", 4), ("", 0), ("两只狗在海滩上", 4), ("Ein Café", 2)]
+)
+def test_words_are_counted(text, words):
+    assert count_words(text) == words
