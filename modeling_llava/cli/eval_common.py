@@ -1,0 +1,171 @@
+"""What the benchmarks' commands share: the model, how it answers, the judge's endpoint, what is printed at the end."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The model, the run's folder, how answers are made."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        help="folder or Hub name of a LLaVA, an adapter or a projector",
+    )
+    parser.add_argument(
+        "--out",
+        required=required,
+        metavar="DIR",
+        help="the run's folder; the same command goes on where it was stopped",
+    )
+    model = parser.add_argument_group("the model")
+    model.add_argument("--adapter", metavar="DIR", help="an adapter to put on MODEL")
+    model.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub")
+    model.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: %(default)s)")
+    model.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the accelerator, if there is one)"
+    )
+    model.add_argument("--load-in-4bit", action="store_true", help="quantise the language model to NF4")
+    model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's own")
+    how = parser.add_argument_group("how it answers")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: %(default)s)")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the benchmark's)")
+    how.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
+    how.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
+    how.add_argument("--seed", type=int, default=0, help="with --temperature (default: %(default)s)")
+    how.add_argument("--limit", type=int, metavar="N", help="the first N samples only; the result says of how many")
+    how.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="answer the I-th of N parts (from 1); whoever ends last scores all. By default the rank and number of "
+        "processes of `accelerate launch` or `torchrun`",
+    )
+    how.add_argument(
+        "--partial", action="store_true", help="score what there is, though something is missing; the result says what"
+    )
+
+
+def add_endpoint_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    """How a language model behind an endpoint is asked."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI); the key is OPENAI_API_KEY",
+    )
+    group.add_argument(
+        "--concurrency", type=int, default=8, metavar="N", help="requests in flight (default: %(default)s)"
+    )
+    group.add_argument("--requests-per-minute", type=float, metavar="N", help="limit of requests")
+    group.add_argument("--tokens-per-minute", type=float, metavar="N", help="limit of tokens")
+    group.add_argument("--timeout", type=float, default=120, metavar="S", help="for one reply (default: %(default)g)")
+    group.add_argument(
+        "--patience",
+        type=float,
+        default=120,
+        metavar="S",
+        help="stop after so many seconds without a reply (default: %(default)g)",
+    )
+    group.add_argument("--max-tokens", type=int, metavar="N", help="budget: most tokens of the whole run")
+    group.add_argument(
+        "--max-cost", type=float, metavar="USD", help="budget: most dollars of the whole run; needs prices"
+    )
+    group.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")
+    group.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
+
+
+def make_chat_model(args: argparse.Namespace, name: str):
+    """The language model `name` at the endpoint of the arguments."""
+    from ..endpoint import OpenAIModel
+
+    return OpenAIModel(name, base_url=args.base_url, timeout=args.timeout)
+
+
+def asking_options(args: argparse.Namespace) -> dict:
+    """Limits and budget, for [`ask_all`]. A budget holds for one ledger."""
+    from ..endpoint import Backoff, Budget, Prices, RunSettings
+
+    settings = RunSettings(
+        args.concurrency, args.requests_per_minute, args.tokens_per_minute, Backoff(patience=args.patience)
+    )
+    prices = Prices(args.price_in, args.price_out)
+    return {"settings": settings, "budget": Budget(args.max_tokens, args.max_cost, prices)}
+
+
+def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
+    """Answers and scores a benchmark with the model of the arguments; `None` if other shards are still at it."""
+    from ..evaluation.answering import Shard
+    from ..evaluation.benchmark import evaluate
+    from ..evaluation.results import describe_model
+
+    benchmark = benchmark.first(args.limit)
+    decoding = {"max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens}
+    if args.temperature is not None:
+        decoding |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    elif args.top_p is not None:
+        raise ValueError("--top-p is used with --temperature; greedy answers draw nothing.")
+    shard = Shard.parse(args.shard)
+    model = describe_model(args.model, args.revision, args.adapter)
+    model |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "system": args.system}
+    print(
+        f"{benchmark.name}: {len(benchmark.samples):,} of {benchmark.whole:,} samples, {args.model} → {args.out}"
+        + (f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""),
+        file=sys.stderr,
+    )
+
+    def make_predictor():
+        from ..inference import LlavaPredictor, load_model
+
+        loaded = load_model(
+            args.model,
+            dtype=args.dtype,
+            device=_device(args, shard),
+            load_in_4bit=args.load_in_4bit,
+            adapter=args.adapter,
+            revision=args.revision,
+        )
+        return LlavaPredictor(*loaded, system=args.system)
+
+    return evaluate(
+        benchmark,
+        make_predictor,
+        args.out,
+        model=model,
+        shard=shard,
+        batch_size=args.batch_size,
+        decoding=decoding,
+        partial=args.partial,
+    )
+
+
+def _device(args: argparse.Namespace, shard) -> str | None:
+    """Under `torchrun` each process takes the accelerator of its local rank."""
+    import os
+
+    import torch
+
+    if args.device is None and shard.count > 1 and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return args.device
+
+
+def finish(args: argparse.Namespace, results: dict | None, published: list[str] = ()) -> int:
+    """Prints the table, draws the plot, says what to do next."""
+    if results is None:
+        print(f"answers are missing still: run the other shards on {args.out}, or add --partial.", file=sys.stderr)
+        return 0
+    from ..evaluation.report import Run, compare, markdown, plot
+
+    out = Path(args.out)
+    (comparison,) = compare([Run(results["model"]["name"], results, [])])
+    print(markdown([comparison]))
+    try:
+        plot(comparison, out / "results.png", published)
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    if not results["complete"]:
+        samples = results["samples"]
+        print(f"This is of {samples['scored']:,} of {samples['total']:,} samples.", file=sys.stderr)
+    print(f"written: {out / 'results.json'}; compare runs with: llava eval report {out} OTHER …", file=sys.stderr)
+    return 0

@@ -1,0 +1,90 @@
+"""`llava eval llava-bench MODEL …`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .eval_common import (
+    add_endpoint_arguments,
+    add_model_arguments,
+    asking_options,
+    evaluate_with,
+    finish,
+    make_chat_model,
+)
+
+
+EPILOG = """\
+examples:
+  llava eval llava-bench MODEL --questions qa90_questions.jsonl --contexts caps_boxes_coco2014_val_80.jsonl \\
+      --references qa90_gpt4_answer.jsonl --images val2014 --judge gpt-4 --out runs/bench
+  … --judge my-model --base-url http://localhost:8000/v1 --both-orders --repeats 3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "LLaVA-Bench (COCO) and (In-the-Wild) (LLaVA §5.1): MODEL's answers, and a judge's scores of them and of the\n"
+        "answers of a language-only model that was told what is in the picture. Which of the two it is, the contexts tell."
+    )
+    parser.epilog = EPILOG
+    add_model_arguments(parser)
+    data = parser.add_argument_group("the data")
+    data.add_argument("--questions", required=True, metavar="F", help="JSONL: question_id, image, category, text")
+    data.add_argument(
+        "--contexts", required=True, metavar="F", help="JSONL: image, captions and instances, or caption"
+    )
+    data.add_argument("--references", metavar="F", help="JSONL: question_id, text (the published answers of GPT-4)")
+    data.add_argument("--reference-model", metavar="NAME", help="without --references: who gives those answers")
+    data.add_argument("--images", required=True, metavar="DIR", help="image folder")
+    judge = parser.add_argument_group("the judge")
+    judge.add_argument("--judge", required=True, metavar="NAME", help="the judge's name at the endpoint")
+    judge.add_argument("--rules", metavar="F", help="what the judge is told, in the published form (default: ours)")
+    judge.add_argument("--both-orders", action="store_true", help="judge each pair twice, with the answers swapped")
+    judge.add_argument("--repeats", type=int, default=1, metavar="N", help="judge everything N times (default: 1)")
+    judge.add_argument("--judge-temperature", type=float, default=0.2, metavar="T", help="default: %(default)s")
+    add_endpoint_arguments(parser, "the endpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation import llava_bench
+    from ..evaluation.judge import read_rules, rule_for, rules_hash
+    from ..evaluation.llava_bench_page import write_page
+    from ..evaluation.report import published_for
+    from ..evaluation.results import read_results
+
+    if args.references is None and args.reference_model is None:
+        raise ValueError("give --references F, or --reference-model NAME to have them made.")
+    questions = llava_bench.read_questions(args.questions, args.contexts, args.references)
+    how = llava_bench.JudgeSettings(
+        read_rules(args.rules), args.both_orders, args.repeats, temperature=args.judge_temperature
+    )
+    for question in questions:  # a rule that is missing is found before the model is loaded
+        rule_for(how.rules, question.category, question.has_boxes)
+    judge, out = make_chat_model(args, args.judge), Path(args.out)
+
+    def score(answers: dict[str, str]):
+        asked = [question for question in questions if question.id in answers]
+        if args.references is None:
+            print(f"asking {args.reference_model} for the reference answers", file=sys.stderr)
+            model = make_chat_model(args, args.reference_model)
+            asked = llava_bench.ask_references(asked, model, out / "judge", **asking_options(args))
+        print(f"asking {args.judge}; Ctrl-C and the same command again goes on", file=sys.stderr)
+        reviews = llava_bench.judge_answers(
+            asked, answers, judge, out / "judge", how, partial=args.partial, **asking_options(args)
+        )
+        return llava_bench.score(asked, answers, reviews, judge, how)
+
+    files = [file for file in (args.questions, args.contexts, args.references) if file]
+    benchmark = llava_bench.make_benchmark(questions, args.images, score, files)
+    results = evaluate_with(args, benchmark)
+    code = finish(args, results, ["LLaVA-13B"])
+    if results is not None:
+        _, rows = read_results(out)
+        write_page(out / "index.html", results, rows, args.images, published_for(results["benchmark"]))
+        failed = results["counts"]["questions_without_score"]
+        if failed:
+            print(f"{failed} questions have no score; they are in no mean.", file=sys.stderr)
+        print(f"to read: {out / 'index.html'} (rules {rules_hash(how.rules)})", file=sys.stderr)
+    return code

@@ -1,0 +1,175 @@
+"""`llava eval scienceqa MODEL …`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .eval_common import (
+    add_endpoint_arguments,
+    add_model_arguments,
+    asking_options,
+    evaluate_with,
+    finish,
+    make_chat_model,
+)
+
+
+EPILOG = """\
+examples:
+  llava eval scienceqa MODEL --problems problems.json --splits pid_splits.json --split test --images images --out runs/sqa
+  llava eval scienceqa --export-training train.json --problems problems.json --splits pid_splits.json --split train
+  llava eval scienceqa MODEL … --language-model gpt-4 --out runs/sqa     (also the two ensembles with it)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "ScienceQA (LLaVA §5.2): the table of the paper beside the published rows. With --export-training FILE no model\n"
+        "is run; the split is written as training data in the paper's form."
+    )
+    parser.epilog = EPILOG
+    add_model_arguments(parser, required=False)  # an export needs neither MODEL nor --out
+    data = parser.add_argument_group("the data")
+    data.add_argument("--problems", metavar="F", help="problems.json")
+    data.add_argument("--splits", metavar="F", help="pid_splits.json")
+    data.add_argument(
+        "--dataset", metavar="NAME", help="instead: a Hub dataset or folder in the form of derek-thomas/ScienceQA"
+    )
+    data.add_argument("--split", default="test", help="which split (default: %(default)s)")
+    data.add_argument("--images", metavar="DIR", help="folder with <split>/<id>/image.png")
+    form = parser.add_argument_group("the form")
+    form.add_argument(
+        "--order",
+        default="QCM-LEA",
+        help="what is given and what is learned, e.g. QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A (default: %(default)s)",
+    )
+    form.add_argument("--direct", action="store_true", help="ask for the letter alone, as LLaVA-1.5 is evaluated")
+    form.add_argument(
+        "--export-training", metavar="F", help="write the split as training data (LLaVA's JSON) and stop"
+    )
+    language = parser.add_argument_group("a language-only model, alone and together with MODEL")
+    language.add_argument(
+        "--language-model", metavar="NAME", help="its name at the endpoint; asked with worked examples"
+    )
+    language.add_argument(
+        "--judge", metavar="NAME", help="who decides where the two differ (default: --language-model)"
+    )
+    language.add_argument("--shots", type=int, default=2, help="worked examples (default: %(default)s)")
+    language.add_argument("--shots-split", default="train", help="where they are taken from (default: %(default)s)")
+    add_endpoint_arguments(parser, "the endpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation import scienceqa
+    from ..evaluation.scienceqa_training import split_order
+
+    order, _ = split_order(args.order)
+    if args.export_training:
+        return _export(args, _read(args, args.split, args.images)[0])
+    if args.model is None or args.out is None:
+        raise ValueError("give MODEL and --out DIR, or --export-training F.")
+    if args.images is None and not args.dataset:
+        raise ValueError("give --images, the folder with <split>/<id>/image.png.")
+    problems, files = _read(args, args.split, args.images)
+    instruction = scienceqa.DIRECT_ANSWER if args.direct else None
+    benchmark = scienceqa.make_benchmark(
+        problems, image_folder=args.images, order=order, instruction=instruction, files=files
+    )
+    results = evaluate_with(args, benchmark)
+    code = finish(args, results, ["LLaVA-13B"])
+    if args.language_model and results is not None:
+        _with_language_model(args, problems, results)
+    return code
+
+
+def _read(args: argparse.Namespace, split: str, images: str | None):
+    """The problems of a split, and the files that they are from."""
+    from ..evaluation import scienceqa
+
+    if args.dataset:
+        if args.problems or args.splits:
+            raise ValueError("--dataset stands in place of --problems and --splits; give one or the other.")
+        from datasets import load_dataset
+
+        split = {"val": "validation"}.get(split, split)
+        return scienceqa.read_hub_problems(load_dataset(args.dataset, split=split), split), []
+    if not (args.problems and args.splits):
+        raise ValueError("give --problems and --splits (the official files), or --dataset.")
+    return scienceqa.read_problems(args.problems, args.splits, split, images), [args.problems, args.splits]
+
+
+def _export(args: argparse.Namespace, problems) -> int:
+    from ..evaluation.results import write_text
+    from ..evaluation.scienceqa_training import to_llava_rows
+
+    if args.dataset:
+        problems = _write_images(problems, args)
+    rows = list(to_llava_rows(problems, args.order))
+    write_text(args.export_training, json.dumps(rows, indent=1, ensure_ascii=False))
+    with_image = sum("image" in row for row in rows)
+    folder = args.images or "the folder of the images"
+    print(f"{len(rows):,} samples, {with_image:,} with an image, {args.order} → {args.export_training}")
+    print(f"next: llava train finetune data={args.export_training} image_folder={folder} model=… output_dir=…")
+    return 0
+
+
+def _write_images(problems, args: argparse.Namespace):
+    """The dataset's pictures as files in the official layout, and the problems with their paths."""
+    from dataclasses import replace
+
+    if not args.images:
+        raise ValueError("give --images, the folder in which the dataset's pictures are to be written.")
+    written = []
+    for problem in problems:
+        if problem.image is not None:
+            path = Path(problem.split, problem.id, "image.png")
+            (Path(args.images) / path).parent.mkdir(parents=True, exist_ok=True)
+            problem.image.save(Path(args.images) / path)
+            problem = replace(problem, image=path.as_posix())
+        written.append(problem)
+    return written
+
+
+def _with_language_model(args: argparse.Namespace, problems, results: dict) -> None:
+    from ..evaluation.report import Run, compare, markdown
+    from ..evaluation.results import make_results, read_results, write_results
+    from ..evaluation.scienceqa_language import choose_shots, score_with_language_model
+
+    _, rows = read_results(args.out)
+    own = {row["id"]: row["answer"] for row in rows}
+    examples = choose_shots(_read(args, args.shots_split, None)[0], args.shots)
+    model = make_chat_model(args, args.language_model)
+    judge = make_chat_model(args, args.judge) if args.judge else None
+    print(f"asking {args.language_model}; Ctrl-C and the same command again goes on", file=sys.stderr)
+    scored = score_with_language_model(
+        problems,
+        own,
+        model,
+        Path(args.out) / "language",
+        shots=examples,
+        judge=judge,
+        partial=args.partial,
+        **asking_options(args),
+    )
+    names = {
+        "language": {"name": args.language_model},
+        "complement": {"name": f"{results['model']['name']} + {args.language_model}, complement"},
+        "judge": {"name": f"{results['model']['name']} + {args.judge or args.language_model}, judge"},
+    }
+    runs = [Run(results["model"]["name"], results, rows)]
+    for name, score in scored.items():
+        settings = {"shots": [shot.id for shot in examples], "order": "QCM"}
+        one = make_results(
+            "scienceqa",
+            score,
+            model=names[name],
+            data=results["data"],
+            settings=settings,
+            total=results["samples"]["total"],
+            answered=len(score.rows),
+        )
+        write_results(Path(args.out) / name, one, score.rows)
+        runs.append(Run(names[name]["name"], one, score.rows))
+    print(markdown(compare(runs)))

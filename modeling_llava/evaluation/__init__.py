@@ -1,0 +1,1 @@
+"""Benchmarks: answers, scores, tables and plots, with results that say what they were made of."""

@@ -1,0 +1,119 @@
+"""Ask a language model behind an endpoint many things, and say plainly how many it did not answer."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..endpoint import Budget, ChatModel, Ledger, Reply, RunSettings, Task, Verdict, run_tasks
+from .results import hash_json
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Asked:
+    """
+    What came of it.
+
+    Attributes:
+        replies (`dict[str, str]`): Accepted replies by the task's id.
+        rejected (`dict[str, str]`): Replies that were refused for good, by the task's id.
+        reasons (`Counter`): Why they were refused.
+        models (`list[str]`): The names that the endpoint gave for what answered.
+        open (`int`): Tasks without any reply; asked again by the next run.
+        message (`str`): Why tasks are open, if they are.
+    """
+
+    replies: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    reasons: Counter = field(default_factory=Counter)
+    models: list[str] = field(default_factory=list)
+    open: int = 0
+    message: str = ""
+
+    def require_all(self, total: int, what: str, where: Path) -> None:
+        """
+        Raises:
+            ConnectionError: tasks are open. What was answered is kept.
+        """
+        if self.open:
+            raise ConnectionError(
+                f"{self.open} of {total} {what} have no reply. {self.message} What was answered is kept in {where}: run "
+                "the same command again to go on, or add --partial to score without them."
+            )
+
+
+def ask_all(
+    tasks: list[Task],
+    model: ChatModel,
+    folder: Path,
+    name: str,
+    *,
+    accept: Callable[[Task, Reply], Verdict] | None = None,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    progress: bool = True,
+) -> Asked:
+    """
+    Asks what the ledger does not hold yet and returns all that it holds.
+
+    In the ledger a task's id ends with a hash of everything asked, and the ledger's name with one of the model's name: other
+    prompts or another model never take over replies that were meant for these.
+
+    Args:
+        tasks (`list[Task]`), model (`ChatModel`)
+        folder (`Path`), name (`str`): The ledger is `folder/name-<hash of the model's name>.jsonl`.
+        accept (`Callable[[Task, Reply], Verdict]`, *optional*): Judges a reply; all are accepted by default.
+        settings, budget: Of the run.
+    """
+    from tqdm import tqdm
+
+    asked_ids = {_asked_id(task): task.id for task in tasks}
+    tasks = [replace(task, id=_asked_id(task)) for task in tasks]
+    with (
+        Ledger(folder / f"{name}-{hash_json(model.name)[:8]}.jsonl") as ledger,
+        tqdm(total=len(tasks), desc=name, unit="", disable=not progress or None) as bar,
+    ):
+        bar.update(sum(ledger.state(task.id).final for task in tasks))
+        options = {} if accept is None else {"judge": accept}
+        summary = run_tasks(
+            tasks,
+            model,
+            ledger,
+            run_id=name,
+            settings=settings,
+            budget=budget,
+            on_settled=lambda task, accepted: bar.update(),
+            **options,
+        )
+        asked = Asked(message=summary.message)
+        if not asked.message and summary.given_up:
+            asked.message = (
+                "Faults: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items())) + "."
+            )
+        models = set()
+        for task in tasks:
+            state = ledger.state(task.id)
+            if not state.final:
+                asked.open += 1
+                continue
+            event = ledger.reply_at(state.replies[-1])
+            models.add(event["model"] or model.name)
+            if event["reason"] is None:
+                asked.replies[asked_ids[task.id]] = event["text"]
+            else:
+                asked.rejected[asked_ids[task.id]] = event["text"]
+                asked.reasons[event["reason"]] += 1
+        asked.models = sorted(models)
+    return asked
+
+
+def _asked_id(task: Task) -> str:
+    content = [task.messages, task.max_tokens, task.temperature, task.seed]
+    return f"{task.id}#{hash_json(content)[:12]}"
+
+
+__all__ = ["Asked", "ask_all"]

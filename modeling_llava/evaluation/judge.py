@@ -1,0 +1,125 @@
+"""
+The judge of LLaVA-Bench (LLaVA §5.1): a language model reads the context, the question and two answers, and gives each a
+score from 1 to 10. Scores are parsed strictly; what cannot be parsed is asked for once more and then counted as failed.
+"""
+
+import json
+import os
+import re
+from importlib.resources import files
+from typing import Any
+
+from ..endpoint import Reply, Task, Verdict
+from .results import hash_json
+
+
+RULES_FILE = "judge_rules.json"
+LOWEST, HIGHEST = 1.0, 10.0
+_NUMBER = r"(\d{1,2}(?:\.\d+)?)"
+_PAIR = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+
+TELL = (
+    "Your reply cannot be used: its first line must be two numbers from 1 to 10, the score of Assistant 1 and the score of "
+    "Assistant 2, separated by a blank, and nothing else. Give the whole review again."
+)
+
+
+def parse_scores(review: str) -> tuple[float, float] | None:
+    """
+    The two scores of a review, or `None`.
+
+    The first line (leading empty lines aside) must be two numbers from 1 to 10, separated by blanks or a comma, and nothing
+    else. `"8 9"`, `"8.5, 7"` are scores; `"8/10 9/10"`, `"Assistant 1: 8"`, `"8"`, `"8 9 7"`, `"0 11"` are not.
+    """
+    lines = review.strip().splitlines()
+    match = _PAIR.fullmatch(lines[0].strip()) if lines else None
+    if match is None:
+        return None
+    first, second = float(match[1]), float(match[2])
+    if not (LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST):
+        return None
+    return first, second
+
+
+def read_rules(path: str | os.PathLike | None = None) -> dict[str, dict[str, str]]:
+    """
+    What the judge is told, by category: `{category: {"role", "prompt"}}`, the published form. By default ours.
+
+    Raises:
+        ValueError: the file is not of that form.
+    """
+    text = files(__package__).joinpath(RULES_FILE).read_text("utf-8") if path is None else open_text(path)
+    try:
+        rules = json.loads(text)
+        for name, rule in rules.items():
+            if not isinstance(rule["role"], str) or not isinstance(rule["prompt"], str):
+                raise TypeError(f"rule {name!r} has a role or prompt that is not text")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no rules for the judge; the form is {{category: {{'role': …, 'prompt': …}}}} ({error!r})."
+        ) from None
+    return rules
+
+
+def rule_for(rules: dict[str, dict[str, str]], category: str, has_boxes: bool) -> dict[str, str]:
+    """The rule of a category: of a context with boxes (COCO), or with a description only (In-the-Wild)."""
+    for name in (category if has_boxes else f"llava_bench_{category}", "default"):
+        if name in rules:
+            return rules[name]
+    raise ValueError(f"The rules have none for {category!r} and no 'default'; they have {', '.join(rules)}.")
+
+
+def review_task(
+    task_id: str,
+    question: str,
+    context: str,
+    first: str,
+    second: str,
+    rule: dict[str, str],
+    *,
+    temperature: float = 0.2,
+    seed: int | None = None,
+    max_tokens: int = 1024,
+) -> Task:
+    """
+    One review, in the published layout: context, question, the two answers, the rule.
+
+    Args:
+        task_id (`str`): Names the review.
+        question, context, first, second (`str`): Texts.
+        rule (`dict`): From [`rule_for`].
+    """
+    role = rule["role"]
+    content = (
+        f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
+        f"[{role} 1]\n{first}\n\n[End of {role} 1]\n\n[{role} 2]\n{second}\n\n[End of {role} 2]\n\n"
+        f"[System]\n{rule['prompt']}\n\n"
+    )
+    return Task(
+        id=task_id,
+        messages=[{"role": "user", "content": content}],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def accept_review(task: Task, reply: Reply) -> Verdict:
+    """A review with scores is accepted; another one is asked for again, once, with what is wrong told to the judge."""
+    if parse_scores(reply.text) is not None:
+        return Verdict()
+    return Verdict("no_scores", f"first line: {reply.text.strip()[:80]!r}", TELL)
+
+
+def rules_hash(rules: dict[str, Any]) -> str:
+    """What results name the rules by: SHA-256, first 16 digits."""
+    return hash_json(rules)[:16]
+
+
+def open_text(path: str | os.PathLike) -> str:
+    """The text of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+__all__ = ["accept_review", "parse_scores", "read_rules", "review_task", "rule_for", "rules_hash"]

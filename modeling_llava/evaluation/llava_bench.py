@@ -1,0 +1,377 @@
+"""
+LLaVA-Bench, (COCO) and (In-the-Wild): a LLaVA's answers beside those of a language-only model that was told what is in the
+picture, both scored by a judge (LLaVA §5.1). Reported is the relative score, 100 · Σ own / Σ reference.
+
+    questions    {"question_id", "image", "category": "conv" | "detail" | "complex", "text"}
+    contexts     {"image", "captions": […], "instances": [{"category", "bbox"}]}    (COCO)
+                 {"image", "caption"}                                                 (In-the-Wild)
+    references   {"question_id", "text"}
+
+All are JSONL.
+"""
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ..endpoint import Budget, ChatModel, RunSettings, Task
+from .asking import Asked, ask_all
+from .benchmark import Benchmark
+from .judge import accept_review, parse_scores, review_task, rule_for, rules_hash
+from .published import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
+from .results import Scored, hash_file, interval_of, read_jsonl
+
+
+REFERENCE_INSTRUCTION = (
+    "You are shown a picture by a text that stands for it: sentences that describe it and, where they are given, the objects "
+    "in it with their places as (left, top, right, bottom), in fractions of its width and height. Answer the user's question "
+    "as if you saw the picture itself; do not mention the text."
+)
+REFERENCE, SWAPPED = "reference first", "reference second"
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    One question, with what the judge is told of its picture and the answer that it is compared with.
+
+    Attributes:
+        id, image, category, text (`str`)
+        context (`str`): The picture in words.
+        has_boxes (`bool`): Whether the context has boxes (COCO).
+        reference (`str`, *optional*): The language-only model's answer.
+    """
+
+    id: str
+    image: str
+    category: str
+    text: str
+    context: str
+    has_boxes: bool
+    reference: str | None = None
+
+
+def read_questions(
+    questions: str | os.PathLike, contexts: str | os.PathLike, references: str | os.PathLike | None = None
+) -> list[Question]:
+    """
+    Reads the three files and joins them.
+
+    Args:
+        questions, contexts (`str` or `os.PathLike`)
+        references (`str` or `os.PathLike`, *optional*): Without it the answers must be asked for ([`ask_references`]).
+
+    Raises:
+        ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
+            the same id. File and line are named.
+    """
+    context_of: dict[str, tuple[str, bool]] = {}
+    for number, row in enumerate(read_jsonl(contexts), 1):
+        place = f"{contexts}, row {number},"
+        context_of[_text(row, "image", place)] = _context(row, place)
+    reference_of: dict[str, str] = {}
+    for number, row in enumerate(read_jsonl(references) if references is not None else [], 1):
+        reference_of[_id(row, f"{references}, row {number},")] = _text(row, "text", f"{references}, row {number},")
+
+    read: dict[str, Question] = {}
+    for number, row in enumerate(read_jsonl(questions), 1):
+        place = f"{questions}, row {number},"
+        question_id, image = _id(row, place), _text(row, "image", place)
+        if image not in context_of:
+            raise ValueError(f"{place} has the image {image!r}, for which {contexts} has no context.")
+        if references is not None and question_id not in reference_of:
+            raise ValueError(f"{place} has the question_id {question_id}, for which {references} has no answer.")
+        if question_id in read:
+            raise ValueError(f"{place} has the question_id {question_id} of an earlier row.")
+        context, has_boxes = context_of[image]
+        read[question_id] = Question(
+            question_id,
+            image,
+            _text(row, "category", place),
+            _text(row, "text", place),
+            context,
+            has_boxes,
+            reference_of.get(question_id),
+        )
+    if not read:
+        raise ValueError(f"{questions} has no question.")
+    return list(read.values())
+
+
+def ask_references(
+    questions: Sequence[Question],
+    model: ChatModel,
+    folder: Path,
+    *,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    progress: bool = True,
+) -> list[Question]:
+    """
+    The questions with the answers of a language-only model, which sees captions and boxes in place of the picture.
+
+    Raises:
+        ConnectionError: questions without a reply.
+    """
+    tasks = [
+        Task(
+            id=question.id,
+            messages=[
+                {"role": "system", "content": REFERENCE_INSTRUCTION},
+                {"role": "user", "content": f"{question.context}\n\n{question.text}"},
+            ],
+            max_tokens=1024,
+            temperature=0.0,
+        )
+        for question in questions
+    ]
+    asked = ask_all(tasks, model, folder, "references", settings=settings, budget=budget, progress=progress)
+    asked.require_all(len(tasks), "questions", folder)
+    return [Question(**{**question.__dict__, "reference": asked.replies[question.id]}) for question in questions]
+
+
+def make_benchmark(
+    questions: list[Question], image_folder: str | os.PathLike, score, files: Sequence[str | os.PathLike] = ()
+) -> Benchmark:
+    """The questions as a [`Benchmark`]; `score` is what the judge says of the answers."""
+    samples = [
+        {
+            "id": question.id,
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
+            "images": [question.image],
+        }
+        for question in questions
+    ]
+    return Benchmark(
+        name="llava-bench-coco" if questions[0].has_boxes else "llava-bench-in-the-wild",
+        samples=samples,
+        score=score,
+        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        image_folder=os.fspath(image_folder),
+        max_new_tokens=1024,
+    )
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """
+    How answers are judged.
+
+    Attributes:
+        rules (`dict`): From [`~judge.read_rules`].
+        both_orders (`bool`): Judge each pair twice, the second time with the answers swapped, and take the mean: judges
+            prefer one side. Published results have the reference first only.
+        repeats (`int`): Judge everything so many times; the spread between them is reported.
+        temperature (`float`): Of the judge; 0.2 as in the published evaluation.
+    """
+
+    rules: dict
+    both_orders: bool = False
+    repeats: int = 1
+    temperature: float = 0.2
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        return (REFERENCE, SWAPPED) if self.both_orders else (REFERENCE,)
+
+
+@dataclass
+class Reviews:
+    """
+    What the judge said.
+
+    Attributes:
+        asked ([`Asked`])
+        texts (`dict[tuple[str, int, str], str]`): Reviews by (question id, repeat, order), also those without scores.
+        pairs (`dict[tuple[str, int, str], tuple[float, float]]`): (reference, own) of those with scores.
+    """
+
+    asked: Asked
+    texts: dict = field(default_factory=dict)
+    pairs: dict = field(default_factory=dict)
+
+
+def judge_answers(
+    questions: Sequence[Question],
+    answers: dict[str, str],
+    judge: ChatModel,
+    folder: Path,
+    how: JudgeSettings,
+    *,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    partial: bool = False,
+    progress: bool = True,
+) -> Reviews:
+    """
+    Has every answered question reviewed. Goes on where it was interrupted.
+
+    Raises:
+        ConnectionError: reviews without a reply, and `partial` is off.
+        ValueError: a question has no reference answer.
+    """
+    keys, tasks = {}, []
+    for question in questions:
+        if question.id not in answers:
+            continue
+        if question.reference is None:
+            raise ValueError(
+                f"question {question.id} has no reference answer: give --references or --reference-model."
+            )
+        rule = rule_for(how.rules, question.category, question.has_boxes)
+        for repeat in range(how.repeats):
+            for order in how.orders:
+                first, second = question.reference, answers[question.id]
+                if order == SWAPPED:
+                    first, second = second, first
+                task_id = f"{question.id}/{repeat}/{order}"
+                keys[task_id] = (question.id, repeat, order)
+                # The seed keeps repeats apart also where the endpoint would give one reply to one request.
+                tasks.append(
+                    review_task(
+                        task_id,
+                        question.text,
+                        question.context,
+                        first,
+                        second,
+                        rule,
+                        temperature=how.temperature,
+                        seed=repeat,
+                    )
+                )
+    asked = ask_all(
+        tasks, judge, folder, "reviews", accept=accept_review, settings=settings, budget=budget, progress=progress
+    )
+    if not partial:
+        asked.require_all(len(tasks), "reviews", folder)
+    reviews = Reviews(asked)
+    for task_id, text in {**asked.replies, **asked.rejected}.items():
+        reviews.texts[keys[task_id]] = text
+        pair = parse_scores(text)
+        if pair is not None:
+            reviews.pairs[keys[task_id]] = pair[::-1] if keys[task_id][2] == SWAPPED else pair
+    return reviews
+
+
+def score(
+    questions: Sequence[Question], answers: dict[str, str], reviews: Reviews, judge: ChatModel, how: JudgeSettings
+) -> Scored:
+    """
+    Relative scores by category and over all, from the reviews that have scores; those that have none are counted, and never
+    replaced. With both orders a repeat counts for a question only if both reviews have scores.
+    """
+    rows, per_repeat = [], [[] for _ in range(how.repeats)]
+    for question in questions:
+        if question.id not in answers:
+            continue
+        valid = []
+        for repeat in range(how.repeats):
+            pairs = [reviews.pairs.get((question.id, repeat, order)) for order in how.orders]
+            if None not in pairs:
+                valid.append(tuple(statistics.fmean(side) for side in zip(*pairs)))
+                per_repeat[repeat].append((question.category, *valid[-1]))
+        reference, own = [statistics.fmean(side) for side in zip(*valid)] if valid else (None, None)
+        rows.append(
+            {
+                "id": question.id,
+                "image": question.image,
+                "category": question.category,
+                "question": question.text,
+                "answer": answers[question.id],
+                "reference": question.reference,
+                "score": own,
+                "out_of": reference,
+                "reviews": [
+                    {"repeat": repeat, "order": order, "text": reviews.texts.get((question.id, repeat, order))}
+                    for repeat in range(how.repeats)
+                    for order in how.orders
+                ],
+                "groups": [question.category, "all"],
+            }
+        )
+    categories = [*dict.fromkeys(question.category for question in questions), "all"]
+    metrics = {}
+    for category in categories:
+        counted = [row for row in rows if category in row["groups"] and row["score"] is not None]
+        name = "relative" if category == "all" else f"relative/{category}"
+        metrics[name] = interval_of([row["score"] for row in counted], [row["out_of"] for row in counted])
+        metrics[name] |= _spread([[p for p in pairs if category in (p[0], "all")] for pairs in per_repeat])
+    expected = sum(question.id in answers for question in questions) * how.repeats * len(how.orders)
+    counts = {
+        "reviews": expected,
+        "reviews_with_scores": len(reviews.pairs),
+        "reviews_without_scores": len(reviews.texts) - len(reviews.pairs),
+        "reviews_without_reply": expected - len(reviews.texts),
+        "questions_without_score": sum(row["score"] is None for row in rows),
+    }
+    described = {
+        "name": judge.name,
+        "answered_by": reviews.asked.models,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "prompt_hash": rules_hash(how.rules),
+        "both_orders": how.both_orders,
+        "repeats": how.repeats,
+        "temperature": how.temperature,
+    }
+    return Scored(rows, metrics, "relative", counts, {"judge": described})
+
+
+def published_rows(name: str) -> dict[str, dict[str, float]]:
+    """Published results of a benchmark, by metric."""
+    table = LLAVA_BENCH_COCO if name == "llava-bench-coco" else LLAVA_BENCH_WILD
+    names = ["relative" if column == "all" else f"relative/{column}" for column in LLAVA_BENCH_COLUMNS]
+    return {row: dict(zip(names, values)) for row, values in table.items()}
+
+
+def _spread(repeats: list[list[tuple[str, float, float]]]) -> dict:
+    """Mean and standard deviation of the relative score over the repeats; nothing for a single one."""
+    values = [100 * sum(p[2] for p in pairs) / sum(p[1] for p in pairs) for pairs in repeats if pairs]
+    if len(values) < 2:
+        return {}
+    return {"repeats": values, "repeat_mean": statistics.fmean(values), "repeat_std": statistics.stdev(values)}
+
+
+def _context(row: dict, place: str) -> tuple[str, bool]:
+    if "caption" in row:
+        return _text(row, "caption", place), False
+    captions, instances = row.get("captions"), row.get("instances")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{place} has neither 'caption', a text, nor 'captions', a list of texts.")
+    try:
+        boxes = [f"{instance['category']}: {list(instance['bbox'])}" for instance in instances or []]
+    except (KeyError, TypeError):
+        raise ValueError(f"{place} has instances that are not of the form {{'category', 'bbox'}}.") from None
+    return "\n".join(captions) + "\n\n" + "\n".join(boxes), True
+
+
+def _text(row: dict, key: str, place: str) -> str:
+    if not isinstance(row.get(key), str):
+        what = f"has {key} = {row[key]!r}, which is not text" if key in row else f"has no {key!r}"
+        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
+    return row[key]
+
+
+def _id(row: dict, place: str) -> str:
+    if not isinstance(row.get("question_id"), (int, str)):
+        raise ValueError(f"{place} has no 'question_id'; its fields are {', '.join(row)}.")
+    return str(row["question_id"])
+
+
+__all__ = [
+    "JudgeSettings",
+    "Question",
+    "Reviews",
+    "ask_references",
+    "judge_answers",
+    "make_benchmark",
+    "published_rows",
+    "read_questions",
+    "score",
+]

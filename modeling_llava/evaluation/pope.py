@@ -1,0 +1,144 @@
+"""
+POPE (Li et al., 2023): does the model see objects that are not there? Questions are JSONL rows `{"question_id", "image",
+"text", "label": "yes" | "no"}`, one file per way of choosing what to ask for: random, popular, adversarial.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .benchmark import Benchmark
+from .results import Scored, hash_file, interval_of, read_jsonl
+
+
+CATEGORIES = ("random", "popular", "adversarial")
+INSTRUCTION = "Answer the question using a single word or phrase."
+"""What LLaVA-1.5 is asked in addition."""
+
+ANSWER_RULE = (
+    "no: the first sentence has the word no or not, or a word in n't; yes: it has the word yes and none of those; anything "
+    "else is unparsed and wrong"
+)
+
+
+def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
+    """
+    The questions of all files; `category` is the row's own, or the word of [`CATEGORIES`] in the file's name.
+
+    Raises:
+        ValueError: a field is missing or wrong, or a category cannot be told. File and row are named.
+    """
+    questions = []
+    for path in files:
+        of_file = next((name for name in CATEGORIES if name in Path(path).stem.lower()), None)
+        for number, row in enumerate(read_jsonl(path), 1):
+            place = f"{path}, row {number},"
+            for key in ("image", "text", "label"):
+                if not isinstance(row.get(key), str):
+                    raise ValueError(f"{place} has no text {key!r}; its fields are {', '.join(row)}.")
+            label, category = row["label"].strip().lower(), row.get("category") or of_file
+            if label not in ("yes", "no"):
+                raise ValueError(f"{place} has the label {row['label']!r}; it must be yes or no.")
+            if category is None:
+                raise ValueError(
+                    f"{place} has no category, and the file's name has none of {', '.join(CATEGORIES)} in it."
+                )
+            name = f"{category}/{row.get('question_id', number)}"
+            questions.append(
+                {"id": name, "image": row["image"], "text": row["text"], "label": label, "category": category}
+            )
+    return questions
+
+
+def parse_yes_no(text: str) -> str | None:
+    """
+    `"yes"`, `"no"` or `None`, by [`ANSWER_RULE`].
+
+    Differs from the original script, which took everything that is not "no" for "yes".
+    """
+    sentence = re.split(r"[.!?\n]", text.strip().lower().replace("\u2019", "'"), maxsplit=1)[0]
+    words = set(re.findall(r"[a-z']+", sentence))
+    if words & {"no", "not"} or any(word.endswith("n't") for word in words):
+        return "no"
+    return "yes" if "yes" in words else None
+
+
+def make_benchmark(
+    questions: list[dict],
+    image_folder: str | os.PathLike,
+    *,
+    instruction: str | None = INSTRUCTION,
+    files: Sequence[str | os.PathLike] = (),
+) -> Benchmark:
+    """POPE as a [`Benchmark`]."""
+
+    def text(question):
+        return question["text"] + (f"\n{instruction}" if instruction else "")
+
+    samples = [
+        {
+            "id": question["id"],
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text(question)}]}],
+            "images": [question["image"]],
+        }
+        for question in questions
+    ]
+    return Benchmark(
+        name="pope",
+        samples=samples,
+        score=lambda answers: score(questions, answers),
+        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        settings={"instruction": instruction, "answer_rule": ANSWER_RULE},
+        image_folder=os.fspath(image_folder),
+        max_new_tokens=16,
+    )
+
+
+def score(questions: list[dict], answers: dict[str, str]) -> Scored:
+    """
+    Accuracy, precision, recall, F1 and yes-ratio (all of "yes", in percent), for each category and over all.
+
+    An unparsed answer is wrong, is a missed "yes" where "yes" is right, and is no "yes".
+    """
+    rows = []
+    for question in questions:
+        if question["id"] not in answers:
+            continue
+        said = parse_yes_no(answers[question["id"]])
+        rows.append(
+            {
+                "id": question["id"],
+                "question": question["text"],
+                "answer": answers[question["id"]],
+                "said": said,
+                "expected": question["label"],
+                "score": float(said == question["label"]),
+                "groups": [question["category"], "all"],
+            }
+        )
+    metrics = {}
+    for category in [*dict.fromkeys(question["category"] for question in questions), "all"]:
+        suffix = "" if category == "all" else f"/{category}"
+        counted = [row for row in rows if category in row["groups"]]
+        for name, metric in _table(counted).items():
+            metrics[f"{name}{suffix}"] = metric
+    return Scored(rows, metrics, "accuracy", {"unparsed": sum(row["said"] is None for row in rows)})
+
+
+def _table(rows: list[dict]) -> dict[str, dict]:
+    said_yes = [row for row in rows if row["said"] == "yes"]
+    are_yes = [row for row in rows if row["expected"] == "yes"]
+    right_yes = sum(row["expected"] == "yes" for row in said_yes)
+    # F1 = 2·TP / (2·TP + FP + FN) = 2·TP / (said yes + are yes), also where precision or recall is 0 or undefined.
+    both = len(said_yes) + len(are_yes)
+    return {
+        "accuracy": interval_of([row["score"] for row in rows]),
+        "precision": interval_of([row["score"] for row in said_yes]),
+        "recall": interval_of([row["score"] for row in are_yes]),
+        "f1": {"value": 200 * right_yes / both if both else None, "interval": None, "count": len(rows)},
+        "yes_ratio": interval_of([float(row["said"] == "yes") for row in rows]),
+    }
+
+
+__all__ = ["CATEGORIES", "INSTRUCTION", "make_benchmark", "parse_yes_no", "read_questions", "score"]

@@ -1,0 +1,262 @@
+"""Runs beside each other: one table per benchmark, paired differences with their intervals, a plot, a model index."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .llava_bench import published_rows
+from .published import SCIENCEQA, SCIENCEQA_COLUMNS
+from .results import RESULTS_NAME, read_results
+from .statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One evaluated run.
+
+    Attributes:
+        label (`str`): What it is called in tables.
+        results (`dict`), rows (`list[dict]`): As in its folder.
+    """
+
+    label: str
+    results: dict
+    rows: list[dict]
+
+    @property
+    def note(self) -> str:
+        """What is missing from the whole, or nothing."""
+        samples = self.results["samples"]
+        if self.results["complete"]:
+            return ""
+        return f"{samples['scored']} of {samples['total']} samples scored"
+
+
+def read_runs(paths: Sequence[str | os.PathLike], labels: Sequence[str] | None = None) -> list[Run]:
+    """
+    Reads runs. A run is called by its label, else by its folder, or by what tells it from another one of that name.
+
+    Raises:
+        ValueError: as many labels as runs are needed, each another.
+        FileNotFoundError, ValueError: see [`read_results`].
+    """
+    folders = [Path(path).resolve() for path in paths]
+    folders = [folder.parent if folder.suffix == ".json" else folder for folder in folders]
+    if labels is None:
+        labels = [folder.name for folder in folders]
+        if len(set(labels)) < len(labels):
+            labels = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    if len(labels) != len(folders) or len(set(labels)) != len(labels):
+        raise ValueError(
+            f"{len(folders)} runs need {len(folders)} different labels, not {', '.join(labels)}. Give --labels."
+        )
+    return [Run(label, *read_results(path)) for label, path in zip(labels, paths)]
+
+
+def compare(runs: Sequence[Run]) -> list[dict]:
+    """
+    One comparison per benchmark, in the runs' order.
+
+    Returns:
+        `list[dict]`: `benchmark`, `primary_score`, `columns` (names of scores), `runs` (`label`, `scores`, `note`,
+        `counts`) and `differences`: each later run against the first one, over the samples that both have scored, with
+        a 95 % interval and a p-value by paired bootstrap.
+    """
+    by_benchmark: dict[str, list[Run]] = {}
+    for run in runs:
+        by_benchmark.setdefault(run.results["benchmark"], []).append(run)
+    comparisons = []
+    for benchmark, group in by_benchmark.items():
+        columns = list(dict.fromkeys(name for run in group for name in run.results["scores"]))
+        comparisons.append(
+            {
+                "benchmark": benchmark,
+                "primary_score": group[0].results["primary_score"],
+                "columns": columns,
+                "runs": [
+                    {
+                        "label": run.label,
+                        "model": run.results["model"],
+                        "scores": run.results["scores"],
+                        "note": run.note,
+                        "counts": {name: n for name, n in run.results.get("counts", {}).items() if n},
+                    }
+                    for run in group
+                ],
+                "differences": [_difference(group[0], run) for run in group[1:]],
+            }
+        )
+    return comparisons
+
+
+def _difference(first: Run, second: Run) -> dict:
+    """Of the primary score, over the samples that both have."""
+    scored = {row["id"]: (row["score"], row.get("out_of", 1.0)) for row in first.rows if row["score"] is not None}
+    pairs = [
+        (scored[row["id"]], (row["score"], row.get("out_of", 1.0)))
+        for row in second.rows
+        if row["score"] is not None and row["id"] in scored
+    ]
+    difference = {"from": first.label, "to": second.label, "samples": len(pairs)}
+    if not pairs:
+        return {**difference, "difference": None, "note": "no sample in common"}
+    notes = []
+    if first.results["data"] != second.results["data"]:
+        notes.append("the data differ; compared over the samples that both have")
+    judges = [run.results.get("judge", {}) for run in (first, second)]
+    if len({(judge.get("prompt_hash"), *judge.get("answered_by", ())) for judge in judges}) > 1:
+        notes.append("the judges differ")
+    found = paired_difference([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    return {**difference, **found, "note": "; ".join(notes)}
+
+
+def published_for(benchmark: str) -> dict[str, dict[str, float]]:
+    """Published rows of a benchmark by score; empty where none are known."""
+    if benchmark == "scienceqa":
+        names = ["accuracy" if column == "average" else f"accuracy/{column}" for column in SCIENCEQA_COLUMNS]
+        return {row: dict(zip(names, values)) for row, values in SCIENCEQA.items()}
+    return published_rows(benchmark) if benchmark.startswith("llava-bench") else {}
+
+
+def markdown(comparisons: Sequence[dict]) -> str:
+    """The comparisons as Markdown: a table each, published rows in italics, then the differences."""
+    parts = []
+    for comparison in comparisons:
+        columns, primary = comparison["columns"], comparison["primary_score"]
+        titles = [_title(name, primary) for name in columns]
+        lines = [
+            f"## {comparison['benchmark']}",
+            "",
+            f"| run | {' | '.join(titles)} |",
+            f"|---|{'---:|' * len(columns)}",
+        ]
+        for run in comparison["runs"]:
+            cells = [_cell(run["scores"].get(name)) for name in columns]
+            lines.append(f"| {run['label']} | {' | '.join(cells)} |")
+        for row, values in published_for(comparison["benchmark"]).items():
+            cells = [f"*{values[name]:.2f}*" if name in values else "" for name in columns]
+            lines.append(f"| *{row} (published)* | {' | '.join(cells)} |")
+        lines.append("")
+        for run in comparison["runs"]:
+            remarks = [run["note"]] if run["note"] else []
+            remarks += [f"{name.replace('_', ' ')}: {number}" for name, number in run["counts"].items()]
+            if remarks:
+                lines.append(f"- {run['label']}: {'; '.join(remarks)}")
+        for difference in comparison["differences"]:
+            lines.append(f"- {_sentence(difference)}")
+        parts.append("\n".join(lines).rstrip() + "\n")
+    return "\n".join(parts)
+
+
+def _title(name: str, primary: str) -> str:
+    """`accuracy/NAT` → `NAT` where accuracy is the primary score."""
+    family, _, group = name.partition("/")
+    return group if group and family == primary else name.replace("_", " ")
+
+
+def _cell(score: dict | None) -> str:
+    if score is None or score["value"] is None:
+        return ""
+    spread = f" ± {score['repeat_std']:.1f}" if "repeat_std" in score else ""
+    if score.get("interval"):
+        low, high = score["interval"]
+        return f"{score['value']:.2f}{spread} ({low:.1f}–{high:.1f})"
+    return f"{score['value']:.2f}{spread}"
+
+
+def _sentence(difference: dict) -> str:
+    start = f"{difference['to']} less {difference['from']}: "
+    note = f" ({difference['note']})" if difference["note"] else ""
+    if difference["difference"] is None:
+        return f"{start}not comparable{note}"
+    low, high = difference["interval"]
+    sure = "the interval leaves out 0" if low > 0 or high < 0 else "the interval holds 0"
+    return (
+        f"{start}{difference['difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, p = "
+        f"{difference['p_value']:.3g}, {difference['samples']} samples; {sure}){note}"
+    )
+
+
+def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = ()) -> None:
+    """
+    A comparison as bars, by group where the benchmark has groups.
+
+    Args:
+        comparison (`dict`): From [`compare`].
+        path (`str` or `os.PathLike`): The PNG.
+        published (`Sequence[str]`): Published rows to draw as well.
+    """
+    from .plots import plot_bars
+
+    primary = comparison["primary_score"]
+    columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
+    if len(columns) == 1:
+        columns = comparison["columns"]
+    rows = published_for(comparison["benchmark"])
+    counts = {run["scores"][primary]["count"] for run in comparison["runs"]}
+    notes = [f"{run['label']}: {run['note']}" for run in comparison["runs"] if run["note"]]
+    plot_bars(
+        path,
+        ["all" if name == primary else _title(name, primary) for name in columns],
+        {run["label"]: [run["scores"].get(name) for name in columns] for run in comparison["runs"]},
+        title=f"{comparison['benchmark']}: {primary.replace('_', ' ')}",
+        subtitle="; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples; lines: 95 % intervals",
+        published={name: [rows[name].get(column) for column in columns] for name in published if name in rows},
+    )
+
+
+def model_index(results: Sequence[dict], name: str) -> list[dict]:
+    """The `model-index` of a model card's metadata: the overall scores of each benchmark."""
+    entries = []
+    for result in results:
+        scores = {key: score["value"] for key, score in result["scores"].items() if "/" not in key}
+        metrics = [
+            {"type": key, "name": key.replace("_", " "), "value": round(value, 2)}
+            for key, value in scores.items()
+            if value is not None
+        ]
+        benchmark = result["benchmark"]
+        dataset = {"name": benchmark, "type": re.sub(r"[^a-z0-9]+", "-", benchmark.lower())}
+        if result.get("data", {}).get("split"):
+            dataset["split"] = result["data"]["split"]
+        entries.append({"task": {"type": "image-text-to-text"}, "dataset": dataset, "metrics": metrics})
+    return [{"name": name, "results": entries}]
+
+
+def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:
+    """
+    Copies results beside the weights they are of, as `results-<benchmark>.json`, where `llava publish` finds them.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        ValueError: results of less than the whole benchmark, or of other weights than those in the folder.
+    """
+    from .results import fingerprint
+
+    folder = Path(model_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; results are put beside a model's weights.")
+    written = []
+    for path in paths:
+        results, _ = read_results(path)
+        model = results["model"]
+        if not results["complete"]:
+            raise ValueError(
+                f"{path} is of {results['samples']['scored']} of {results['samples']['total']} samples; a model card shows "
+                "whole benchmarks only."
+            )
+        of_these = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
+        if of_these and fingerprint(folder) not in of_these:
+            raise ValueError(f"{path} is of other weights ({model['name']}) than those in {folder}.")
+        source = Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
+        target = folder / f"results-{results['benchmark']}.json"
+        shutil.copyfile(source, target)
+        written.append(target)
+    return written
+
+
+__all__ = ["Run", "attach", "compare", "markdown", "model_index", "plot", "published_for", "read_runs"]

@@ -1,0 +1,267 @@
+"""
+`results.json`, one form for every benchmark, and `samples.jsonl` beside it.
+
+    {
+      "schema_version": 1,
+      "benchmark": "scienceqa",
+      "model": {"name", "revision", "fingerprint", "adapter"},
+      "data": {"files": {name: sha256}, "split", …},
+      "settings": {…},                                  how answers were made and scored
+      "versions": {…}, "machine": …, "created": …,
+      "samples": {"file", "total", "answered", "scored"},   total: of the whole benchmark
+      "complete": true,                                 nothing of the benchmark is missing
+      "primary_score": "accuracy",
+      "scores": {"accuracy": {"value": 90.92, "interval": [90.0, 91.8], "count": 4241}, …},   in percent
+      "counts": {"unparsed": 3, …}
+    }
+
+A line of `samples.jsonl` has `id`, `score` and `out_of` (1 if absent): the primary metric is 100 · Σ score / Σ out_of.
+`score` is `null` where a sample could not be scored.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .statistics import interval
+
+
+SCHEMA_VERSION = 1
+RESULTS_NAME, SAMPLES_NAME = "results.json", "samples.jsonl"
+_REQUIRED = ("schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores")
+_MIB = 2**20
+
+
+@dataclass
+class Scored:
+    """
+    What a benchmark says of a set of answers.
+
+    Attributes:
+        rows (`list[dict]`): One per sample, as in `samples.jsonl`.
+        scores (`dict[str, dict]`): By name, from [`interval_of`].
+        primary (`str`): The metric that is the mean of the rows' scores.
+        counts (`dict[str, int]`): What went wrong, by reason.
+        more (`dict`): Further fields of `results.json`.
+    """
+
+    rows: list[dict]
+    scores: dict[str, dict]
+    primary: str
+    counts: dict[str, int] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def interval_of(scores: Sequence[float], out_of: Sequence[float] | None = None) -> dict:
+    """A metric: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples."""
+    total = len(scores) if out_of is None else sum(out_of)
+    if not total:
+        return {"value": None, "interval": None, "count": len(scores)}
+    bounds = interval(scores, out_of)
+    return {
+        "value": 100 * sum(scores) / total,
+        "interval": None if bounds is None else [100 * bound for bound in bounds],
+        "count": len(scores),
+    }
+
+
+def make_results(
+    benchmark: str,
+    scored: Scored,
+    *,
+    model: dict,
+    data: dict,
+    settings: dict,
+    total: int,
+    answered: int,
+) -> dict:
+    """The content of `results.json`."""
+    num_scored = sum(row["score"] is not None for row in scored.rows)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "model": model,
+        "data": data,
+        "settings": settings,
+        "versions": versions(),
+        "machine": machine(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "samples": {"file": SAMPLES_NAME, "total": total, "answered": answered, "scored": num_scored},
+        "complete": num_scored == total,
+        "primary_score": scored.primary,
+        "scores": scored.scores,
+        "counts": scored.counts,
+        **scored.more,
+    }
+
+
+def write_results(folder: str | os.PathLike, results: dict, rows: Iterable[dict]) -> None:
+    """Writes `samples.jsonl`, then `results.json`; each appears whole or not at all."""
+    folder = Path(folder)
+    write_text(folder / SAMPLES_NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / RESULTS_NAME, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
+    """
+    Results and per-sample rows of a run's folder (or of its `results.json`).
+
+    Raises:
+        FileNotFoundError: there are no results; the message says whether a run is under way there.
+        ValueError: a file of another kind, or of a newer schema.
+    """
+    path = Path(path)
+    file = path / RESULTS_NAME if path.is_dir() or not path.suffix else path
+    if not file.is_file():
+        begun = (
+            " A run was begun there and has not been scored yet."
+            if (file.parent / "evaluation.json").is_file()
+            else ""
+        )
+        raise FileNotFoundError(f"{file} is not there.{begun}")
+    try:
+        results = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    missing = [key for key in _REQUIRED if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise ValueError(f"{file} is no result of an evaluation: it has no {', '.join(missing)}.")
+    if results["schema_version"] > SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema version {results['schema_version']}, this package knows up to {SCHEMA_VERSION}. Upgrade it."
+        )
+    samples = file.parent / results["samples"]["file"]
+    if not samples.is_file():
+        raise FileNotFoundError(f"{samples}, which {file} names, is not there.")
+    return results, read_jsonl(samples)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """
+    The objects of a JSONL file.
+
+    Raises:
+        ValueError: a line that is not a JSON object; it is named.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}, is not a JSON object: {line.strip()[:80]}")
+            rows.append(row)
+    return rows
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file whole or not at all, and to the disk before it takes the old one's place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_MIB):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def describe_model(path: str, revision: str | None = None, adapter: str | None = None) -> dict:
+    """
+    Which weights were evaluated. Of a folder: its name and a fingerprint, a SHA-256 over names, sizes and the first and
+    last MiB of the configuration and weight files (the whole of 14 GB would take a minute). Of a Hub name: the revision.
+    """
+    described: dict[str, Any] = {"name": path, "revision": revision, "adapter": adapter}
+    if Path(path).is_dir():
+        described["name"] = Path(path).resolve().name
+        described["fingerprint"] = fingerprint(path)
+    if adapter is not None and Path(adapter).is_dir():
+        described["adapter"] = Path(adapter).resolve().name
+        described["adapter_fingerprint"] = fingerprint(adapter)
+    return described
+
+
+def fingerprint(folder: str | os.PathLike) -> str:
+    """See [`describe_model`]."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix not in (".safetensors", ".bin") and not path.name.endswith("config.json"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part in an answer."""
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "modeling_llava": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> str:
+    """The accelerator, or the processor and its threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that does not say
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Scored",
+    "describe_model",
+    "fingerprint",
+    "hash_file",
+    "hash_json",
+    "interval_of",
+    "make_results",
+    "read_jsonl",
+    "read_results",
+    "versions",
+    "write_results",
+    "write_text",
+]

@@ -1,0 +1,168 @@
+"""
+ScienceQA with a language-only model: alone, by two worked examples (LLaVA §5.2, 82.69 with GPT-4), and together with a
+LLaVA: as its complement (90.97) and as the judge where the two differ (92.53).
+"""
+
+import random
+from pathlib import Path
+
+from ..endpoint import Budget, ChatModel, RunSettings, Task
+from .asking import Asked, ask_all
+from .results import Scored
+from .scienceqa import Problem, columns_of, find_letter, parse_answer, question_text, tabulate
+from .scienceqa_training import answer_text
+
+
+INSTRUCTION = (
+    "You answer multiple-choice questions from school science. Think about what the question, its context and its options "
+    'say, give your reasons in a few sentences, and end with a line of the form "The answer is X.", X being the letter of '
+    "one option."
+)
+
+JUDGE_INSTRUCTION = (
+    "You decide multiple-choice questions from school science. Two assistants have answered the same question. Assistant 1 "
+    "has seen the picture that belongs to the question, if there is one; Assistant 2, like you, has only read the text. "
+    "Either of them may be wrong. Weigh their reasons, give yours in a few sentences, and end with a line of the form "
+    '"The answer is X.", X being the letter of one option.'
+)
+
+
+def choose_shots(problems: list[Problem], count: int = 2, seed: int = 0) -> list[Problem]:
+    """Worked examples: problems with an explanation and without an image, drawn by `seed` from (training) problems."""
+    fit = [problem for problem in problems if problem.solution and problem.image is None]
+    if len(fit) < count:
+        raise ValueError(
+            f"{count} worked examples are needed, and only {len(fit)} of {len(problems)} problems have an explanation and "
+            "no image. Take them from the training split."
+        )
+    return random.Random(seed).sample(fit, count)
+
+
+def language_tasks(problems: list[Problem], shots: list[Problem]) -> list[Task]:
+    """What the language-only model is asked, one task per problem; greedy."""
+    examples = [{"role": "system", "content": INSTRUCTION}]
+    for shot in shots:
+        examples += [
+            {"role": "user", "content": question_text(shot)},
+            {"role": "assistant", "content": answer_text(shot, "LEA").replace("\\n", "\n")},
+        ]
+    return [
+        Task(
+            id=problem.id,
+            messages=[*examples, {"role": "user", "content": question_text(problem)}],
+            max_tokens=512,
+            temperature=0.0,
+        )
+        for problem in problems
+    ]
+
+
+def judge_tasks(problems: list[Problem], own: dict[str, str], language: dict[str, str]) -> list[Task]:
+    """What the judge is asked: the problems on which the two models do not name the same choice."""
+    tasks = []
+    for problem in problems:
+        first, second = own[problem.id], language[problem.id]
+        num_choices = len(problem.choices)
+        if parse_answer(first, num_choices) == parse_answer(second, num_choices) is not None:
+            continue
+        content = (
+            f"{question_text(problem)}\n\n[Assistant 1]\n{first.strip() or '(no answer)'}\n\n"
+            f"[Assistant 2]\n{second.strip() or '(no answer)'}"
+        )
+        messages = [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": content}]
+        tasks.append(Task(id=problem.id, messages=messages, max_tokens=512, temperature=0.0))
+    return tasks
+
+
+def complement(problem: Problem, own: str, language: str) -> str:
+    """The language-only model's answer; LLaVA's where that names no choice."""
+    return own if parse_answer(language, len(problem.choices)) is None else language
+
+
+def judged(problem: Problem, own: str, language: str, verdict: str | None) -> str:
+    """The judge's answer; LLaVA's where the judge was not needed, or names no choice."""
+    return own if verdict is None or parse_answer(verdict, len(problem.choices)) is None else verdict
+
+
+def score_with_language_model(
+    problems: list[Problem],
+    own: dict[str, str],
+    model: ChatModel,
+    folder: Path,
+    *,
+    shots: list[Problem],
+    judge: ChatModel | None = None,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    partial: bool = False,
+    progress: bool = True,
+) -> dict[str, Scored]:
+    """
+    Scores of the language-only model alone and of both ensembles.
+
+    Args:
+        problems (`list[Problem]`), own (`dict[str, str]`): LLaVA's answers by the problem's id.
+        model (`ChatModel`): The language-only model.
+        folder (`Path`): Where the ledgers go.
+        shots (`list[Problem]`): Worked examples.
+        judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model itself by default.
+        partial (`bool`): Score without the problems that the endpoint left without a reply.
+
+    Returns:
+        `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`. All three are over the same problems.
+
+    Raises:
+        ConnectionError: problems without a reply, and `partial` is off.
+    """
+    problems = [problem for problem in problems if problem.id in own]
+
+    def ask(tasks: list[Task], who: ChatModel, name: str) -> Asked:
+        asked = ask_all(tasks, who, folder, name, settings=settings, budget=budget, progress=progress)
+        if not partial:
+            asked.require_all(len(tasks), "questions", folder)
+        return asked
+
+    language = ask(language_tasks(problems, shots), model, "language-model")
+    problems = [problem for problem in problems if problem.id in language.replies]
+    differing = judge_tasks(problems, own, language.replies)
+    verdicts = ask(differing, judge or model, "judge")
+    undecided = {task.id for task in differing} - set(verdicts.replies)
+    problems = [problem for problem in problems if problem.id not in undecided]
+
+    texts = {
+        "language": lambda problem: language.replies[problem.id],
+        "complement": lambda problem: complement(problem, own[problem.id], language.replies[problem.id]),
+        "judge": lambda problem: judged(
+            problem, own[problem.id], language.replies[problem.id], verdicts.replies.get(problem.id)
+        ),
+    }
+    scored = {}
+    for name, text_of in texts.items():
+        rows = [_row(problem, text_of(problem)) for problem in problems]
+        scored[name] = tabulate(rows)
+        scored[name].more = {"answered_by": language.models, "no_reply": language.open + len(undecided)}
+    num_choices = {problem.id: len(problem.choices) for problem in problems}
+    unread = sum(
+        parse_answer(text, num_choices[problem_id]) is None
+        for problem_id, text in verdicts.replies.items()
+        if problem_id in num_choices
+    )
+    scored["judge"].counts |= {"judged": len(differing) - len(undecided), "verdict_unparsed": unread}
+    scored["judge"].more["answered_by"] = verdicts.models
+    return scored
+
+
+def _row(problem: Problem, text: str) -> dict:
+    choice = parse_answer(text, len(problem.choices))
+    status = "read" if choice is not None else "unparsed" if find_letter(text) is None else "invalid_letter"
+    return {
+        "id": problem.id,
+        "answer": text,
+        "choice": choice,
+        "score": float(choice == problem.answer),
+        "status": status,
+        "groups": columns_of(problem),
+    }
+
+
+__all__ = ["choose_shots", "complement", "judge_tasks", "judged", "language_tasks", "score_with_language_model"]

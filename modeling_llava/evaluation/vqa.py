@@ -1,0 +1,194 @@
+"""
+Short answers: VQA's soft accuracy (Antol et al., 2015) over ten people's answers, and exact match where there is one.
+
+Questions are the official pair of files (`{"questions": [{"question_id", "image_id", "question"}]}` and
+`{"annotations": [{"question_id", "answers": [{"answer"}], "answer_type"}]}`), or JSONL rows `{"question_id", "image",
+"question" | "text", "answers": […] | "answer", "category"}`.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from .benchmark import Benchmark
+from .results import Scored, hash_file, interval_of, read_jsonl
+
+
+INSTRUCTION = "Answer the question using a single word or phrase."
+COCO_IMAGE_NAME = "COCO_val2014_{image_id:012d}.jpg"
+
+_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), [0, *range(11)]))
+_ARTICLES = {"a", "an", "the"}
+# Without their apostrophe they are the same word. Those that would be another word then (its, were, well, …) are not here.
+_CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in """
+        ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't shouldn't
+        wasn't weren't won't wouldn't i'm i've you're you've you'll you'd he's she's it'll it'd that's that'll that'd
+        there's there'd they're they've they'll they'd we've what's what're what'll where's when's who's who'll who'd why's
+        how's let's y'all o'clock ma'am somebody's someone's something's everybody's everyone's
+    """.split()
+}
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+
+
+def normalise(answer: str) -> str:
+    """
+    The form in which answers are compared: lower case; no articles; number words as digits; punctuation gone, apart from
+    apostrophes, colons and the dots and commas inside of numbers; contractions with their apostrophe.
+    """
+    text = answer.replace("\n", " ").replace("\t", " ").strip().lower().replace("\u2019", "'")
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    # Punctuation beside a blank vanishes, between two words it parts them, as in the official script.
+    text = re.sub(rf"(?<=\s){_PUNCTUATION.pattern}|{_PUNCTUATION.pattern}(?=\s|$)|^{_PUNCTUATION.pattern}", "", text)
+    text = _PUNCTUATION.sub(" ", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [str(_NUMBERS.get(word, word)) for word in text.split() if word not in _ARTICLES]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words)
+
+
+def soft_accuracy(answer: str, people: Sequence[str]) -> float:
+    """
+    VQA's accuracy, 0 to 1: for each person, the answer is compared with the nine others and counts min(matches / 3, 1); the
+    mean over the people. A single reference answer is compared by exact match.
+    """
+    said, references = normalise(answer), [normalise(person) for person in people]
+    if len(references) == 1:
+        return float(said == references[0])
+    matches = Counter(references)[said]
+    return sum(min((matches - (reference == said)) / 3, 1.0) for reference in references) / len(references)
+
+
+def read_questions(
+    questions: str | os.PathLike,
+    annotations: str | os.PathLike | None = None,
+    image_name: str = COCO_IMAGE_NAME,
+) -> list[dict]:
+    """
+    Questions with the people's answers: `{"id", "image", "text", "answers", "category"}`.
+
+    Args:
+        questions (`str` or `os.PathLike`): JSONL with the answers in it, or the official questions file.
+        annotations (`str` or `os.PathLike`, *optional*): The official annotations, for the official questions.
+        image_name (`str`): Name of the image `image_id` of the official files.
+
+    Raises:
+        ValueError: a missing or wrong field, or a question without an annotation. File and row are named.
+    """
+    if annotations is None:
+        return [_row(row, f"{questions}, row {number},") for number, row in enumerate(read_jsonl(questions), 1)]
+    annotation_of = {}
+    for number, row in enumerate(_official(annotations, "annotations"), 1):
+        _require(row, ("question_id", "answers"), f"{annotations}, annotation {number},")
+        annotation_of[row["question_id"]] = row
+    read = []
+    for number, row in enumerate(_official(questions, "questions"), 1):
+        place = f"{questions}, question {number},"
+        _require(row, ("question_id", "image_id", "question"), place)
+        if row["question_id"] not in annotation_of:
+            raise ValueError(f"{place} has the question_id {row['question_id']}, which {annotations} does not have.")
+        annotation = annotation_of[row["question_id"]]
+        answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in annotation["answers"]]
+        named = {"image": image_name.format(image_id=row["image_id"]), "answers": answers}
+        read.append(_row({**row, **named, "category": annotation.get("answer_type")}, place))
+    return read
+
+
+def make_benchmark(
+    questions: list[dict],
+    image_folder: str | os.PathLike,
+    *,
+    instruction: str | None = INSTRUCTION,
+    files: Sequence[str | os.PathLike] = (),
+) -> Benchmark:
+    """Questions with short answers as a [`Benchmark`]."""
+
+    def text(question):
+        return question["text"] + (f"\n{instruction}" if instruction else "")
+
+    samples = [
+        {
+            "id": question["id"],
+            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text(question)}]}],
+            "images": [question["image"]],
+        }
+        for question in questions
+    ]
+    return Benchmark(
+        name="vqa",
+        samples=samples,
+        score=lambda answers: score(questions, answers),
+        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        settings={"instruction": instruction},
+        image_folder=os.fspath(image_folder),
+        max_new_tokens=16,
+    )
+
+
+def score(questions: list[dict], answers: dict[str, str]) -> Scored:
+    """Soft accuracy and exact match (with any of the people's answers), for each category and over all."""
+    rows = []
+    for question in questions:
+        if question["id"] not in answers:
+            continue
+        text = answers[question["id"]]
+        rows.append(
+            {
+                "id": question["id"],
+                "question": question["text"],
+                "answer": text,
+                "expected": Counter(question["answers"]).most_common(1)[0][0],
+                "score": soft_accuracy(text, question["answers"]),
+                "exact": float(normalise(text) in map(normalise, question["answers"])),
+                "groups": [*([question["category"]] if question["category"] else []), "all"],
+            }
+        )
+    metrics = {}
+    for category in [*dict.fromkeys(question["category"] for question in questions if question["category"]), "all"]:
+        suffix = "" if category == "all" else f"/{category}"
+        counted = [row for row in rows if category in row["groups"]]
+        metrics[f"accuracy{suffix}"] = interval_of([row["score"] for row in counted])
+        metrics[f"exact_match{suffix}"] = interval_of([row["exact"] for row in counted])
+    return Scored(rows, metrics, "accuracy", {"empty": sum(not normalise(row["answer"]) for row in rows)})
+
+
+def _official(path: str | os.PathLike, key: str) -> list[dict]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise ValueError(f"{path} is not an official file: it has no list {key!r}.")
+    return content[key]
+
+
+def _require(row: dict, keys: Sequence[str], place: str) -> None:
+    missing = [key for key in keys if key not in row]
+    if missing:
+        raise ValueError(f"{place} has no {', '.join(missing)}; its fields are {', '.join(row)}.")
+
+
+def _row(row: dict, place: str) -> dict:
+    text = row.get("question", row.get("text"))
+    answers = row.get("answers", [row["answer"]] if "answer" in row else None)
+    if not isinstance(text, str) or not isinstance(row.get("image"), str):
+        raise ValueError(f"{place} has no text 'question' or no 'image'; its fields are {', '.join(row)}.")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(
+            f"{place} has no 'answers', a list of texts, and no 'answer'; its fields are {', '.join(row)}."
+        )
+    _require(row, ("question_id",), place)
+    return {
+        "id": str(row["question_id"]),
+        "image": row["image"],
+        "text": text,
+        "answers": answers,
+        "category": row.get("category"),
+    }
+
+
+__all__ = ["INSTRUCTION", "make_benchmark", "normalise", "read_questions", "score", "soft_accuracy"]

@@ -1,0 +1,420 @@
+"""ScienceQA: reading the official files, asking in the published forms, parsing by a stated rule, the paper's table."""
+
+import json
+
+import pytest
+from tiny_science import science_problem
+
+from modeling_llava.cli.main import main
+from modeling_llava.endpoint import PassingFault, RunSettings
+from modeling_llava.endpoint.limits import Backoff
+from modeling_llava.evaluation.published import SCIENCEQA, SCIENCEQA_ABLATIONS
+from modeling_llava.evaluation.results import read_results
+from modeling_llava.evaluation.scienceqa import (
+    find_letter,
+    parse_answer,
+    question_text,
+    read_hub_problems,
+    read_problems,
+    score,
+)
+from modeling_llava.evaluation.scienceqa_language import (
+    choose_shots,
+    complement,
+    judge_tasks,
+    judged,
+    language_tasks,
+    score_with_language_model,
+)
+from modeling_llava.evaluation.scienceqa_training import OUTPUT_ORDERS, answer_text
+
+
+def problems_of(science, split="test"):
+    return read_problems(science / "problems.json", science / "pid_splits.json", split, science / "images")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_choices", "choice"),
+    [
+        ("The answer is B.", 4, 1),
+        ("Magnets attract. The answer is A.", 2, 0),
+        ("LECTURE. EXPLANATION. The answer is (C).", 3, 2),
+        ("the answer is c", 3, 2),
+        ("The answer is: **D**", 4, 3),
+        ("The answer is B\nBECAUSE: of that", 2, 1),
+        ("The answer is C because it is.", 3, 2),
+        ("The answer is A. BECAUSE: … The answer is A.", 3, 0),
+        ("B", 2, 1),
+        (" (b) ", 2, 1),
+        ("B.", 2, 1),
+        ("B. Ohio", 3, 1),
+        ("(C) Ohio", 3, 2),
+        ("C: Ohio", 3, 2),
+        ("Answer: B", 3, 1),
+        ("Option C", 3, 2),
+        # not read
+        ("", 3, None),
+        ("I do not know.", 3, None),
+        ("Ohio", 3, None),
+        ("The answer is Apple.", 3, None),
+        ("The answer is a dog.", 3, None),
+        ("A dog is an animal", 3, None),
+        ("The answer is A. No, the answer is B.", 3, None),
+        ("A or B", 3, None),
+        # no such choice
+        ("The answer is D.", 3, None),
+        ("E", 4, None),
+        ("The answer is C.", 2, None),
+    ],
+)
+def test_answers_are_parsed_by_the_stated_rule(text, num_choices, choice):
+    assert parse_answer(text, num_choices) == choice
+
+
+def test_an_invalid_letter_is_told_from_an_unreadable_answer():
+    assert parse_answer("The answer is D.", 3) is None and find_letter("The answer is D.") == "D"
+    assert parse_answer("Ohio", 3) is None and find_letter("Ohio") is None
+
+
+def test_official_files_are_read(science):
+    problems = problems_of(science)
+    assert [problem.id for problem in problems] == [str(n) for n in range(1, 9)]
+    first = problems[0]
+    assert first.image == "test/1/image.png" and first.letter == "B" and first.grade == 2
+    assert first.choices == ("one", "two", "three") and problems[1].image is None
+    (science / "images" / "test").rename(science / "flat")
+    flat = read_problems(science / "problems.json", science / "pid_splits.json", "test", science / "flat")
+    assert flat[0].image == "1/image.png"
+
+
+def test_questions_are_put_as_the_model_was_trained(science):
+    problem = problems_of(science)[0]
+    expected = "Which is number 1?\nContext: There are 1 of them.\nOptions: (A) one (B) two (C) three"
+    assert question_text(problem) == expected
+    without = problems_of(science)[2]
+    assert question_text(without, "CQM").startswith("Context: N/A\nQuestion: Which is number 3?\nOptions: ")
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("A", "The answer is B."),
+        ("AL", "The answer is B. BECAUSE: Counting starts at one.\\nIt goes on."),
+        ("AE", "The answer is B. BECAUSE: Count to 1."),
+        ("ALE", "The answer is B. BECAUSE: Counting starts at one.\\nIt goes on. Count to 1."),
+        ("AEL", "The answer is B. BECAUSE: Count to 1. Counting starts at one.\\nIt goes on."),
+        ("LA", "Counting starts at one.\\nIt goes on. The answer is B."),
+        ("EA", "Count to 1. The answer is B."),
+        ("LEA", "Counting starts at one.\\nIt goes on. Count to 1. The answer is B."),
+        ("ELA", "Count to 1. Counting starts at one.\\nIt goes on. The answer is B."),
+    ],
+)
+def test_training_answers_in_every_published_order(science, order, expected):
+    problem = problems_of(science)[0]
+    assert answer_text(problem, order) == expected
+    assert parse_answer(answer_text(problem, order), 3) == problem.answer
+
+
+def test_training_answers_without_a_lecture_have_no_gap(science):
+    problem = problems_of(science)[1]  # no lecture
+    assert answer_text(problem, "LEA") == "Count to 2. The answer is A."
+    assert answer_text(problem, "AL") == "The answer is A."
+
+
+def test_every_training_answer_parses_as_its_problem(science):
+    for problem in [*problems_of(science), *problems_of(science, "train")]:
+        for order in OUTPUT_ORDERS:
+            assert parse_answer(answer_text(problem, order), len(problem.choices)) == problem.answer
+
+
+def test_training_data_loads_as_llava_rows(science):
+    from modeling_llava.data import load_conversations
+
+    out = science / "train.json"
+    arguments = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
+    assert main(["eval", "scienceqa", *map(str, arguments), "--split", "train", "--export-training", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert rows[0]["image"] == "train/9/image.png" and "image" not in rows[1]
+    assert rows[0]["conversations"][0]["value"].endswith("\n<image>")
+    conversations = list(load_conversations(str(out), str(science / "images")))
+    assert len(conversations) == 6
+    assert [item["type"] for item in conversations[0]["messages"][0]["content"]] == ["text", "image"]
+    assert conversations[0]["messages"][1]["content"][0]["text"].endswith("The answer is B.")
+
+
+def test_table_by_hand():
+    """Four problems: two right, one unparsed, one with a letter beyond its choices."""
+    problems = read_hub_problems(
+        [
+            science_problem(1, subject="natural science", grade="grade3", hint="h", image=None, answer=0),
+            science_problem(2, subject="natural science", grade="grade8", hint="", image="image.png", answer=1),
+            science_problem(3, subject="social science", grade="grade6", hint="", image=None, answer=0),
+            science_problem(4, subject="language science", grade="grade12", hint="h", image="image.png", answer=0),
+        ],
+        "test",
+    )
+    answers = {
+        "test-0": "The answer is A.",
+        "test-1": "B",
+        "test-2": "hm",
+        "test-3": "The answer is E.",
+    }
+    scored = score(problems, answers)
+    values = {name: (score["value"], score["count"]) for name, score in scored.scores.items()}
+    assert values == {
+        "accuracy": (50.0, 4),
+        "accuracy/NAT": (100.0, 2),
+        "accuracy/SOC": (0.0, 1),
+        "accuracy/LAN": (0.0, 1),
+        "accuracy/TXT": (50.0, 2),
+        "accuracy/IMG": (50.0, 2),
+        "accuracy/NO": (0.0, 1),
+        "accuracy/G1-6": (50.0, 2),
+        "accuracy/G7-12": (50.0, 2),
+    }
+    assert scored.counts == {"unparsed": 1, "invalid_letter": 1}
+    assert [row["status"] for row in scored.rows] == ["read", "read", "unparsed", "invalid_letter"]
+
+
+def test_published_rows_are_those_of_the_paper():
+    assert SCIENCEQA["LLaVA-13B"][-1] == SCIENCEQA_ABLATIONS["best variant"] == 90.92
+    assert [SCIENCEQA[f"LLaVA-13B + GPT-4, {name}"][-1] for name in ("complement", "judge")] == [90.97, 92.53]
+    assert SCIENCEQA["GPT-4, text only"][-1] == 82.69
+    # An average lies between the averages of its parts, for each of the three ways of parting.
+    for row in SCIENCEQA.values():
+        for part in (row[:3], row[6:8]):
+            assert min(part) <= row[-1] <= max(part)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": None}, "problem '3' has choices that are not a list of strings"),
+        ({"choices": ["one"]}, "problem '3' has 1 choices"),
+        ({"answer": 7}, "problem '3' has the answer 7"),
+        ({"answer": "B"}, "problem '3' has the answer 'B'"),
+        ({"hint": 3}, "problem '3' has a hint that is not text"),
+        ({"grade": "third"}, "problem '3' has the grade 'third'"),
+    ],
+)
+def test_wrong_fields_name_the_problem(science, change, message):
+    problems = json.loads((science / "problems.json").read_text())
+    problems["3"].update(change)
+    (science / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match=message):
+        problems_of(science)
+
+
+def test_wrong_files_are_named(science):
+    problems = json.loads((science / "problems.json").read_text())
+    del problems["3"]["question"]
+    (science / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="problem '3' has no question"):
+        problems_of(science)
+    del problems["3"]
+    (science / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="names 1 of 8 problems .* the first being '3'"):
+        problems_of(science)
+    with pytest.raises(ValueError, match="no split 'minitest'; it has test, train"):
+        problems_of(science, "minitest")
+    (science / "pid_splits.json").write_text('{"test": ["1", "2", "1"]}')
+    with pytest.raises(ValueError, match="'1' more than once"):
+        problems_of(science)
+    (science / "pid_splits.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a splits file"):
+        problems_of(science)
+    (science / "pid_splits.json").write_text("{")
+    with pytest.raises(ValueError, match="pid_splits.json is not JSON"):
+        problems_of(science)
+
+
+def test_missing_images_are_counted_before_anything_is_loaded(science, capsys):
+    (science / "images/test/3/image.png").unlink()
+    (science / "images/test/5/image.png").unlink()
+    with pytest.raises(FileNotFoundError, match="2 of the images are not in .*test/3/image.png"):
+        problems_of(science)
+    arguments = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
+    arguments += ["--images", science / "images", "--out", science / "out"]
+    assert main(["eval", "scienceqa", "no-such-model", *map(str, arguments)]) == 2
+    assert "2 of the images" in capsys.readouterr().err
+
+
+def run_cli(science, model_folder, out, *more):
+    files = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
+    files += ["--images", science / "images", "--out", out]
+    arguments = ["--max-new-tokens", "6", "--batch-size", "3", "--dtype", "float32", "--device", "cpu"]
+    return main(["eval", "scienceqa", str(model_folder), *map(str, files), *arguments, *map(str, more)])
+
+
+def test_command_answers_scores_and_says_how(science, model_folder, capsys):
+    assert run_cli(science, model_folder, science / "out") == 0
+    results, rows = read_results(science / "out")
+    assert results["benchmark"] == "scienceqa" and results["complete"]
+    assert results["samples"] == {"file": "samples.jsonl", "total": 8, "answered": 8, "scored": 8}
+    assert len(rows) == 8 and {row["id"] for row in rows} == {str(n) for n in range(1, 9)}
+    assert results["scores"]["accuracy"]["count"] == 8
+    assert set(results["data"]["files"]) == {"problems.json", "pid_splits.json"}
+    assert results["settings"]["order"] == "QCM" and "anywhere" in results["settings"]["answer_rule"]
+    assert results["model"]["fingerprint"] and results["versions"]["transformers"]
+    printed = capsys.readouterr().out
+    assert "| run | NAT | SOC | LAN | TXT | IMG | NO | G1-6 | G7-12 | accuracy |" in printed
+    assert "| *LLaVA-13B + GPT-4, judge (published)* | *91.56* |" in printed and "*92.53* |" in printed
+    assert (science / "out/results.png").stat().st_size > 5000
+
+
+def test_limited_run_says_of_how_many(science, model_folder, capsys):
+    assert run_cli(science, model_folder, science / "out", "--limit", "3") == 0
+    results, _ = read_results(science / "out")
+    assert not results["complete"]
+    assert results["samples"]["total"] == 8 and results["samples"]["scored"] == 3
+    assert "3 of 8 samples scored" in capsys.readouterr().out
+
+
+def test_shards_together_give_what_one_process_gives(science, model_folder, capsys):
+    assert run_cli(science, model_folder, science / "whole") == 0
+    for shard in ("1/3", "3/3"):
+        assert run_cli(science, model_folder, science / "parts", "--shard", shard) == 0
+        assert not (science / "parts/results.json").exists()
+        assert "answers are missing still" in capsys.readouterr().err
+    assert run_cli(science, model_folder, science / "parts", "--shard", "2/3") == 0
+    whole, parts = read_results(science / "whole"), read_results(science / "parts")
+    assert whole[1] == parts[1] and whole[0]["scores"] == parts[0]["scores"]
+    names = {path.name for path in (science / "parts").glob("answers*.jsonl")}
+    assert names == {f"answers.{n}-of-3.jsonl" for n in (1, 2, 3)}
+    assert run_cli(science, model_folder, science / "parts", "--shard", "4/3") == 2
+
+
+def test_partial_scores_say_how_much_is_missing(science, model_folder):
+    assert run_cli(science, model_folder, science / "parts", "--shard", "1/2", "--partial") == 0
+    results, rows = read_results(science / "parts")
+    assert not results["complete"] and results["samples"]["scored"] == len(rows) < 8
+
+
+def test_folder_of_another_run_is_refused(science, model_folder, capsys):
+    assert run_cli(science, model_folder, science / "out", "--limit", "2") == 0
+    assert run_cli(science, model_folder, science / "out", "--limit", "3") == 2
+    assert "answers of another run" in (error := capsys.readouterr().err) and "limit was 2, is 3" in error
+
+
+def test_hub_dataset_in_place_of_the_files(science, model_folder, tmp_path):
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    problems = json.loads((science / "problems.json").read_text())
+    rows = [dict(problems[str(n)]) for n in range(1, 9)]
+    for number, row in enumerate(rows, 1):
+        row["image"] = str(science / f"images/test/{number}/image.png") if row["image"] else None
+        row.pop("split")
+    texts = {name: Value("string") for name in rows[0] if name not in ("image", "choices", "answer")}
+    features = Features({**texts, "image": Image(), "choices": Sequence(Value("string")), "answer": Value("int8")})
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "hub/data/test-00000-of-00001.parquet")
+    arguments = ["--dataset", tmp_path / "hub", "--out", tmp_path / "hub-out", "--max-new-tokens", "6"]
+    arguments += ["--dtype", "float32", "--device", "cpu"]
+    assert main(["eval", "scienceqa", str(model_folder), *map(str, arguments)]) == 0
+    assert run_cli(science, model_folder, tmp_path / "files-out") == 0
+    from_hub, from_files = read_results(tmp_path / "hub-out")[1], read_results(tmp_path / "files-out")[1]
+    assert [row["answer"] for row in from_hub] == [row["answer"] for row in from_files]
+    assert [row["groups"] for row in from_hub] == [row["groups"] for row in from_files]
+    export = [
+        "--dataset",
+        tmp_path / "hub",
+        "--images",
+        tmp_path / "written",
+        "--export-training",
+        tmp_path / "t.json",
+    ]
+    assert main(["eval", "scienceqa", *map(str, export)]) == 0
+    image = json.loads((tmp_path / "t.json").read_text())[0]["image"]
+    assert (tmp_path / "written" / image).is_file()
+
+
+# --- a language-only model, alone and together with a LLaVA
+
+
+def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
+    train, test = problems_of(science, "train"), problems_of(science)
+    shots = choose_shots(train, 2)
+    assert all(shot.image is None and shot.solution for shot in shots) and shots == choose_shots(train, 2)
+    task = language_tasks(test, shots)[0]
+    assert [message["role"] for message in task.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert task.messages[2]["content"].endswith(f"The answer is {shots[0].letter}.")
+    assert task.messages[-1]["content"] == question_text(test[0]) and task.temperature == 0.0
+    with pytest.raises(ValueError, match="5 worked examples are needed"):
+        choose_shots(train, 5)
+
+
+def test_ensembles_by_hand(science, tmp_path, scripted):
+    """
+    Of eight problems LLaVA is right in 1–5. The language model answers 1, 2 right, 3 wrong, 4 not at all, 6 right, 7 not
+    at all, 5 and 8 wrong. The judge takes the language model's side, but for 3, and says nothing of use about 5.
+    """
+    test = problems_of(science)
+    right = {p.id: f"The answer is {p.letter}." for p in test}
+    wrong = {p.id: f"The answer is {'AB'[1 - p.answer]}." for p in test}
+    own = {p.id: (right if int(p.id) <= 5 else wrong)[p.id] for p in test}
+    language = {p.id: (right if p.id in "126" else wrong)[p.id] for p in test} | {"4": "There is no picture.", "7": ""}
+    verdict = {p.id: language[p.id] for p in test} | {"3": right["3"], "5": "Hm."}
+
+    def answer(messages):
+        (number,) = [n for n in right if f"Which is number {n}?" in messages[-1]["content"]]
+        return (verdict if "Assistant 1" in messages[-1]["content"] else language)[number]
+
+    model = scripted(answer)
+    scored = score_with_language_model(
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+    )
+    right_in = {name: {row["id"] for row in s.rows if row["score"]} for name, s in scored.items()}
+    assert right_in["language"] == {"1", "2", "6"}
+    assert right_in["complement"] == {"1", "2", "6", "4"}  # where it says nothing, LLaVA answers: 4 right, 7 wrong
+    # They differ in 3, 4, 5, 6, 7 (in 8 both say the same): 3 and 6 the judge gets right; 4, 5 and 7 keep LLaVA's.
+    assert right_in["judge"] == {"1", "2", "3", "4", "5", "6"}
+    assert scored["judge"].counts["judged"] == 5 and scored["judge"].counts["verdict_unparsed"] == 3
+    assert scored["language"].counts["unparsed"] == 2
+    assert scored["language"].scores["accuracy"]["value"] == 37.5
+    assert len(model.asked) == 8 + 5
+    shown = [messages[-1]["content"] for messages in model.asked[8:]]
+    assert all(own[n] in text and (language[n] or "(no answer)") in text for n, text in zip("34567", sorted(shown)))
+
+    again = score_with_language_model(
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+    )
+    assert len(model.asked) == 13 and again["judge"].scores == scored["judge"].scores  # nothing is paid twice
+
+
+def test_ensemble_rules():
+    problem = read_hub_problems([science_problem(1)], "test")[0]
+    assert complement(problem, "The answer is A.", "no idea") == "The answer is A."
+    assert complement(problem, "The answer is A.", "B") == "B"
+    assert complement(problem, "The answer is A.", "E") == "The answer is A."
+    assert judged(problem, "A", "B", None) == "A" and judged(problem, "A", "B", "B.") == "B."
+    assert not judge_tasks([problem], {problem.id: "B"}, {problem.id: "The answer is B."})
+    assert judge_tasks([problem], {problem.id: "?"}, {problem.id: "?"})  # neither has answered: they are not the same
+
+
+def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
+    test, shots = problems_of(science), choose_shots(problems_of(science, "train"))
+    own = {p.id: "A" for p in test}
+    settings = RunSettings(concurrency=1, backoff=Backoff(attempts=1, first=0.0, longest=0.01, patience=0.05))
+    replies = iter(["The answer is A."] * 3)
+
+    def answer(messages):
+        return next(replies, None) or PassingFault("connection", "connection refused")
+
+    def run(partial=False):
+        return score_with_language_model(
+            test, own, scripted(answer), tmp_path, shots=shots, settings=settings, partial=partial, progress=False
+        )
+
+    with pytest.raises(ConnectionError, match="5 of 8 questions have no reply.*run the same command again"):
+        run()
+    scored = run(partial=True)
+    assert scored["language"].scores["accuracy"]["count"] == 3 and scored["language"].more["no_reply"] == 5
+    replies = iter(["The answer is A."] * 100)
+    assert run()["language"].scores["accuracy"]["count"] == 8
