@@ -1,9 +1,11 @@
 """`LlavaImageProcessor`: images to `pixel_values`, with Pillow and torch only (torchvision is not needed)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -159,7 +161,7 @@ class LlavaImageProcessor(PilBackend):
         for image in images:
             if isinstance(image, Image.Image):
                 image = _resize_rgb(image, size, resample, crop_size if do_center_crop else None, do_pad, background)
-                array = np.asarray(image).transpose(2, 0, 1)  # [3, height, width]
+                array = _planes(image)
             else:
                 array = image
                 if do_pad:
@@ -178,9 +180,11 @@ class LlavaImageProcessor(PilBackend):
             pixel_values = np.empty((len(arrays), *arrays[0].shape), dtype=np.float32)
             for array, out in zip(arrays, pixel_values):
                 _rescale_and_normalize(array, rescale_factor, image_mean, image_std, out)
-            return BatchFeature(
-                {"pixel_values": pixel_values if return_tensors else list(pixel_values)}, tensor_type=return_tensors
-            )
+            if return_tensors is None:
+                return BatchFeature({"pixel_values": list(pixel_values)})
+            if TensorType(return_tensors) == TensorType.PYTORCH:
+                pixel_values = torch.from_numpy(pixel_values)
+            return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
         if do_rescale:
             arrays = [self.rescale(array, rescale_factor) for array in arrays]
         if do_normalize:
@@ -261,14 +265,18 @@ def _on_canvas(image: Image.Image, size: tuple[int, int], color: tuple[int, int,
     return canvas
 
 
-def _rescale_and_normalize(array: np.ndarray, factor: float, mean, std, out: np.ndarray) -> None:
-    """`out = (array * factor - mean) / std`, `[3, H, W]` uint8 to float32, rounded as the stock processor rounds.
+def _planes(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 `[3, height, width]`, each row contiguous: Pillow writes line by line, R then G then B."""
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8)
+    return lines.reshape(image.height, 3, image.width).transpose(1, 0, 2)
 
-    The product is taken in float64 and rounded once to float32, the rest is float32.
+
+def _rescale_and_normalize(array: np.ndarray, factor: float, mean, std, out: np.ndarray) -> None:
+    """`out = (array * factor - mean) / std`, `[channels, H, W]` uint8 to float32, rounded as the stock processor rounds.
+
+    Stock takes the product in float64 and rounds it to float32; the rest is float32.
     """
-    planes = np.ascontiguousarray(array)  # channels last to planes while it is a quarter of the bytes
-    np.multiply(planes, factor, out=out, dtype=np.float64, casting="same_kind")
-    channels = out.shape[0]
+    channels = len(out)
     for name, values in (("image_mean", mean), ("image_std", std)):
         if isinstance(values, Sequence) and len(values) != channels:
             raise ValueError(
@@ -276,9 +284,23 @@ def _rescale_and_normalize(array: np.ndarray, factor: float, mean, std, out: np.
             )
     mean = np.broadcast_to(np.asarray(mean, dtype=np.float32), (channels,))
     std = np.broadcast_to(np.asarray(std, dtype=np.float32), (channels,))
-    for plane, plane_mean, plane_std in zip(out, mean, std):
+    divisor = _exact_divisor(factor)
+    for plane, values, plane_mean, plane_std in zip(out, array, mean, std):
+        if divisor is None:
+            np.multiply(values, factor, out=plane, dtype=np.float64, casting="same_kind")
+        else:
+            np.divide(values, divisor, out=plane)
         plane -= plane_mean
         plane /= plane_std
+
+
+@functools.lru_cache(maxsize=8)
+def _exact_divisor(factor: float) -> np.float32 | None:
+    """A float32 by which to divide the 256 values gives what stock gives; `1/255` has one: 255. It is four times faster."""
+    values = np.arange(256)
+    divisor = np.float32(1 / factor) if factor else np.float32(np.inf)
+    exact = (values * np.float64(factor)).astype(np.float32)
+    return divisor if np.array_equal(exact, values.astype(np.float32) / divisor) else None
 
 
 __all__ = ["LlavaImageProcessor"]

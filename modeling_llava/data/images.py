@@ -15,6 +15,9 @@ from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSam
 
 
 _ORIENTATION = 0x0112  # EXIF tag
+# A picture this long would take gigabytes once it is padded to a square or resized by its shorter side.
+_LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
+_LONGEST_RATIO = 1_000
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
@@ -51,6 +54,7 @@ def load_image(
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
         with Image.open(source) as image:
+            _check_size(image)
             return _upright_rgb(image)
     except MemoryError:
         raise
@@ -76,6 +80,7 @@ def read_image_size(
         return source.size
     try:
         with Image.open(source) as image:
+            _check_size(image)
             size = image.size
             if image.format == "JPEG" and not _ends_as_jpeg(source):
                 image.load()
@@ -228,6 +233,12 @@ def _ends_as_jpeg(source: Any) -> bool:
     with open(source, "rb") as file:
         file.seek(max(0, os.path.getsize(source) - 4096))
         return b"\xff\xd9" in file.read()
+
+
+def _check_size(image: Image.Image) -> None:
+    short, long = sorted(image.size)
+    if long > _LONGEST_SIDE or long > _LONGEST_RATIO * short:
+        raise ValueError(f"{image.width}×{image.height} pixels are too long and thin to be a picture")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -252,6 +252,16 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     fails(CORRUPT_IMAGE, "more pixels than Pillow opens", "a.png", tmp_path)
 
 
+@pytest.mark.parametrize("size", [(1, 1001), (70000, 80)])
+def test_pictures_whose_square_or_resize_would_fill_the_memory(size, tmp_path):
+    Image.new("L", size).save(tmp_path / "a.png")
+    fails(CORRUPT_IMAGE, f"{size[0]}×{size[1]} pixels are too long and thin", "a.png", tmp_path)
+    with pytest.raises(BadSampleError, match="too long and thin"):
+        read_image_size("a.png", tmp_path)
+    Image.new("L", (1, 1000)).save(tmp_path / "b.png")
+    assert load_image("b.png", tmp_path).size == (1, 1000)
+
+
 def test_values_without_a_meaning():
     values = np.linspace(-3, 900, 1200, dtype=np.float32).reshape(30, 40)
     fails(CORRUPT_IMAGE, "from -3 to 900", encoded(Image.fromarray(values), "TIFF"))
