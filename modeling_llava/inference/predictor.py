@@ -33,7 +33,8 @@ class Answer:
         id: The sample's.
         text (`str`): Without end token and stop string, stripped.
         num_tokens (`int`): Tokens of the answer, its end token included.
-        finish_reason (`str`): `"stop"`, or `"length"` if it was cut at `max_new_tokens`.
+        finish_reason (`str`): `"stop"`, or `"length"` if it was cut at `max_new_tokens`; `"broken off"` if its stream was
+            closed before its end.
     """
 
     id: Any
@@ -125,6 +126,7 @@ class LlavaPredictor:
         self._cache.clear()
         self._images: _EncodedImages | None = None
         self._num_images: int | None = None
+        self.last_answer: Answer | None = None
         self.forget_history()
 
     def forget_history(self) -> None:
@@ -197,8 +199,15 @@ class LlavaPredictor:
         """
         As [`ask`] with one question; yields the answer's text piece by piece, as it grows. With `keep_history` the turn
         is kept once the last piece has been taken; an answer that is broken off leaves the conversation as it was.
+
+        What was streamed, its number of tokens and why it ended are in `last_answer` afterwards.
         """
         return self._stream(question, keep_history, settings)[1]
+
+    def prompt_length(self, question: str, *, keep_history: bool = False) -> int:
+        """Tokens of the prompt that [`ask`] would answer, image tokens included; nothing is computed."""
+        turns = [*self.history, (question, None)] if keep_history else [(question, None)]
+        return len(encode_prompt(self._messages(turns, self._num_images or 0), self.processor))
 
     def _stream(self, question: str, keep_history: bool, settings: dict) -> tuple[Row, Iterator[str]]:
         turns = [*self.history, (question, None)] if keep_history else [(question, None)]
@@ -208,17 +217,20 @@ class LlavaPredictor:
 
     def _pieces(self, row: Row, question: str, settings: DecodingSettings) -> Iterator[str]:
         shown = ""
-        for _ in self.decoder.run([row], settings, batch_size=1):
-            text = self._text(row, settings)
-            # The beginning of a stop string, or half a character, may still change.
-            held = text.endswith("\N{REPLACEMENT CHARACTER}") or any(
-                text.endswith(stop[:end]) for stop in settings.stop_strings for end in range(1, len(stop))
-            )
-            if row.finish_reason is None and held:
-                continue
-            if len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
+        try:
+            for _ in self.decoder.run([row], settings, batch_size=1):
+                text = self._text(row, settings)
+                # The beginning of a stop string, or half a character, may still change.
+                held = text.endswith("\N{REPLACEMENT CHARACTER}") or any(
+                    text.endswith(stop[:end]) for stop in settings.stop_strings for end in range(1, len(stop))
+                )
+                if row.finish_reason is None and held:
+                    continue
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                    shown = text
+        finally:
+            self.last_answer = Answer(row.id, shown, len(row.tokens), row.finish_reason or "broken off")
         if row.keep:
             self.history.append((question, self._text(row, settings)))
             self._past = join(row.kept) if row.kept else None

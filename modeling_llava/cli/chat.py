@@ -1,0 +1,86 @@
+"""`llava chat MODEL`: talk to a model about pictures, in the terminal or from a script."""
+
+import argparse
+
+
+EPILOG = """\
+examples:
+  llava chat llava-hf/llava-1.5-7b-hf --load-in-4bit --image street.jpg
+  llava chat runs/my-adapter
+  echo "What is written on the sign?" | llava chat MODEL --image sign.jpg
+Drag a picture into the terminal, or paste its path or URL, to talk about it. /help tells the rest.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="PATH",
+        help="picture to begin with: path or URL (repeatable: several at once)",
+    )
+    add_loading_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (default: 512)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the likeliest answer (default); 0.2 to 1: more varied",
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from so many likeliest tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws, for the same answers again")
+    parser.add_argument("--no-history", action="store_true", help="do not remember questions in ~/.llava_history")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `chat` and `web` need to load a model of any kind."""
+    parser.add_argument("--adapter", metavar="PATH", help="adapter to put on MODEL")
+    parser.add_argument("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 language model: 7B in about 5 GB")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"])
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu (default: the accelerator, if any)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
+
+
+def load_from_arguments(args: argparse.Namespace):
+    """The model and its processor; how long it took is said on stderr."""
+    import sys
+    import time
+
+    from ..inference import load_model
+
+    print(f"Loading {args.model} …", file=sys.stderr)
+    begun = time.perf_counter()
+    names = ("dtype", "device", "load_in_4bit", "adapter", "base", "revision")
+    model, processor = load_model(args.model, **{name: getattr(args, name) for name in names})
+    how = "4-bit" if args.load_in_4bit else str(model.dtype).removeprefix("torch.")
+    print(f"Ready in {time.perf_counter() - begun:.1f} s ({model.device.type}, {how}).", file=sys.stderr)
+    return model, processor
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..inference.chat import Chat
+    from ..inference.decoding import DecodingSettings
+    from ..inference.pictures import read_picture
+    from ..inference.predictor import LlavaPredictor
+    from .chat_terminal import Terminal
+
+    settings = {"max_new_tokens": args.max_new_tokens}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    elif args.temperature < 0:
+        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}.")
+    elif args.top_p is not None or args.top_k is not None:
+        raise ValueError("--top-p and --top-k draw an answer, so they need --temperature above 0, such as 0.7.")
+    DecodingSettings(**settings)  # a mistake is found before the model is loaded, and so is a wrong path
+    pictures = [read_picture(reference) for reference in args.image or []]
+    model, processor = load_from_arguments(args)
+    chat = Chat(LlavaPredictor(model, processor, system=args.system), seed=args.seed, **settings)
+    terminal = Terminal(chat, name=args.model, remember=not args.no_history)
+    return terminal.run(pictures)

@@ -1,0 +1,237 @@
+"""A conversation about pictures as a person has it: stop an answer, ask again, begin anew, keep what was said."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .pictures import Picture
+from .predictor import LlavaPredictor
+
+
+@dataclass
+class Conversation:
+    """Pictures, and what was said about them so far. A stopped answer counts as far as it went."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    The latest answer in numbers.
+
+    Attributes:
+        num_tokens (`int`), seconds (`float`): Of the whole answer.
+        first_token_seconds (`float`): From the question to the first visible piece.
+        finish_reason (`str`): As in [`~modeling_llava.inference.Answer`].
+        prompt_tokens (`int`): Of the question and all before it, image tokens included.
+    """
+
+    num_tokens: int
+    seconds: float
+    first_token_seconds: float
+    finish_reason: str
+    prompt_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first piece, which waits for the prompt."""
+        waited = self.seconds - self.first_token_seconds
+        return (self.num_tokens - 1) / waited if waited > 0 and self.num_tokens > 1 else 0.0
+
+
+class Chat:
+    """
+    One person's conversation over a [`LlavaPredictor`]. Pictures are encoded once and stay encoded over all turns.
+
+    Args:
+        predictor ([`LlavaPredictor`]): This chat's own; several may share a model.
+        lock (context manager, *optional*):
+            Held while the model computes, a token at a time: chats that share a model in threads take turns.
+        seed (`int`, *optional*): Of the first sampled answer; each further one takes the next. Random by default.
+        settings: Fields of [`~modeling_llava.inference.DecodingSettings`] for every answer.
+    """
+
+    def __init__(
+        self,
+        predictor: LlavaPredictor,
+        *,
+        lock: AbstractContextManager | None = None,
+        seed: int | None = None,
+        **settings,
+    ):
+        self.predictor, self.settings = predictor, settings
+        self.lock = lock or contextlib.nullcontext()
+        self.seeds = itertools.count(random.randrange(2**31) if seed is None else seed)
+        self.conversation = Conversation()
+        self.statistics: Statistics | None = None
+        self._stop = False
+        self._busy = threading.Lock()
+        self._encoded = False  # whether the predictor holds the conversation's pictures
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the language model was made for."""
+        return getattr(self.predictor.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def show(self, pictures: list[Picture]) -> None:
+        """Begins a conversation about these pictures (none: about text alone), and encodes them."""
+        with self.lock:
+            self.predictor.set_image([picture.image for picture in pictures])
+        self._encoded = True
+        self.conversation = Conversation(list(pictures))
+
+    def reset(self) -> None:
+        """Begins a new conversation about the same pictures."""
+        self.conversation = Conversation(self.conversation.pictures)
+
+    def release(self) -> None:
+        """Frees what the predictor holds; the conversation goes on all the same, its pictures are encoded again."""
+        self.predictor.reset()
+        self._encoded = False
+
+    def stop(self) -> None:
+        """Ends the answer that another thread is streaming, after the token that is being computed."""
+        self._stop = True
+
+    def ask(self, question: str, **settings) -> Iterator[str]:
+        """
+        Streams the answer to a question and adds both to the conversation. An iterator that is closed early, or ended by
+        an exception, leaves the answer as far as it was streamed; without any text, the question is not kept either.
+
+        Raises:
+            ValueError: an empty question, one while another is being answered, or a conversation that has become longer
+                than the language model can take.
+        """
+        if not question.strip():
+            raise ValueError("The question is empty.")
+        return self._pieces(question, self.conversation.turns.copy(), {**self.settings, **settings})
+
+    def retry(self, **settings) -> Iterator[str]:
+        """
+        Answers the latest question anew, in the place of the answer before.
+
+        Raises:
+            ValueError: nothing was asked yet; and as [`ask`].
+        """
+        if not self.conversation.turns:
+            raise ValueError("Nothing was asked yet.")
+        *before, (question, _) = self.conversation.turns
+        return self._pieces(question, before, {**self.settings, **settings})
+
+    def _pieces(self, question: str, before: list[tuple[str, str]], settings: dict) -> Iterator[str]:
+        if not self._busy.acquire(blocking=False):
+            raise ValueError("One question at a time: the answer before is still being written.")
+        self._stop = False
+        conversation, predictor, begun = self.conversation, self.predictor, time.perf_counter()
+        answer, first, prompt_tokens, stream = "", None, 0, None
+        predictor.last_answer = None
+        try:
+            with self.lock:
+                if not self._encoded:
+                    predictor.set_image([picture.image for picture in conversation.pictures])
+                    self._encoded = True
+                predictor.history = before.copy()
+                prompt_tokens = predictor.prompt_length(question, keep_history=True)
+                settings = self._fit(prompt_tokens, {"seed": next(self.seeds), **settings})
+                stream = predictor.stream(question, keep_history=True, **settings)
+            while not self._stop:
+                with self.lock:
+                    piece = next(stream, None)
+                if piece is None:
+                    break
+                first = first or time.perf_counter() - begun
+                answer += piece
+                yield piece
+        finally:
+            if stream is not None:
+                stream.close()
+            seconds, last = time.perf_counter() - begun, predictor.last_answer
+            self.statistics = Statistics(
+                last.num_tokens if last else 0,
+                seconds,
+                first or seconds,
+                last.finish_reason if last else "broken off",
+                prompt_tokens,
+            )
+            if answer:
+                conversation.turns[:] = [*before, (question, answer)]
+            self._busy.release()
+
+    def _fit(self, prompt_tokens: int, settings: dict) -> dict:
+        """Room for the answer within the tokens that the language model was made for."""
+        room = None if self.max_length is None else self.max_length - prompt_tokens
+        if room is None:
+            return settings
+        if room < 1:
+            raise ValueError(
+                f"The conversation is {prompt_tokens:,} tokens long, and the model takes {self.max_length:,}. Begin a new "
+                "one about the same picture with a reset."
+            )
+        wanted = settings.get("max_new_tokens", self.predictor.settings.max_new_tokens)
+        return {**settings, "max_new_tokens": min(wanted, room)}
+
+
+def save_transcript(conversations: list[Conversation], path: str | os.PathLike, model: str = "") -> Path:
+    """
+    Write conversations to a file, whole or not at all.
+
+    A name that ends in `.json` gets rows of `messages` and `images`, which `llava data check` and `llava train` read;
+    any other name gets Markdown.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: there is nothing to write.
+    """
+    told = [conversation for conversation in conversations if conversation.turns]
+    if not told:
+        raise ValueError("Nothing was said yet, so there is nothing to save.")
+    path = Path(path).expanduser()
+    text = _as_rows(told) if path.suffix.lower() == ".json" else _as_markdown(told, model)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        beside.write_text(text, "utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _as_rows(conversations: list[Conversation]) -> str:
+    rows = []
+    for number, conversation in enumerate(conversations, start=1):
+        messages = []
+        for turn, (question, answer) in enumerate(conversation.turns):
+            images = [{"type": "image"} for _ in conversation.pictures] if turn == 0 else []
+            messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        names = [_absolute(picture.name) for picture in conversation.pictures]
+        rows.append({"id": f"chat-{number}", "messages": messages, "images": names})
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def _as_markdown(conversations: list[Conversation], model: str) -> str:
+    lines = [f"# A conversation with {model}" if model else "# A conversation", ""]
+    for conversation in conversations:
+        names = ", ".join(f"`{picture.name}`" for picture in conversation.pictures)
+        lines += [f"## About {names}" if names else "## Without a picture", ""]
+        for question, answer in conversation.turns:
+            quoted = "\n".join(f"> {line}".rstrip() for line in question.splitlines())
+            lines += [quoted, "", answer, ""]
+    return "\n".join(lines)
+
+
+__all__ = ["Chat", "Conversation", "Statistics", "save_transcript"]

@@ -1,0 +1,148 @@
+"""What a person types, pastes or drags where a picture is asked for: paths in every terminal's spelling, and URLs."""
+
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPException
+
+from PIL import Image
+
+from ..data.images import load_image
+from ..data.schema import BadSampleError
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+MAX_DOWNLOAD_BYTES = 50 * 2**20
+DOWNLOAD_TIMEOUT = 20
+"""Seconds without a byte from the server."""
+
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what the person calls it.
+
+    Attributes:
+        name (`str`): Path or URL; for an upload, the file's name.
+        image (`PIL.Image.Image`): Upright, RGB.
+    """
+
+    name: str
+    image: Image.Image
+
+
+def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:
+    """
+    The paths and URLs of a line, as terminals and file managers write them when a file is dragged or pasted.
+
+    Quotes, `file://` URLs, PowerShell's `& '…'` and `~` are taken off; `\\ ` is a space, but a backslash in a Windows path
+    is a backslash. A line that is the path of a file as it stands is one path, whatever it holds.
+
+    Args:
+        text (`str`): One line.
+        windows (`bool`, *optional*): Whether every backslash parts folders; by default, as on this machine.
+
+    Example:
+
+    ```python
+    >>> split_references(r"'my cat.jpg' /home/me/a\\ dog.png file:///home/me/a%20bird.png")
+    ['my cat.jpg', '/home/me/a dog.png', '/home/me/a bird.png']
+    ```"""
+    text = text.strip().removeprefix("& ").strip()
+    if os.path.isfile(_clean(text)):
+        return [_clean(text)]
+    words, word, quote, begun = [], "", "", False
+    characters = iter(text)
+    for character in characters:
+        if quote:
+            quote, word = ("", word) if character == quote else (quote, word + character)
+        elif character in "'\"":
+            quote, begun = character, True
+        elif character.isspace():
+            if begun:
+                words.append(word)
+            word, begun = "", False
+        elif character == "\\" and not windows and not re.match(r"[A-Za-z]:", word):
+            word, begun = word + next(characters, "\\"), True
+        else:
+            word, begun = word + character, True
+    if quote:  # an apostrophe in a name
+        return [_clean(part) for part in text.split()]
+    return [_clean(part) for part in [*words, word] if part]
+
+
+def are_pictures(text: str) -> bool:
+    """
+    Whether a line holds nothing but pictures, so that it need not be asked about: URLs, files with a picture's ending,
+    or paths (with a folder) that end as a picture's would.
+    """
+    if "\n" in text.strip():
+        return False
+    references = split_references(text)
+    return bool(references) and all(
+        is_url(reference)
+        or reference.lower().endswith(SUFFIXES)
+        and (os.path.isfile(reference) or os.path.dirname(reference) or _DRIVE.match(reference))
+        for reference in references
+    )
+
+
+def is_url(reference: str) -> bool:
+    return reference.lower().startswith(("http://", "https://"))
+
+
+def read_picture(reference: str) -> Picture:
+    """
+    Read one picture from a path or an `http(s)` URL.
+
+    Raises:
+        ValueError: it is not there, not a picture, damaged, too large, or cannot be downloaded; in one line.
+    """
+    try:
+        return Picture(reference, load_image(_download(reference) if is_url(reference) else reference))
+    except BadSampleError as error:
+        raise ValueError(_about(reference, error.message)) from None
+
+
+def _about(reference: str, message: str) -> str:
+    """The collator's sentence about a sample, as one about a file."""
+    for name in (repr(reference), "an embedded image"):
+        found = message.removeprefix(f"has the image {name}, which ")
+        if found != message:
+            here = f" (looked in {os.getcwd()})" if found == "is not there." and not os.path.isabs(reference) else ""
+            return f"{reference} {found.rstrip('.')}{here}."
+    return f"{reference}: {message}"
+
+
+def _download(url: str) -> bytes:
+    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # names are typed as they are read
+    try:
+        request = urllib.request.Request(quoted, headers={"User-Agent": "modeling-llava", "Accept": "image/*,*/*"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url} cannot be downloaded: the server says {error.code} ({error.reason}).") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"{url} cannot be downloaded: {getattr(error, 'reason', None) or error}.") from None
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB. Download it and make it smaller.")
+    return content
+
+
+def _clean(word: str) -> str:
+    if len(word) > 1 and word[0] == word[-1] and word[0] in "'\"":
+        word = word[1:-1]
+    if word.lower().startswith("file://"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(word.replace("\\", "/")).path)
+        word = path[1:] if re.match(r"/[A-Za-z]:", path) else path
+    word = os.path.expanduser(word)
+    if os.name != "nt" and _DRIVE.match(word) and os.path.isdir(f"/mnt/{word[0].lower()}"):  # Linux under Windows
+        word = f"/mnt/{word[0].lower()}/" + word[3:].replace("\\", "/")
+    return word
+
+
+__all__ = ["Picture", "are_pictures", "is_url", "read_picture", "split_references"]

@@ -1,0 +1,232 @@
+"""`llava chat`: from a script on stdin, and at a real (pseudo) terminal."""
+
+import io
+import json
+import os
+import select
+import sys
+import time
+
+import pytest
+from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+
+from modeling_llava.cli.main import main
+
+
+ASK = ["--max-new-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    processor = tiny_processor()
+    return tiny_llava(processor, max_position_embeddings=4096), processor
+
+
+@pytest.fixture(scope="module")
+def folder(model_and_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    for part in model_and_processor:
+        part.save_pretrained(folder)
+    for number in (1, 2):
+        picture(number).save(folder.parent / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(lines, arguments)` runs the command with lines on stdin; returns exit code, stdout's lines, stderr."""
+
+    def run(lines, arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        code = main(["chat", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err
+
+    return run
+
+
+def answer(model_and_processor, question, images, earlier=(), length=8):
+    return generated(*model_and_processor, [*earlier, user_turn(question, images)], length)
+
+
+def test_a_script_gets_answers_on_stdout_and_all_else_on_stderr(script, folder, model_and_processor):
+    first, second = folder.parent / "1.png", folder.parent / "2.png"
+    lines = ["What is it?", "Why?", f"/image {second}", "What is it?", f"'{first}' {second}", "Both?"]
+    code, out, err = script(lines, [folder, "--image", first, *ASK])
+    a = answer(model_and_processor, "What is it?", [picture(1)])
+    earlier = [user_turn("What is it?", [picture(1)]), assistant_turn(a)]
+    b = generated(*model_and_processor, [*earlier, user_turn("Why?")], 8)
+    c = answer(model_and_processor, "What is it?", [picture(2)])
+    d = answer(model_and_processor, "Both?", [picture(1), picture(2)])
+    assert code == 0 and out == [a, b, c, d]
+    assert "8 tokens" in err and "per second" in err and f"About {first} (40×30)." in err
+    assert "Loading" in err and "Ready" in err
+
+
+def test_commands(script, folder, tmp_path, model_and_processor):
+    image = folder.parent / "1.png"
+    lines = ["What is it?", "/retry", "/reset", "What is it?", "/image", "/image none", "What is it?", "/help"]
+    lines += [f"/save {tmp_path}/chat.json", f"/save {tmp_path}/chat.json", "/quit", "never asked"]
+    code, out, err = script(lines, [folder, "--image", image, *ASK])
+    a = answer(model_and_processor, "What is it?", [picture(1)])
+    assert code == 0 and out == [a, a, a, answer(model_and_processor, "What is it?", [])]
+    assert "A new conversation. About" in err and "About no picture." in err and "/save FILE" in err
+    rows = json.loads((tmp_path / "chat.json").read_text())
+    assert [len(row["messages"]) for row in rows] == [2, 2, 2]
+    assert [row["images"] for row in rows] == [[str(image)], [str(image)], []]
+
+
+def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_path, model_and_processor):
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
+    (tmp_path / "precious.md").write_text("mine")
+    image = folder.parent / "1.png"
+    lines = ["/image nowhere.png", f"{tmp_path}/cut.jpg", "/nonsense", "/save", f"/save {tmp_path}/precious.md", "/retry"]
+    code, out, err = script([*lines, "What is it?"], [folder, "--image", image, *ASK])
+    assert code == 1 and out == [answer(model_and_processor, "What is it?", [picture(1)])]
+    mistakes = [line for line in err.splitlines() if not line.startswith(("Loading", "Ready", "About", "8 tokens"))]
+    begins = ["nowhere.png is not there", f"{tmp_path}/cut.jpg ", "There is no command /nonsense", "Where to?"]
+    begins += [f"{tmp_path}/precious.md exists", "Nothing was asked yet"]
+    mistakes = [line for line in mistakes if line and "Loading weights" not in line]
+    assert [line[: len(begin)] for line, begin in zip(mistakes, begins)] == begins and len(mistakes) == len(begins)
+    assert f"Still about {image}" in mistakes[0]
+    assert (tmp_path / "precious.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/nowhere/model"], "neither a folder nor the name"),
+        (["MODEL", "--image", "nowhere.png"], "nowhere.png is not there"),
+        (["MODEL", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["MODEL", "--top-p", "0.9"], "need --temperature above 0"),
+        (["MODEL", "--temperature", "1", "--top-p", "3"], "top_p must be"),
+        (["MODEL", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["MODEL", "--adapter", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(script, folder, arguments, message):
+    code, out, err = script([], [str(folder) if word == "MODEL" else word for word in arguments])
+    assert code == 2 and out == []
+    assert err.splitlines()[-1].startswith("llava chat: error:") and message in err.splitlines()[-1]
+
+
+def test_sampling_is_repeatable_by_its_seed(script, folder):
+    arguments = [folder, "--image", folder.parent / "1.png", *ASK, "--temperature", "3"]
+    first = script(["What is it?", "/retry"], [*arguments, "--seed", "1"])[1]
+    assert script(["What is it?", "/retry"], [*arguments, "--seed", "1"])[1] == first
+    assert first[0] != first[1]
+    assert script(["What is it?", "/retry"], [*arguments, "--seed", "7"])[1] != first
+
+
+def test_adapter_folder_adapter_option_and_merged_model_answer_alike(script, folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    from modeling_llava.training import merge_adapter
+
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    lines, arguments = ["What is it?"], ["--image", folder.parent / "1.png", *ASK]
+    answers = [
+        script(lines, [*model, *arguments])[1]
+        for model in ([tmp_path / "adapter"], [folder, "--adapter", tmp_path / "adapter"], [tmp_path / "merged"])
+    ]
+    assert answers[0] == answers[1] == answers[2] != script(lines, [folder, *arguments])[1]
+
+
+@pytest.mark.slow
+def test_four_bit_model_answers_as_the_predictor_over_it(script, folder):
+    pytest.importorskip("bitsandbytes")
+    from modeling_llava.inference import LlavaPredictor
+
+    predictor = LlavaPredictor.from_pretrained(folder, load_in_4bit=True)
+    predictor.set_image(folder.parent / "1.png")
+    code, out, err = script(["What is it?"], [folder, "--load-in-4bit", "--image", folder.parent / "1.png", *ASK])
+    assert code == 0 and out == [predictor.ask("What is it?", max_new_tokens=8)]
+    assert "4-bit" in err
+
+
+# At a terminal
+
+
+class PseudoTerminal:
+    """A child process at a terminal of its own, what it wrote, and what is typed."""
+
+    def __init__(self, arguments, environment):
+        import pty
+
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, "-m", "modeling_llava.cli.main", *arguments], environment)
+        self.output = ""
+        self.seen = 0
+
+    def wait_for(self, text, seconds=240):
+        """Reads on until `text` appears after what was waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.output[self.seen :]:
+            if not select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise AssertionError(f"no {text!r} within {seconds} s; the terminal shows: {self.output[-2000:]!r}")
+            try:
+                piece = os.read(self.descriptor, 65536)
+            except OSError:  # the child has left
+                piece = b""
+            if not piece:
+                raise AssertionError(f"left without {text!r}: {self.output[-2000:]!r}")
+            self.output += piece.decode(errors="replace")
+            if "\x1b[6n" in piece.decode(errors="replace"):  # asks where the cursor is
+                os.write(self.descriptor, b"\x1b[1;1R")
+        self.seen = self.output.index(text, self.seen) + len(text)
+
+    def type(self, text):
+        os.write(self.descriptor, text.encode())
+
+    def exit_code(self):
+        try:
+            while os.read(self.descriptor, 65536):
+                pass
+        except OSError:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudo terminal is needed")
+@pytest.mark.parametrize("prompt_toolkit", [True, False])
+def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor):
+    image = folder.parent / "1.png"
+    hide = tmp_path / "hide"
+    hide.mkdir()
+    if prompt_toolkit:
+        pytest.importorskip("prompt_toolkit")
+    else:
+        (hide / "prompt_toolkit.py").write_text("raise ImportError")
+    environment = {**os.environ, "HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(hide), "COLUMNS": "100"}
+    terminal = PseudoTerminal(["chat", str(folder), "--max-new-tokens", "3000"], environment)
+    terminal.wait_for("/help tells the rest")
+    terminal.type(f"'{image}'\r")  # as a terminal pastes a dragged file
+    terminal.wait_for("(40×30)")
+    terminal.type("What is it?\r")
+    terminal.wait_for(answer(model_and_processor, "What is it?", [picture(1)], length=4)[:8])
+    terminal.type("\x03")
+    terminal.wait_for("Stopped.")
+    terminal.type(f"/save {tmp_path}/chat.md\r")
+    terminal.wait_for("Written")
+    terminal.type("\x1b[A\x1b[A\r")  # the line before the last one: asked again, with the history
+    terminal.wait_for("What is it?")
+    time.sleep(1)
+    terminal.type("\x03")
+    terminal.wait_for("Stopped.")
+    terminal.type("\x03")
+    assert terminal.exit_code() == 0
+    saved = (tmp_path / "chat.md").read_text()
+    whole = answer(model_and_processor, "What is it?", [picture(1)], length=60)
+    said = saved.split("> What is it?\n\n")[1].strip()
+    assert said and (said.startswith(whole) or whole.startswith(said))
+    if prompt_toolkit:
+        history = tmp_path / ".llava_history"
+        assert "What is it?" in history.read_text() and history.stat().st_mode & 0o077 == 0
+    assert "Traceback" not in terminal.output
