@@ -79,7 +79,8 @@ def read_questions(
     read: dict[str, Question] = {}
     for number, row in enumerate(read_jsonl(questions), 1):
         place = f"{questions}, row {number},"
-        question_id, image = _id(row, place), _text(row, "image", place)
+        question_id = _id(row, place)
+        image, category, text = (_text(row, key, place) for key in ("image", "category", "text"))
         if image not in context_of:
             raise ValueError(f"{place} has the image {image!r}, for which {contexts} has no context.")
         if references is not None and question_id not in reference_of:
@@ -87,15 +88,8 @@ def read_questions(
         if question_id in read:
             raise ValueError(f"{place} has the question_id {question_id} of an earlier row.")
         context, has_boxes = context_of[image]
-        read[question_id] = Question(
-            question_id,
-            image,
-            _text(row, "category", place),
-            _text(row, "text", place),
-            context,
-            has_boxes,
-            reference_of.get(question_id),
-        )
+        reference = reference_of.get(question_id)
+        read[question_id] = Question(question_id, image, category, text, context, has_boxes, reference)
     if not read:
         raise ValueError(f"{questions} has no question.")
     return list(read.values())

@@ -1,0 +1,197 @@
+"""Answers that survive a kill, shards, folders that never mix two runs; and what a run costs in memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_predictor import picture, user_turn
+
+from modeling_llava.evaluation.answering import AnswerFolder, Shard, check_images, check_samples
+from modeling_llava.inference.predictor import Answer
+
+
+def samples_of(number, images=0):
+    paths = [f"{n % images}.png" if images else None for n in range(number)]
+    return [
+        {"id": str(n), "messages": [user_turn(f"Question {n}?")], "images": [path] if path else []}
+        for n, path in enumerate(paths)
+    ]
+
+
+def answer_all(samples):
+    for sample in samples:
+        yield Answer(sample["id"], f"answer {sample['id']}", 3, "stop")
+
+
+def test_answers_are_gone_on_with(tmp_path):
+    folder = AnswerFolder(tmp_path, {"benchmark": "x"})
+    asked = []
+
+    def until_killed(samples):
+        for answer in answer_all(samples):
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            asked.append(answer.id)
+            yield answer
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(samples_of(10), Shard(), until_killed, progress=False)
+    assert set(folder.answers()) == {"0", "1", "2", "3"}
+    again = AnswerFolder(tmp_path, {"benchmark": "x"})
+    again.run(samples_of(10), Shard(), lambda samples: answer_all(asked.append(samples) or samples), progress=False)
+    assert [sample["id"] for sample in asked[-1]] == [str(n) for n in range(4, 10)]
+    assert {i: row["text"] for i, row in again.answers().items()} == {str(n): f"answer {n}" for n in range(10)}
+    again.run(samples_of(10), Shard(), lambda samples: pytest.fail("everything is answered"), progress=False)
+
+
+def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
+    folder = AnswerFolder(tmp_path, {})
+    folder.run(samples_of(3), Shard(), answer_all, progress=False)
+    whole = (tmp_path / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(whole[:-9])
+    assert set(folder.answers()) == {"0", "1"}
+    assert (tmp_path / "answers.jsonl").read_bytes() == whole[
+        :-9
+    ]  # reading changes nothing: another process may write
+    folder.run(samples_of(3), Shard(), answer_all, progress=False)
+    assert (tmp_path / "answers.jsonl").read_bytes() == whole
+    (tmp_path / "answers.jsonl").write_bytes(b"{broken}\n" + whole)
+    with pytest.raises(ValueError, match="answers.jsonl has a line that is not JSON"):
+        folder.answers()
+
+
+def test_folder_keeps_to_one_run(tmp_path):
+    AnswerFolder(tmp_path, {"model": {"name": "a", "fingerprint": "1"}, "settings": {"limit": 3}})
+    with pytest.raises(ValueError, match='another run: model.name was "a", is "b"; settings.limit was 3, is null'):
+        AnswerFolder(tmp_path, {"model": {"name": "b", "fingerprint": "1"}, "settings": {}})
+
+
+def test_shards_part_the_samples_and_keep_images_together():
+    samples = samples_of(20, images=7)
+    parts = [Shard(i, 3).select(samples) for i in range(3)]
+    assert sorted(int(sample["id"]) for part in parts for sample in part) == list(range(20))
+    images = [{sample["images"][0] for sample in part} for part in parts]
+    assert not (images[0] & images[1] or images[1] & images[2] or images[0] & images[2])
+    order = [sample["images"][0] for sample in parts[0]]
+    assert order == sorted(order, key=order.index)  # the same ones next to each other
+    assert max(map(len, parts)) - min(map(len, parts)) <= 3
+
+
+def test_shard_of_the_command_line_and_of_the_environment(monkeypatch):
+    assert (Shard.parse("2/4").index, Shard.parse("2/4").count) == (1, 4)
+    assert Shard.parse(None).count == 1
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (Shard.parse(None).index, Shard.parse(None).file_name) == (3, "answers.4-of-8.jsonl")
+    for text, message in (
+        ("0/4", "no shard 0 of 4"),
+        ("5/4", "no shard 5 of 4"),
+        ("1", "number/count"),
+        ("a/b", "number/"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Shard.parse(text)
+
+
+def test_samples_and_images_are_checked_first(tmp_path):
+    with pytest.raises(ValueError, match="no sample"):
+        check_samples([])
+    with pytest.raises(ValueError, match="Two samples have the id '1'"):
+        check_samples([{"id": "1"}, {"id": "1"}])
+    picture(0).save(tmp_path / "0.png")
+    with pytest.raises(FileNotFoundError, match=r"4 of 5 images are not there in .*: 1.png, 2.png, 3.png, …"):
+        check_images(samples_of(20, images=5), tmp_path)
+    check_images(samples_of(3), tmp_path)
+
+
+def test_one_process_scores_when_shards_end_together(tmp_path):
+    folder = AnswerFolder(tmp_path, {})
+    with folder.scoring() as first, AnswerFolder(tmp_path, {}).scoring() as second:
+        assert first and not second
+    with folder.scoring() as again:
+        assert again
+
+
+@pytest.fixture
+def pope_files(tmp_path):
+    for number in range(6):
+        picture(number).save(tmp_path / f"{number}.png")
+    rows = [{"question_id": n, "image": f"{n % 6}.png", "text": f"Is there a {n}?", "label": "yes"} for n in range(60)]
+    (tmp_path / "pope_random.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def command(files, model_folder, out, *more):
+    arguments = ["--questions", files / "pope_random.jsonl", "--images", files, "--out", out, "--dtype", "float32"]
+    arguments += ["--device", "cpu", "--batch-size", "2", "--max-new-tokens", "40", *more]
+    return [sys.executable, "-m", "modeling_llava.cli.main", "eval", "pope", *map(str, [model_folder, *arguments])]
+
+
+@pytest.mark.slow
+def test_killed_command_goes_on_and_gives_the_same(pope_files, model_folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=environment)
+    out = pope_files / "killed"
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(command(pope_files, model_folder, out), env=environment)
+        answers, before = out / "answers.jsonl", len((out / "answers.jsonl").read_bytes()) if kills else 0
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if answers.is_file() and len(answers.read_bytes()) > before + 200:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        assert not (out / "results.json").exists()
+    done = len(answers.read_bytes().splitlines())
+    assert 3 <= done < 60
+    subprocess.run(command(pope_files, model_folder, out), check=True, env=environment)
+    assert (out / "samples.jsonl").read_text() == (pope_files / "whole/samples.jsonl").read_text()
+    lines = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
+    assert len(lines) == len(set(lines)) == 60  # nothing is answered twice
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_launcher_share_the_work(pope_files, model_folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=os.environ)
+    out = pope_files / "shared"
+    processes = [
+        subprocess.Popen(command(pope_files, model_folder, out), env={**environment, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (out / "samples.jsonl").read_text() == (pope_files / "whole/samples.jsonl").read_text()
+    assert {path.name for path in Path(out).glob("answers*")} == {"answers.1-of-2.jsonl", "answers.2-of-2.jsonl"}
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_samples(model_folder):
+    """Resident memory after 10,000 answers is that after the first 1,000, each sample with an image of its own."""
+    import psutil
+
+    from modeling_llava.inference import LlavaPredictor, load_model
+
+    predictor = LlavaPredictor(*load_model(model_folder, device="cpu"))
+    process, at = psutil.Process(), {}
+
+    def samples():
+        for number in range(10_000):
+            question = f"What is {number}? " + "Why? " * (number % 7)
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            images = [picture(number, (20, 20))]
+            yield {"id": str(number), "messages": [{"role": "user", "content": content}], "images": images}
+
+    for number, _ in enumerate(predictor.answer_many(samples(), batch_size=16, max_new_tokens=3), 1):
+        if number % 1000 == 0:
+            at[number] = process.memory_info().rss
+    assert number == 10_000
+    assert at[10_000] < at[1_000] + 16 * 2**20, {k: v // 2**20 for k, v in at.items()}

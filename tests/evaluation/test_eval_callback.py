@@ -1,0 +1,73 @@
+"""Benchmarks during training: scores at every evaluation, and a run that is not changed by them."""
+
+import json
+
+import pytest
+import torch
+from tiny_predictor import picture, tiny_llava, tiny_processor
+from transformers import Trainer, TrainingArguments
+
+from modeling_llava.evaluation import pope, vqa
+from modeling_llava.evaluation.callback import EvaluationCallback
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    questions = [
+        {"id": f"random/{n}", "image": f"{n % 2}.png", "text": f"Is there a {n}?", "label": "no", "category": "random"}
+        for n in range(6)
+    ]
+    short = [{"id": "1", "image": "0.png", "text": "What?", "answers": ["cat"], "category": None}]
+    return [pope.make_benchmark(questions, tmp_path).first(4), vqa.make_benchmark(short, tmp_path)]
+
+
+def train(output, processor, callbacks, steps=4):
+    torch.manual_seed(1)
+    model = tiny_llava(processor).train()
+    rows = [processor(text="USER: Hi ASSISTANT: there you are", return_tensors="pt") for _ in range(8)]
+    data = [{"input_ids": row["input_ids"][0], "labels": row["input_ids"][0]} for row in rows]
+    arguments = TrainingArguments(
+        output, max_steps=steps, eval_strategy="steps", eval_steps=2, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True, seed=3, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:2], processing_class=processor, callbacks=callbacks
+    )
+    trainer.train()
+    return trainer
+
+
+def test_scores_are_metrics_of_every_evaluation(tmp_path, benchmarks):
+    processor = tiny_processor()
+    trainer = train(str(tmp_path / "run"), processor, [EvaluationCallback(benchmarks, max_new_tokens=3)])
+    logged = [entry for entry in trainer.state.log_history if "eval_pope_accuracy" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all(0 <= entry["eval_pope_accuracy"] <= 100 and "eval_vqa_exact_match" in entry for entry in logged)
+    lines = [json.loads(line) for line in (tmp_path / "run/benchmarks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and set(lines[0]["answers"]["pope"]) == {
+        f"random/{n}" for n in range(4)
+    }
+    assert "eval_pope_accuracy" in trainer.evaluate()  # where metric_for_best_model looks
+
+
+def test_training_is_the_same_with_and_without(tmp_path, benchmarks):
+    processor = tiny_processor()
+    with_scores = train(str(tmp_path / "a"), processor, [EvaluationCallback(benchmarks, max_new_tokens=3)])
+    without = train(str(tmp_path / "b"), processor, [])
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (with_scores, without)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    for first, second in zip(with_scores.model.parameters(), without.model.parameters()):
+        assert torch.equal(first, second)
+
+
+def test_modes_are_set_back(tmp_path, benchmarks):
+    processor = tiny_processor()
+    model = tiny_llava(processor).train()
+    model.model.vision_tower.eval()
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, processing_class=processor)
+    callback = EvaluationCallback(benchmarks[:1], max_new_tokens=2)
+    callback.on_evaluate(arguments, trainer.state, None, {}, model=model, processing_class=processor)
+    assert model.training and not model.model.vision_tower.training

@@ -1,0 +1,94 @@
+"""CIDEr and BLEU: kept libraries, against arithmetic by hand."""
+
+import json
+import math
+
+import pytest
+from tiny_predictor import picture
+
+from modeling_llava.cli.main import main
+from modeling_llava.evaluation.captions import read_captions, score, words_of
+from modeling_llava.evaluation.results import read_results
+
+
+pytest.importorskip("sacrebleu")
+pytest.importorskip("pycocoevalcap")
+
+
+def images_of(*captions):
+    return [{"id": f"{n}.png", "image": f"{n}.png", "captions": list(texts)} for n, texts in enumerate(captions)]
+
+
+def test_words_are_cut_without_punctuation():
+    assert words_of("A man's T-shirt, (red)!  ") == "a man's t-shirt red"
+
+
+def test_perfect_captions():
+    images = images_of(["a red cat sits here"], ["two blue birds fly away"])
+    scored = score(images, {"0.png": "A red cat sits here.", "1.png": "Two blue birds fly away!"})
+    # Every n-gram is in one of two images, so all weigh log 2; the cosine of a vector with itself is 1; CIDEr-D is 10.
+    assert [row["score"] for row in scored.rows] == pytest.approx([10.0, 10.0])
+    assert scored.scores["cider"]["value"] == pytest.approx(1000.0)
+
+
+def test_cider_by_hand():
+    """
+    Image 0: "red cat" against "red dog"; image 1 is there for the frequencies. One-grams: red and dog are in the
+    references of one image of two (weight log 2); cat in none: log 2 − log max(1, 0) = log 2. So both vectors are
+    (1, 1) · log 2 · ½, they share "red": cosine ½. Two-grams have nothing in common; there are no three- and four-grams.
+    CIDEr-D: 10 · (½ + 0 + 0 + 0) / 4 at equal lengths.
+    """
+    images = images_of(["red dog"], ["blue bird sings"])
+    scored = score(images, {"0.png": "red cat", "1.png": "something else"})
+    assert scored.rows[0]["score"] == pytest.approx(10 * 0.5 / 4)
+    assert scored.rows[1]["score"] == 0.0
+    # One word longer: the same cosine, over √3 words, times exp(−1 / (2 · 6²)).
+    scored = score(images, {"0.png": "red big cat", "1.png": "something else"})
+    cosine = 1 / (math.sqrt(3) * math.sqrt(2)) * math.exp(-1 / 72)
+    assert scored.rows[0]["score"] == pytest.approx(10 * cosine / 4)
+
+
+def test_bleu_by_hand():
+    """One-grams 5 of 5, two-grams 3 of 4, three-grams 2 of 3, four-grams 1 of 2; no brevity penalty: their geometric mean."""
+    images = images_of(["the cat sat on mats", "the cat sat on a mat"], ["x y z u v"])
+    scored = score(images[:1], {"0.png": "the cat sat on mat"})
+    assert scored.scores["bleu4"]["value"] == pytest.approx(100 * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert scored.scores["cider"]["value"] is None  # says nothing of a single image
+
+
+def test_images_with_different_numbers_of_captions():
+    images = images_of(["a red cat"], ["two birds", "two blue birds fly", "birds"])
+    scored = score(images, {"0.png": "a red cat", "1.png": "two blue birds fly"})
+    assert scored.rows[1]["score"] > 0 and scored.scores["bleu4"]["value"] > 50
+
+
+def test_forms_of_annotations(tmp_path):
+    coco = {
+        "images": [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 5, "caption": "A cat."}, {"image_id": 5, "caption": "One cat."}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(coco))
+    assert read_captions(tmp_path / "c.json") == [
+        {"id": "a.jpg", "image": "a.jpg", "captions": ["A cat.", "One cat."]}
+    ]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": ["A cat."]}))
+    assert read_captions(tmp_path / "c.jsonl")[0]["captions"] == ["A cat."]
+    for text in ("[]", "{", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}'):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match="c.json is not a COCO captions file"):
+            read_captions(tmp_path / "c.json")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": [""]}))
+    with pytest.raises(ValueError, match="a caption that is empty"):
+        read_captions(tmp_path / "c.jsonl")
+
+
+def test_command(tmp_path, model_folder):
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": f"{n}.png", "captions": [f"number {n}", "a thing"]}) for n in range(3)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    arguments = ["--annotations", tmp_path / "c.jsonl", "--images", tmp_path, "--out", tmp_path / "out"]
+    arguments += ["--max-new-tokens", "5", "--dtype", "float32", "--device", "cpu"]
+    assert main(["eval", "captions", str(model_folder), *map(str, arguments)]) == 0
+    results, rows = read_results(tmp_path / "out")
+    assert results["primary_score"] == "cider" and results["scores"]["bleu4"]["count"] == 3 == len(rows)

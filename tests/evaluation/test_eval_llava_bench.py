@@ -1,0 +1,214 @@
+"""LLaVA-Bench: its files, the whole command against a local endpoint, and the page."""
+
+import json
+import re
+
+import pytest
+from fault_server import FaultServer
+from tiny_predictor import picture
+
+from modeling_llava.cli.main import main
+from modeling_llava.evaluation.llava_bench import ask_references, published_rows, read_questions
+from modeling_llava.evaluation.published import LLAVA_BENCH_COCO
+from modeling_llava.evaluation.results import read_results
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Two pictures with three questions each, in the COCO form."""
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        picture(number).save(tmp_path / f"images/{number}.png")
+    categories = ["conv", "detail", "complex"]
+    write_lines(
+        tmp_path / "questions.jsonl",
+        [
+            {"question_id": n, "image": f"{n // 3}.png", "text": f"Question {n}?", "category": categories[n % 3]}
+            for n in range(6)
+        ],
+    )
+    write_lines(
+        tmp_path / "contexts.jsonl",
+        [
+            {
+                "id": str(n),
+                "image": f"{n}.png",
+                "captions": [f"Picture {n}.", "A cat."],
+                "instances": [{"category": "cat", "bbox": [0.1, 0.2, 0.3, 0.4]}],
+            }
+            for n in range(2)
+        ],
+    )
+    write_lines(tmp_path / "references.jsonl", [{"question_id": n, "text": f"Reference {n}."} for n in range(6)])
+    return tmp_path
+
+
+def files_of(bench, references="references.jsonl"):
+    return bench / "questions.jsonl", bench / "contexts.jsonl", references and bench / references
+
+
+def test_questions_contexts_and_references_are_joined(bench):
+    questions = read_questions(*files_of(bench))
+    assert len(questions) == 6 and questions[4].category == "detail" and questions[4].reference == "Reference 4."
+    assert questions[3].context == "Picture 1.\nA cat.\n\ncat: [0.1, 0.2, 0.3, 0.4]" and questions[3].has_boxes
+
+
+def test_published_files_are_read(shared):
+    folder = shared / "llava_bench_coco"
+    questions = read_questions(
+        folder / "qa90_questions.jsonl", folder / "caps_boxes_coco2014_val_80.jsonl", folder / "qa90_gpt4_answer.jsonl"
+    )
+    assert len(questions) == 90 and len({question.image for question in questions}) == 30
+    categories = [question.category for question in questions]
+    assert {name: categories.count(name) for name in set(categories)} == {"conv": 30, "detail": 30, "complex": 30}
+    assert all(question.has_boxes and question.reference for question in questions)
+
+
+def test_in_the_wild_contexts_have_a_description(bench):
+    write_lines(bench / "contexts.jsonl", [{"id": str(n), "image": f"{n}.png", "caption": "A man."} for n in range(2)])
+    questions = read_questions(*files_of(bench))
+    assert questions[0].context == "A man." and not questions[0].has_boxes
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, row 7, has no 'category'"),
+        ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "row 7, has no 'text'"),
+        ("questions", {"question_id": 9, "image": 3, "text": "x", "category": "c"}, "image = 3, which is not text"),
+        ("questions", {"image": "0.png", "text": "x", "category": "c"}, "row 7, has no 'question_id'"),
+        (
+            "questions",
+            {"question_id": 0, "image": "0.png", "text": "x", "category": "c"},
+            "question_id 0 of an earlier",
+        ),
+        (
+            "questions",
+            {"question_id": 0, "image": "9.png", "text": "x", "category": "c"},
+            "'9.png', for which .*contexts",
+        ),
+        (
+            "questions",
+            {"question_id": 9, "image": "0.png", "text": "x", "category": "c"},
+            "question_id 9, for which .*ref",
+        ),
+        ("contexts", {"image": "3.png"}, "contexts.jsonl, row 3, has neither 'caption'"),
+        ("contexts", {"image": "3.png", "captions": ["a"], "instances": [{"box": 1}]}, "row 3, has instances"),
+        ("references", {"question_id": 9}, "references.jsonl, row 7, has no 'text'"),
+    ],
+)
+def test_wrong_rows_are_named(bench, file, row, message):
+    with open(bench / f"{file}.jsonl", "a") as lines:
+        lines.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_questions(*files_of(bench))
+
+
+def test_line_that_is_not_json_is_named(bench):
+    with open(bench / "questions.jsonl", "a") as lines:
+        lines.write("{\n")
+    with pytest.raises(ValueError, match="questions.jsonl, line 7, is not JSON"):
+        read_questions(*files_of(bench))
+
+
+def test_reference_answers_are_asked_for_with_the_context(bench, scripted, tmp_path):
+    model = scripted(lambda messages: f"I see it: {messages[1]['content'][-11:]}")
+    questions = ask_references(read_questions(*files_of(bench, None)), model, tmp_path / "judge", progress=False)
+    assert questions[2].reference == "I see it: Question 2?"
+    assert model.asked[0][1]["content"].startswith("Picture 0.\nA cat.\n\ncat: [0.1, 0.2, 0.3, 0.4]\n\nQuestion")
+
+
+def run_cli(bench, model_folder, out, url, *more, references=True):
+    questions, contexts, reference_file = files_of(bench)
+    files = ["--questions", questions, "--contexts", contexts, "--images", bench / "images", "--out", out]
+    files += ["--references", reference_file] if references else []
+    arguments = ["--judge", "local-judge", "--base-url", url, "--max-new-tokens", "8", "--patience", "2"]
+    arguments += ["--dtype", "float32", "--device", "cpu"]
+    return main(["eval", "llava-bench", str(model_folder), *map(str, [*files, *arguments, *more])])
+
+
+def review(messages):
+    content = messages[0]["content"]
+    if "[Assistant 1]" not in content:
+        return "A made reference."
+    return {"conv": "8 6", "detail": "10 5", "complex": "no scores here"}[
+        ["conv", "detail", "complex"][int(re.search(r"Question (\d)", content)[1]) % 3]
+    ] + "\nBecause."
+
+
+def test_command_against_a_local_endpoint(bench, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with FaultServer(reply=review, faults={"500": 0.2}, seed=3) as server:
+        assert run_cli(bench, model_folder, bench / "out", server.url) == 0
+        assert max(server.paid.values()) == 1
+        asked = sum(server.asked.values())
+        assert run_cli(bench, model_folder, bench / "out", server.url) == 0
+        assert sum(server.asked.values()) == asked  # nothing is asked twice
+    results, rows = read_results(bench / "out")
+    assert results["benchmark"] == "llava-bench-coco"
+    assert (
+        results["scores"]["relative/conv"]["value"] == 75.0 and results["scores"]["relative/detail"]["value"] == 50.0
+    )
+    assert results["scores"]["relative/complex"]["value"] is None
+    assert results["scores"]["relative"]["value"] == pytest.approx(100 * 22 / 36)
+    assert results["counts"]["questions_without_score"] == 2 and not results["complete"]
+    assert results["samples"] == {"file": "samples.jsonl", "total": 6, "answered": 6, "scored": 4}
+    assert results["judge"]["name"] == "local-judge"
+    captured = capsys.readouterr()
+    assert "4 of 6 samples scored" in captured.out and "*83.10*" in captured.out
+    assert "2 questions have no score" in captured.err
+
+    page = (bench / "out/index.html").read_text()
+    assert page.count("<article") == 6 and page.count("data:image/jpeg;base64,") == 6
+    assert "4 of 6 questions are scored" in page and page.count("no score</span>") == 4
+    assert all(row["answer"] in page or "&" in page for row in rows) and "Reference 5." in page
+    assert "http" not in re.sub(r"data:image[^\"]*", "", page)  # nothing is loaded from afar
+    assert (bench / "out/results.png").stat().st_size > 5000
+
+
+def test_command_makes_references_where_there_are_none(bench, model_folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with FaultServer(reply=review) as server:
+        assert run_cli(bench, model_folder, bench / "out", server.url, references=False) == 2
+        more = ["--reference-model", "local-reference", "--both-orders"]
+        assert run_cli(bench, model_folder, bench / "out", server.url, *more, references=False) == 0
+    results, rows = read_results(bench / "out")
+    assert rows[0]["reference"] == "A made reference." and results["judge"]["both_orders"]
+
+
+def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with FaultServer(reply=review) as server:
+        url = server.url
+    assert run_cli(bench, model_folder, bench / "out", url) == 2
+    error = capsys.readouterr().err
+    assert "6 of 6 reviews have no reply" in error and "run the same command again" in error
+    assert not (bench / "out/results.json").exists()
+    assert len((bench / "out/answers.jsonl").read_text().splitlines()) == 6
+    with FaultServer(reply=review) as server:
+        assert run_cli(bench, model_folder, bench / "out", server.url) == 0
+
+
+def test_page_escapes_what_models_say(bench, model_folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with FaultServer(reply=lambda messages: "8 6\n<script>alert(1)</script>") as server:
+        assert run_cli(bench, model_folder, bench / "out", server.url) == 0
+    page = (bench / "out/index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_missing_image_is_said_before_the_model_is_loaded(bench, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    (bench / "images/1.png").unlink()
+    assert run_cli(bench, "no-such-model", bench / "out", "http://127.0.0.1:9/v1") == 2
+    assert "1 of 2 images are not there" in capsys.readouterr().err
+
+
+def test_published_rows_go_by_score():
+    assert published_rows("llava-bench-coco")["LLaVA-13B"]["relative"] == LLAVA_BENCH_COCO["LLaVA-13B"][-1] == 85.1
+    assert published_rows("llava-bench-in-the-wild")["LLaVA-13B"]["relative/complex"] == 81.7

@@ -1,0 +1,222 @@
+"""Results and reports: one schema, runs beside each other, paired differences, plots, the model card."""
+
+import json
+
+import pytest
+
+from modeling_llava.cli.main import main
+from modeling_llava.evaluation.report import attach, compare, markdown, model_index, read_runs
+from modeling_llava.evaluation.results import (
+    SCHEMA_VERSION,
+    Scored,
+    describe_model,
+    fingerprint,
+    interval_of,
+    make_results,
+    read_results,
+    write_results,
+)
+
+
+def write_run(folder, scores, benchmark="vqa", total=None, data=None, model=None, out_of=None, **more):
+    """A run whose samples have these scores."""
+    rows = [{"id": str(n), "score": score, "answer": "x"} for n, score in enumerate(scores)]
+    for row, part in zip(rows, out_of or []):
+        row["out_of"] = part
+    counted = [score for score in scores if score is not None]
+    primary = {"vqa": "accuracy", "scienceqa": "accuracy", "llava-bench-coco": "relative"}[benchmark]
+    scores = {primary: interval_of(counted, out_of), f"{primary}/one": interval_of(counted[:2])}
+    results = make_results(
+        benchmark,
+        Scored(rows, scores, primary, {"unparsed": 2, "other": 0}, more),
+        model=model or {"name": folder.name},
+        data=data or {"prompts": "p"},
+        settings={},
+        total=total or len(rows),
+        answered=len(rows),
+    )
+    write_results(folder, results, rows)
+    return folder
+
+
+def test_results_follow_the_schema_and_are_read_again(tmp_path):
+    write_run(tmp_path / "a", [1.0, 0.0, None, 1.0])
+    results, rows = read_results(tmp_path / "a")
+    assert results["schema_version"] == SCHEMA_VERSION == 1
+    assert results["samples"] == {"file": "samples.jsonl", "total": 4, "answered": 4, "scored": 3}
+    assert results["complete"] is False and len(rows) == 4
+    assert results["scores"]["accuracy"]["value"] == pytest.approx(200 / 3)
+    assert set(results["versions"]) == {"modeling_llava", "torch", "transformers", "python"}
+    assert read_results(tmp_path / "a/results.json") == (results, rows)
+
+
+def test_results_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(FileNotFoundError, match="results.json is not there"):
+        read_results(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="A run was begun there"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="no result of an evaluation"):
+        read_results(tmp_path)
+    folder = write_run(tmp_path / "new", [1.0])
+    content = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**content, "schema_version": 2}))
+    with pytest.raises(ValueError, match="schema version 2, this package knows up to 1"):
+        read_results(folder)
+    (folder / "results.json").write_text(json.dumps(content))
+    (folder / "samples.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="samples.jsonl, which"):
+        read_results(folder)
+
+
+def test_fingerprint_tells_weights_apart_and_names_no_path(tmp_path):
+    for name, content in (("a", b"1" * 3000), ("b", b"2" * 3000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        (tmp_path / name / "config.json").write_text("{}")
+    described = describe_model(str(tmp_path / "a"))
+    assert described["name"] == "a" and str(tmp_path) not in json.dumps(described)
+    assert fingerprint(tmp_path / "a") == described["fingerprint"] != fingerprint(tmp_path / "b")
+    (tmp_path / "a" / "README.md").write_text("words")
+    assert fingerprint(tmp_path / "a") == described["fingerprint"]
+    assert describe_model("owner/name", "main") == {"name": "owner/name", "revision": "main", "adapter": None}
+
+
+def test_runs_are_compared_with_paired_differences(tmp_path):
+    baseline = write_run(tmp_path / "before", [0.0] * 30 + [1.0] * 30)
+    better = write_run(tmp_path / "after", [1.0] * 10 + [0.0] * 20 + [1.0] * 30)
+    (comparison,) = compare(read_runs([baseline, better]))
+    assert [run["label"] for run in comparison["runs"]] == ["before", "after"]
+    (difference,) = comparison["differences"]
+    assert difference["difference"] == pytest.approx(100 / 6) and difference["samples"] == 60
+    assert difference["interval"][0] > 0 and difference["p_value"] < 0.01 and difference["note"] == ""
+    text = markdown([comparison])
+    assert "| before | 50.00 (" in text and "after less before: +16.67 points" in text
+    assert "unparsed: 2" in text and "other" not in text
+
+
+def test_benchmarks_are_not_mixed_and_published_rows_stand_beside(tmp_path):
+    runs = [write_run(tmp_path / "a", [1.0, 0.0]), write_run(tmp_path / "b", [1.0, 1.0], "scienceqa")]
+    comparisons = compare(read_runs(runs))
+    assert [c["benchmark"] for c in comparisons] == ["vqa", "scienceqa"]
+    assert not any(c["differences"] for c in comparisons)
+    text = markdown(comparisons)
+    vqa, science = text.split("## scienceqa")
+    assert "published" not in vqa and "| *LLaVA-13B (published)* |" in science and "*90.92*" in science
+
+
+def test_less_than_the_whole_is_said(tmp_path):
+    runs = [write_run(tmp_path / "a", [1.0, 0.0], total=500), write_run(tmp_path / "b", [1.0, 0.0, 1.0])]
+    text = markdown(compare(read_runs(runs)))
+    assert "a: 2 of 500 samples scored" in text
+    assert "2 samples" in text.split("b less a")[1]
+
+
+def test_other_data_and_other_judges_are_noted(tmp_path):
+    one = write_run(
+        tmp_path / "a",
+        [4.0, 8.0],
+        "llava-bench-coco",
+        out_of=[8.0, 8.0],
+        judge={"prompt_hash": "x", "answered_by": ["g"]},
+    )
+    two = write_run(
+        tmp_path / "b", [8.0, 8.0], "llava-bench-coco", out_of=[8.0, 8.0], judge={"prompt_hash": "y", "answered_by": ["g"]},
+        data={"prompts": "q"},
+    )  # fmt: skip
+    (difference,) = compare(read_runs([one, two]))[0]["differences"]
+    assert difference["difference"] == 25.0 and "the judges differ" in difference["note"]
+    assert "the data differ" in difference["note"]
+    rows = [json.loads(line) for line in (two / "samples.jsonl").read_text().splitlines()]
+    (two / "samples.jsonl").write_text("".join(json.dumps({**row, "id": f"x{row['id']}"}) + "\n" for row in rows))
+    (difference,) = compare(read_runs([one, two]))[0]["differences"]
+    assert difference["difference"] is None and "not comparable (no sample in common)" in markdown(
+        compare(read_runs([one, two]))
+    )
+
+
+def test_labels(tmp_path):
+    runs = [write_run(tmp_path / "x/eval", [1.0]), write_run(tmp_path / "y/eval", [1.0])]
+    assert [run.label for run in read_runs(runs)] == ["x/eval", "y/eval"]
+    assert [run.label for run in read_runs(runs, ["7B", "13B"])] == ["7B", "13B"]
+    with pytest.raises(ValueError, match="2 different labels"):
+        read_runs(runs, ["7B"])
+
+
+def test_command_writes_table_json_and_plots(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / "before", [0.0, 1.0, 0.0, 1.0], "scienceqa"),
+        write_run(tmp_path / "after", [1.0, 1.0, 0.0, 1.0], "scienceqa"),
+    ]
+    out = tmp_path / "report"
+    assert main(["eval", "report", *map(str, runs), "--out", str(out), "--published", "LLaVA-13B"]) == 0
+    assert "after less before: +25.00 points" in capsys.readouterr().out
+    assert (out / "report.md").read_text().startswith("# Evaluation")
+    content = json.loads((out / "report.json").read_text())
+    assert content["model_index"]["after"][0]["results"][0]["metrics"][0]["value"] == 75.0
+    assert (out / "scienceqa.png").stat().st_size > 5000
+    assert main(["eval", "report", str(tmp_path / "nowhere")]) == 2
+    assert "results.json is not there" in capsys.readouterr().err
+
+
+def test_plot_is_a_picture_with_bars(tmp_path):
+    from PIL import Image
+
+    from modeling_llava.evaluation.plots import COLOURS, plot_bars
+
+    scores = {"one": [{"value": 50.0, "interval": [40.0, 60.0]}, None], "two": [{"value": 70.0}, {"value": None}]}
+    plot_bars(tmp_path / "p.png", ["all", "part"], scores, title="t", published={"paper": [85.0, None]})
+    with Image.open(tmp_path / "p.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
+    for colour in COLOURS[:2]:
+        assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.png"]
+
+
+def test_model_index_has_the_form_of_the_hub(tmp_path):
+    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    results, _ = read_results(write_run(tmp_path / "a", [1.0, 0.0, 1.0], "scienceqa", data={"split": "test"}))
+    index = model_index([results], "my-model")
+    name, entries = model_index_to_eval_results(index)
+    assert name == "my-model"
+    assert [(e.dataset_type, e.dataset_split, e.metric_type, e.metric_value) for e in entries] == [
+        ("scienceqa", "test", "accuracy", 66.67)
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(model_name="my-model", eval_results=entries), template_str="---\n{{ card_data }}\n---\n"
+    )
+    assert card.data.eval_results[0].metric_value == 66.67
+
+
+def test_results_are_attached_to_their_weights_only(tmp_path):
+    weights, others = tmp_path / "weights", tmp_path / "others"
+    for folder, content in ((weights, b"1"), (others, b"2")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+    run = write_run(tmp_path / "run", [1.0, 0.0], "scienceqa", model=describe_model(str(weights)))
+    assert attach([run], weights) == [weights / "results-scienceqa.json"]
+    assert json.loads((weights / "results-scienceqa.json").read_text())["scores"]["accuracy"]["value"] == 50.0
+    with pytest.raises(ValueError, match="is of other weights"):
+        attach([run], others)
+    part = write_run(tmp_path / "part", [1.0], "scienceqa", total=9, model=describe_model(str(weights)))
+    with pytest.raises(ValueError, match="is of 1 of 9 samples"):
+        attach([part], weights)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        attach([run], tmp_path / "nowhere")
+
+
+def test_attached_results_reach_the_model_card(tmp_path, model_folder):
+    import shutil
+
+    from modeling_llava.hub.model_card import render_model_card
+
+    weights = tmp_path / "weights"
+    shutil.copytree(model_folder, weights)
+    run = write_run(tmp_path / "run", [1.0, 0.0, 1.0], "scienceqa", model=describe_model(str(weights)))
+    attach([run], weights)
+    card = render_model_card(weights, "me/weights", kind="full")
+    front_matter = card.split("---")[1]
+    assert "model-index" in front_matter and "66.6667" in front_matter and "scienceqa" in front_matter

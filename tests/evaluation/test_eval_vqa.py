@@ -1,0 +1,108 @@
+"""VQA's soft accuracy and exact match, by hand."""
+
+import json
+
+import pytest
+from tiny_predictor import picture
+
+from modeling_llava.cli.main import main
+from modeling_llava.evaluation.results import read_results
+from modeling_llava.evaluation.vqa import normalise, read_questions, score, soft_accuracy
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("Yes.", "yes"),
+        ("The  Cat", "cat"),
+        ("two", "2"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("2.5", "2.5"),
+        ("dont know", "don't know"),
+        ("It\u2019s", "it's"),
+        ("its", "its"),
+        ("were", "were"),
+        ("black and white!", "black and white"),
+        ("t-shirt", "t shirt"),
+        ("10:30", "10:30"),
+        ("A", ""),
+        ("no, thanks", "no thanks"),
+        ("red/blue", "red blue"),
+        (" \nyes\t", "yes"),
+    ],
+)
+def test_answers_are_compared_in_one_form(answer, form):
+    assert normalise(answer) == form
+
+
+def test_soft_accuracy_by_hand():
+    people = ["red"] * 3 + ["blue"] * 6 + ["Green."]
+    # red: each of the three who said it sees two others (2/3), each of the seven others sees three (1)
+    assert soft_accuracy("Red", people) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert soft_accuracy("blue", people) == 1.0
+    # green: the one who said it sees none, each of the nine others sees one (1/3)
+    assert soft_accuracy("the green", people) == pytest.approx(9 / 3 / 10)
+    assert soft_accuracy("black", people) == 0.0
+    assert soft_accuracy("cat", ["cat"]) == 1.0 and soft_accuracy("dog", ["cat"]) == 0.0
+
+
+def test_scores_by_category():
+    questions = [
+        {"id": "1", "image": "a", "text": "?", "answers": ["yes"] * 10, "category": "yes/no"},
+        {"id": "2", "image": "a", "text": "?", "answers": ["3"] * 2 + ["4"] * 8, "category": "number"},
+        {"id": "3", "image": "a", "text": "?", "answers": ["3"] * 10, "category": "number"},
+    ]
+    scored = score(questions, {"1": "no", "2": "three", "3": "3."})
+    values = {name: score["value"] for name, score in scored.scores.items()}
+    # 2: two said it (1/3 for themselves), eight others see two (2/3)
+    assert values["accuracy/number"] == pytest.approx(100 * ((2 / 3 + 8 * 2 / 3) / 10 + 1) / 2)
+    assert values["accuracy/yes/no"] == 0 and values["exact_match/number"] == 100
+    assert values["exact_match"] == pytest.approx(200 / 3)
+
+
+def test_official_files(tmp_path):
+    questions = {"questions": [{"question_id": 7, "image_id": 42, "question": "What?"}]}
+    annotation = {"question_id": 7, "answers": [{"answer": "cat"}] * 10, "answer_type": "other"}
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
+    (read,) = read_questions(tmp_path / "q.json", tmp_path / "a.json")
+    assert read == {
+        "id": "7",
+        "image": "COCO_val2014_000000000042.jpg",
+        "text": "What?",
+        "answers": ["cat"] * 10,
+        "category": "other",
+    }
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": []}))
+    with pytest.raises(ValueError, match="question 1, has the question_id 7, which .*a.json does not have"):
+        read_questions(tmp_path / "q.json", tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match="a.json is not an official file"):
+        read_questions(tmp_path / "q.json", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "no text 'question'"),
+        ({"answers": []}, "no 'answers'"),
+        ({"answers": [1]}, "no 'answers'"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, change, message):
+    row = {"question_id": 1, "image": "a.png", "question": "What?", "answers": ["cat"], **change}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"q.jsonl, row 1, has {message}"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_command(tmp_path, model_folder):
+    picture(1).save(tmp_path / "a.png")
+    rows = [{"question_id": n, "image": "a.png", "question": f"Is it {n}?", "answer": "cat"} for n in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--questions", tmp_path / "q.jsonl", "--images", tmp_path, "--out", tmp_path / "out"]
+    arguments += ["--instruction", "", "--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu"]
+    assert main(["eval", "vqa", str(model_folder), *map(str, arguments)]) == 0
+    results, rows = read_results(tmp_path / "out")
+    assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
