@@ -15,6 +15,10 @@ PICTURE_SIZE = 160
 SUPERSAMPLING = 3
 """Things are drawn this many times larger and scaled down: PIL's own drawing is not anti-aliased."""
 
+RIM = [min(255, 8 * alpha) for alpha in range(256)]
+SHADOW = [round(0.4 * alpha) for alpha in range(256)]
+"""Opacity of a thing's white rim and of its shadow by the opacity of what they are made from, 0..255."""
+
 PAINT = {
     "red": (222, 43, 52),
     "orange": (250, 135, 20),
@@ -114,8 +118,8 @@ def draw_thing(thing: Thing, rng: random.Random, scale: int) -> Image.Image:
     body, dark, light = PAINT[thing.colour], shade(PAINT[thing.colour], -0.55), shade(PAINT[thing.colour], 0.5)
     pen = max(2, scale // 26)
 
-    def at(points):
-        return [((x + 1) / 2 * (scale - 1), (y + 1) / 2 * (scale - 1)) for x, y in points]
+    def at(points):  # the rim of `make_sticker` needs a little room
+        return [((0.97 * x + 1) / 2 * (scale - 1), (0.97 * y + 1) / 2 * (scale - 1)) for x, y in points]
 
     def polygon(points, fill, outline=dark):
         corners = at(points)
@@ -179,17 +183,28 @@ def draw_thing(thing: Thing, rng: random.Random, scale: int) -> Image.Image:
     return tile
 
 
+def make_sticker(tile: Image.Image) -> Image.Image:
+    """The tile with a white rim around its thing, which shows on every ground."""
+    outline = tile.getchannel("A").filter(ImageFilter.BoxBlur(tile.width / 40)).point(RIM)
+    sticker = Image.new("RGBA", tile.size, (255, 255, 255, 0))
+    sticker.putalpha(outline)
+    sticker.alpha_composite(tile)
+    return sticker
+
+
 def draw_picture(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
     """The picture of a scene: RGB, `size` × `size` pixels. The same scene gives the same pixels."""
     rng = random.Random(scene.seed)
     picture = draw_place(scene.place, np.random.default_rng(scene.seed), size)
     for thing in scene.things:
         side = round(thing.side * size)
-        tile = draw_thing(thing, rng, side * SUPERSAMPLING).resize((side, side), Image.Resampling.LANCZOS)
-        corner = tuple(round(centre * size - side / 2) for centre in thing.centre)
-        shadow = Image.new("RGBA", tile.size, (10, 10, 30, 0))
-        shadow.putalpha(tile.getchannel("A").point(lambda alpha: alpha * 0.45))
-        shadow = shadow.filter(ImageFilter.GaussianBlur(side / 24))
-        picture.paste(shadow, (corner[0] + side // 20, corner[1] + side // 14), shadow)
-        picture.paste(tile, corner, tile)
+        tile = make_sticker(draw_thing(thing, rng, side * SUPERSAMPLING))
+        tile = tile.resize((side, side), Image.Resampling.LANCZOS)
+        left, top = (round(centre * size - side / 2) for centre in thing.centre)
+        margin = side // 6  # room for the shadow's blur
+        shade_of = Image.new("L", (side + 2 * margin, side + 2 * margin))
+        shade_of.paste(tile.getchannel("A").point(SHADOW), (margin, margin))
+        shade_of = shade_of.filter(ImageFilter.GaussianBlur(side / 26))
+        picture.paste((10, 10, 30), (left - margin + side // 24, top - margin + side // 16), shade_of)
+        picture.paste(tile, (left, top), tile)
     return picture

@@ -1,0 +1,117 @@
+"""`llava quickstart`, all of it: small in the default suite, whole in the slow one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from modeling_llava.cli.main import main
+from modeling_llava.cli.quickstart import next_commands
+from modeling_llava.tiny_world.quickstart import FAST, PHASES, Quickstart
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    assert main(["quickstart", "--fast", "--out", str(out), "--keep", "--threads", "1"]) == 0
+    return out
+
+
+def test_it_writes_a_model_that_stock_transformers_reads_in_a_process_of_its_own(finished):
+    script = f"""
+import sys, torch
+from transformers import pipeline
+from PIL import Image
+pipe = pipeline("image-text-to-text", model={str(finished / "model")!r})
+content = [{{"type": "image", "image": Image.open({str(finished / "world/unseen/images/000000.jpg")!r})}},
+           {{"type": "text", "text": "What colour is the star?"}}]
+answer = pipe(text=[{{"role": "user", "content": content}}], max_new_tokens=4, return_full_text=False)
+assert isinstance(answer[0]["generated_text"], str)
+assert not any(name.startswith("modeling_llava") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+
+
+def test_it_writes_results_pictures_and_recipes(finished):
+    results = json.loads((finished / "results.json").read_text())
+    conditions = ["with the picture", "blank pictures", "pictures shuffled", "majority answer", "held-out pairs"]
+    assert sorted(results["scores"]) == sorted(conditions)
+    assert set(results["seconds"]) == set(PHASES) and results["pipeline_agrees"] is True
+    assert 1e8 < results["peak_rss_bytes"] < 3e9
+    for name in ("loss_curve.png", "answers.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
+    from modeling_llava.training import read_recipe
+
+    for stage in ("pretrain", "finetune"):
+        assert read_recipe(finished / f"{stage}.yaml")["stage"] == stage
+    log = (finished / "finetune.log").read_text()
+    assert "What is trained" in log and "<image> × 36" in log
+    assert not list(finished.glob("*.part")) and (finished / "parts" / "vision_encoder").is_dir()
+
+
+def test_instruction_data_holds_no_held_out_pair_and_trains_with_llava_train(finished):
+    from modeling_llava.data import load_conversations
+    from modeling_llava.tiny_world.exam import HELD_OUT_NAMES
+
+    data = finished / "data"
+    for file in (data / "captions.json", data / "instruct" / "instruct.json"):
+        assert not any(name in file.read_text() for name in HELD_OUT_NAMES)
+        rows = load_conversations(str(file), str(finished / "world" / "train" / "images"))
+        assert len(rows) >= FAST.pictures
+
+
+def test_the_same_command_says_that_it_is_finished(finished, capsys):
+    before = (finished / "progress.json").stat().st_mtime_ns
+    assert main(["quickstart", "--fast", "--out", str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "holds a finished quickstart" in printed and all(command in printed for command in next_commands(finished))
+    assert (finished / "progress.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_goes_on_where_it_was(finished):
+    progress = json.loads((finished / "progress.json").read_text())
+    scores = progress["phases"]["exam"]["scores"]
+    for phase in ("exam", "figures"):
+        del progress["phases"][phase]
+    (finished / "progress.json").write_text(json.dumps(progress))
+    begun = []
+    results = Quickstart(finished, FAST, on_phase=begun.append).run()
+    assert begun == ["exam", "figures"] and results["scores"] == scores
+
+
+def test_another_seed_in_the_same_folder_is_one_line(finished, capsys):
+    assert main(["quickstart", "--fast", "--out", str(finished), "--seed", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "seed was 0 and is 1" in error and "\n" not in error
+
+
+def test_a_folder_with_something_else_is_not_touched(tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("x")
+    assert main(["quickstart", "--fast", "--out", str(tmp_path)]) == 2
+    assert "is no quickstart" in capsys.readouterr().err
+    assert main(["quickstart", "--out", str(tmp_path), "--steps-scale", "0"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_of_it_learns_to_see(tmp_path):
+    """At most six minutes and 3 GB on two cores; right with the picture, and no better than a guess without."""
+    begun, before = time.perf_counter(), os.times()
+    program = [sys.executable, "-m", "modeling_llava.cli.main", "quickstart", "--out", str(tmp_path / "run")]
+    done = subprocess.run([*program, "--threads", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, after = time.perf_counter() - begun, os.times()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    scores = {name: shares["all"] for name, shares in results["scores"].items()}
+    assert scores["with the picture"] >= 0.9, scores
+    for without in ("blank pictures", "pictures shuffled"):
+        assert scores[without] <= scores["majority answer"] + 0.05, scores
+    assert scores["majority answer"] < 0.5
+    assert results["peak_rss_bytes"] < 3e9
+    assert min(seconds, (after.children_user - before.children_user) / 2) < 360, seconds

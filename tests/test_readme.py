@@ -1,0 +1,92 @@
+"""The README's own words: its Python runs, its commands parse, its files exist."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_predictor import picture, tiny_llava, tiny_processor
+
+from modeling_llava.cli.main import COMMANDS
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MODEL = "llava-hf/llava-1.5-7b-hf"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint of the same kind, in a folder of the same name, beside a photo: the code runs with small changes."""
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    model.save_pretrained(tmp_path / MODEL)
+    processor.save_pretrained(tmp_path / MODEL)
+    picture(0).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_run(number, tiny_checkpoint, capsys):
+    code = blocks("python")[number]
+    code = code.replace('dtype="bfloat16", device="cuda"', 'dtype="float32", device="cpu"')
+    assert MODEL in code
+    exec(compile(code, f"README.md, block {number}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_first_block_is_ten_lines_and_needs_nothing_of_ours():
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 10 and not any("modeling_llava" in line for line in lines)
+
+
+def test_every_command_is_in_the_table_and_no_other():
+    table = README.split("## Commands")[1].split("\n## ")[0]
+    named = set(re.findall(r"`llava (\w+)", table))
+    assert named >= set(COMMANDS) and named <= {*COMMANDS, "COMMAND"}
+
+
+def test_the_training_command_parses():
+    from modeling_llava.training import read_recipe
+
+    (command,) = [block.strip() for block in blocks("bash") if "llava train" in block]
+    program, verb, recipe, *overrides = shlex.split(command)
+    settings = read_recipe(recipe, overrides)
+    assert (program, verb) == ("llava", "train") and settings["adapter"] == "qlora" and settings["model"] == MODEL
+
+
+def test_the_make_target_exists():
+    assert "make quickstart" in "".join(blocks("bash"))
+    assert re.search(r"^quickstart:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_data_example_is_a_conversation():
+    from modeling_llava.data import from_llava_row
+
+    (row,) = json.loads(blocks("json")[0])
+    conversation = from_llava_row(row)
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+
+
+def test_files_that_are_named_exist():
+    tree = README.split("## The tree")[1].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        folder = ROOT / "modeling_llava" if indent else ROOT
+        assert (folder / name).exists(), name
+    table = README.split("## From the paper to the file")[1].split("\n## ")[0]
+    for row in table.splitlines():
+        names = re.findall(r"`([\w./]+)`", row.rsplit("|", 2)[1]) if row.startswith("|") else []
+        for name in names:
+            if "/" not in name and "." not in name:
+                continue  # a function
+            places = [ROOT / name, ROOT / "modeling_llava" / name, *(ROOT / "modeling_llava").glob(f"*/{name}")]
+            assert any(place.exists() for place in places), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

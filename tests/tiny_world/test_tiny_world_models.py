@@ -1,0 +1,142 @@
+"""The tiny vision encoder and the tiny language model: what they are taught, and that it is what LLaVA reads."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, CLIPVisionModel
+
+from modeling_llava.constants import IGNORE_INDEX
+from modeling_llava.tiny_world.language import _dialogue, train_language_model, train_tokenizer, write_dialogue
+from modeling_llava.tiny_world.scenes import CATEGORIES, COLOURS, HELD_OUT, PLACES, Scene, Thing
+from modeling_llava.tiny_world.vision import (
+    FEATURE_LAYER,
+    PatchTeacher,
+    _mirror,
+    patch_labels,
+    tiny_vision_config,
+    train_vision_tower,
+    warmup_and_cosine,
+)
+from modeling_llava.tiny_world.world import draw_scenes, scene_texts, write_split
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng, scenes = random.Random(0), scene_texts(0, "test")
+    dialogues = [write_dialogue(next(scenes), rng) for _ in range(200)]
+    return train_tokenizer([message["content"] for messages in dialogues for message in messages])
+
+
+def test_patches_learn_what_the_boxes_say(tmp_path):
+    # A thing of a third of the picture in the top left: patches of 1/6, centres at 1/12, 3/12, … The box covers 0..1/3,
+    # so two by two patches; their centres lie at a quarter and three quarters of its side, outside of 0.7 × its middle
+    # (0.15 to 0.85 of the side) none: all four are taught.
+    thing = Thing("boat", "red", "large", "top", "left", (1 / 6, 1 / 6), 1 / 3)
+    write_split(tmp_path, [Scene("snow", (thing,), 0)])
+    paths, category, colour, place = patch_labels(tmp_path)
+    expected = torch.zeros(6, 6, dtype=torch.long)
+    expected[:2, :2] = 1
+    assert torch.equal(category.view(6, 6), expected * (CATEGORIES.index("boat") + 1))
+    assert torch.equal(colour.view(6, 6), expected * (COLOURS.index("red") + 1))
+    assert place.tolist() == [list(PLACES).index("snow")] and len(paths) == 1
+    # A box of half the picture: the three by three patches' outer centres lie at 1/6 and 5/6 of its side, all taught;
+    # of four fifths: centres at 0.104, 0.3125, … of its side, the outermost are in the box and not taught.
+    thing = Thing("boat", "red", "large", "top", "left", (0.4, 0.4), 0.8)
+    write_split(tmp_path / "b", [Scene("snow", (thing,), 0)])
+    _, category, _, _ = patch_labels(tmp_path / "b")
+    grid = category.view(6, 6)
+    assert (grid[0, :5] == IGNORE_INDEX).all() and (grid[:5, 4] == IGNORE_INDEX).all()
+    assert (grid[1:4, 1:4] == CATEGORIES.index("boat") + 1).all() and (grid[5] == 0).all()
+
+
+def test_a_mirrored_picture_has_mirrored_labels():
+    pixels, labels = torch.rand(2, 3, 48, 48), torch.arange(2 * 36)
+    flipped, mirrored = _mirror(pixels, labels)
+    assert torch.equal(flipped[:, :, :, 0], pixels[:, :, :, -1])
+    assert mirrored[:6].tolist() == [5, 4, 3, 2, 1, 0]
+
+
+def test_the_teacher_reads_the_hidden_state_that_llava_reads():
+    teacher = PatchTeacher(tiny_vision_config()).eval()
+    pixels = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        state = teacher.tower(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+        category, colour, place = teacher(pixels)
+    torch.testing.assert_close(category, teacher.category(state[:, 1:]))
+    torch.testing.assert_close(colour, teacher.colour(state[:, 1:]))
+    torch.testing.assert_close(place, teacher.place(state[:, 0]))
+
+
+def test_the_tower_learns_and_is_saved_with_its_image_processor(tmp_path):
+    write_split(tmp_path / "train", draw_scenes(16, 0, "train"))
+    losses = []
+    facts = train_vision_tower(
+        tmp_path / "train", tmp_path / "tower", steps=25, batch_size=16, log=lambda step, loss: losses.append(loss)
+    )
+    assert losses[-1] < 0.7 * losses[0] and len(losses) == 25
+    assert facts["colour_accuracy"] > 1 / len(COLOURS)
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "tower")
+    assert tower.config.image_size == 48
+    assert (tmp_path / "tower" / "preprocessor_config.json").is_file()
+
+
+def test_the_tokenizer_writes_the_worlds_words_as_single_tokens(tokenizer):
+    for word in (*COLOURS, *CATEGORIES, "left", "largest", "picture"):
+        assert len(tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1, word
+    assert len(tokenizer) <= 512 and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=40))
+def test_the_tokenizer_gives_back_any_text(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not any(token in text for token in tokenizer.all_special_tokens):
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_the_tokenizer_is_the_same_after_a_reload(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nWhat colour is the star?<|im_end|>\n"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "<|im_end|>", "<pad>")
+    assert again.chat_template == tokenizer.chat_template
+
+
+def test_exactly_answers_and_their_ends_are_learnt(tokenizer):
+    rng, scenes = random.Random(1), scene_texts(1, "test")
+    for _ in range(20):
+        messages = write_dialogue(next(scenes), rng)
+        ids, labels = _dialogue(tokenizer, messages)
+        learnt = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert learnt == "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert ids[0] == tokenizer.bos_token_id and len(ids) == len(labels)
+
+
+def test_the_language_model_never_reads_a_held_out_pair():
+    rng, scenes = random.Random(2), scene_texts(2, "language")
+    for _ in range(500):
+        text = " ".join(message["content"] for message in write_dialogue(next(scenes), rng))
+        assert not any(f"{colour} {category}" in text for colour, category in HELD_OUT)
+
+
+def test_the_language_model_learns_and_is_saved_with_its_tokenizer(tmp_path):
+    losses = []
+    facts = train_language_model(tmp_path, steps=12, batch_size=8, log=lambda step, loss: losses.append(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert facts["tokens"] > 12 * 8 * 10
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    share = warmup_and_cosine(100)
+    assert share(0) == pytest.approx(1 / 8) and share(8) == pytest.approx(1.0)
+    assert share(54) == pytest.approx(0.5) and share(100) == pytest.approx(0.0, abs=1e-9)

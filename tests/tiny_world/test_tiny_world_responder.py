@@ -1,0 +1,146 @@
+"""The scripted responder, told of pictures in captions and boxes only."""
+
+import asyncio
+import random
+
+import pytest
+
+from modeling_llava.data_engine.contexts import Box, Context
+from modeling_llava.data_engine.prompts import load_prompts
+from modeling_llava.data_engine.validate import ValidationSettings, parse_turns, validate
+from modeling_llava.endpoint.chat import ChatModel, RequestFault
+from modeling_llava.tiny_world.language import tell_scene
+from modeling_llava.tiny_world.responder import (
+    KNOWLEDGE,
+    PROMPTS,
+    ScriptedResponder,
+    choose_questions,
+    list_questions,
+    list_reasoning,
+    read_context,
+    write_description,
+)
+from modeling_llava.tiny_world.scenes import CATEGORIES, HELD_OUT, write_captions
+from modeling_llava.tiny_world.world import draw_scenes
+
+
+SETTINGS = ValidationSettings(answer_words={"conversation": (1, 60), "detail": (8, 90), "complex": (6, 60)})
+
+
+def context_of(scene, name="a"):
+    largest_first = sorted(scene.things, key=lambda thing: -thing.side)
+    boxes = []
+    for thing in largest_first:
+        (x, y), half = thing.centre, thing.side / 2
+        boxes.append(Box(thing.category, (x - half, y - half, x + half, y + half)))
+    return Context(name, f"{name}.jpg", tuple(write_captions(scene)), tuple(boxes))
+
+
+def text_of(context):
+    return f"{context.caption_text}\n\n{context.box_text}"
+
+
+def test_captions_and_boxes_tell_all_that_the_scene_is():
+    for scene in draw_scenes(400, 0, "train"):
+        assert read_context(text_of(context_of(scene))) == tell_scene(scene)
+
+
+def test_answers_are_true_of_the_scene():
+    for scene in draw_scenes(100, 1, "train"):
+        by_category = {thing.category: thing for thing in scene.things}
+        by_colour = {thing.colour: thing for thing in scene.things}
+        kinds = set()
+        for question in list_questions(read_context(text_of(context_of(scene))), random.Random(0)):
+            kinds.add(question.kind)
+            words = question.text.rstrip("?").split()
+            last = words[-1]
+            if question.kind == "colour":
+                assert question.answer == f"The {last} is {by_category[last].colour}."
+            elif question.kind == "object":
+                assert question.answer.split()[-1] == by_colour[words[-2]].category + "."
+            elif question.kind == "position":
+                thing = by_category[last]
+                assert question.answer == f"The {last} is at the {thing.row} {thing.column}."
+            elif question.kind == "count":
+                assert {1: "one thing", 2: "two things", 3: "three things"}[len(scene.things)] in question.answer
+            elif question.kind == "presence":
+                assert question.answer.startswith("Yes") == (last in by_category)
+            elif question.kind == "largest":
+                assert max(scene.things, key=lambda thing: thing.side).name in question.answer
+        assert {"place", "count", "presence", "colour", "object", "position"} <= kinds
+
+
+def test_every_category_has_knowledge_and_its_question_does_not_name_it():
+    assert set(KNOWLEDGE) == set(CATEGORIES)
+    for category, (question, answer) in KNOWLEDGE.items():
+        assert category not in question.lower() and "{thing}" in answer
+
+
+def test_replies_pass_the_data_engines_rules():
+    prompts, responder = load_prompts(PROMPTS), ScriptedResponder()
+    for number, scene in enumerate(draw_scenes(60, 2, "train")):
+        context = context_of(scene, str(number))
+        for kind, prompt in prompts.items():
+            reply = asyncio.run(responder.complete(prompt.messages(context), max_tokens=512, temperature=0.7))
+            turns = validate(reply.text, kind, SETTINGS, reply.finish_reason)
+            if kind == "conversation":
+                assert len(turns) == min(
+                    6,
+                    len(
+                        {
+                            question.text
+                            for question in list_questions(read_context(text_of(context)), random.Random(0))
+                        }
+                    ),
+                )
+            if kind == "detail":
+                assert all(thing.name in turns[0][1] for thing in scene.things)
+
+
+def test_prompts_carry_boxes_and_their_examples_are_true():
+    for kind, prompt in load_prompts(PROMPTS).items():
+        assert prompt.with_boxes
+        (given, answered), scene = prompt.examples[0], read_context(prompt.examples[0][0])
+        if kind == "detail":
+            assert answered == write_description(scene)
+        else:
+            possible = list_questions(scene, random.Random(0)) if kind == "conversation" else list_reasoning(scene)
+            true = {(question.text, question.answer) for question in possible}
+            assert set(parse_turns(answered)) <= true
+        assert not any(f"{colour} {category}" in given + answered for colour, category in HELD_OUT)
+
+
+def test_the_responder_is_a_chat_model_and_repeats_itself():
+    responder = ScriptedResponder(seed=3)
+    assert isinstance(responder, ChatModel)
+    messages = load_prompts(PROMPTS)["conversation"].messages(context_of(draw_scenes(1, 3, "train")[0]))
+    assert responder.answer(messages) == ScriptedResponder(seed=3).answer(messages)
+    told = [*messages, {"role": "assistant", "content": "?"}, {"role": "user", "content": "Please write it again."}]
+    assert responder.answer(told) == responder.answer(messages)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [
+            {"role": "system", "content": "Be nice."},
+            {"role": "user", "content": "A red ball.\n\nball: [0.1, 0.1, 0.2, 0.2]"},
+        ],
+        [{"role": "system", "content": load_prompts(PROMPTS)["detail"].system}, {"role": "user", "content": "Hello."}],
+        [
+            {"role": "system", "content": load_prompts(PROMPTS)["detail"].system},
+            {"role": "user", "content": "A ball in a meadow.\n\nball: [0.1, 0.1, 0.2, 0.2]"},
+        ],
+    ],
+)
+def test_what_the_responder_does_not_understand_it_refuses(messages):
+    with pytest.raises(RequestFault):
+        asyncio.run(ScriptedResponder().complete(messages, max_tokens=64, temperature=0.0))
+
+
+def test_chosen_questions_are_different():
+    scene = read_context(text_of(context_of(draw_scenes(3, 4, "train")[2])))
+    rng = random.Random(0)
+    for _ in range(50):
+        texts = [question.text for question in choose_questions(list_questions(scene, rng), rng, 6)]
+        assert len(set(texts)) == len(texts) == 6
