@@ -177,8 +177,9 @@ def test_broken_lines_and_datasets(folder, processor):
     assert check_data(Dataset.from_list(good_rows()), processor, folder / "images", show_progress=False).ok
 
 
-def test_processes_give_the_same_report(folder, processor):
-    rows = [*good_rows(200), *BAD.values()]
+def test_processes_give_the_same_report(folder, processor, monkeypatch):
+    monkeypatch.setattr(check_module, "CHUNK", 8)
+    rows = [*good_rows(30), *BAD.values()]
     alone = check(folder, rows, processor, num_workers=0)
     assert check(folder, rows, processor, num_workers=2) == alone
 
