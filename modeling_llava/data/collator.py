@@ -13,16 +13,20 @@ from ..constants import IGNORE_INDEX
 from ..processing_llava import num_image_tokens
 from .images import image_key, load_image
 from .labels import conversation_length, encode_conversation
+from .packing import pack_sequences
 from .schema import TOO_LONG, BadSampleError, Conversation, DropCounter
 
 
 class LlavaDataCollator:
     r"""
-    Turns conversations into a padded batch: tokens, labels and pixels.
+    Turns conversations into a padded or packed batch: tokens, labels and pixels.
 
-    **Input**: a list of conversations (see [`Conversation`]), as `load_conversations` gives them. They are not changed.
+    **Input**: a list of conversations (see [`Conversation`]), as `load_conversations` gives them; with `packing=True`
+    also a list of packs, each a list of conversations. They are not changed.
 
-    **Output**: a dict with
+    **Output**, with `packing=True`: all samples behind one another in one row; `input_ids`, `labels`, `position_ids`,
+    `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` as in [`pack_sequences`], no `attention_mask`, and
+    `pixel_values` and `image_indices` as below. Otherwise a dict with
 
     - `input_ids` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on the right; each image takes
       `processor.num_image_tokens` positions.
@@ -62,6 +66,9 @@ class LlavaDataCollator:
             Allow links inside `image_folder` to lead out of it.
         share_images (`bool`, *optional*, defaults to `True`):
             Give an image that occurs more than once only once, with `image_indices`. A stock model needs `False`.
+        packing (`bool`, *optional*, defaults to `False`):
+            Pack instead of padding. The language model's attention must know packs
+            ([`~modeling_llava.attention.use_varlen_attention`]).
 
     Attributes:
         dropped (`dict[str, int]`):
@@ -100,6 +107,7 @@ class LlavaDataCollator:
         pad_to_multiple_of: int | None = None,
         follow_symlinks: bool = False,
         share_images: bool = True,
+        packing: bool = False,
     ):
         choices = {
             "overflow": (overflow, ("error", "drop", "truncate_text")),
@@ -112,6 +120,8 @@ class LlavaDataCollator:
                 raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}.")
         if padding == "max_length" and max_length is None:
             raise ValueError("padding='max_length' needs a max_length.")
+        if packing and (padding == "max_length" or pad_to_multiple_of):
+            raise ValueError("packing=True leaves no padding: leave padding and pad_to_multiple_of out.")
         if image_folder is not None and not os.path.isdir(image_folder):
             raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
         self.processor = processor
@@ -125,6 +135,7 @@ class LlavaDataCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.follow_symlinks = follow_symlinks
         self.share_images = share_images
+        self.packing = packing
         tokenizer = processor.tokenizer
         # Its value is never read, since the mask hides it; a tokenizer without one is no reason to stop.
         self.pad_token_id = next(
@@ -136,16 +147,26 @@ class LlavaDataCollator:
     def dropped(self) -> dict[str, int]:
         return self._dropped.as_dict()
 
-    def __call__(self, examples: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    def count_dropped(self, error: BadSampleError) -> None:
+        """Count a sample that is left out, and log the first of its reason."""
+        self._dropped.add(error, "the collator")
+
+    def __call__(self, examples: Sequence[Conversation | list[Conversation]]) -> dict[str, torch.Tensor | int]:
         """
-        Encode and pad `examples`.
+        Encode and pad, or pack, `examples`.
 
         Raises:
             BadSampleError: A sample cannot be used, and it is not to be dropped.
             ValueError: Every sample of the batch was dropped; the processor's image tokens do not fit its images.
         """
+        if self.packing:
+            packs = [example if isinstance(example, list) else [example] for example in examples]
+            examples = [sample for pack in packs for sample in pack]
         samples, images = self.encode_all(examples)
-        batch = self._pad(samples)
+        if self.packing:
+            batch = pack_sequences([sample["input_ids"] for sample in samples], [s["labels"] for s in samples])
+        else:
+            batch = self._pad(samples)
         batch.update(self._pixels(samples, images))
         return batch
 
@@ -199,7 +220,7 @@ class LlavaDataCollator:
                     asked_to_raise = self.overflow == "error"
                 if asked_to_raise:
                     raise
-                self._dropped.add(error, "the collator")
+                self.count_dropped(error)
                 errors.append(error)
                 continue
             samples.append(sample)

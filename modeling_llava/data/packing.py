@@ -175,7 +175,8 @@ class PackedStream(torch.utils.data.IterableDataset):
             Samples. Where processes and workers share the data, each must be given its own part of it
             (`load_conversations(streaming=True)` does that).
         length_of (`Callable`):
-            A sample's length in positions. It must not need the image; see [`LlavaDataCollator.length`].
+            A sample's length in positions; 0 leaves it out. It must not need the image; see
+            [`LlavaDataCollator.length`].
         capacity (`int`):
             Most positions of a pack.
         look_ahead (`int`, *optional*, defaults to 256):
@@ -248,7 +249,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         while True:
             for sample in source:
                 self._read += 1
-                self._add(self.length_of(sample), sample)
+                length = self.length_of(sample)
+                if length:
+                    self._add(length, sample)
                 # One more than is waited for: a pack is given before the look-ahead grows beyond its bound.
                 if len(self._samples) > self.look_ahead:
                     yield self._pop_pack()
