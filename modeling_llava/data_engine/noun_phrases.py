@@ -8,9 +8,10 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -125,30 +126,45 @@ def extract_shards(
     iterator = iter(captions)
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="caption", desc="noun phrases", disable=not progress, dynamic_ncols=True) as bar:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            pending: set[Any] = set()
-
-            def collect(most: int) -> None:
-                nonlocal pending
-                while len(pending) > most:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        bar.update(future.result())
-
-            while part := list(itertools.islice(iterator, SHARD_CAPTIONS)):
-                path = folder / f"phrases-{len(shards):06d}.txt"
-                header = shard_header(part, model)
-                shards.append(path)
-                if _header(path) == header:
-                    bar.update(len(part))
-                else:
-                    pending.add(pool.submit(make_shard, path, header, part, model))
-                    collect(2 * workers)
-            collect(0)
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=total, unit="caption", desc="noun phrases", disable=not progress, dynamic_ncols=True)
+        )
+        pool = stack.enter_context(_pool(workers)) if workers > 1 else None
+        pending: set[Future] = set()
+        while part := list(itertools.islice(iterator, SHARD_CAPTIONS)):
+            path = folder / f"phrases-{len(shards):06d}.txt"
+            header = shard_header(part, model)
+            shards.append(path)
+            if _header(path) == header:
+                bar.update(len(part))
+            elif pool is None:
+                bar.update(make_shard(path, header, part, model))
+            else:
+                pending.add(pool.submit(make_shard, path, header, part, model))
+                while len(pending) > 2 * workers:
+                    pending = _collect(pending, bar)
+        while pending:
+            pending = _collect(pending, bar)
     for stale in set(folder.glob("phrases-*.txt")) - set(shards):
         stale.unlink()
     return shards
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that start clean, and quickly where they can be forked from one that has imported this module."""
+    if "forkserver" not in get_all_start_methods():
+        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "spacy"])
+    return ProcessPoolExecutor(workers, mp_context=context)
+
+
+def _collect(pending: set[Future], bar: Any) -> set[Future]:
+    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+    for future in done:
+        bar.update(future.result())
+    return pending
 
 
 def _header(path: Path) -> str:

@@ -159,16 +159,9 @@ def test_a_reply_that_the_endpoint_cut_or_withheld_is_rejected_as_that():
         ),
         ("conversation", block(("What is the score?", "The score is 0.5 to 1."))),
         ("detail", LONG + " A lunch box and two boxes of fruit stand on a table."),
-        (
-            "detail",
-            LONG
-            + " A sign with the word SALE hangs in the window; the caption on a poster next to it cannot be read.",
-        ),
     ],
 )
 def test_good_replies_that_look_suspicious_pass(kind, text):
-    if "poster" in text:
-        pytest.skip("a caption inside the picture is not told apart from the captions given; one retry is its price")
     assert reason_of(text, kind) is None
 
 
