@@ -3,8 +3,14 @@ HF checkpoints → GGUF: the two files of llama.cpp's multimodal programs (and O
 
 `model-TYPE.gguf` holds the language model with tokenizer and chat template, `mmproj-TYPE.gguf` the CLIP tower up to the
 selected layer and the projector. Written with the `gguf` package, tensor after tensor and piece by piece.
+
+llama.cpp has had a defect since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
+behind the patches but reads positions and results as if it stood in front. Every LLaVA-1.5 suffers: each patch gets its
+neighbour's position, the first patch is lost. `class_token_last=True` writes a file that such builds compute correctly
+(see `_for_class_token_last`).
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +25,7 @@ from .gguf_tokenizer import gguf_chat_template, vocabulary
 from .hf_checkpoints import HfCheckpoint, read_hf
 from .keymaps import Entry
 from .original_to_hf import Conversion, fingerprint_of
-from .tensors import FileRange, LazyTensor, permuted_rows
+from .tensors import FileRange, LazyTensor, in_memory, permuted_rows
 from .writing import OutputFolder, as_bytes, copy_range, write_all
 
 
@@ -48,6 +54,7 @@ def convert_hf_to_gguf(
     output: str | Path,
     *,
     dtype: str = "f16",
+    class_token_last: bool = False,
     check: bool = True,
     overwrite: bool = False,
 ) -> Conversion:
@@ -62,6 +69,9 @@ def convert_hf_to_gguf(
         dtype (`str`, *optional*, defaults to `"f16"`):
             `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` (8 bits, in blocks of 32 values). Vectors and the table of positions
             are always float32.
+        class_token_last (`bool`, *optional*, defaults to `False`):
+            Write `mmproj` for builds of llama.cpp with the defect above. They then compute every image feature right,
+            but hand the one of the top left patch over last instead of first, and see the padding's colour in it.
         check (`bool`, *optional*, defaults to `True`):
             Read the files back and compare every tensor with what was to be written.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -84,10 +94,12 @@ def convert_hf_to_gguf(
         f"model-{dtype}.gguf": (language_metadata(hf, processor, dtype), language_tensors(hf, dtype)),
         f"mmproj-{dtype}.gguf": (mmproj_metadata(hf, processor, layers, dtype), mmproj_tensors(hf, max(layers), dtype)),
     }
+    if class_token_last:
+        _for_class_token_last(files[f"mmproj-{dtype}.gguf"][1], processor)
     total = sum(tensor.nbytes for _, tensors in files.values() for tensor in tensors.values())
     plan = {name: {key: tensor.content for key, tensor in tensors.items()} for name, (_, tensors) in files.items()}
     report = None
-    with OutputFolder(output, fingerprint_of("hf to gguf", hf.files, plan), total, overwrite=overwrite) as folder:
+    with OutputFolder(output, fingerprint_of(f"hf to gguf {class_token_last=}", hf.files, plan), total, overwrite=overwrite) as folder:
         if not folder.is_done:
             for name, (metadata, tensors) in files.items():
                 path = folder.partial / name
@@ -100,7 +112,7 @@ def convert_hf_to_gguf(
                 if not report.is_sound:
                     raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
             folder.commit()
-    return Conversion(Path(output), _notes(hf, processor), report)
+    return Conversion(Path(output), _notes(hf, processor, class_token_last), report)
 
 
 def import_gguf():
@@ -155,8 +167,15 @@ def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> None:
         raise ValueError(f"{hf.folder} has a language model with {config.text_config.hidden_act!r}; llama.cpp has silu.")
 
 
-def _notes(hf: HfCheckpoint, processor: LlavaProcessor) -> list[str]:
+def _notes(hf: HfCheckpoint, processor: LlavaProcessor, class_token_last: bool) -> list[str]:
     notes = []
+    if class_token_last:
+        notes.append("mmproj is for builds of llama.cpp with the defect of issue 25814; a mended build needs the other.")
+    else:
+        notes.append(
+            "llama.cpp since May 2025 has a defect (issue 25814) that spoils the image features of every LLaVA-1.5. For a "
+            "build with it, convert with --class-token-last."
+        )
     if not getattr(processor.image_processor, "do_pad", False):
         notes.append("llama.cpp pads pictures to a square; this checkpoint was trained on ones that are cut to it.")
     window = getattr(hf.config.text_config, "sliding_window", None)
@@ -231,6 +250,29 @@ def _projector(hf: HfCheckpoint, tensors: Mapping[Entry, LazyTensor]) -> dict[st
 
     own["mm.2.weight"] = LazyTensor(second.dtype, (hidden, 2 * hidden), read, second.origin)
     return own
+
+
+CLASS_TOKEN_SCALE = 1e5
+
+
+def _for_class_token_last(tensors: dict[str, GgufTensor], processor: LlavaProcessor) -> None:
+    """
+    Change the class embedding and the positions so that a build with the defect computes the right features.
+
+    It lays out `[patch 0, …, patch n−1, class]`, adds position row i to token i, and gives tokens 1 to n to the
+    projector. So token 0, which it does not give on, becomes the class token: its position row is the class token times
+    10⁵, beside which the patch vanishes in the layer norm that follows. Token n, a constant, becomes patch 0, as padding
+    looks there (in a picture that is not square it is padding), and tokens 1 to n−1 get their own positions.
+    """
+    images = processor.image_processor
+    background = [(int(mean * 255) / 255 - mean) / std for mean, std in zip(images.image_mean, images.image_std)]
+    kernel = tensors["v.patch_embd.weight"].content.tensor().float()  # [hidden, 3, patch, patch]
+    padding = (kernel.sum(dim=(2, 3)) * torch.tensor(background)).sum(dim=1)
+    token = tensors["v.class_embd"].content.tensor().float()
+    old = tensors["v.position_embd.weight"].content.tensor().float()  # [1 + patches, hidden]
+    new = torch.cat([CLASS_TOKEN_SCALE * (token + old[0])[None], old[2:], old[1:2]])
+    tensors["v.class_embd"] = GgufTensor(in_memory(padding, "the embedding of a patch of padding"), "f32")
+    tensors["v.position_embd.weight"] = GgufTensor(in_memory(new, "the rearranged positions"), "f32")
 
 
 def _computed(like: LazyTensor, shape: tuple[int, ...], read: Callable[[int, int], torch.Tensor]) -> LazyTensor:
@@ -345,8 +387,6 @@ def mmproj_metadata(hf: HfCheckpoint, processor: LlavaProcessor, layers: list[in
 
 def write_gguf(gguf, path: Path, metadata: Callable, tensors: Mapping[str, GgufTensor], advance=int) -> None:
     """Write a GGUF file; it gets its name when it is whole and on the disk."""
-    import os
-
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(temporary, "clip" if path.name.startswith("mmproj") else "llama")
     metadata(gguf, writer)

@@ -310,7 +310,9 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
 
 def _lies_in_file(value) -> bool:
     """Whether torch told where in the file a tensor's bytes begin (it does so since 2.7, for the zip form)."""
-    return not isinstance(value, torch.Tensor) or hasattr(value.untyped_storage(), "_checkpoint_offset")
+    if not isinstance(value, torch.Tensor):
+        return True
+    return getattr(value.untyped_storage(), "_checkpoint_offset", None) is not None
 
 
 def _is_zip(path: Path) -> bool:
