@@ -166,23 +166,32 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=True,
+        metadata={
+            "help": "Data-parallel: a batch of text alone does not use the projector, and must not wait for it."
+        },
+    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Inputs that the evaluation takes for labels."}
     )
 
     def __post_init__(self):
+        self._given = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         for setting in fields(self):
             choices = setting.metadata.get("choices")
             value = getattr(self, setting.name)
             if choices and setting.metadata.get("group") == "llava" and value not in choices:
                 raise ValueError(f"{setting.name}={value!r} is not one of {', '.join(map(str, choices))}.")
+        if not _has_accelerator():
+            # Not told so, transformers starts several processes as so many single ones, which all write one folder.
+            self.use_cpu = True
         self._check_training()
         self._check_data()
         self._check_run()
         self._resolve_precision()
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
-        self._given = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         super().__post_init__()
         self._normalised = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if self.global_batch_size is not None:
@@ -269,8 +278,6 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.precision == "auto":
             self.precision = switched or ("fp32" if self.use_cpu else best_precision())
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
-        if self.bf16 and not _has_accelerator():
-            self.use_cpu = True  # transformers allows bf16 on the CPU only when told so
 
     def _resolve_global_batch_size(self):
         per_step = self.train_batch_size * self.world_size

@@ -112,7 +112,7 @@ class LossCurveCallback(TrainerCallback):
 
 def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) -> Path | None:
     """
-    Draw training loss (with its running mean) and evaluation loss over optimizer steps.
+    Draw training loss (with its centred moving mean) and evaluation loss over optimizer steps.
 
     Args:
         log_history (`list[dict]`):
@@ -139,11 +139,16 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     if trained:
         steps, losses = zip(*trained)
         axes.plot(steps, losses, color="#4c72b0", alpha=0.35, linewidth=1, label="training")
-        mean, smoothed = losses[0], []
-        for loss in losses:
-            mean = 0.9 * mean + 0.1 * loss
-            smoothed.append(mean)
-        axes.plot(steps, smoothed, color="#4c72b0", linewidth=2, label="training, running mean")
+        half = max(
+            len(losses) // 40, 1
+        )  # a window around each entry, narrower at both ends: a trailing mean lags behind
+        windows = [
+            (max(i - reach, 0), i + reach + 1)
+            for i in range(len(losses))
+            for reach in [min(half, i, len(losses) - 1 - i)]
+        ]
+        smoothed = [sum(losses[start:end]) / (end - start) for start, end in windows]
+        axes.plot(steps, smoothed, color="#4c72b0", linewidth=2, label=f"training, mean of {2 * half + 1} entries")
     if evaluated:
         axes.plot(*zip(*evaluated), color="#dd8452", marker="o", linewidth=2, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))

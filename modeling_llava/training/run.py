@@ -101,13 +101,18 @@ def train(
 
     metrics: dict[str, float] = {}
     if checkpoint is not None and _is_finished(trainer, checkpoint):
-        logger.warning("%s is the end of the run already: nothing is trained, the result is written again.", checkpoint)
+        logger.warning(
+            "%s is the end of the run already: nothing is trained, the result is written again.", checkpoint
+        )
         trainer.restore_result(checkpoint)
     else:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics |= output.metrics
+        trainer.save_metrics("train", output.metrics)
     if eval_dataset is not None:
-        metrics |= trainer.evaluate()
+        evaluated = trainer.evaluate()
+        metrics |= evaluated
+        trainer.save_metrics("eval", evaluated)
     save_result(trainer)
     _report_drops(trainer)
     return TrainResult(

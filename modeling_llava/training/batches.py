@@ -1,0 +1,229 @@
+"""How samples become batches: padded or packed, grouped by length, shared among processes."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from tqdm import tqdm
+
+from ..data.packing import PackedDataset, PackedStream, best_fit_packs
+from ..data.sampler import GroupedSampler
+from ..data.schema import TOO_LONG, BadSampleError, summarize_drops
+from ..data.sources import ConversationStream
+from .arguments import LlavaTrainingArguments
+from .mixture import TypeMixtureSampler
+
+
+logger = logging.getLogger(__name__)
+
+
+class EndlessStream(IterableDataset):
+    """
+    A stream that begins its next epoch when it ends. The shares of several processes are not equally long, and a process
+    without a batch would leave the others waiting.
+    """
+
+    def __init__(self, stream: Iterable):
+        self.stream = stream
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator:
+        while True:
+            is_empty = True
+            for sample in self.stream:
+                is_empty = False
+                yield sample
+            if is_empty:
+                raise ValueError("This process's share of the streamed data is empty. Use fewer processes or workers.")
+            self.set_epoch(self._epoch + 1)
+
+
+def shares_by_itself(dataset: Any) -> bool:
+    """Whether a stream gives each process its own rows already, so that accelerate must not share them again."""
+    return isinstance(dataset, ConversationStream | PackedStream | EndlessStream)
+
+
+def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
+    """
+    The training data as the run takes it: in packs for `packing=full`, endless where processes share a stream.
+
+    Args:
+        dataset: Conversations, by index or as a stream.
+        collator ([`LlavaDataCollator`]): Tells the length of a conversation.
+        args ([`LlavaTrainingArguments`]): The settings.
+
+    Raises:
+        BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
+    """
+    if isinstance(dataset, ConversationStream):
+        if args.packing == "full":
+            measure = _DroppingMeasure(_measure_of(collator, args), args)
+            return PackedStream(dataset, measure, args.pack_length or args.max_length, repeat=True)
+        return EndlessStream(dataset) if args.world_size > 1 else dataset
+    if args.packing != "full" or isinstance(dataset, PackedDataset | IterableDataset):
+        return dataset
+
+    lengths, kept = usable_lengths(dataset, collator, args)
+    chosen = np.flatnonzero(kept)
+    if args.type_weights is not None:
+        # The draw of the first epoch; packs keep their samples in the epochs after it.
+        drawn = np.array(list(TypeMixtureSampler.from_dataset(dataset, args.type_weights, data_seed(args))))
+        chosen = drawn[kept[drawn]]
+    plan = best_fit_packs(lengths[chosen], args.pack_length or args.max_length, seed=data_seed(args))
+    if args.process_index == 0:
+        logger.warning("Packing: %s. Batch sizes count packs.", plan.summary())
+    return PackedDataset(Subset(dataset, chosen.tolist()), plan)
+
+
+def grouped_sampler(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> GroupedSampler:
+    """The sampler for `train_sampling_strategy=group_by_length`, or by modality as well."""
+    lengths, kept = usable_lengths(dataset, collator, args, drop=False)
+    has_image = None
+    if args.group_by_modality:
+        num_images = getattr(dataset, "num_images", None)
+        if num_images is None:
+            num_images = [len(dataset[i].get("images") or ()) for i in range(len(dataset))]
+        has_image = np.asarray(num_images) > 0
+    global_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    return GroupedSampler(lengths, global_batch, has_image, seed=data_seed(args))
+
+
+def data_seed(args: LlavaTrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def usable_lengths(
+    dataset: Any, collator: Any, args: LlavaTrainingArguments, drop: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Lengths of all samples, in positions, and which of them can be used. No image is opened.
+
+    The processes share the work, and the DataLoader's workers do it in parallel.
+
+    Args:
+        drop (`bool`, *optional*, defaults to `True`):
+            Whether unusable samples can be left out here; otherwise they are left to the collator.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: int64 `[num_samples]`, 0 where a sample cannot be used, and bool `[num_samples]`.
+
+    Raises:
+        BadSampleError: a sample cannot be used, and is not to be dropped.
+    """
+    measured = _measure_all(dataset, _measure_of(collator, args), args)
+    dropped = Counter()
+    for result in measured:
+        if isinstance(result, BadSampleError):
+            if drop and _is_asked_to_raise(result, args):
+                raise result
+            dropped[result.reason] += 1
+    if dropped and drop and args.process_index == 0:
+        logger.warning("Before packing: %s.", summarize_drops(dict(dropped)))
+    lengths = np.array([0 if isinstance(result, BadSampleError) else result for result in measured], dtype=np.int64)
+    return lengths, lengths > 0
+
+
+def _measure_of(collator: Any, args: LlavaTrainingArguments) -> Callable[[Any], int]:
+    if not hasattr(collator, "length"):
+        raise ValueError(
+            f"{type(collator).__name__} cannot tell the length of a conversation. Let LlavaTrainer make its own collator, "
+            "or set packing=none and train_sampling_strategy=random."
+        )
+    return _Measure(collator, args.max_length)
+
+
+class _Measure:
+    """Length of a conversation in positions; too long is an error here already."""
+
+    def __init__(self, collator: Any, max_length: int):
+        self.collator = collator
+        self.max_length = max_length
+
+    def __call__(self, conversation: Any) -> int:
+        length = self.collator.length(conversation)
+        if length > self.max_length:
+            raise BadSampleError(
+                str(conversation.get("id")),
+                TOO_LONG,
+                f"has {length} tokens, max_length is {self.max_length}. Raise max_length, shorten the text, or set "
+                'overflow="truncate_text" or "drop".',
+            )
+        return length
+
+
+class _DroppingMeasure:
+    """For a stream: 0 for a sample that is to be dropped, which is counted by the collator."""
+
+    def __init__(self, measure: _Measure, args: LlavaTrainingArguments):
+        self.measure = measure
+        self.args = args
+
+    def __call__(self, conversation: Any) -> int:
+        try:
+            return self.measure(conversation)
+        except BadSampleError as error:
+            if _is_asked_to_raise(error, self.args):
+                raise
+            self.measure.collator.count_dropped(error)
+            return 0
+
+
+def _is_asked_to_raise(error: BadSampleError, args: LlavaTrainingArguments) -> bool:
+    if error.reason == TOO_LONG and args.overflow != "truncate_text":
+        return args.overflow == "error"
+    return args.on_bad_sample == "raise"
+
+
+class _Measured(Dataset):
+    """Lengths by index, or the error in their place."""
+
+    def __init__(self, dataset: Any, measure: Callable[[Any], int], indices: range):
+        self.dataset = dataset
+        self.measure = measure
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> int | BadSampleError:
+        try:
+            return self.measure(self.dataset[self.indices[index]])
+        except BadSampleError as error:
+            return error
+
+
+def _measure_all(dataset: Any, measure: Callable[[Any], int], args: LlavaTrainingArguments) -> list:
+    rank, world_size = args.process_index, args.world_size
+    loader = DataLoader(
+        _Measured(dataset, measure, range(rank, len(dataset), world_size)),
+        batch_size=256,
+        num_workers=args.dataloader_num_workers if len(dataset) > 2_000 else 0,
+        collate_fn=list,
+    )
+    progress = tqdm(
+        total=len(loader.dataset), desc="measuring samples", unit=" samples", delay=3, mininterval=1, disable=rank != 0
+    )
+    measured = []
+    with progress:
+        for results in loader:
+            measured.extend(results)
+            progress.update(len(results))
+    if world_size == 1:
+        return measured
+    parts: list = [None] * world_size
+    torch.distributed.all_gather_object(parts, measured)
+    everything: list = [None] * len(dataset)
+    for number, part in enumerate(parts):
+        everything[number::world_size] = part
+    return everything
+
+
+__all__ = ["EndlessStream", "arrange", "grouped_sampler", "shares_by_itself", "usable_lengths"]
