@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 
-from ..constants import IGNORE_INDEX
+from ..data.preview import render_sample
 from .stages import ComponentSummary, summarise_components
 
 
@@ -49,7 +49,7 @@ class PreviewCallback(TrainerCallback):
         for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
             attended = batch["attention_mask"][row].bool() if "attention_mask" in batch else slice(None)
             console.print(f"Sample {row + 1}, as the model sees it ([bold green]green[/]: what it learns):")
-            console.print(masked_text(processor, ids[attended].tolist(), labels[attended].tolist()))
+            console.print(render_sample(processor, ids[attended].tolist(), labels[attended].tolist()))
 
 
 def component_table(rows: list[ComponentSummary]):
@@ -66,40 +66,6 @@ def component_table(rows: list[ComponentSummary]):
     table.add_section()
     table.add_row("all", f"{trainable:,}", f"{total:,}", f"{100 * trainable / max(total, 1):.2f} %", "")
     return table
-
-
-def masked_text(processor: ProcessorMixin, input_ids: list[int], labels: list[int]):
-    """
-    A sample as `rich.text.Text`: supervised text green, the rest dim, each run of image tokens as `<image> × 576`.
-
-    Args:
-        processor ([`~transformers.ProcessorMixin`]):
-            A LLaVA processor.
-        input_ids (`list[int]`):
-            Token ids, image tokens expanded.
-        labels (`list[int]`):
-            As long; `IGNORE_INDEX` where nothing is learnt.
-    """
-    from rich.text import Text
-
-    image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    text, run, run_kind = Text(), [], None
-
-    def flush():
-        if run_kind == "image":
-            text.append(f"{processor.image_token} × {len(run)}", style="cyan")
-        elif run:
-            decoded = processor.tokenizer.decode(run, skip_special_tokens=False)
-            text.append(decoded, style="bold green" if run_kind == "learnt" else "dim")
-
-    for token, label in zip(input_ids, labels):
-        kind = "image" if token == image_token_id else "read" if label == IGNORE_INDEX else "learnt"
-        if kind != run_kind:
-            flush()
-            run, run_kind = [], kind
-        run.append(token)
-    flush()
-    return text
 
 
 class LossCurveCallback(TrainerCallback):
@@ -139,15 +105,12 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     if trained:
         steps, losses = zip(*trained)
         axes.plot(steps, losses, color="#4c72b0", alpha=0.35, linewidth=1, label="training")
-        half = max(
-            len(losses) // 40, 1
-        )  # a window around each entry, narrower at both ends: a trailing mean lags behind
-        windows = [
-            (max(i - reach, 0), i + reach + 1)
-            for i in range(len(losses))
-            for reach in [min(half, i, len(losses) - 1 - i)]
-        ]
-        smoothed = [sum(losses[start:end]) / (end - start) for start, end in windows]
+        # The mean of a window around each entry, narrower towards both ends; a trailing mean would lag behind.
+        half = max(len(losses) // 40, 1)
+        smoothed = []
+        for i in range(len(losses)):
+            reach = min(half, i, len(losses) - 1 - i)
+            smoothed.append(sum(losses[i - reach : i + reach + 1]) / (2 * reach + 1))
         axes.plot(steps, smoothed, color="#4c72b0", linewidth=2, label=f"training, mean of {2 * half + 1} entries")
     if evaluated:
         axes.plot(*zip(*evaluated), color="#dd8452", marker="o", linewidth=2, label="evaluation")
@@ -163,4 +126,4 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     return path
 
 
-__all__ = ["LossCurveCallback", "PreviewCallback", "component_table", "masked_text", "plot_loss_curve"]
+__all__ = ["LossCurveCallback", "PreviewCallback", "component_table", "plot_loss_curve"]
