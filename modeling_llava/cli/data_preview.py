@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show samples as the model sees them: the text of the chat template, each image as <image>×576, what is "
+        "Show samples as the model sees them: the text of the chat template, each image as <image> × 576, what is "
         "supervised in green, special tokens as such. Nothing is trained."
     )
     parser.add_argument("source", nargs="+", help="as in `llava data check`")
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..constants import IGNORE_INDEX
     from ..data import LlavaDataCollator, load_conversations
+    from ..data.preview import render_sample
     from ..data.schema import summarize_drops
 
     processor = AutoProcessor.from_pretrained(args.processor)
@@ -93,57 +94,16 @@ def run(args: argparse.Namespace) -> int:
         names = [image for image in images if isinstance(image, str)]
         console.print()
         console.rule(Text(", ".join(facts + names), "bold"), align="left")
-        console.print(render(processor, ids.tolist(), labels.tolist()), soft_wrap=True)
+        console.print(render_sample(processor, ids.tolist(), labels.tolist()), soft_wrap=True)
         if args.save_images and images:
             for path in _save(batch, processor, Path(args.save_images), conversation["id"]):
                 console.print(f"written: {path}", highlight=False, soft_wrap=True)
     console.print(
-        f"\n{len(dataset):,} samples in all; [green]green[/]: supervised, [cyan]cyan[/]: images and special tokens"
+        f"\n{len(dataset):,} samples in all; [green]green[/]: supervised, [cyan]cyan[/]: images and other special tokens"
     )
     if dataset.dropped:
         console.print(f"{summarize_drops(dataset.dropped)}: `llava data check` lists them")
     return 1 if bad else 0
-
-
-def render(processor, input_ids: list[int], labels: list[int]):
-    """
-    A sample as `rich.text.Text`, to the letter: what is supervised green, special tokens cyan, each run of image tokens
-    as `<image>×576`. A text piece is what decoding one token more adds, so that no space is lost between pieces.
-    """
-    from rich.text import Text
-
-    from ..constants import IGNORE_INDEX
-
-    tokenizer = processor.tokenizer
-    special = set(tokenizer.all_special_ids) | {processor.image_token_id}
-    text = Text()
-    position = 0
-    while position < len(input_ids):
-        token, learnt = input_ids[position], labels[position] != IGNORE_INDEX
-        end = position + 1
-        while end < len(input_ids) and (labels[end] != IGNORE_INDEX) == learnt:
-            if token in special and input_ids[end] != token or token not in special and input_ids[end] in special:
-                break
-            end += 1
-        if token == processor.image_token_id:
-            text.append(f"{processor.image_token}×{end - position}", "cyan")
-        elif token in special:
-            text.append(tokenizer.convert_ids_to_tokens(token) * (end - position), "bold cyan" if learnt else "cyan")
-        else:
-            # Decoded behind what stands before it: a SentencePiece decoder drops the space at the start of a text.
-            start = position
-            while start > 0 and input_ids[start - 1] not in special and position - start < 8:
-                start -= 1
-            before = _decode(tokenizer, input_ids[start:position])
-            piece = _decode(tokenizer, input_ids[start:end])
-            piece = piece[len(before) :] if piece.startswith(before) else _decode(tokenizer, input_ids[position:end])
-            text.append(piece, "bold green" if learnt else "dim")
-        position = end
-    return text
-
-
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
 
 
 def _save(batch: dict, processor, folder: Path, sample_id: str) -> list[Path]:

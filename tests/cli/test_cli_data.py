@@ -95,25 +95,23 @@ def test_preview_shows_the_rendered_text_to_the_letter(data, model, capsys):
     output = capsys.readouterr().out
     assert code == 0 and output.count("sample 's") == 3
     assert (
-        "user's questions. USER: <image>×9\nWhat is it? ASSISTANT: A red square.</s>USER: Which  colour? ASSISTANT: Red.</s>\n"
+        "user's questions. USER: <image> × 9\nWhat is it? ASSISTANT: A red square.</s>USER: Which  colour? ASSISTANT: Red.</s>\n"
         in output
     )
     assert "questions. USER: Hi. ASSISTANT:" in output and "0 images" in output
 
 
 def test_preview_colours_exactly_what_is_supervised(model, golden):
-    from modeling_llava.cli.data_preview import render
     from modeling_llava.data import encode_conversation, from_llava_row
+    from modeling_llava.data.preview import render_sample
 
     processor = LlavaProcessor.from_pretrained(model)
     for sample in json.loads((golden / "masks_tiny.json").read_text())["versions"]["v1"]:
         image = "x.png" if sample["has_image"] else None
         messages = from_llava_row({"conversations": sample["conversations"], "image": image})["messages"]
         encoded = encode_conversation(messages, processor)
-        text = render(processor, encoded["input_ids"].tolist(), encoded["labels"].tolist())
-        green = "".join(
-            text.plain[span.start : span.end] for span in text.spans if span.style in ("bold green", "bold cyan")
-        )
+        text = render_sample(processor, encoded["input_ids"].tolist(), encoded["labels"].tolist())
+        green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "bold green")
         answers = [turn["value"] for turn in sample["conversations"][1::2]]
         assert green == "".join(f" {answer}</s>" for answer in answers), sample["id"]
 
@@ -122,7 +120,7 @@ def test_preview_by_id_with_another_template_and_saved_images(data, model, capsy
     arguments = ["--images", str(data / "images"), "--processor", model, "--id", "s1", "--chat-template", "vicuna_v0"]
     main(["data", "preview", str(data / "good.json"), *arguments, "--save-images", str(data / "seen")])
     output = capsys.readouterr().out
-    assert "### Human: <image>×9\nWhat is it?\n### Assistant: A square, red.\n###" in output and "'s0'" not in output
+    assert "### Human: <image> × 9\nWhat is it?\n### Assistant: A square, red.\n###" in output and "'s0'" not in output
     seen = Image.open(data / "seen" / "s1-0.png")
     assert seen.size == (42, 42) and seen.getpixel((21, 21)) == (200, 10, 10)
     assert seen.getpixel((0, 0)) == (122, 116, 104)  # the mean colour that pads it to a square

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from modeling_llava.checkpoints import checkpoint_kind, load_projector
 from modeling_llava.constants import IGNORE_INDEX
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter, train
-from modeling_llava.training.callbacks import masked_text, plot_loss_curve
+from modeling_llava.training.callbacks import plot_loss_curve
 from modeling_llava.training.run import load_datasets, load_model_and_processor
 
 
@@ -119,19 +119,6 @@ def test_preview_shows_the_table_and_a_masked_sample_and_changes_nothing(setting
     assert "<image> × 9" in text and "ASSISTANT:" in text
     hidden = train({**settings, "output_dir": str(tmp_path / "hidden"), "preview_samples": 0}, console=quiet)
     assert shown.log_history[0]["loss"] == hidden.log_history[0]["loss"]
-
-
-def test_masked_text_marks_what_is_learnt(settings):
-    args = LlavaTrainingArguments(**settings)
-    _, processor = load_model_and_processor(args)
-    dataset, _ = load_datasets(args)
-    from modeling_llava.data.labels import encode_conversation
-
-    encoded = encode_conversation(dataset[0]["messages"], processor)
-    text = masked_text(processor, encoded["input_ids"].tolist(), encoded["labels"].tolist())
-    learnt = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "bold green")
-    assert learnt.strip() == "It is red.</s>"
-    assert text.plain.count("<image> × 9") == 1
 
 
 def test_evaluation_loss_is_the_models_and_builds_no_logits(settings, quiet):
