@@ -1,5 +1,6 @@
 """The terminal side of `llava chat`: reading lines, commands, streaming answers; or a script on stdin."""
 
+import contextlib
 import os
 import sys
 import unicodedata
@@ -57,33 +58,31 @@ class Terminal:
                 self.note("Paste a picture's path or URL, or ask without one. /help tells the rest.")
         elif not self.guarded(lambda: self.show(pictures)):
             return 1
-        interrupted = False
-        while True:
-            answering = False
-            try:
-                line = self.read_line() if self.interactive else sys.stdin.readline()
-                if not self.interactive and not line:
+        if not self.interactive:
+            for line in sys.stdin:
+                if not self.handle(line.strip()):
                     break
-                line = line.strip()
-                if line in ("/quit", "/exit", "/q"):
-                    break
-                if line:
-                    interrupted, answering = False, True
-                    self.handle(line)
-            except EOFError:
-                print()
-                break
-            except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
-                if interrupted:
-                    break
-                interrupted = True
-                self.note(f"{'Stopped. ' if answering else ''}Ctrl-C once more, or /quit, leaves.")
-        return 1 if self.failed and not self.interactive else 0
+            return 1 if self.failed else 0
+        with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-C twice, or while the first is being answered
+            interrupted = False
+            while True:
+                line = None
+                try:
+                    line = self.read_line().strip()
+                    if not self.handle(line):
+                        break
+                    interrupted = False
+                except KeyboardInterrupt:
+                    if interrupted and line is None:
+                        break
+                    interrupted = True
+                    self.note(f"{'Stopped. ' if line else ''}Ctrl-C once more, or /quit, leaves.")
+        return 0
 
-    def handle(self, line: str) -> None:
-        """One line: a command, pictures, or a question."""
+    def handle(self, line: str) -> bool:
+        """One line: a command, pictures, or a question. Returns whether the chat goes on."""
+        if line in ("/quit", "/exit", "/q"):
+            return False
         command, _, rest = line.partition(" ")
         actions: dict[str, Callable[[str], None]] = {
             "/image": self.image,
@@ -98,8 +97,9 @@ class Terminal:
             self.guarded(lambda: self.image(line))
         elif line.startswith("/") and "/" not in command[1:]:
             self.complain(f"There is no command {command}. /help lists them.")
-        else:
+        elif line:
             self.guarded(lambda: self.answer(self.chat.ask(line)))
+        return True
 
     def guarded(self, action: Callable[[], None]) -> bool:
         """Runs an action; a mistake is one line, and the chat goes on."""
