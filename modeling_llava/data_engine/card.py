@@ -48,7 +48,7 @@ def write_card(
 
     A plot whose library is absent is left out with a note.
     """
-    target = folder.path / "dataset" if (folder.path / "dataset" / "data").is_dir() else folder.path
+    target = folder.path / "dataset" if summary.fingerprint else folder.path
     plots = {}
     try:
         plot_lengths(summary.answer_words, target / "lengths.png")
@@ -69,7 +69,7 @@ def write_card(
         summary.notes.append(f"The card lacks plots. {error}")
     about = collect_figures(folder, ledger, summary)
     write_atomically(folder.path / "summary.json", json.dumps(about, indent=1, ensure_ascii=False))
-    write_atomically(target / "README.md", render_card(folder, about, plots, target != folder.path))
+    write_atomically(target / "README.md", render_card(about, plots, summary.fingerprint))
     summary.files += [target / "README.md", folder.path / "summary.json"]
     return target / "README.md"
 
@@ -127,15 +127,21 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
 
 
-def render_card(folder: RunFolder, about: dict[str, Any], plots: dict[str, str], with_parquet: bool) -> str:
-    """The card's text."""
+def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) -> str:
+    """The card's text.
+
+    Args:
+        about: `collect_figures`.
+        plots: Title → file, beside the card.
+        fingerprint: Ends the names of the parquet files; empty where there are none.
+    """
     settings, contexts, samples = about["settings"], about["contexts"], about["samples"]
     total = sum(samples.values())
     size = next((name for most, name in SIZES if total < most), "n>1T")
     front = ["---"]
-    if with_parquet:
+    if fingerprint:
         front += ["configs:", "- config_name: default", "  data_files:", "  - split: train"]
-        front += ["    path: data/train-*.parquet"]
+        front += [f"    path: data/train-*-{fingerprint}.parquet"]
     if settings["language"]:
         front += ["language:", f"- {settings['language']}"]
     front += ["task_categories:", "- image-text-to-text", "tags:", "- llava", "- visual-instruction-tuning"]
@@ -169,7 +175,7 @@ def render_card(folder: RunFolder, about: dict[str, Any], plots: dict[str, str],
     use = (
         'from datasets import load_dataset\n\ndata = load_dataset("PATH OR REPOSITORY", split="train")\n'
         'print(data[0]["messages"])'
-        if with_parquet
+        if fingerprint
         else 'import json\n\ndata = json.load(open("instruct.json", encoding="utf-8"))\nprint(data[0]["conversations"])'
     )
     pictures = "\n\n".join(f"![{title}]({name})" for title, name in plots.items())

@@ -4,6 +4,7 @@ Everything here follows from the ledger and the contexts; it is written beside t
 it can be made again at any time and holds every sample once.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,7 +81,9 @@ def write_dataset(
 ) -> None:
     """Writes `data/train-*.parquet` with the images in it; the folder is whole or absent.
 
-    Columns: `id`, `images` (encoded as they lie in the image folder), `messages` (HF form), `type`.
+    Columns: `id`, `images` (encoded as they lie in the image folder), `messages` (HF form), `type`. The files' names end
+    with a fingerprint of their content, which the card names too: `load_dataset` finds its cache by the card's text, and
+    would give the rows of another run, or those before a drop list, for a card with the same text.
     """
     need = sum(path.stat().st_size for path in (find_image(images, name) for name in names) if path)
     need = int(need * summary.samples.total() / max(1, len(names)) * 1.05)
@@ -110,6 +113,7 @@ def write_dataset(
     (unnamed / "data").mkdir(parents=True)
     shards: list[Path] = []
     writer, size, rows = None, 0, []
+    fingerprint = hashlib.sha256()
 
     def flush() -> None:
         nonlocal writer, size, rows
@@ -129,6 +133,8 @@ def write_dataset(
             summary.missing_images += 1
             continue
         data = path.read_bytes()
+        fingerprint.update(json.dumps(sample.llava_row(), ensure_ascii=False).encode())
+        fingerprint.update(data)
         picture = {"bytes": data, "path": Path(sample.context.image).name}
         rows.append({"id": sample.id, "images": [picture], "messages": sample.messages(), "type": sample.type})
         size += len(data)
@@ -137,8 +143,10 @@ def write_dataset(
     flush()
     if writer is not None:
         writer.close()
+    summary.fingerprint = fingerprint.hexdigest()[:16]
     for number, shard in enumerate(shards):
-        os.replace(shard, shard.with_name(f"train-{number:05d}-of-{len(shards):05d}.parquet"))
+        name = f"train-{number:05d}-of-{len(shards):05d}-{summary.fingerprint}.parquet"
+        os.replace(shard, shard.with_name(name))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(unnamed, target)
     summary.files.append(target)

@@ -91,6 +91,7 @@ class OutputSummary:
         dropped: Samples left out by hand.
         rejected: Replies rejected, by type and reason.
         missing_images: Samples left out of the `datasets` folder because their image is gone.
+        fingerprint: Of the content of the `datasets` folder; empty where none was written.
         files: Files written.
         notes: What could not be written, and why.
     """
@@ -104,6 +105,7 @@ class OutputSummary:
     dropped: int = 0
     rejected: dict[str, Counter] = field(default_factory=dict)
     missing_images: int = 0
+    fingerprint: str = ""
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -23,9 +23,12 @@ NOUNS = (
 
 def answer(messages):
     """A valid reply in the form that the messages ask for; different, in every question, for different contexts."""
-    query = messages[-1]["content"]
+    # A retry tells what was wrong with the last reply; what it is about stands before.
+    query = [m["content"] for m in messages if m["role"] == "user" and "last reply" not in m["content"]][-1]
     digest = hashlib.sha256(query.encode()).digest()
-    words = [NOUNS[byte % len(NOUNS)] for byte in digest] + [f"{NOUNS[a % len(NOUNS)]}{a}{b}" for a, b in zip(digest, digest[1:])]
+    words = [NOUNS[byte % len(NOUNS)] for byte in digest] + [
+        f"{NOUNS[a % len(NOUNS)]}{a}{b}" for a, b in zip(digest, digest[1:])
+    ]
     scene = query.split("\n", 1)[0].rstrip(".").lower()
     system = messages[0]["content"].lower()
     if "conversation" in system:
@@ -158,7 +161,9 @@ class FaultServer:
             self.answered[key] = (status, json.dumps(reply).encode())
         status, payload = self.answered[key]
         if fault == "cut":
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n" + payload[:40])
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n" + payload[:40]
+            )
             await writer.drain()
             return False
         if fault == "malformed":
@@ -191,7 +196,9 @@ class FaultServer:
 
     async def _send(self, writer, status, payload, headers=()):
         extra = "".join(f"{key}: {value}\r\n" for key, value in dict(headers).items())
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n{extra}\r\n"
+        head = (
+            f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n{extra}\r\n"
+        )
         writer.write(head.encode() + payload)
         await writer.drain()
 

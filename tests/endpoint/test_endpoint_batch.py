@@ -57,7 +57,12 @@ def test_batch_file_has_openais_form(tmp_path, model):
         "custom_id": tasks()[0].request_id("run", "m", 1),
         "method": "POST",
         "url": "/v1/chat/completions",
-        "body": {"model": "m", "messages": [{"role": "user", "content": "thing 0"}], "max_tokens": 50, "temperature": 0.5},
+        "body": {
+            "model": "m",
+            "messages": [{"role": "user", "content": "thing 0"}],
+            "max_tokens": 50,
+            "temperature": 0.5,
+        },
     }
     assert len({line["custom_id"] for line in lines}) == 2
 

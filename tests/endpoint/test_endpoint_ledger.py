@@ -20,7 +20,9 @@ def test_state_after_reopening_equals_state_while_writing(tmp_path):
     with Ledger(path) as ledger:
         ledger.append_now([sent("a", "1"), reply("a", "1", reason="empty", final=False)])
         ledger.append_now([sent("a", "2", 2), reply("a", "2", 2)])
-        ledger.append_now([sent("b", "3"), {"event": "fault", "task": "b", "request": "3", "attempt": 1, "kind": "500"}])
+        ledger.append_now(
+            [sent("b", "3"), {"event": "fault", "task": "b", "request": "3", "attempt": 1, "kind": "500"}]
+        )
         live = ledger
     with Ledger(path) as again:
         assert again.counts == live.counts

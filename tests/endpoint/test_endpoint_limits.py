@@ -129,7 +129,9 @@ def test_a_refusal_and_a_reply_without_usage_are_replies():
     assert (reply.text, reply.finish_reason, reply.usage) == ("I won't.", "content_filter", None)
 
 
-@pytest.mark.parametrize("body", [None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}])
+@pytest.mark.parametrize(
+    "body", [None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}]
+)
 def test_what_is_no_completion_is_a_passing_fault(body):
     from modeling_llava.endpoint import PassingFault
 

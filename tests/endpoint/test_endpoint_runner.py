@@ -358,9 +358,7 @@ def test_ctrl_c_finishes_what_is_in_flight(tmp_path):
     here = Path(__file__).parent
     package = here.parents[1] / "modeling_llava"
     with FaultServer(latency=0.3) as server:
-        code = INTERRUPTED.format(
-            tests=str(here), package=str(package), ledger=str(tmp_path / "l"), url=server.url
-        )
+        code = INTERRUPTED.format(tests=str(here), package=str(package), ledger=str(tmp_path / "l"), url=server.url)
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
         while sum(server.asked.values()) < 20:

@@ -1,0 +1,437 @@
+import asyncio
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fault_server import answer
+
+from modeling_llava.data_engine.contexts import Box, Context
+from modeling_llava.data_engine.generate import batch_in, batch_out, estimate, generate, open_folder
+from modeling_llava.data_engine.prompts import DEFAULT_PROMPTS
+from modeling_llava.data_engine.report import choose_samples, read_drop_list
+from modeling_llava.data_engine.run import GenerateConfig, open_run
+from modeling_llava.data_engine.samples import OutputSettings
+from modeling_llava.endpoint import Ledger, OpenAIModel, Prices, Reply, RunSettings, Usage
+
+
+BARE = OutputSettings(parquet=False, card=False, report_samples=0)
+ALL = GenerateConfig("scripted", mix=(1, 1, 1))
+
+
+class Responder:
+    """A `ChatModel` without a network."""
+
+    name = "scripted"
+
+    def __init__(self, reply=answer):
+        self.reply = reply
+        self.asked = []
+
+    async def complete(self, messages, *, max_tokens, temperature, seed=None, request_id=None):
+        await asyncio.sleep(0)
+        self.asked.append(messages)
+        text = self.reply(messages)
+        return text if isinstance(text, Reply) else Reply(text, usage=Usage(100, 20), model="scripted-1")
+
+
+def contexts(number):
+    return [
+        Context(
+            f"{i:03d}",
+            f"{i:03d}.png",
+            (f"a thing number {i} on a table", "it is red"),
+            (Box("thing", (0.1, 0.2, 0.3, 0.4)),),
+        )
+        for i in range(number)
+    ]
+
+
+@pytest.fixture
+def images(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (40 + i, 30), (20 * i, 90, 120)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def rows_of(out):
+    return json.loads((out / "instruct.json").read_text("utf-8"))
+
+
+def rejected_of(out):
+    return [json.loads(line) for line in (out / "rejected.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_each_type_becomes_a_llava_row(tmp_path):
+    out = tmp_path / "run"
+    summary = generate(out, Responder(), ALL, contexts=contexts(6), output=BARE)
+    assert summary.run.accepted == 18 and summary.output.samples == {"conversation": 6, "detail": 6, "complex": 6}
+    rows = rows_of(out)
+    assert [row["id"] for row in rows[:3]] == ["000:conversation", "000:detail", "000:complex"]
+    told = answer(
+        [
+            {"role": "system", "content": "conversation"},
+            {"role": "user", "content": "a thing number 0 on a table\nit is red"},
+        ]
+    )
+    first, second = told.split("\n===\nQuestion:\n")
+    question, reply = first.removeprefix("Question:\n").split("\n===\nAnswer:\n")
+    turns = rows[0]["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * 2
+    assert turns[0]["value"] in (f"<image>\n{question}", f"{question}\n<image>")
+    assert turns[1]["value"] == reply
+    assert [turn["value"] for turn in turns[2:]] == second.split("\n===\nAnswer:\n")
+    assert rows[0]["image"] == "000.png" and rows[0]["type"] == "conversation"
+    # A description's question comes out of the list.
+    questions = open_run(out).prompts["detail"].questions
+    assert rows[1]["conversations"][0]["value"].replace("<image>", "").strip() in questions
+    firsts = Counter(row["conversations"][0]["value"].startswith("<image>") for row in rows)
+    assert min(firsts.values()) >= 4  # the order of image and question is drawn
+
+
+def test_mix_asks_every_image_for_the_largest_type_and_the_others_in_proportion(tmp_path):
+    config = GenerateConfig("m")
+    wanted = Counter(kind for i in range(7700) for kind in config.types if config.wants(f"image {i}", kind))
+    assert wanted["complex"] == 7700
+    assert abs(wanted["conversation"] - 5800) < 120 and abs(wanted["detail"] - 2300) < 120  # three standard deviations
+    only = GenerateConfig("m", types=("conversation", "detail"))
+    assert only.shares == {"conversation": 1.0, "detail": 23 / 58}
+    # Which image gets which type hangs on nothing but its id and the seed.
+    assert [config.wants(f"image {i}", "detail") for i in range(50)] == [
+        GenerateConfig("other").wants(f"image {i}", "detail") for i in range(50)
+    ]
+
+
+def test_a_run_is_resumed_by_the_same_call_and_extended_by_a_higher_limit(tmp_path):
+    out, model = tmp_path / "run", Responder()
+    generate(out, model, ALL, contexts=contexts(8), limit=3, output=BARE)
+    assert len(model.asked) == 9
+    summary = generate(out, model, ALL, contexts=contexts(8), limit=8, output=BARE)
+    assert len(model.asked) == 24 and summary.run.skipped == 9
+    before = (out / "instruct.json").read_bytes()
+    again = Responder()
+    assert generate(out, again, ALL, contexts=contexts(8), output=BARE).run.skipped == 24 and not again.asked
+    assert (out / "instruct.json").read_bytes() == before
+    other = tmp_path / "other"
+    generate(other, Responder(), ALL, contexts=contexts(8), output=BARE, settings=RunSettings(1))
+    assert (other / "instruct.json").read_bytes() == before  # neither order nor interruptions show in the data
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model": "other"}, "model was 'scripted' and is 'other'"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"mix": (1, 1, 2)}, "mix was"),
+        ({"types": ("detail",)}, "types was"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(tmp_path, change, message):
+    import dataclasses
+
+    generate(tmp_path / "run", Responder(), ALL, contexts=contexts(2), output=BARE)
+    with pytest.raises(ValueError, match=message):
+        generate(tmp_path / "run", Responder(), dataclasses.replace(ALL, **change), contexts=contexts(2), output=BARE)
+
+
+def test_a_run_is_not_resumed_with_other_prompts_or_contexts(tmp_path):
+    out = tmp_path / "run"
+    generate(out, Responder(), ALL, contexts=contexts(2), output=BARE)
+    shutil.copytree(DEFAULT_PROMPTS, tmp_path / "p")
+    (tmp_path / "p" / "conversation" / "system_message.txt").write_text("A conversation, please.")
+    with pytest.raises(ValueError, match="prompts was"):
+        generate(out, Responder(), ALL, contexts=contexts(2), prompts=tmp_path / "p", output=BARE)
+    with pytest.raises(ValueError, match="captions or boxes are not those"):
+        generate(out, Responder(), ALL, contexts=contexts(3), output=BARE)
+
+
+def test_rejected_replies_are_retried_with_the_reason_counted_and_kept(tmp_path):
+    def reply(messages):
+        query = messages[-1]["content"]
+        if "number 1 " in query:
+            return "I'm sorry, but I can't see the image."  # once; the retry is answered
+        if any("number 2 " in message["content"] for message in messages[-3:]):
+            return "The caption says it is red."  # always
+        return answer(messages)
+
+    out, model = tmp_path / "run", Responder(reply)
+    config = GenerateConfig("scripted", types=("complex",))
+    summary = generate(out, model, config, contexts=contexts(4), output=BARE)
+    assert (summary.run.accepted, summary.run.rejected) == (3, 1)
+    assert [row["id"] for row in rows_of(out)] == ["000:complex", "001:complex", "003:complex"]
+    rejected = rejected_of(out)
+    assert [(row["id"], row["attempt"], row["reason"]) for row in rejected] == [
+        ("001:complex", 1, "refusal"),
+        ("002:complex", 1, "no_parse"),
+        ("002:complex", 2, "no_parse"),
+    ]
+    assert rejected[0]["reply"] == "I'm sorry, but I can't see the image."
+    assert summary.output.rejected == {"complex": {"refusal": 1, "no_parse": 2}}
+    retries = [messages for messages in model.asked if "last reply" in messages[-1]["content"]]
+    assert len(retries) == 2 and any("refused" in messages[-1]["content"] for messages in retries)
+
+
+def test_near_duplicate_questions_are_removed_across_the_set_and_kept_on_request(tmp_path):
+    def reply(messages):
+        tag = messages[-1]["content"].split()[3]
+        return (
+            "Question:\nWhat color is the table in the image?\n===\nAnswer:\nThe wood of it is brown.\n===\n"
+            f"Question:\nWhich secret does the drawer {tag} hold{tag}?\n===\nAnswer:\nOne sees nothing of the kind."
+        )
+
+    out = tmp_path / "run"
+    config = GenerateConfig("scripted", types=("conversation",))
+    summary = generate(out, Responder(reply), config, contexts=contexts(5), output=BARE)
+    assert summary.output.near_duplicates == {"conversation": 4}
+    rows = rows_of(out)
+    assert [len(row["conversations"]) for row in rows] == [4, 2, 2, 2, 2]
+    # The image marker stands in the question that is now the first.
+    assert all(row["conversations"][0]["value"].count("<image>") == 1 for row in rows)
+    assert all("<image>" not in turn["value"] for row in rows for turn in row["conversations"][1:])
+    removed = [row for row in rejected_of(out) if row["reason"] == "near_duplicate_question"]
+    assert len(removed) == 4 and removed[0]["detail"].startswith("000:conversation: What color")
+    from modeling_llava.data_engine.output import write_output
+
+    folder = open_run(out)
+    with Ledger(out / "ledger.jsonl") as ledger:
+        for repeats, kept in ((2, [4, 4, 2, 2, 2]), (None, [4] * 5)):
+            settings = OutputSettings(repeats, parquet=False, card=False, report_samples=0)
+            write_output(folder, ledger, images=None, settings=settings)
+            assert [len(row["conversations"]) for row in rows_of(out)] == kept
+
+
+def test_images_that_are_absent_are_not_asked_for(tmp_path, images):
+    for i in (2, 5):
+        (images / f"{i:03d}.png").unlink()
+    model = Responder()
+    summary = generate(tmp_path / "run", model, ALL, contexts=contexts(8), images=images, output=BARE)
+    assert summary.missing_images == 2 and len(model.asked) == 18
+    outside = [Context("x", "../images/000.png", ("x",)), Context("y", "000.png", ("y",))]
+    model = Responder()
+    assert generate(tmp_path / "run2", model, ALL, contexts=outside, images=images, output=BARE).missing_images == 1
+
+
+def test_an_image_folder_without_any_of_the_images_is_named_before_anything_is_asked(tmp_path, images):
+    model = Responder()
+    elsewhere = [Context("a", "train2017/a.jpg", ("x",))]
+    with pytest.raises(ValueError, match="None of the first 1 images lies in .*relative"):
+        generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=images, output=BARE)
+    with pytest.raises(OSError, match="image folder .* is absent"):
+        generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=tmp_path / "no", output=BARE)
+    assert not model.asked
+
+
+@pytest.fixture
+def whole_run(tmp_path, images):
+    def reply(messages):
+        return "The caption says so." if "number 7 " in messages[-1]["content"] else answer(messages)
+
+    out = tmp_path / "run"
+    prices = Prices(1.0, 2.0)
+    summary = generate(out, Responder(reply), ALL, contexts=contexts(12), images=images, prices=prices)
+    return out, summary
+
+
+def test_datasets_folder_holds_the_data_with_images_in_the_form_that_training_reads(whole_run, images):
+    from datasets import load_dataset
+
+    from modeling_llava.data.schema import from_llava_row, from_messages_row
+
+    out, _ = whole_run
+    data = load_dataset(str(out / "dataset"), split="train")
+    rows = rows_of(out)
+    assert len(data) == len(rows) == 36 and data.column_names == ["id", "images", "messages", "type"]
+    for parquet, row in zip(data, rows):
+        assert parquet["images"][0].size == (40 + int(row["image"][:3]), 30)
+        one, two = from_messages_row({**parquet, "images": [row["image"]]}), from_llava_row(row)
+        for conversation in (one, two):  # the line break between image and question is the form's own
+            for message in conversation["messages"]:
+                for item in message["content"]:
+                    if item["type"] == "text":
+                        item["text"] = item["text"].strip()
+        assert one == two
+
+
+def test_datasets_cache_does_not_give_the_rows_of_another_run(tmp_path, images):
+    from datasets import load_dataset
+
+    for number in (2, 3):
+        out = tmp_path / str(number) / "run"
+        config = GenerateConfig("scripted", types=("detail",))
+        generate(
+            out, Responder(), config, contexts=contexts(number), images=images, output=OutputSettings(report_samples=0)
+        )
+        data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert data["id"][:] == [f"{i:03d}:detail" for i in range(number)]
+
+
+def test_card_says_what_the_ledger_says(whole_run):
+    out, summary = whole_run
+    text = (out / "dataset" / "README.md").read_text("utf-8")
+    head = text.split("---")[1]
+    assert "path: data/train-*-" in head and "image-text-to-text" in head and "n<1K" in head
+    figures = json.loads((out / "summary.json").read_text("utf-8"))
+    assert figures["samples"] == {"conversation": 12, "detail": 12, "complex": 12}
+    assert figures["tokens"]["prompt"] == 100 * summary.ledger.replies
+    cost = summary.ledger.replies * (100 * 1.0 + 20 * 2.0) / 1e6
+    assert figures["cost_dollars"] == pytest.approx(cost) == summary.cost and f"${cost:,.4f}" in text
+    assert summary.ledger.replies == 36 + 3
+    assert "| speaks of captions, boxes or coordinates | 0 | 1 | 0 |" in text
+    assert "| not in the form of questions and answers | 1 | 0 | 1 |" in text
+    assert f"| prompts (hash) | `{figures['settings']['prompts']}` |" in text
+    assert "| conversation | 12 | 33.3% | 24 |" in text
+    assert (out / "dataset" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert str(out) not in text and str(out) not in (out / "summary.json").read_text("utf-8")
+
+
+def test_report_is_one_page_with_pictures_and_boxes_to_mark(whole_run):
+    out, _ = whole_run
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("<article") == 36 and page.count("data:image/jpeg;base64,") == 36
+    assert "Balance of types" in page and "http" not in page.replace("<!doctype html>", "")
+    for row in rows_of(out):
+        assert f'data-id="{row["id"]}"' in page
+    # 12 of each type are a third each.
+    assert page.count("33.3%") >= 3
+
+
+def test_report_escapes_what_the_model_wrote(tmp_path):
+    bad = 'Question:\nWhy "quotes" & <b>tags</b> here?\n===\nAnswer:\n<script>alert(1)</script> is not a good thing to have in any page, and so it must be shown as the text that it is.'
+    out = tmp_path / "run"
+    config = GenerateConfig("scripted", types=("complex",))
+    generate(
+        out, Responder(lambda m: bad), config, contexts=contexts(1), output=OutputSettings(parquet=False, card=False)
+    )
+    page = (out / "report.html").read_text("utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;tags" in page
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
+def test_reports_script_marks_and_downloads_the_drop_list(whole_run, tmp_path):
+    import subprocess
+
+    out, _ = whole_run
+    page = (out / "report.html").read_text("utf-8")
+    script = page[page.index("<script>") + 8 : page.index("</script>")]
+    harness = """
+const listeners = {}, classes = {}, store = {};
+const given = ["a:detail", "b:complex"].map(id => {
+  const input = {checked: false, addEventListener: (_, f) => listeners[id] = f};
+  return {dataset: {id, type: id.slice(2)}, classList: {toggle: (_, on) => classes[id] = on}, querySelector: () => input};
+});
+const count = {}, save = {addEventListener: (_, f) => listeners.save = f};
+const link = {click: () => null};
+global.document = {
+  querySelectorAll: q => q === "article" ? given : [],
+  getElementById: id => id === "count" ? count : save,
+  createElement: () => link,
+};
+global.localStorage = {getItem: k => store[k] ?? null, setItem: (k, v) => store[k] = v};
+let saved;
+global.Blob = class { constructor(parts) { saved = parts[0]; } };
+global.URL.createObjectURL = () => "blob:"; global.URL.revokeObjectURL = () => null;
+%s
+listeners["b:complex"]({target: {checked: true}});
+listeners.save();
+console.log(JSON.stringify({count: count.textContent, classes, saved: JSON.parse(saved), name: link.download}));
+"""
+    path = tmp_path / "page.js"
+    path.write_text(harness % script)
+    result = json.loads(subprocess.run(["node", path], capture_output=True, text=True, check=True).stdout)
+    run = open_run(out).id
+    assert result == {
+        "count": 1,
+        "classes": {"a:detail": False, "b:complex": True},
+        "saved": {"run": run, "drop": ["b:complex"]},
+        "name": "drop.json",
+    }
+
+
+def test_samples_in_the_report_are_spread_over_the_types():
+    samples = [(f"c{i}", "conversation") for i in range(500)] + [(f"d{i}", "detail") for i in range(5)]
+    chosen = choose_samples(samples, 40)
+    assert len(chosen) == 40 and sum(name.startswith("d") for name in chosen) == 5
+    assert chosen == choose_samples(samples, 40) != choose_samples(samples, 40, seed=1)
+    assert choose_samples(samples, 10_000) == {name for name, _ in samples}
+
+
+def test_drop_list_of_no_known_form_is_named(tmp_path):
+    (tmp_path / "d.json").write_text('{"dropped": 3}')
+    with pytest.raises(ValueError, match="is no drop list"):
+        read_drop_list(tmp_path / "d.json")
+
+
+def test_estimate_counts_what_is_left_without_asking(tmp_path):
+    folder = open_folder(tmp_path / "run", ALL, contexts=contexts(5))
+    found = estimate(folder, limit=4)
+    assert found.tasks == {"conversation": 4, "detail": 4, "complex": 4}
+    # Three tenths of a token a character, and four for each message.
+    texts = [message["content"] for messages in found.samples.values() for message in messages]
+    assert found.usage.prompt_tokens == pytest.approx(4 * (0.3 * sum(map(len, texts)) + 4 * len(texts)), rel=1e-3)
+    assert found.most_usage.completion_tokens == 12 * 1024 > found.usage.completion_tokens > 12 * 50
+    assert found.samples["detail"][-1]["content"].endswith("thing: [0.1, 0.2, 0.3, 0.4]")
+    generate(tmp_path / "run", Responder(), ALL, contexts=contexts(5), limit=4, output=BARE)
+    assert estimate(folder, limit=4).tasks.total() == 0 and estimate(folder).tasks.total() == 3
+
+
+def test_batch_files_out_and_results_in_give_the_same_data_as_asking_live(tmp_path):
+    pytest.importorskip("openai")
+    model = OpenAIModel("scripted", base_url="http://localhost:1/v1")
+    folder = open_folder(tmp_path / "batched", ALL, contexts=contexts(5))
+    written = batch_out(folder, model, tmp_path / "files")
+    assert written.requests == 15
+    results = []
+    for line in written.files[0].read_text("utf-8").splitlines():
+        request = json.loads(line)
+        body = {
+            "choices": [{"finish_reason": "stop", "message": {"content": answer(request["body"]["messages"])}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 20},
+        }
+        results.append(json.dumps({"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}))
+    (tmp_path / "out.jsonl").write_text("\n".join(reversed(results)), "utf-8")
+    read, summary = batch_in(folder, [tmp_path / "out.jsonl"], prices=Prices(1.0, 2.0), output=BARE)
+    assert read.accepted == 15
+    assert summary.cost == pytest.approx(0.5 * 15 * (100 + 2 * 20) / 1e6)
+    generate(tmp_path / "live", Responder(), ALL, contexts=contexts(5), output=BARE)
+    assert (tmp_path / "batched" / "instruct.json").read_bytes() == (tmp_path / "live" / "instruct.json").read_bytes()
+
+
+def test_a_disk_too_small_for_the_images_leaves_the_rest_whole(tmp_path, images, monkeypatch):
+    from modeling_llava.data_engine import output
+
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and Disk())
+    summary = generate(
+        tmp_path / "run", Responder(), ALL, contexts=contexts(3), images=images, output=OutputSettings(card=False)
+    )
+    assert len(rows_of(tmp_path / "run")) == 9 and not (tmp_path / "run" / "dataset").exists()
+    assert "0.0 GB are free" in summary.output.notes[0]
+
+
+class Disk:
+    free = 10
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+@pytest.mark.skipif(not (SHARED / "photos").is_dir(), reason="the real pictures are not beside the project")
+def test_real_pictures_with_coco_files_give_data_and_dataset(tmp_path):
+    photos = SHARED / "photos"
+    summary = generate(
+        tmp_path / "run",
+        Responder(),
+        GenerateConfig("scripted"),
+        captions=photos / "coco_captions.json",
+        boxes=photos / "coco_instances.json",
+        images=photos / "images",
+        limit=20,
+        output=OutputSettings(card=False, report_samples=5),
+    )
+    assert summary.output.images == 20 and not summary.output.missing_images
+    assert len(list((tmp_path / "run" / "dataset" / "data").glob("train-00000-of-00001-*.parquet"))) == 1
