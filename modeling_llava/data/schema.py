@@ -77,16 +77,19 @@ class BadSampleError(ValueError):
         message (`str`): What is wrong and how to mend it, as the rest of a sentence that begins with the sample's name.
     """
 
-    def __init__(self, sample_id: str, reason: str, message: str):
-        super().__init__(
-            f"sample {sample_id!r}{message}" if message[:1] in ":'" else f"sample {sample_id!r} {message}"
-        )
+    def __init__(self, sample_id: str, reason: str | None = None, message: str | None = None):
+        if message is None:
+            # A DataLoader makes the error of a worker anew, from one text that ends in the error's own line.
+            super().__init__(sample_id.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+            sample_id = ""
+        else:
+            super().__init__(f"sample {sample_id!r} {message}")
         self.sample_id = sample_id
         self.reason = reason
         self.message = message
 
     def __reduce__(self):  # an exception of three arguments crosses process borders only with this
-        return type(self), (self.sample_id, self.reason, self.message)
+        return type(self), (self.sample_id, self.reason, self.message) if self.message is not None else self.args
 
 
 def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:

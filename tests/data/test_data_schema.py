@@ -166,6 +166,20 @@ def test_error_crosses_process_borders():
     assert (error.sample_id, error.reason, str(error)) == ("a", EMPTY_ANSWER, "sample 'a' has none.")
 
 
+class Raising(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise BadSampleError("s-1", EMPTY_ANSWER, "has none.")
+
+
+def test_error_of_a_worker_is_still_one_line_that_names_the_sample():
+    with pytest.raises(BadSampleError) as caught:
+        next(iter(torch.utils.data.DataLoader(Raising(), num_workers=1)))
+    assert str(caught.value) == "sample 's-1' has none." == str(pickle.loads(pickle.dumps(caught.value)))
+
+
 class Dropping(torch.utils.data.Dataset):
     def __init__(self):
         self.counter = DropCounter()
