@@ -14,11 +14,22 @@ from torch.utils.checkpoint import checkpoint
 from .constants import IGNORE_INDEX
 
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # some builds of PyTorch cannot share weights among processes
+
+    class DTensor:
+        """Nothing is an instance of it."""
+
+
 CHUNK_ELEMENTS = 2**23
 """Logits that exist at one time, in elements (32 MiB in float32): a chunk has `CHUNK_ELEMENTS // vocabulary` rows."""
 
-MIN_CHUNK_ROWS = 64
-"""Rows of a chunk at least: below this the matrix products of the head are no longer efficient."""
+MIN_CHUNK_ROWS = 256
+"""Rows of a chunk at least: below this, reading the head's matrix takes longer than computing with it."""
+
+MIN_CHUNK_ROWS_TRAINED = 512
+"""The same for a trained head, whose gradient is read and written with every chunk as well."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,8 +112,9 @@ def causal_language_model_loss(
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             Token ids, not shifted; `IGNORE_INDEX` (-100) where nothing is supervised.
         lm_head (`nn.Module`):
-            The head. A plain `nn.Linear` takes the fast path; anything else (a LoRA-wrapped, quantised or sharded
-            head) is called chunk by chunk under activation checkpointing.
+            The head. A `nn.Linear` takes the fast path, also where FSDP2 or ZeRO-3 shard it or PEFT trains a copy of
+            it; anything else (a LoRA-wrapped or quantised head) is called chunk by chunk under activation
+            checkpointing.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Supervised positions of the whole optimizer step (gradient accumulation, all processes). The sum of the
             losses is divided by it; by the number of positions here when not given.
@@ -138,27 +150,73 @@ def causal_language_model_loss(
 
 def _summed_loss(hidden, targets, lm_head, label_smoothing):
     # hidden [num_supervised, hidden_size], targets [num_supervised]
-    if type(lm_head) is nn.Linear and type(lm_head.weight.data) is torch.Tensor and lm_head.weight.dim() == 2:
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        elif hidden.dtype != lm_head.weight.dtype:
-            hidden = hidden.to(lm_head.weight.dtype)  # a float32 norm before a 16-bit head, as QLoRA has it
-        chunk_rows = max(CHUNK_ELEMENTS // lm_head.weight.shape[0], MIN_CHUNK_ROWS)
-        return _LinearCrossEntropy.apply(
-            hidden, lm_head.weight, lm_head.bias, targets, float(label_smoothing), chunk_rows
-        )
+    lm_head = _trained_copy(lm_head)
+    is_plain = type(lm_head).forward is nn.Linear.forward
+    if is_plain and not _is_sharded(lm_head) and lm_head.weight.device == hidden.device:
+        return _linear_loss(hidden, targets, lm_head, label_smoothing)
+    if is_plain and _gathers_when_called(lm_head):
+        # A sharded head has its weights during its own call only, and every process must call it equally often,
+        # however many positions are supervised there: the whole loss is computed inside of one call.
+        return _call_as(lm_head, _linear_loss, hidden, targets, lm_head, label_smoothing)
 
     def chunk_loss(rows, target):
-        return cross_entropy(lm_head(rows).float(), target, reduction="sum", label_smoothing=label_smoothing)
+        logits = lm_head(rows).float()  # may lie on another device (device_map)
+        target = target.to(logits.device)
+        return cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing).to(rows.device)
 
-    vocabulary = getattr(lm_head, "out_features", None) or 2**15
-    chunk_rows = max(CHUNK_ELEMENTS // vocabulary, MIN_CHUNK_ROWS)
     if hidden.shape[0] == 0:  # the head is called all the same: a sharded one must gather on every process
         return lm_head(hidden.new_zeros(1, hidden.shape[-1])).float().sum() * 0.0 + hidden.sum() * 0.0
+    chunk_rows = hidden.shape[0] if _is_sharded(lm_head) else _rows_per_chunk(lm_head, trained=True)
     total = 0.0
     for rows, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows)):
         total = total + checkpoint(chunk_loss, rows, target, use_reentrant=False)
     return total
+
+
+def _linear_loss(hidden, targets, lm_head, label_smoothing):
+    weight = lm_head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    elif hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)  # a float32 norm before a 16-bit head, as QLoRA has it
+    chunk_rows = _rows_per_chunk(lm_head, trained=weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, lm_head.bias, targets, float(label_smoothing), chunk_rows)
+
+
+def _rows_per_chunk(lm_head, trained: bool) -> int:
+    vocabulary = getattr(lm_head, "out_features", None) or 2**15
+    return max(CHUNK_ELEMENTS // vocabulary, MIN_CHUNK_ROWS_TRAINED if trained else MIN_CHUNK_ROWS)
+
+
+def _trained_copy(lm_head):
+    """The plain head inside of PEFT's wrapper for modules that are trained whole (`modules_to_save`)."""
+    copies = getattr(lm_head, "modules_to_save", None)
+    active = getattr(lm_head, "active_adapters", [])
+    if isinstance(copies, nn.ModuleDict) and len(active) == 1 and active[0] in copies and not lm_head.disable_adapters:
+        return copies[active[0]]
+    return lm_head
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def _gathers_when_called(module: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed ZeRO-3 gather this module's weights when it is called (tensor parallelism does not)."""
+    return hasattr(module, "unshard") or hasattr(module.weight, "ds_id")
+
+
+def _call_as(module: nn.Module, function, *inputs):
+    """Call `module`, with all of its hooks, but run `function` in place of its forward."""
+    before = vars(module).get("forward")
+    module.forward = function
+    try:
+        return module(*inputs)
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 __all__ = ["causal_language_model_loss"]

@@ -10,6 +10,7 @@ positions only) and `get_image_features` (a frozen tower builds no graph, a repe
 """
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -116,6 +117,16 @@ class LlavaMultiModalProjector(nn.Module):
         for number in range(2, self.num_layers + 1):
             hidden_states = getattr(self, f"linear_{number}")(self.act(hidden_states))
         return hidden_states
+
+
+def _takes_part(module: nn.Module) -> bool:
+    """Whether a module is trained, or its weights are shared among processes (FSDP2, DeepSpeed ZeRO-3)."""
+    return any(p.requires_grad or type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def _is_one_of_several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class LlavaPreTrainedModel(PreTrainedModel):
@@ -243,6 +254,27 @@ class LlavaModel(LlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        A zero that went through the projector, and through a trained or sharded tower, for a batch without an image.
+
+        A process of a distributed run that has no image must take part in what the others do with theirs: reduce the
+        same gradients (DDP), gather the same weights (FSDP, ZeRO-3). Its gradients are zeros.
+        """
+        tower, projector = self.vision_tower, self.multi_modal_projector
+        if _takes_part(tower):
+            size = self.config.vision_config.image_size
+            height, width = size if isinstance(size, list | tuple) else (size, size)
+            pixel_values = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
+            sizes = torch.tensor([[height, width]]) if "image_sizes" in signature(tower.forward).parameters else None
+            features = self.get_image_features(pixel_values, image_sizes=sizes, return_dict=True).pooler_output[0]
+        elif _takes_part(projector):
+            first = projector.linear_1
+            features = projector(first.weight.new_zeros(1, 1, first.in_features))
+        else:
+            return inputs_embeds.new_zeros(())
+        return 0.0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
+
     @can_return_tuple
     def forward(
         self,
@@ -297,6 +329,8 @@ class LlavaModel(LlavaPreTrainedModel):
                 "Image features and image tokens do not match: the text has image tokens, but there are no "
                 "pixel_values. Pass on everything that the processor returned.",
             )
+        if image_outputs is None and self.training and torch.is_grad_enabled() and _is_one_of_several_processes():
+            inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -17,6 +17,7 @@ def small_chunks(monkeypatch):
     """Chunks of 5 rows: 18 supervised positions make 4 chunks, the last one short."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCABULARY)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS_TRAINED", 1)
 
 
 def example(dtype=torch.float32, bias=False):

@@ -1,0 +1,151 @@
+"""The loss on two processes: data parallel and sharded, with unequal work, against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_batch, tiny_config, tiny_text_config
+from torch import nn
+
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava import loss as loss_module
+from modeling_llava.loss import causal_language_model_loss
+
+
+WORKER = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+mode, folder, file = sys.argv[1:]
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+saved = torch.load(file, weights_only=False)
+from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava import loss as loss_module
+loss_module.CHUNK_ELEMENTS = loss_module.MIN_CHUNK_ROWS = loss_module.MIN_CHUNK_ROWS_TRAINED = 3  # several chunks
+
+model = LlavaForConditionalGeneration(saved["config"]).train()
+model.load_state_dict(saved["weights"])
+model.model.vision_tower.requires_grad_(False)
+batch, num_items = saved["batches"][rank], saved["num_items"]
+if mode == "ddp":
+    step = DistributedDataParallel(model, find_unused_parameters=False)
+else:
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    if mode == "fsdp-head":
+        fully_shard(model.lm_head)
+    step = fully_shard(model)
+# Both average the processes' gradients, as Trainer knows: each loss counts double
+loss = step(**batch, num_items_in_batch=num_items).loss * 2
+loss.backward()
+total = loss.detach() / 2
+dist.all_reduce(total)
+gradients = {}
+for name, parameter in model.named_parameters():
+    if parameter.grad is not None:
+        gradients[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+if rank == 0:
+    torch.save({"loss": total, "gradients": gradients}, f"{folder}/result.pt")
+dist.destroy_process_group()
+"""
+
+
+def run_on_two(mode, tmp_path, file):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), mode, str(tmp_path), str(file)],
+            env={**environment, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        try:
+            _, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                other.kill()
+            pytest.fail("the two processes wait for each other")
+        assert process.returncode == 0, errors[-3000:]
+    return torch.load(tmp_path / "result.pt", weights_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes_give_the_gradients_of_one(mode, tied, tmp_path):
+    """Rank 1 has no image and far fewer supervised positions: another number of chunks, and nothing to project."""
+    if tied and mode == "fsdp-head":
+        pytest.skip("a tied head has no weights of its own to shard")
+    torch.manual_seed(0)
+    config = tiny_config(text=tiny_text_config(tie_word_embeddings=tied))
+    model = LlavaForConditionalGeneration(config).train()
+    model.model.vision_tower.requires_grad_(False)
+    batches = [tiny_batch((1, 2)), tiny_batch((0, 0), supervised_from=20)]
+    num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    file = tmp_path / "saved.pt"
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({"config": config, "weights": state, "batches": batches, "num_items": num_items}, file)
+
+    loss = sum(model(**batch, num_items_in_batch=num_items).loss for batch in batches)
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.requires_grad}
+    result = run_on_two(mode, tmp_path, file)
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained <= set(result["gradients"])
+    for name in trained:
+        torch.testing.assert_close(result["gradients"][name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+LINEAR = r"(.*language_model.*(proj))"
+
+
+@pytest.mark.parametrize(
+    "lora, is_fast",
+    [
+        ({"target_modules": LINEAR + "|lm_head"}, False),  # low-rank matrices beside the head
+        ({"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": LINEAR}, True),  # a frozen head
+    ],
+)
+def test_a_head_within_peft_equals_logits_of_all_positions(monkeypatch, lora, is_fast):
+    for name in ("CHUNK_ELEMENTS", "MIN_CHUNK_ROWS", "MIN_CHUNK_ROWS_TRAINED"):
+        monkeypatch.setattr(loss_module, name, 3)
+    fast, linear_loss = [], loss_module._linear_loss
+    monkeypatch.setattr(loss_module, "_linear_loss", lambda *args: fast.append(True) or linear_loss(*args))
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(tiny_config()).train()
+    model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **lora))
+    batch = tiny_batch()
+    ours = model(**batch).loss
+    logits = model(**batch, skip_logits=False).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(expected, trained)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert bool(fast) == is_fast
+
+
+def test_logits_of_all_positions_are_never_built_for_a_head_trained_by_peft(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS_TRAINED", 4)
+    hidden, head = torch.randn(30, 8, requires_grad=True), nn.Linear(8, 50, bias=False)
+    rows = []
+    wrapped_head = nn.Sequential(head)
+    head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    causal_language_model_loss(hidden[None], torch.randint(0, 50, (1, 30)), wrapped_head).backward()
+    assert max(rows) == 4 and sum(rows) == 2 * 29  # once in the forward pass, once more in the backward pass
