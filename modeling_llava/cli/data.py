@@ -10,7 +10,7 @@ SUBCOMMANDS: dict[str, str] = {
     "expand": "captions into stage 1 data",
     "filter": "a concept-balanced choice of captions",
     "generate": "instruction data from captions and boxes, by a language model",
-    "report": "what a data set holds: types, lengths, words, near-duplicates",
+    "report": "samples of generated data to skim, and the data again without what was marked",
 }
 
 

@@ -1,0 +1,165 @@
+"""The command lines of the data engine, as a person types them."""
+
+import json
+
+import pytest
+from fault_server import FaultServer, answer
+
+from modeling_llava.cli.main import main
+
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """COCO captions and instances and their pictures."""
+    from PIL import Image
+
+    images = [{"id": i, "file_name": f"{i:03d}.png", "width": 40, "height": 30} for i in range(5)]
+    captions = [{"id": i, "image_id": i, "caption": f"a thing number {i} on a table"} for i in range(5)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 3, 8, 6]} for i in range(5)]
+    coco = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    (tmp_path / "instances.json").write_text(json.dumps({**coco, "annotations": boxes}))
+    (tmp_path / "images").mkdir()
+    for image in images:
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / "images" / image["file_name"])
+    return tmp_path
+
+
+def line(folder, *more):
+    return [
+        *["data", "generate", "--captions", str(folder / "captions.json"), "--boxes", str(folder / "instances.json")],
+        *[
+            "--images",
+            str(folder / "images"),
+            "--out",
+            str(folder / "run"),
+            "--model",
+            "tiny",
+            "--mix",
+            "1:1:1",
+            *more,
+        ],
+    ]
+
+
+def test_generate_by_the_contracts_line_and_resumed_by_the_same(files, monkeypatch, capsys):
+    with FaultServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "the key")
+        options = ["--types", "conversation,complex", "--concurrency", "3", "--limit", "4", "--no-parquet"]
+        assert main(line(files, *options)) == 0
+        assert sum(server.asked.values()) == 8 and server.headers[0]["authorization"] == "Bearer the key"
+        out = capsys.readouterr().out
+        assert "8 replies accepted, 0 rejected" in out and "8 conversations about 4 images" in out
+        assert main(line(files, *options)) == 0
+        assert sum(server.asked.values()) == 8
+        assert "8 were settled before" in capsys.readouterr().out
+    assert len(json.loads((files / "run" / "instruct.json").read_text())) == 8
+
+
+def test_dry_run_asks_nobody_and_prints_the_estimate_and_three_whole_prompts(files, capsys):
+    more = ["--base-url", "http://127.0.0.1:9/v1", "--dry-run", "--price-in", "10", "--price-out", "30"]
+    assert main(line(files, *more)) == 0
+    out = capsys.readouterr().out
+    for kind in ("conversation", "detail", "complex"):
+        assert f"══ {kind} " in out
+    assert out.count("── system\n") == 3 and out.count("thing: [0.1, 0.1, 0.3, 0.3]") == 2
+    assert "15 requests: 5 conversation, 5 detail, 5 complex" in out and "about $" in out and "as batches" in out
+
+
+def test_a_budget_that_runs_out_is_its_own_exit_code(files, capsys):
+    with FaultServer() as server:
+        more = ["--base-url", server.url, "--max-tokens", "4000", "--no-parquet", "--concurrency", "1"]
+        assert main(line(files, *more)) == 3
+        assert 1 <= sum(server.asked.values()) < 15
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
+    assert main(line(files, "--base-url", "http://127.0.0.1:9/v1", "--patience", "0.2")) == 1
+    assert "stopped: The endpoint has given no reply for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--max-cost", "5"], "give --price-in and --price-out"),
+        (["--mix", "58-23-77"], "--mix is 58-23-77"),
+        (["--types", "poem"], "types are poem; choose out of conversation, detail, complex"),
+        (["--language", "tlh"], "'tlh' is no language that can be told"),
+        (["--temperature", "hot"], "--temperature is hot"),
+        (["--captions", "absent.json"], "absent.json is absent"),
+        (["--images", "absent"], "image folder absent is absent"),
+        (["--prompts", "absent"], "system_message.txt is absent"),
+        (["--base-url", "localhost:8000"], "begins with http:// or https://"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--question-repeats", "0"], "--question-repeats is 0"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(files, capsys, more, message):
+    base = ["--base-url", "http://127.0.0.1:9/v1"]
+    assert main(line(files, *base, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_openai_without_a_key_is_one_line(files, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert main(line(files)) == 2
+    assert "set OPENAI_API_KEY, or give another endpoint by --base-url" in capsys.readouterr().err
+
+
+def test_report_makes_the_data_again_without_what_was_marked(files, capsys):
+    with FaultServer() as server:
+        assert main(line(files, "--base-url", server.url)) == 0
+        asked = sum(server.asked.values())
+    drop = files / "drop.json"
+    drop.write_text(json.dumps({"drop": ["001:detail", "002:complex"]}))
+    assert main(["data", "report", str(files / "run"), "--drop", str(drop), "--samples", "4"]) == 0
+    names = [row["id"] for row in json.loads((files / "run" / "instruct.json").read_text())]
+    assert len(names) == 13 and not {"001:detail", "002:complex"} & set(names)
+    assert (files / "run" / "report.html").read_text().count("<article") == 4
+    # What was dropped stays dropped, also in later runs of the same command.
+    with FaultServer() as server:
+        assert main(line(files, "--base-url", server.url)) == 0
+        assert not server.asked and asked == 15
+    assert len(json.loads((files / "run" / "instruct.json").read_text())) == 13
+    assert "15 were settled before" in capsys.readouterr().out
+    assert main(["data", "report", str(files)]) == 2
+
+
+def test_batch_out_and_in_by_command(files, capsys):
+    files_at = files / "batches"
+    assert main(line(files, "--batch-out", str(files_at))) == 0
+    assert "15 requests in 1 files" in capsys.readouterr().out
+    results = []
+    for text in (files_at / "batch-000.jsonl").read_text().splitlines():
+        request = json.loads(text)
+        body = {"choices": [{"message": {"content": answer(request["body"]["messages"])}}]}
+        results.append(json.dumps({"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}))
+    (files / "results.jsonl").write_text("\n".join(results[:10]))
+    assert main(line(files, "--batch-in", str(files / "results.jsonl"), "--no-parquet")) == 0
+    assert "10 results read: 10 accepted" in capsys.readouterr().out
+    assert main(line(files, "--batch-forget")) == 0
+    assert "5 requests are free" in capsys.readouterr().out
+    with FaultServer() as server:
+        assert main(line(files, "--base-url", server.url, "--no-parquet")) == 0
+        assert len(server.asked) == 5
+
+
+def test_expand_and_filter_by_command(tmp_path, capsys):
+    rows = [{"image": f"{i}.jpg", "caption": "a red bus" if i % 2 else f"a thing{i}"} for i in range(10)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    assert main(["data", "expand", str(tmp_path / "in.json"), str(tmp_path / "out.json"), "--style", "plain"]) == 0
+    assert "10 samples of 10 rows" in capsys.readouterr().out
+    pytest.importorskip("spacy")
+    code = main(["data", "filter", str(tmp_path / "in.json"), str(tmp_path / "few.json"), "--workers", "1"])
+    captured = capsys.readouterr()
+    if "is not installed" in captured.err:
+        pytest.skip(captured.err)
+    assert code == 0 and "5 of 10 captions" in captured.out
+    assert len(json.loads((tmp_path / "few.json").read_text())) == 5
