@@ -61,7 +61,8 @@ def load_model(
     kind = checkpoint_kind(path, revision)
     if adapter is not None:
         if kind != "full":
-            raise ValueError(f"{path} is a {kind} folder already; adapter={adapter} needs a full model under it.")
+            held = "an adapter" if kind == "adapter" else "a projector"
+            raise ValueError(f"{path} holds {held} already; adapter={os.fspath(adapter)} needs a full model under it.")
         base, path, kind = path, os.fspath(adapter), "adapter"
         if checkpoint_kind(path) != "adapter":
             raise ValueError(f"adapter={path} is not an adapter folder: it has no adapter_config.json.")

@@ -124,6 +124,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_adapter_folders_load_in_plain_peft_and_in_plain_transformers(base, tmp_path):
     """On the stock class, in a process that never imports us: the same logits as the trained model."""
     for kind, settings in KINDS.items():

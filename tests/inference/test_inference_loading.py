@@ -1,0 +1,177 @@
+"""One function and one pipeline for every kind of folder: full, merged, adapter, projector, 4-bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, pipeline
+
+from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.checkpoints import base_model_of, checkpoint_kind
+from modeling_llava.inference import load_model
+from modeling_llava.training import merge_adapter, train
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llava_v15_tiny_lora"
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (50, 40), "red")}, {"type": "text", "text": "What?"}]}
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The base, and what each kind of run made of it."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    parts = str(GOLDEN / "vision_tower"), str(GOLDEN / "language_model")
+    LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(root / "full")
+    LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(root / "full")
+    Image.new("RGB", (50, 40), "red").save(root / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A red one."}]
+    (root / "data.json").write_text(
+        json.dumps([{"id": str(i), "image": "a.png", "conversations": turns} for i in range(4)])
+    )
+    settings = {
+        "model": str(root / "full"), "data": str(root / "data.json"), "image_folder": str(root), "max_steps": 4,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "projector_learning_rate": 1e-2, "lora_r": 4,
+        "lora_alpha": 8, "lora_dropout": 0.0, "save_strategy": "no", "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    kinds = {
+        "projector": {"stage": "pretrain"},
+        "lora": {"adapter": "lora"},
+        "dora": {"adapter": "lora", "use_dora": True, "train_vision_tower": True},
+        "qlora": {"adapter": "qlora"},
+    }
+    for kind, changes in kinds.items():
+        train({**settings, "output_dir": str(root / kind), **changes}, console=Console(file=open("/dev/null", "w")))
+    merge_adapter(str(root / "lora"), str(root / "merged"))
+    return root
+
+
+@torch.no_grad()
+def logits(model, processor):
+    inputs = processor.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return model(**inputs.to(model.device)).logits.float()
+
+
+@pytest.mark.parametrize("kind", ["full", "merged", "lora", "dora", "qlora", "projector"])
+def test_load_model_recognises_every_kind(folders, kind):
+    model, processor = load_model(folders / kind, device="cpu")
+    assert checkpoint_kind(folders / kind) == {"full": "full", "merged": "full", "projector": "projector"}.get(
+        kind, "adapter"
+    )
+    assert isinstance(model, LlavaForConditionalGeneration) and not model.training
+    assert processor.chat_template and processor.num_image_tokens == 9
+    base, _ = load_model(folders / "full", device="cpu")
+    difference = (logits(model, processor) - logits(base, processor)).abs().max()
+    assert (difference == 0) == (kind == "full")
+
+
+def test_loading_gives_what_was_trained(folders):
+    """Against plain PEFT for adapters; a merged checkpoint equals its adapter."""
+    from peft import PeftModel
+
+    for kind in ("lora", "dora"):
+        model, processor = load_model(folders / kind, device="cpu")
+        base = AutoModelForImageTextToText.from_pretrained(folders / "full")
+        expected = logits(PeftModel.from_pretrained(base, folders / kind).eval(), processor)
+        assert torch.allclose(logits(model, processor), expected, atol=1e-5)
+    adapter, merged = (load_model(folders / kind, device="cpu") for kind in ("lora", "merged"))
+    assert torch.allclose(logits(*adapter), logits(*merged), atol=1e-4)
+
+
+def test_a_dora_adapter_of_plain_peft_is_read_rightly(folders, tmp_path):
+    """transformers alone leaves its magnitudes untrained, and calls them unexpected."""
+    from peft import PeftModel
+
+    base = AutoModelForImageTextToText.from_pretrained(folders / "full")
+    peft_model = PeftModel.from_pretrained(base, folders / "dora").eval()
+    peft_model.save_pretrained(tmp_path / "plain")
+    model, processor = load_model(tmp_path / "plain", device="cpu")
+    assert torch.allclose(logits(model, processor), logits(peft_model, processor), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_load_in_4bit_quantises_the_language_model_alone(folders, kind):
+    model, processor = load_model(folders / kind, load_in_4bit=True, dtype=torch.float32, device="cpu")
+    names = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert names and all("language_model" in name for name in names)
+    exact, _ = load_model(folders / kind, device="cpu")
+    difference = (logits(model, processor) - logits(exact, processor)).abs().max()
+    assert difference > 0
+    pair = torch.stack([logits(model, processor).flatten(), logits(exact, processor).flatten()])
+    assert torch.corrcoef(pair)[0, 1] > 0.7
+
+
+def test_an_adapter_on_a_model_of_choice(folders):
+    given, processor = load_model(folders / "full", adapter=folders / "lora", device="cpu")
+    own, _ = load_model(folders / "lora", device="cpu")
+    assert torch.equal(logits(given, processor), logits(own, processor))
+    with pytest.raises(ValueError, match="holds an adapter already"):
+        load_model(folders / "lora", adapter=folders / "qlora")
+    with pytest.raises(ValueError, match="is not an adapter folder"):
+        load_model(folders / "full", adapter=folders / "projector")
+
+
+@pytest.mark.parametrize("kind", ["full", "merged", "lora", "dora", "qlora"])
+def test_pipeline_answers(folders, kind):
+    pipe = pipeline("image-text-to-text", model=str(folders / kind), device="cpu")
+    answer = pipe(text=MESSAGES, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    model, processor = load_model(folders / kind, device="cpu")
+    inputs = processor.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.strip() == processor.decode(output, skip_special_tokens=True).strip()
+
+
+@pytest.mark.slow
+def test_stock_pipeline_without_us(folders, tmp_path):
+    """Full, merged and adapter folders, in a process that never imports us."""
+    script = f"""
+import sys
+from PIL import Image
+from transformers import pipeline
+messages = [{{"role": "user", "content": [{{"type": "image", "image": Image.new("RGB", (50, 40), "red")}},
+                                          {{"type": "text", "text": "What?"}}]}}]
+for kind in ("full", "merged", "lora", "dora"):
+    pipe = pipeline("image-text-to-text", model=r"{folders}/" + kind, device="cpu")
+    print(repr(pipe(text=messages, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]))
+assert "modeling_llava" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = []
+    for kind in ("full", "merged", "lora", "dora"):
+        pipe = pipeline("image-text-to-text", model=str(folders / kind), device="cpu")
+        output = pipe(text=MESSAGES, max_new_tokens=5, do_sample=False, return_full_text=False)
+        ours.append(repr(output[0]["generated_text"]))
+    assert done.stdout.splitlines() == ours
+
+
+def test_a_base_that_moved_is_named_and_can_be_given(folders, tmp_path):
+    shutil.copytree(folders / "lora", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base_model_of(folders / "lora") == str(folders / "full")
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was trained on .*gone, which is not there"):
+        load_model(tmp_path / "adapter")
+    model, processor = load_model(tmp_path / "adapter", base=str(folders / "full"), device="cpu")
+    assert torch.equal(logits(model, processor), logits(*load_model(folders / "lora", device="cpu")))
+
+
+def test_mistakes_are_clear(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a model"):
+        load_model("./no/such/model")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no model.*It holds: notes.txt"):
+        load_model(tmp_path)
