@@ -142,9 +142,11 @@ def causal_language_model_loss(
         total = _summed_loss(hidden_states[supervised], targets[supervised], lm_head, label_smoothing)
 
     if num_items_in_batch is None:
-        num_items_in_batch = count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
+        num_items_in_batch = count
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
+    else:
+        num_items_in_batch = max(num_items_in_batch, 1)
     return total / num_items_in_batch
 
 

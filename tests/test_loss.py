@@ -111,10 +111,12 @@ def test_autocast_computes_logits_in_its_dtype():
     assert gradients(ours, head.weight)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_nothing_supervised_is_zero_with_a_graph_not_nan(wrapped):
+def test_nothing_supervised_is_zero_with_a_graph_not_nan(wrapped, num_items):
     hidden, head, labels = example()
-    loss = causal_language_model_loss(hidden, torch.full_like(labels, -100), nn.Sequential(head) if wrapped else head)
+    head = nn.Sequential(head) if wrapped else head
+    loss = causal_language_model_loss(hidden, torch.full_like(labels, -100), head, num_items)
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.abs().sum() == 0

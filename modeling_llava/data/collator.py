@@ -17,6 +17,10 @@ from .packing import pack_sequences
 from .schema import TOO_LONG, BadSampleError, Conversation, DropCounter
 
 
+GIVE_UP_AFTER = 64
+"""Samples: when so many have been dropped and not one could be used, the data or a setting is wrong."""
+
+
 class LlavaDataCollator:
     r"""
     Turns conversations into a padded or packed batch: tokens, labels and pixels.
@@ -142,6 +146,7 @@ class LlavaDataCollator:
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i >= 0), 0
         )
         self._dropped = DropCounter()
+        self._has_found_samples = False
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -157,7 +162,9 @@ class LlavaDataCollator:
 
         Raises:
             BadSampleError: A sample cannot be used, and it is not to be dropped.
-            ValueError: Every sample of the batch was dropped; the processor's image tokens do not fit its images.
+            ValueError: The first [`GIVE_UP_AFTER`] samples were all dropped; the processor's image tokens do not fit its
+                images. Otherwise a batch whose every sample was dropped is a row of padding with nothing to learn, so that
+                a bad sample ends no run, whatever the batch size.
         """
         if self.packing:
             packs = [example if isinstance(example, list) else [example] for example in examples]
@@ -224,13 +231,22 @@ class LlavaDataCollator:
                 errors.append(error)
                 continue
             samples.append(sample)
-        if not samples:
+        if samples:
+            self._has_found_samples = True
+        elif not self._has_found_samples and sum(self.dropped.values()) >= GIVE_UP_AFTER:
             causes = "; ".join(str(error) for error in errors[:3])
             raise ValueError(
-                f"all {len(examples)} samples of a batch were dropped, so there is nothing to train on. {causes} "
-                "`llava data check` lists every such sample."
+                f"the first {sum(self.dropped.values())} samples were all dropped, so there is nothing to train on. "
+                f"{causes} `llava data check` lists every such sample."
             )
+        else:
+            samples.append(self._blank())
         return samples, images
+
+    def _blank(self) -> dict[str, Any]:
+        """A stand-in for a batch whose every sample was dropped: nothing in it is supervised, its loss is zero."""
+        nothing = torch.full((2,), IGNORE_INDEX, dtype=torch.long)
+        return {"id": "blank", "keys": [], "input_ids": torch.full_like(nothing, self.pad_token_id), "labels": nothing}
 
     def encode(self, conversation: Conversation) -> dict[str, Any]:
         """Tokens, labels and image keys of one conversation. No image is opened."""

@@ -176,10 +176,22 @@ def test_bad_samples_are_dropped_counted_and_said_once(processor, pictures, capl
     assert collator.dropped == {MISSING_IMAGE: 4, CORRUPT_IMAGE: 2} and len(caplog.records) == 2
 
 
-def test_batch_of_dropped_samples_alone_is_an_error(processor, pictures):
+@pytest.mark.parametrize("packing", [False, True])
+def test_batch_of_dropped_samples_alone_teaches_nothing_and_ends_no_run(processor, pictures, packing):
+    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop", packing=packing)
+    batch = collator([bad_batch()[0], bad_batch()[2]])
+    assert batch["input_ids"].shape == (1, 2) and "pixel_values" not in batch
+    assert (batch["labels"] == -100).all()
+    assert sum(collator.dropped.values()) == 2
+
+
+def test_nothing_usable_at_all_is_an_error(processor, pictures):
     collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
-    with pytest.raises(ValueError, match="all 2 samples of a batch were dropped.*sample 'gone'.*sample 'broken'"):
-        collator([bad_batch()[0], bad_batch()[2]])
+    with pytest.raises(ValueError, match="the first 64 samples were all dropped.*sample 'gone'.*sample 'broken'"):
+        for _ in range(32):
+            collator([bad_batch()[0], bad_batch()[2]])
+    collator(bad_batch())  # one sample can be used
+    collator([bad_batch()[0], bad_batch()[2]])
 
 
 def test_second_image_of_a_dropped_sample_leaves_no_trace(processor, pictures):
