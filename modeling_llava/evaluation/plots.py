@@ -42,7 +42,7 @@ def plot_bars(
 
     published = published or {}
     names = [*published, *series]
-    width = 0.8 / max(1, len(names))
+    width = min(0.8 / max(1, len(names)), 0.34)
     with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif"}):
         inches = max(6.4, 0.9 * len(columns) * max(1.0, 0.32 * len(names)) + 1.2)
         figure = Figure(figsize=(min(inches, 16), 4.4), dpi=150, layout="constrained")
@@ -88,9 +88,9 @@ def plot_bars(
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(QUIET)
-        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=24 if subtitle else 10)
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22 if subtitle else 10)
         if subtitle:
-            axes.text(0, 1.03, subtitle, transform=axes.transAxes, color=QUIET, fontsize=9)
+            axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=QUIET, fontsize=9)
         if len(names) > 1:
             figure.legend(
                 loc="outside lower left", ncols=min(4, len(names)), frameon=False, labelcolor=INK, fontsize=9

@@ -182,6 +182,9 @@ def test_memory_stays_flat_over_ten_thousand_samples(model_folder):
 
     predictor = LlavaPredictor(*load_model(model_folder, device="cpu"))
     process, at = psutil.Process(), {}
+    # The tokenizers library keeps the tokens of the first 10,000 texts (20 MB); that is not what is measured here.
+    for number in range(10_000):
+        predictor.processor.tokenizer(f"Text number {number} fills the cache of the tokenizer. " * 2)
 
     def samples():
         for number in range(10_000):
@@ -194,4 +197,4 @@ def test_memory_stays_flat_over_ten_thousand_samples(model_folder):
         if number % 1000 == 0:
             at[number] = process.memory_info().rss
     assert number == 10_000
-    assert at[10_000] < at[1_000] + 16 * 2**20, {k: v // 2**20 for k, v in at.items()}
+    assert at[10_000] < at[1_000] + 4 * 2**20, {k: v // 2**20 for k, v in at.items()}
