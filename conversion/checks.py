@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM
+from transformers import CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM
 from transformers.models.llava.configuration_llava import LlavaConfig as StockConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.processing_llava import LlavaProcessor
 
+from .hf_checkpoints import HfCheckpoint
 from .keymaps import canonical_hf_key, drop_derived, rename_all
-from .originals import Original, read_original
+from .originals import Original, read_json, read_original
 from .streamed import streamed
 from .tensors import LazyTensor, cast, find_weights, read_checkpoint
 
@@ -112,28 +114,34 @@ def check_stock_ready(
 
 
 def check_folder(
-    folder: Path, *, reference: Original | None = None, dtype: torch.dtype | None = None, logits: bool = True
+    folder: Path,
+    *,
+    config_file: Path | None = None,
+    reference: Original | None = None,
+    dtype: torch.dtype | None = None,
+    logits: bool = True,
 ) -> CheckReport:
-    """[`check_stock_ready`], where the original was converted to another `dtype` on the way."""
+    """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
     report = CheckReport(folder)
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{folder} is not a checkpoint: it has no config.json.")
-    config = LlavaConfig.from_pretrained(folder)
+    fields = read_json(config_file or folder / "config.json", "a checkpoint")
+    if fields.get("model_type") != "llava" or "text_config" not in fields:
+        raise ValueError(f"{folder} is no HF LLaVA (model_type {fields.get('model_type')!r}).")
+    config = LlavaConfig.from_dict(fields)
     weights = find_weights(folder)
     if weights is None:
         raise ValueError(f"{folder} holds no weights (model.safetensors or its index).")
     tensors = rename_all(drop_derived(read_checkpoint(weights)), canonical_hf_key)
 
     is_stock = _check_projector(report, config)
-    _check_keys(report, folder, is_stock)
-    processor = AutoProcessor.from_pretrained(folder)
+    _check_keys(report, folder, fields, is_stock)
+    processor = LlavaProcessor.from_pretrained(folder)
     inputs = _check_processor(report, config, processor)
     if inputs is None or not report.is_sound:
         return report
     if not logits:
         report.add("logits", "skipped", "not asked for")
         return report
-    _check_logits(report, folder, config, tensors, inputs, is_stock, reference, dtype)
+    _check_logits(report, fields, tensors, inputs, is_stock, reference, dtype)
     return report
 
 
@@ -152,11 +160,11 @@ def _check_projector(report: CheckReport, config: LlavaConfig) -> bool:
     return True
 
 
-def _check_keys(report: CheckReport, folder: Path, is_stock: bool) -> None:
+def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool) -> None:
     """Let transformers load the folder onto the meta device: it matches all names and shapes and reads no weight."""
     model_class = StockLlava if is_stock else LlavaForConditionalGeneration
     try:
-        config = (StockConfig if is_stock else LlavaConfig).from_pretrained(folder)
+        config = (StockConfig if is_stock else LlavaConfig).from_dict(fields)
         _, info = model_class.from_pretrained(folder, config=config, device_map="meta", output_loading_info=True)
     except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
         report.add("keys", "failed", f"{model_class.__module__} does not load it: {str(error).splitlines()[0]}")
@@ -201,9 +209,7 @@ def _check_processor(report: CheckReport, config: LlavaConfig, processor):
         )
         return None
     if int(inputs["input_ids"].max()) >= config.text_config.vocab_size:
-        report.add(
-            "image tokens", "failed", f"token id {int(inputs['input_ids'].max())} has no row in the vocabulary"
-        )
+        report.add("image tokens", "failed", f"token id {int(inputs['input_ids'].max())} has no row in the vocabulary")
         return None
     report.add("image tokens", "ok", f"{expected} per image, by processor, configuration and tower")
     return inputs
@@ -216,15 +222,15 @@ def probe_image(width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def _check_logits(report, folder, config, tensors, inputs, is_stock, reference, dtype) -> None:
-    after = hf_logits(folder, tensors, inputs, is_stock)
+def _check_logits(report, fields, tensors, inputs, is_stock, reference, dtype) -> None:
+    after = hf_logits(fields, tensors, inputs, is_stock)
     if not torch.isfinite(after).all():
         report.add("logits", "failed", "not finite for one image")
         return
     if reference is None:
         report.add("logits", "ok", "finite for one image (no original given to compare with)")
         return
-    before = original_logits(reference, inputs, config.image_token_id, dtype)
+    before = original_logits(reference, inputs, fields["image_token_index"], dtype)
     known, added = after[..., : before.shape[-1]], after[..., before.shape[-1] :]
     if added.numel() and (added.amax(-1) > before.amax(-1) + TOLERANCE).any():
         report.add("logits", "failed", "a token that was added has the largest logit")
@@ -241,13 +247,13 @@ def _compare(report: CheckReport, before: torch.Tensor, after: torch.Tensor) -> 
 
 
 @torch.no_grad()
-def hf_logits(folder: Path, tensors: dict[str, LazyTensor], inputs, is_stock: bool = True) -> torch.Tensor:
+def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bool = True) -> torch.Tensor:
     """
     Logits of the last positions, `[1, positions, vocabulary]`, by the stock class (ours where stock has no form).
 
     Args:
-        folder (`Path`):
-            For its configuration.
+        fields (`dict`):
+            The configuration.
         tensors (`dict[str, LazyTensor]`):
             Under HF's names.
         inputs:
@@ -256,7 +262,7 @@ def hf_logits(folder: Path, tensors: dict[str, LazyTensor], inputs, is_stock: bo
             Use stock transformers' class.
     """
     model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
-    config = config_class.from_pretrained(folder)
+    config = config_class.from_dict(fields)
     config._attn_implementation = "sdpa"
     model = streamed(lambda: model_class(config), _ByModule(tensors))
     output = model(
@@ -266,7 +272,7 @@ def hf_logits(folder: Path, tensors: dict[str, LazyTensor], inputs, is_stock: bo
 
 
 def check_original(
-    folder: Path, hf, *, tower_config_from: Path | None = None, dtype: torch.dtype | None = None
+    folder: Path, hf: HfCheckpoint, config: dict, *, has_tower: bool, dtype: torch.dtype | None = None
 ) -> CheckReport:
     """
     Check that an original folder which was made from a HF one is read as an original, with equal logits.
@@ -276,19 +282,22 @@ def check_original(
             The original folder.
         hf ([`HfCheckpoint`]):
             What it was made from.
-        tower_config_from (`Path`, *optional*):
-            The HF folder, where the tower is only named and may not be on this machine: its tower stands for it.
+        config (`dict`):
+            The original folder's configuration.
+        has_tower (`bool`):
+            The folder holds its tower. Otherwise the tower is only named and may not be on this machine: HF's stands
+            for it.
         dtype (`torch.dtype`, *optional*):
             To which the weights were rounded.
     """
     report = CheckReport(folder)
-    original = read_original(folder, tower=None if tower_config_from is None else (hf.config.vision_config, hf.tensors))
+    tower = None if has_tower else (hf.config.vision_config, hf.tensors)
+    original = read_original(folder, config=config, tower=tower)
     report.add("keys", "ok", f"{len(original.tensors)} tensors, as the original names them")
-    processor = AutoProcessor.from_pretrained(hf.folder)
-    inputs = _check_processor(report, hf.config, processor)
+    inputs = _check_processor(report, hf.config, LlavaProcessor.from_pretrained(hf.folder))
     if inputs is not None:
         tensors = {entry.hf: cast(tensor, dtype) for entry, tensor in hf.tensors.items()}
-        before = hf_logits(hf.folder, tensors, inputs, hf.config.projector_num_layers <= 2)
+        before = hf_logits(hf.config.to_dict(), tensors, inputs, hf.config.projector_num_layers <= 2)
         after = original_logits(original, inputs, hf.config.image_token_id, dtype)
         _compare(report, before[..., : after.shape[-1]], after)
     return report
@@ -311,9 +320,7 @@ class _ByModule(Mapping):
 
 
 @torch.no_grad()
-def original_logits(
-    original: Original, inputs, image_token_id: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def original_logits(original: Original, inputs, image_token_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     Logits of the last positions as the original computes them: tower, projector, features put between the text's
     embeddings, language model. It uses the original's configuration, names and weights only.
@@ -358,4 +365,3 @@ def original_logits(
     first, last = int(places[0]), int(places[-1]) + 1
     embeddings = torch.cat([embed(ids[:first]), features[0], embed(ids[last:])])
     return language_model(inputs_embeds=embeddings[None], logits_to_keep=NUM_COMPARED).logits
-

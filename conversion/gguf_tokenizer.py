@@ -14,9 +14,7 @@ ADDED_SCORE = -1000.0
 FILL_SCORE = -10000.0
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {
     "gpt-2": [{**BYTE_LEVEL, "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "use_regex": True}],
@@ -118,7 +116,12 @@ def _from_sentencepiece(path: Path) -> dict:
     for i in range(model.get_piece_size()):
         tokens.append(model.id_to_piece(i))
         scores.append(model.get_score(i))
-        kinds = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED), (model.is_byte, BYTE))
+        kinds = (
+            (model.is_unknown, UNKNOWN),
+            (model.is_control, CONTROL),
+            (model.is_unused, UNUSED),
+            (model.is_byte, BYTE),
+        )
         types.append(next((kind for is_kind, kind in kinds if is_kind(i)), NORMAL))
     return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores, "types": types, "merges": None}
 

@@ -77,7 +77,9 @@ def read_hf(source: str | Path) -> HfCheckpoint:
             f"{folder} has a language model of kind {config.text_config.model_type!r}; LLaMA and Mistral are converted."
         )
     if not isinstance(config.vision_config, CLIPVisionConfig):
-        raise ValueError(f"{folder} has a vision tower of kind {config.vision_config.model_type!r}; CLIP is converted.")
+        raise ValueError(
+            f"{folder} has a vision tower of kind {config.vision_config.model_type!r}; CLIP is converted."
+        )
 
     weights = find_weights(folder)
     if weights is None:

@@ -92,14 +92,19 @@ def convert_hf_to_gguf(
     processor = LlavaProcessor.from_pretrained(hf.folder)
     files = {
         f"model-{dtype}.gguf": (language_metadata(hf, processor, dtype), language_tensors(hf, dtype)),
-        f"mmproj-{dtype}.gguf": (mmproj_metadata(hf, processor, layers, dtype), mmproj_tensors(hf, max(layers), dtype)),
+        f"mmproj-{dtype}.gguf": (
+            mmproj_metadata(hf, processor, layers, dtype),
+            mmproj_tensors(hf, max(layers), dtype),
+        ),
     }
     if class_token_last:
         _for_class_token_last(files[f"mmproj-{dtype}.gguf"][1], processor)
     total = sum(tensor.nbytes for _, tensors in files.values() for tensor in tensors.values())
     plan = {name: {key: tensor.content for key, tensor in tensors.items()} for name, (_, tensors) in files.items()}
     report = None
-    with OutputFolder(output, fingerprint_of(f"hf to gguf {class_token_last=}", hf.files, plan), total, overwrite=overwrite) as folder:
+    with OutputFolder(
+        output, fingerprint_of(f"hf to gguf {class_token_last=}", hf.files, plan), total, overwrite=overwrite
+    ) as folder:
         if not folder.is_done:
             for name, (metadata, tensors) in files.items():
                 path = folder.partial / name
@@ -150,27 +155,37 @@ def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> None:
             "trains and runs it."
         )
     if config.projector_hidden_act not in ("gelu", "linear"):
-        raise ValueError(f"{hf.folder} has projector_hidden_act {config.projector_hidden_act!r}; llama.cpp has 'gelu'.")
+        raise ValueError(
+            f"{hf.folder} has projector_hidden_act {config.projector_hidden_act!r}; llama.cpp has 'gelu'."
+        )
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"{hf.folder} keeps the class token among its image features (vision_feature_select_strategy='full'); "
             "llama.cpp always drops it."
         )
     if vision.hidden_act not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{hf.folder} has a vision tower with {vision.hidden_act!r}; llama.cpp has quick_gelu and gelu.")
+        raise ValueError(
+            f"{hf.folder} has a vision tower with {vision.hidden_act!r}; llama.cpp has quick_gelu and gelu."
+        )
     if hf.sizes.vision_intermediate == hf.sizes.vision_hidden:
-        raise ValueError(f"{hf.folder}: llama.cpp would swap the two layers of this tower's MLPs, since they are square.")
+        raise ValueError(
+            f"{hf.folder}: llama.cpp would swap the two layers of this tower's MLPs, since they are square."
+        )
     rope = getattr(config.text_config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear"):
         raise ValueError(f"{hf.folder} has rope_type {rope['rope_type']!r}; written are 'default' and 'linear'.")
     if config.text_config.hidden_act != "silu":
-        raise ValueError(f"{hf.folder} has a language model with {config.text_config.hidden_act!r}; llama.cpp has silu.")
+        raise ValueError(
+            f"{hf.folder} has a language model with {config.text_config.hidden_act!r}; llama.cpp has silu."
+        )
 
 
 def _notes(hf: HfCheckpoint, processor: LlavaProcessor, class_token_last: bool) -> list[str]:
     notes = []
     if class_token_last:
-        notes.append("mmproj is for builds of llama.cpp with the defect of issue 25814; a mended build needs the other.")
+        notes.append(
+            "mmproj is for builds of llama.cpp with the defect of issue 25814; a mended build needs the other."
+        )
     else:
         notes.append(
             "llama.cpp since May 2025 has a defect (issue 25814) that spoils the image features of every LLaVA-1.5. For a "

@@ -92,15 +92,11 @@ def convert_hf_to_original(
             _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
             _write_generation_config(hf, keeps_files, folder.partial)
             kept = hf.folder / ORIGINAL_FILES / "config.json"
-            if kept.is_file() and read_json(kept, "a checkpoint") == config:
-                shutil.copyfile(kept, folder.partial / "config.json")
-            else:
-                write_json(folder.partial / "config.json", config)
+            is_same = kept.is_file() and read_json(kept, "a checkpoint") == config
+            folder.write_config(kept.read_text("utf-8") if is_same else json.dumps(config, indent=2) + "\n")
             if check:
-                place = hf.folder if not tower["folder"] else None
-                report = check_original(folder.partial, hf, tower_config_from=place, dtype=dtype)
+                report = check_original(folder.partial, hf, config, has_tower=bool(tower["folder"]), dtype=dtype)
                 if not report.is_sound:
-                    (folder.partial / "config.json").unlink()
                     raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
             folder.commit()
     return Conversion(Path(output), _notes(hf, tower, output), report)
@@ -219,7 +215,11 @@ def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     template = processor.chat_template or ""
     _set(result, "mm_use_im_start_end", all(mark in template for mark in IMAGE_MARKS), default=False)
     if not recorded:
-        result |= {"use_mm_proj": True, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad" if pads else "square"}
+        result |= {
+            "use_mm_proj": True,
+            "mm_use_im_patch_token": False,
+            "image_aspect_ratio": "pad" if pads else "square",
+        }
     return result
 
 

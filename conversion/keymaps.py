@@ -184,7 +184,13 @@ def projector_entries(s: Sizes) -> list[Entry]:
         original = "model.mm_projector" if is_bare else f"model.mm_projector.{2 * i}"
         width = s.vision_hidden * s.feature_layers if i == 0 else s.hidden
         entries.append(
-            Entry("projector", f"{original}.weight", f"{projector_key(i)}.weight", f"mm.{2 * i}.weight", (s.hidden, width))
+            Entry(
+                "projector",
+                f"{original}.weight",
+                f"{projector_key(i)}.weight",
+                f"mm.{2 * i}.weight",
+                (s.hidden, width),
+            )
         )
         if s.projector_bias:
             entries.append(
@@ -234,7 +240,8 @@ def vision_entries(s: Sizes, tower: str = "inside") -> list[Entry]:
     rows += [("post_layernorm.weight", None, (hidden,)), ("post_layernorm.bias", None, (hidden,))]
     prefix = TOWER_PREFIXES[tower]
     return [
-        Entry("vision", f"{prefix}{name}", f"vision_tower.vision_model.{name}", gguf, shape) for name, gguf, shape in rows
+        Entry("vision", f"{prefix}{name}", f"vision_tower.vision_model.{name}", gguf, shape)
+        for name, gguf, shape in rows
     ]
 
 
@@ -292,7 +299,9 @@ def rename_all(tensors: Mapping[str, LazyTensor], rename) -> dict[str, LazyTenso
 
 def tower_form(keys) -> str | None:
     """The key of [`TOWER_PREFIXES`] under which `keys` hold a CLIP tower; `None` if they hold none."""
-    return next((form for form, prefix in TOWER_PREFIXES.items() if f"{prefix}embeddings.class_embedding" in keys), None)
+    return next(
+        (form for form, prefix in TOWER_PREFIXES.items() if f"{prefix}embeddings.class_embedding" in keys), None
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

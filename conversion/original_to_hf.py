@@ -23,7 +23,7 @@ from .hf_checkpoints import ORIGINAL_FILES, RECORD
 from .keymaps import Entry, projector_entries
 from .originals import FEATURE_STRATEGIES, TOKENIZER_FILES, Original, read_json, read_original
 from .tensors import Extended, LazyTensor, cast, in_memory
-from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_text
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards
 
 
 logger = logging.getLogger(__name__)
@@ -136,10 +136,10 @@ def convert_original_to_hf(
                 {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
             )
             _write_small_files(original, processor, config, folder.partial)
+            config_file = folder.write_config(config.to_json_string())
             if check:
-                report = check_folder(folder.partial, reference=original, dtype=dtype)
+                report = check_folder(folder.partial, config_file=config_file, reference=original, dtype=dtype)
                 if not report.is_sound:
-                    (folder.partial / "config.json").unlink()
                     raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
             folder.commit()
     return Conversion(Path(output), _notes(original, config), report)
@@ -196,13 +196,18 @@ def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = 
     rows = max(old_rows, -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
     tensors: dict[str, LazyTensor] = {}
     for entry, tensor in original.tensors.items():
-        if rows > old_rows and entry.hf in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if rows > old_rows and entry.hf in (
+            "language_model.model.embed_tokens.weight",
+            "language_model.lm_head.weight",
+        ):
             tensor = Extended(tensor, rows, old_rows)
         assert entry.hf not in tensors
         tensors[entry.hf] = cast(tensor, dtype)
     for entry in _added_entries(original):
         like = tensors["multi_modal_projector.linear_1.weight"].dtype
-        value = torch.eye(entry.shape[0], dtype=like) if len(entry.shape) == 2 else torch.zeros(entry.shape, dtype=like)
+        value = (
+            torch.eye(entry.shape[0], dtype=like) if len(entry.shape) == 2 else torch.zeros(entry.shape, dtype=like)
+        )
         tensors[entry.hf] = in_memory(value, f"the identity of {entry.hf}")
     return tensors
 
@@ -314,7 +319,7 @@ def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[
 
 
 def _write_small_files(original: Original, processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:
-    """Everything but the weights. `config.json`, without which nothing loads the folder, comes last."""
+    """Everything but the weights and `config.json`."""
     processor.save_pretrained(folder)
     make_generation_config(original, processor.tokenizer).save_pretrained(folder)
     keep = folder / ORIGINAL_FILES
@@ -325,7 +330,6 @@ def _write_small_files(original: Original, processor: LlavaProcessor, config: Ll
     for name in ("config.json", "generation_config.json"):
         if (original.folder / name).is_file():
             shutil.copyfile(original.folder / name, keep / name)
-    write_text(folder / "config.json", config.to_json_string())
 
 
 def make_generation_config(original: Original, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -117,6 +117,7 @@ def read_original(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     *,
+    config: dict | None = None,
     tower: tuple[CLIPVisionConfig, dict[Entry, LazyTensor]] | None = None,
 ) -> Original:
     """
@@ -136,24 +137,26 @@ def read_original(
         OSError: a folder or file is not there.
     """
     folder = local_folder(source, "checkpoint")
-    config = read_config(folder)
+    files = []
+    if config is None:
+        config = read_config(folder)
+        files.append(folder / "config.json")
     _check_is_original(config, folder)
-    files = [folder / "config.json"]
     kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
 
     text_config = read_text_config(config)
     if "model.embed_tokens.weight" in tensors:
         text_config.vocab_size = tensors["model.embed_tokens.weight"].num_rows
         head = tensors.get("lm_head.weight")
-        if head is not None and head.num_rows < text_config.vocab_size:  # added tokens whose embeddings alone were kept
+        if (
+            head is not None and head.num_rows < text_config.vocab_size
+        ):  # added tokens whose embeddings alone were kept
             tensors["lm_head.weight"] = Extended(head, text_config.vocab_size, head.num_rows)
 
     tower_folder = find_tower(folder, config, vision_tower) if tower is None else folder
     vision_config = read_vision_config(tower_folder) if tower is None else tower[0]
     num_layers, is_numbered = read_projector_type(config)
-    sizes = Sizes.from_configs(
-        text_config, vision_config, projector_layers=num_layers, projector_numbered=is_numbered
-    )
+    sizes = Sizes.from_configs(text_config, vision_config, projector_layers=num_layers, projector_numbered=is_numbered)
     _check_feature_layer(config, vision_config, tower_folder)
     _check_projector_width(tensors, sizes, tower_folder)
 

@@ -171,9 +171,7 @@ def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float
     return LazyTensor(weight.dtype, weight.shape, read, f"{weight.origin} with {down.origin}")
 
 
-def put_over(
-    base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, gap: int = 0
-) -> dict[str, LazyTensor]:
+def put_over(base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, gap: int = 0) -> dict[str, LazyTensor]:
     """
     The base's tensors, replaced by those that a training saved whole (projector, embedding rows of image tokens).
 

@@ -1,9 +1,9 @@
 """
 Writing a converted checkpoint: streamed, resumable, and never half there.
 
-A folder is built beside its place as `OUT.partial` and renamed when it is whole. Inside, a shard gets its name only when
-its last byte is written, and `config.json`, without which nothing loads a folder, is written last. A run that was killed
-leaves `OUT.partial`; the same command again keeps the shards that are complete.
+A folder is built beside its place as `OUT.partial` and renamed when it is whole and checked. Inside, a shard gets its name
+only when its last byte is written, and `config.json`, without which nothing loads a folder, gets its name as the very last
+step of all. A run that was killed leaves `OUT.partial`; the same command again keeps the shards that are complete.
 """
 
 import contextlib
@@ -25,6 +25,9 @@ from .tensors import PIECE_BYTES, SAFETENSORS_DTYPES, FileRange, LazyTensor
 DEFAULT_SHARD_SIZE = "2GB"
 JOURNAL = ".conversion.json"
 """File of a partial folder that says which conversion it belongs to."""
+
+PENDING_CONFIG = "config.json.pending"
+"""Name of `config.json` until everything else is in its place."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -201,16 +204,19 @@ class OutputFolder:
         text = json.dumps(fingerprint, sort_keys=True, default=str)
         self.journal = {"conversion": hashlib.sha256(text.encode()).hexdigest()}
         self.is_done = False
+        self._sources = list(fingerprint.get("files", ()))
         self._lock = None
 
     def __enter__(self) -> "OutputFolder":
         if self.output.exists() and any(self._visible(self.output)):
             if self._read_journal(self.output) == self.journal:  # killed between the renaming and the last line
-                (self.output / JOURNAL).unlink()
+                self._finish()
                 self.is_done = True
                 return self
             if not self.overwrite:
                 raise ValueError(f"{self.output} exists already. Choose another folder, or add --overwrite.")
+            if any(Path(path).resolve().is_relative_to(self.output.resolve()) for path in self._sources):
+                raise ValueError(f"{self.output} is read from in this conversion and cannot be replaced by it.")
         if not self.output.is_dir() and self.output.exists():
             raise ValueError(f"{self.output} is a file; a folder is written.")
 
@@ -225,7 +231,7 @@ class OutputFolder:
                 if path.name != self._lock_name:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(self.partial / JOURNAL, self.journal)
-        for path in [*self.partial.glob("*.tmp"), self.partial / "config.json"]:
+        for path in [*self.partial.glob("*.tmp"), self.partial / PENDING_CONFIG]:
             path.unlink(missing_ok=True)
         self.progress = tqdm(total=self.total_bytes, unit="B", unit_scale=True, desc=self.output.name, leave=False)
         return self
@@ -251,8 +257,13 @@ class OutputFolder:
                 {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
             )
 
+    def write_config(self, text: str) -> Path:
+        """Write `config.json` under the name that it has until `commit`, and return its place."""
+        write_text(self.partial / PENDING_CONFIG, text)
+        return self.partial / PENDING_CONFIG
+
     def commit(self) -> None:
-        """Put the folder in its place. From here on it is whole, whatever happens."""
+        """Put the folder in its place, and then `config.json`."""
         for path in self.partial.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
@@ -269,15 +280,22 @@ class OutputFolder:
             self._lock = None
             (self.partial / self._lock_name).unlink()
         os.rename(self.partial, self.output)
-        (self.output / JOURNAL).unlink()
+        self._finish()
         if self.overwrite:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if (self.output / PENDING_CONFIG).exists():
+            os.replace(self.output / PENDING_CONFIG, self.output / "config.json")
+        (self.output / JOURNAL).unlink()
 
     _lock_name = ".lock"
 
     @classmethod
     def _visible(cls, folder: Path) -> Iterator[Path]:
-        return (path for path in folder.iterdir() if path.name not in (cls._lock_name,)) if folder.is_dir() else iter(())
+        return (
+            (path for path in folder.iterdir() if path.name not in (cls._lock_name,)) if folder.is_dir() else iter(())
+        )
 
     @staticmethod
     def _read_journal(folder: Path) -> dict | None:
@@ -287,7 +305,9 @@ class OutputFolder:
             return None
 
     def _check_space(self, kept: bool) -> None:
-        parent = next(path for path in [self.output.absolute().parent, *self.output.absolute().parents] if path.exists())
+        parent = next(
+            path for path in [self.output.absolute().parent, *self.output.absolute().parents] if path.exists()
+        )
         there = 0
         if kept:
             there = sum(path.stat().st_size for path in self.partial.iterdir() if path.is_file())

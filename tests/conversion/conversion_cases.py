@@ -76,7 +76,13 @@ def rewrite(folder: Path, change, form: str = "safetensors") -> None:
 
 
 def random_language_model(
-    *, model_type: str = "llama", vocabulary: int = 700, hidden: int = 64, heads: int = 4, kv_heads: int = 2, seed: int = 0
+    *,
+    model_type: str = "llama",
+    vocabulary: int = 700,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
 ):
     """A tiny LLaMA or Mistral with grouped queries, of transformers, with random weights (norms included)."""
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -116,7 +122,9 @@ def random_projector(layers: int = 2, width: int = 32, hidden: int = 64, seed: i
     return tensors
 
 
-def random_original(folder: Path, *, model_type: str = "llama", projector_layers: int = 2, seed: int = 0, **config) -> Path:
+def random_original(
+    folder: Path, *, model_type: str = "llama", projector_layers: int = 2, seed: int = 0, **config
+) -> Path:
     """An original full checkpoint with a random language model, the golden tower and the golden tokenizer."""
     model = random_language_model(model_type=model_type, seed=seed)
     shutil.copytree(GOLDEN / "llava_v15_tiny" / "vision_tower", folder / "vision_tower")

@@ -92,7 +92,9 @@ def test_queries_and_keys_are_reordered_for_llama_cpps_rotation():
 
     def hf(x):
         first, second = x.view(heads, 2, dim // 2).unbind(1)
-        return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], 1)
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], 1
+        )
 
     def llama_cpp(x):
         first, second = x.view(heads, dim // 2, 2).unbind(2)
@@ -318,7 +320,9 @@ def test_llama_cpp_computes_what_we_do(folders, tmp_path, record_property, name,
         image[:PATCH, :PATCH] = [int(mean * 255) for mean in processor.image_processor.image_mean]  # as padding
     prompts, expected_ids = [], []
     for i in range(len(images)):
-        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"What is in picture {i}?"}]}]
+        turns = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"What is in picture {i}?"}]}
+        ]
         prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
         prompts.append(prompt.replace("<image>", "<__media__>"))
         ids = processor.tokenizer(prompt).input_ids

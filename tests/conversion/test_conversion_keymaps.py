@@ -219,6 +219,9 @@ def test_match_lists_every_difference_at_once():
 
 
 def test_two_keys_never_become_one():
-    tensors = {"lm_head.weight": in_memory(torch.zeros(1), "a"), "language_model.lm_head.weight": in_memory(torch.zeros(1), "b")}
+    tensors = {
+        "lm_head.weight": in_memory(torch.zeros(1), "a"),
+        "language_model.lm_head.weight": in_memory(torch.zeros(1), "b"),
+    }
     with pytest.raises(ValueError, match="both called 'language_model.lm_head.weight'"):
         rename_all(tensors, canonical_hf_key)

@@ -50,7 +50,9 @@ def test_safetensors_are_read_as_the_library_reads_them(values, tmp_path, small_
         assert lazy[key].dtype == value.dtype and lazy[key].shape == tuple(value.shape)
         assert torch.equal(lazy[key].tensor(), value)
         pieces = list(lazy[key].row_pieces())
-        assert torch.equal(torch.cat([p.reshape(-1) for p in pieces]) if pieces else value.reshape(-1), value.reshape(-1))
+        assert torch.equal(
+            torch.cat([p.reshape(-1) for p in pieces]) if pieces else value.reshape(-1), value.reshape(-1)
+        )
     assert len(list(lazy["matrix"].row_pieces())) == 13  # 3 rows of 20 bytes fit into 64
 
 
@@ -165,7 +167,9 @@ def test_truncated_safetensors_names_file_and_tensor(values, tmp_path):
         read_safetensors(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x05", b"\xff" * 8, b"\x00\x10" + b"\x00" * 6 + b"{", struct.pack("<Q", 2) + b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", b"\xff" * 8, b"\x00\x10" + b"\x00" * 6 + b"{", struct.pack("<Q", 2) + b"[]"]
+)
 def test_file_that_is_no_safetensors_is_one_clear_error(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.safetensors"):

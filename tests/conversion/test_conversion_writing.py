@@ -1,0 +1,267 @@
+"""Output folders: whole or not there, resumable, and never begun on a disk that is too small."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from conversion_cases import GOLDEN, copy_original, original_tensors
+
+from modeling_llava.conversion import convert_original_to_hf, writing
+from modeling_llava.conversion.tensors import LazyTensor, in_memory
+from modeling_llava.conversion.writing import (
+    JOURNAL,
+    PENDING_CONFIG,
+    OutputFolder,
+    format_bytes,
+    parse_size,
+    plan_shards,
+    write_safetensors,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("500MB", 5 * 10**8), ("1GiB", 2**30), ("1.5 kb", 1500), (4096, 4096), ("7", 7)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "2 G B", "GB", "-1", "0", "1e9", "two"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="Write it like 2GB"):
+        parse_size(text)
+
+
+def test_sizes_are_shown_with_their_unit():
+    assert [format_bytes(n) for n in (12, 1234, 310_000_000, 14_200_000_000)] == ["12 B", "1 KB", "310 MB", "14.2 GB"]
+
+
+def tensors(**sizes: int) -> dict[str, LazyTensor]:
+    return {
+        key: in_memory(torch.full((size,), i, dtype=torch.uint8), key) for i, (key, size) in enumerate(sizes.items())
+    }
+
+
+def test_shards_keep_their_order_and_their_limit():
+    shards = plan_shards(tensors(a=40, b=50, c=30, huge=500, d=1), 100)
+    assert {name: list(group) for name, group in shards.items()} == {
+        "model-00001-of-00004.safetensors": ["a", "b"],
+        "model-00002-of-00004.safetensors": ["c"],
+        "model-00003-of-00004.safetensors": ["huge"],
+        "model-00004-of-00004.safetensors": ["d"],
+    }
+    assert list(plan_shards(tensors(a=40, b=50), 100)) == ["model.safetensors"]
+
+
+def test_index_is_the_one_transformers_reads(tmp_path):
+    shards = plan_shards(tensors(b=40, a=50, c=30), 100)
+    with OutputFolder(tmp_path / "out", {}, 120) as folder:
+        folder.write_shards(shards)
+        folder.commit()
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index == {"metadata": {"total_size": 120}, "weight_map": {"a": first, "b": first, "c": second}}
+    assert sorted(os.listdir(tmp_path / "out")) == [first, second, "model.safetensors.index.json"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_file_that_fails_half_way_never_gets_its_name(tmp_path):
+    def fail(start, stop):
+        raise RuntimeError("the disk is gone")
+
+    bad = LazyTensor(torch.uint8, (4,), fail, "x")
+    with pytest.raises(RuntimeError):
+        write_safetensors(tmp_path / "a.safetensors", {**tensors(a=4), "bad": bad})
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_folder_that_is_there_is_not_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already.*--overwrite"):
+        with OutputFolder(tmp_path / "out", {}, 0):
+            pass
+    assert os.listdir(tmp_path) == ["out"]
+    with OutputFolder(tmp_path / "out", {}, 0, overwrite=True) as folder:
+        assert (tmp_path / "out/mine.txt").exists()  # until the new one is whole
+        folder.write_shards(plan_shards(tensors(a=1), 10))
+        folder.commit()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["model.safetensors"]
+
+
+def test_overwriting_what_is_read_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    with pytest.raises(ValueError, match="is read from .*and cannot be replaced"):
+        convert_original_to_hf(source, source, overwrite=True, check=False)
+    assert (source / "config.json").exists()
+
+
+def test_partial_folder_of_something_else_is_not_touched(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="in the way and was not made by a conversion"):
+        with OutputFolder(tmp_path / "out", {}, 0):
+            pass
+    assert (tmp_path / "out.partial/mine.txt").read_text() == "mine"
+
+
+def test_two_conversions_do_not_write_one_folder(tmp_path):
+    pytest.importorskip("fcntl")
+    with OutputFolder(tmp_path / "out", {"a": 1}, 0):
+        with pytest.raises(ValueError, match="Another conversion is writing"):
+            with OutputFolder(tmp_path / "out", {"a": 1}, 0):
+                pass
+
+
+def test_disk_that_is_too_small_is_said_before_writing(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 500_000, 500_000))
+    with pytest.raises(
+        OSError, match=r"too small: the conversion writes 845 KB, 500 KB are free\. Nothing was written"
+    ):
+        convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_space_of_finished_shards_counts_when_a_conversion_goes_on(tmp_path, monkeypatch):
+    shards = plan_shards(tensors(a=60_000, b=50_000), 60_000)
+    with OutputFolder(tmp_path / "out", {}, 110_000) as folder:
+        folder.write_shards(dict(list(shards.items())[:1]))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 55_000))
+    with OutputFolder(tmp_path / "out", {}, 110_000) as folder:
+        folder.write_shards(shards)
+        folder.commit()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+# Stopped on the way
+
+
+def shard_times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("model-*.safetensors")}
+
+
+def test_rerun_keeps_finished_shards_and_completes_the_folder(tmp_path, monkeypatch):
+    arguments = {"output": tmp_path / "out", "max_shard_size": "100KB", "check": False}
+    real, count = writing.write_safetensors, 0
+
+    def stop_after_three(*args):
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(writing, "write_safetensors", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        convert_original_to_hf(GOLDEN / "llava_v15_tiny", **arguments)
+    partial = tmp_path / "out.partial"
+    before = shard_times(partial)
+    assert len(before) == 3 and os.listdir(tmp_path) == ["out.partial"]
+
+    monkeypatch.setattr(writing, "write_safetensors", real)
+    convert_original_to_hf(GOLDEN / "llava_v15_tiny", **arguments)
+    after = shard_times(tmp_path / "out")
+    assert len(after) > 3 and {name: after[name] for name in before} == before
+    convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "whole", max_shard_size="100KB", check=False)
+    first, second = original_tensors(tmp_path / "out"), original_tensors(tmp_path / "whole")
+    assert all(torch.equal(first[key], second[key]) for key in second) and first.keys() == second.keys()
+
+
+def test_rerun_with_other_options_or_sources_starts_anew(tmp_path, monkeypatch):
+    source = copy_original(tmp_path / "source")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for change in ("options", "source"):
+        out = tmp_path / f"out-{change}"
+        monkeypatch.setattr(OutputFolder, "commit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert_original_to_hf(source, out, check=False)
+        before = (tmp_path / f"out-{change}.partial/model.safetensors").stat()
+        monkeypatch.undo()
+        options = {"dtype": "float16"} if change == "options" else {}
+        if change == "source":
+            os.utime(source / "model.safetensors", ns=(1, 1))
+        convert_original_to_hf(source, out, check=False, **options)
+        after = (out / "model.safetensors").stat()
+        assert (after.st_size < before.st_size) if change == "options" else (after.st_mtime_ns > before.st_mtime_ns)
+
+
+def test_killed_between_renaming_and_the_last_step_is_completed(tmp_path):
+    shards = plan_shards(tensors(a=3), 10)
+    with OutputFolder(tmp_path / "out", {"x": 1}, 3) as folder:
+        folder.write_shards(shards)
+        journal = (folder.partial / JOURNAL).read_text()
+        folder.commit()
+    (tmp_path / "out" / JOURNAL).write_text(journal)
+    (tmp_path / "out" / PENDING_CONFIG).write_text("{}")
+    with OutputFolder(tmp_path / "out", {"x": 1}, 3) as folder:
+        assert folder.is_done
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+
+
+PROGRAM = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from modeling_llava.conversion import convert_original_to_hf, tensors, writing
+from transformers import AutoConfig
+
+writing.PIECE_BYTES = tensors.PIECE_BYTES = 4096
+source, folder, rng, report = sys.argv[1], Path(sys.argv[2]), random.Random(0), []
+
+def convert(out):
+    convert_original_to_hf(source, out, max_shard_size="60KB", check=False)
+
+started = time.monotonic()
+convert(folder / "whole")
+duration = time.monotonic() - started
+for trial in range(int(sys.argv[3])):
+    out, kills = folder / f"out{trial}", 0
+    while not (out / "config.json").exists():
+        child = os.fork()
+        if child == 0:
+            convert(out)
+            os._exit(0)
+        if kills < 2:
+            time.sleep(rng.uniform(0.0, duration))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+        kills += os.WIFSIGNALED(status)
+        if not (out / "config.json").exists():
+            for left in folder.glob(f"out{trial}*"):
+                try:
+                    AutoConfig.from_pretrained(left)
+                except (OSError, ValueError):
+                    continue
+                sys.exit(f"{left} loads although its conversion was killed")
+    report.append(kills)
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork to start a conversion quickly")
+def test_conversion_killed_at_any_moment_leaves_nothing_that_loads(tmp_path):
+    """`kill -9` at random moments: the folder is absent until it is whole; the same command again completes it."""
+    trials = 5
+    command = [sys.executable, "-c", PROGRAM, str(GOLDEN / "llava_v15_tiny"), str(tmp_path), str(trials)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # forking needs one thread
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sum(json.loads(done.stdout)) >= trials  # most were killed at least once
+    whole = tmp_path / "whole"
+    for trial in range(trials):
+        out = tmp_path / f"out{trial}"
+        assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+        for path in whole.glob("*.safetensors"):
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
