@@ -6,6 +6,7 @@ the logits of one image; given the original that it was made from, the logits be
 of any size are checked: weights stay in their files (see `streamed.py`).
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM
 from transformers.models.llava.configuration_llava import LlavaConfig as StockConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+from transformers.utils import logging as hf_logging
 
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
@@ -165,7 +167,8 @@ def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool)
     model_class = StockLlava if is_stock else LlavaForConditionalGeneration
     try:
         config = (StockConfig if is_stock else LlavaConfig).from_dict(fields)
-        _, info = model_class.from_pretrained(folder, config=config, device_map="meta", output_loading_info=True)
+        with _without_progress_bars():
+            _, info = model_class.from_pretrained(folder, config=config, device_map="meta", output_loading_info=True)
     except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
         report.add("keys", "failed", f"{model_class.__module__} does not load it: {str(error).splitlines()[0]}")
         return
@@ -176,6 +179,18 @@ def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool)
     else:
         who = "stock transformers" if is_stock else "this package"
         report.add("keys", "ok", f"{who} finds every weight, none missing, none left over")
+
+
+@contextlib.contextmanager
+def _without_progress_bars():
+    """transformers shows a bar for weights that it does not read."""
+    was_on = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
 
 
 def _check_processor(report: CheckReport, config: LlavaConfig, processor):

@@ -17,6 +17,9 @@ from .tensors import Extended, LazyTensor
 
 ADAPTER_PREFIX = re.compile(r"base_model\.model\.(.+)")
 LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+BASE_LAYER = re.compile(r"(.+)\.base_layer\.(weight|bias)")
+"""PEFT saves the embedding or head below an adapter under this name, where it saves it."""
+
 BARE_PROJECTOR = re.compile(r"mm_projector\.(?:\d+\.)?(?:weight|bias)")
 PROJECTOR = re.compile(r"model\.mm_projector\..+")
 LONGER_IN_DELTA = ("model.embed_tokens.weight", "lm_head.weight")
@@ -29,8 +32,10 @@ def without_adapter_prefix(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyT
     """Names as in the model: `base_model.model.` (PEFT's) removed, `mm_projector.0.…` given its place in the model."""
 
     def rename(key: str) -> str:
-        match = ADAPTER_PREFIX.fullmatch(key)
-        key = match[1] if match else key
+        if match := ADAPTER_PREFIX.fullmatch(key):
+            key = match[1]
+        if match := BASE_LAYER.fullmatch(key):
+            key = f"{match[1]}.{match[2]}"
         return f"model.{key}" if BARE_PROJECTOR.fullmatch(key) else key
 
     return rename_all(tensors, rename)
@@ -70,7 +75,7 @@ def _sum(key: str, delta: LazyTensor, base: LazyTensor) -> LazyTensor:
         rows, shared = delta.rows(start, stop), min(stop, base.num_rows)
         if start >= shared:
             return rows
-        total = rows.float()
+        total = rows.to(torch.float32, copy=True)
         total[: shared - start] += base.rows(start, shared).float()
         return total.to(delta.dtype)
 
@@ -125,17 +130,17 @@ def fold_lora(
             whole[key] = tensor
     if not pairs:
         raise ValueError(f"{source} holds no LoRA tensors (….lora_A.weight).")
+    for key, tensor in without_adapter_prefix(whole).items():
+        if key not in folded:
+            raise ValueError(f"{tensor.origin} is neither a LoRA tensor nor one of the base's. {WRONG_BASE}")
+        folded[key] = tensor
     for module, sides in pairs.items():
         key = f"{module}.weight"
         if sides.keys() != {"A", "B"}:
             raise ValueError(f"{source} has lora_{'/'.join(sides)} of '{module}' but not the other of the two.")
-        if key not in base:
+        if key not in folded:
             raise ValueError(f"The base has no '{key}', for which {sides['A'].origin} is an adapter. {WRONG_BASE}")
-        folded[key] = _lora_sum(base[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config)
-    for key, tensor in without_adapter_prefix(whole).items():
-        if key not in base:
-            raise ValueError(f"{tensor.origin} is neither a LoRA tensor nor one of the base's. {WRONG_BASE}")
-        folded[key] = tensor
+        folded[key] = _lora_sum(folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config)
     return folded
 
 

@@ -1,0 +1,195 @@
+"""Deltas, LoRA and projectors put together with their base, against PEFT and against plain sums."""
+
+import json
+
+import peft
+import pytest
+import torch
+from conversion_cases import random_language_model
+from safetensors.torch import load_file
+
+from modeling_llava.conversion import tensors as tensors_module
+from modeling_llava.conversion.overlays import add_delta, fold_lora, put_over, without_adapter_prefix
+from modeling_llava.conversion.tensors import in_memory
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(tensors_module, "PIECE_BYTES", 1000)  # a few rows: sums are taken piece by piece
+
+
+def lazy(tensors: dict[str, torch.Tensor], file: str = "base.bin") -> dict:
+    return {key: in_memory(value, f"tensor '{key}' of {file}") for key, value in tensors.items()}
+
+
+def whole(tensors: dict) -> dict[str, torch.Tensor]:
+    return {key: torch.cat(list(tensor.row_pieces())).reshape(tensor.shape) for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("alpha_pattern", [{}, {r"layers\.1\.self_attn\.q_proj": 3}])
+def test_folded_lora_is_what_peft_merges(tmp_path, use_rslora, bias, alpha_pattern):
+    base = random_language_model()
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=["q_proj", "v_proj", "down_proj", "lm_head"],
+        use_rslora=use_rslora,
+        bias=bias,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=["norm"],
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(base, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    folded = whole(fold_lora(lazy(adapter, "adapter"), settings, lazy(before), "ADAPTER"))
+    merged = model.merge_and_unload().state_dict()
+    assert folded.keys() == merged.keys()
+    changed = 0
+    for key, value in merged.items():
+        assert torch.allclose(folded[key], value, atol=1e-6), key
+        changed += not torch.equal(before[key], value)
+    assert changed == 2 * 3 + 1 + 5  # three matrices in each of two layers, the head; every norm was saved whole
+
+
+def test_transposed_layers_are_folded_transposed():
+    weight, down, up = torch.randn(5, 6), torch.randn(2, 5), torch.randn(6, 2)  # W [in, out]
+    adapter = {"base_model.model.h.lora_A.weight": down, "base_model.model.h.lora_B.weight": up}
+    config = {"r": 2, "lora_alpha": 4, "fan_in_fan_out": True}
+    folded = whole(fold_lora(lazy(adapter), config, lazy({"h.weight": weight}), "A"))["h.weight"]
+    assert torch.allclose(folded, weight + 2 * (up @ down).T, atol=1e-6)
+
+
+def test_half_precision_base_is_folded_in_float32_and_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator).half()
+    down, up = torch.randn(16, 64, generator=generator) * 0.01, torch.randn(8, 16, generator=generator) * 0.01
+    adapter = {"base_model.model.h.lora_A.weight": down, "base_model.model.h.lora_B.weight": up}
+    folded = whole(fold_lora(lazy(adapter), {"lora_alpha": 16}, lazy({"h.weight": weight}), "A"))["h.weight"]
+    exact = weight.double() + up.double() @ down.double()
+    assert folded.dtype == torch.float16
+    assert torch.equal(folded, exact.half())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, c: c.update(use_dora=True), "kind DoRA; only LoRA"),
+        (lambda a, c: c.update(peft_type="IA3"), "kind IA3; only LoRA"),
+        (lambda a, c: c.pop("lora_alpha"), "no lora_alpha"),
+        (lambda a, c: a.pop("base_model.model.h.lora_B.weight"), "lora_A of 'h' but not the other"),
+        (lambda a, c: a.clear(), "no LoRA tensors"),
+        (
+            lambda a, c: a.update(
+                {
+                    "base_model.model.other.lora_A.weight": torch.ones(2, 5),
+                    "base_model.model.other.lora_B.weight": torch.ones(6, 2),
+                }
+            ),
+            r"base has no 'other\.weight'.*lora_A\.weight' of adapter\.bin.*Is --base",
+        ),
+        (
+            lambda a, c: a.update({"base_model.model.h.lora_A.weight": torch.ones(2, 4)}),
+            r"does not fit the base.*\[6, 4\].*'h\.weight' of base\.bin is \[6, 5\].*Is --base",
+        ),
+        (lambda a, c: a.update({"base_model.model.h.lora_magnitude_vector": torch.ones(6)}), "neither a LoRA tensor"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_one_clear_error(change, message):
+    adapter = {
+        "base_model.model.h.lora_A.weight": torch.ones(2, 5),
+        "base_model.model.h.lora_B.weight": torch.ones(6, 2),
+    }
+    config = {"r": 2, "lora_alpha": 4}
+    change(adapter, config)
+    with pytest.raises(ValueError, match=message):
+        fold_lora(lazy(adapter, "adapter.bin"), config, lazy({"h.weight": torch.ones(6, 5)}), "ADAPTER")
+
+
+def delta_and_base():
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        "model.embed_tokens.weight": torch.randn(10, 4, generator=generator),
+        "model.norm.weight": torch.rand(4, generator=generator) + 0.5,
+        "lm_head.weight": torch.randn(10, 4, generator=generator),
+    }
+    target = {
+        "model.embed_tokens.weight": torch.randn(13, 4, generator=generator),
+        "model.norm.weight": torch.rand(4, generator=generator) + 0.5,
+        "lm_head.weight": torch.randn(13, 4, generator=generator),
+        "model.mm_projector.weight": torch.randn(4, 3, generator=generator),
+    }
+    delta = {key: value.clone() for key, value in target.items()}
+    for key, value in base.items():
+        delta[key][: value.shape[0]] -= value
+    return delta, base, target
+
+
+def test_delta_and_base_give_the_target_with_its_longer_vocabulary():
+    delta, base, target = delta_and_base()
+    summed = whole(
+        add_delta(lazy(delta), lazy({**base, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}), "D")
+    )
+    assert summed.keys() == target.keys()
+    for key, value in target.items():
+        assert torch.allclose(summed[key], value, atol=1e-6)
+    assert torch.equal(summed["lm_head.weight"][10:], target["lm_head.weight"][10:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, b: b.pop("lm_head.weight"), r"base has no 'lm_head\.weight'.*delta\.bin.*Is --base"),
+        (
+            lambda d, b: b.update({"model.norm.weight": torch.ones(5)}),
+            r"delta\.bin is \[4\], the base's .*base\.bin is \[5\]",
+        ),
+        (lambda d, b: b.update({"lm_head.weight": torch.ones(14, 4)}), r"is \[13, 4\], the base's .* is \[14, 4\]"),
+        (
+            lambda d, b: b.update({"model.more.weight": torch.ones(1)}),
+            r"lacks 1 of its tensors, such as 'model\.more\.weight'",
+        ),
+        (
+            lambda d, b: d.update({"model.norm.weight": b["model.norm.weight"] * 1.01}),
+            "whole model, not a delta.*Leave out --base",
+        ),
+    ],
+)
+def test_wrong_base_of_a_delta_is_one_clear_error(change, message):
+    delta, base, _ = delta_and_base()
+    change(delta, base)
+    with pytest.raises(ValueError, match=message):
+        add_delta(lazy(delta, "delta.bin"), lazy(base), "DELTA")
+
+
+def test_names_of_adapters_and_projectors_become_the_models():
+    names = {
+        "base_model.model.model.mm_projector.0.weight": "model.mm_projector.0.weight",
+        "model.mm_projector.0.bias": "model.mm_projector.0.bias",
+        "mm_projector.2.weight": "model.mm_projector.2.weight",
+        "mm_projector.bias": "model.mm_projector.bias",
+        "base_model.model.model.embed_tokens.weight": "model.embed_tokens.weight",
+    }
+    renamed = without_adapter_prefix(lazy({name: torch.zeros(1) for name in names}))
+    assert list(renamed) == list(names.values())
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+def test_embedding_rows_of_added_tokens_go_below_the_bases(gap):
+    """The original accepts an embedding of the two new tokens alone; `<im_patch>` before them was not trained."""
+    base, rows = torch.randn(6, 3), torch.randn(2, 3)
+    key = "model.embed_tokens.weight"
+    result = whole(put_over(lazy({key: base}), lazy({key: rows}), gap=gap))[key]
+    filler = base.double().mean(0).float().expand(gap, 3)
+    assert torch.equal(result, torch.cat([base, filler, rows]))
+    longer = torch.randn(9, 3)
+    assert torch.equal(whole(put_over(lazy({key: base}), lazy({key: longer})))[key], longer)
