@@ -85,6 +85,12 @@ class Context:
             "boxes": [{"category": box.category, "bbox": list(box.corners)} for box in self.boxes],
         }
 
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Context":
+        """The context of a row that `to_dict` made; nothing is cleaned a second time."""
+        boxes = tuple(Box(box["category"], tuple(box["bbox"])) for box in row["boxes"])
+        return cls(row["id"], row["image"], tuple(row["captions"]), boxes)
+
 
 @dataclass
 class ContextCounts:

@@ -114,7 +114,7 @@ class Plan:
                     self.missing = [*self.missing, context.image][:3]
                     continue
                 present = context.image
-            yield make_task(task_id, context, self.folder.prompts[kind], self.folder.config)
+            yield make_task(task_id, context.load(), self.folder.prompts[kind], self.folder.config)
 
 
 def make_task(task_id: str, context: Context, prompt: Prompt, config: GenerateConfig) -> Task:

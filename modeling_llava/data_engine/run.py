@@ -15,6 +15,7 @@ OUT/
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .contexts import Context, ContextCounts, context_from_row
+from .contexts import Context, ContextCounts
 from .prompts import FOLDERS, Prompt, hash_prompts
 
 
@@ -175,11 +176,13 @@ class RunFolder:
         }
         self.save()
 
-    def contexts(self, limit: int | None = None) -> Iterator[Context]:
+    def contexts(self, limit: int | None = None) -> Iterator["StoredContext"]:
         """The contexts, one at a time; at most `limit`."""
-        yield from read_stored_contexts(self.path, limit)
+        with open(self.path / "contexts.jsonl", encoding="utf-8") as file:
+            for line in file if limit is None else itertools.islice(file, limit):
+                yield StoredContext(json.loads(line))
 
-    def plan(self, limit: int | None = None) -> Iterator[tuple[str, Context, str]]:
+    def plan(self, limit: int | None = None) -> Iterator[tuple[str, "StoredContext", str]]:
         """`(task id, context, type)` of everything that the run makes, in order."""
         for context in self.contexts(limit):
             for kind in self.config.types:
@@ -187,14 +190,32 @@ class RunFolder:
                     yield f"{context.id}:{kind}", context, kind
 
 
-def read_stored_contexts(path: Path, limit: int | None = None) -> Iterator[Context]:
-    """The contexts of a run's folder, one at a time; at most `limit`."""
-    counts = ContextCounts()
-    with open(path / "contexts.jsonl", encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if limit is not None and number >= limit:
-                break
-            yield context_from_row(json.loads(line), counts)
+class StoredContext:
+    """A context as it lies in a run's folder. It is put together when it is needed: a run that goes on passes over many.
+
+    Args:
+        row: What `Context.to_dict` made.
+    """
+
+    __slots__ = ("row", "_context")
+
+    def __init__(self, row: dict[str, Any]):
+        self.row = row
+        self._context: Context | None = None
+
+    @property
+    def id(self) -> str:
+        return self.row["id"]
+
+    @property
+    def image(self) -> str:
+        return self.row["image"]
+
+    def load(self) -> Context:
+        """The context; the same object each time."""
+        if self._context is None:
+            self._context = Context.from_dict(self.row)
+        return self._context
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

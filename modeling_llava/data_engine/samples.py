@@ -113,10 +113,11 @@ class OutputSummary:
 def accepted_samples(folder: RunFolder, ledger: Ledger, limit: int | None = None) -> Iterator[Sample]:
     """The samples whose replies were accepted, in the order of the contexts, as the model wrote them."""
     seed = folder.config.seed
-    for task_id, context, kind in folder.plan(limit):
+    for task_id, stored, kind in folder.plan(limit):
         state = ledger.state(task_id)
         if not state.accepted:
             continue
+        context = stored.load()
         text = ledger.reply_at(state.replies[-1])["text"]
         if kind == "detail":
             turns = [(folder.prompts[kind].question(context, seed), parse_description(text)[0][1])]
