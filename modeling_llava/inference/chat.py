@@ -76,18 +76,24 @@ class Chat:
         self.statistics: Statistics | None = None
         self._stop = False
         self._busy = threading.Lock()
-        self._encoded = False  # whether the predictor holds the conversation's pictures
+        self.encoded = False
+        """Whether the predictor holds the conversation's pictures."""
 
     @property
     def max_length(self) -> int | None:
         """Tokens that the language model was made for."""
         return getattr(self.predictor.model.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def answering(self) -> bool:
+        """Whether an answer is being streamed."""
+        return self._busy.locked()
+
     def show(self, pictures: list[Picture]) -> None:
         """Begins a conversation about these pictures (none: about text alone), and encodes them."""
         with self.lock:
             self.predictor.set_image([picture.image for picture in pictures])
-        self._encoded = True
+            self.encoded = True
         self.conversation = Conversation(list(pictures))
 
     def reset(self) -> None:
@@ -96,8 +102,9 @@ class Chat:
 
     def release(self) -> None:
         """Frees what the predictor holds; the conversation goes on all the same, its pictures are encoded again."""
-        self.predictor.reset()
-        self._encoded = False
+        with self.lock:
+            self.predictor.reset()
+            self.encoded = False
 
     def stop(self) -> None:
         """Ends the answer that another thread is streaming, after the token that is being computed."""
@@ -137,9 +144,9 @@ class Chat:
         predictor.last_answer = None
         try:
             with self.lock:
-                if not self._encoded:
+                if not self.encoded:
                     predictor.set_image([picture.image for picture in conversation.pictures])
-                    self._encoded = True
+                    self.encoded = True
                 predictor.history = before.copy()
                 prompt_tokens = predictor.prompt_length(question, keep_history=True)
                 settings = self._fit(prompt_tokens, {"seed": next(self.seeds), **settings})

@@ -28,11 +28,11 @@ class Picture:
 
     Attributes:
         name (`str`): Path or URL; for an upload, the file's name.
-        image (`PIL.Image.Image`): Upright, RGB.
+        image (`PIL.Image.Image` or `bytes`): Upright, RGB; or the bytes of an image file, where many are kept.
     """
 
     name: str
-    image: Image.Image
+    image: Image.Image | bytes
 
 
 def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:

@@ -1,0 +1,72 @@
+"""`llava web MODEL`: talk to a model in the browser."""
+
+import argparse
+
+
+EPILOG = """\
+examples:
+  llava web llava-hf/llava-1.5-7b-hf --load-in-4bit
+  llava web runs/my-adapter --examples my-pictures
+Only this machine reaches the page, unless --host is given. Nothing is sent anywhere.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .chat import add_loading_arguments
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)",
+    )
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
+    parser.add_argument("--examples", metavar="FOLDER", help="pictures to choose from (default: two drawn ones)")
+    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer that may be set")
+    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="MB", help="of one picture (default: 20)")
+    parser.add_argument("--people", type=int, default=4, metavar="N", help="answered at a time (default: 4)")
+    add_loading_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import signal
+    import sys
+    import tempfile
+    import threading
+
+    from ..inference.chat import Chat
+    from ..inference.predictor import LlavaPredictor
+    from ..inference.web.examples import collect_examples
+    from ..inference.web.page import Limits, build_page, launch
+    from ..inference.web.sessions import Sessions
+    from .chat import load_from_arguments
+
+    if args.max_new_tokens < 1 or args.people < 1 or args.max_upload_mb <= 0:
+        raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0.")
+    limits = Limits(
+        upload_bytes=int(args.max_upload_mb * 2**20), new_tokens=args.max_new_tokens, answers_at_once=args.people
+    )
+    with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # only this user may read it
+        examples = collect_examples(args.examples, folder)
+        model, processor = load_from_arguments(args)
+        lock = threading.Lock()
+        predictor = {"system": args.system, "max_cached_images": 1}
+        sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor), lock=lock), args.people)
+        page = build_page(sessions, processor, folder, title=args.model, examples=examples, limits=limits)
+        url = launch(page, folder, args.host, args.port, args.open)
+        if args.host not in ("127.0.0.1", "localhost", "::1"):
+            print(
+                "Everyone who reaches this machine can use the page: there is no password and no encryption.",
+                file=sys.stderr,
+            )
+        print(f"Open {url} (Ctrl-C ends).", flush=True)
+        try:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+    return 0

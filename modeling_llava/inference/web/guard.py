@@ -1,0 +1,162 @@
+"""
+What the web server lets in and out, in front of Gradio.
+
+Gradio serves far more than a chat needs (an API with its own description, a proxy for URLs, recordings, monitoring).
+Here only what the page uses passes; everything else does not exist.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+_API = "/gradio_api/"
+PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
+GET_EXACT = {*PAGES, *(_API + name for name in ("queue/data", "upload_progress", "startup-events", "theme.css"))}
+GET_BELOW = ("/assets/", "/static/", "/svelte/", _API + "heartbeat/")
+POST_EXACT = {_API + name for name in ("queue/join", "upload", "cancel", "reset")}
+FILE = _API + "file="
+UPLOAD = _API + "upload"
+MAX_MESSAGE_BYTES = 2**20
+"""Of a request that is not an upload."""
+
+# The page asks no other host for anything, whatever an answer's Markdown says. Gradio's page has inline scripts.
+POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    ]
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class Guard:
+    """
+    ASGI middleware: passes on what the page needs, refuses the rest, and forbids the page to load from elsewhere.
+
+    Args:
+        app: The application behind it.
+        folder (`str`): The only folder from which files are served: uploads and examples.
+        max_upload_bytes (`int`): Of one upload.
+        hosts (`Iterable[str]`, *optional*):
+            Names by which the server may be called. A web page elsewhere whose name has been made to lead here comes with
+            its own. `None`: any.
+    """
+
+    def __init__(self, app, folder: str, max_upload_bytes: int, hosts: Iterable[str] | None = None):
+        self.app, self.max_upload_bytes = app, max_upload_bytes
+        self.folder = os.path.realpath(folder)
+        self.hosts = None if hosts is None else {host.lower() for host in hosts}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        refusal = self._refusal(scope)
+        if refusal is None and scope["method"] == "POST" and scope["path"] != UPLOAD:
+            receive, refusal = await self._read(receive)
+        if refusal is not None:
+            status, text = refusal
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            return await send({"type": "http.response.body", "body": text.encode()})
+
+        async def send_with_headers(message):
+            if message["type"] == "http.response.start":
+                names = {name for name, _ in HEADERS}
+                own = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
+                message = {**message, "headers": [*own, *HEADERS]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope) -> tuple[int, str] | None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.hosts is not None and _host_name(headers.get("host", "")) not in self.hosts:
+            return 403, "This server is not known by that name."
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
+            return 403, "Another site's page may not use this server."
+        path, method = scope["path"], scope["method"]
+        if method in ("GET", "HEAD"):
+            if path.startswith(FILE):
+                return None if self._may_serve(path[len(FILE) :]) else (403, "This file is not served.")
+            known = path in GET_EXACT or path.startswith(GET_BELOW)
+            return None if known and ".." not in path else (404, "There is nothing here.")
+        if method != "POST" or path not in POST_EXACT:
+            return 404, "There is nothing here."
+        length, limit = headers.get("content-length"), MAX_MESSAGE_BYTES
+        if path == UPLOAD:
+            limit = self.max_upload_bytes + 2**16  # the form around it
+        if length is None or not length.isdigit():
+            return 411, "How long is it?"
+        return None if int(length) <= limit else (413, f"At most {limit / 2**20:.0f} MiB are taken.")
+
+    async def _read(self, receive) -> tuple[Any, tuple[int, str] | None]:
+        """
+        A message whole, and why it is refused. Gradio would fetch an "upload" whose place is a URL.
+        """
+        body, more = b"", True
+        while more:
+            part = await receive()
+            if part["type"] != "http.request":
+                return receive, (400, "Broken off.")
+            body, more = body + part.get("body", b""), part.get("more_body", False)
+            if len(body) > MAX_MESSAGE_BYTES:
+                return receive, (413, "That is too long.")
+        try:
+            places = list(_places(json.loads(body or b"null")))
+        except (ValueError, RecursionError):
+            return receive, (400, "That is not JSON.")
+        if not all(isinstance(place, str) and self._may_serve(place) for place in places):
+            return receive, (403, "That file was not uploaded here.")
+        told = False
+
+        async def receive_again():
+            nonlocal told
+            if told:  # whatever comes after: the visitor leaves
+                return await receive()
+            told = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return receive_again, None
+
+    def _may_serve(self, name: str) -> bool:
+        """Whether it is a file in the folder, by its real place."""
+        if not os.path.isabs(name):
+            return False
+        return os.path.realpath(name).startswith(self.folder + os.sep)
+
+
+def _places(value: Any) -> Iterator[Any]:
+    """Every `path` in a message: that is how Gradio names files."""
+    if isinstance(value, dict):
+        if value.get("path") is not None:
+            yield value["path"]
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        yield from _places(item)
+
+
+def _host_name(host: str) -> str:
+    """Without the port: `localhost:7860`, `[::1]:7860`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+__all__ = ["Guard"]

@@ -1,0 +1,304 @@
+"""The page: a picture on the left, the conversation on the right. Everything that a visitor does ends in a function here."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...processing_llava import num_image_tokens
+from ..chat import Chat
+from .guard import Guard
+from .sessions import Sessions
+
+
+REDRAW_SECONDS = 0.05
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+_CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important; margin: auto}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What a visitor may ask of the server.
+
+    Attributes:
+        upload_bytes, pixels: Of a picture. 50 million pixels take 150 MB while they are read.
+        question_characters: Of one question.
+        new_tokens: Of one answer.
+        answers_at_once: Visitors who are answered at a time, a token each in turn; the others wait in line.
+        waiting: How long that line may be.
+    """
+
+    upload_bytes: int = 20 * 2**20
+    pixels: int = 50_000_000
+    question_characters: int = 8_000
+    new_tokens: int = 1024
+    answers_at_once: int = 4
+    waiting: int = 32
+
+
+def build_page(
+    sessions: Sessions,
+    processor,
+    folder: str | os.PathLike,
+    *,
+    title: str,
+    examples: list[tuple[str, str]] | None = None,
+    limits: Limits | None = None,
+):
+    """
+    The Gradio application.
+
+    Args:
+        sessions ([`Sessions`]): Who talks.
+        processor: Of the model.
+        folder (`str` or `os.PathLike`):
+            Private to this server: uploads are put there, and nothing that lies elsewhere is served.
+        title (`str`): The model's name.
+        examples (`list[tuple[str, str]]`, *optional*): Paths of pictures, each with a question.
+        limits ([`Limits`], *optional*)
+
+    Returns:
+        `gradio.Blocks`, for [`launch`].
+
+    Raises:
+        ImportError: Gradio is not installed.
+    """
+    gr = _import_gradio(folder)
+    limits = limits or Limits()
+    folder = Path(folder).resolve()
+    busy = {"ask": False, "stop": True, "retry": False}
+    idle = {"ask": True, "stop": False, "retry": True}
+
+    def buttons(state: dict[str, bool]) -> list[Any]:
+        return [gr.Button(interactive=active) for active in state.values()]
+
+    def place(upload) -> Path | None:
+        if upload is None:
+            return None
+        path = Path(upload).resolve()
+        if folder not in path.parents or not path.is_file():
+            raise ValueError("That picture was not uploaded here. Upload it again.")
+        return path
+
+    def look(upload, request: gr.Request):
+        tab = sessions[request.session_hash]
+        try:
+            if not tab.look(place(upload), limits.upload_bytes, limits.pixels):
+                return [gr.skip()] * 5
+        except ValueError as error:
+            gr.Warning(str(error), title="This picture cannot be read")
+            return [[], "No picture: the one above cannot be read.", *buttons(idle)]
+        return [[], about(tab.chat), *buttons(idle)]
+
+    def about(chat: Chat) -> str:
+        if not chat.conversation.pictures:
+            return "No picture: questions are answered from words alone."
+        return f"{num_image_tokens(processor)} image tokens, computed once for all questions."
+
+    def answer(again, question, upload, temperature, top_p, new_tokens, request: gr.Request) -> Iterator[list[Any]]:
+        """Yields messages, the question's box, the line below, and the three buttons."""
+        tab = sessions[request.session_hash]
+        chat = tab.chat
+        kept = question  # what a retry leaves in the box
+        try:
+            tab.look(place(upload), limits.upload_bytes, limits.pixels)  # new to a server that was started again
+            settings = _settings(temperature, top_p, new_tokens, limits)
+            if len(question) > limits.question_characters:
+                raise ValueError(
+                    f"The question has {len(question):,} characters; at most {limits.question_characters:,} are taken."
+                )
+            conversation, before = chat.conversation, _messages(chat)
+            if again:
+                pieces = chat.retry(**settings)
+                asked, before = conversation.turns[-1][0], before[:-2]
+            else:
+                pieces = chat.ask(question, **settings)
+                asked, kept = question, ""
+            said, drawn = "", 0.0
+            before.append(_message("user", asked))
+            yield [[*before, _message("assistant", "…")], kept, "Looking …", *buttons(busy)]
+            for piece in pieces:
+                said += piece
+                if chat.conversation is not conversation:  # another picture, or a new beginning
+                    break
+                if time.monotonic() - drawn > REDRAW_SECONDS:
+                    drawn = time.monotonic()
+                    yield [[*before, _message("assistant", said)], kept, "Writing …", *buttons(busy)]
+            pieces.close()
+            if chat.conversation is conversation:
+                yield [_messages(chat), kept, _line(chat), *buttons(idle)]
+            else:
+                yield [gr.skip(), gr.skip(), gr.skip(), *buttons(idle)]
+        except ValueError as error:
+            gr.Warning(str(error), title="No answer")
+            yield [_messages(chat), question, about(chat), *buttons(idle)]
+        except Exception:  # shown by Gradio as an error, and on the terminal; the page must be of use afterwards
+            yield [_messages(chat), question, "Something went wrong; the server's terminal says what.", *buttons(idle)]
+            raise
+
+    # Gradio reads these signatures.
+    def ask(question, upload, temperature, top_p, new_tokens, request: gr.Request):
+        yield from answer(False, question, upload, temperature, top_p, new_tokens, request)
+
+    def retry(question, upload, temperature, top_p, new_tokens, request: gr.Request):
+        yield from answer(True, question, upload, temperature, top_p, new_tokens, request)
+
+    def stop(request: gr.Request) -> None:
+        sessions[request.session_hash].chat.stop()
+
+    def reset(request: gr.Request):
+        tab = sessions[request.session_hash]
+        tab.reset()
+        return [[], "", about(tab.chat), *buttons(idle)]
+
+    def leave(request: gr.Request) -> None:
+        sessions.leave(request.session_hash)
+
+    page = gr.Blocks(title=f"{title} · LLaVA", analytics_enabled=False, delete_cache=(3600, 86400))
+    with page:
+        gr.Markdown(f"### {_plain(title)}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                image = gr.Image(
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture"
+                )
+                # Gradio would decode an upload before anyone looked at its size.
+                image.preprocess = lambda payload: payload.path if payload is not None else None
+                status = gr.Markdown("No picture: questions are answered from words alone.", elem_id="status")
+                with gr.Accordion("How answers are chosen", open=False, elem_id="sampling"):
+                    temperature = gr.Slider(
+                        0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; higher: more varied"
+                    )
+                    top_p = gr.Slider(
+                        0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this probability"
+                    )
+                    new_tokens = gr.Slider(
+                        1, limits.new_tokens, min(512, limits.new_tokens), step=1, label="Longest answer, in tokens"
+                    )
+            with gr.Column(scale=3, min_width=320):
+                chatbot = gr.Chatbot(
+                    label="Conversation", height=400, latex_delimiters=[], buttons=["copy"], elem_id="chat",
+                    placeholder="What is in the picture?",
+                )  # fmt: skip
+                question = gr.Textbox(
+                    label="Question", show_label=False, placeholder="Ask about the picture", lines=1, max_lines=8,
+                    autofocus=True, max_length=limits.question_characters, container=False, elem_id="question",
+                )  # fmt: skip
+                with gr.Row():
+                    look_alike: dict[str, Any] = {"size": "md", "min_width": 90}
+                    ask_button = gr.Button("Ask", variant="primary", elem_id="ask", **look_alike)
+                    stop_button = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", **look_alike)
+                    retry_button = gr.Button("Retry", elem_id="retry", **look_alike)
+                    reset_button = gr.Button("Begin anew", elem_id="reset", **look_alike)
+        if examples:
+            gr.Examples(
+                [list(example) for example in examples], [image, question], label="Examples", examples_per_page=12
+            )
+
+        inputs = [question, image, temperature, top_p, new_tokens]
+        outputs = [chatbot, question, status, ask_button, stop_button, retry_button]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        image.change(look, image, [chatbot, *outputs[2:]], **private)
+        gr.on([question.submit, ask_button.click], ask, inputs, outputs, **private)
+        retry_button.click(retry, inputs, outputs, **private)
+        stop_button.click(stop, None, None, queue=False, **private)
+        reset_button.click(reset, None, outputs, queue=False, **private)
+        page.unload(leave)
+    page.queue(api_open=False, max_size=limits.waiting, default_concurrency_limit=limits.answers_at_once)
+    page.llava_limits = limits
+    return page
+
+
+def launch(
+    page, folder: str | os.PathLike, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
+) -> str:
+    """
+    Starts the server in threads of its own, behind [`Guard`].
+
+    Returns:
+        `str`: its address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    gr = _import_gradio(folder)
+    from starlette.middleware import Middleware
+
+    loopback = host in ("127.0.0.1", "localhost", "::1")
+    hosts = {"127.0.0.1", "localhost", "::1"} if loopback else None
+    guard = Middleware(Guard, folder=str(folder), max_upload_bytes=page.llava_limits.upload_bytes, hosts=hosts)
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from elsewhere
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=browser,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        allowed_paths=[],
+        max_file_size=page.llava_limits.upload_bytes,
+        theme=gr.themes.Soft(primary_hue="indigo", **fonts),
+        css=_CSS,
+        app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
+    )
+    return url
+
+
+def _import_gradio(folder: str | os.PathLike):
+    # Gradio reads these when it is imported, and when it makes a component.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
+    try:
+        import gradio
+    except ImportError:
+        raise ImportError("llava web needs Gradio: pip install 'modeling-llava[web]'.") from None
+    return gradio
+
+
+def _settings(temperature, top_p, new_tokens, limits: Limits) -> dict[str, Any]:
+    """What the sliders say, or what was sent in their place."""
+    new_tokens = max(1, min(int(new_tokens), limits.new_tokens))
+    if not temperature > 0:
+        return {"max_new_tokens": new_tokens}
+    return {"max_new_tokens": new_tokens, "do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
+
+
+def _messages(chat: Chat) -> list[dict[str, str]]:
+    messages = []
+    for question, answer in chat.conversation.turns:
+        messages += [_message("user", question), _message("assistant", answer)]
+    return messages
+
+
+def _message(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": _plain(text)}
+
+
+def _plain(text: str) -> str:
+    """Markdown in which `<` is a character: a tag that someone wrote is shown, not obeyed."""
+    parts = _CODE.split(text)
+    return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
+
+
+def _line(chat: Chat) -> str:
+    statistics = chat.statistics
+    if statistics is None:
+        return ""
+    ends = {"length": " Cut off: the longest answer is set below.", "broken off": " Stopped."}
+    return (
+        f"{statistics.num_tokens} tokens, {statistics.tokens_per_second:.1f} per second, the first after "
+        f"{statistics.first_token_seconds:.1f} s.{ends.get(statistics.finish_reason, '')}"
+    )
+
+
+__all__ = ["Limits", "build_page", "launch"]

@@ -1,0 +1,488 @@
+"""The browser chat without a browser: its guard, its sessions, its uploads, and the whole server over HTTP."""
+
+import asyncio
+import io
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import pytest
+from PIL import Image
+from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+from web_visitor import Refused, Visitor, conversation_of, generating, warnings_of
+
+from modeling_llava.inference.chat import Chat
+from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference.web.examples import collect_examples
+from modeling_llava.inference.web.guard import Guard
+from modeling_llava.inference.web.page import Limits, _plain, build_page, launch
+from modeling_llava.inference.web.sessions import Sessions, read_upload
+
+
+QUESTION = "What is this?"
+LIMITS = Limits(upload_bytes=200_000, pixels=1_000_000, question_characters=500, new_tokens=400)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that says that it is large."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def make_chat(model, processor):
+    lock = threading.Lock()
+    return lambda: Chat(LlavaPredictor(model, processor), lock=lock)
+
+
+def expected(model, processor, question, image, earlier=(), length=12):
+    return generated(model, processor, [*earlier, user_turn(question, [image])], length)
+
+
+# Uploads
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_pictures_are_told_by_their_content(tmp_path, kind):
+    path = tmp_path / "name.txt"
+    picture(1).convert("P" if kind == "GIF" else "RGB").save(path, kind)
+    read = read_upload(path, 10**6, 10**6)
+    assert read.name == "name.txt" and read.image == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is not a picture of the kinds JPEG, PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),  # would start Ghostscript
+        (b"root:x:0:0:root:/root:/bin/bash\n", "is not a picture"),
+        (png(picture(1))[:200], "is damaged"),
+        (png_header(2001, 1000), "has 2.0 million pixels; at most 1.0 are taken"),
+        (png_header(60_000, 60_000), "has far more than 1.0 million pixels"),
+        (b"x" * 200_001, "has 0.2 MiB; at most 0.2 are taken"),
+    ],
+    ids=["nothing", "SVG", "EPS", "text", "cut off", "too many pixels", "bomb", "too many bytes"],
+)
+def test_what_is_not_a_picture_is_refused_before_it_is_decoded(tmp_path, content, message):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^a.png {message}"):
+        read_upload(tmp_path / "a.png", LIMITS.upload_bytes, LIMITS.pixels)
+
+
+# Sessions
+
+
+def test_tabs_are_apart_and_only_the_latest_keep_their_pictures_encoded(make_chat, tmp_path):
+    sessions = Sessions(make_chat, max_encoded=2, max_sessions=3)
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+        assert sessions[str(number)].look(tmp_path / f"{number}.png", 10**6, 10**6)
+    tabs = [sessions._tabs[str(number)] for number in range(3)]
+    assert sessions["2"] is tabs[2]
+    assert [tab.chat.encoded for tab in tabs] == [False, True, True]
+    assert "".join(tabs[0].chat.ask(QUESTION, max_new_tokens=4))  # encoded again
+    assert not sessions["0"].look(tmp_path / "0.png", 10**6, 10**6)  # it is about that picture already
+    assert [turn[0] for turn in tabs[0].chat.conversation.turns] == [QUESTION]
+    sessions["3"]
+    assert len(sessions) == 3 and "1" not in sessions._tabs
+
+
+def test_an_answer_ends_when_its_tab_is_left_and_is_kept(make_chat, tmp_path):
+    sessions = Sessions(make_chat)
+    sessions["a"].look(None, 1, 1)
+    chat = sessions["a"].chat
+    chat.show([])
+    pieces = chat.ask(QUESTION, max_new_tokens=400)
+    said = next(pieces)
+    sessions.leave("a")
+    assert list(pieces) == [] and chat.conversation.turns == [(QUESTION, said)]
+    sessions.leave("never there")
+
+
+def test_a_wrong_upload_ends_the_conversation_about_the_one_before(make_chat, tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"x")
+    tab = Sessions(make_chat)["a"]
+    tab.look(tmp_path / "a.png", 10**6, 10**6)
+    list(tab.chat.ask(QUESTION, max_new_tokens=4))
+    with pytest.raises(ValueError, match="is not a picture"):
+        tab.look(tmp_path / "b.png", 10**6, 10**6)
+    assert tab.chat.conversation.pictures == [] and tab.chat.conversation.turns == []
+
+
+# The guard
+
+
+def status(guard, path, method="GET", body=b"", **headers):
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = {"host": "localhost:7860", **headers}
+    scope = {"type": "http", "path": path, "method": method}
+    scope["headers"] = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"], dict(sent[0]["headers"])
+
+
+@pytest.fixture
+def guard(tmp_path):
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"referrer-policy", b"unsafe-url")]})
+
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a.png").write_bytes(b"x")
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "served" / "link").symlink_to(tmp_path / "secret")
+    return Guard(application, str(tmp_path / "served"), 1000, {"localhost", "127.0.0.1", "::1"})
+
+
+def test_guard_passes_on_what_the_page_needs(guard, tmp_path):
+    for path in (
+        "/",
+        "/config",
+        "/assets/index.js",
+        "/gradio_api/heartbeat/x",
+        f"/gradio_api/file={tmp_path}/served/a.png",
+    ):
+        found, headers = status(guard, path)
+        assert found == 200, path
+        assert b"default-src 'self'" in headers[b"content-security-policy"]
+        assert headers[b"referrer-policy"] == b"no-referrer"
+    assert status(guard, "/gradio_api/upload", "POST", content_length="66000")[0] == 200
+    for host in ("127.0.0.1:1", "[::1]:7860", "LOCALHOST"):
+        assert status(guard, "/", host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path, method, code",
+    [
+        ("/gradio_api/file=/etc/passwd", "GET", 403),
+        ("/gradio_api/file=SERVED/../secret", "GET", 403),
+        ("/gradio_api/file=SERVED/link", "GET", 403),
+        ("/gradio_api/file=SERVED-other/a.png", "GET", 403),
+        ("/gradio_api/file=http://169.254.169.254/latest", "GET", 403),
+        ("/gradio_api/file=a.png", "GET", 403),
+        ("/gradio_api/file/etc/passwd", "GET", 404),
+        ("/gradio_api/proxy=http://127.0.0.1/", "GET", 404),
+        ("/assets/../../etc/passwd", "GET", 404),
+        ("/gradio_api/info", "GET", 404),
+        ("/monitoring", "GET", 404),
+        ("/docs", "GET", 404),
+        ("/gradio_api/call/ask", "POST", 404),
+        ("/gradio_api/upload", "PUT", 404),
+        ("/gradio_api/upload", "POST", 411),
+    ],
+)
+def test_guard_refuses_the_rest(guard, tmp_path, path, method, code):
+    assert status(guard, path.replace("SERVED", f"{tmp_path}/served"), method)[0] == code
+
+
+def test_guard_lets_events_name_uploads_only(guard, tmp_path):
+    def join(value):
+        body = json.dumps({"data": [1, {"files": [value]}], "fn_index": 0}).encode()
+        return status(guard, "/gradio_api/queue/join", "POST", body, content_length=str(len(body)))[0]
+
+    assert join({"path": f"{tmp_path}/served/a.png", "url": "http://localhost/x"}) == 200
+    for place in (
+        "/etc/passwd",
+        f"{tmp_path}/served/../secret",
+        f"{tmp_path}/served/link",
+        "http://127.0.0.1:9/a",
+        "",
+        7,
+    ):
+        assert join({"path": place}) == 403, place
+    assert status(guard, "/gradio_api/queue/join", "POST", b"{", content_length="1")[0] == 400
+    long = b"{" + b" " * 2**21  # longer than it says
+    assert status(guard, "/gradio_api/queue/join", "POST", long, content_length="9")[0] == 413
+
+
+def test_guard_refuses_long_requests_other_names_and_websockets(guard):
+    assert status(guard, "/gradio_api/upload", "POST", content_length="70000")[0] == 413
+    assert status(guard, "/gradio_api/queue/join", "POST", content_length=str(2**21))[0] == 413
+    assert status(guard, "/", host="evil.example:7860")[0] == 403
+    assert status(guard, "/", host="")[0] == 403
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard({"type": "websocket"}, None, send))
+    assert sent[0]["type"] == "websocket.close"
+    guard.hosts = None  # --host 0.0.0.0: by whatever name this machine is reached
+    assert status(guard, "/", host="my-machine:7860")[0] == 200
+
+
+def test_tags_are_shown_as_text_but_code_stays_code():
+    assert _plain("a <image> < b") == "a &lt;image> &lt; b"
+    assert _plain("`<b>` and\n```\n<i>\n```\n<u>") == "`<b>` and\n```\n<i>\n```\n&lt;u>"
+    assert _plain("```\n<still open>") == "```\n<still open>"
+
+
+def test_examples_are_drawn_or_small_copies_without_a_cameras_notes(tmp_path):
+    drawn = collect_examples(None, tmp_path / "a")
+    assert len(drawn) == 2 and all(Image.open(path).size == (480, 360) for path, _ in drawn)
+    (tmp_path / "mine").mkdir()
+    exif = Image.Exif()
+    exif[0x010F] = "the camera's maker"
+    picture(1, (3000, 1000)).save(tmp_path / "mine" / "large.jpg", exif=exif)
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    [(path, question)] = collect_examples(tmp_path / "mine", tmp_path / "b")
+    assert Image.open(path).size == (1024, 341) and question.endswith("?")
+    assert not Image.open(path).getexif()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        collect_examples(tmp_path / "nowhere", tmp_path / "c")
+
+
+# The whole server
+
+
+@pytest.fixture(scope="module")
+def server(make_chat, processor, tmp_path_factory):
+    """Its address and folder; and every place outside this machine that the process wanted to reach."""
+    pytest.importorskip("gradio", reason="Gradio is not installed (extra `web`)")
+    folder = tmp_path_factory.mktemp("web")
+    looked_up = []
+    look_up, connect = socket.getaddrinfo, socket.socket.connect
+
+    def watch_look_up(host, *arguments, **options):
+        if host not in ("127.0.0.1", "localhost", "::1", None):
+            looked_up.append(host)
+        return look_up(host, *arguments, **options)
+
+    def watch_connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            looked_up.append(address)
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", watch_look_up)
+        patch.setattr(socket.socket, "connect", watch_connect)
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+        for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR"):
+            patch.setenv(name, "")
+        sessions = Sessions(make_chat, max_encoded=2)
+        examples = collect_examples(None, folder)
+        page = build_page(sessions, processor, folder, title="tiny <b>model</b>", examples=examples, limits=LIMITS)
+        url = launch(page, folder)
+        yield url, folder, looked_up, sessions
+        page.close(verbose=False)
+
+
+@pytest.fixture
+def visitor(server):
+    return Visitor(server[0])
+
+
+def test_answers_are_streamed_and_the_conversation_goes_on(visitor, model, processor):
+    image = picture(1)
+    assert visitor.choose(png(image))[-1]["success"]
+    visitor.sampling[2] = 40
+    messages = visitor.ask(QUESTION)
+    first = expected(model, processor, QUESTION, image, length=40)
+    assert conversation_of(messages) == [("user", QUESTION), ("assistant", first)]
+    assert len(generating(messages)) >= 2
+    messages = visitor.ask("Why?")
+    turns = [user_turn(QUESTION, [image]), assistant_turn(first), user_turn("Why?")]
+    second = generated(model, processor, turns, 40)
+    assert conversation_of(messages)[2:] == [("user", "Why?"), ("assistant", second)]
+    data = messages[-1]["output"]["data"]
+    assert data[1] == "" and "40 tokens" in data[2] and "Cut off" in data[2]
+    assert conversation_of(visitor.retry())[2:] == [("user", "Why?"), ("assistant", second)]
+
+
+def test_two_people_at_once_are_apart(server, model, processor):
+    visitors = [Visitor(server[0]) for _ in range(2)]
+    ends = [None, None]
+
+    def talk(number):
+        visitors[number].sampling[2] = 60
+        visitors[number].choose(png(picture(number)))
+        ends[number] = conversation_of(visitors[number].ask(QUESTION))
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        answer = expected(model, processor, QUESTION, picture(number), length=60)
+        assert ends[number] == [("user", QUESTION), ("assistant", answer)]
+    assert ends[0] != ends[1]
+
+
+def test_stop_keeps_what_was_said_and_a_new_beginning_forgets_it(visitor, server, model, processor):
+    visitor.choose(png(picture(1)))
+    visitor.sampling[2] = 400
+    event = visitor.join("ask", "click", [QUESTION, visitor.upload_value, *visitor.sampling])
+    stream = visitor.messages(event)
+    chat = server[3]._tabs[visitor.session].chat
+    while not chat.answering:
+        time.sleep(0.01)
+    visitor.join("stop", "click", [])
+    messages = list(stream)
+    (_, question), (_, said) = conversation_of(messages)
+    whole = expected(model, processor, QUESTION, picture(1), length=400)
+    assert question == QUESTION and whole.startswith(said) and len(said) < len(whole)
+    assert chat.conversation.turns == [(QUESTION, said)]
+    visitor.press("reset")
+    assert chat.conversation.turns == [] and len(chat.conversation.pictures) == 1
+    visitor.sampling[2] = 5
+    assert conversation_of(visitor.ask(QUESTION))[1] == (
+        "assistant",
+        expected(model, processor, QUESTION, picture(1), length=5),
+    )
+
+
+def test_sampling_controls_count_and_forged_ones_are_held_to_the_limits(visitor):
+    visitor.choose(png(picture(1)))
+    visitor.sampling = [2.0, 1.0, 8]
+    answers = [conversation_of(visitor.ask(QUESTION))[1]] + [conversation_of(visitor.retry())[1] for _ in range(3)]
+    assert len(set(answers)) > 1
+    visitor.sampling = [0, 1, 10**9]
+    messages = visitor.press("ask", "click", [QUESTION, visitor.upload_value, *visitor.sampling])
+    # Gradio itself refuses what is outside the slider, and the page would cut it.
+    assert messages[-1]["success"] is False or "400 tokens" in messages[-1]["output"]["data"][2]
+
+
+def test_wrong_pictures_and_questions_are_named_and_the_page_goes_on(visitor, model, processor):
+    for content, message in (
+        (b"#!/bin/sh\n", "is not a picture of the kinds"),
+        (png_header(20_000, 20_000), "has far more than 1.0 million pixels"),
+        (png(picture(1))[:300], "is damaged"),
+    ):
+        messages = visitor.choose(content, "a.png")
+        assert message in warnings_of(messages)[0] and messages[-1]["success"]
+    visitor.choose(png(picture(2)))
+    for question, message in (("  ", "The question is empty"), ("x" * 501, "has 501 characters; at most 500")):
+        messages = visitor.ask(question)
+        assert message in warnings_of(messages)[0] and conversation_of(messages) == []
+    assert "Nothing was asked yet" in warnings_of(visitor.retry())[0]
+    assert conversation_of(visitor.ask(QUESTION))[1] == ("assistant", expected(model, processor, QUESTION, picture(2)))
+
+
+def test_a_question_with_its_upload_is_enough_after_the_server_forgot(visitor, server, model, processor):
+    visitor.choose(png(picture(3)))
+    visitor.session = "another"
+    assert conversation_of(visitor.ask(QUESTION))[1] == ("assistant", expected(model, processor, QUESTION, picture(3)))
+
+
+def test_uploads_are_limited_in_size(visitor):
+    with pytest.raises(Refused) as refused:
+        visitor.upload(b"x" * 300_000)
+    assert refused.value.status == 413
+
+
+def test_no_file_of_the_machine_is_served(visitor, server, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(picture(4)))
+    folder = server[1]
+    for place in (
+        "/etc/passwd",
+        str(secret),
+        os.path.abspath(__file__),
+        os.getcwd() + "/README.md",
+        f"{folder}/../{secret.name}",
+        f"{folder}/%2e%2e/{secret.name}",
+        "file:///etc/passwd",
+        "http://127.0.0.1:22/",
+    ):
+        for path in (f"/gradio_api/file={place}", f"/gradio_api/file/{place}", f"/file={place}"):
+            with pytest.raises(Refused) as refused:
+                visitor.get(path)
+            assert refused.value.status in (403, 404), path
+    for path in (
+        "/gradio_api/proxy=http://127.0.0.1/",
+        "/gradio_api/info",
+        "/openapi.json",
+        "/monitoring",
+        "/llms.txt",
+    ):
+        with pytest.raises(Refused):
+            visitor.get(path)
+    uploaded = visitor.upload(png(picture(1)))
+    assert uploaded.startswith(str(folder)) and visitor.get(f"/gradio_api/file={uploaded}")
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "SECRET", "http://127.0.0.1:9/a.png", "file:///etc/passwd", ""])
+def test_a_forged_upload_is_not_read(visitor, server, tmp_path, place):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(picture(4)))
+    value = {"path": place.replace("SECRET", str(secret)), "meta": {"_type": "gradio.FileData"}}
+    for element, event, data in (
+        ("picture", "change", [value]),
+        ("ask", "click", [QUESTION, value, *visitor.sampling]),
+    ):
+        with pytest.raises(Refused) as refused:
+            visitor.press(element, event, data)
+        assert refused.value.status == 403
+    assert server[2] == []  # nor fetched from elsewhere
+    tab = server[3]._tabs.get(visitor.session)
+    assert tab is None or tab.chat.conversation.pictures == []
+
+
+def test_an_upload_cannot_choose_its_place(visitor, server):
+    for name in ("../../evil.png", "/etc/evil.png", "..\\evil.png", ".hidden"):
+        place = visitor.upload(png(picture(1)), name)
+        assert os.path.realpath(place).startswith(str(server[1]) + os.sep)
+
+
+def test_other_names_and_the_page_of_another_site_are_refused(visitor):
+    with pytest.raises(Refused) as refused:
+        visitor.get("/", headers={"Host": "rebound.example"})
+    assert refused.value.status == 403
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        with pytest.raises(Refused) as refused:
+            visitor.get("/config", headers={"Origin": origin})
+        assert refused.value.status == 403
+    assert visitor.get("/config", headers={"Origin": visitor.url})
+
+
+def test_the_page_asks_for_nothing_elsewhere(visitor, server):
+    with visitor.request("/") as response:
+        policy = response.headers["Content-Security-Policy"]
+        page = response.read().decode()
+    assert "default-src 'self'" in policy and "http" not in policy
+    for tag in ("<script", "<link", "<img", "<iframe"):
+        for part in page.split(tag)[1:]:
+            place = part.split(">")[0]
+            assert "https://" not in place and "http://" not in place.replace(server[0].rstrip("/"), ""), place
+    assert "<b>model</b>" not in page
+    theme = visitor.get("/theme.css")
+    assert "https://" not in theme and "@import" not in theme
+
+
+def test_the_server_reached_nothing_outside_this_machine(server):
+    """Runs last: everything above has been done by then."""
+    assert server[2] == []
