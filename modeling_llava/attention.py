@@ -27,6 +27,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -281,6 +282,63 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, dropout, sc
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]  # [num_positions, heads, head_dim]
 
 
+class _CpuSegments(torch.autograd.Function):
+    """
+    What SDPA runs on the CPU, sample by sample, straight into one row. By SDPA itself every sample's output is kept
+    for the backward pass beside the row that they are joined to.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, lengths, scaling):
+        # [num_positions, heads, head_dim] → [1, heads, num_positions, head_dim], all views
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+        log_sums = []
+        parts = zip(output.split(lengths), *(states.split(lengths, dim=2) for states in (query, key, value)))
+        for out, q, k, v in parts:
+            computed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, True, scale=scaling
+            )
+            out.copy_(computed[0].transpose(0, 1))
+            log_sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, output, *log_sums)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, output, *log_sums = ctx.saved_tensors
+        grads = [torch.empty_like(states) for states in (query, key, value)]  # of the same strides
+        states = [query, key, value, output.transpose(0, 1)[None], grad_output.transpose(0, 1)[None], *grads]
+        for log_sum, q, k, v, out, grad, *grad_parts in zip(
+            log_sums, *(tensor.split(ctx.lengths, dim=2) for tensor in states)
+        ):
+            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, log_sum, 0.0, True, scale=ctx.scaling
+            )
+            for part, gradient in zip(grad_parts, computed):
+                part.copy_(gradient)
+        return *(grad[0].transpose(0, 1) for grad in grads), None, None
+
+
+@functools.cache
+def _has_cpu_kernel() -> bool:
+    """Whether this PyTorch has SDPA's CPU kernel in the form that is used here, with grouped heads: it is tried."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(5, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            ours = _CpuSegments.apply(*states, [3, 2], None)
+            parts = [s.transpose(0, 1)[None].split([3, 2], dim=2) for s in states]
+            expected = [scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True) for p in zip(*parts)]
+            expected = torch.cat(expected, dim=2)[0].transpose(0, 1)
+            pairs = zip(*(torch.autograd.grad(out.pow(2).sum(), states) for out in (ours, expected)))
+            return torch.allclose(ours, expected, atol=1e-5) and all(torch.allclose(*p, atol=1e-4) for p in pairs)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
 def _windowed(query, key, value, window, arguments):
     """
     A sample longer than the sliding window, a window of queries at a time: masks stay at `window × 2 window`.
@@ -322,11 +380,48 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
     Args:
         model ([`LlavaForConditionalGeneration`], [`LlavaModel`] or stock ones):
             The model, without adapters around it or the base model inside them.
+
+    Raises:
+        ValueError: the language model's attention is written in a way that transformers cannot replace.
     """
+    language_model = getattr(model, "model", model).language_model
+    if not language_model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(language_model).__name__} does not use transformers' AttentionInterface: its attention cannot be "
+            "replaced, and packed samples would see each other. Do not pack."
+        )
     model.set_attn_implementation({"text_config": VARLEN})
+
+
+@torch.no_grad()
+def packs_leak(language_model: PreTrainedModel) -> float:
+    """
+    How much the samples of a pack influence each other in this language model, as a relative error: two short random
+    samples are computed packed and one by one. 0 but for rounding where packing is right; about 1 where state passes
+    between samples by another way than attention (Mamba, linear attention), or the lengths are ignored.
+    """
+    embedding = language_model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, embedding.shape[0], (1, 12), generator=generator).to(embedding.device)
+    lens = torch.tensor([0, 7, 12], dtype=torch.int32, device=embedding.device)
+    packed = {
+        "position_ids": torch.cat([torch.arange(7), torch.arange(5)])[None].to(embedding.device),
+        "cu_seq_lens_q": lens, "cu_seq_lens_k": lens, "max_length_q": 7, "max_length_k": 7,
+    }  # fmt: skip
+    was_training = language_model.training
+    language_model.eval()
+    try:
+        together = language_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
+        apart = [
+            language_model(input_ids=part, use_cache=False).last_hidden_state for part in (ids[:, :7], ids[:, 7:])
+        ]
+    finally:
+        language_model.train(was_training)
+    apart = torch.cat(apart, dim=1).float()
+    return ((together.float() - apart)[:, 7:].norm() / apart[:, 7:].norm()).item()
 
 
 AttentionInterface.register(VARLEN, varlen_attention_forward)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
 
-__all__ = ["VARLEN", "use_varlen_attention", "varlen_attention_forward", "varlen_mask"]
+__all__ = ["VARLEN", "packs_leak", "use_varlen_attention", "varlen_attention_forward", "varlen_mask"]

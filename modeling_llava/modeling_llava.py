@@ -254,6 +254,10 @@ class LlavaModel(LlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _image_path_is_awaited(self) -> bool:
+        """Whether other processes wait for this one's part, or the loss would have nothing to be differentiated by."""
+        return _is_one_of_several_processes() or not any(p.requires_grad for p in self.language_model.parameters())
+
     def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """
         A zero that went through the projector, and through a trained or sharded tower, for a batch without an image.
@@ -329,9 +333,11 @@ class LlavaModel(LlavaPreTrainedModel):
                 "Image features and image tokens do not match: the text has image tokens, but there are no "
                 "pixel_values. Pass on everything that the processor returned.",
             )
-        if image_outputs is None and self.training and torch.is_grad_enabled() and _is_one_of_several_processes():
+        if image_outputs is None and self.training and torch.is_grad_enabled() and self._image_path_is_awaited():
             inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
+        if past_key_values is None and (self.training or "cu_seq_lens_q" in kwargs):
+            kwargs.setdefault("use_cache", False)  # keys and values of a training step are of no use after it
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -52,7 +52,9 @@ class LlavaTrainingArguments(TrainingArguments):
         None, "Output folder of a pretrain run: its projector is put into `model` before training starts."
     )
     attn_implementation: str | None = _setting(
-        None, "Attention of the language model: eager, sdpa, flex_attention, flash_attention_2; transformers' choice."
+        None,
+        "Attention: eager, sdpa, flex_attention, flash_attention_2. By default varlen for the language model when samples "
+        "are packed (the fastest that is right on the device), else transformers' choice.",
     )
     precision: str = _setting(
         "auto",
@@ -145,6 +147,23 @@ class LlavaTrainingArguments(TrainingArguments):
         ("as_is", "random"),
     )
 
+    packing: str = _setting(
+        "auto",
+        "none: pad. batch: the samples of a micro-batch share a row; the same steps without padding. full: rows of "
+        "pack_length, filled by best fit; batch sizes count rows then. auto: batch where the language model allows it.",
+        ("auto", "none", "batch", "full"),
+    )
+    pack_length: int | None = _setting(None, "packing=full: most positions of a row; max_length by default.")
+    group_by_modality: bool = _setting(
+        False,
+        "With train_sampling_strategy=group_by_length: batches have images in all samples or in none, as the original's "
+        "group_by_modality_length.",
+    )
+
+    lean: bool = _setting(
+        True, "Let the language model's layers keep fewer activations for the backward pass; the same gradients."
+    )
+
     # --- The run ---
     global_batch_size: int | None = _setting(
         None,
@@ -233,6 +252,17 @@ class LlavaTrainingArguments(TrainingArguments):
             raise ValueError(f"eval_size={self.eval_size}: give a share in (0, 1) or a number of samples.")
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"max_samples={self.max_samples}: at least 1 is needed.")
+        if self.pack_length is not None and (self.packing != "full" or self.pack_length < self.max_length):
+            raise ValueError(
+                f"pack_length={self.pack_length} needs packing=full (it is {self.packing}) and at least "
+                f"max_length={self.max_length} positions. Leave it out, or change these."
+            )
+        groups = self.train_sampling_strategy == "group_by_length"
+        if self.group_by_modality and not groups:
+            raise ValueError("group_by_modality=true needs train_sampling_strategy=group_by_length.")
+        if groups and (self.packing == "full" or self.type_weights is not None or self.streaming):
+            other = "packing=full" if self.packing == "full" else "streaming" if self.streaming else "type_weights"
+            raise ValueError(f"train_sampling_strategy=group_by_length and {other} both order the samples. Keep one.")
         if self.streaming:
             for name in ("type_weights", "eval_size", "max_samples"):
                 if getattr(self, name) is not None:

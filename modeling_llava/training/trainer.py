@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..attention import VARLEN, packs_leak, use_varlen_attention
 from ..checkpoints import (
     PROJECTOR_CONFIG_NAME,
     forbid_inference_packing,
@@ -21,8 +23,12 @@ from ..checkpoints import (
     save_projector,
 )
 from ..constants import IGNORE_INDEX
+from ..data.packing import PackedDataset
+from ..data.sampler import GroupedSampler
 from .adapters import add_adapter, write_dora_keys_for_transformers
 from .arguments import LlavaTrainingArguments
+from .batches import arrange, data_seed, grouped_sampler, shares_by_itself
+from .lean import make_lean
 from .mixture import TypeMixtureSampler
 from .run_record import write_run_record
 from .stages import optimizer_groups, set_dtypes, set_trainable
@@ -39,6 +45,7 @@ class LlavaTrainer(Trainer):
 
     - freezes what the stage freezes, and adds the adapter (unless `model` is PEFT-wrapped already);
     - a learning rate per component;
+    - packs samples instead of padding them, groups them by length and modality, and shares streams among processes;
     - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
     - an evaluation of the loss alone builds no logits;
     - a checkpoint holds the processor with its chat template; in the stage `pretrain` it holds what is trained, and
@@ -75,16 +82,20 @@ class LlavaTrainer(Trainer):
     ):
         if not isinstance(args, LlavaTrainingArguments):
             raise TypeError(f"LlavaTrainer takes LlavaTrainingArguments, not {type(args).__name__}.")
+        # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
+        self._use_cache = vars(model.config).get("use_cache", _ABSENT)
+        model = prepare_model(model, args)
+        resolve_packing(core_model(model), args, has_own_collator=data_collator is not None)
+        if args.lean and not args.torch_compile:
+            logger.info("Lean layers: %s.", make_lean(core_model(model).model.language_model))
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
-        # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
-        self._use_cache = vars(model.config).get("use_cache", _ABSENT)
         super().__init__(
-            model=prepare_model(model, args),
+            model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_dataset=None if train_dataset is None else arrange(train_dataset, data_collator, args),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -118,13 +129,41 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.type_weights is None:
+        if self.args.train_sampling_strategy == "group_by_length":
+            if self._grouped_sampler is None:
+                self._grouped_sampler = grouped_sampler(dataset, self.data_collator, self.args)
+            sampler = self._grouped_sampler
+        elif self.args.type_weights is not None and not isinstance(dataset, PackedDataset):
+            sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, data_seed(self.args))
+        else:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, seed)
         self.pop_callback(_EpochOfSampler)
         self.add_callback(_EpochOfSampler(sampler))
         return sampler
+
+    _grouped_sampler: GroupedSampler | None = None
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; a stream that gives each process its own rows is not shared out a second time."""
+        if not shares_by_itself(self.train_dataset):
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
 
     # Loss
 
@@ -215,6 +254,55 @@ def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
     return model
 
 
+def resolve_packing(model: nn.Module, args: LlavaTrainingArguments, has_own_collator: bool = False) -> None:
+    """
+    Decide `packing=auto`, and give the language model an attention that keeps packed samples apart.
+
+    Raises:
+        ValueError: packing is asked for, but samples would see each other, or a T × T mask would be needed.
+    """
+    if args.packing == "none":
+        return
+    reason = _why_not_packed(model, args)
+    if reason is None and has_own_collator and args.packing == "auto":
+        reason = "the run has a data collator of its own"
+    if reason is not None and args.packing != "auto":
+        raise ValueError(f"packing={args.packing}, but {reason}. Set packing=none.")
+    if reason is not None:
+        logger.info("Samples are padded, not packed: %s.", reason)
+    args.packing = "none" if reason is not None else "batch" if args.packing == "auto" else args.packing
+
+
+def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | None:
+    attention = args.attn_implementation
+    if attention is not None and attention != VARLEN and "flash" not in attention:
+        return f"attn_implementation={attention} would build a mask of all positions × all positions for a pack"
+    if args.n_gpu > 1:
+        return (
+            f"DataParallel would cut a pack among {args.n_gpu} GPUs (start with accelerate launch or torchrun instead)"
+        )
+    if args.torch_compile:
+        return "torch_compile would compile anew for each length of a pack"
+    language_model = model.model.language_model
+    if attention is None:
+        before = language_model.config._attn_implementation
+        try:
+            use_varlen_attention(model)
+        except ValueError as error:
+            return str(error).rstrip(".")
+    if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
+        return None  # weights that are not here cannot be tried
+    leak = packs_leak(language_model)
+    if leak > _LEAK:
+        if attention is None:
+            model.set_attn_implementation({"text_config": before})
+        return f"samples of a pack see each other in {type(language_model).__name__} (relative error {leak:.2g})"
+    return None
+
+
+_LEAK = 0.1  # 16-bit rounding makes about 0.01, another sample's influence about 1
+
+
 def core_model(model: nn.Module) -> nn.Module:
     """The LLaVA under PEFT's wrapper."""
     return model.get_base_model() if _is_peft(model) else model
@@ -231,8 +319,9 @@ def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, mo
         image_folder=args.image_folder,
         on_bad_sample=args.on_bad_sample,
         first_turn_order=args.first_turn_order,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=data_seed(args),
         share_images="image_indices" in inspect.signature(model.forward).parameters,
+        packing=args.packing in ("batch", "full"),
     )
 
 
@@ -270,11 +359,11 @@ def _smoothed_loss(label_smoothing: float):
 class _EpochOfSampler(TrainerCallback):
     """Tells the sampler its epoch, also after a resume and behind accelerate's wrappers."""
 
-    def __init__(self, sampler: TypeMixtureSampler):
+    def __init__(self, sampler: TypeMixtureSampler | GroupedSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-__all__ = ["LlavaTrainer", "core_model", "default_collator", "prepare_model"]
+__all__ = ["LlavaTrainer", "core_model", "default_collator", "prepare_model", "resolve_packing"]

@@ -1,0 +1,329 @@
+"""
+Training steps of the language model that keep and move less: the same values and gradients.
+
+What autograd keeps of a Llama layer for the backward pass, per position (h = hidden, i = intermediate size):
+
+    norm ×2     input h, normalised h, output h         here: input h, output h
+    MLP         gate i, silu(gate) i, up i, product i   here: gate i, up i; the product is multiplied out again
+    LoRA ×7     a float32 copy of the input             here: the input itself
+
+and the rotary embedding is written in five passes over queries and keys in place of ten.
+
+Modules of a language model are replaced by what they look like, whatever they are called, and only where a probe gives
+the same numbers. With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
+"""
+
+import logging
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear, silu
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+logger = logging.getLogger(__name__)
+
+
+# Norms
+
+
+class _RootMeanSquareNorm(torch.autograd.Function):
+    """`weight * x / rms(x)` in float32, rounded before the weight is applied, keeping `x` only."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, epsilon):
+        exact = hidden.float()
+        scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(hidden.shape[-1])
+        scale = scale.add_(epsilon).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(hidden, weight, scale)
+        return weight * (exact * scale).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, scale = ctx.saved_tensors
+        normalised = hidden.float() * scale
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normalised.to(hidden.dtype)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_normalised = (grad * weight).float()
+            along = (grad_normalised * normalised).mean(dim=-1, keepdim=True)
+            grad_hidden = grad_normalised.sub_(normalised.mul_(along)).mul_(scale).to(hidden.dtype)
+        return grad_hidden, grad_weight, None
+
+
+def _lean_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    return _RootMeanSquareNorm.apply(hidden_states, self.weight, _epsilon(self))
+
+
+# MLPs
+
+
+class _GatedProduct(torch.autograd.Function):
+    """`silu(gate) * up`, keeping its two inputs only."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_up = silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+
+
+class _Product:
+    """In place of a kept product: what it is computed from."""
+
+    def __init__(self, gate, up, shape):
+        self.gate, self.up, self.shape = gate, up, shape
+
+
+def _lean_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+    product = _GatedProduct.apply(gate, up)
+    # Under checkpointing autograd's own hooks decide what is kept; ours would keep it in spite of them.
+    if self._lean_layer[0].gradient_checkpointing or not product.requires_grad:
+        return self.down_proj(product)
+    address, gate, up = product.data_ptr(), gate.detach(), up.detach()
+
+    def pack(tensor):
+        # the input of the last layer, however that layer looks: linear, 4-bit, with low-rank matrices beside it
+        is_product = tensor.data_ptr() == address and tensor.numel() == gate.numel() and tensor.dtype == gate.dtype
+        return _Product(gate, up, tensor.shape) if is_product else tensor
+
+    def unpack(kept):
+        return silu(kept.gate).mul_(kept.up).view(kept.shape) if isinstance(kept, _Product) else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        return self.down_proj(product)
+
+
+# Attention
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotary embedding of queries and keys `[batch, length, heads, head_dim]`; backwards it turns the other way."""
+
+    @staticmethod
+    def forward(ctx, query, key, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_query, grad_key):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_query, cos, sin, inverse=True), _rotate(grad_key, cos, sin, inverse=True), None, None
+
+
+def _rotate(states, cos, sin, inverse=False):
+    # (a, b) → (a·cos₁ − b·sin₁, b·cos₂ + a·sin₂) with a, b the halves of a head; the inverse is the transpose
+    half = states.shape[-1] // 2
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [batch, length, 1, head_dim]
+    a, b = states[..., :half], states[..., half:]
+    sin_a, sin_b = (sin[..., half:], sin[..., :half]) if inverse else (sin[..., :half], sin[..., half:])
+    turned = torch.empty_like(states, memory_format=torch.contiguous_format)
+    left, right = turned[..., :half], turned[..., half:]
+    sign = 1 if inverse else -1
+    torch.mul(a, cos[..., :half], out=left)
+    left.addcmul_(b, sin_a, value=sign)
+    torch.mul(b, cos[..., half:], out=right)
+    right.addcmul_(a, sin_b, value=-sign)
+    return turned
+
+
+def _lean_attention(
+    self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+):
+    if past_key_values is not None or position_embeddings is None:
+        arguments = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **arguments)
+    shape = hidden_states.shape[:-1]
+    query, key, value = (
+        project(hidden_states).view(*shape, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    query, key = _Rotary.apply(query, key, *position_embeddings)
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    dropout = self.attention_dropout if self.training else 0.0
+    states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, length, head_dim]
+    output, weights = attend(self, *states, attention_mask, **{**kwargs, **self._lean_arguments, "dropout": dropout})
+    return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+# Low-rank matrices
+
+
+def _lean_lora(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """`base(x) + scaling · B A dropout(x)`: no float32 copy of the input, and the sum within the product."""
+    active = self.active_adapters
+    if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+        return type(self).forward(self, x, *args, **kwargs)
+    name = active[0]
+    result = self.base_layer(x)
+    dropped = self.lora_dropout[name](x).to(result.dtype)
+    low = linear(dropped, self.lora_A[name].weight.to(result.dtype))  # [..., r]
+    high = self.lora_B[name].weight.to(result.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # all of one dtype; autocast would cast again
+        total = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), high.t(), alpha=self.scaling[name])
+    return total.view(result.shape)
+
+
+# Choosing
+
+
+def make_lean(language_model: nn.Module) -> dict[str, int]:
+    """
+    Replace the forward of a language model's parts, in place, where a probe shows that ours computes the same.
+
+    Args:
+        language_model (`nn.Module`):
+            The language model; its linear layers may be 4-bit or have low-rank matrices beside them.
+
+    Returns:
+        `dict[str, int]`: how many were replaced of `norms`, `mlps`, `attentions` and `loras`.
+    """
+    counts = dict.fromkeys(_KINDS, 0)
+    tried: dict[tuple, dict | None] = {}
+    embedding = language_model.get_input_embeddings().weight
+    if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
+        return counts  # weights that are not here cannot be probed
+    layers = [layer for layer in language_model.modules() if hasattr(layer, "gradient_checkpointing")]
+    layer_of = {module: layer for layer in layers for module in layer.modules()}  # the innermost: it comes last
+    for module in language_model.modules():
+        kind = next((kind for kind, (looks_like, _) in _KINDS.items() if looks_like(module)), None)
+        if kind is None or "forward" in vars(module) or (kind == "mlps" and module not in layer_of):
+            continue
+        key = (
+            kind,
+            type(module),
+            *(getattr(module, name, None) for name in ("layer_type", "sliding_window", "merged")),
+        )
+        if key not in tried:
+            tried[key] = _probe(module, kind, layer_of, embedding)
+            if tried[key] is None:
+                logger.info("%s is left as it is: it does not compute what its like does.", type(module).__name__)
+        if tried[key] is not None:
+            _replace(module, kind, layer_of, tried[key])
+            counts[kind] += 1
+    return counts
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    is_norm = type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None
+    return is_norm and [name for name, _ in module.named_parameters()] == ["weight"]
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+
+
+def _looks_like_gated_mlp(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    has_projections = all(isinstance(getattr(module, f"{x}_proj", None), nn.Module) for x in "qkvo")
+    return has_projections and all(hasattr(module, x) for x in ("head_dim", "attention_dropout", "config"))
+
+
+def _looks_like_lora(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict) or len(module.lora_A) != 1:
+        return False
+    name = next(iter(module.lora_A))
+    return (
+        isinstance(module.lora_A[name], nn.Linear)
+        and getattr(module.lora_B[name], "bias", None) is None
+        and name not in getattr(module, "lora_variant", {})  # DoRA and its like
+    )
+
+
+_KINDS = {
+    "norms": (_looks_like_norm, _lean_norm),
+    "mlps": (_looks_like_gated_mlp, _lean_mlp),
+    "attentions": (_looks_like_attention, _lean_attention),
+    "loras": (_looks_like_lora, _lean_lora),
+}
+
+
+def _replace(module: nn.Module, kind: str, layer_of: dict[nn.Module, nn.Module], arguments: dict) -> None:
+    if kind == "mlps":
+        module._lean_layer = (layer_of[module],)  # in a tuple, so that it does not become a child
+    if kind == "attentions":
+        module._lean_arguments = arguments
+    module.forward = MethodType(_KINDS[kind][1], module)
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, kind: str, layer_of: dict, embedding: torch.Tensor) -> dict | None:
+    """
+    What the replacement needs to know (for an attention: what it gives to the attention function), if it computes the
+    same as the module for random input; `None` if it does not.
+    """
+    first = next(p for p in module.parameters() if p.is_floating_point())
+    width = embedding.shape[1]
+    if kind == "norms":
+        width = module.weight.shape[0]
+    elif kind == "loras":
+        width = next(iter(module.lora_A.values())).in_features
+    dtype = first.dtype if kind == "norms" else embedding.dtype
+    generator = torch.Generator().manual_seed(0)
+    hidden, inputs = torch.randn(1, 7, width, generator=generator).to(first.device, dtype), {}
+    if kind == "attentions":
+        angles = torch.rand(1, 7, module.head_dim, generator=generator).to(first.device, dtype)
+        inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    was_training, recorded = module.training, {}
+    module.eval()  # dropout of low-rank matrices
+    try:
+        with _recording(getattr(module, "config", None), recorded):
+            expected = _first(module(hidden, **inputs))
+            _replace(module, kind, layer_of, recorded)
+            actual = _first(module(hidden, **inputs))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+    finally:
+        vars(module).pop("forward", None)
+        module.train(was_training)
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    return recorded if is_same else None
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _recording(config, recorded: dict):
+    """Within it, what a module gives its attention function besides the states (scaling, window, …) is written down."""
+    if config is None or not hasattr(config, "_attn_implementation"):
+        yield
+        return
+    before = config._attn_implementation
+
+    def record(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
+        recorded.update(kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, is_causal=True, **kwargs)
+
+    AttentionInterface.register(_RECORDING, record)
+    config._attn_implementation_internal = _RECORDING
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_RECORDING, None)
+
+
+_RECORDING = "llava_recording"
+
+__all__ = ["make_lean"]

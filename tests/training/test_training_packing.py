@@ -1,0 +1,275 @@
+"""Packed training against padded training and against samples one by one: the same losses, gradients and weights."""
+
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from modeling_llava.attention import VARLEN, packs_leak
+from modeling_llava.data import LlavaDataCollator, load_conversations
+from modeling_llava.data.packing import PackedDataset
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.run import load_datasets, load_model_and_processor
+from modeling_llava.training.trainer import core_model, prepare_model, resolve_packing
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    return Console(file=open(tmp_path / "console.txt", "w"))
+
+
+def losses(result):
+    return [entry["loss"] for entry in result.log_history if "loss" in entry]
+
+
+def grad_norms(result):
+    return [entry["grad_norm"] for entry in result.log_history if "grad_norm" in entry]
+
+
+KINDS = {
+    "pretrain": {"stage": "pretrain", "chat_template": "plain"},
+    "finetune": {},
+    "tower": {"train_vision_tower": True},
+    "lora": {"adapter": "lora", "lora_dropout": 0.0},
+    "qlora": {"adapter": "qlora", "lora_dropout": 0.0},
+}
+
+
+def ready_model(settings, **changes):
+    args = LlavaTrainingArguments(**{**settings, **changes})
+    if args.adapter == "qlora":
+        pytest.importorskip("bitsandbytes")
+    model, processor = load_model_and_processor(args)
+    torch.manual_seed(0)
+    model = prepare_model(model, args)
+    if args.adapter != "none":
+        for name, parameter in model.named_parameters():  # LoRA starts at zero, where half of its gradients are zero
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model.train(), processor, args
+
+
+def samples_with_everything(instructions):
+    """Three images in one sample, one in several, none in others, an image that occurs twice."""
+    dataset = load_conversations(str(instructions), str(instructions.parent))
+    several = {**dataset[0], "id": "several", "images": [dataset[i]["images"][0] for i in (0, 1, 2)]}
+    question = several["messages"][0]["content"]
+    several["messages"] = [{"role": "user", "content": [{"type": "image"}] * 2 + question}, *several["messages"][1:]]
+    return [dataset[1], dataset[5], several, dataset[0], dataset[1], dataset[11], dataset[7]]
+
+
+def gradients(model):
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_gives_the_loss_and_gradients_of_its_samples_one_by_one(settings, instructions, kind, checkpointing):
+    model, processor, args = ready_model(settings, **KINDS[kind])
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    samples = samples_with_everything(instructions)
+    for chosen in (samples, samples[1:2] + samples[5:6]):  # the second pack has no image at all
+        one_by_one = [LlavaDataCollator(processor)([sample]) for sample in chosen]
+        num_items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in one_by_one)
+        expected = sum(model(**batch, num_items_in_batch=num_items).loss for batch in one_by_one)
+        expected.backward()
+        expected_grads = gradients(model)
+
+        resolve_packing(core_model(model), args)
+        assert args.packing == "batch"
+        batch = LlavaDataCollator(processor, packing=True)(chosen)
+        assert int((batch["labels"] != -100).sum()) == num_items
+        for divisor in (num_items, None):  # what Trainer gives, and what the model counts by itself
+            loss = model(**batch, num_items_in_batch=divisor).loss
+            loss.backward()
+            grads = gradients(model)
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            for name, grad in expected_grads.items():
+                torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
+        assert any("multi_modal_projector" in name for name in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_run_is_the_padded_run(settings, kind, quiet, tmp_path):
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    common = {
+        **settings, **KINDS[kind], "max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+        "eval_size": 6, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    padded = train({**common, "packing": "none", "output_dir": str(tmp_path / "padded")}, console=quiet)
+    packed = train({**common, "output_dir": str(tmp_path / "packed")}, console=quiet)
+    recipe = (packed.output_dir / "recipe.yaml").read_text()
+    assert "packing: batch" in recipe  # what auto became is on record
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-4) and len(losses(packed)) == 4
+    assert grad_norms(packed) == pytest.approx(grad_norms(padded), rel=1e-3)
+    evaluated = [[e["eval_loss"] for e in r.log_history if "eval_loss" in e] for r in (padded, packed)]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
+
+
+def test_full_packs_are_filled_and_hold_every_sample_once(settings, quiet, caplog):
+    args = LlavaTrainingArguments(
+        **{**settings, "packing": "full", "pack_length": 300, "num_train_epochs": 1, "max_steps": -1},
+        per_device_eval_batch_size=2,
+    )
+    model, processor = load_model_and_processor(args)
+    train_dataset, _ = load_datasets(args)
+    with caplog.at_level(logging.WARNING):
+        trainer = LlavaTrainer(model, args, train_dataset=train_dataset, processing_class=processor)
+    assert "24 samples in" in caplog.text and "% filled" in caplog.text
+    assert isinstance(trainer.train_dataset, PackedDataset)
+    collator, seen = trainer.data_collator, []
+    for i in range(len(trainer.train_dataset)):
+        pack = trainer.train_dataset[i]
+        seen += [sample["id"] for sample in pack]
+        assert collator([pack])["input_ids"].shape[1] == sum(collator.length(s) for s in pack) <= 300
+    assert sorted(seen) == sorted(sample["id"] for sample in train_dataset)
+    assert trainer.train_dataset.plan.utilization > 0.8
+    trainer.args.per_device_train_batch_size = 1
+    assert trainer.train().global_step == -(-len(trainer.train_dataset) // 2)
+
+
+def test_full_packs_resume_where_they_stopped(settings, quiet, tmp_path):
+    common = {**settings, "packing": "full", "pack_length": 300, "max_steps": 6, "save_steps": 3, "report_to": "none"}
+    whole = train({**common, "output_dir": str(tmp_path / "whole")}, console=quiet)
+    assert (tmp_path / "whole" / "checkpoint-3").is_dir()
+    again = train({**common, "resume": str(tmp_path / "whole/checkpoint-3"), "output_dir": str(tmp_path / "again")}, console=quiet)  # fmt: skip
+    assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize("packing", ["none", "batch", "full"])
+def test_a_stream_is_trained_on_in_every_form(settings, packing, quiet):
+    result = train(
+        {**settings, "streaming": True, "shuffle_buffer": 8, "packing": packing, "max_steps": 20}, console=quiet
+    )
+    assert result.global_step == 20 and all(loss > 0 for loss in losses(result))
+
+
+def test_full_packs_take_the_weights_of_types(settings, quiet, caplog):
+    only_detail = {"conversation": 0, "detail": 1, "complex": 0}
+    args = LlavaTrainingArguments(**{**settings, "packing": "full", "type_weights": only_detail})
+    model, processor = load_model_and_processor(args)
+    train_dataset, _ = load_datasets(args)
+    trainer = LlavaTrainer(model, args, train_dataset=train_dataset, processing_class=processor)
+    drawn = [sample for i in range(len(trainer.train_dataset)) for sample in trainer.train_dataset[i]]
+    assert {sample["type"] for sample in drawn} == {"detail"} and len(drawn) == 8
+
+
+def test_samples_that_are_too_long_are_said_before_training(settings, quiet, caplog):
+    settings = {**settings, "packing": "full", "max_length": 60}
+    with pytest.raises(ValueError, match="max_length is 60"):
+        train(settings, console=quiet)
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError):
+        train({**settings, "overflow": "drop", "max_length": 5}, console=quiet)
+    with caplog.at_level(logging.WARNING):
+        train({**settings, "overflow": "drop", "output_dir": settings["output_dir"] + "2"}, console=quiet)
+    assert "too long" in caplog.text
+
+
+# What auto decides
+
+
+def trainer_for(settings, **changes):
+    args = LlavaTrainingArguments(**{**settings, **changes})
+    model, processor = load_model_and_processor(args)
+    return LlavaTrainer(model, args, train_dataset=load_datasets(args)[0], processing_class=processor)
+
+
+def test_auto_packs_where_the_language_model_allows_it(settings):
+    trainer = trainer_for(settings)
+    core = core_model(trainer.model)
+    assert trainer.args.packing == "batch" and trainer.data_collator.packing
+    assert core.model.language_model.config._attn_implementation == VARLEN
+    assert core.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+def test_auto_pads_with_an_attention_that_would_need_a_dense_mask(settings):
+    trainer = trainer_for(settings, attn_implementation="sdpa")
+    assert trainer.args.packing == "none" and not trainer.data_collator.packing
+    with pytest.raises(ValueError, match="attn_implementation=eager would build a mask.*Set packing=none"):
+        trainer_for(settings, attn_implementation="eager", packing="batch")
+
+
+@pytest.fixture
+def leaky():
+    """An attention that ignores where samples begin, as one outside of transformers' interface would."""
+    AttentionInterface.register(
+        "leaky", lambda *a, **k: sdpa_attention_forward(*a[:4], None, **{**k, "is_causal": True})
+    )
+    AttentionMaskInterface.register("leaky", sdpa_mask)
+    return "leaky"
+
+
+def test_a_language_model_in_which_samples_see_each_other_is_found_out(settings, base_model, leaky, monkeypatch):
+    model, _, args = ready_model(settings)
+    language_model = model.model.language_model
+    model.set_attn_implementation({"text_config": VARLEN})
+    assert packs_leak(language_model) < 1e-5
+    model.set_attn_implementation({"text_config": leaky})
+    assert packs_leak(language_model) > 0.1
+    assert language_model.training
+    monkeypatch.setattr("modeling_llava.training.trainer.use_varlen_attention", lambda model: None)
+    args.packing = "batch"
+    with pytest.raises(ValueError, match="samples of a pack see each other in LlamaModel"):
+        resolve_packing(model, args)
+    args.packing = "auto"
+    resolve_packing(model, args)
+    assert args.packing == "none" and language_model.config._attn_implementation == leaky
+
+
+def test_settings_that_contradict_are_refused(settings):
+    for changes, match in [
+        ({"pack_length": 512}, "needs packing=full"),
+        ({"packing": "full", "pack_length": 100}, "at least max_length=256"),
+        ({"group_by_modality": True}, "train_sampling_strategy=group_by_length"),
+        ({"packing": "full", "train_sampling_strategy": "group_by_length"}, "both order the samples"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            LlavaTrainingArguments(**{**settings, **changes})
+
+
+# Grouping
+
+
+def test_grouped_batches_are_of_one_modality_and_come_back_after_a_resume(settings, instructions, quiet, tmp_path):
+    grouped = {
+        **settings, "train_sampling_strategy": "group_by_length", "group_by_modality": True, "packing": "none",
+        "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 4, "save_total_limit": None,
+    }  # fmt: skip
+    trainer = trainer_for(grouped)
+    has_image = {row["id"]: "image" in row for row in json.loads(instructions.read_text())}
+    order = list(trainer._get_train_sampler())
+    batches = [[trainer.train_dataset[i]["id"] for i in order[s : s + 4]] for s in range(0, 24, 4)]
+    assert sorted(i for batch in batches for i in batch) == sorted(has_image)
+    assert sum(len({has_image[i] for i in batch}) == 1 for batch in batches) >= 5  # 20 with an image, 4 without
+
+    whole = train({**grouped, "output_dir": str(tmp_path / "whole")}, console=quiet)
+    for checkpoint in ("checkpoint-4", "checkpoint-8"):  # within the first epoch (6 steps) and the second
+        again = train(
+            {**grouped, "resume": str(tmp_path / "whole" / checkpoint), "output_dir": str(tmp_path / checkpoint)},
+            console=quiet,
+        )
+        assert losses(again) == losses(whole)
+
+
+def test_an_image_that_occurs_twice_in_a_pack_is_encoded_once(settings, instructions):
+    model, processor, args = ready_model(settings)
+    resolve_packing(core_model(model), args)
+    samples = samples_with_everything(instructions)
+    batch = LlavaDataCollator(processor, packing=True)(samples)
+    seen = []
+    model.model.vision_tower.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape[0]))
+    model(**batch)
+    distinct = {image for sample in samples for image in sample["images"]}
+    assert seen == [len(distinct)] and len(batch["image_indices"]) > len(distinct)
+    assert Image.open(next(iter(distinct))).size  # they are files, and none was decoded twice
