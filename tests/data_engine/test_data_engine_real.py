@@ -1,0 +1,121 @@
+"""The data engine with real parts at both ends: a real language model behind a real server, and training on the data."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fault_server import FaultServer
+
+from modeling_llava.cli.main import main
+from modeling_llava.data_engine.validate import REASONS, ValidationSettings, validate
+from modeling_llava.endpoint import Ledger
+
+
+pytest.importorskip("openai")
+SHARED = Path(__file__).parents[3] / "shared"
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(
+    not (SHARED / "prompts").is_dir(), reason="the published prompts and contexts are not beside the project"
+)
+def test_smollm2_behind_transformers_serve_over_real_coco_contexts_with_the_published_prompts(tmp_path, capsys):
+    """A model of 135 M parameters: many replies fail validation, which is what the counts are for."""
+    from local_serve import Serve, smollm2_folder
+
+    model = smollm2_folder(tmp_path / "model")
+    out = tmp_path / "run"
+    with Serve(model, tmp_path / "serve.log") as server:
+        line = [
+            "data",
+            "generate",
+            "--captions",
+            str(SHARED / "llava_bench_coco" / "caps_boxes_coco2014_val_80.jsonl"),
+        ]
+        line += ["--prompts", str(SHARED / "prompts"), "--out", str(out), "--model", server.name, "--limit", "2"]
+        line += ["--mix", "1:1:1", "--max-reply-tokens", "120", "--concurrency", "2", "--timeout", "600"]
+        assert main([*line, "--base-url", server.url]) == 0
+    # Resumed by the same line: everything is settled, the server is gone and nobody misses it.
+    assert main([*line, "--base-url", server.url]) == 0
+    assert "6 were settled before" in capsys.readouterr().out
+    with Ledger(out / "ledger.jsonl", write=False) as ledger:
+        assert len(ledger.tasks) == 6 and all(state.final for state in ledger.tasks.values())
+        assert not ledger.counts.faults and not ledger.counts.missing_usage
+        events = [ledger.reply_at(position) for state in ledger.tasks.values() for position in state.replies]
+    assert 6 <= len(events) <= 12
+    for event in events:
+        kind = event["task"].rpartition(":")[2]
+        # The endpoint counts the published prompt with its examples and never more than the longest reply.
+        assert event["usage"][0] > 400 and 0 < event["usage"][1] <= 120
+        if event["reason"] is None:
+            assert validate(event["text"], kind, ValidationSettings(), event["finish"])
+        else:
+            assert event["reason"] in REASONS
+    accepted = Counter(event["task"] for event in events if event["reason"] is None)
+    rejected = (out / "rejected.jsonl").read_text("utf-8").splitlines() if accepted else []
+    if accepted:
+        assert {row["id"] for row in json.loads((out / "instruct.json").read_text("utf-8"))} <= set(accepted)
+        kept = [json.loads(line) for line in rejected]
+        assert sum("attempt" in row for row in kept) == len(events) - len(accepted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_what_a_whole_run_writes_trains_with_llava_train(tmp_path, form):
+    """COCO files → contexts → replies → data → an optimizer step on a tiny model, through the command lines alone."""
+    import torch
+    from PIL import Image
+
+    from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+
+    images = [{"id": i, "file_name": f"{i:03d}.png", "width": 40, "height": 30} for i in range(8)]
+    captions = [{"id": i, "image_id": i, "caption": f"a thing number {i} on a table"} for i in range(8)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 3, 8, 6]} for i in range(8)]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    (tmp_path / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]})
+    )
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.new("RGB", (40, 30), (30 * i, 90, 120)).save(tmp_path / "images" / image["file_name"])
+    with FaultServer() as server:
+        line = [
+            "data",
+            "generate",
+            "--captions",
+            str(tmp_path / "captions.json"),
+            "--boxes",
+            str(tmp_path / "instances.json"),
+        ]
+        line += ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "run"), "--model", "tiny"]
+        assert main([*line, "--base-url", server.url]) == 0
+    rows = json.loads((tmp_path / "run" / "instruct.json").read_text("utf-8"))
+    assert len(rows) >= 8
+    torch.manual_seed(0)
+    parts = [str(GOLDEN / "llava_v15_tiny_lora" / name) for name in ("vision_tower", "language_model")]
+    LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(tmp_path / "model")
+    LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(tmp_path / "model")
+    data = tmp_path / "run" / ("instruct.json" if form == "json" else "dataset")
+    if form == "parquet":
+        shutil.rmtree(tmp_path / "images")  # the folder holds the images itself
+    settings = [f"model={tmp_path / 'model'}", f"data={data}", f"output_dir={tmp_path / 'trained'}", "max_steps=1"]
+    settings += [
+        "max_length=1024",
+        "per_device_train_batch_size=2",
+        "logging_steps=1",
+        "report_to=none",
+        "precision=fp32",
+    ]
+    settings += [
+        "use_cpu=true",
+        "disable_tqdm=true",
+        *([f"image_folder={tmp_path / 'images'}"] if form == "json" else []),
+    ]
+    assert main(["train", "finetune", *settings]) == 0
+    state = json.loads((tmp_path / "trained" / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == 1 and 0 < state["log_history"][0]["loss"] < 20
