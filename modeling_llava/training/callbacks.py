@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..data.preview import render_sample
@@ -40,8 +41,8 @@ class PreviewCallback(TrainerCallback):
         console = self.console or Console()
         console.print(component_table(summarise_components(self.trainer.model, args)))
         dataset, processor = self.trainer.train_dataset, self.trainer.processing_class
-        if args.preview_samples < 1 or processor is None or not hasattr(dataset, "__getitem__"):
-            return
+        if args.preview_samples < 1 or processor is None or isinstance(dataset, IterableDataset):
+            return  # a stream would have to be begun, and what is read of it is not read again
         # The preview must not change the run: dropout and sampling continue from the state before it.
         random_state = torch.random.get_rng_state()
         batch = self.trainer.data_collator([dataset[i] for i in range(min(args.preview_samples, len(dataset)))])

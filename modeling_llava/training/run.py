@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,7 +25,7 @@ from ..checkpoints import base_model_of, checkpoint_kind, four_bit_config, has_p
 from .adapters import load_adapter
 from .arguments import LlavaTrainingArguments
 from .callbacks import LOSS_CURVE_NAME, LossCurveCallback, PreviewCallback
-from .recipes import parse_recipe, read_recipe
+from .recipes import parse_recipe
 from .run_record import RECIPE_NAME, checkpoint_folders, find_resumable_checkpoint, record_data, why_incomplete
 from .stages import cast_weights
 from .trainer import LlavaTrainer
@@ -303,7 +304,8 @@ def _report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:
     """Say which settings differ from those with which the checkpoint was written."""
     if args.process_index != 0 or not (checkpoint / RECIPE_NAME).is_file():
         return
-    before, now = read_recipe(checkpoint / RECIPE_NAME), args.to_recipe()
+    # not `read_recipe`: a setting that another version of this package had is no reason not to go on
+    before, now = yaml.safe_load((checkpoint / RECIPE_NAME).read_text("utf-8")), args.to_recipe()
     changed = [
         f"{name} {before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -182,3 +182,29 @@ def test_reading_a_recipe_does_not_touch_the_disk_beyond_it(recipe, tmp_path):
     args = parse_recipe(recipe(output_dir=str(tmp_path / "run"), model="no/such-model", data="no.json"))
     assert args.model == "no/such-model"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bfloat16", "expected"), [(True, True, "bf16"), (True, False, "fp16"), (False, False, "fp32")]
+)
+def test_precision_follows_the_device(monkeypatch, cuda, bfloat16, expected):
+    """A Turing GPU says that it can do bfloat16, by emulation; it gets float16."""
+    import torch
+
+    from modeling_llava.training.arguments import best_precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation
+    )
+    assert best_precision() == expected
+
+
+def test_precision_sets_transformers_switches(tmp_path):
+    def switches(**settings):
+        args = LlavaTrainingArguments(str(tmp_path), use_cpu=True, **settings)
+        return args.precision, args.bf16, args.fp16, str(args.compute_dtype)
+
+    assert switches() == ("fp32", False, False, "torch.float32")
+    assert switches(precision="bf16") == switches(bf16=True) == ("bf16", True, False, "torch.bfloat16")
+    assert switches(fp16=True) == ("fp16", False, True, "torch.float16")

@@ -196,7 +196,10 @@ def test_resume_settings(settings, tmp_path, caplog):
     again = train({**settings, "save_steps": 1, "stage": "pretrain"})
     assert again.resumed_from.name == "checkpoint-2" and again.global_step == 2  # finished: nothing is trained again
     assert not [r for r in caplog.records if "other settings" in r.message]
+    with open(tmp_path / "run" / "checkpoint-2" / "recipe.yaml", "a") as recipe:
+        recipe.write("a_setting_of_another_version: 1\n")  # is named, and is no reason not to go on
     further = train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 3, "learning_rate": 5e-4})
     assert further.global_step == 3
     message = next(r.message for r in caplog.records if "other settings" in r.message)
     assert "learning_rate 0.001 → 0.0005" in message and "max_steps 2 → 3" in message
+    assert "a_setting_of_another_version 1 → None" in message

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.checkpoints import checkpoint_kind, load_projector
 from modeling_llava.constants import IGNORE_INDEX
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter, train
@@ -165,17 +166,13 @@ def test_gradient_accumulation_weights_tokens_not_batches(settings, tmp_path, qu
     """4 samples in one batch, or in two of unequal length: the same step, since the count of tokens is passed on."""
 
     def first_step(**changes):
-        result = train(
-            {**settings, "output_dir": str(tmp_path / str(changes)), "max_steps": 1, **changes}, console=quiet
-        )
-        weights = AutoModelForImageTextToText.from_pretrained(result.output_dir).state_dict()
-        return result.log_history[0], weights
+        folder = tmp_path / str(changes)
+        return train({**settings, "output_dir": str(folder), "max_steps": 1, **changes}, console=quiet).log_history[0]
 
-    at_once, weights = first_step(per_device_train_batch_size=4, warmup_steps=0)
-    in_two, weights_in_two = first_step(per_device_train_batch_size=2, global_batch_size=4, warmup_steps=0)
+    at_once = first_step(per_device_train_batch_size=4)
+    in_two = first_step(per_device_train_batch_size=2, global_batch_size=4)
     assert at_once["loss"] == pytest.approx(in_two["loss"], rel=1e-5)
     assert at_once["grad_norm"] == pytest.approx(in_two["grad_norm"], rel=1e-4)
-    assert weights.keys() == weights_in_two.keys()
 
 
 def test_resuming_reads_the_weights_of_a_full_checkpoint(settings, tmp_path):
@@ -195,6 +192,29 @@ def test_resuming_reads_the_weights_of_a_full_checkpoint(settings, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is .720, 64., but the model's is .704, 64."):
         trainer._load_from_checkpoint(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("kind", [{}, {"stage": "pretrain"}, {"adapter": "lora"}], ids=["full", "pretrain", "lora"])
+def test_the_stock_class_trains_saves_and_resumes_as_ours_does(settings, kind, tmp_path):
+    def run(model_class, folder, resume=None):
+        args = LlavaTrainingArguments(**{**settings, **kind, "output_dir": str(folder), "save_steps": 1})
+        _, processor = load_model_and_processor(args)
+        dataset, _ = load_datasets(args)
+        transformers.set_seed(0)
+        model = model_class.from_pretrained(settings["model"])
+        trainer = LlavaTrainer(model, args, train_dataset=dataset, processing_class=processor)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.model
+
+    stock = transformers.LlavaForConditionalGeneration
+    assert stock is not LlavaForConditionalGeneration
+    losses, trained = run(stock, tmp_path / "stock")
+    ours, _ = run(LlavaForConditionalGeneration, tmp_path / "ours")
+    assert losses == pytest.approx(ours, abs=1e-5)
+    shutil.rmtree(tmp_path / "stock" / "checkpoint-2")
+    again, resumed = run(stock, tmp_path / "stock", str(tmp_path / "stock" / "checkpoint-1"))
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), resumed.parameters()))
 
 
 @pytest.mark.parametrize("kind", [{}, {"stage": "pretrain"}, {"adapter": "lora"}], ids=["full", "pretrain", "lora"])
@@ -226,15 +246,17 @@ def test_best_checkpoint_is_loaded_at_the_end(settings, tmp_path, kind, quiet):
     assert all(torch.equal(final[key], best[key]) for key in best)
 
 
-def test_early_stopping(settings, quiet):
-    result = train(
-        {
-            **settings, "max_steps": 20, "learning_rate": 0.0, "eval_size": 4, "eval_strategy": "steps",
-            "eval_steps": 1, "early_stopping_patience": 2,
-        },
-        console=quiet,
-    )  # fmt: skip
+def test_early_stopping_and_a_second_start_of_the_finished_run(settings, quiet):
+    settings |= {
+        "max_steps": 20, "learning_rate": 0.0, "eval_size": 4, "eval_strategy": "steps", "eval_steps": 1,
+        "save_steps": 1, "early_stopping_patience": 2,
+    }  # fmt: skip
+    result = train(settings, console=quiet)
     assert result.global_step == 3  # the first evaluation is the best, two more are not better
+    weights = (result.output_dir / "model.safetensors").read_bytes()
+    again = train(settings, console=quiet)  # Trainer would train at least one step more
+    assert (again.global_step, again.resumed_from.name) == (3, "checkpoint-3")
+    assert (again.output_dir / "model.safetensors").read_bytes() == weights
 
 
 class FakeHub:
@@ -349,6 +371,33 @@ def test_loss_curve_needs_no_evaluation_and_says_when_it_has_nothing(tmp_path):
     history = [{"step": i, "loss": 3 / (i + 1)} for i in range(5)] + [{"step": 4, "eval_loss": 1.0}]
     assert plot_loss_curve(history, tmp_path / "b.png").is_file()
     assert not list(tmp_path.glob(".*"))  # nothing is left beside it
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(settings, tmp_path):
+    """Data-parallel on the CPU, with activation checkpointing and batches of text alone on one of the processes."""
+    settings |= {
+        "max_steps": 3, "per_device_train_batch_size": 1, "global_batch_size": 4, "activation_checkpointing": True,
+        "train_sampling_strategy": "sequential", "save_steps": 2, "eval_size": 2,
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    one = train(str(recipe), [f"output_dir={tmp_path / 'one'}"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29677"]
+    command = [*launcher, "-m", "modeling_llava.cli.main", "train", str(recipe), f"output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("What is trained") == 1  # one process speaks
+    state = json.loads((tmp_path / "two" / "trainer_state.json").read_text())
+    for key in ("loss", "grad_norm", "learning_rate"):
+        ours = [entry[key] for entry in one.log_history if key in entry]
+        theirs = [entry[key] for entry in state["log_history"] if key in entry]
+        assert theirs == pytest.approx(ours, rel=1e-4), key
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
+    assert keys(tmp_path / "two") == keys(tmp_path / "one")
+    # going on with another number of processes
+    further = train(str(recipe), [f"output_dir={tmp_path / 'two'}", "max_steps=4"])
+    assert further.resumed_from.name == "checkpoint-3" and further.global_step == 4
 
 
 def test_command_line(settings, tmp_path, capsys):
