@@ -34,7 +34,7 @@ test: install
 	$(PYTEST) -n $(WORKERS)
 
 test-slow: install
-	$(PYTEST) -n $(WORKERS) -m slow
+	$(PYTEST) -n $(WORKERS) -v -m slow
 
 style: install
 	$(BIN)/ruff check --fix .
