@@ -1,0 +1,94 @@
+"""`llava convert SRC OUT`: original, HF and GGUF checkpoints, in every direction."""
+
+import argparse
+
+
+EPILOG = """\
+examples:
+  llava convert liuhaotian/llava-v1.5-7b llava-hf                          original → HF
+  llava convert llava-lora llava-hf --base lmsys/vicuna-7b-v1.5            a LoRA folder of the original, folded in
+  llava convert mm_projector.bin llava-hf --base lmsys/vicuna-7b-v1.5      a projector with its language model
+  llava convert delta llava-hf --base huggyllama/llama-7b                  a delta and the weights it stands on
+  llava convert llava-hf original --to original                            HF → original
+  llava convert llava-hf gguf --to gguf --dtype q8_0                       HF → llama.cpp, Ollama
+  llava convert --check llava-hf                                           is it a stock checkpoint?
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument("source", help="folder or Hub name, or an mm_projector.bin; with --check, the folder to check")
+    parser.add_argument("output", nargs="?", help="folder to write")
+    parser.add_argument(
+        "--to", choices=("hf", "original", "gguf"), default="hf", help="the form to convert to (default: hf)"
+    )
+    parser.add_argument("--base", help="language model of a LoRA, projector or delta: folder or Hub name")
+    parser.add_argument(
+        "--vision-tower", help="vision tower, where the checkpoint does not hold it: folder or Hub name"
+    )
+    parser.add_argument(
+        "--dtype", help="dtype of the weights; gguf: f32, f16, bf16 or q8_0 (default: the source's; f16)"
+    )
+    parser.add_argument("--max-shard-size", default="2GB", help="largest file of weights (default: 2GB)")
+    parser.add_argument(
+        "--chat-template", help="hf: a template in place of the one that the checkpoint's version implies"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what lies at OUT")
+    parser.add_argument("--no-check", action="store_true", help="do not prove the result at the end")
+    parser.add_argument("--check", action="store_true", help="only check that stock transformers can use the folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    from modeling_llava.conversion import (
+        check_stock_ready,
+        convert_hf_to_gguf,
+        convert_hf_to_original,
+        convert_original_to_hf,
+    )
+
+    if args.check:
+        if args.output is not None:
+            raise ValueError(f"--check looks at one folder and writes nothing: leave {args.output} out.")
+        report = check_stock_ready(args.source)
+        print(report)
+        return 0 if report.is_stock_ready else 1
+    if args.output is None:
+        raise ValueError("where to? Give the folder to write: llava convert SRC OUT.")
+    given = {"--base": args.base, "--chat-template": args.chat_template} if args.to != "hf" else {}
+    if args.to == "gguf":
+        given["--vision-tower"] = args.vision_tower
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} has no effect with --to {args.to}: leave it out.")
+    common = {"check": not args.no_check, "overwrite": args.overwrite}
+    if args.to == "gguf":
+        result = convert_hf_to_gguf(args.source, args.output, dtype=args.dtype or "f16", **common)
+    elif args.to == "original":
+        result = convert_hf_to_original(
+            args.source,
+            args.output,
+            vision_tower=args.vision_tower,
+            max_shard_size=args.max_shard_size,
+            dtype=args.dtype,
+            **common,
+        )
+    else:
+        result = convert_original_to_hf(
+            args.source,
+            args.output,
+            base=args.base,
+            vision_tower=args.vision_tower,
+            max_shard_size=args.max_shard_size,
+            dtype=args.dtype,
+            chat_template=args.chat_template,
+            **common,
+        )
+    if result.check is not None:
+        print(result.check)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"written: {result.output}")
+    if args.to == "hf":
+        print(f"next: llava chat {result.output}")
+    return 0 if result.check is None or result.check.is_sound else 1
