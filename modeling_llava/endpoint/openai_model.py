@@ -68,8 +68,15 @@ class OpenAIModel:
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
             openai = _import_openai()
+            # How many requests are in flight is decided by the run. The client's own pool keeps 100 connections and
+            # would open the others anew for each request.
+            limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=None, max_keepalive_connections=None)
             self._client = openai.AsyncOpenAI(
-                base_url=self.base_url, api_key=self._api_key, max_retries=0, timeout=self.timeout
+                base_url=self.base_url,
+                api_key=self._api_key,
+                max_retries=0,
+                timeout=self.timeout,
+                http_client=openai.DefaultAsyncHttpxClient(limits=limits),
             )
             self._loop = loop
         return self._client

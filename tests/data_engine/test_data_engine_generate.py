@@ -49,15 +49,18 @@ def contexts(number):
     ]
 
 
-@pytest.fixture
-def images(tmp_path):
+def make_images(folder):
     from PIL import Image
 
-    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(12):
         Image.new("RGB", (40 + i, 30), (20 * i, 90, 120)).save(folder / f"{i:03d}.png")
     return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_images(tmp_path / "images")
 
 
 def rows_of(out):
@@ -227,18 +230,19 @@ def test_an_image_folder_without_any_of_the_images_is_named_before_anything_is_a
     assert not model.asked
 
 
-@pytest.fixture
-def whole_run(tmp_path, images):
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
     def reply(messages):
         return "The caption says so." if "number 7 " in messages[-1]["content"] else answer(messages)
 
-    out = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("whole")
+    images, out = make_images(folder / "images"), folder / "run"
     prices = Prices(1.0, 2.0)
     summary = generate(out, Responder(reply), ALL, contexts=contexts(12), images=images, prices=prices)
     return out, summary
 
 
-def test_datasets_folder_holds_the_data_with_images_in_the_form_that_training_reads(whole_run, images):
+def test_datasets_folder_holds_the_data_with_images_in_the_form_that_training_reads(whole_run):
     from datasets import load_dataset
 
     from modeling_llava.data.schema import from_llava_row, from_messages_row

@@ -74,6 +74,7 @@ class FaultServer:
         self.in_flight = self.most_in_flight = 0
         self.answered = {}
         self.connections = set()
+        self.opened = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._server = None
@@ -113,6 +114,7 @@ class FaultServer:
 
     async def _serve(self, reader, writer):
         self.connections.add(writer)
+        self.opened += 1
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")

@@ -170,6 +170,20 @@ def test_retry_after_holds_back_every_request(tmp_path):
     assert sum(t - times[0] < 0.5 for t in times) <= 4
 
 
+def test_an_endpoint_that_asks_to_wait_longer_than_patience_ends_the_run(tmp_path):
+    model = Scripted(lambda messages: PassingFault("429", "daily limit", retry_after=7200))
+    with Ledger(tmp_path / "l") as ledger:
+        summary = run_tasks(tasks(10), model, ledger, settings=RunSettings(1))
+    assert summary.stopped == "endpoint" and "asks to wait 7200 s" in summary.message and len(model.asked) == 1
+
+
+def test_connections_are_kept_however_many_there_are(tmp_path):
+    with FaultServer(latency=0.05) as server, Ledger(tmp_path / "l") as ledger:
+        model = OpenAIModel("tiny", base_url=server.url)
+        run_tasks(tasks(300), model, ledger, settings=RunSettings(110, backoff=QUICK))
+        assert server.opened <= 110
+
+
 def test_requests_per_minute_are_kept(tmp_path):
     model = Scripted()
     with Ledger(tmp_path / "l") as ledger:
