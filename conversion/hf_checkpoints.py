@@ -88,11 +88,13 @@ def read_hf(source: str | Path) -> HfCheckpoint:
     if config.projector_num_layers == 2 and config.projector_hidden_act == "linear" and is_identity(tensors):
         config.projector_num_layers = 1  # saved by stock transformers, which does not know the field
     layers = config.vision_feature_layer
+    recorded = (getattr(config, RECORD, None) or {}).get("config") or {}
     sizes = Sizes.from_configs(
         config.text_config,
         config.vision_config,
         projector_layers=config.projector_num_layers,
         projector_bias=config.multimodal_projector_bias,
+        projector_numbered=recorded.get("mm_projector_type") == "mlp1x_gelu",
         feature_layers=1 if isinstance(layers, int) else len(layers),
     )
     matched = match_keys(key_table(sizes), "hf", tensors, str(folder))

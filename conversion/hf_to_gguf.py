@@ -21,11 +21,11 @@ from transformers import AutoTokenizer
 from modeling_llava.processing_llava import LlavaProcessor
 
 from .checks import CheckReport
-from .gguf_tokenizer import gguf_chat_template, vocabulary
 from .hf_checkpoints import HfCheckpoint, read_hf
 from .keymaps import Entry
 from .original_to_hf import Conversion, fingerprint_of
 from .tensors import FileRange, LazyTensor, in_memory, permuted_rows
+from .vocabularies import gguf_chat_template, vocabulary
 from .writing import OutputFolder, as_bytes, copy_range, write_all
 
 

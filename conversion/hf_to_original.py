@@ -14,8 +14,9 @@ from .checks import check_original
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
 from .keymaps import vision_entries
 from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
-from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json, read_projector_type
+from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json
 from .tensors import LazyTensor, cast, first_rows, in_memory
+from .vocabularies import has_sentencepiece, sentencepiece_model
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
 
 
@@ -138,8 +139,7 @@ def original_vocabulary(hf: HfCheckpoint, tokenizer: PreTrainedTokenizerBase) ->
     has_files = any((hf.folder / ORIGINAL_FILES / name).is_file() for name in TOKENIZER_FILES)
     if recorded is not None and needed <= recorded <= hf.sizes.vocabulary and has_files:
         return recorded, True
-    has_sentencepiece = (hf.folder / "tokenizer.model").is_file()
-    if not has_sentencepiece:  # tokenizer.json is copied, image token and all
+    if not has_sentencepiece(hf.folder):  # tokenizer.json is copied, image token and all
         needed = max(ids.values()) + 1
     return min(needed, hf.sizes.vocabulary), False
 
@@ -195,14 +195,15 @@ def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     layers, config = hf.config.projector_num_layers, hf.config
     recorded = dict(hf.record.get("config") or {})
     result = recorded or _text_fields(hf)
-    kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
-    if (layers, hf.sizes.projector_numbered) != read_projector_type(result)[:2] and not (
-        layers > 1 and result.get("mm_projector_type") == kind
-    ):
-        result["mm_projector_type"] = kind
+    kind = "linear" if layers == 1 and not hf.sizes.projector_numbered else f"mlp{layers}x_gelu"
+    _set(result, "mm_projector_type", kind, default="linear" if recorded else None)
     strategies = {strategy: feature for feature, strategy in FEATURE_STRATEGIES.items()}
-    _set(result, "mm_vision_select_feature", strategies[config.vision_feature_select_strategy], default="patch")
-    _set(result, "mm_vision_select_layer", config.vision_feature_layer, default=-2)
+    feature = strategies[config.vision_feature_select_strategy]
+    _set(result, "mm_vision_select_feature", feature, default="patch" if recorded else None)
+    states = hf.sizes.vision_layers + 1  # −2 and, of three layers, 2 are the same hidden state
+    if (result.get("mm_vision_select_layer", -2) - config.vision_feature_layer) % states:
+        result["mm_vision_select_layer"] = config.vision_feature_layer
+    result.setdefault("mm_vision_select_layer", config.vision_feature_layer)
     _set(result, "mm_hidden_size", hf.sizes.vision_hidden)
     _set(result, "vocab_size", rows)
     _set(result, "mm_vision_tower", tower["name"])
@@ -213,7 +214,8 @@ def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     if pads != (result.get("image_aspect_ratio") == "pad"):
         result["image_aspect_ratio"] = "pad" if pads else "square"
     template = processor.chat_template or ""
-    _set(result, "mm_use_im_start_end", all(mark in template for mark in IMAGE_MARKS), default=False)
+    has_marks = all(mark in template for mark in IMAGE_MARKS)
+    _set(result, "mm_use_im_start_end", has_marks, default=False if recorded else None)
     if not recorded:
         result |= {
             "use_mm_proj": True,
@@ -248,9 +250,11 @@ def _text_fields(hf: HfCheckpoint) -> dict:
 def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, folder: Path) -> None:
     if keeps_files:
         source, names = hf.folder / ORIGINAL_FILES, TOKENIZER_FILES
-    elif (hf.folder / "tokenizer.model").is_file():
+    elif has_sentencepiece(hf.folder):
         source, names = hf.folder, ("tokenizer.model",)
         _write_slow_tokenizer_files(tokenizer, rows, folder)
+        if not (source / "tokenizer.model").is_file():
+            (folder / "tokenizer.model").write_bytes(sentencepiece_model(source / "tokenizer.json"))
     else:
         source, names = hf.folder, TOKENIZER_FILES
     for name in names:
@@ -328,9 +332,9 @@ def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:
             f"The vision tower lies in {Path(output) / tower['folder']}. The original looks for mm_vision_tower "
             f"({tower['folder']!r}) from the working directory: start it in {output}."
         )
-    if not (hf.folder / "tokenizer.model").is_file():
+    if not has_sentencepiece(hf.folder):
         notes.append(
-            "There is no tokenizer.model: the original asks for a slow tokenizer (use_fast=False), which needs it for "
-            "LLaMA's."
+            "The tokenizer is not of SentencePiece's kind; the original asks for a slow one (use_fast=False), which "
+            "transformers may not have for it."
         )
     return notes

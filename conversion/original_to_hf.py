@@ -285,6 +285,12 @@ def _image_processor(original: Original) -> LlavaImageProcessor:
     return processor
 
 
+def _feature_layer(original: Original) -> int:
+    layer = original.config.get("mm_vision_select_layer", -2)
+    # transformers 5.23 takes 0 for "no hidden states" and fails; counted from the end it is the same one
+    return layer or -(original.sizes.vision_layers + 1)
+
+
 def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[str, LazyTensor]) -> LlavaConfig:
     """The HF configuration. Its field `original_checkpoint` keeps the original's, for the way back."""
     tokenizer, text, vision = processor.tokenizer, original.text_config, original.vision_config
@@ -300,7 +306,7 @@ def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[
         image_seq_length=count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, 1, strategy),
         projector_hidden_act="linear" if layers == 1 else "gelu",
         projector_num_layers=layers,
-        vision_feature_layer=original.config.get("mm_vision_select_layer", -2),
+        vision_feature_layer=_feature_layer(original),
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )

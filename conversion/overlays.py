@@ -140,7 +140,9 @@ def fold_lora(
             raise ValueError(f"{source} has lora_{'/'.join(sides)} of '{module}' but not the other of the two.")
         if key not in folded:
             raise ValueError(f"The base has no '{key}', for which {sides['A'].origin} is an adapter. {WRONG_BASE}")
-        folded[key] = _lora_sum(folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config)
+        folded[key] = _lora_sum(
+            folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config
+        )
     return folded
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.conversion import convert_hf_to_gguf, convert_original_to_hf
-from modeling_llava.conversion.gguf_tokenizer import gguf_chat_template, vocabulary
 from modeling_llava.conversion.hf_to_gguf import rotary_order
+from modeling_llava.conversion.vocabularies import gguf_chat_template, vocabulary
 
 
 gguf = pytest.importorskip("gguf")

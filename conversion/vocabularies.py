@@ -1,14 +1,15 @@
-"""A tokenizer and its chat template in the form in which llama.cpp keeps them."""
+"""A tokenizer's tables in other forms: llama.cpp's, with its chat template, and SentencePiece's `tokenizer.model`."""
 
 import json
 import re
+import struct
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""`tokenizer.ggml.token_type`."""
+"""Types of tokens, numbered alike by SentencePiece (`SentencePiece.type`) up to 5 and by llama.cpp."""
 
 ADDED_SCORE = -1000.0
 FILL_SCORE = -10000.0
@@ -127,37 +128,49 @@ def _from_sentencepiece(path: Path) -> dict:
 
 
 def _from_json(path: Path) -> dict:
+    content = _read_bpe(path)
+    if content["model"].get("byte_fallback"):
+        return _table_by_score(content)
+    table = _table(content)
+    merges = [" ".join(pair) for pair in _merges(content)]
+    pre = _pre_tokenizer_name(content.get("pre_tokenizer") or {}, path)
+    return {**table, "model": "gpt2", "pre": pre, "scores": [0.0] * len(table["tokens"]), "merges": merges}
+
+
+def _read_bpe(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} has neither tokenizer.model nor tokenizer.json.")
     content = json.loads(path.read_text("utf-8"))
-    model = content["model"]
-    if model.get("type") != "BPE":
-        raise ValueError(f"{path} is a {model.get('type')} tokenizer; llama.cpp's LLaMA knows BPE.")
-    ids = model["vocab"]
+    if content["model"].get("type") != "BPE":
+        raise ValueError(f"{path} is a {content['model'].get('type')} tokenizer; LLaMA's and Mistral's are BPE.")
+    return content
+
+
+def _merges(content: dict) -> list[list[str]]:
+    return [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in content["model"]["merges"]]
+
+
+def _table(content: dict) -> dict:
+    ids = content["model"]["vocab"]
     size = max([*ids.values(), *(token["id"] for token in content.get("added_tokens", []))]) + 1
     tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
     for token, i in ids.items():
         tokens[i], types[i] = token, NORMAL
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    if model.get("byte_fallback"):  # SentencePiece's kind: merging in the order of merges is merging by score
-        scores = [FILL_SCORE] * size
-        for rank, merge in enumerate(merges):
-            i = ids["".join(merge.split(" ", 1))]
-            scores[i] = max(scores[i], -float(rank))
-        for token, i in ids.items():
-            if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-                types[i] = BYTE
-        if model.get("unk_token") in ids:
-            types[ids[model["unk_token"]]] = UNKNOWN
-        return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores, "types": types, "merges": None}
-    return {
-        "model": "gpt2",
-        "pre": _pre_tokenizer_name(content.get("pre_tokenizer") or {}, path),
-        "tokens": tokens,
-        "scores": [0.0] * size,
-        "types": types,
-        "merges": merges,
-    }
+    return {"tokens": tokens, "types": types}
+
+
+def _table_by_score(content: dict) -> dict:
+    """SentencePiece's kind: joining in the order of merges is joining by score, a piece's score being its first rank."""
+    table, ids = _table(content), content["model"]["vocab"]
+    scores = [FILL_SCORE] * len(table["tokens"])
+    for rank, (left, right) in enumerate(_merges(content)):
+        scores[ids[left + right]] = max(scores[ids[left + right]], -float(rank))
+    for token, i in ids.items():
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            table["types"][i] = BYTE
+    if content["model"].get("unk_token") in ids:
+        table["types"][ids[content["model"]["unk_token"]]] = UNKNOWN
+    return {**table, "model": "llama", "pre": "default", "scores": scores, "merges": None}
 
 
 def _pre_tokenizer_name(pre_tokenizer: dict, path: Path) -> str:
@@ -173,3 +186,70 @@ def _pre_tokenizer_name(pre_tokenizer: dict, path: Path) -> str:
 
 def _without_defaults(part: dict) -> dict:
     return {key: value for key, value in part.items() if key != "trim_offsets"}
+
+
+# SentencePiece
+
+
+def has_sentencepiece(folder: Path) -> bool:
+    """Whether a folder's tokenizer is of SentencePiece's kind: it has the file, or one can be made."""
+    if (folder / "tokenizer.model").is_file():
+        return True
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+
+
+def sentencepiece_model(tokenizer_json: Path) -> bytes:
+    """
+    A `tokenizer.model` that gives the ids of a `tokenizer.json` which was made from one.
+
+    transformers drops `tokenizer.model` when a fast tokenizer is loaded and saved again, as it is after training.
+    Tokens that were added (they come after all pieces) are left out: they stand in `tokenizer_config.json`.
+    """
+    content = _read_bpe(tokenizer_json)
+    table = _table_by_score(content)
+    special = {token["id"] for token in content.get("added_tokens", []) if token["special"]}
+    message = b""
+    for i in range(len(content["model"]["vocab"])):
+        kind = CONTROL if i in special and table["types"][i] == NORMAL else table["types"][i]
+        piece = _text(1, table["tokens"][i]) + _key(2, 5) + struct.pack("<f", table["scores"][i])
+        message += _block(1, piece + _number(3, kind))
+    unknown = content["model"].get("unk_token") or "<unk>"
+    bpe, is_legacy_prefix = 2, _adds_prefix(content)
+    trainer = _number(3, bpe) + _number(35, 1) + _text(45, unknown)  # model_type, byte_fallback, unk_piece
+    normalizer = _text(1, "identity") + _number(3, is_legacy_prefix) + _number(4, 0)  # no extra spaces removed
+    return message + _block(2, trainer) + _block(3, normalizer)
+
+
+def _adds_prefix(content: dict) -> int:
+    """Whether a text gets a space in front, by a `Prepend` normaliser or a `Metaspace` pre-tokenizer."""
+    normalizer, pre_tokenizer = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    prepends = any(part.get("type") == "Prepend" for part in parts)
+    return int(prepends or pre_tokenizer.get("prepend_scheme", "never") != "never")
+
+
+def _varint(value: int) -> bytes:
+    result = bytearray()
+    while value >= 0x80:
+        result.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*result, value])
+
+
+def _key(field: int, kind: int) -> bytes:
+    return _varint(field << 3 | kind)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _key(field, 0) + _varint(value)
+
+
+def _block(field: int, content: bytes) -> bytes:
+    return _key(field, 2) + _varint(len(content)) + content
+
+
+def _text(field: int, text: str) -> bytes:
+    return _block(field, text.encode("utf-8"))

@@ -1,0 +1,357 @@
+"""HF → original, for checkpoints that came from there, were trained since, or never were in that form."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conversion_cases import (
+    GOLDEN,
+    copy_original,
+    edit_json,
+    original_tensors,
+    random_original,
+    random_projector,
+    rewrite,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+
+from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.conversion import convert_hf_to_original, convert_original_to_hf
+from modeling_llava.conversion.originals import read_original
+from modeling_llava.conversion.vocabularies import sentencepiece_model
+
+
+TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
+HUB_TOWER = "openai/clip-vit-large-patch14-336"
+
+
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+    )
+
+
+def there_and_back(tmp_path, source, **options):
+    convert_original_to_hf(source, tmp_path / "hf", check=False, **options)
+    conversion = convert_hf_to_original(tmp_path / "hf", tmp_path / "back")
+    assert conversion.check.is_sound
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_round_trip_gives_back_projectors_of_any_depth(tmp_path, kind, model_type):
+    layers = 1 if kind == "linear" else int(kind[3])
+    (tmp_path / "source").mkdir()
+    source = random_original(
+        tmp_path / "source", model_type=model_type, projector_layers=layers, mm_projector_type=kind
+    )
+    if kind == "mlp1x_gelu":
+        rewrite(source, lambda t: {k.replace("mm_projector.", "mm_projector.0."): v for k, v in t.items()})
+    back = there_and_back(tmp_path, source)
+    assert equal(original_tensors(source), original_tensors(back))
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_round_trip_keeps_half_precision_and_mixed_types(tmp_path, dtype):
+    source = copy_original(tmp_path / "source")
+    rewrite(source, lambda t: {k: v if "mm_projector" in k else v.to(dtype) for k, v in t.items()}, "sharded")
+    assert equal(original_tensors(source), original_tensors(there_and_back(tmp_path, source)))
+
+
+def test_round_trip_of_a_trained_tower(tmp_path):
+    """Its weights lie in the checkpoint (`unfreeze_mm_vision_tower`), and go back there."""
+    source = copy_original(tmp_path / "source", unfreeze_mm_vision_tower=True)
+    prefix = "model.vision_tower.vision_tower."
+    trained = {prefix + key: value * 1.5 for key, value in load_file(TOWER / "model.safetensors").items()}
+    rewrite(source, lambda tensors: tensors | trained)
+    assert equal(original_tensors(source), original_tensors(there_and_back(tmp_path, source)))
+
+
+def test_round_trip_keeps_rows_beyond_the_tokenizer(tmp_path):
+    source = copy_original(tmp_path / "source", vocab_size=768)
+
+    def longer(tensors):
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = torch.cat([tensors[key], torch.randn(68, 64)])
+        return tensors
+
+    rewrite(source, longer)
+    assert equal(original_tensors(source), original_tensors(there_and_back(tmp_path, source)))
+
+
+@pytest.mark.parametrize("layer", [0, -3, 2])
+def test_round_trip_keeps_how_features_are_selected(tmp_path, layer):
+    source = copy_original(tmp_path / "s", mm_vision_select_layer=layer, mm_vision_select_feature="cls_patch")
+    back = there_and_back(tmp_path, source)
+    assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_named_tower_is_named_and_not_written(tmp_path):
+    source = copy_original(tmp_path / "source", mm_vision_tower=HUB_TOWER)
+    back = there_and_back(tmp_path, source, vision_tower=TOWER)
+    assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == HUB_TOWER
+    assert not list(back.glob("*/")) and not any("vision_tower" in key for key in original_tensors(back))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A HF folder as training leaves it: converted, changed, saved anew by stock transformers (no `original/`)."""
+
+    def make(change=lambda model: None, name="llava_v15_tiny", **config):
+        source = copy_original(tmp_path / "source", name, **config)
+        convert_original_to_hf(source, tmp_path / "hf", check=False, vision_tower=TOWER)
+        model = StockLlava.from_pretrained(tmp_path / "hf")
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(tmp_path / "trained")
+        LlavaProcessor.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "trained")
+        return tmp_path / "trained"
+
+    return make
+
+
+def check_back(folder, source, model_folder, changed: set[str]):
+    """What came back against the source: same keys, and only `changed` differ; they hold what the model has."""
+    before, after = original_tensors(source), original_tensors(folder)
+    assert before.keys() == after.keys()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == changed
+
+
+def test_trained_checkpoint_goes_back_with_its_own_weights(tmp_path, trained):
+    folder = trained(lambda model: model.lm_head.weight.mul_(1.1), mm_vision_tower=HUB_TOWER)
+    conversion = convert_hf_to_original(folder, tmp_path / "back")
+    assert conversion.check.is_sound
+    check_back(tmp_path / "back", tmp_path / "source", folder, {"lm_head.weight"})
+    before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("source", "back"))
+    assert before == after
+    # The tokenizer's files are made anew: stock transformers dropped tokenizer.model when it loaded and saved.
+    assert not (folder / "tokenizer.model").exists()
+    made = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
+    original = json.loads((tmp_path / "source/tokenizer_config.json").read_text())
+    assert {key: value for key, value in original.items() if key in made} == {
+        k: v for k, v in made.items() if k in original
+    }
+    assert "<image>" not in json.dumps(made)
+
+
+def test_linear_projector_saved_by_stock_transformers_is_recognised(tmp_path, trained):
+    folder = trained(lambda model: model.model.multi_modal_projector.linear_1.weight.mul_(2), name="llava_v1_tiny")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("projector_num_layers", None)  # a field of ours
+    (folder / "config.json").write_text(json.dumps(config))
+    convert_hf_to_original(folder, tmp_path / "back")
+    check_back(tmp_path / "back", tmp_path / "source", folder, {"model.mm_projector.weight"})
+
+
+@pytest.mark.parametrize("change", ["weight", "bias"])
+def test_almost_an_identity_is_not_taken_for_one(tmp_path, trained, change):
+    def bend(model):
+        layer = model.model.multi_modal_projector.linear_2
+        (layer.weight if change == "weight" else layer.bias).view(-1)[1] = 1e-6
+
+    folder = trained(bend, name="llava_v1_tiny")
+    edit_json(folder / "config.json", projector_num_layers=2)
+    with pytest.raises(ValueError, match="projector of 2 layers with activation 'linear'"):
+        convert_hf_to_original(folder, tmp_path / "back")
+    edit_json(folder / "config.json", projector_num_layers=1)
+    with pytest.raises(ValueError, match="linear_2 is not the identity"):
+        convert_hf_to_original(folder, tmp_path / "back")
+
+
+def test_tower_that_was_trained_since_is_written_inside(tmp_path, trained):
+    folder = trained(lambda model: model.model.vision_tower.pre_layrnorm.weight.mul_(1.2), mm_vision_tower=HUB_TOWER)
+    conversion = convert_hf_to_original(folder, tmp_path / "back")
+    assert any("was trained and is no longer openai/" in note for note in conversion.notes)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert config["unfreeze_mm_vision_tower"] is True and config["mm_vision_tower"] == HUB_TOWER
+    key = "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"
+    expected = load_file(TOWER / "model.safetensors")["vision_model.pre_layrnorm.weight"] * 1.2
+    assert torch.equal(original_tensors(tmp_path / "back")[key], expected)
+    assert read_original(tmp_path / "back", vision_tower=TOWER).tower_inside
+
+
+@pytest.fixture
+def composed(tmp_path):
+    """A HF folder that never was an original: no record, no `original/`."""
+    source = copy_original(tmp_path / "source")
+    convert_original_to_hf(source, tmp_path / "hf", check=False)
+    shutil.rmtree(tmp_path / "hf/original")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    del config["original_checkpoint"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    return tmp_path / "hf"
+
+
+def test_checkpoint_that_never_was_an_original_becomes_one(tmp_path, composed):
+    conversion = convert_hf_to_original(composed, tmp_path / "back")
+    assert conversion.check.is_sound and any("vision tower lies in" in note for note in conversion.notes)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    expected = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": "vision_tower",
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
+        "vocab_size": 700,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+    }
+    assert {key: config.get(key) for key in expected} == expected
+    assert "rope_parameters" not in config and "text_config" not in config
+    assert equal(original_tensors(tmp_path / "source"), original_tensors(tmp_path / "back"))
+    tower = load_file(tmp_path / "back/vision_tower/model.safetensors")
+    assert equal(tower, load_file(TOWER / "model.safetensors"))
+    again = convert_original_to_hf(tmp_path / "back", tmp_path / "again")
+    assert again.check.is_stock_ready
+    assert equal(original_tensors(composed), original_tensors(tmp_path / "again"))
+
+
+def test_name_of_an_unchanged_tower_can_be_given(tmp_path, composed):
+    convert_hf_to_original(composed, tmp_path / "back", vision_tower=HUB_TOWER)
+    assert json.loads((tmp_path / "back/config.json").read_text())["mm_vision_tower"] == HUB_TOWER
+    assert not (tmp_path / "back/vision_tower").exists()
+
+
+def test_tokenizer_reads_as_before(tmp_path, composed):
+    """The slow files that are written give the ids of the golden prompts, read again by our loader."""
+    convert_hf_to_original(composed, tmp_path / "back")
+    from modeling_llava.tokenization_llava import load_tokenizer
+
+    tokenizer = load_tokenizer(tmp_path / "back")
+    assert len(tokenizer) == 700 and tokenizer.pad_token == "<unk>"
+    for case in json.loads((GOLDEN / "llava_v15_tiny/expected.json").read_text("utf-8")):
+        before, _ = case["prompt"].split("<image>")
+        ids = case["input_ids"]
+        assert tokenizer(before).input_ids == ids[: ids.index(-200)]
+
+
+@pytest.mark.parametrize("name", ["tiny_spm.model", "tiny_spm_ws.model"])
+def test_sentencepiece_model_made_from_json_gives_the_same_ids(tmp_path, name):
+    from sentencepiece import SentencePieceProcessor
+
+    from modeling_llava.tokenization_llava import load_tokenizer
+
+    load_tokenizer(GOLDEN / name).save_pretrained(tmp_path)
+    (tmp_path / "made.model").write_bytes(sentencepiece_model(tmp_path / "tokenizer.json"))
+    exact = SentencePieceProcessor(model_file=str(GOLDEN / name))
+    made = SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
+    assert made.get_piece_size() == exact.get_piece_size()
+    for i in range(exact.get_piece_size()):
+        assert made.id_to_piece(i) == exact.id_to_piece(i)
+        assert [made.is_control(i), made.is_unknown(i), made.is_byte(i)] == [
+            exact.is_control(i),
+            exact.is_unknown(i),
+            exact.is_byte(i),
+        ]
+    conversations = json.loads(
+        (GOLDEN / ("masks_tiny_ws.json" if "ws" in name else "masks_tiny.json")).read_text("utf-8")
+    )
+    texts = [text for text in _strings(conversations) if text]
+    assert len(texts) > 50
+    for text in texts:
+        assert made.encode(text) == exact.encode(text), text
+
+
+def _strings(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in items for text in _strings(item)]
+
+
+def test_token_that_was_added_after_the_conversion_is_kept(tmp_path, trained):
+    folder = trained(mm_vision_tower=HUB_TOWER)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<box>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    convert_hf_to_original(folder, tmp_path / "back")
+    assert original_tensors(tmp_path / "back")["lm_head.weight"].shape[0] == 702  # 700, the image token, <box>
+    added = json.loads((tmp_path / "back/tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert added["701"]["content"] == "<box>"
+
+
+def test_projector_without_bias_gets_zeros(tmp_path, composed):
+    tensors = load_file(composed / "model.safetensors")
+    tensors = {k: v for k, v in tensors.items() if not (k.startswith("multi_modal_projector") and k.endswith("bias"))}
+    save_file(tensors, composed / "model.safetensors", metadata={"format": "pt"})
+    edit_json(composed / "config.json", multimodal_projector_bias=False)
+    conversion = convert_hf_to_original(composed, tmp_path / "back")
+    assert conversion.check.is_sound
+    assert not original_tensors(tmp_path / "back")["model.mm_projector.0.bias"].any()
+
+
+@pytest.mark.parametrize("layout", ["stock 5", "in memory"])
+def test_other_spellings_of_hf_keys_are_read(tmp_path, composed, layout):
+    """transformers 5 saves a tower that it made without `vision_model.`; some tools save the names in memory."""
+    tensors = load_file(composed / "model.safetensors")
+
+    def rename(key):
+        if layout == "stock 5":
+            return key.replace("vision_tower.vision_model.", "vision_tower.")
+        key = key.replace("language_model.model.", "model.language_model.").replace(
+            "language_model.lm_head", "lm_head"
+        )
+        return f"model.{key}" if key.startswith(("vision_tower", "multi_modal")) else key
+
+    save_file({rename(k): v for k, v in tensors.items()}, composed / "model.safetensors", metadata={"format": "pt"})
+    convert_hf_to_original(composed, tmp_path / "back")
+    assert equal(original_tensors(tmp_path / "source"), original_tensors(tmp_path / "back"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vision_feature_layer": [-2, -1]}, "features of several layers"),
+        ({"projector_hidden_act": "relu"}, "activation 'relu'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
+        ({"model_type": "llava_next"}, "no HF LLaVA"),
+    ],
+)
+def test_what_the_original_has_no_form_for_is_said(tmp_path, composed, fields, message):
+    if "vision_feature_layer" in fields:
+        tensors = load_file(composed / "model.safetensors")
+        tensors["multi_modal_projector.linear_1.weight"] = torch.randn(64, 64)
+        save_file(tensors, composed / "model.safetensors", metadata={"format": "pt"})
+    edit_json(composed / "config.json", **fields)
+    with pytest.raises(ValueError, match=message):
+        convert_hf_to_original(composed, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_adapter_is_sent_to_merge(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter. Fold it into its model first: llava merge"):
+        convert_hf_to_original(tmp_path / "adapter", tmp_path / "back")
+
+
+def test_missing_and_unknown_tensors_are_listed(tmp_path, composed):
+    tensors = load_file(composed / "model.safetensors")
+    tensors["language_model.extra"] = tensors.pop("language_model.model.norm.weight")
+    save_file(tensors, composed / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"1 missing: 'language_model\.model\.norm\.weight'.*1 not known: 'language_model\.extra'"
+    ):
+        convert_hf_to_original(composed, tmp_path / "back")
+
+
+def test_our_own_deep_projector_goes_back(tmp_path):
+    """A checkpoint with three layers, trained and saved by our class."""
+    (tmp_path / "source").mkdir()
+    convert_original_to_hf(random_original(tmp_path / "source", projector_layers=3), tmp_path / "hf", check=False)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "saved")
+    LlavaProcessor.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
+    convert_hf_to_original(tmp_path / "saved", tmp_path / "back")
+    back = original_tensors(tmp_path / "back")
+    assert all(torch.equal(back[key], value) for key, value in random_projector(3).items())

@@ -1,0 +1,485 @@
+"""Original → HF beyond the golden five: other files, language models, projectors, towers, vocabularies; and bad input."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from conversion_cases import (
+    GOLDEN,
+    REMOVED,
+    copy_original,
+    edit_json,
+    golden_arguments,
+    original_tensors,
+    random_language_model,
+    random_original,
+    random_projector,
+    rewrite,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, GenerationConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+
+from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.conversion import convert_original_to_hf
+from modeling_llava.conversion.originals import read_original
+
+
+TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
+
+
+@pytest.fixture(scope="module")
+def golden_hf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "out"
+    convert_original_to_hf(GOLDEN / "llava_v15_tiny", folder, check=False)
+    return folder
+
+
+def same(first, second) -> bool:
+    first, second = original_tensors(first), original_tensors(second)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Forms
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded"])
+def test_every_kind_of_file_gives_the_same_checkpoint(tmp_path, golden_hf, form):
+    source = copy_original(tmp_path / "source")
+    rewrite(source, lambda tensors: tensors, form)
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    assert same(tmp_path / "out", golden_hf)
+
+
+def test_small_shards_hold_the_same_checkpoint(tmp_path, golden_hf):
+    convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", max_shard_size="100KB", check=False)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 4 and same(tmp_path / "out", golden_hf)
+    largest = max(tensor.nbytes for tensor in original_tensors(golden_hf).values())
+    assert max(path.stat().st_size for path in shards) < max(100_000, largest) + 10_000  # and a header
+    StockLlava.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "projector"])
+def test_what_it_is_is_not_read_from_the_folders_name(tmp_path, name):
+    """Folders named against their content: the kind comes from the files."""
+    misleading = {"full": "llava-lora-delta", "lora": "llava-7b-full", "projector": "my-lora"}[name]
+    arguments = golden_arguments({"full": "llava_v15_tiny"}.get(name, f"llava_v15_tiny_{name}"))
+    shutil.copytree(arguments["source"], tmp_path / misleading)
+    original = read_original(tmp_path / misleading, arguments.get("base"), TOWER)
+    assert original.kind == name
+
+
+def test_path_of_a_projector_file_is_enough(tmp_path):
+    arguments = golden_arguments("llava_v15_tiny_projector")
+    original = read_original(arguments["source"] / "mm_projector.bin", arguments["base"])
+    assert original.kind == "projector"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_rounds_every_tensor_and_stands_in_the_configuration(tmp_path, golden_hf, dtype):
+    conversion = convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", dtype=dtype)
+    assert conversion.check.is_stock_ready
+    exact, rounded = original_tensors(golden_hf), original_tensors(tmp_path / "out")
+    kind = getattr(torch, dtype)
+    assert all(torch.equal(rounded[key], value.to(kind)) for key, value in exact.items())
+    assert StockLlava.from_pretrained(tmp_path / "out").dtype == kind
+
+
+# Language models
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_language_model_with_grouped_queries_computes_the_same(tmp_path, model_type):
+    (tmp_path / "source").mkdir()
+    source = random_original(tmp_path / "source", model_type=model_type)
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_stock_ready, str(conversion.check)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert model.config.text_config.model_type == model_type
+    reference = random_language_model(model_type=model_type)
+    ids = torch.randint(0, 700, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits[..., :700], reference(input_ids=ids).logits, atol=1e-4)
+
+
+def test_mistral_is_asked_as_the_original_asks_it(tmp_path):
+    """The original's `mistral_instruct`: LLaMA-2's format without a system message."""
+    (tmp_path / "source").mkdir()
+    convert_original_to_hf(random_original(tmp_path / "source", model_type="mistral"), tmp_path / "out", check=False)
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == "[INST] <image>\nWhy? [/INST]"
+    convert_original_to_hf(tmp_path / "source", tmp_path / "chatml", chat_template="chatml", check=False)
+    chatml = LlavaProcessor.from_pretrained(tmp_path / "chatml")
+    assert "<|im_start|>" in chatml.apply_chat_template(messages)
+
+
+def test_scaled_rotary_positions_are_kept(tmp_path):
+    source = copy_original(tmp_path / "source", rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5000.0)
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_stock_ready
+    rope = LlavaConfig.from_pretrained(tmp_path / "out").text_config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 2.0, 5000.0)
+
+
+def test_tied_head_stays_tied(tmp_path):
+    source = copy_original(tmp_path / "source", tie_word_embeddings=True)
+    rewrite(source, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_stock_ready, str(conversion.check)
+    model = StockLlava.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_buffers_of_old_versions_are_left_out(tmp_path, golden_hf):
+    source = copy_original(tmp_path / "source")
+    rewrite(
+        source,
+        lambda tensors: {
+            **tensors,
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+            "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        },
+    )
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    assert same(tmp_path / "out", golden_hf)
+
+
+# Projectors
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
+def test_projector_of_any_depth_computes_what_the_originals_did(tmp_path, kind):
+    layers = 1 if kind == "linear" else int(kind[3])
+    (tmp_path / "source").mkdir()
+    source = random_original(tmp_path / "source", projector_layers=layers, mm_projector_type=kind)
+    tensors = random_projector(layers)
+    if kind == "mlp1x_gelu":  # the original's nn.Sequential of one
+        rewrite(source, lambda t: {k.replace("mm_projector.", "mm_projector.0."): v for k, v in t.items()})
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_sound
+
+    features = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    linears = [torch.nn.Linear(*tensors[k].shape[::-1]) for k in tensors if k.endswith("weight")]
+    for linear, (weight, bias) in zip(linears, zip(*[iter(tensors.values())] * 2, strict=True), strict=True):
+        linear.weight.data, linear.bias.data = weight, bias
+    modules = [linears[0]]
+    for linear in linears[1:]:
+        modules += [torch.nn.GELU(), linear]
+    expected = torch.nn.Sequential(*modules)(features)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert torch.allclose(model.model.multi_modal_projector(features), expected, atol=1e-5)
+    assert model.config.projector_num_layers == layers
+    if layers <= 2:
+        assert conversion.check.is_stock_ready
+        stock = StockLlava.from_pretrained(tmp_path / "out")
+        assert torch.allclose(stock.model.multi_modal_projector(features), expected, atol=1e-5)
+    else:
+        assert not conversion.check.is_stock_ready
+        assert f"{layers} layers" in conversion.check.failures()
+        assert any("this package loads, trains and runs" in note for note in conversion.notes)
+
+
+def test_projector_of_an_unknown_kind_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source", mm_projector_type="qformer")
+    with pytest.raises(ValueError, match="'qformer' is not known; converted are 'linear' and 'mlpNx_gelu'"):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+# Vision towers
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, 0, 3])
+@pytest.mark.parametrize(("feature", "tokens"), [("patch", 9), ("cls_patch", 10)])
+def test_selected_features_are_the_originals(tmp_path, layer, feature, tokens):
+    source = copy_original(tmp_path / "s", mm_vision_select_layer=layer, mm_vision_select_feature=feature)
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    model = StockLlava.from_pretrained(tmp_path / "out")
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    assert processor.num_image_tokens == model.config.image_seq_length == tokens
+    pixels = processor.image_processor(Image.new("RGB", (50, 30), (200, 30, 90)), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        states = CLIPVisionModel.from_pretrained(TOWER)(pixels, output_hidden_states=True).hidden_states[layer]
+        expected = model.model.multi_modal_projector(states[:, 1:] if feature == "patch" else states)
+        assert torch.equal(model.get_image_features(pixels).pooler_output[0], expected[0])
+
+
+def test_layer_that_the_tower_does_not_have_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source", mm_vision_select_layer=-5)
+    with pytest.raises(ValueError, match="mm_vision_select_layer is -5, but the tower .* has 4 hidden states"):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+def test_tower_that_was_trained_is_taken_from_the_checkpoint(tmp_path, golden_hf):
+    source = copy_original(tmp_path / "source", unfreeze_mm_vision_tower=True)
+    prefix = "model.vision_tower.vision_tower."
+    trained = {prefix + key: value * 1.5 for key, value in load_file(TOWER / "model.safetensors").items()}
+    rewrite(source, lambda tensors: tensors | trained)
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_stock_ready
+    out = original_tensors(tmp_path / "out")
+    for key, value in trained.items():
+        assert torch.equal(out["vision_tower." + key.removeprefix(prefix)], value)
+
+
+def make_tower(folder, form):
+    """The golden tower as CLIP's pair (text side included), with its buffer, or as transformers 5 saves one it made."""
+    shutil.copytree(TOWER, folder)
+    tensors = load_file(TOWER / "model.safetensors")
+    if form == "pair":
+        vision = json.loads((TOWER / "config.json").read_text("utf-8"))
+        text = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 9,
+        }
+        config = CLIPConfig(vision_config=vision, text_config={**text, "eos_token_id": 2}, projection_dim=16)
+        pair = CLIPModel(config).state_dict()
+        assert any(key.startswith("text_model.") for key in pair) and "visual_projection.weight" in pair
+        tensors = {key: value for key, value in pair.items() if not key.startswith("vision_model.")} | tensors
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
+        config.save_pretrained(folder)
+    elif form == "bare":
+        tensors = {key.removeprefix("vision_model."): value for key, value in tensors.items()}
+    (folder / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["pair", "bare", "bin"])
+def test_tower_of_any_form_is_read(tmp_path, golden_hf, form):
+    source = copy_original(tmp_path / "source", mm_vision_tower="openai/clip-vit-large-patch14-336")
+    tower = make_tower(tmp_path / "tower", form)
+    conversion = convert_original_to_hf(source, tmp_path / "out", vision_tower=tower)
+    assert conversion.check.is_stock_ready
+    assert same(tmp_path / "out", golden_hf)
+
+
+def test_tower_that_cannot_be_found_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = copy_original(tmp_path / "source", mm_vision_tower="openai/clip-vit-of-nowhere")
+    with pytest.raises(OSError, match="vision tower 'openai/clip-vit-of-nowhere' is not a folder.*--vision-tower"):
+        convert_original_to_hf(source, tmp_path / "out")
+    with pytest.raises(OSError, match="vision tower '/no/such/tower' is not a folder"):
+        convert_original_to_hf(source, tmp_path / "out", vision_tower="/no/such/tower")
+
+
+def test_tower_of_another_width_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    config = json.loads((TOWER / "config.json").read_text("utf-8"))
+    wide = CLIPVisionModel(CLIPVisionModel.config_class(**{**config, "hidden_size": 48}))
+    wide.save_pretrained(tmp_path / "wide")
+    shutil.copyfile(TOWER / "preprocessor_config.json", tmp_path / "wide/preprocessor_config.json")
+    message = r"gives 48 features per patch.*'model\.mm_projector\.0\.weight' of .*model\.safetensors takes 32.*--vision-tower"
+    with pytest.raises(ValueError, match=message):
+        convert_original_to_hf(source, tmp_path / "out", vision_tower=tmp_path / "wide")
+
+
+def test_tower_whose_weights_do_not_fit_its_configuration_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    edit_json(source / "vision_tower/config.json", image_size=56)
+    with pytest.raises(
+        ValueError, match=r"position_embedding\.weight' of .*vision_tower.* is \[10, 32\].*asks for \[17, 32\]"
+    ):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+def test_tower_and_preprocessor_of_different_sizes_are_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    edit_json(source / "vision_tower/preprocessor_config.json", crop_size={"height": 28, "width": 28})
+    with pytest.raises(ValueError, match="takes images of 42 pixels .* makes them 28x28"):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+def test_tower_that_is_no_clip_is_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    edit_json(source / "vision_tower/config.json", model_type="siglip_vision_model")
+    with pytest.raises(ValueError, match="is a 'siglip_vision_model'; the original's towers are CLIP's"):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("ratio", "pads"), [("pad", True), ("square", False), (None, False), (REMOVED, False)])
+def test_image_aspect_ratio_decides_about_padding(tmp_path, ratio, pads):
+    source = copy_original(tmp_path / "source", image_aspect_ratio=ratio)
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    assert LlavaProcessor.from_pretrained(tmp_path / "out").image_processor.do_pad is pads
+
+
+# Vocabularies
+
+
+def test_new_rows_are_the_mean_and_fill_up_to_64(golden_hf):
+    old = original_tensors(GOLDEN / "llava_v15_tiny")["model.embed_tokens.weight"]
+    new = original_tensors(golden_hf)["language_model.model.embed_tokens.weight"]
+    assert new.shape == (704, 64) and torch.equal(new[:700], old)
+    assert torch.equal(new[700:], old.double().mean(0).float().expand(4, 64))
+
+
+def test_rows_that_are_there_already_are_not_touched(tmp_path):
+    """A vocabulary that is longer than the tokenizer has room for the image token."""
+    source = copy_original(tmp_path / "source", vocab_size=768)
+
+    def longer(tensors):
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = torch.cat([tensors[key], torch.randn(68, 64)])
+        return tensors
+
+    rewrite(source, longer)
+    conversion = convert_original_to_hf(source, tmp_path / "out")
+    assert conversion.check.is_stock_ready, str(conversion.check)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        before, after = original_tensors(source)[key], original_tensors(tmp_path / "out")[f"language_model.{key}"]
+        assert torch.equal(before, after)
+    config = LlavaConfig.from_pretrained(tmp_path / "out")
+    assert config.image_token_id == 700 and config.text_config.vocab_size == 768
+
+
+@pytest.mark.parametrize("rows", ["all", "new"])
+def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
+    """`mm_use_im_start_end` in stage 1: the original saves the embedding (or its new rows) beside the projector."""
+    arguments = golden_arguments("llava_v15_tiny_projector")
+    source = tmp_path / "projector"
+    shutil.copytree(arguments["source"], source)
+    edit_json(source / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True, mm_vision_tower=str(TOWER))
+    base = original_tensors(arguments["base"])["model.embed_tokens.weight"]
+    patch, trained = torch.randn(1, 64), torch.randn(2, 64)
+    embedding = torch.cat([base, patch, trained]) if rows == "all" else trained
+    torch.save(
+        torch.load(source / "mm_projector.bin", weights_only=True) | {"model.embed_tokens.weight": embedding},
+        source / "mm_projector.bin",
+    )
+    conversion = convert_original_to_hf(source, tmp_path / "out", base=arguments["base"])
+    assert conversion.check.is_stock_ready, str(conversion.check)
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    ids = processor.tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>", "<image>"])
+    assert ids == [700, 701, 702, 703]
+    new = original_tensors(tmp_path / "out")["language_model.model.embed_tokens.weight"]
+    assert torch.equal(new[:700], base) and torch.equal(new[701:703], trained)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    assert "USER: <im_start><image><im_end>\nWhy? ASSISTANT:" in processor.apply_chat_template(
+        messages, add_generation_prompt=True
+    )
+
+
+def test_tokenizer_that_is_not_legacy_gives_the_originals_ids(tmp_path):
+    """The original tokenizes the text after an image on its own, with SentencePiece's space in front of it."""
+    from sentencepiece import SentencePieceProcessor
+
+    source = copy_original(tmp_path / "source")
+    edit_json(source / "tokenizer_config.json", legacy=False)
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the kettle?"}]}
+    ]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    case = json.loads((GOLDEN / "llava_v15_tiny/expected.json").read_text("utf-8"))[0]
+    before, after = case["prompt"].split("<image>")
+    pieces = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    expected = [1, *pieces.encode(before), processor.image_token_id, *pieces.encode(after)]
+    assert processor.tokenizer(prompt).input_ids == expected
+
+
+def test_generation_settings_are_taken_over(tmp_path):
+    source = copy_original(tmp_path / "source")
+    (source / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6})
+    )
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (config.eos_token_id, config.pad_token_id, config.max_length) == (2, 0, 4096)
+    assert not config.do_sample and config.temperature in (None, 1.0)
+
+
+# Bad input
+
+
+def test_base_is_asked_for(tmp_path):
+    for name, what in (
+        ("lora", r"a LoRA adapter.*--base \(it names 'language_model'\)"),
+        ("projector", "a projector alone.*--base"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            convert_original_to_hf(golden_arguments(f"llava_v15_tiny_{name}")["source"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llava_v15_tiny_lora", "llava_v15_tiny_projector", "llava_v1_tiny_delta"])
+def test_wrong_base_is_one_clear_error_that_names_file_and_tensor(tmp_path, name):
+    base = random_language_model(hidden=48, heads=4, kv_heads=4)
+    base.save_pretrained(tmp_path / "base")
+    arguments = {**golden_arguments(name), "base": tmp_path / "base"}
+    with pytest.raises(ValueError, match=r"'model\.\S+weight' of \S+base/model\.safetensors .*Is --base") as error:
+        convert_original_to_hf(output=tmp_path / "out", vision_tower=TOWER, **arguments)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_base_in_the_hf_form_is_refused(tmp_path, golden_hf):
+    arguments = golden_arguments("llava_v15_tiny_lora") | {"base": golden_hf}
+    with pytest.raises(ValueError, match="base .* is in the HF form"):
+        convert_original_to_hf(output=tmp_path / "out", **arguments)
+
+
+def test_delta_without_its_base_is_suspected(tmp_path, caplog):
+    source = copy_original(tmp_path / "source")
+    rewrite(source, lambda tensors: {key: value * 0.01 for key, value in tensors.items()})
+    with caplog.at_level(logging.WARNING):
+        convert_original_to_hf(source, tmp_path / "out", check=False)
+    assert "looks like a delta" in caplog.text and "--base" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'. Converted are LLaVAs on LLaMA and Mistral"),
+        ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+        ({"mm_vision_select_feature": "cls"}, "known are 'patch' and 'cls_patch'"),
+        (
+            {"mm_vision_tower": REMOVED, "mm_projector_type": REMOVED, "mm_hidden_size": REMOVED},
+            "is no LLaVA: its config.json has no mm_vision_tower",
+        ),
+        ({"num_hidden_layers": 3}, r"9 missing: 'model\.layers\.2\.self_attn\.q_proj\.weight' \[64, 64\]"),
+        ({"num_hidden_layers": 1}, r"9 not known: 'model\.layers\.1\."),
+        (
+            {"intermediate_size": 128},
+            r"'model\.layers\.0\.mlp\.gate_proj\.weight' of .* is \[96, 64\], .* asks for \[128, 64\]",
+        ),
+    ],
+)
+def test_configuration_that_does_not_fit_is_one_clear_error(tmp_path, change, message):
+    source = copy_original(tmp_path / "source", **change)
+    with pytest.raises(ValueError, match=message):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
+def test_folder_without_weights_says_what_it_holds(tmp_path):
+    source = copy_original(tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no weights .*config.json"):
+        convert_original_to_hf(source, tmp_path / "out")
+    with pytest.raises(OSError, match="not a checkpoint: it has no config.json"):
+        convert_original_to_hf(source / "images", tmp_path / "out")
+    with pytest.raises(OSError, match="checkpoint 'nowhere' is not a folder"):
+        convert_original_to_hf("nowhere", tmp_path / "out")
+
+
+def test_hf_folder_is_recognised(tmp_path, golden_hf):
+    with pytest.raises(ValueError, match="in the HF form already.*--to original"):
+        convert_original_to_hf(golden_hf, tmp_path / "out")
+
+
+def test_integer_weights_are_refused(tmp_path):
+    source = copy_original(tmp_path / "source")
+    key = "model.layers.0.mlp.up_proj.weight"
+    rewrite(source, lambda tensors: tensors | {key: torch.ones(96, 64, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"quantised weights cannot be converted.*up_proj\.weight' of .* is int8"):
+        convert_original_to_hf(source, tmp_path / "out")
