@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--both-orders", action="store_true", help="judge each pair twice, with the answers swapped")
     judge.add_argument("--repeats", type=int, default=1, metavar="N", help="judge everything N times (default: 1)")
     judge.add_argument("--judge-temperature", type=float, default=0.2, metavar="T", help="default: %(default)s")
+    judge.add_argument(
+        "--review-tokens", type=int, default=1024, metavar="N", help="longest review (default: %(default)s)"
+    )
     add_endpoint_arguments(parser, "the endpoint")
 
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --references F, or --reference-model NAME to have them made.")
     questions = llava_bench.read_questions(args.questions, args.contexts, args.references)
     how = llava_bench.JudgeSettings(
-        read_rules(args.rules), args.both_orders, args.repeats, temperature=args.judge_temperature
+        read_rules(args.rules), args.both_orders, args.repeats, args.judge_temperature, args.review_tokens
     )
     for question in questions:  # a rule that is missing is found before the model is loaded
         rule_for(how.rules, question.category, question.has_boxes)

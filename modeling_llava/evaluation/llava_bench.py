@@ -160,12 +160,14 @@ class JudgeSettings:
             prefer one side. Published results have the reference first only.
         repeats (`int`): Judge everything so many times; the spread between them is reported.
         temperature (`float`): Of the judge; 0.2 as in the published evaluation.
+        max_tokens (`int`): Longest review, in the judge's tokens.
     """
 
     rules: dict
     both_orders: bool = False
     repeats: int = 1
     temperature: float = 0.2
+    max_tokens: int = 1024
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -238,6 +240,7 @@ def judge_answers(
                         rule,
                         temperature=how.temperature,
                         seed=repeat,
+                        max_tokens=how.max_tokens,
                     )
                 )
     asked = ask_all(

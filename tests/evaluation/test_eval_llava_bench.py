@@ -5,9 +5,11 @@ import re
 
 import pytest
 from fault_server import FaultServer
+from local_serve import Serve, smollm2_folder
 from tiny_predictor import picture
 
 from modeling_llava.cli.main import main
+from modeling_llava.evaluation.judge import parse_scores
 from modeling_llava.evaluation.llava_bench import ask_references, published_rows, read_questions
 from modeling_llava.evaluation.published import LLAVA_BENCH_COCO
 from modeling_llava.evaluation.results import read_results
@@ -207,6 +209,51 @@ def test_missing_image_is_said_before_the_model_is_loaded(bench, capsys, monkeyp
     (bench / "images/1.png").unlink()
     assert run_cli(bench, "no-such-model", bench / "out", "http://127.0.0.1:9/v1") == 2
     assert "1 of 2 images are not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_judge_is_a_real_language_model_behind_a_real_server(bench, model_folder, tmp_path, monkeypatch):
+    """
+    SmolLM2 with 135M parameters is no judge: where it is given an example it mostly repeats it, else it rambles. What it says
+    is of no interest here, only that what is reported is what it said.
+    """
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    asked = [
+        ("What animal is it?", "It is a dog."),
+        ("What color is the dog?", "The dog is brown."),
+        ("Why?", "It likes to."),
+    ]
+    rows = [
+        {"question_id": n, "image": "0.png", "text": text, "category": "conv" if n < 2 else "complex"}
+        for n, (text, _) in enumerate(asked)
+    ]
+    write_lines(bench / "questions.jsonl", rows)
+    write_lines(bench / "references.jsonl", [{"question_id": n, "text": text} for n, (_, text) in enumerate(asked)])
+    dog = {"category": "dog", "bbox": [0.1, 0.2, 0.5, 0.8]}
+    write_lines(
+        bench / "contexts.jsonl", [{"image": "0.png", "captions": ["A brown dog runs on grass."], "instances": [dog]}]
+    )
+    rules = {
+        "conv": "Score Assistant 1 and Assistant 2. Write two numbers between 1 and 10, separated by a blank. Write nothing "
+        "else. Do not explain. For example: 7 5",
+        "complex": "Which answer is better, and why? Explain at length.",
+    }
+    rules = {name: {"role": "Assistant", "prompt": prompt} for name, prompt in rules.items()}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    with Serve(smollm2_folder(tmp_path / "smollm2"), tmp_path / "serve.log") as server:
+        more = ["--rules", tmp_path / "rules.json", "--review-tokens", "8", "--judge-temperature", "0"]
+        more += ["--concurrency", "1", "--timeout", "400", "--patience", "400", "--judge", server.name]
+        assert run_cli(bench, model_folder, bench / "out", server.url, *more) == 0
+    results, rows = read_results(bench / "out")
+    counts = results["counts"]
+    assert counts["reviews"] == 3 == counts["reviews_with_scores"] + counts["reviews_without_scores"]
+    assert counts["reviews_with_scores"] >= 1 and results["judge"]["answered_by"]
+    for row in rows:
+        assert (row["out_of"], row["score"]) == (parse_scores(row["reviews"][0]["text"]) or (None, None))
+    scored = [row for row in rows if row["score"] is not None]
+    relative = 100 * sum(row["score"] for row in scored) / sum(row["out_of"] for row in scored)
+    assert results["scores"]["relative"]["value"] == pytest.approx(relative)
+    assert results["samples"]["scored"] == len(scored) and results["complete"] == (len(scored) == 3)
 
 
 def test_published_rows_go_by_score():
