@@ -95,6 +95,14 @@ def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
     return base
 
 
+def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> str | None:
+    """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
+    path = os.fspath(path)
+    adapter_config = find_adapter_config_file(path, revision=revision)
+    config_file = adapter_config or _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    return json.loads(Path(config_file).read_text("utf-8")).get("revision")
+
+
 def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
     """Whether the folder or Hub repository holds a processor of its own."""
     return _config_file(os.fspath(path), "processor_config.json", revision) is not None
@@ -193,7 +201,7 @@ def save_projector(
     model: PreTrainedModel,
     folder: str | os.PathLike,
     state_dict: dict[str, torch.Tensor] | None = None,
-    base: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """
     Write what a pretrain run trained: the projector and, if it was trained, the vision tower, under stock names.
@@ -205,8 +213,8 @@ def save_projector(
             Created if absent. `projector.safetensors` and `projector_config.json` are written.
         state_dict (`dict`, *optional*):
             The model's, if it had to be gathered from several processes.
-        base (`str`, *optional*):
-            The model to which the projector belongs; by default the one that was loaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit from which the model was loaded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +227,8 @@ def save_projector(
     }
     save_file(tensors, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
     config = {
-        "base_model_name_or_path": base or base_name_to_record(model),
+        "base_model_name_or_path": base_name_to_record(model),
+        "revision": revision,
         "components": components,
         "projector_hidden_act": model.config.projector_hidden_act,
         "vision_feature_layer": model.config.vision_feature_layer,
@@ -333,6 +342,7 @@ __all__ = [
     "UNQUANTISED_MODULES",
     "base_model_of",
     "base_name_to_record",
+    "base_revision_of",
     "checkpoint_kind",
     "component_of",
     "forbid_inference_packing",

@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from ..checkpoints import (
     base_model_of,
+    base_revision_of,
     checkpoint_kind,
     forbid_inference_packing,
     four_bit_config,
@@ -59,15 +60,16 @@ def load_model(
     """
     path = os.fspath(path)
     kind = checkpoint_kind(path, revision)
+    base_revision = None
     if adapter is not None:
         if kind != "full":
             held = "an adapter" if kind == "adapter" else "a projector"
             raise ValueError(f"{path} holds {held} already; adapter={os.fspath(adapter)} needs a full model under it.")
-        base, path, kind = path, os.fspath(adapter), "adapter"
+        base, base_revision, path, revision, kind = path, revision, os.fspath(adapter), None, "adapter"
         if checkpoint_kind(path) != "adapter":
             raise ValueError(f"adapter={path} is not an adapter folder: it has no adapter_config.json.")
-    elif kind != "full":
-        base = base or base_model_of(path, revision)
+    elif kind != "full" and base is None:
+        base, base_revision = base_model_of(path, revision), base_revision_of(path, revision)
 
     device = torch.device(device) if device is not None else default_device()
     settings = {"dtype": dtype, "device_map": {"": device}}
@@ -79,7 +81,7 @@ def load_model(
         settings["dtype"] = compute_dtype
 
     model = AutoModelForImageTextToText.from_pretrained(
-        base or path, revision=revision if base is None else None, **settings
+        base or path, revision=revision if base is None else base_revision, **settings
     )
     if kind == "adapter":
         load_adapter_for_inference(model, path, revision)

@@ -89,6 +89,7 @@ def add_adapter(model: PreTrainedModel, args: LlavaTrainingArguments):
         )
     peft_model = get_peft_model(model, config)
     config.base_model_name_or_path = base_name_to_record(model)
+    config.revision = args.model_revision
     prepare_adapter(peft_model, args)
     return peft_model
 
@@ -117,7 +118,7 @@ def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments
         theirs = getattr(config, name)
         if ours != theirs:
             logger.warning(f"{path} has {name}={theirs}, which stays; the recipe's {ours} is not used.")
-    config.base_model_name_or_path = base_name_to_record(model)
+    config.base_model_name_or_path = base_name_to_record(model)  # PEFT would write a relative path as it was given
     prepare_adapter(peft_model, args)
     return peft_model
 
@@ -135,9 +136,10 @@ def prepare_adapter(peft_model: nn.Module, args: LlavaTrainingArguments) -> None
             copy = module.modules_to_save[module.active_adapters[0]]
             for parameter in copy.parameters():
                 parameter.data = parameter.data.to(trained_dtype)
-            # The original under the copy never runs; CLIP ViT-L alone would hold 0.6 GB of device memory.
-            for parameter in module.original_module.parameters():
-                parameter.data = parameter.data.new_empty(0)
+            if not args.is_sharded:  # engines that cut parameters into shards cannot cut nothing
+                # The original under the copy never runs; CLIP ViT-L alone would hold 0.6 GB of device memory.
+                for parameter in module.original_module.parameters():
+                    parameter.data = parameter.data.new_empty(0)
     for parameter in peft_model.parameters():
         if parameter.requires_grad and parameter.dtype != trained_dtype:
             parameter.data = parameter.data.to(trained_dtype)
@@ -188,7 +190,7 @@ def merge_adapter(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from ..checkpoints import base_model_of, checkpoint_kind, has_processor, load_projector
+    from ..checkpoints import base_model_of, base_revision_of, checkpoint_kind, has_processor, load_projector
 
     kind = checkpoint_kind(adapter, revision)
     if kind == "full":
@@ -196,9 +198,10 @@ def merge_adapter(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder. Choose another one.")
+    base_revision = None if base else base_revision_of(adapter, revision)
     base = base or base_model_of(adapter, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, revision=base_revision)
     if is_quantised(model):
         raise ValueError(
             f"{base} holds 4-bit weights: merging into them would round away what was learned. Give the model in 16 "

@@ -1,6 +1,7 @@
 """`LlavaTrainingArguments`: every setting of a training run, checked, with one help text each. No I/O."""
 
 import logging
+import os
 import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -318,6 +319,25 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"{per_step // self.per_device_train_batch_size} device(s)). Change per_device_train_batch_size."
             )
         self.gradient_accumulation_steps = self.global_batch_size // per_step
+
+    def __getstate__(self):
+        # `training_args.bin` lies beside the weights and is uploaded with them: it must not hold a token.
+        def without_tokens(settings):
+            return {name: None if name.endswith("_token") else value for name, value in settings.items()}
+
+        state = without_tokens(self.__dict__)
+        return state | {name: without_tokens(state[name]) for name in ("_given", "_normalised") if name in state}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed cuts the parameters, as this run's settings or `accelerate launch` say."""
+        launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
+        return bool(self.fsdp or self.deepspeed) or "true" in [value.lower() for value in launched]
+
+    @property
+    def output_is_default(self) -> bool:
+        """Whether nobody said where to write."""
+        return self._given["output_dir"] is None
 
     @property
     def compute_dtype(self):

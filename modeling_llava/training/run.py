@@ -21,7 +21,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..checkpoints import base_model_of, checkpoint_kind, four_bit_config, has_processor, load_projector
+from ..checkpoints import (
+    base_model_of,
+    base_revision_of,
+    checkpoint_kind,
+    four_bit_config,
+    has_processor,
+    load_projector,
+)
 from .adapters import load_adapter
 from .arguments import LlavaTrainingArguments
 from .callbacks import LOSS_CURVE_NAME, LossCurveCallback, PreviewCallback
@@ -80,6 +87,8 @@ def train(
         FileNotFoundError: a path does not exist.
     """
     args = _arguments(recipe, overrides)
+    if args.output_is_default:
+        raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
     checkpoint = _checkpoint_to_resume(args)
     set_seed(args.seed)  # before the adapter's matrices are drawn
     model, processor = load_model_and_processor(args)
@@ -165,7 +174,8 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
                 f"model={args.model} is an adapter, but adapter=none. Set adapter=lora or qlora to train it further, "
                 "or make a full model of it first (llava merge)."
             )
-        adapter_path, base, revision = args.model, base_model_of(args.model, revision), None
+        adapter_path, base = args.model, base_model_of(args.model, revision)
+        revision = base_revision_of(args.model, revision)
 
     settings: dict[str, Any] = {"dtype": "auto", "revision": revision}
     if args.attn_implementation is not None:

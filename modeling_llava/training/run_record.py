@@ -1,17 +1,21 @@
 """What a run leaves beside its weights so that it can be repeated, and which checkpoint it can be resumed from."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -102,6 +106,34 @@ def _hash(source: str) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def disk_errors_explained(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Around the writing of a checkpoint: say what could not be written, and from where the run can go on.
+
+    Raises:
+        OSError: in place of what safetensors, torch and the system raise when a disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = " ".join(str(error).split())
+        # torch's writer raises a bare RuntimeError; what it says depends on the moment
+        signs = ("PytorchStreamWriter", "inline_container", "iostream")
+        if not isinstance(error, OSError | SafetensorError) and not any(sign in cause for sign in signs):
+            raise
+        folder = Path(folder)
+        complete = find_resumable_checkpoint(folder.parent)
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        kept = (
+            f"The last complete checkpoint is {complete.name}" if complete else "There is no complete checkpoint yet"
+        )
+        raise OSError(
+            f"{folder} could not be written: {cause}. {shutil.disk_usage(place).free / 2**30:.1f} GiB are free there. "
+            f"{kept}; make room (or set save_total_limit, save_steps) and give the same command again."
+        ) from error
+
+
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
     """All `checkpoint-N` folders of a run, whether complete or not, the newest first."""
     output_dir = Path(output_dir)
@@ -178,6 +210,7 @@ __all__ = [
     "RECIPE_NAME",
     "RUN_RECORD_NAME",
     "checkpoint_folders",
+    "disk_errors_explained",
     "find_resumable_checkpoint",
     "installed_versions",
     "record_data",

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..attention import VARLEN, packs_leak, use_varlen_attention
 from ..checkpoints import (
     PROJECTOR_CONFIG_NAME,
+    PROJECTOR_WEIGHTS_NAME,
     forbid_inference_packing,
     load_full_weights,
     load_projector,
@@ -30,7 +32,7 @@ from .arguments import LlavaTrainingArguments
 from .batches import arrange, data_seed, grouped_sampler, shares_by_itself
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
-from .run_record import write_run_record
+from .run_record import disk_errors_explained, write_run_record
 from .stages import optimizer_groups, set_dtypes, set_trainable
 
 
@@ -187,11 +189,20 @@ class LlavaTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
+        with disk_errors_explained(folder):
+            self._write_weights(folder, state_dict)
+            write_run_record(folder, self.args, self.data_record)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with disk_errors_explained(output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _write_weights(self, folder: Path, state_dict: dict | None) -> None:
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             # A finished checkpoint is one with this file, which is written last: none may be left from before.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         if self._saves_projector_only:
-            save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args.model_revision)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
@@ -204,7 +215,13 @@ class LlavaTrainer(Trainer):
                 _set_or_remove(config, "use_cache", in_training)
             if self.args.use_dora:
                 write_dora_keys_for_transformers(folder)
-        write_run_record(folder, self.args, self.data_record)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""
+        for name in (PROJECTOR_CONFIG_NAME, PROJECTOR_WEIGHTS_NAME):
+            if self._saves_projector_only and self.is_world_process_zero():
+                shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(self.args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def restore_result(self, checkpoint: str | os.PathLike) -> None:
         """Take over weights and state from the last checkpoint of a finished run, as if it had just ended."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from modeling_llava.training import train
 from modeling_llava.training.run_record import checkpoint_folders, find_resumable_checkpoint, why_incomplete
@@ -203,3 +204,25 @@ def test_resume_settings(settings, tmp_path, caplog):
     message = next(r.message for r in caplog.records if "other settings" in r.message)
     assert "learning_rate 0.001 → 0.0005" in message and "max_steps 2 → 3" in message
     assert "a_setting_of_another_version 1 → None" in message
+
+
+@pytest.mark.parametrize("limit", [100_000, 1_000_000], ids=["weights", "optimizer"])
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(settings, tmp_path, limit):
+    """No file can grow above the limit: of 0.85 MB weights, or of the 1.3 MB of the optimizer."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class DiskFills(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    settings |= {"save_steps": 1, "max_steps": 3, "optim": "adamw_torch"}
+    try:
+        with pytest.raises(OSError, match="checkpoint-2 could not be written.*complete checkpoint is checkpoint-1"):
+            train(settings, callbacks=[DiskFills()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert find_resumable_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    result = train(settings)
+    assert (result.resumed_from.name, result.global_step) == ("checkpoint-1", 3)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,7 +273,10 @@ class FakeHub:
         return SimpleNamespace(repo_id=name)
 
     def upload_folder(self, **kwargs):
-        self.uploaded.append(kwargs)
+        folder = Path(kwargs["folder_path"])
+        self.uploaded.append(
+            {**kwargs, "files": {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}}
+        )
         from concurrent.futures import Future
 
         future = Future()
@@ -287,11 +291,21 @@ def test_push_to_hub_is_passed_through(settings, kind, monkeypatch, quiet):
     hub = FakeHub()
     monkeypatch.setattr(trainer_module, "hf_api", lambda: hub)
     result = train(
-        {**settings, **kind, "push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True}, console=quiet
-    )
+        {
+            **settings, **kind, "push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True,
+            "hub_token": "hf_secret", "save_steps": 1,
+        },
+        console=quiet,
+    )  # fmt: skip
     assert hub.created[0][0] == "me/mine" and hub.created[0][1]["private"] is True
     assert {upload["repo_id"] for upload in hub.uploaded} == {"me/mine"}
     assert hub.uploaded[-1]["folder_path"] == str(result.output_dir)
+    weights = "adapter_model.safetensors" if "adapter" in kind else "projector.safetensors"
+    assert len(hub.uploaded) >= 2  # while it trains, and at the end
+    for upload in hub.uploaded:
+        assert upload["token"] == "hf_secret"
+        assert weights in upload["files"] and "processor_config.json" in upload["files"]
+        assert not any(b"hf_secret" in content for content in upload["files"].values())
 
 
 def test_types_can_be_chosen_and_weighted(settings, instructions):
@@ -332,6 +346,8 @@ def test_users_mistakes_are_one_clear_error(settings, tmp_path):
         train({**settings, "model": "./no/such/model"})
     with pytest.raises(ValueError, match="model is not set"):
         train({k: v for k, v in settings.items() if k != "model"})
+    with pytest.raises(ValueError, match="output_dir is not set"):
+        train({k: v for k, v in settings.items() if k != "output_dir"})
     with pytest.raises(ValueError, match="data is not set"):
         train({k: v for k, v in settings.items() if k != "data"})
     (tmp_path / "empty").mkdir()
