@@ -12,7 +12,10 @@ examples:
   llava convert llava-hf original --to original                            HF → original
   llava convert llava-hf gguf --to gguf --dtype q8_0                       HF → llama.cpp, Ollama
   llava convert --check llava-hf                                           is it a stock checkpoint?
+  llava convert --check llava-hf --against liuhaotian/llava-v1.5-7b        … and does it compute what this one does?
 """
+
+FORMS = {"hf": "the HF form", "original": "the original's form", "gguf": "llama.cpp's files"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", help="hf: a template in place of the one that the checkpoint's version implies"
     )
+    parser.add_argument(
+        "--class-token-last",
+        action="store_true",
+        help="gguf: for builds of llama.cpp since May 2025 that misplace CLIP's class token (its issue 25814)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at OUT")
-    parser.add_argument("--no-check", action="store_true", help="do not prove the result at the end")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not prove the result at the end (runs the model on one image: minutes for 7B on a CPU)",
+    )
     parser.add_argument("--check", action="store_true", help="only check that stock transformers can use the folder")
+    parser.add_argument("--against", help="with --check: the original whose logits the folder must give")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,20 +63,38 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         if args.output is not None:
             raise ValueError(f"--check looks at one folder and writes nothing: leave {args.output} out.")
-        report = check_stock_ready(args.source)
+        print(f"checking {args.source}: the model runs on one image (seconds; minutes for 7B on a CPU)")
+        report = check_stock_ready(
+            args.source,
+            reference=args.against,
+            base=args.base,
+            vision_tower=args.vision_tower,
+            logits=not args.no_check,
+        )
         print(report)
+        print("stock transformers runs it" if report.is_stock_ready else "stock transformers does not run it")
         return 0 if report.is_stock_ready else 1
+    if args.against is not None:
+        raise ValueError("--against goes with --check; a conversion compares with its source by itself.")
     if args.output is None:
         raise ValueError("where to? Give the folder to write: llava convert SRC OUT.")
     given = {"--base": args.base, "--chat-template": args.chat_template} if args.to != "hf" else {}
     if args.to == "gguf":
         given["--vision-tower"] = args.vision_tower
+    elif args.class_token_last:
+        given["--class-token-last"] = True
     unused = [name for name, value in given.items() if value is not None]
     if unused:
         raise ValueError(f"{' and '.join(unused)} has no effect with --to {args.to}: leave it out.")
+    print(
+        f"converting {args.source} to {FORMS[args.to]}: about as long as copying the files"
+        + ("" if args.no_check else ", then a check of the result (--no-check leaves it out)")
+    )
     common = {"check": not args.no_check, "overwrite": args.overwrite}
     if args.to == "gguf":
-        result = convert_hf_to_gguf(args.source, args.output, dtype=args.dtype or "f16", **common)
+        result = convert_hf_to_gguf(
+            args.source, args.output, dtype=args.dtype or "f16", class_token_last=args.class_token_last, **common
+        )
     elif args.to == "original":
         result = convert_hf_to_original(
             args.source,
@@ -91,4 +122,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"written: {result.output}")
     if args.to == "hf":
         print(f"next: llava chat {result.output}")
+    elif args.to == "gguf":
+        model, mmproj = (next(result.output.glob(f"{name}-*.gguf")) for name in ("model", "mmproj"))
+        print(f"next: llama-mtmd-cli -m {model} --mmproj {mmproj} --image PICTURE -p QUESTION")
     return 0 if result.check is None or result.check.is_sound else 1
