@@ -35,12 +35,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder with images/, captions.json, instruct.json")
     parser.add_argument("--out", type=Path, default=Path("real_pictures"))
-    parser.add_argument("--kill-at-step", type=int, default=120, help="optimizer step of stage 2 at which it is killed")
+    parser.add_argument(
+        "--kill-at-step", type=int, default=120, help="optimizer step of stage 2 at which it is killed"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of stage 2 to replace")
     args = parser.parse_args()
     photos = args.photos.resolve()
     if not (photos / "instruct.json").is_file():
-        sys.exit(f"{photos / 'instruct.json'} does not exist. Give the folder with images/, captions.json, instruct.json.")
+        sys.exit(
+            f"{photos / 'instruct.json'} does not exist. Give the folder with images/, captions.json, instruct.json."
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     os.chdir(args.out)
 

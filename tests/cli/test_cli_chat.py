@@ -81,7 +81,14 @@ def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_pat
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
     (tmp_path / "precious.md").write_text("mine")
     image = folder.parent / "1.png"
-    lines = ["/image nowhere.png", f"{tmp_path}/cut.jpg", "/nonsense", "/save", f"/save {tmp_path}/precious.md", "/retry"]
+    lines = [
+        "/image nowhere.png",
+        f"{tmp_path}/cut.jpg",
+        "/nonsense",
+        "/save",
+        f"/save {tmp_path}/precious.md",
+        "/retry",
+    ]
     code, out, err = script([*lines, "What is it?"], [folder, "--image", image, *ASK])
     assert code == 1 and out == [answer(model_and_processor, "What is it?", [picture(1)])]
     mistakes = [line for line in err.splitlines() if not line.startswith(("Loading", "Ready", "About", "8 tokens"))]

@@ -234,7 +234,15 @@ def test_what_is_a_picture_and_what_a_question(tmp_path):
     picture(1).save(tmp_path / "a.png")
     for line in (f"{tmp_path}/a.png", f"'{tmp_path}/a.png'", "/not/there.jpg", "https://example.org/x", r"C:\a\b.JPG"):
         assert are_pictures(line), line
-    for line in ("What is a.png?", "cat.jpg", "a cat", "/reset", "What is at https://example.org/x", "", "/etc/passwd"):
+    for line in (
+        "What is a.png?",
+        "cat.jpg",
+        "a cat",
+        "/reset",
+        "What is at https://example.org/x",
+        "",
+        "/etc/passwd",
+    ):
         assert not are_pictures(line), line
 
 
