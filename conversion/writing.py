@@ -293,9 +293,11 @@ class OutputFolder:
 
     @classmethod
     def _visible(cls, folder: Path) -> Iterator[Path]:
-        return (
-            (path for path in folder.iterdir() if path.name not in (cls._lock_name,)) if folder.is_dir() else iter(())
-        )
+        """What others see in a folder: without the lock, and without a journal that was being written at a kill."""
+        if not folder.is_dir():
+            return iter(())
+        own = (cls._lock_name, f"{JOURNAL}.tmp", f".{JOURNAL}.tmp")
+        return (path for path in folder.iterdir() if path.name not in own)
 
     @staticmethod
     def _read_journal(folder: Path) -> dict | None:

