@@ -43,7 +43,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="PATH", help="adapter to put on MODEL")
     parser.add_argument("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4 language model: 7B in about 5 GB")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"], help="of the weights (default: auto)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float16", "bfloat16", "float32"],
+        help="of the weights (default: auto)",
+    )
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu (default: the accelerator, if any)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
 
