@@ -288,6 +288,7 @@ def _draw(row: Row, logits: torch.Tensor, settings: DecodingSettings) -> int:
     return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=row.generator))
 
 
+@torch.inference_mode()
 def _remove_finished(active: list[Row], cache: RowCache) -> None:
     for index in reversed(range(len(active))):
         row = active[index]

@@ -453,6 +453,19 @@ def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
     assert all(answer.num_tokens == 30 for answer in answers if answer.finish_reason == "length")
 
 
+def test_benchmark_row_that_ends_before_the_others_makes_room(model, processor):
+    """The last row moves into its place; the others go on as if nothing had been."""
+    samples = samples_of([([seed], QUESTIONS[seed]) for seed in range(4)])
+    predictor = LlavaPredictor(model, processor)
+    free = {answer.id: answer.text for answer in predictor.answer_many(samples, max_new_tokens=30)}
+    early, others = free["s0"], [free[f"s{number}"] for number in (1, 2, 3)]
+    stops = [early[i : i + n] for n in (1, 2, 3, 4) for i in range(len(early) // 2)]
+    stop = next(stop for stop in stops if stop.strip() == stop and not any(stop in other for other in others))
+    answers = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30, stop_strings=(stop,))}
+    assert [answers[f"s{number}"].finish_reason for number in range(4)] == ["stop", "length", "length", "length"]
+    assert {name: answers[name].text for name in ("s1", "s2", "s3")} == {name: free[name] for name in ("s1", "s2", "s3")}
+
+
 def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
     predictor = LlavaPredictor(model, processor)
     good = samples_of([([1], "a")])[0]
