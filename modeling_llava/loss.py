@@ -8,7 +8,7 @@ gradient is computed in the forward pass, while its logits exist: nothing is kep
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear, pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from .constants import IGNORE_INDEX
@@ -50,10 +50,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if needs_bias else None
 
+        # One chunk's logits in the dtype of the arithmetic and in float32, written anew for each chunk: [chunk, vocabulary]
+        products = hidden.new_empty(min(chunk_rows, hidden.shape[0]), vocabulary)
+        exact = products if compute_dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows, None]
-            logits = linear(rows, head, head_bias).float()  # [chunk, vocabulary]; from here on changed in place
+            product, logits = products[: len(rows)], exact[: len(rows)]
+            if head_bias is None:
+                torch.mm(rows, head.t(), out=product)
+            else:
+                torch.addmm(head_bias, rows, head.t(), out=product)
+            if exact is not products:
+                logits.copy_(product)
             at_target = logits.gather(1, target)
             highest = logits.amax(dim=1, keepdim=True)
             mean = logits.mean(dim=1, keepdim=True) if label_smoothing else None
@@ -73,7 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits.sub_(label_smoothing / vocabulary)
             if needs_bias:
                 grad_bias += grad_logits.sum(dim=0)
-            grad_logits = grad_logits.to(compute_dtype)
+            if exact is not products:
+                grad_logits = product.copy_(grad_logits)
             if needs_hidden:
                 torch.mm(grad_logits, head, out=grad_hidden[start : start + chunk_rows])
             if needs_weight:

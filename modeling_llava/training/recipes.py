@@ -8,18 +8,19 @@ Recipes: flat YAML files whose keys are the fields of [`LlavaTrainingArguments`]
 Later wins: base, then the recipe, then `key=value` from the command line.
 """
 
+import ast
 import difflib
+import functools
+import importlib.util
 import os
-import types
-import typing
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .arguments import LlavaTrainingArguments
+
+if TYPE_CHECKING:
+    from .arguments import LlavaTrainingArguments
 
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -69,8 +70,10 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
     return settings
 
 
-def parse_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> LlavaTrainingArguments:
+def parse_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> "LlavaTrainingArguments":
     """[`read_recipe`], then [`LlavaTrainingArguments`]."""
+    from .arguments import LlavaTrainingArguments
+
     return LlavaTrainingArguments(**read_recipe(recipe, overrides))
 
 
@@ -105,7 +108,7 @@ def convert_value(key: str, value: Any, source: str) -> Any:
     accepted = _hints()[key]
     if value is None and type(None) in accepted:
         return None
-    wants_text = str in accepted or any(isinstance(t, type) and issubclass(t, Enum) for t in accepted)
+    wants_text = str in accepted
     if value is False and bool not in accepted and wants_text:
         return "no"
     if isinstance(value, bool):
@@ -134,37 +137,53 @@ def convert_value(key: str, value: Any, source: str) -> Any:
             return [item.strip() for item in value.split(",")]
     elif type(value) in accepted:
         return value
-    names = " or ".join(
-        sorted({"nothing" if t is type(None) else _TYPE_NAMES.get(t, "text") for t in accepted if t is not Any})
-    )
+    names = " or ".join(sorted({"nothing" if t is type(None) else _TYPE_NAMES[t] for t in accepted}))
     raise TypeError(f"{source}: {key}={value!r} should be {names}.")
 
 
 _TYPE_NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"
 }  # fmt: skip
+_TYPES = {kind.__name__: kind for kind in _TYPE_NAMES}
 
 
+@functools.cache
 def _hints() -> dict[str, set[type]]:
-    """Setting → types that it accepts."""
-    if not _HINTS:
-        hints = typing.get_type_hints(LlavaTrainingArguments)
-        for setting in fields(LlavaTrainingArguments):
-            if setting.init:
-                _HINTS[setting.name] = set(_members(hints[setting.name]))
-    return _HINTS
+    """Setting → types that it accepts, read from the source: importing PyTorch for it would take `llava estimate` seconds."""
+    library = importlib.util.find_spec("transformers")
+    sources = (Path(library.origin).with_name("training_args.py"), Path(__file__).with_name("arguments.py"))
+    hints = {}
+    for source, name in zip(sources, ("TrainingArguments", "LlavaTrainingArguments")):
+        tree = ast.parse(source.read_text("utf-8"))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        for node in body:
+            if isinstance(node, ast.AnnAssign) and not _is_constant(node):
+                hints[node.target.id] = set(_members(node.annotation))
+    return hints
 
 
-_HINTS: dict[str, set[type]] = {}
+def _is_constant(node: ast.AnnAssign) -> bool:
+    """Whether an annotated name of a dataclass is no setting: a `ClassVar`, or a field that is not given."""
+    options = node.value.keywords if isinstance(node.value, ast.Call) else []
+    is_derived = any(option.arg == "init" and not option.value.value for option in options)
+    return is_derived or "ClassVar" in ast.unparse(node.annotation)
 
 
-def _members(hint) -> list[type]:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return [member for part in typing.get_args(hint) for member in _members(part)]
-    if origin is typing.Literal:
-        return [type(value) for value in typing.get_args(hint)]
-    return [origin or hint]
+def _members(annotation: ast.expr) -> list[type]:
+    if isinstance(annotation, ast.BinOp):  # int | None
+        return _members(annotation.left) + _members(annotation.right)
+    if isinstance(annotation, ast.Subscript):
+        outer = ast.unparse(annotation.value).rpartition(".")[2]
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if outer == "Literal":
+            return [type(value.value) for value in inner]
+        if outer in ("Optional", "Union"):
+            nothing = [type(None)] if outer == "Optional" else []
+            return [member for part in inner for member in _members(part)] + nothing
+        return _members(annotation.value)
+    if isinstance(annotation, ast.Constant):
+        return _members(ast.parse(annotation.value, mode="eval").body) if annotation.value else [type(None)]
+    return [_TYPES.get(ast.unparse(annotation), str)]  # an enumeration is written as text
 
 
 def _find(name: str, folder: Path) -> Path:

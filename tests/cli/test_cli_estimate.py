@@ -1,5 +1,10 @@
 """`llava estimate`: weights by arithmetic, a card that is too small, and mistakes."""
 
+import json
+import subprocess
+import sys
+import time
+
 import pytest
 
 from modeling_llava.cli.main import main
@@ -33,3 +38,41 @@ def test_a_card_that_is_too_small_is_said_with_the_change_that_helps(capsys):
 def test_a_mistake_is_one_line(words, message, capsys):
     assert main(["estimate", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_it_answers_in_two_seconds_without_importing_pytorch():
+    program = (
+        "import sys; sys.argv[0] = 'llava'; from modeling_llava.cli.main import main; "
+        f"main(['estimate', 'qlora-12gb', '{MODEL}', '--gpu', '12']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'huggingface_hub')))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "It fits 12 GiB" in done.stdout, done.stderr
+    assert time.perf_counter() - start < 2
+
+
+def test_parts_with_and_without_checkpointing(capsys):
+    main(["estimate", "lora", MODEL])
+    printed = capsys.readouterr().out
+    without, with_ = next(line for line in printed.splitlines() if "│ activations" in line).split("│")[2:4]
+    assert float(without) > 10 * float(with_)
+    for part in ("gradients", "optimizer", "loss", "CUDA", "vision tower, 16 bit", "LoRA, rank 128, float32"):
+        assert part in printed
+
+
+def test_the_proposed_change_fits_when_it_is_made(capsys):
+    assert main(["estimate", "lora", MODEL, "--gpu", "16"]) == 1
+    changes = capsys.readouterr().out.rpartition("GiB): ")[2].split()
+    assert main(["estimate", "lora", MODEL, *changes, "--gpu", "16"]) == 0
+
+
+def test_wall_time_from_a_given_and_a_measured_throughput(tmp_path, capsys):
+    words = ["estimate", "lora", MODEL, "num_train_epochs=2"]
+    main([*words, "--samples", "36000", "--samples-per-second", "4"])
+    assert "5.0 h for 2 epoch(s) of 36,000 samples" in capsys.readouterr().out  # 72,000 / 4 / 3600
+    (tmp_path / "train_results.json").write_text(json.dumps({"train_samples_per_second": 2.0}))
+    main([*words, "max_steps=450", "global_batch_size=16", "--measured", str(tmp_path)])
+    assert "1.0 h for 450 steps of 16 samples" in capsys.readouterr().out
+    assert main([*words, "--samples-per-second", "4"]) == 2
+    assert "--samples" in capsys.readouterr().err
