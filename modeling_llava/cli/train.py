@@ -6,6 +6,7 @@ import argparse
 EPILOG = """\
 examples:
   llava train qlora model=llava-hf/llava-1.5-7b-hf data=my.json image_folder=images output_dir=runs/my
+  llava train qlora-12gb model=llava-hf/llava-1.5-13b-hf data=my.json image_folder=images output_dir=runs/my
   llava train examples/recipes/llava-1.5-7b/pretrain.yaml output_dir=runs/pretrain
   accelerate launch --num_processes 8 -m modeling_llava.cli.main train RECIPE.yaml
 An interrupted run goes on where it stopped when the same command is given again.
@@ -16,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "recipe", nargs="?", help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora"
+        "recipe",
+        nargs="?",
+        help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora; for one GPU of so many GB "
+        "qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb (llava estimate says what a run takes)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and stop")
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if is_main:
         what = settings.stage if settings.adapter == "none" else f"{settings.stage} with {settings.adapter}"
         print(f"{what} of {settings.model} on {settings.data} → {settings.output_dir}")
-    result = train(settings)
+    result = train(settings, callbacks=_callbacks(settings))
     if not is_main:
         return 0
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
@@ -48,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
     print(f"written: {result.output_dir} ({result.kind})")
     print(f"next: {_next_command(result.kind, str(result.output_dir))}")
     return 0
+
+
+def _callbacks(settings) -> list:
+    """What answers during training."""
+    if not settings.sample_answers:
+        return []
+    from ..evaluation.sample_answers import SampleAnswersCallback
+
+    return [SampleAnswersCallback(settings.sample_answers, is_sharded=settings.is_sharded)]
 
 
 def _next_command(kind: str, folder: str) -> str:

@@ -1,0 +1,47 @@
+"""Presets for GPUs of 8 to 24 GB: what they say fits is estimated to fit, and they train."""
+
+import importlib.util
+
+import pytest
+from rich.console import Console
+
+from modeling_llava.training import read_recipe, train
+from modeling_llava.training.estimate import GIB, Settings, estimate
+from modeling_llava.training.recipes import PRESETS
+from modeling_llava.training.shapes import find_config, shapes_of
+
+
+FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b"), (24, "13b")]
+
+
+def estimated_gib(gpu, size):
+    recipe = read_recipe(f"qlora-{gpu}gb")
+    settings = Settings(**{name: value for name, value in recipe.items() if hasattr(Settings, name)})
+    return estimate(shapes_of(find_config(f"llava-hf/llava-1.5-{size}-hf")), settings).total / GIB
+
+
+@pytest.mark.parametrize("gpu, size", FITTING)
+def test_preset_fits_its_gpu_with_room_and_says_how_much_it_takes(gpu, size):
+    total = estimated_gib(gpu, size)
+    assert total < 0.95 * gpu
+    assert f"{total:.1f} GiB" in (PRESETS / f"qlora-{gpu}gb.yaml").read_text()
+
+
+def test_13b_does_not_fit_8_gb_and_the_preset_says_so():
+    assert estimated_gib(8, "13b") > 8
+    assert "13B does not fit" in (PRESETS / "qlora-8gb.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("gpu", [8, 12, 16, 24])
+def test_preset_trains_a_tiny_model(gpu, base_model, instructions, tmp_path):
+    recipe = read_recipe(
+        f"qlora-{gpu}gb",
+        [
+            f"model={base_model}", f"data={instructions}", f"image_folder={instructions.parent}", "max_steps=1",
+            f"output_dir={tmp_path / 'run'}", "report_to=none", "dataloader_num_workers=0", "global_batch_size=4",
+        ],
+    )  # fmt: skip
+    result = train(recipe, console=Console(file=open("/dev/null", "w")))
+    assert result.kind == "adapter" and result.global_step == 1
