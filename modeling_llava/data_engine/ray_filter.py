@@ -46,7 +46,7 @@ def choose_with_ray(
             that lie there for the same captions and model are not extracted again.
         settings: How captions are chosen.
         model: spaCy's model, installed on all nodes.
-        workers: Processes that extract noun phrases; default: one per core of the cluster.
+        workers: Processes that extract noun phrases, at most one per core; default: one per core of the cluster.
 
     Returns:
         Whether each caption is chosen, in order; in how many each phrase occurs; and what gives each caption's phrases.
@@ -58,56 +58,74 @@ def choose_with_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    numbered = _write_captions(captions, folder, model)
+    captions_of = _write_captions(captions, folder, model)
     extracted = folder / "ray-phrases"
-    if not (extracted / "DONE").exists():
-        workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        found = ray.data.read_parquet(str(numbered)).map_batches(
-            _Extract,
-            fn_constructor_args=(model,),
-            concurrency=workers,
-            batch_size=SHARD_CAPTIONS,
-            batch_format="pyarrow",
-        )
-        found.write_parquet(str(extracted), mode="overwrite")
-        (extracted / "DONE").touch()
-    phrases = ray.data.read_parquet(str(extracted), file_extensions=["parquet"])
+    extracted.mkdir(exist_ok=True)
+    _extract_all(ray, captions_of, extracted, model, workers)
+    shards = _shards(extracted)
 
     counts: Counter[str] = Counter()
-    partial = phrases.map_batches(_count, batch_size=None, batch_format="pyarrow")
-    for batch in partial.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for batch in _over(ray, shards, _count):
         for phrase, count in zip(batch["phrase"].to_pylist(), batch["count"].to_pylist()):
             counts[phrase] += count
     chooser = Chooser(counts, settings)
     if chooser.keys:
-        keys = ray.put(chooser.keys)
         heaps: dict[str, list[int]] = {}
-        partial = phrases.map_batches(
-            _smallest, fn_kwargs={"keys": keys, "most": settings.most}, batch_size=None, batch_format="pyarrow"
-        )
-        for batch in partial.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in _over(ray, shards, _smallest, keys=[ray.put(chooser.keys)], most=settings.most):
             for phrase, value in zip(batch["phrase"].to_pylist(), batch["hash"].to_pylist()):
                 push_smallest(heaps.setdefault(phrase, []), value, settings.most)
         chooser.set_thresholds(heaps)
-    shared = ray.put(chooser)
-    ranked = phrases.map_batches(_rank, fn_kwargs={"chooser": shared}, batch_size=None, batch_format="pyarrow")
-    rank_of = np.full(_number_of_rows(numbered), -1, np.int64)
-    for batch in ranked.iter_batches(batch_size=None, batch_format="pyarrow"):
+    rank_of = np.full(_number_of_rows(shards), -1, np.int64)
+    for batch in _over(ray, shards, _rank, chooser=[ray.put(chooser)]):
         rank_of[batch["row"].to_numpy()] = batch["rank"].to_numpy()
     values, numbers = np.unique(rank_of[rank_of >= 0], return_counts=True)
     chooser.set_target(Counter(dict(zip(values.tolist(), numbers.tolist()))))
 
     def per_caption() -> Iterator[Phrases]:
-        return _in_order(extracted)
+        return (phrases for path in shards for _, phrases in _rows_of(path))
 
     return (0 <= rank <= chooser.last_rank for rank in rank_of.tolist()), counts, per_caption
 
 
-def _number_of_rows(numbered: Path) -> int:
-    """Rows of all parquet files of a folder."""
+def _extract_all(ray: Any, captions_of: Path, extracted: Path, model: str, workers: int | None) -> None:
+    """Noun phrases of every shard that has none yet, one file per shard: a run that was killed goes on there."""
+    missing = [path for path in _shards(captions_of) if not (extracted / path.name).exists()]
+    if not missing:
+        return
+    workers = min(workers or max(1, int(ray.cluster_resources().get("CPU", 1))), len(missing))
+    # The actors read and write by themselves. Reading and writing by Ray would be tasks beside them, which wait for a
+    # core for ever where the actors have taken them all.
+    found = _files(ray, missing).map_batches(
+        _Extract,
+        fn_constructor_args=(model, str(extracted)),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    for _ in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
+
+
+def _over(ray: Any, shards: list[Path], function: Callable, **settings: Any) -> Iterator[Any]:
+    """What a function gives for each shard, as Arrow tables in any order."""
+    mapped = _files(ray, shards).map_batches(function, fn_kwargs=settings, batch_size=1, batch_format="pyarrow")
+    return iter(mapped.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _files(ray: Any, shards: list[Path]) -> Any:
+    """A dataset of file names, a block each."""
+    return ray.data.from_items([{"path": str(path)} for path in shards], override_num_blocks=len(shards))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """A folder's parquet files, in the order of the captions."""
+    return sorted(folder.glob("*.parquet"))
+
+
+def _number_of_rows(shards: list[Path]) -> int:
     import pyarrow.parquet as pq
 
-    return sum(pq.ParquetFile(path).metadata.num_rows for path in numbered.glob("*.parquet"))
+    return sum(pq.ParquetFile(path).metadata.num_rows for path in shards)
 
 
 def _write_captions(captions: Iterable[str], folder: Path, model: str) -> Path:
@@ -138,41 +156,38 @@ def _write_captions(captions: Iterable[str], folder: Path, model: str) -> Path:
     return target
 
 
-def _in_order(extracted: Path) -> Iterator[Phrases]:
-    """Phrases of each caption in order; the files that Ray wrote hold whole shards, in any order."""
+def _rows_of(path: str | os.PathLike) -> Iterator[tuple[int, Phrases]]:
+    """`(number, noun phrases)` of each caption of a shard."""
     import pyarrow.parquet as pq
 
-    starts = []
-    for path in extracted.glob("*.parquet"):
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            first = file.metadata.row_group(group).column(0).statistics.min
-            starts.append((first, path, group))
-    expected = 0
-    for _, path, group in sorted(starts):
-        table = pq.ParquetFile(path).read_row_group(group)
-        for row, phrases in zip(table["row"].to_pylist(), table["phrases"].to_pylist()):
-            assert row == expected, f"row {row} stands where row {expected} belongs in {path}"
-            expected += 1
-            yield tuple(phrases)
+    table = pq.read_table(path)
+    yield from zip(table["row"].to_pylist(), (tuple(phrases) for phrases in table["phrases"].to_pylist()))
 
 
 def _rows(batch: Any) -> Iterator[tuple[int, Phrases]]:
-    yield from zip(batch["row"].to_pylist(), (tuple(phrases) for phrases in batch["phrases"].to_pylist()))
+    for path in batch["path"].to_pylist():
+        yield from _rows_of(path)
 
 
 class _Extract:
     """Extracts noun phrases; an actor, so that spaCy is loaded once per process."""
 
-    def __init__(self, model: str):
-        self.model = model
+    def __init__(self, model: str, folder: str):
+        self.model, self.folder = model, folder
         load_spacy(model)
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        found = [list(phrases) for phrases in extract_phrases(batch["caption"].to_pylist(), self.model)]
-        return pa.table({"row": batch["row"], "phrases": pa.array(found, pa.list_(pa.string()))})
+        for path in batch["path"].to_pylist():
+            table = pq.read_table(path)
+            found = [list(phrases) for phrases in extract_phrases(table["caption"].to_pylist(), self.model)]
+            target = os.path.join(self.folder, os.path.basename(path))
+            phrases = pa.table({"row": table["row"], "phrases": pa.array(found, pa.list_(pa.string()))})
+            pq.write_table(phrases, f"{target}.{os.getpid()}.part")
+            os.replace(f"{target}.{os.getpid()}.part", target)
+        return batch
 
 
 def _count(batch: Any) -> Any:
@@ -182,10 +197,11 @@ def _count(batch: Any) -> Any:
     return pa.table({"phrase": pa.array(counts, pa.string()), "count": pa.array(counts.values(), pa.int64())})
 
 
-def _smallest(batch: Any, keys: dict[str, int], most: int) -> Any:
+def _smallest(batch: Any, keys: list[Any], most: int) -> Any:
     import pyarrow as pa
+    import ray
 
-    heaps = smallest_hashes(_rows(batch), keys, most)
+    heaps = smallest_hashes(_rows(batch), ray.get(keys[0]), most)
     pairs = [(phrase, -value) for phrase, heap in heaps.items() for value in heap]
     return pa.table(
         {
@@ -195,10 +211,12 @@ def _smallest(batch: Any, keys: dict[str, int], most: int) -> Any:
     )
 
 
-def _rank(batch: Any, chooser: Chooser) -> Any:
+def _rank(batch: Any, chooser: list[Any]) -> Any:
     import pyarrow as pa
+    import ray
 
-    ranks = [(row, chooser.first_rank(row, phrases)) for row, phrases in _rows(batch)]
+    own = ray.get(chooser[0])
+    ranks = [(row, own.first_rank(row, phrases)) for row, phrases in _rows(batch)]
     ranks = [(row, rank) for row, rank in ranks if rank is not None]
     return pa.table(
         {

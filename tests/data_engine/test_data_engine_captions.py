@@ -225,7 +225,7 @@ def test_unknown_engine_is_named(tmp_path):
         filter_captions(write(tmp_path / "in.json", ROWS), tmp_path / "out.json", engine="spark")
 
 
-@pytest.mark.heavy  # a local Ray cluster did not come up in every run on two cores
+@pytest.mark.slow
 def test_ray_chooses_the_same_rows_bit_for_bit(spacy_model, tmp_path, monkeypatch):
     """On a local Ray cluster of two workers, in many blocks, with phrases above the cap and with a target."""
     ray = pytest.importorskip("ray")
