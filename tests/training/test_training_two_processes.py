@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 
 
-def launch("ddp", recipe, *overrides):
+def launch(engine, recipe, *overrides):
     """`llava train` in two processes, with a configuration of `examples/accelerate`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
