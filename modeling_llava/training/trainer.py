@@ -32,6 +32,7 @@ from .arguments import LlavaTrainingArguments
 from .batches import arrange, data_seed, grouped_sampler, shares_by_itself
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
+from .progress import SpeedCallback
 from .run_record import disk_errors_explained, write_run_record
 from .stages import optimizer_groups, set_dtypes, set_trainable
 
@@ -103,6 +104,9 @@ class LlavaTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
+        self._speed = SpeedCallback(full)
+        self.add_callback(self._speed)
         core = core_model(self.model)
         parameters = inspect.signature(core.forward).parameters
         self._model_skips_logits = "skip_logits" in parameters
@@ -166,6 +170,18 @@ class LlavaTrainer(Trainer):
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._speed.begin_step()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._speed.count(batch)
+        return batches, num_items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`; beside the training loss stands how fast it goes (see [`SpeedCallback`])."""
+        speed = self._speed.report(self.state, self.args.world_size) if "loss" in logs else {}
+        super().log({**logs, **speed}, start_time)
 
     # Loss
 

@@ -1,0 +1,77 @@
+"""What a run says about itself while it goes."""
+
+import pytest
+import torch
+from transformers.trainer_callback import TrainerState
+
+from modeling_llava.training import train
+from modeling_llava.training.progress import SpeedCallback
+
+
+SPEED = {"samples_per_second", "supervised_tokens_per_second", "utilization", "memory_gib", "minutes_left"}
+
+
+def step(callback, state, *batches):
+    callback.begin_step()
+    for batch in batches:
+        callback.count(batch)
+    state.global_step += 1
+    callback.on_step_end(None, state, None)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at the clock comes one second after the last."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr("modeling_llava.training.progress.time.perf_counter", lambda: float(next(seconds)))
+
+
+def test_rates_are_counted_by_hand(clock):
+    state = TrainerState(max_steps=10)
+    callback = SpeedCallback()
+    callback.on_train_begin(None, state, None)  # second 0
+    labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100]])  # 3 supervised
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])  # 6 of 8 filled
+    padded = {"input_ids": torch.ones(2, 4), "labels": labels, "attention_mask": mask}
+    packed = {"input_ids": torch.ones(1, 8), "labels": torch.tensor([[-100, 1, 1, -100, 1, -100, 1, 1]])}
+    packed["cu_seq_lens_q"] = torch.tensor([0, 3, 5, 8])  # 3 samples, 5 supervised
+    step(callback, state, padded, packed)  # seconds 1 to 2
+    step(callback, state, padded)  # seconds 3 to 4
+    found = callback.report(state, num_processes=2)  # second 5: 2.5 seconds a step
+    assert found.pop("memory_gib") > 0
+    assert found == {
+        "samples_per_second": 2 * (2 + 3 + 2) / 2,
+        "supervised_tokens_per_second": 2 * (3 + 5 + 3) / 2,
+        "utilization": round((6 + 8 + 6) / 24, 4),
+        "minutes_left": round(2.5 * 8 / 60, 1),
+    }
+    assert callback.report(state, 2) == {}  # nothing happened since
+
+
+def test_full_packs_count_the_room_that_they_leave(clock):
+    callback, state = SpeedCallback(micro_batch_positions=20), TrainerState(max_steps=2)
+    callback.on_train_begin(None, state, None)
+    step(callback, state, {"input_ids": torch.ones(1, 15), "labels": torch.ones(1, 15)})
+    assert callback.report(state, 1)["utilization"] == 0.75
+
+
+@pytest.mark.parametrize("packing", ["none", "batch", "full"])
+def test_every_log_of_the_loss_says_how_fast_it_goes(settings, packing):
+    result = train({**settings, "packing": packing})
+    logs = [entry for entry in result.log_history if "loss" in entry]
+    assert len(logs) == 2 and all(entry.keys() >= SPEED for entry in logs)
+    assert logs[-1]["minutes_left"] == 0
+    assert all(0 < entry["utilization"] <= 1 for entry in logs)
+    assert packing != "batch" or logs[0]["utilization"] == 1
+
+
+def test_tensorboard_gets_loss_and_speed(settings, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    result = train({**settings, "report_to": "tensorboard"})
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    written = [event.value for event in board.Scalars("train/loss")]
+    assert written == pytest.approx([entry["loss"] for entry in result.log_history if "loss" in entry])
+    assert {f"train/{name}" for name in SPEED} <= set(board.Tags()["scalars"])
