@@ -47,8 +47,8 @@ class EvaluationCallback(TrainerCallback):
         try:
             for benchmark in self.benchmarks:
                 begun = time.perf_counter()
-                with _autocast(args):
-                    predictor = LlavaPredictor(_unwrap(model), processing_class)
+                with running_arithmetic(args):
+                    predictor = LlavaPredictor(unwrap(model), processing_class)
                     scored = evaluate_in_memory(
                         benchmark, predictor, batch_size=self.batch_size, decoding=self.decoding
                     )
@@ -81,17 +81,17 @@ class EvaluationCallback(TrainerCallback):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _unwrap(model):
+def unwrap(model):
     """The model inside of DistributedDataParallel and `torch.compile`."""
     for name in ("module", "_orig_mod"):
         model = getattr(model, name, model)
     return model
 
 
-def _autocast(args):
+def running_arithmetic(args):
     """The arithmetic that the run trains in."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return contextlib.nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
 
 
-__all__ = ["EvaluationCallback"]
+__all__ = ["EvaluationCallback", "running_arithmetic", "unwrap"]

@@ -6,6 +6,8 @@ import io
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from ..data.images import load_image
 from .results import write_text
 
@@ -80,7 +82,7 @@ def write_page(
     cards = []
     for row in rows:
         if row["image"] not in thumbnails:
-            thumbnails[row["image"]] = _thumbnail(row["image"], image_folder)
+            thumbnails[row["image"]] = thumbnail_of(load_image(row["image"], image_folder, Path(row["image"]).stem))
         cards.append(_card(row, thumbnails[row["image"]]))
     title = f"{results['benchmark']}: {results['model']['name']}"
     body = f"""<!doctype html><html lang="en"><meta charset="utf-8">
@@ -136,8 +138,9 @@ def _card(row: dict, thumbnail: str) -> str:
 """
 
 
-def _thumbnail(name: str, folder: str | os.PathLike) -> str:
-    image = load_image(name, folder, Path(name).stem)
+def thumbnail_of(image: Image.Image) -> str:
+    """A picture as a small JPEG in a `data:` address; the picture itself stays as it is."""
+    image = image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
@@ -148,4 +151,4 @@ def _escape(text: str) -> str:
     return html.escape(str(text))
 
 
-__all__ = ["write_page"]
+__all__ = ["thumbnail_of", "write_page"]

@@ -181,6 +181,10 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     early_stopping_threshold: float = _setting(0.0, "A metric is better only if it is so by more than this.")
     preview_samples: int = _setting(1, "Samples shown, decoded and with their supervised text marked, before step 1.")
+    sample_answers: int = _setting(
+        0,
+        "Samples of the evaluation data that `llava train` lets the model answer at each evaluation, as a page (HTML).",
+    )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs; below 1 a share."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
     remove_unused_columns: bool = field(
@@ -285,6 +289,10 @@ class LlavaTrainingArguments(TrainingArguments):
                 )
 
     def _check_run(self):
+        if self.sample_answers < 0:
+            raise ValueError(f"sample_answers={self.sample_answers}: give a number of samples, or 0 for no page.")
+        if self.sample_answers and self.eval_data is None and self.eval_size is None:
+            raise ValueError("sample_answers are of the evaluation data: set eval_size, or eval_data.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=true would remove the conversations themselves. Leave it out.")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:

@@ -1,0 +1,76 @@
+"""A page of answers at each evaluation, by a key of the recipe; training is the same with and without it."""
+
+import base64
+import html
+import io
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.cli.main import main
+from modeling_llava.inference import LlavaPredictor
+from modeling_llava.training import parse_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path, golden):
+    tower, language = (str(golden / "llava_v15_tiny_lora" / name) for name in ("vision_tower", "language_model"))
+    LlavaForConditionalGeneration.from_vision_language_pretrained(tower, language).save_pretrained(tmp_path / "model")
+    LlavaProcessor.from_vision_language_pretrained(tower, language).save_pretrained(tmp_path / "model")
+    rows = []
+    for i in range(10):
+        Image.new("RGB", (40, 30), (20 * i, 90, 160)).save(tmp_path / f"{i}.png")
+        turns = [f"<image>\nIs <b>{i}</b> blue?", f"Answer {i}.", "Sure?", "Yes."]
+        speakers = ("human", "gpt", "human", "gpt")
+        turns = [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns)]
+        rows.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    settings = {
+        "model": str(tmp_path / "model"), "data": str(tmp_path / "data.json"), "image_folder": str(tmp_path),
+        "eval_size": 4, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "lora_dropout": 0.3,
+        "adapter": "lora", "lora_r": 4,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "recipe.yaml"
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry.get("loss", entry.get("eval_loss")) for entry in history if {"loss", "eval_loss"} & entry.keys()]
+
+
+def test_a_page_of_answers_is_written_at_each_evaluation_and_training_is_the_same(recipe, tmp_path):
+    assert main(["train", str(recipe), f"output_dir={tmp_path / 'with'}", "sample_answers=3"]) == 0
+    assert main(["train", str(recipe), f"output_dir={tmp_path / 'without'}"]) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    pages = sorted(path.name for path in (tmp_path / "with" / "sample_answers").iterdir())
+    assert pages == ["step-1.html", "step-2.html"]
+    assert not (tmp_path / "without" / "sample_answers").exists()
+
+    page = (tmp_path / "with" / "sample_answers" / "step-2.html").read_text()
+    cards = re.findall(r'<article id="s(\d)">.*?</article>', page, re.S)
+    assert len(cards) == 3 and "http" not in page  # nothing is loaded from afar
+    for number in map(int, cards):
+        card = page[page.index(f'id="s{number}"') :]
+        assert f"Is &lt;b&gt;{number}&lt;/b&gt; blue?" in card and f"Answer {number}." in card
+        picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", card)[1])))
+        assert picture.size == (40, 30)
+        assert max(abs(a - b) for a, b in zip(picture.getpixel((20, 15)), (20 * number, 90, 160))) < 8
+    # the answer is what the trained model says to whoever asks it
+    predictor = LlavaPredictor.from_pretrained(str(tmp_path / "with"))
+    predictor.set_image(str(tmp_path / f"{cards[0]}.png"))
+    with torch.no_grad():
+        said = predictor.ask(f"Is <b>{cards[0]}</b> blue?", max_new_tokens=128)
+    shown = re.search(r"<b>answer</b>(.*?)</p>", page, re.S)[1]
+    assert said.split()[:3] == html.unescape(shown).split()[:3]
+
+
+def test_answers_need_evaluation_data(recipe, tmp_path):
+    with pytest.raises(ValueError, match="sample_answers are of the evaluation data"):
+        parse_recipe(str(recipe), [f"output_dir={tmp_path}", "eval_size=null", "eval_strategy=no", "sample_answers=2"])
