@@ -32,7 +32,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "engine": ["openai>=2.0", "spacy>=3.8", "matplotlib>=3.8"],
     "ray": ["ray[data]>=2.40"],
-    "eval": ["openai>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4"],
+    "eval": ["openai>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4", "pycocoevalcap>=1.2"],
     "chat": ["prompt_toolkit>=3.0"],
     "web": ["gradio>=5.0"],
     "gguf": ["gguf>=0.17"],

@@ -14,6 +14,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.utils import logging
 
 from .shared_prefix import Decode, Prefill, Prefix, RowCache, shared_prefix_implementation, supports_shared_prefix
+from .unread import last_layer_for, without_later_layers
 
 
 logger = logging.get_logger(__name__)
@@ -129,7 +130,8 @@ class Decoder:
         """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
         tower = self.model.model.vision_tower
         pixel_values = pixel_values.to(tower.device, tower.dtype)
-        return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+        with without_later_layers(tower, self.model.config.vision_feature_layer):
+            return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
     @torch.inference_mode()
     def build_prefix(self, ids: list[int], features: list[torch.Tensor]) -> Prefix:
@@ -141,7 +143,9 @@ class Decoder:
             prefix.values.append(values.clone())
 
         step = Prefill([len(ids)], [None], write, self.device)
-        self._forward(self._embed(Row("the prefix", prefix.ids, features=features))[None], step)
+        embeds = self._embed(Row("the prefix", prefix.ids, features=features))[None]
+        with last_layer_for(self.language_model, torch.tensor([len(ids) - 1], device=self.device), len(ids)):
+            self._forward(embeds, step)
         return prefix
 
     def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int = 8) -> Iterator[Row]:
@@ -194,8 +198,10 @@ class Decoder:
                 cache_values[slots[index], :, : values.shape[1]] = values
 
             step = Prefill(lengths, [row.prefix for row in some], write, self.device)
-            hidden = self._forward(torch.cat([self._embed(row) for row in some])[None], step)
-            last = torch.tensor([end - 1 for _, end in step.spans], device=hidden.device)
+            embeds = torch.cat([self._embed(row) for row in some])[None]
+            last = torch.tensor([end - 1 for _, end in step.spans], device=self.device)
+            with last_layer_for(self.language_model, last, embeds.shape[1]):
+                hidden = self._forward(embeds, step)
             self._choose(self.model.lm_head(hidden[0, last]), some, settings)
 
     @torch.inference_mode()

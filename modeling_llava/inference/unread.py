@@ -1,0 +1,71 @@
+"""
+What nobody reads is not computed.
+
+A prompt's last layer gives its keys and values to the cache, and of its output only the last token's is read; image features
+are the output of a layer before the tower's last one.
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def last_layer_for(language_model, tokens: torch.Tensor, num_tokens: int):
+    """
+    The output of the last layer is that of `tokens`, and meaningless for the others, for the duration: the layer's output
+    projection and its MLP, which treat each token apart, are computed for `tokens` only. Keys and values are all there.
+
+    Args:
+        language_model: A decoder of transformers. One whose last layer has neither `mlp` nor `self_attn.o_proj` is left as it is.
+        tokens (`torch.Tensor` of shape `(num_read,)`): Indices into the pass of `num_tokens` tokens.
+        num_tokens (`int`)
+    """
+    layer = (getattr(language_model, "layers", None) or [None])[-1]
+    modules = [getattr(layer, "mlp", None), getattr(getattr(layer, "self_attn", None), "o_proj", None)]
+
+    def choose(module, args):
+        return args[0][:, tokens], *args[1:]
+
+    def place(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        whole = first.new_zeros(first.shape[0], num_tokens, *first.shape[2:])
+        whole[:, tokens] = first
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    with ExitStack() as hooks:
+        for module in modules:
+            if module is not None:
+                hooks.callback(module.register_forward_pre_hook(choose).remove)
+                hooks.callback(module.register_forward_hook(place).remove)
+        yield
+
+
+@contextmanager
+def without_later_layers(vision_tower, feature_layer: int | list[int]):
+    """
+    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same.
+
+    Args:
+        vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
+        feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
+    """
+    encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
+    layers = list(getattr(encoder, "layers", []))
+    selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
+    later = [layer for layer in layers[last:] if "forward" not in vars(layer)]
+    try:
+        for layer in later:
+            layer.forward = _hand_on
+        yield
+    finally:
+        for layer in later:
+            del layer.forward
+
+
+def _hand_on(hidden_states, *args, **kwargs):
+    return hidden_states
+
+
+__all__ = ["last_layer_for", "without_later_layers"]

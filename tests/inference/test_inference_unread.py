@@ -1,0 +1,70 @@
+"""What is not computed: the last layer of a prompt but for the token that is read, and the tower's layers after the features."""
+
+import pytest
+import torch
+from tiny_predictor import picture, tiny_llava, tiny_processor, user_turn
+
+from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference.prompts import encode_prompt
+from modeling_llava.inference.unread import last_layer_for, without_later_layers
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor)
+
+
+@torch.inference_mode()
+def test_the_last_layer_gives_the_tokens_that_are_read_and_all_keys(model):
+    language_model = model.model.language_model
+    embeds = torch.randn(1, 7, language_model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = language_model(inputs_embeds=embeds, use_cache=True)
+    read = torch.tensor([2, 6])
+    seen = []
+    hook = language_model.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    with last_layer_for(language_model, read, 7):
+        part = language_model(inputs_embeds=embeds, use_cache=True)
+    torch.testing.assert_close(part.last_hidden_state[:, read], whole.last_hidden_state[:, read])
+    for a, b in zip(part.past_key_values.layers, whole.past_key_values.layers):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    assert [shape[1] for shape in seen] == [2]
+    again = language_model(inputs_embeds=embeds).last_hidden_state  # nothing is left behind
+    assert torch.equal(again, whole.last_hidden_state) and [shape[1] for shape in seen] == [2, 7]
+    hook.remove()
+
+
+@pytest.mark.parametrize("layer, computed", [(-2, -1), (-1, None), (1, 1), ([0, 1], 1)])
+@torch.inference_mode()
+def test_features_are_the_same_without_later_layers(model, layer, computed):
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    pixels = torch.randn(2, 3, *2 * [tower.config.image_size], generator=torch.Generator().manual_seed(1))
+    expected = tower(pixels, output_hidden_states=True).hidden_states
+    ran = []
+    hooks = [one.mlp.register_forward_hook(lambda *_, number=n: ran.append(number)) for n, one in enumerate(layers)]
+    with without_later_layers(tower, layer):
+        found = tower(pixels, output_hidden_states=True).hidden_states
+    for index in [layer] if isinstance(layer, int) else layer:
+        assert torch.equal(found[index], expected[index])
+    assert ran == list(range(len(layers)))[:computed]
+    assert all("forward" not in vars(one) for one in layers)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_prefix_and_a_prompt_pass_one_token_through_the_last_layer(model, processor):
+    predictor = LlavaPredictor(model, processor)
+    seen = []
+    hook = model.model.language_model.layers[-1].mlp.register_forward_hook(
+        lambda _, args, __: seen.append(len(args[0][0]))
+    )
+    predictor.set_image(picture(1))
+    predictor.ask(["What is this?", "Why is it so?", "Who?"], max_new_tokens=2)
+    hook.remove()
+    assert len(encode_prompt([user_turn("Who?", [picture(1)])], processor)) > 20
+    assert seen == [1, 3, 3]  # the image, three questions' ends, three answers' second tokens
