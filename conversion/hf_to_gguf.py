@@ -363,7 +363,7 @@ def language_metadata(hf: HfCheckpoint, processor: LlavaProcessor, kind: str) ->
         writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
         writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
         if processor.chat_template:
-            writer.add_chat_template(gguf_chat_template(processor.chat_template))
+            writer.add_chat_template(gguf_chat_template(processor.chat_template, processor.image_token))
 
     return fill
 

@@ -6,6 +6,9 @@ import struct
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from modeling_llava.constants import IMAGE_TOKEN
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -39,11 +42,12 @@ MEDIA_TEMPLATE = """\
         {%- set turn.text = piece -%}
       {%- else -%}
         {%- set parts = piece.split('__>') -%}
-        {%- set turn.images = turn.images + 'IMAGE_START<__media' + parts[0] + '__>IMAGE_END\\n' -%}
+        {%- set turn.images = turn.images + 'IMAGE_START<__media' + parts[0] + '__>IMAGE_END' -%}
         {%- set turn.text = turn.text + parts[1:] | join('__>') -%}
       {%- endif -%}
     {%- endfor -%}
-    {%- set placed.messages = placed.messages + [{'role': 'user', 'content': turn.images + turn.text | trim}] -%}
+    {%- set content = turn.images + turn.text | trim -%}
+    {%- set placed.messages = placed.messages + [{'role': 'user', 'content': content | trim}] -%}
   {%- else -%}
     {%- set placed.messages = placed.messages + [message] -%}
   {%- endif -%}
@@ -52,19 +56,32 @@ MEDIA_TEMPLATE = """\
 """
 
 
-def gguf_chat_template(template: str) -> str:
+def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     """
-    A chat template of ours for llama.cpp.
+    A LLaVA's chat template for llama.cpp.
 
     llama.cpp's programs hand an image over as a marker (`<__media__>`) before the text of a string; the template puts
-    what the training had around it: `<im_start>`, `<im_end>`, the line break. `{% generation %}` goes, since some
-    readers (llama-cpp-python) do not know it. llama.cpp tokenizes the text after an image on its own, so the space that
-    stands for this (`image_wrap` of `load_chat_template`) goes too.
+    what the training had around it: `<im_start>`, `<im_end>`, the line break, as the template itself writes them for
+    an image item. `{% generation %}` goes, since some readers (llama-cpp-python) do not know it. llama.cpp tokenizes
+    the text after an image on its own, so the space that stands for this (`image_wrap` of `load_chat_template`) goes.
     """
-    start = end = ""
-    if match := re.search(r"\{%- set image = '([^']*)<image>([^']*)' -%\}", template):
-        start, end = match[1], match[2].removesuffix(" ")
-        template = template.replace(match[0], f"{{%- set image = '{start}<image>{end}' -%}}")
+    if match := re.search(r"\{%- set image = '([^']*) ' -%\}", template):
+        template = template.replace(match[0], f"{{%- set image = '{match[1]}' -%}}")
+    probe = "One question"
+    without, with_image = (
+        render_jinja_template(
+            conversations=[[{"role": "user", "content": content}]],
+            chat_template=template,
+            bos_token="",
+            eos_token="",
+            add_generation_prompt=True,
+        )[0][0]
+        for content in (probe, [{"type": "image"}, {"type": "text", "text": probe}])
+    )
+    before, _, after = without.partition(probe)
+    around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
+    start, _, end = around.partition(image_token)
+    start, end = (text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for text in (start, end))
     template = GENERATION_TAG.sub("{#- -#}", template)
     return MEDIA_TEMPLATE.replace("IMAGE_START", start).replace("IMAGE_END", end) + template
 

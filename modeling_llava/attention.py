@@ -270,6 +270,9 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, dropout, sc
         raise ValueError(
             f"cu_seq_lens_q ends at position {sum(lengths)}, but the pack has {query.shape[0]} positions."
         )
+    is_windowed = sliding_window is not None and max(lengths) > sliding_window
+    if query.device.type == "cpu" and dropout == 0.0 and not is_windowed and _has_cpu_kernel():
+        return _CpuSegments.apply(query, key, value, lengths, scaling)
     arguments = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     # `split` is undone by one concatenation in the backward pass; slices would each be padded to the whole row
     parts = [states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)]
@@ -326,9 +329,9 @@ class _CpuSegments(torch.autograd.Function):
 def _has_cpu_kernel() -> bool:
     """Whether this PyTorch has SDPA's CPU kernel in the form that is used here, with grouped heads: it is tried."""
     generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(5, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            states = [torch.randn(5, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
             ours = _CpuSegments.apply(*states, [3, 2], None)
             parts = [s.transpose(0, 1)[None].split([3, 2], dim=2) for s in states]
             expected = [scaled_dot_product_attention(*p, is_causal=True, enable_gqa=True) for p in zip(*parts)]
@@ -391,6 +394,7 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
             "replaced, and packed samples would see each other. Do not pack."
         )
     model.set_attn_implementation({"text_config": VARLEN})
+    _has_cpu_kernel()  # now: tried within a checkpointed layer, its tensors would be counted as the layer's
 
 
 @torch.no_grad()

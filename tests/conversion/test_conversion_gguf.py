@@ -19,6 +19,7 @@ from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.conversion import convert_hf_to_gguf, convert_original_to_hf
 from modeling_llava.conversion.hf_to_gguf import rotary_order
 from modeling_llava.conversion.vocabularies import gguf_chat_template, vocabulary
+from modeling_llava.templating import CHAT_TEMPLATES, load_chat_template
 
 
 gguf = pytest.importorskip("gguf")
@@ -194,16 +195,17 @@ def test_vocabulary_without_a_sentencepiece_file_merges_in_the_same_order(folder
     assert sorted(merged, key=lambda i: -exact["scores"][i]) == sorted(merged, key=lambda i: -derived["scores"][i])
 
 
-@pytest.mark.parametrize("name", ["llava_v15_tiny", "llava_v1_tiny", "mistral"])
-@pytest.mark.parametrize("marker", ["<__media__>", "<__media_a7Kq__>"])
-def test_template_puts_llama_cpps_image_marker_where_training_had_the_image(folders, name, marker):
+@pytest.mark.parametrize("wrap", [None, ("<im_start>", "<im_end>"), ("", " ")], ids=str)
+@pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if name != "plain"])
+def test_template_puts_llama_cpps_image_marker_where_training_had_the_image(folders, name, wrap):
     """llama.cpp's programs hand over a string with the marker in front; without Jinja extensions, as others read it."""
-    processor = LlavaProcessor.from_pretrained(folders / name)
-    template = jinja2.Environment().from_string(gguf_chat_template(processor.chat_template))
-    for question in ("What is it?", "Is x < y__> z?"):
+    processor = LlavaProcessor.from_pretrained(folders / "llava_v15_tiny")
+    template = jinja2.Environment().from_string(gguf_chat_template(load_chat_template(name, image_wrap=wrap)))
+    reference = load_chat_template(name, image_wrap=None if wrap == ("", " ") else wrap)
+    for marker, question in (("<__media__>", "What is it?"), ("<__media_a7Kq__>", "Is x < y__> z?\n  - why\n")):
         turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         turns += [{"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And <b>now</b>?"}]
-        expected = processor.apply_chat_template(turns, add_generation_prompt=True)
+        expected = processor.apply_chat_template(turns, chat_template=reference, add_generation_prompt=True)
         given = [{"role": "user", "content": f"{marker}{question}"}, *turns[1:]]
         variables = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
         assert template.render(messages=given, **variables) == expected.replace("<image>", marker)

@@ -333,3 +333,11 @@ def test_merge_refuses_4_bit_bases_full_models_and_full_folders(base, tmp_path):
     with pytest.raises(ValueError, match="not an empty folder"):
         merge_adapter(str(tmp_path / "adapter"), base)
     assert not (tmp_path / "out").exists()
+
+
+def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
+    from modeling_llava.training import train as run
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"pip install 'modeling-llava\[qlora\]'.*adapter=lora works without"):
+        run({**settings, "adapter": "qlora"})
