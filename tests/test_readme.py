@@ -51,13 +51,23 @@ def test_every_command_is_in_the_table_and_no_other():
     assert named >= set(COMMANDS) and named <= {*COMMANDS, "COMMAND"}
 
 
-def test_the_training_command_parses():
+COMMAND_LINES = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("llava ")]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_parse(line):
+    from modeling_llava.cli.main import build_parser
+
+    words = shlex.split(line)[1:]
+    build_parser(words[0]).parse_args(words)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line.startswith("llava train ")])
+def test_training_commands_are_recipes(line):
     from modeling_llava.training import read_recipe
 
-    (command,) = [block.strip() for block in blocks("bash") if "llava train" in block]
-    program, verb, recipe, *overrides = shlex.split(command)
-    settings = read_recipe(recipe, overrides)
-    assert (program, verb) == ("llava", "train") and settings["adapter"] == "qlora" and settings["model"] == MODEL
+    settings = read_recipe(shlex.split(line)[2], shlex.split(line)[3:])
+    assert settings["adapter"] == "qlora" and settings["model"] == MODEL
 
 
 def test_the_make_target_exists():
