@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(
         upload_bytes=int(args.max_upload_mb * 2**20), new_tokens=args.max_new_tokens, answers_at_once=args.people
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves the same way: nothing stays behind
     with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # only this user may read it
         examples = collect_examples(args.examples, folder)
         model, processor = load_from_arguments(args)
@@ -65,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
             )
         print(f"Open {url} (Ctrl-C ends).", flush=True)
         try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             threading.Event().wait()
         finally:
             page.close(verbose=False)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import signal
 import sys
 import time
 
@@ -167,6 +168,7 @@ class PseudoTerminal:
 
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored, and hands that on
             os.execve(sys.executable, [sys.executable, "-m", "modeling_llava.cli.main", *arguments], environment)
         self.output = ""
         self.seen = 0
@@ -191,19 +193,27 @@ class PseudoTerminal:
     def type(self, text):
         os.write(self.descriptor, text.encode())
 
+    def end(self):
+        """Whatever state it is in."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            self.exit_code()
+
     def exit_code(self):
         try:
             while os.read(self.descriptor, 65536):
                 pass
         except OSError:
             pass
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.pid = None
+        return code
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo terminal is needed")
 @pytest.mark.parametrize("prompt_toolkit", [True, False])
-def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor):
+def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor, request):
     image = folder.parent / "1.png"
     hide = tmp_path / "hide"
     hide.mkdir()
@@ -213,6 +223,7 @@ def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor):
         (hide / "prompt_toolkit.py").write_text("raise ImportError")
     environment = {**os.environ, "HOME": str(tmp_path), "TERM": "xterm", "PYTHONPATH": str(hide), "COLUMNS": "100"}
     terminal = PseudoTerminal(["chat", str(folder), "--max-new-tokens", "3000"], environment)
+    request.addfinalizer(terminal.end)
     terminal.wait_for("/help tells the rest")
     terminal.type(f"'{image}'\r")  # as a terminal pastes a dragged file
     terminal.wait_for("(40×30)")

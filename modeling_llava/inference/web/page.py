@@ -16,7 +16,11 @@ from .sessions import Sessions
 
 REDRAW_SECONDS = 0.05
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-_CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important; margin: auto}"
+_CSS = """
+footer {display: none !important}
+.gradio-container {width: 100%; max-width: 1200px !important; margin: auto}
+.gradio-container > main {width: 100%; min-width: 0}
+"""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def build_page(
                     )
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
-                    label="Conversation", height=400, latex_delimiters=[], buttons=["copy"], elem_id="chat",
+                    label="Conversation", show_label=False, height=440, latex_delimiters=[], buttons=["copy"], elem_id="chat",
                     placeholder="What is in the picture?",
                 )  # fmt: skip
                 question = gr.Textbox(
@@ -205,8 +209,8 @@ def build_page(
         image.change(look, image, [chatbot, *outputs[2:]], **private)
         gr.on([question.submit, ask_button.click], ask, inputs, outputs, **private)
         retry_button.click(retry, inputs, outputs, **private)
-        stop_button.click(stop, None, None, queue=False, **private)
-        reset_button.click(reset, None, outputs, queue=False, **private)
+        stop_button.click(stop, None, None, concurrency_limit=None, **private)
+        gr.on([reset_button.click, chatbot.clear], reset, None, outputs, concurrency_limit=None, **private)
         page.unload(leave)
     page.queue(api_open=False, max_size=limits.waiting, default_concurrency_limit=limits.answers_at_once)
     page.llava_limits = limits

@@ -1,0 +1,283 @@
+"""`llava web` from outside: the command, and a real browser (headless Chromium) that uploads, asks and reads."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from tiny_predictor import assistant_turn, generated, tiny_llava, tiny_processor, user_turn
+
+from modeling_llava.cli.main import main
+
+
+# Nothing of the browser's own may reach the network: it is the page that is watched.
+BROWSER_FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,1000",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    processor = tiny_processor()
+    return tiny_llava(processor, max_position_embeddings=4096), processor
+
+
+@pytest.fixture(scope="module")
+def folder(model_and_processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("web") / "model"
+    for part in model_and_processor:
+        part.save_pretrained(folder)
+    return folder
+
+
+def square(colour):
+    """A picture whose answer differs by its colour."""
+    image = Image.new("RGB", (320, 240), "white")
+    ImageDraw.Draw(image).rectangle((80, 60, 240, 180), fill=colour)
+    return image
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/nowhere/model"], "neither a folder nor the name"),
+        (["MODEL", "--people", "0"], "must be above 0"),
+        (["MODEL", "--examples", "/nowhere"], "/nowhere holds no pictures"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(folder, arguments, message, capsys):
+    assert main(["web", *(str(folder) if word == "MODEL" else word for word in arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("llava web: error:") and message in error
+
+
+def test_without_gradio_the_extra_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    assert main(["web", str(folder)]) == 2
+    assert "pip install 'modeling-llava[web]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def site(folder, tmp_path_factory):
+    """The command, running; its address."""
+    pytest.importorskip("gradio", reason="Gradio is not installed (extra `web`)")
+    log = tmp_path_factory.mktemp("log") / "web.log"
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(folder), "--port", "7931"]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        end = time.monotonic() + 300
+        while "Open http" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield log.read_text().split("Open ")[1].split()[0]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    assert "Traceback" not in log.read_text()
+    assert not list(temporary.glob("llava-web-*"))  # pictures of visitors do not stay
+
+
+@pytest.fixture
+def open_browser(tmp_path):
+    """`open_browser()` is a new headless Chromium with a profile of its own."""
+    selenium = pytest.importorskip("selenium", reason="selenium is not installed")
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("chromium and chromedriver (Debian: chromium, chromium-driver) are not installed")
+    from selenium.webdriver.chrome.service import Service
+
+    opened = []
+
+    def open_one():
+        options = selenium.webdriver.ChromeOptions()
+        options.binary_location = browser
+        for flag in [*BROWSER_FLAGS, f"--user-data-dir={tmp_path / f'profile-{len(opened)}'}"]:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        opened.append(selenium.webdriver.Chrome(options=options, service=Service(driver)))
+        opened[-1].set_page_load_timeout(240)
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.quit()
+
+
+class Page:
+    """The page in a browser, by what is on it."""
+
+    def __init__(self, browser, url):
+        self.browser = browser
+        browser.get(url)
+        self.wait(lambda: self.find("#question textarea") and self.enabled("ask"))
+
+    def find(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def wait(self, condition, seconds=240):
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                found = condition()
+            except StaleElementReferenceException:  # drawn anew
+                found = None
+            if found:
+                return found
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {seconds} s; the page says: {self.find('body')[0].text}")
+            time.sleep(0.05)
+
+    def enabled(self, button):
+        elements = self.find(f"#{button}")
+        return bool(elements) and elements[0].is_enabled()
+
+    def press(self, button):
+        self.wait(lambda: self.enabled(button))
+        self.find(f"#{button}")[0].click()
+
+    def upload(self, path):
+        self.find("#picture input[type=file]")[0].send_keys(str(path))
+
+    def type(self, text):
+        self.find("#question textarea")[0].send_keys(text)
+
+    def set_longest_answer(self, tokens):
+        if not self.find("#sampling input[type=number]"):
+            self.find("#sampling button")[0].click()
+        field = self.wait(lambda: self.find("#sampling input[type=number]")[2])
+        self.wait(field.is_displayed)
+        field.send_keys("\ue009a\ue000", f"{tokens}\t")  # Ctrl-A
+
+    def watch_answer(self):
+        """Keeps the lengths that the answer has had in `window.seen`."""
+        self.browser.execute_script(
+            """window.seen = [];
+            new MutationObserver(() => {
+                const answer = document.querySelector('#chat [data-testid=bot]');
+                const length = answer ? answer.innerText.trim().length : 0;
+                if (length > 1) window.seen.push(length);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true});"""
+        )
+
+    def said(self):
+        """The bubbles' texts: question, answer, question, …"""
+        return [element.text.strip() for element in self.find("#chat [data-testid=user], #chat [data-testid=bot]")]
+
+    def status(self):
+        return self.find("#status")[0].text
+
+
+@pytest.mark.slow
+def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
+    red, blue = square("red"), square("blue")
+    red.save(tmp_path / "red.png")
+    blue.save(tmp_path / "blue.png")
+    (tmp_path / "fake.png").write_text("not a picture")
+
+    def answer(turns, question, image, length):
+        messages = []
+        for number, (earlier, said) in enumerate([*turns, (question, None)]):
+            messages.append(user_turn(earlier, [image] if number == 0 else []))
+            messages += [] if said is None else [assistant_turn(said)]
+        return " ".join(generated(*model_and_processor, messages, length).split())
+
+    browser = open_browser()
+    page = Page(browser, site)
+    page.upload(tmp_path / "red.png")
+    page.wait(lambda: "4 image tokens" in page.status())
+    page.wait(lambda: page.find("#picture img"))
+
+    # A streamed answer: it is there before it is whole, and it grows. Its length is set on the page.
+    page.set_longest_answer(300)
+    page.watch_answer()
+    page.type("What is it?")
+    page.press("ask")
+    page.wait(lambda: "300 tokens" in page.status())
+    first = page.said()[1]
+    grown = browser.execute_script("return window.seen")
+    assert len(set(grown)) > 3 and grown == sorted(grown) and grown[0] < len(first)
+    assert page.find("#question textarea")[0].get_attribute("value") == ""
+    whole = answer([], "What is it?", red, 300)
+    plain = [text.replace("*", "").replace("_", "")[:20] for text in (first, whole)]  # what Markdown takes away
+    assert plain[0] == plain[1]
+
+    # A second question; stopped. Then asked again, stopped, and asked anew.
+    page.set_longest_answer(1000)
+    page.type("Why?\n")
+    page.wait(lambda: len(page.said()) == 4 and page.said()[3] not in ("", "…"))
+    page.press("stop")
+    page.wait(lambda: "Stopped." in page.status() and page.enabled("ask"))
+    stopped = page.said()
+    page.press("retry")
+    page.wait(lambda: page.enabled("stop") and len(page.said()) == 4 and page.said()[3] not in ("", "…"))
+    page.press("stop")
+    page.wait(lambda: "Stopped." in page.status() and page.enabled("ask"))
+    assert page.said()[:3] == stopped[:3] and page.said()[3][:8] == stopped[3][:8]
+
+    # Somebody else, with another picture, sees nothing of this.
+    other = Page(open_browser(), site)
+    assert other.said() == []
+    other.upload(tmp_path / "blue.png")
+    other.wait(lambda: "4 image tokens" in other.status())
+    other.type("What is it?")
+    other.press("ask")
+    other.wait(lambda: len(other.said()) == 2 and len(other.said()[1]) > 30)
+    other.press("stop")
+    other.wait(lambda: "Stopped." in other.status())
+    theirs = answer([], "What is it?", blue, 60)
+    assert theirs[:20] != whole[:20]
+    assert other.said()[1].replace("*", "").replace("_", "")[:20] == theirs.replace("*", "").replace("_", "")[:20]
+    assert len(page.said()) == 4
+
+    # A new beginning; what is no picture is named; an example is there for the asking.
+    page.press("reset")
+    page.wait(lambda: page.said() == [] and "4 image tokens" in page.status())
+    other.upload(tmp_path / "fake.png")
+    other.wait(lambda: "is not a picture" in other.find("body")[0].text)
+    page.find(".tr-body")[0].click()
+    page.wait(lambda: page.find("#question textarea")[0].get_attribute("value").startswith("How many balls"))
+
+    # Not one request left for another host, and no script complained.
+    for one in (page, other):
+        events = [json.loads(entry["message"])["message"] for entry in one.browser.get_log("performance")]
+        urls = [
+            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+        ]
+        elsewhere = [
+            url for url in urls if not url.startswith((site, "data:", "blob:", "chrome:", "chrome-extension:"))
+        ]
+        assert urls and elsewhere == []
+        refused = [
+            event["params"]["response"]["url"]
+            for event in events
+            if event["method"] == "Network.responseReceived" and event["params"]["response"]["status"] >= 400
+        ]
+        assert refused == []  # the guard lets through all that the page needs
+        errors = [entry["message"] for entry in one.browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert errors == []
+
+
+@pytest.mark.slow
+def test_it_listens_on_this_machine_alone(site):
+    port = int(site.rsplit(":", 1)[1].strip("/"))
+    table = Path("/proc/net/tcp")
+    if not table.exists():
+        pytest.skip("no /proc/net/tcp here")
+    listening = {row.split()[1] for row in table.read_text().splitlines()[1:] if row.split()[3] == "0A"}
+    assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
+    assert urllib.request.urlopen(site).status == 200

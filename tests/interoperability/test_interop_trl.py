@@ -1,0 +1,165 @@
+"""TRL's `SFTTrainer` over our model and our processor as they are, and over our collator."""
+
+import pytest
+import torch
+from tiny_predictor import assistant_turn, picture, tiny_llava, tiny_processor, user_turn
+from transformers import LlavaForConditionalGeneration as StockLlava
+
+from modeling_llava.constants import IGNORE_INDEX
+from modeling_llava.data import LlavaDataCollator, encode_conversation
+
+
+pytestmark = pytest.mark.slow
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+
+QUESTIONS = ["What is it?", "Which colour has it?", "Is it far away?", "Why?"]
+ANSWERS = ["It is noise.", "It has all of them.", "No, it is near.", "Because it was drawn so."]
+
+
+@pytest.fixture
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture
+def model(processor):
+    return tiny_llava(processor)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Four conversations in the form of TRL's and ours: `messages` and `images`; the last one has two turns."""
+    rows = []
+    for number, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if number == 3:
+            messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+        rows.append({"messages": messages, "images": [picture(number)]})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def dataset(rows):
+    import datasets
+
+    table = datasets.Dataset.from_list([{"messages": row["messages"]} for row in rows])
+    images = datasets.Dataset.from_dict({"images": [row["images"] for row in rows]}, features=datasets.Features({"images": datasets.List(datasets.Image())}))  # fmt: skip
+    return datasets.concatenate_datasets([table, images], axis=1)
+
+
+def trainer(model, processor, dataset, folder, **settings):
+    options = {
+        name: settings.pop(name) for name in ("peft_config", "data_collator", "compute_loss_func") if name in settings
+    }
+    arguments = trl.SFTConfig(
+        str(folder),
+        **{
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "max_length": None,
+            "assistant_only_loss": True,
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    return trl.SFTTrainer(model, arguments, train_dataset=dataset, processing_class=processor, **options)
+
+
+def test_sft_trainer_trains_model_and_processor_as_they_are(model, processor, dataset, tmp_path):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    training = trainer(model, processor, dataset, tmp_path, eval_strategy="no")
+    training.train()
+    losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert all("mean_token_accuracy" in entry for entry in training.state.log_history if "loss" in entry)
+    for part in ("language_model", "multi_modal_projector", "vision_tower"):
+        assert any(part in name and not torch.equal(p, before[name]) for name, p in model.named_parameters()), part
+    training.save_model(tmp_path / "out")
+    stock, info = StockLlava.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = dict(model.named_parameters())
+    assert all(torch.equal(parameter, ours[name]) for name, parameter in stock.named_parameters())
+    assert (tmp_path / "out" / "processor_config.json").exists()
+
+
+def test_its_loss_on_its_batch_is_our_loss(model, processor, dataset, tmp_path):
+    training = trainer(model, processor, dataset, tmp_path, gradient_checkpointing=False)
+    batch = next(iter(training.get_train_dataloader()))
+    model.train()
+    theirs = training.compute_loss(model, dict(batch))
+    ours = model(**batch)
+    assert ours.logits is None  # none are built, and TRL needs none
+    assert float(theirs) == pytest.approx(float(ours.loss), rel=1e-5)
+    gradients = []
+    for loss in (theirs, ours.loss):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*gradients))
+
+
+def test_lora_through_sft_trainer(model, processor, dataset, tmp_path):
+    from peft import LoraConfig
+
+    from modeling_llava.training.adapters import lora_target_pattern
+
+    config = LoraConfig(r=4, target_modules=lora_target_pattern(model))
+    training = trainer(model, processor, dataset, tmp_path, peft_config=config)
+    training.train()
+    trained = [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name and "language_model" in name for name in trained)
+    training.save_model(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"gradient_accumulation_steps": 2}, {"do_eval": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_its_other_losses_find_the_logits_that_they_need(model, processor, dataset, tmp_path, settings):
+    evaluate = settings.pop("do_eval", False)
+    training = trainer(model, processor, dataset, tmp_path, max_steps=1, **settings)
+    training.train()
+    losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    assert len(losses) == 1 and 0 < losses[0] < 100
+    if evaluate:
+        assert training.evaluate(eval_dataset=dataset)["eval_loss"] > 0
+
+
+def test_its_collator_leaves_out_the_first_token_and_ours_does_not(model, processor, dataset, rows, tmp_path):
+    """
+    TRL tokenizes a rendered conversation without the tokenizer's own BOS, since most templates write one; LLaVA's do not,
+    stock's neither. Everything after it is equal. With our collator the batch is as in our own training.
+    """
+    turns = list(zip(QUESTIONS[:2], ANSWERS[:2], rows[:2]))
+    expected = [
+        encode_conversation([user_turn(question, row["images"]), assistant_turn(answer)], processor)
+        for question, answer, row in turns
+    ]
+    assert all(sample["input_ids"][0] == processor.tokenizer.bos_token_id for sample in expected)
+    theirs = trainer(model, processor, dataset, tmp_path).data_collator([dict(row) for row in rows[:2]])
+    for number, sample in enumerate(expected):
+        length = int(theirs["attention_mask"][number].sum())
+        assert torch.equal(theirs["input_ids"][number, :length], sample["input_ids"][1:])
+        assert torch.equal(theirs["labels"][number, :length], sample["labels"][1:])
+
+    training = trainer(
+        model, processor, dataset, tmp_path, data_collator=LlavaDataCollator(processor), remove_unused_columns=False
+    )
+    conversations = [
+        {"messages": [user_turn(question, row["images"]), assistant_turn(answer)], "images": row["images"]}
+        for question, answer, row in turns
+    ]
+    batch = training.data_collator(conversations)
+    for number, sample in enumerate(expected):
+        length = int(batch["attention_mask"][number].sum())
+        assert torch.equal(batch["input_ids"][number, :length], sample["input_ids"])
+        assert torch.equal(batch["labels"][number, :length], sample["labels"])
+        assert (batch["labels"][number, length:] == IGNORE_INDEX).all()
