@@ -19,7 +19,7 @@ from .responder import Question, list_questions, list_reasoning, read_context
 from .scenes import HELD_OUT
 
 
-KINDS = ("place", "count", "presence", "colour", "object", "position", "largest", "reasoning")
+KINDS = ("place", "count", "presence", "colour", "object", "size", "position", "largest", "reasoning")
 HELD_OUT_NAMES = frozenset(f"{colour} {category}" for colour, category in HELD_OUT)
 
 

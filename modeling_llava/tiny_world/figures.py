@@ -101,7 +101,7 @@ def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) ->
     num_wrong = min(len(wrong), max(1, round(number * len(wrong) / max(1, len(answers))))) if wrong else 0
     chosen = wrong[:num_wrong]
     if held_out and not any(row in held_out for row in chosen):
-        chosen.append(held_out[0])
+        chosen = [held_out[0], *chosen[: number - 1]]
     right = [row for row in order if row["right"]]
     queues = [[row for row in right if row["kind"] == kind] for kind in KINDS]
     turn = 0
@@ -132,39 +132,38 @@ def plot_answers(
     """
     columns, rows = 5, 2
     chosen = choose_answers(answers, columns * rows, seed)
-    figure = _figure(13, 10.2)
+    figure = _figure(13, 11)
+    share = {name: f"{kinds['all']:.0%}" for name, kinds in scores.items()}
     figure.text(0.03, 0.966, "A LLaVA that learnt to see in minutes", fontsize=19, color=INK, fontweight="bold")
-    figure.text(
-        0.03,
-        0.942,
-        f"{scores['with the picture']['all']:.0%} of its answers about pictures never seen are right; "
-        f"{scores['blank pictures']['all']:.0%} with blank pictures, "
-        f"{scores['pictures shuffled']['all']:.0%} with the pictures shuffled, "
-        f"{scores['majority answer']['all']:.0%} for the most common answer; "
-        f"{scores['held-out pairs']['all']:.0%} on pairs of colour and thing never trained on.",
-        fontsize=11,
-        color=MUTED,
-    )
+    lines = [
+        f"{share['with the picture']} of its answers about pictures never seen are right, {share['held-out pairs']} where "
+        "a pair of colour and thing was in no training data.",
+        f"Without the picture it cannot know: {share['blank pictures']} with blank pictures, "
+        f"{share['pictures shuffled']} with the pictures shuffled; the most common answer gets "
+        f"{share['majority answer']}.",
+    ]
+    for number, line in enumerate(lines):
+        figure.text(0.03, 0.945 - 0.0185 * number, line, fontsize=11, color=MUTED)
     for index, row in enumerate(chosen):
         column, line = index % columns, index // columns
-        left, top = 0.03 + column * 0.192, 0.915 - line * 0.335
-        axes = figure.add_axes([left, top - 0.222, 0.174, 0.222])
+        left, top = 0.03 + column * 0.192, 0.907 - line * 0.33
+        axes = figure.add_axes([left, top - 0.2056, 0.174, 0.2056])
         with Image.open(folder / row["image"]) as picture:
             axes.imshow(picture.convert("RGB"), interpolation="lanczos")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color(GRID)
-        colour = RIGHT if row["right"] else WRONG
-        question = textwrap.wrap(row["question"], 33)
-        answer = textwrap.wrap(f"{'✓' if row['right'] else '✗'} {row['answer'] or '(nothing)'}", 33)
-        expected = [] if row["right"] else textwrap.wrap(f"right: {row['expected']}", 33)
-        y = top - 0.242
-        for lines, ink, weight in ((question, INK, "normal"), (answer, colour, "bold"), (expected, MUTED, "normal")):
-            for text in lines:
-                figure.text(left, y, text, fontsize=10, color=ink, fontweight=weight)
-                y -= 0.0195
-    axes = figure.add_axes([0.055, 0.055, 0.915, 0.165])
+        mark, colour = ("✓", RIGHT) if row["right"] else ("✗", WRONG)
+        texts = [(row["question"], INK, "normal"), (f"{mark} {row['answer'] or '(nothing)'}", colour, "bold")]
+        if not row["right"]:
+            texts.append((f"right: {row['expected']}", MUTED, "normal"))
+        y = top - 0.223
+        for text, ink, weight in texts:
+            for part in textwrap.wrap(text, 28 if weight == "bold" else 32, max_lines=3, placeholder=" …"):
+                figure.text(left, y, part, fontsize=9.8, color=ink, fontweight=weight)
+                y -= 0.0168
+    axes = figure.add_axes([0.055, 0.04, 0.915, 0.15])
     kinds = [kind for kind in ("all", *KINDS) if kind in scores["with the picture"]]
     width = 0.8 / len(BARS)
     for index, (name, colour) in enumerate(BARS.items()):

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..attention import VARLEN
 from ..constants import IGNORE_INDEX
-from ..templating import load_chat_template
+from ..data.packing import pack_sequences
 from .responder import (
     Question,
     SeenScene,
@@ -30,8 +32,16 @@ from .vision import warmup_and_cosine
 from .world import scene_texts
 
 
-BOS, EOS, PAD, TURN = "<s>", "<|im_end|>", "<pad>", "<|im_start|>"
+BOS, EOS, PAD, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"
 VOCABULARY_SIZE = 512
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% else %}{{ '<|assistant|>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""The language model's own chat template: one token before and after a turn. LLaVA's image token is put into it later."""
 
 
 def tell_scene(scene: Scene) -> SeenScene:
@@ -58,14 +68,14 @@ def write_dialogue(scene: Scene, rng: random.Random, turns: int = 6) -> list[dic
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that writes `<s>` in front, with ChatML's turn marks and its chat template.
+    """A byte-level BPE tokenizer that writes `<s>` in front, with a chat template.
 
     Bytes are its alphabet, so a user may type anything.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD, TURN)]
+    special = [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD, USER, ASSISTANT)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=special,
@@ -77,9 +87,9 @@ def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) ->
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, extra_special_tokens=[TURN]
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, extra_special_tokens=[USER, ASSISTANT]
     )
-    wrapped.chat_template = load_chat_template("chatml")
+    wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
@@ -106,6 +116,7 @@ def train_language_model(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    most_things: int = 3,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, float]:
     """Trains tokenizer and language model on scenes in words, and saves both.
@@ -119,6 +130,7 @@ def train_language_model(
         batch_size: Documents per step.
         learning_rate: Highest learning rate.
         seed: Of the texts, initialisation and order.
+        most_things: Most things in a scene, 1 to 3.
         log: Called with each step and its loss.
 
     Returns:
@@ -126,14 +138,15 @@ def train_language_model(
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    rng, scenes = random.Random(f"{seed}:language"), scene_texts(seed, "language")
+    rng, scenes = random.Random(f"{seed}:language"), scene_texts(seed, "language", most_things)
     samples = [write_dialogue(next(scenes), rng) for _ in range(1000)]
     tokenizer = train_tokenizer(
         [message["content"] for messages in samples for message in messages]
         + [caption for _ in range(300) for caption in write_captions(next(scenes))]
-        + ["user\n", "assistant\n"] * 300
     )
     model = LlamaForCausalLM(tiny_language_config(tokenizer))
+    _initialise(model)
+    model.set_attn_implementation(VARLEN)  # documents stand behind one another; none is padded
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
     losses, num_tokens = [], 0
@@ -144,14 +157,17 @@ def train_language_model(
             else _dialogue(tokenizer, write_dialogue(next(scenes), rng))
             for index in range(batch_size)
         ]
-        batch = _pad(documents, tokenizer.pad_token_id)
-        loss = model(**batch).loss
+        pack = pack_sequences(*zip(*documents))
+        labels = pack.pop("labels")[0]
+        hidden = model.model(**pack, use_cache=False).last_hidden_state[0]  # [positions, hidden]
+        learnt = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+        loss = F.cross_entropy(model.lm_head(hidden[learnt]), labels[learnt + 1])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        num_tokens += int(batch["attention_mask"].sum())
+        num_tokens += len(labels)
         losses.append(loss.item())
         log(step + 1, losses[-1])
     model.save_pretrained(out)
@@ -164,12 +180,20 @@ def train_language_model(
     }
 
 
-def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[list[int], list[int]]:
-    ids = tokenizer(caption + "\n")["input_ids"]
+def _initialise(model: LlamaForCausalLM) -> None:
+    """Each layer adds nothing at first, and tokens tell apart: a small model learns to look back sooner from there."""
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor(tokenizer(caption + "\n")["input_ids"])
     return ids, ids
 
 
-def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = tokenizer.apply_chat_template(
         messages,
         tokenize=True,
@@ -177,17 +201,5 @@ def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
         return_assistant_tokens_mask=True,
     )
     ids, kept = encoded["input_ids"], encoded["assistant_masks"]
-    labels = [token if learnt else IGNORE_INDEX for token, learnt in zip(ids, kept)]
-    return [tokenizer.bos_token_id, *ids], [IGNORE_INDEX, *labels]  # templates leave <s> to the tokenizer
-
-
-def _pad(documents: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    length = max(len(ids) for ids, _ in documents)
-
-    def rows(index: int, padding: int) -> torch.Tensor:
-        return torch.tensor([document[index] + [padding] * (length - len(document[index])) for document in documents])
-
-    ids = rows(0, pad_token_id)
-    lengths = torch.tensor([len(ids) for ids, _ in documents])
-    mask = (torch.arange(length)[None] < lengths[:, None]).long()  # [batch, sequence]
-    return {"input_ids": ids, "labels": rows(1, IGNORE_INDEX), "attention_mask": mask}
+    ids = torch.tensor([tokenizer.bos_token_id, *ids])  # templates leave <s> to the tokenizer
+    return ids, torch.where(torch.tensor([0, *kept]) == 1, ids, IGNORE_INDEX)

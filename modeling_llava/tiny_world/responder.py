@@ -94,11 +94,11 @@ def list_questions(scene: SeenScene, rng: random.Random) -> list[Question]:
     """Every question with a definite answer that the responder can think of, by kind and thing."""
     names = tuple(thing.name for thing in scene.things)
     number = len(names)
-    count = "There is one thing." if number == 1 else f"There are {NUMBERS[number]} things."
-    questions = [
-        Question("place", "Where was the picture taken?", f"It was taken {scene.place}.", ()),
-        Question("count", "How many things are there?", count, names),
-    ]
+    questions = [Question("place", "Where was the picture taken?", f"It was taken {scene.place}.", ())]
+    if number > 1:
+        questions.append(
+            Question("count", "How many things are there?", f"There are {NUMBERS[number]} things.", names)
+        )
     absent = rng.choice([name for name in CATEGORIES if name not in {thing.category for thing in scene.things}])
     questions.append(Question("presence", f"Is there {article(absent)}?", f"No, there is no {absent}.", ()))
     for thing in scene.things:
@@ -106,6 +106,7 @@ def list_questions(scene: SeenScene, rng: random.Random) -> list[Question]:
         questions += [
             Question("presence", f"Is there {article(category)}?", f"Yes, there is {article(thing.name)}.", about),
             Question("colour", f"What colour is the {category}?", f"The {category} is {thing.colour}.", about),
+            Question("size", f"Is the {category} large or small?", f"The {category} is {thing.size}.", about),
             Question("object", f"What is the {thing.colour} thing?", f"It is {article(category)}.", about),
             Question(
                 "position", f"Where is the {category}?", f"The {category} is at the {thing.row} {thing.column}.", about

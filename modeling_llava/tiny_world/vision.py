@@ -1,14 +1,15 @@
 """The tiny world's vision encoder: a CLIP-style transformer that learns to say what lies where.
 
 CLIP learnt from 400 million captions. For a few thousand pictures their boxes are a better teacher: every patch inside
-the middle of a box learns the category and the colour of its thing, every patch outside of all boxes learns that there
-is nothing, and the class token learns the place. Colours and places come from the captions.
+the middle of a box learns category, colour, size and position of its thing, every patch outside of all boxes learns that
+there is nothing, and the class token learns the place. Colours and places come from the captions.
 """
 
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ..data.images import load_image
 from ..data_engine.contexts import read_contexts
 from ..image_processing_llava import LlavaImageProcessor
 from .responder import read_context
-from .scenes import CATEGORIES, COLOURS, PLACES
+from .scenes import CATEGORIES, COLOURS, COLUMNS, PLACES, ROWS, SIZES
 
 
 MIDDLE = 0.7
@@ -51,54 +52,60 @@ def tiny_image_processor() -> LlavaImageProcessor:
     return LlavaImageProcessor(size=IMAGE_SIZE, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_pad=True)
 
 
-def patch_labels(split: Path) -> tuple[list[Path], torch.Tensor, torch.Tensor, torch.Tensor]:
+HEADS: dict[str, tuple[str, ...]] = {
+    "category": ("nothing", *CATEGORIES),
+    "colour": ("nothing", *COLOURS),
+    "size": ("nothing", *SIZES),
+    "position": ("nothing", *(f"{row} {column}" for row in ROWS for column in COLUMNS)),
+}
+"""What a patch learns of the thing that it shows, and the answers to choose from."""
+
+HEAD_WEIGHTS = {"category": 1.0, "colour": 1.0, "size": 0.3, "position": 0.3}
+"""Shares of the loss; sizes and positions are easy."""
+
+
+def patch_labels(split: Path) -> tuple[list[Path], dict[str, torch.Tensor], torch.Tensor]:
     """Pictures of a split and what their captions and boxes say of each patch.
 
     Args:
         split: Folder with `images`, `captions.json` and `instances.json`.
 
     Returns:
-        The pictures' paths; categories and colours `[num_pictures, num_patches]` (0: nothing, `IGNORE_INDEX`: not
-        taught); places `[num_pictures]`.
+        The pictures' paths; for each of `HEADS` labels `[num_pictures, num_patches]` (`IGNORE_INDEX`: not taught);
+        places `[num_pictures]`.
     """
     grid = IMAGE_SIZE // PATCH_SIZE
     centres = (np.arange(grid) + 0.5) / grid  # of patches, as fractions of the picture's side
-    names = list(PLACES.values())
-    paths, categories, colours, places = [], [], [], []
+
+    def inside(low: float, high: float, share: float) -> np.ndarray:
+        return np.abs(centres - (low + high) / 2) <= share * (high - low) / 2
+
+    paths, labels, places = [], {head: [] for head in HEADS}, []
     for context in read_contexts(split / "captions.json", split / "instances.json"):
         scene = read_context(f"{context.caption_text}\n\n{context.box_text}")
-        category, colour = np.zeros((grid, grid), np.int64), np.zeros((grid, grid), np.int64)
+        patches = {head: np.zeros((grid, grid), np.int64) for head in HEADS}
         for thing, box in zip(scene.things, context.boxes):
             x1, y1, x2, y2 = box.corners
-
-            def inside(low, high, share):
-                return np.abs(centres - (low + high) / 2) <= share * (high - low) / 2
-
             around = np.outer(inside(y1, y2, 1), inside(x1, x2, 1))  # [row, column]
             middle = np.outer(inside(y1, y2, MIDDLE), inside(x1, x2, MIDDLE))
-            for labels, label in ((category, CATEGORIES.index(thing.category)), (colour, COLOURS.index(thing.colour))):
-                labels[around & (labels == 0)] = IGNORE_INDEX
-                labels[middle] = label + 1
+            shown = {**vars(thing), "position": f"{thing.row} {thing.column}"}
+            for head, answers in HEADS.items():
+                patches[head][around & (patches[head] == 0)] = IGNORE_INDEX
+                patches[head][middle] = answers.index(shown[head])
         paths.append(split / "images" / context.image)
-        categories.append(category.reshape(-1))
-        colours.append(colour.reshape(-1))
-        places.append(names.index(scene.place))
-    return (
-        paths,
-        torch.from_numpy(np.stack(categories)),
-        torch.from_numpy(np.stack(colours)),
-        torch.tensor(places),
-    )
+        places.append(list(PLACES.values()).index(scene.place))
+        for head in HEADS:
+            labels[head].append(patches[head].reshape(-1))
+    return paths, {head: torch.from_numpy(np.stack(rows)) for head, rows in labels.items()}, torch.tensor(places)
 
 
 class PatchTeacher(nn.Module):
-    """A tower with three linear heads on the hidden state that LLaVA reads."""
+    """A tower with linear heads on the hidden state that LLaVA reads."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.tower = CLIPVisionModel(config)
-        self.category = nn.Linear(config.hidden_size, len(CATEGORIES) + 1)
-        self.colour = nn.Linear(config.hidden_size, len(COLOURS) + 1)
+        self.heads = nn.ModuleDict({head: nn.Linear(config.hidden_size, len(HEADS[head])) for head in HEADS})
         self.place = nn.Linear(config.hidden_size, len(PLACES))
         for name, parameter in self.tower.named_parameters():
             # CLIP's own initialisation is made for 24 layers; a small tower learns faster from this one.
@@ -108,12 +115,12 @@ class PatchTeacher(nn.Module):
             config.image_size // config.patch_size, config.hidden_size
         )
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[batch, 3, H, W]` → category and colour logits `[batch, num_patches, …]`, place logits `[batch, …]`."""
+    def forward(self, pixel_values: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """`[batch, 3, H, W]` → logits of each head `[batch, num_patches, …]`, and of the place `[batch, …]`."""
         hidden = self.tower.pre_layrnorm(self.tower.embeddings(pixel_values))
         for layer in self.tower.encoder.layers[: FEATURE_LAYER + 1]:  # hidden state −2 is the last layer's input
             hidden = layer(hidden, attention_mask=None)
-        return self.category(hidden[:, 1:]), self.colour(hidden[:, 1:]), self.place(hidden[:, 0])
+        return {name: head(hidden[:, 1:]) for name, head in self.heads.items()}, self.place(hidden[:, 0])
 
 
 def sine_positions(grid: int, hidden_size: int, scale: float = 0.3) -> torch.Tensor:
@@ -134,7 +141,7 @@ def train_vision_tower(
     learning_rate: float = 3e-3,
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Trains a tower on a split and saves it with its image processor.
 
     Args:
@@ -147,11 +154,11 @@ def train_vision_tower(
         log: Called with each step and its loss.
 
     Returns:
-        Accuracy of category and colour over the last tenth of the steps, per taught patch of a thing, and seconds.
+        Accuracy of each head over the last tenth of the steps, per taught patch of a thing, and seconds.
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    paths, categories, colours, places = patch_labels(split)
+    paths, labels, places = patch_labels(split)
     processor = tiny_image_processor()
     pictures = torch.cat(
         [
@@ -163,50 +170,29 @@ def train_vision_tower(
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
     # Most patches show nothing.
-    category_weights = torch.tensor([0.3] + [1.0] * len(CATEGORIES))
-    colour_weights = torch.tensor([0.3] + [1.0] * len(COLOURS))
-    right, order = [], torch.empty(0, dtype=torch.long)
+    weights = {head: torch.tensor([0.3] + [1.0] * (len(answers) - 1)) for head, answers in HEADS.items()}
+    right, order = {head: [] for head in HEADS}, torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(paths))])
         rows, order = order[:batch_size], order[batch_size:]
-        category, colour = categories[rows].flatten(), colours[rows].flatten()  # [batch · num_patches]
-        pixel_values = pictures[rows]
-        if step % 2:  # every other batch is seen in a mirror: positions change, things do not
-            pixel_values, category, colour = _mirror(pixel_values, category, colour)
-        category_logits, colour_logits, place_logits = teacher(pixel_values)
-        loss = (
-            F.cross_entropy(category_logits.flatten(0, 1), category, category_weights)
-            + F.cross_entropy(colour_logits.flatten(0, 1), colour, colour_weights)
-            + 0.2 * F.cross_entropy(place_logits, places[rows])
-        )
+        logits, place_logits = teacher(pictures[rows])
+        loss = 0.2 * F.cross_entropy(place_logits, places[rows])
+        for head in HEADS:
+            expected, found = labels[head][rows].flatten(), logits[head].flatten(0, 1)  # [batch · num_patches, …]
+            loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(found, expected, weights[head])
+            if step >= steps * 9 // 10:
+                right[head].append((found.argmax(-1) == expected)[expected > 0].float().mean().item())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         log(step + 1, loss.item())
-        if step >= steps * 9 // 10:
-            shown = category > 0
-            right.append(
-                (
-                    (category_logits.flatten(0, 1).argmax(-1) == category)[shown].float().mean().item(),
-                    (colour_logits.flatten(0, 1).argmax(-1) == colour)[shown].float().mean().item(),
-                )
-            )
     teacher.tower.save_pretrained(out)
     processor.save_pretrained(out)
-    category_accuracy, colour_accuracy = np.mean(right, axis=0).tolist()
-    return {
-        "category_accuracy": round(category_accuracy, 4),
-        "colour_accuracy": round(colour_accuracy, 4),
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
-
-
-def _mirror(pixel_values: torch.Tensor, *labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    grid = IMAGE_SIZE // PATCH_SIZE
-    return pixel_values.flip(-1), *(label.view(-1, grid, grid).flip(-1).flatten() for label in labels)
+    accuracy = {head: round(float(np.mean(shares)), 4) for head, shares in right.items()}
+    return {"patch_accuracy": accuracy, "seconds": round(time.perf_counter() - begun, 1)}
 
 
 def warmup_and_cosine(steps: int, warmup: float = 0.08) -> Callable[[int], float]:

@@ -14,7 +14,7 @@ from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
 JPEG_QUALITY = 92
 
 
-def draw_scenes(number: int, seed: int, split: str, held_out: bool = False) -> list[Scene]:
+def draw_scenes(number: int, seed: int, split: str, held_out: bool = False, most_things: int = 3) -> list[Scene]:
     """Scenes drawn by lot; the same for the same seed and name of the split, different for different names.
 
     Args:
@@ -22,9 +22,10 @@ def draw_scenes(number: int, seed: int, split: str, held_out: bool = False) -> l
         seed: Of the whole world.
         split: Name of the split, `"train"` or another.
         held_out: Whether each scene holds one of the pairs that no training scene has.
+        most_things: Most things in a scene, 1 to 3.
     """
     rng = random.Random(f"{seed}:{split}")
-    return [draw_scene(rng, held_out) for _ in range(number)]
+    return [draw_scene(rng, held_out, most_things) for _ in range(number)]
 
 
 def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int = PICTURE_SIZE) -> None:
@@ -74,8 +75,8 @@ def write_json(path: Path, content: object) -> None:
     os.replace(unnamed, path)
 
 
-def scene_texts(seed: int, name: str) -> Iterator[Scene]:
+def scene_texts(seed: int, name: str, most_things: int = 3) -> Iterator[Scene]:
     """An endless supply of scenes that are told of and never drawn: what the language model reads."""
     rng = random.Random(f"{seed}:{name}")
     while True:
-        yield draw_scene(rng)
+        yield draw_scene(rng, most_things=most_things)

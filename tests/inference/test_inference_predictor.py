@@ -463,7 +463,9 @@ def test_benchmark_row_that_ends_before_the_others_makes_room(model, processor):
     stop = next(stop for stop in stops if stop.strip() == stop and not any(stop in other for other in others))
     answers = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30, stop_strings=(stop,))}
     assert [answers[f"s{number}"].finish_reason for number in range(4)] == ["stop", "length", "length", "length"]
-    assert {name: answers[name].text for name in ("s1", "s2", "s3")} == {name: free[name] for name in ("s1", "s2", "s3")}
+    assert {name: answers[name].text for name in ("s1", "s2", "s3")} == {
+        name: free[name] for name in ("s1", "s2", "s3")
+    }
 
 
 def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):

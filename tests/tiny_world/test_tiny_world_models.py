@@ -13,8 +13,8 @@ from modeling_llava.tiny_world.language import _dialogue, train_language_model, 
 from modeling_llava.tiny_world.scenes import CATEGORIES, COLOURS, HELD_OUT, PLACES, Scene, Thing
 from modeling_llava.tiny_world.vision import (
     FEATURE_LAYER,
+    HEADS,
     PatchTeacher,
-    _mirror,
     patch_labels,
     tiny_vision_config,
     train_vision_tower,
@@ -36,27 +36,20 @@ def test_patches_learn_what_the_boxes_say(tmp_path):
     # (0.15 to 0.85 of the side) none: all four are taught.
     thing = Thing("boat", "red", "large", "top", "left", (1 / 6, 1 / 6), 1 / 3)
     write_split(tmp_path, [Scene("snow", (thing,), 0)])
-    paths, category, colour, place = patch_labels(tmp_path)
-    expected = torch.zeros(6, 6, dtype=torch.long)
-    expected[:2, :2] = 1
-    assert torch.equal(category.view(6, 6), expected * (CATEGORIES.index("boat") + 1))
-    assert torch.equal(colour.view(6, 6), expected * (COLOURS.index("red") + 1))
+    paths, labels, place = patch_labels(tmp_path)
+    covered = torch.zeros(6, 6, dtype=torch.bool)
+    covered[:2, :2] = True
+    for head, answer in (("category", "boat"), ("colour", "red"), ("size", "large"), ("position", "top left")):
+        found = labels[head].view(6, 6)
+        assert torch.equal(found != 0, covered) and set(found[covered].tolist()) == {HEADS[head].index(answer)}
     assert place.tolist() == [list(PLACES).index("snow")] and len(paths) == 1
     # A box of half the picture: the three by three patches' outer centres lie at 1/6 and 5/6 of its side, all taught;
     # of four fifths: centres at 0.104, 0.3125, … of its side, the outermost are in the box and not taught.
     thing = Thing("boat", "red", "large", "top", "left", (0.4, 0.4), 0.8)
     write_split(tmp_path / "b", [Scene("snow", (thing,), 0)])
-    _, category, _, _ = patch_labels(tmp_path / "b")
-    grid = category.view(6, 6)
+    grid = patch_labels(tmp_path / "b")[1]["category"].view(6, 6)
     assert (grid[0, :5] == IGNORE_INDEX).all() and (grid[:5, 4] == IGNORE_INDEX).all()
-    assert (grid[1:4, 1:4] == CATEGORIES.index("boat") + 1).all() and (grid[5] == 0).all()
-
-
-def test_a_mirrored_picture_has_mirrored_labels():
-    pixels, labels = torch.rand(2, 3, 48, 48), torch.arange(2 * 36)
-    flipped, mirrored = _mirror(pixels, labels)
-    assert torch.equal(flipped[:, :, :, 0], pixels[:, :, :, -1])
-    assert mirrored[:6].tolist() == [5, 4, 3, 2, 1, 0]
+    assert (grid[1:4, 1:4] == HEADS["category"].index("boat")).all() and (grid[5] == 0).all()
 
 
 def test_the_teacher_reads_the_hidden_state_that_llava_reads():
@@ -64,9 +57,10 @@ def test_the_teacher_reads_the_hidden_state_that_llava_reads():
     pixels = torch.rand(2, 3, 48, 48)
     with torch.no_grad():
         state = teacher.tower(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
-        category, colour, place = teacher(pixels)
-    torch.testing.assert_close(category, teacher.category(state[:, 1:]))
-    torch.testing.assert_close(colour, teacher.colour(state[:, 1:]))
+        found, place = teacher(pixels)
+    assert set(found) == set(HEADS)
+    for head, logits in found.items():
+        torch.testing.assert_close(logits, teacher.heads[head](state[:, 1:]))
     torch.testing.assert_close(place, teacher.place(state[:, 0]))
 
 
@@ -77,7 +71,7 @@ def test_the_tower_learns_and_is_saved_with_its_image_processor(tmp_path):
         tmp_path / "train", tmp_path / "tower", steps=25, batch_size=16, log=lambda step, loss: losses.append(loss)
     )
     assert losses[-1] < 0.7 * losses[0] and len(losses) == 25
-    assert facts["colour_accuracy"] > 1 / len(COLOURS)
+    assert facts["patch_accuracy"]["colour"] > 1 / len(COLOURS)
     tower = CLIPVisionModel.from_pretrained(tmp_path / "tower")
     assert tower.config.image_size == 48
     assert (tmp_path / "tower" / "preprocessor_config.json").is_file()
@@ -100,9 +94,9 @@ def test_the_tokenizer_gives_back_any_text(tokenizer, text):
 def test_the_tokenizer_is_the_same_after_a_reload(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    text = "<|im_start|>user\nWhat colour is the star?<|im_end|>\n"
+    text = "<|user|>What colour is the star?<|assistant|>"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "<|im_end|>", "<pad>")
+    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")
     assert again.chat_template == tokenizer.chat_template
 
 
@@ -111,9 +105,9 @@ def test_exactly_answers_and_their_ends_are_learnt(tokenizer):
     for _ in range(20):
         messages = write_dialogue(next(scenes), rng)
         ids, labels = _dialogue(tokenizer, messages)
-        learnt = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        learnt = tokenizer.decode([label for label in labels.tolist() if label != IGNORE_INDEX])
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        assert learnt == "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert learnt == "".join(f"{answer}</s>" for answer in answers)
         assert ids[0] == tokenizer.bos_token_id and len(ids) == len(labels)
 
 

@@ -61,13 +61,17 @@ def test_answers_are_true_of_the_scene():
             elif question.kind == "position":
                 thing = by_category[last]
                 assert question.answer == f"The {last} is at the {thing.row} {thing.column}."
+            elif question.kind == "size":
+                category = words[2]
+                assert question.answer == f"The {category} is {by_category[category].size}."
             elif question.kind == "count":
-                assert {1: "one thing", 2: "two things", 3: "three things"}[len(scene.things)] in question.answer
+                assert {2: "two things", 3: "three things"}[len(scene.things)] in question.answer
             elif question.kind == "presence":
                 assert question.answer.startswith("Yes") == (last in by_category)
             elif question.kind == "largest":
                 assert max(scene.things, key=lambda thing: thing.side).name in question.answer
-        assert {"place", "count", "presence", "colour", "object", "position"} <= kinds
+        assert {"place", "presence", "colour", "object", "size", "position"} <= kinds
+        assert ("count" in kinds) == (len(scene.things) > 1)
 
 
 def test_every_category_has_knowledge_and_its_question_does_not_name_it():
