@@ -4,11 +4,12 @@ Conversion of a checkpoint of about 4 GB: seconds against a plain copy of its fi
     python examples/benchmarks/convert.py                          # makes the checkpoint (4 GB) in a temporary folder
     python examples/benchmarks/convert.py --folder DIR --layers 4  # elsewhere, and smaller
 
-A LLaVA with random bfloat16 weights (CLIP-L/14 at 336 pixels, Llama layers of 2048) goes original → HF → original
-and HF → GGUF (f16). Each conversion is a process of its own; its memory is the highest resident size less what the process had after its
-imports, files that are mapped included. Before each, the same checkpoint's weights are copied with `shutil.copyfile` on the
-same disk and flushed, and the conversion's time includes flushing too. The checks at the end of a conversion load a model
-and are timed apart (`--check`). The tensors that came back from original → HF → original are compared bit for bit.
+A LLaVA with random bfloat16 weights (CLIP-L/14 at 336 pixels, Llama layers of 2048) goes original → HF → original and HF →
+GGUF (f16). Each conversion is a process of its own; its memory is the highest resident size less what the process had
+after its imports. The same checkpoint's weights are copied with `shutil.copyfile` on the same disk. Both find the source in
+the system's cache, both times include flushing, they take turns at being first, and the first round is left out. The checks
+at the end of a conversion load a model and are left out; `--check` includes them. The tensors that came back from original →
+HF → original are compared bit for bit.
 
 Wanted: time ≤ 1.5 × the copy for safetensors, memory < 1.5 × the largest shard written (2 GB).
 Predicted before the first run: time 1.1 × (reading and writing once, renaming apart), memory 0.6 × (one tensor at a time,
@@ -94,10 +95,20 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".gguf", ".bin"))
 
 
+def read_weights(source: Path) -> None:
+    """Brings a folder's weights into the system's cache, so that whoever reads them next finds them there."""
+    for path in weight_files(source):
+        with open(path, "rb") as file:
+            while file.read(2**24):
+                pass
+
+
 def copy_weights(source: Path, target: Path) -> float:
     """Seconds to copy a folder's weights and flush them."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
+    os.sync()
+    read_weights(source)
     begun = time.perf_counter()
     for path in weight_files(source):
         shutil.copyfile(path, target / path.name)
@@ -110,12 +121,14 @@ def copy_weights(source: Path, target: Path) -> float:
 def convert_here(function: str, source: str, output: str, check: bool) -> None:
     """One conversion, in this process; prints seconds and the growth of its peak memory in bytes."""
     import psutil
-    import torch  # noqa: F401  (part of what the process has before)
-    import transformers.models.llava.modeling_llava  # noqa: F401
+    import torch
+    import transformers.models.llava.modeling_llava
 
-    from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor, conversion  # noqa: F401
+    from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor, conversion
 
     convert = getattr(conversion, function)
+    # What a conversion imports is loaded before, so that it does not count as the conversion's memory.
+    assert torch and transformers and LlavaForConditionalGeneration and LlavaProcessor
     before = psutil.Process().memory_info().rss
     begun = time.perf_counter()
     convert(source, output, check=check)
@@ -128,6 +141,7 @@ def convert_here(function: str, source: str, output: str, check: bool) -> None:
 def measure(function: str, source: Path, output: Path, check: bool = False) -> dict[str, float]:
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
+    read_weights(source)
     command = [
         sys.executable,
         __file__,
@@ -163,27 +177,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--folder", help="where the checkpoints go (16 GB; default: a temporary folder)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: 4 GB)")
-    parser.add_argument("--rounds", type=int, default=3, help="conversions of each direction")
+    parser.add_argument("--rounds", type=int, default=4, help="conversions of each direction")
     parser.add_argument("--check", action="store_true", help="with the check at the end of each conversion")
     parser.add_argument("--out", type=Path, default=RESULT, help=f"result file (default: {RESULT.relative_to(ROOT)})")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        return make_checkpoint(args.make, args.layers)
     if args.convert:
         return convert_here(*args.convert, check=args.check)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         print(f"making a checkpoint with {args.layers} layers in {folder} …", flush=True)
-        make_checkpoint(folder / "made", args.layers)
+        # In a process of its own: a child of a process that was once large reports that peak as its own.
+        made = [sys.executable, __file__, "--make", str(folder / "made"), "--layers", str(args.layers)]
+        subprocess.run(made, check=True, capture_output=True)
         measure("convert_hf_to_original", folder / "made", folder / "original")
         shutil.rmtree(folder / "made")
         size = sum(path.stat().st_size for path in weight_files(folder / "original"))
         rows = []
         for direction, (source, output, function) in DIRECTIONS.items():
             copies, runs = [], []
-            for _ in range(args.rounds):
-                copies.append(copy_weights(folder / source, folder / "copy"))
+            for number in range(args.rounds + 1):
+                if number % 2:
+                    copies.append(copy_weights(folder / source, folder / "copy"))
                 runs.append(measure(function, folder / source, folder / output, args.check))
+                if not number % 2:
+                    copies.append(copy_weights(folder / source, folder / "copy"))
+            copies, runs = copies[1:], runs[1:]  # the first round writes where nothing was before, which can be slower
             largest = max(path.stat().st_size for path in weight_files(folder / output))
             row = {
                 "direction": direction,

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         lock = threading.Lock()
         predictor = {"system": args.system, "max_cached_images": 1}
         sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor), lock=lock), args.people)
-        page = build_page(sessions, processor, folder, title=args.model, examples=examples, limits=limits)
+        page = build_page(sessions, processor, folder, title=_title(args.model), examples=examples, limits=limits)
         url = launch(page, folder, args.host, args.port, args.open)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
             print(
@@ -70,3 +70,10 @@ def run(args: argparse.Namespace) -> int:
         finally:
             page.close(verbose=False)
     return 0
+
+
+def _title(model: str) -> str:
+    """What visitors read: a Hub name as it is, of a folder its last part, not where it lies."""
+    from pathlib import Path
+
+    return Path(model).resolve().name if Path(model).is_dir() else model

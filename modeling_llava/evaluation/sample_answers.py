@@ -3,6 +3,7 @@
 import html
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class SampleAnswersCallback(TrainerCallback):
     the others wait; with weights that are sharded over processes (FSDP, ZeRO-3) it cannot, and says so once.
 
     Args:
-        num_samples (`int`, *optional*, defaults to 8): Samples, evenly spread over the evaluation data.
+        num_samples (`int`, *optional*, defaults to 8): Samples, evenly spread over the evaluation data; the first ones of a stream.
         max_new_tokens (`int`, *optional*, defaults to 128): Of an answer.
         is_sharded (`bool`, *optional*, defaults to `False`): Whether no process has all weights.
     """
@@ -106,6 +107,8 @@ def write_page(path: Path, title: str, samples: Sequence[dict], answers: Sequenc
 
 
 def _spread(dataset: Any, number: int) -> list[dict]:
+    if not hasattr(dataset, "__len__"):  # a stream
+        return list(islice(dataset, number))
     number = min(number, len(dataset))
     return [dataset[i * len(dataset) // number] for i in range(number)]
 

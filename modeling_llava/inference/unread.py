@@ -25,12 +25,12 @@ def last_layer_for(language_model, tokens: torch.Tensor, num_tokens: int):
     modules = [getattr(layer, "mlp", None), getattr(getattr(layer, "self_attn", None), "o_proj", None)]
 
     def choose(module, args):
-        return args[0][:, tokens], *args[1:]
+        return args[0][:, tokens.to(args[0].device)], *args[1:]  # the layer may lie on another device
 
     def place(module, args, output):
         first = output[0] if isinstance(output, tuple) else output
         whole = first.new_zeros(first.shape[0], num_tokens, *first.shape[2:])
-        whole[:, tokens] = first
+        whole[:, tokens.to(first.device)] = first
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     with ExitStack() as hooks:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from tiny_predictor import assistant_turn, generated, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava.cli.main import main
+from modeling_llava.cli.web import _title
 
 
 # Nothing of the browser's own may reach the network: it is the page that is watched.
@@ -57,6 +58,11 @@ def test_a_wrong_argument_is_one_line(folder, arguments, message, capsys):
     assert main(["web", *(str(folder) if word == "MODEL" else word for word in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llava web: error:") and message in error
+
+
+def test_visitors_read_a_folders_name_and_not_where_it_lies(folder):
+    assert _title(str(folder)) == _title(f"{folder}{os.sep}") == "model"
+    assert _title("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
 def test_without_gradio_the_extra_is_named(folder, capsys, monkeypatch):

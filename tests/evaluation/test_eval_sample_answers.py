@@ -13,6 +13,7 @@ from PIL import Image
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
+from modeling_llava.evaluation.sample_answers import _spread
 from modeling_llava.inference import LlavaPredictor
 from modeling_llava.training import parse_recipe
 
@@ -69,6 +70,20 @@ def test_a_page_of_answers_is_written_at_each_evaluation_and_training_is_the_sam
         said = predictor.ask(f"Is <b>{cards[0]}</b> blue?", max_new_tokens=128)
     shown = re.search(r"<b>answer</b>(.*?)</p>", page, re.S)[1]
     assert said.split()[:3] == html.unescape(shown).split()[:3]
+
+
+def test_answers_beside_a_streamed_training(recipe, tmp_path):
+    overrides = [f"output_dir={tmp_path / 'streamed'}", "streaming=true", "eval_size=null", "sample_answers=2"]
+    assert main(["train", str(recipe), *overrides, f"eval_data={tmp_path / 'data.json'}"]) == 0
+    page = (tmp_path / "streamed" / "sample_answers" / "step-2.html").read_text()
+    assert re.findall(r'<article id="s(\d)">', page) == ["0", "5"]  # of ten, evenly spread
+
+
+def test_evaluation_data_that_is_a_stream_gives_its_first_samples():
+    import datasets
+
+    stream = datasets.IterableDataset.from_generator(lambda: ({"id": n} for n in range(5)))
+    assert [sample["id"] for sample in _spread(stream, 2)] == [0, 1]
 
 
 def test_answers_need_evaluation_data(recipe, tmp_path):
