@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         _report(quickstart.results(), out)
         return 0
     done = [phase for phase in PHASES if phase in quickstart.progress["phases"]]
-    print(f"A small LLaVA from nothing, on this machine's CPU, into {out}: five to six minutes on two cores.")
+    print(f"A small LLaVA from nothing, on this machine's CPU, into {out}: about three minutes on two cores.")
     if done:
         print(f"Going on after: {', '.join(done)}.")
     display.number = len(done)

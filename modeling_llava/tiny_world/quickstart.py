@@ -38,7 +38,7 @@ STAGES = ("language", "vision", "pretrain", "finetune")
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """How much of everything. The defaults take five to six minutes on two cores.
+    """How much of everything. The defaults take about three minutes on two cores.
 
     Attributes:
         seed: Of the world, the data and every training.
