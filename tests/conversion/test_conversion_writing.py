@@ -210,7 +210,7 @@ def test_killed_between_renaming_and_the_last_step_is_completed(tmp_path):
 
 
 PROGRAM = """
-import json, os, random, signal, sys, time
+import faulthandler, json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from modeling_llava.conversion import convert_original_to_hf, tensors, writing
 from transformers import AutoConfig
@@ -219,24 +219,31 @@ writing.PIECE_BYTES = tensors.PIECE_BYTES = 4096
 source, folder, rng, report = sys.argv[1], Path(sys.argv[2]), random.Random(0), []
 
 def convert(out):
-    convert_original_to_hf(source, out, max_shard_size="60KB", check=False)
+    tasks = "/proc/self/task"
+    assert not os.path.isdir(tasks) or len(os.listdir(tasks)) == 1, "a child would inherit the locks of other threads"
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(120, exit=True)  # whatever happens, it ends and says where it stood
+        convert_original_to_hf(source, out, max_shard_size="60KB", check=False)
+        os._exit(0)
+    return child
 
 started = time.monotonic()
-convert(folder / "whole")
+assert os.waitpid(convert(folder / "whole"), 0)[1] == 0
 duration = time.monotonic() - started
 for trial in range(int(sys.argv[3])):
     out, kills = folder / f"out{trial}", 0
     while not (out / "config.json").exists():
-        child = os.fork()
-        if child == 0:
-            convert(out)
-            os._exit(0)
+        child = convert(out)
         if kills < 2:
             time.sleep(rng.uniform(0.0, duration))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
         kills += os.WIFSIGNALED(status)
+        if not kills:  # it was done before its signal came: again, with a signal that comes sooner
+            shutil.rmtree(out)
+            duration *= 0.8
         if not (out / "config.json").exists():
             for left in folder.glob(f"out{trial}*"):
                 try:
@@ -255,9 +262,9 @@ def test_conversion_killed_at_any_moment_leaves_nothing_that_loads(tmp_path):
     trials = 5
     command = [sys.executable, "-c", PROGRAM, str(GOLDEN / "llava_v15_tiny"), str(tmp_path), str(trials)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # forking needs one thread
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sum(json.loads(done.stdout)) >= trials  # most were killed at least once
+    assert min(json.loads(done.stdout)) >= 1  # each was killed at least once
     whole = tmp_path / "whole"
     for trial in range(trials):
         out = tmp_path / f"out{trial}"
