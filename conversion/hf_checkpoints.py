@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
+from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME
 from modeling_llava.configuration_llava import LlavaConfig
 
 from .keymaps import Entry, Sizes, canonical_hf_key, drop_derived, key_table, match_keys, rename_all
-from .originals import local_folder, read_config
+from .originals import check_has_tokenizer, local_folder, read_config
 from .tensors import LazyTensor, find_weights, read_checkpoint
 
 
@@ -63,6 +64,8 @@ def read_hf(source: str | Path) -> HfCheckpoint:
     folder = local_folder(source, "checkpoint")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is an adapter. Fold it into its model first: llava merge {folder} OUT.")
+    if (folder / PROJECTOR_CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is a projector alone. Put it into its model first: llava merge {folder} OUT.")
     fields = read_config(folder)
     if "text_config" not in fields or fields.get("model_type") != "llava":
         raise ValueError(
@@ -71,6 +74,7 @@ def read_hf(source: str | Path) -> HfCheckpoint:
         )
     if "quantization_config" in fields:
         raise ValueError(f"{folder} is quantised; give the 16-bit checkpoint from which it was made.")
+    check_has_tokenizer(folder)
     config = LlavaConfig.from_pretrained(folder)
     if not isinstance(config.text_config, (LlamaConfig, MistralConfig)):
         raise ValueError(

@@ -24,6 +24,7 @@ from .checks import CheckReport
 from .hf_checkpoints import HfCheckpoint, read_hf
 from .keymaps import Entry
 from .original_to_hf import Conversion, fingerprint_of
+from .originals import TOKENIZER_FILES
 from .tensors import FileRange, LazyTensor, in_memory, permuted_rows
 from .vocabularies import gguf_chat_template, vocabulary
 from .writing import OutputFolder, as_bytes, copy_range, write_all
@@ -32,6 +33,9 @@ from .writing import OutputFolder, as_bytes, copy_range, write_all
 TYPES = ("f16", "bf16", "f32", "q8_0")
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16"}
+SMALL_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json", "chat_template.json")
+"""What the fields of the two files are made from, beside `config.json`."""
+
 BLOCK = 32
 """Values per block of `q8_0`: a row whose length is no multiple of it is stored as `f16`."""
 
@@ -101,10 +105,10 @@ def convert_hf_to_gguf(
         _for_class_token_last(files[f"mmproj-{dtype}.gguf"][1], processor)
     total = sum(tensor.nbytes for _, tensors in files.values() for tensor in tensors.values())
     plan = {name: {key: tensor.content for key, tensor in tensors.items()} for name, (_, tensors) in files.items()}
+    small = [hf.folder / name for name in SMALL_FILES if (hf.folder / name).is_file()]
+    fingerprint = fingerprint_of(f"hf to gguf {class_token_last=}", [*hf.files, *small], plan)
     report = None
-    with OutputFolder(
-        output, fingerprint_of(f"hf to gguf {class_token_last=}", hf.files, plan), total, overwrite=overwrite
-    ) as folder:
+    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
         if not folder.is_done:
             for name, (metadata, tensors) in files.items():
                 path = folder.partial / name
@@ -456,7 +460,12 @@ def check_gguf(gguf, folder: Path, files: Mapping[str, tuple[Callable, Mapping[s
             continue
         wrong = [key for key, tensor in tensors.items() if not _reads_back(gguf, found[key], tensor)]
         if wrong:
-            report.add(name, "failed", f"{len(wrong)} tensors do not read back, such as '{wrong[0]}'")
+            report.add(
+                name,
+                "failed",
+                f"{len(wrong)} tensors do not read back, such as '{wrong[0]}': they hold values that are not numbers, or "
+                f"too large for {tensors[wrong[0]].kind} (bf16 and f32 go further)",
+            )
         else:
             report.add(name, "ok", f"{len(tensors)} tensors, {len(reader.fields)} fields, read back value by value")
     return report
@@ -476,7 +485,7 @@ def _reads_back(gguf, found, tensor: GgufTensor) -> bool:
             error = (values - wanted).reshape(-1, BLOCK).abs()
             if not bool((error <= step * 0.57 + 1e-7).all()):
                 return False
-        elif not torch.equal(values, wanted.to(TORCH_TYPES[tensor.kind]).float()):
+        elif not values.isfinite().all() or not torch.equal(values, wanted.to(TORCH_TYPES[tensor.kind]).float()):
             return False
         start = stop
     return True

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor
@@ -14,7 +14,7 @@ from .checks import check_original
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
 from .keymaps import vision_entries
 from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
-from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json
+from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
 from .vocabularies import has_sentencepiece, sentencepiece_model
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
@@ -194,7 +194,7 @@ def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     """
     layers, config = hf.config.projector_num_layers, hf.config
     recorded = dict(hf.record.get("config") or {})
-    result = recorded or _text_fields(hf)
+    result = _with_changes(recorded, hf) if recorded else _text_fields(hf)
     kind = "linear" if layers == 1 and not hf.sizes.projector_numbered else f"mlp{layers}x_gelu"
     _set(result, "mm_projector_type", kind, default="linear" if recorded else None)
     strategies = {strategy: feature for feature, strategy in FEATURE_STRATEGIES.items()}
@@ -230,9 +230,24 @@ def _set(config: dict, name: str, value, default=None) -> None:
         config[name] = value
 
 
+def _with_changes(recorded: dict, hf: HfCheckpoint) -> dict:
+    """The configuration that the checkpoint came with, and what its language model's has become since (longer context…)."""
+    before, now = (_fields_of_4(text) for text in (read_text_config(recorded), hf.config.text_config))
+    of_tokens = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    changed = {k: v for k, v in now.items() if k in before and v != before[k] and k not in of_tokens}
+    return recorded | changed
+
+
 def _text_fields(hf: HfCheckpoint) -> dict:
-    """The language model's fields as transformers 4 (which the original stands on) writes them."""
-    text = hf.config.text_config
+    """The fields of a checkpoint that never was an original."""
+    model_type, architecture = ARCHITECTURES[hf.config.text_config.model_type]
+    dtype = str(hf.config.dtype or torch.float32).removeprefix("torch.")
+    fields = _fields_of_4(hf.config.text_config)
+    return {"architectures": [architecture], "model_type": model_type, "torch_dtype": dtype, **fields}
+
+
+def _fields_of_4(text: PreTrainedConfig) -> dict:
+    """A language model's fields as transformers 4 (which the original stands on) writes them."""
     fields = text.to_dict()
     rope = dict(fields.pop("rope_parameters", None) or {})
     fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
@@ -242,9 +257,7 @@ def _text_fields(hf: HfCheckpoint) -> dict:
         fields.pop(name, None)
     if fields.get("head_dim") == text.hidden_size // text.num_attention_heads:
         fields.pop("head_dim")
-    model_type, architecture = ARCHITECTURES[text.model_type]
-    dtype = str(hf.config.dtype or torch.float32).removeprefix("torch.")
-    return {"architectures": [architecture], "model_type": model_type, "torch_dtype": dtype, **fields}
+    return fields
 
 
 def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, folder: Path) -> None:
@@ -324,8 +337,8 @@ def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:
     notes = []
     if tower["trained"]:
         notes.append(
-            f"The vision tower was trained and is no longer {tower['name']}: its weights lie in the checkpoint, with "
-            "unfreeze_mm_vision_tower, as the original writes it."
+            f"The vision tower is no longer exactly {tower['name']} (trained, or saved in another dtype): its weights lie "
+            "in the checkpoint, with unfreeze_mm_vision_tower, as the original writes it."
         )
     if tower["folder"]:
         notes.append(

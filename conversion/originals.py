@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from .keymaps import (
@@ -70,6 +71,15 @@ NOT_TEXT_FIELDS = re.compile(
     r"|model_type|architectures|transformers_version|torch_dtype|dtype|_name_or_path|auto_map|quantization_config"
 )
 """Fields of an original configuration that are not the language model's."""
+
+SUCCESSOR_FIELDS = {
+    "image_aspect_ratio": ("pad", "square", "keep"),
+    "mm_patch_merge_type": ("flat",),
+    "mm_resampler_type": (),
+    "s2": (),
+    "use_s2": (),
+}
+"""Fields that LLaVA's successors have → the values with which a checkpoint is one of v1 or v1.5."""
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -143,6 +153,7 @@ def read_original(
         files.append(folder / "config.json")
     _check_is_original(config, folder)
     kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
+    check_has_tokenizer(tokenizer_folder)
 
     text_config = read_text_config(config)
     if "model.embed_tokens.weight" in tensors:
@@ -245,6 +256,14 @@ def read_json(path: Path, of_what: str) -> dict:
     return content
 
 
+def check_has_tokenizer(folder: Path) -> None:
+    """OSError where there is no tokenizer: of `tokenizer_config.json` alone transformers 5 makes one without words."""
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "vocab.json")):
+        raise OSError(
+            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json). Copy the language model's tokenizer files there."
+        )
+
+
 def _check_is_original(config: dict, folder: Path) -> None:
     if "text_config" in config:
         raise ValueError(f"{folder} is in the HF form already. Convert it with --to original or --to gguf.")
@@ -256,11 +275,12 @@ def _check_is_original(config: dict, folder: Path) -> None:
         )
     if not any(name in config for name in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
         raise ValueError(f"{folder} is no LLaVA: its config.json has no mm_vision_tower and no mm_projector_type.")
-    if config.get("image_aspect_ratio") == "anyres":
-        raise ValueError(
-            f"{folder} has image_aspect_ratio 'anyres': it is a LLaVA-NeXT (1.6), which is another model "
-            "(transformers' llava_next). Converted are LLaVA v1 and v1.5."
-        )
+    for name, plain in SUCCESSOR_FIELDS.items():
+        if config.get(name) not in (None, False, *plain):
+            raise ValueError(
+                f"{folder} has {name} {config[name]!r}: it is one of LLaVA's successors (LLaVA-NeXT, 1.6, is "
+                "transformers' llava_next), which cut or resample pictures. Converted are LLaVA v1 and v1.5."
+            )
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in FEATURE_STRATEGIES:
         raise ValueError(f"{folder} has mm_vision_select_feature {feature!r}; known are 'patch' and 'cls_patch'.")
@@ -270,7 +290,15 @@ def read_text_config(config: dict) -> PreTrainedConfig:
     """The language model's configuration, out of an original LLaVA's."""
     fields = {name: value for name, value in config.items() if not NOT_TEXT_FIELDS.fullmatch(name)}
     fields.setdefault("tie_word_embeddings", False)
-    return LANGUAGE_MODELS[config["model_type"]](**fields)
+    return _build(LANGUAGE_MODELS[config["model_type"]], fields, "the checkpoint's config.json")
+
+
+def _build(config_class: type[PreTrainedConfig], fields: dict, origin: str) -> PreTrainedConfig:
+    try:
+        return config_class(**fields)
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{origin} is not one that {config_class.__name__} accepts: {reason}.") from error
 
 
 def read_projector_type(config: dict) -> tuple[int, bool]:
@@ -391,9 +419,9 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
     config = read_json(folder / "config.json", "a vision tower")
     kind = config.get("model_type")
     if kind == "clip":
-        vision = CLIPConfig(**config).vision_config
+        vision = _build(CLIPConfig, config, f"{folder}/config.json").vision_config
     elif kind == "clip_vision_model":
-        vision = CLIPVisionConfig(**config)
+        vision = _build(CLIPVisionConfig, config, f"{folder}/config.json")
     else:
         raise ValueError(f"The vision tower {folder} is a {kind!r}; the original's towers are CLIP's (clip).")
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
@@ -417,7 +445,7 @@ def read_tower(folder: Path, sizes: Sizes, files: list[Path]) -> dict[Entry, Laz
 
 def _check_feature_layer(config: dict, vision: CLIPVisionConfig, folder: Path) -> None:
     layer, states = config.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
-    if not isinstance(layer, int) or not -states <= layer < states:
+    if type(layer) is not int or not -states <= layer < states:
         raise ValueError(
             f"mm_vision_select_layer is {layer!r}, but the tower {folder} has {states} hidden states "
             f"({vision.num_hidden_layers} layers and the embeddings): {-states} to {states - 1}."

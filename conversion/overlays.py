@@ -15,7 +15,9 @@ from .keymaps import FLOAT_DTYPES, drop_derived, rename_all
 from .tensors import Extended, LazyTensor
 
 
-ADAPTER_PREFIX = re.compile(r"base_model\.model\.(.+)")
+ADAPTER_PREFIX = re.compile(r"(?:base_model\.model\.|model\.(?=model\.))(.+)")
+"""PEFT's, and what some of the original's versions left of it."""
+
 LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 BASE_LAYER = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 """PEFT saves the embedding or head below an adapter under this name, where it saves it."""
@@ -132,7 +134,10 @@ def fold_lora(
         raise ValueError(f"{source} holds no LoRA tensors (….lora_A.weight).")
     for key, tensor in without_adapter_prefix(whole).items():
         if key not in folded:
-            raise ValueError(f"{tensor.origin} is neither a LoRA tensor nor one of the base's. {WRONG_BASE}")
+            raise ValueError(
+                f"{tensor.origin} is neither a LoRA tensor of a linear layer nor one of the base's. {WRONG_BASE} An "
+                "adapter of another kind is to be merged with peft first."
+            )
         folded[key] = tensor
     for module, sides in pairs.items():
         key = f"{module}.weight"

@@ -9,6 +9,7 @@ holds more than a few pieces, whatever the checkpoint's size.
 tensors and refuses everything else, and only their directory is read, not their tensors.
 """
 
+import errno
 import json
 import math
 import os
@@ -40,6 +41,9 @@ SAFETENSORS_DTYPES = {
 
 MAX_HEADER_BYTES = 100 * 2**20
 """A safetensors header beyond this many bytes is refused, as the safetensors library does."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with in whose place `git clone` without Git LFS left a pointer."""
 
 MODEL_FILES = (
     "model.safetensors.index.json",
@@ -237,30 +241,50 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"][0])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        entries = _header_entries(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged safetensors header ({error}). Download or copy it again.") from error
 
-    tensors, start = {}, 8 + length
-    for key, entry in entries:
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"Tensor '{key}' of {path} has dtype {entry['dtype']}, which is not supported.")
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if begin < 0 or any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
+    tensors, start, filled = {}, 8 + length, 0
+    for begin, end, key, kind, shape in entries:
+        if kind not in SAFETENSORS_DTYPES:
+            raise ValueError(f"Tensor '{key}' of {path} has dtype {kind}, which is not supported.")
+        dtype = SAFETENSORS_DTYPES[kind]
+        if any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(
                 f"Tensor '{key}' of {path} takes {end - begin} bytes by its offsets but {list(shape)} of "
-                f"{entry['dtype']} are {math.prod(shape) * dtype.itemsize} bytes: the header is damaged."
+                f"{kind} are {math.prod(shape) * dtype.itemsize} bytes: the header is damaged."
             )
+        if begin != filled:  # the format allows neither holes nor two tensors in one place
+            raise ValueError(
+                f"Tensor '{key}' of {path} begins at byte {begin} of the data but the tensors before it end at byte "
+                f"{filled}: the header is damaged."
+            )
+        filled = end
         if start + end > size:
             raise ValueError(
                 f"{path} is cut short: tensor '{key}' ends at byte {start + end}, the file has {size} bytes. "
                 "Download or copy it again."
             )
         tensors[key] = stored(path, start + begin, dtype, shape, key)
+    if start + filled != size:
+        raise ValueError(
+            f"{path} has {size} bytes but its header describes {start + filled}: it is damaged. Download or copy it again."
+        )
     return tensors
+
+
+def _header_entries(raw: bytes) -> list[tuple[int, int, str, str, tuple[int, ...]]]:
+    """Begin and end (bytes of the data), key, dtype's name and shape of each tensor, in the order of the data."""
+    header = json.loads(raw)
+    header.pop("__metadata__", None)
+    entries = []
+    for key, entry in header.items():
+        (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+        if not all(type(number) is int for number in (begin, end, *shape)):
+            raise ValueError(f"tensor '{key}' has offsets {entry['data_offsets']} and shape {entry['shape']}")
+        entries.append((begin, end, key, str(entry["dtype"]), shape))
+    return sorted(entries)
 
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
@@ -286,7 +310,9 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
             f"when it is opened. Nothing of it was run. {reason.strip()} If you trust its author, ask for the weights "
             "as safetensors."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
+            raise
         raise ValueError(
             f"{path} is damaged or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
             "Download or copy it again."
@@ -335,7 +361,13 @@ def _strided(path: Path, offset: int, value: torch.Tensor, key: str) -> LazyTens
 
 
 def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one `.safetensors` or `.bin` file."""
+    """The tensors of one `.safetensors` or `.bin` file. ValueError for Git LFS's stand-in, and for damaged files."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is not the weights but Git LFS's pointer to them. Run `git lfs pull` in its folder, or "
+                "download it with `hf download`."
+            )
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 

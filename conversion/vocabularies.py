@@ -35,9 +35,10 @@ MEDIA_TEMPLATE = """\
 {#- llama.cpp writes an image as a marker in front of the text; here it gets its place and its line, as in training. -#}
 {%- set placed = namespace(messages=[]) -%}
 {%- for message in messages -%}
-  {%- if message['role'] == 'user' and message['content'] is string and '<__media' in message['content'] -%}
+  {%- set content = message['content'] -%}
+  {%- if message['role'] == 'user' and content is string and '<__media' in content -%}
     {%- set turn = namespace(images='', text='') -%}
-    {%- for piece in message['content'].split('<__media') -%}
+    {%- for piece in content.split('<__media') -%}
       {%- if loop.first -%}
         {%- set turn.text = piece -%}
       {%- else -%}
@@ -46,11 +47,9 @@ MEDIA_TEMPLATE = """\
         {%- set turn.text = turn.text + parts[1:] | join('__>') -%}
       {%- endif -%}
     {%- endfor -%}
-    {%- set content = turn.images + turn.text | trim -%}
-    {%- set placed.messages = placed.messages + [{'role': 'user', 'content': content | trim}] -%}
-  {%- else -%}
-    {%- set placed.messages = placed.messages + [message] -%}
+    {%- set content = (turn.images + turn.text | trim) | trim -%}
   {%- endif -%}
+  {%- set placed.messages = placed.messages + [{'role': message['role'], 'content': CONTENT}] -%}
 {%- endfor -%}
 {%- set messages = placed.messages -%}
 """
@@ -64,26 +63,47 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     what the training had around it: `<im_start>`, `<im_end>`, the line break, as the template itself writes them for
     an image item. `{% generation %}` goes, since some readers (llama-cpp-python) do not know it. llama.cpp tokenizes
     the text after an image on its own, so the space that stands for this (`image_wrap` of `load_chat_template`) goes.
+
+    Raises:
+        ValueError: the template writes no image for an image item, or not the question.
     """
     if match := re.search(r"\{%- set image = '([^']*) ' -%\}", template):
         template = template.replace(match[0], f"{{%- set image = '{match[1]}' -%}}")
     probe = "One question"
-    without, with_image = (
-        render_jinja_template(
+    text = {"type": "text", "text": probe}
+    content, without = "content", _render(template, probe)
+    if probe not in without:  # stock LLaVA's own template reads lists of items only
+        content, without = (
+            "[{'type': 'text', 'text': content}] if content is string else content",
+            _render(template, [text]),
+        )
+    with_image = _render(template, [{"type": "image"}, text])
+    before, _, after = without.partition(probe)
+    around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
+    if probe not in without or around.count(image_token) != 1:
+        raise ValueError(
+            f"The chat template makes {with_image!r} of an image and the question {probe!r}: it is none for pictures. Give "
+            "the checkpoint one of LLaVA's (chat_template.jinja)."
+        )
+    start, _, end = around.partition(image_token)
+    start, end = (text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for text in (start, end))
+    template = GENERATION_TAG.sub("{#- -#}", template)
+    media = MEDIA_TEMPLATE.replace("IMAGE_START", start).replace("IMAGE_END", end)
+    return media.replace("'content': CONTENT", f"'content': {content}") + template
+
+
+def _render(template: str, content: str | list[dict]) -> str:
+    """One question in a template; an empty text where it fails on it."""
+    try:
+        return render_jinja_template(
             conversations=[[{"role": "user", "content": content}]],
             chat_template=template,
             bos_token="",
             eos_token="",
             add_generation_prompt=True,
         )[0][0]
-        for content in (probe, [{"type": "image"}, {"type": "text", "text": probe}])
-    )
-    before, _, after = without.partition(probe)
-    around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
-    start, _, end = around.partition(image_token)
-    start, end = (text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for text in (start, end))
-    template = GENERATION_TAG.sub("{#- -#}", template)
-    return MEDIA_TEMPLATE.replace("IMAGE_START", start).replace("IMAGE_END", end) + template
+    except Exception:  # a template can fail in any way that a program can
+        return ""
 
 
 def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:

@@ -168,6 +168,12 @@ def atomic_file(path: Path) -> Iterator:
     os.replace(temporary, path)
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space. Libraries in Rust raise a bare `Exception` with the number in its text."""
+    numbers = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         write_all(file, text.encode("utf-8"))
@@ -194,7 +200,7 @@ class OutputFolder:
 
     Raises:
         ValueError: `output` exists; another conversion is writing it; `OUT.partial` is not of a conversion.
-        OSError: the disk has too little space; nothing was written.
+        OSError: the disk has too little space (nothing was written), or others filled it meanwhile.
     """
 
     def __init__(self, output: str | Path, fingerprint: dict, total_bytes: int, *, overwrite: bool = False):
@@ -241,6 +247,11 @@ class OutputFolder:
             self.progress.close()
         if self._lock is not None:
             self._lock.close()
+        if error is not None and is_full_disk(error):
+            raise OSError(
+                f"The disk of {self.partial} is full. What is whole was kept there: free some space and run the same "
+                "command again, or delete it."
+            ) from error
 
     def write_shards(self, shards: dict[str, dict[str, LazyTensor]]) -> None:
         """Write each safetensors file that is not there yet; then, of several, their index."""

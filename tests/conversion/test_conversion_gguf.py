@@ -211,6 +211,40 @@ def test_template_puts_llama_cpps_image_marker_where_training_had_the_image(fold
         assert template.render(messages=given, **variables) == expected.replace("<image>", marker)
 
 
+STOCK_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}"
+    "{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""Of the LLaVA-1.5 checkpoints on the Hub: it reads lists of items, and of a string nothing."""
+
+
+def test_template_that_reads_items_only_is_given_llama_cpps_strings_as_items(folders):
+    processor = LlavaProcessor.from_pretrained(folders / "llava_v15_tiny")
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    turns += [
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+    ]
+    expected = processor.apply_chat_template(turns, chat_template=STOCK_TEMPLATE, add_generation_prompt=True)
+    given = [{**turn, "content": turn["content"][-1]["text"]} for turn in turns]
+    given[0]["content"] = "<__media__>What is it?"
+    template = jinja2.Environment().from_string(gguf_chat_template(STOCK_TEMPLATE))
+    rendered = template.render(messages=given, bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+    assert rendered == expected.replace("<image>", "<__media__>")
+    assert expected == "USER: <image>\nWhat is it? ASSISTANT: A cat. USER: Sure? ASSISTANT:"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "USER: <image>"])
+def test_template_that_is_none_for_pictures_is_refused(template):
+    with pytest.raises(ValueError, match="none for pictures"):
+        gguf_chat_template(template)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

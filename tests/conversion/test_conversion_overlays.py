@@ -101,7 +101,10 @@ def test_half_precision_base_is_folded_in_float32_and_rounded_once():
             lambda a, c: a.update({"base_model.model.h.lora_A.weight": torch.ones(2, 4)}),
             r"does not fit the base.*\[6, 4\].*'h\.weight' of base\.bin is \[6, 5\].*Is --base",
         ),
-        (lambda a, c: a.update({"base_model.model.h.lora_magnitude_vector": torch.ones(6)}), "neither a LoRA tensor"),
+        (
+            lambda a, c: a.update({"base_model.model.h.lora_magnitude_vector": torch.ones(6)}),
+            "neither a LoRA tensor of a linear layer",
+        ),
     ],
 )
 def test_adapter_that_does_not_fit_is_one_clear_error(change, message):
