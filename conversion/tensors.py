@@ -304,11 +304,14 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
         if isinstance(content, Mapping) and not all(_lies_in_file(value) for value in content.values()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        what = (
+            "a pickle that holds more than tensors" if reason else "damaged, or a pickle of another kind than torch's"
+        )
         raise ValueError(
-            f"{path} was refused: it is a pickle that holds more than tensors, and such a file can run any program "
-            f"when it is opened. Nothing of it was run. {reason.strip()} If you trust its author, ask for the weights "
-            "as safetensors."
+            f"{path} was refused: it is {what}, and such a file can run any program when it is opened. Nothing of it was "
+            f"run. {reason}{' ' if reason else ''}If you trust its author, download it again, or ask for the weights as "
+            "safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
-from modeling_llava.conversion import convert_hf_to_gguf, convert_original_to_hf
+from modeling_llava.conversion import convert_hf_to_gguf, convert_hf_to_original, convert_original_to_hf
 from modeling_llava.conversion.hf_to_gguf import rotary_order
 from modeling_llava.conversion.vocabularies import gguf_chat_template, vocabulary
+from modeling_llava.conversion.writing import OutputFolder
 from modeling_llava.templating import CHAT_TEMPLATES, load_chat_template
 
 
@@ -261,6 +263,47 @@ def test_what_llama_cpp_cannot_express_is_said(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         convert_hf_to_gguf(tmp_path / "hf", tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+def test_values_beyond_the_type_are_found(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders / "llava_v15_tiny", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["language_model.model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_up\.weight'.*too large for f16 \(bf16 and f32 go further\)"):
+        convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out")
+    assert convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out", dtype="bf16").check.is_sound
+
+
+def test_rerun_with_another_template_starts_anew(folders, tmp_path, monkeypatch):
+    """Template and tokenizer lie inside the file, so that a file of before is of no use."""
+    shutil.copytree(folders / "llava_v15_tiny", tmp_path / "hf")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "commit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "hf/chat_template.jinja").write_text(load_chat_template("chatml"))
+    convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out")
+    fields, _ = read(tmp_path / "out/model-f16.gguf")
+    assert "<|im_start|>" in fields["tokenizer.chat_template"]
+
+
+@pytest.mark.parametrize("convert", [convert_hf_to_gguf, convert_hf_to_original])
+def test_what_is_no_whole_checkpoint_says_what_to_do(folders, tmp_path, convert):
+    shutil.copytree(folders / "llava_v15_tiny", tmp_path / "hf")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "hf" / name).unlink()
+    with pytest.raises(OSError, match=r"hf has no tokenizer"):
+        convert(tmp_path / "hf", tmp_path / "out")
+    (tmp_path / "hf/projector_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a projector alone.*llava merge"):
+        convert(tmp_path / "hf", tmp_path / "out")
 
 
 def test_missing_package_names_the_extra(folders, tmp_path, monkeypatch):

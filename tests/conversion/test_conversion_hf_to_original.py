@@ -139,6 +139,22 @@ def test_trained_checkpoint_goes_back_with_its_own_weights(tmp_path, trained):
     assert "<image>" not in json.dumps(made)
 
 
+def test_what_the_language_model_became_since_stands_in_the_configuration(tmp_path, trained):
+    """A longer context, say: the configuration that the checkpoint came with is brought up to date."""
+    folder = trained(mm_vision_tower=HUB_TOWER)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0}
+    edit_json(folder / "config.json", text_config=text | {"rope_parameters": rope, "max_position_embeddings": 4096})
+    conversion = convert_hf_to_original(folder, tmp_path / "back")
+    assert conversion.check.is_sound
+    before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("source", "back"))
+    assert {key: value for key, value in after.items() if before.get(key) != value} == {
+        "rope_theta": 50000.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "max_position_embeddings": 4096,
+    }
+
+
 def test_linear_projector_saved_by_stock_transformers_is_recognised(tmp_path, trained):
     folder = trained(lambda model: model.model.multi_modal_projector.linear_1.weight.mul_(2), name="llava_v1_tiny")
     config = json.loads((folder / "config.json").read_text())

@@ -89,6 +89,19 @@ def test_dtype_rounds_every_tensor_and_stands_in_the_configuration(tmp_path, gol
     assert StockLlava.from_pretrained(tmp_path / "out").dtype == kind
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "base_model.model.model."])
+@pytest.mark.parametrize("name", ["lora", "projector"])
+def test_projector_is_found_under_every_name_that_the_original_gave_it(tmp_path, name, prefix):
+    arguments = golden_arguments(f"llava_v15_tiny_{name}")
+    shutil.copytree(arguments["source"], tmp_path / "source")
+    file = tmp_path / "source" / {"lora": "non_lora_trainables.bin", "projector": "mm_projector.bin"}[name]
+    expected = {"mm_projector." + key.split("mm_projector.")[1]: value for key, value in torch.load(file).items()}
+    torch.save({prefix + key: value for key, value in expected.items()}, file)
+    original = read_original(tmp_path / "source", arguments["base"], TOWER)
+    found = {entry.original: tensor for entry, tensor in original.tensors.items() if entry.part == "projector"}
+    assert all(torch.equal(found[f"model.{key}"].tensor(), value) for key, value in expected.items())
+
+
 # Language models
 
 
@@ -441,7 +454,14 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
     ("change", "message"),
     [
         ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'. Converted are LLaVAs on LLaMA and Mistral"),
-        ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*LLaVA-NeXT"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'.*LLaVA-NeXT"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'.*successors"),
+        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type 'spatial_pool'.*successors"),
+        ({"s2": True}, "s2 True.*successors"),
+        ({"mm_vision_select_layer": True}, "mm_vision_select_layer is True"),
+        ({"hidden_size": "64"}, "not one that LlamaConfig accepts: .*hidden_size"),
+        ({"num_attention_heads": 0}, "not one that LlamaConfig accepts"),
         ({"mm_vision_select_feature": "cls"}, "known are 'patch' and 'cls_patch'"),
         (
             {"mm_vision_tower": REMOVED, "mm_projector_type": REMOVED, "mm_hidden_size": REMOVED},
@@ -457,7 +477,16 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
 )
 def test_configuration_that_does_not_fit_is_one_clear_error(tmp_path, change, message):
     source = copy_original(tmp_path / "source", **change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
+        convert_original_to_hf(source, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path):
+    """Of `tokenizer_config.json` alone transformers 5 makes a tokenizer without words, and no error."""
+    source = copy_original(tmp_path / "source")
+    (source / "tokenizer.model").unlink()
+    with pytest.raises(OSError, match=r"source has no tokenizer \(tokenizer\.model or tokenizer\.json\)"):
         convert_original_to_hf(source, tmp_path / "out")
 
 

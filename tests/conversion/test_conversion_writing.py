@@ -129,6 +129,25 @@ def test_disk_that_is_too_small_is_said_before_writing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["file", "library"])
+def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_goes_on(tmp_path, monkeypatch, kind):
+    """Others write too. `tokenizers`, written in Rust, raises a bare `Exception` for it."""
+    from modeling_llava import LlavaProcessor
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device") if kind == "file" else Exception("No space left (os error 28)")
+
+    monkeypatch.setattr(
+        *((writing, "write_safetensors") if kind == "file" else (LlavaProcessor, "save_pretrained")), full
+    )
+    with pytest.raises(OSError, match=r"The disk of .*out\.partial is full\. What is whole was kept there"):
+        convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", check=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", check=False)
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_space_of_finished_shards_counts_when_a_conversion_goes_on(tmp_path, monkeypatch):
     shards = plan_shards(tensors(a=60_000, b=50_000), 60_000)
     with OutputFolder(tmp_path / "out", {}, 110_000) as folder:
