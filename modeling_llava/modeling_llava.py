@@ -120,8 +120,13 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 def _takes_part(module: nn.Module) -> bool:
-    """Whether a module is trained, or its weights are shared among processes (FSDP2, DeepSpeed ZeRO-3)."""
-    return any(p.requires_grad or type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
+    """Whether a module is trained, or its weights are shared out."""
+    return any(p.requires_grad for p in module.parameters()) or _is_shared_out(module)
+
+
+def _is_shared_out(module: nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP2, DeepSpeed ZeRO-3)."""
+    return any(type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _is_one_of_several_processes() -> bool:
@@ -254,9 +259,14 @@ class LlavaModel(LlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _image_path_is_awaited(self) -> bool:
+    def _image_path_is_awaited(self, past_key_values: Cache | None) -> bool:
         """Whether other processes wait for this one's part, or the loss would have nothing to be differentiated by."""
-        return _is_one_of_several_processes() or not any(p.requires_grad for p in self.language_model.parameters())
+        several = _is_one_of_several_processes()
+        if self.training and torch.is_grad_enabled():
+            return several or not any(p.requires_grad for p in self.language_model.parameters())
+        if not several or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+            return False
+        return _is_shared_out(self.vision_tower) or _is_shared_out(self.multi_modal_projector)
 
     def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -333,7 +343,7 @@ class LlavaModel(LlavaPreTrainedModel):
                 "Image features and image tokens do not match: the text has image tokens, but there are no "
                 "pixel_values. Pass on everything that the processor returned.",
             )
-        if image_outputs is None and self.training and torch.is_grad_enabled() and self._image_path_is_awaited():
+        if image_outputs is None and self._image_path_is_awaited(past_key_values):
             inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
         if past_key_values is None and (self.training or "cu_seq_lens_q" in kwargs):

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,6 +28,7 @@ from ..checkpoints import (
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampler import GroupedSampler
+from . import sharding
 from .adapters import add_adapter, write_dora_keys_for_transformers
 from .arguments import LlavaTrainingArguments
 from .batches import arrange, data_seed, grouped_sampler, shares_by_itself
@@ -105,6 +107,8 @@ class LlavaTrainer(Trainer):
             **kwargs,
         )
         full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
+        if self.is_fsdp_enabled:
+            sharding.configure(self.accelerator, self.model, args)
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
         core = core_model(self.model)
@@ -116,6 +120,10 @@ class LlavaTrainer(Trainer):
             self.label_smoother = None
             if not self._model_smooths_labels:
                 self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        sharding.allow_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     # Optimizer and data
 
@@ -209,9 +217,48 @@ class LlavaTrainer(Trainer):
             self._write_weights(folder, state_dict)
             write_run_record(folder, self.args, self.data_record)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
+        if not self._saves_shards:
+            super().save_model(output_dir, _internal_call)
+        elif _internal_call:  # a checkpoint: its weights come with the optimizer
+            self._save_companions(Path(output_dir))
+        else:
+            self._save(output_dir, sharding.gather_weights(self.model, self.args))
+            self.accelerator.wait_for_everyone()
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @property
+    def _saves_shards(self) -> bool:
+        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _save_companions(self, folder: Path) -> None:
+        """What a checkpoint holds beside its weights."""
+        if self.args.should_save:
+            with disk_errors_explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
+                write_run_record(folder, self.args, self.data_record)
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with disk_errors_explained(output_dir):
-            super()._save_optimizer_and_scheduler(output_dir)
+            if not self._saves_shards:
+                return super()._save_optimizer_and_scheduler(output_dir)
+            sharding.save_shards(self.model, output_dir, self.args)
+            save_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+            )
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what says that a checkpoint is complete comes after every process's part
 
     def _write_weights(self, folder: Path, state_dict: dict | None) -> None:
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
@@ -248,13 +295,17 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if self._loads_by_itself(resume_from_checkpoint):
+        if sharding.is_sharded_checkpoint(resume_from_checkpoint):
+            sharding.load_shards(target, resume_from_checkpoint, self.args)
+        elif self._loads_by_itself(resume_from_checkpoint):
             self._load_weights(target, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._loads_by_itself(self.state.best_model_checkpoint):
+        if sharding.is_sharded_checkpoint(self.state.best_model_checkpoint):
+            sharding.load_shards(self.model, self.state.best_model_checkpoint, self.args)
+        elif self._loads_by_itself(self.state.best_model_checkpoint):
             logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
             self._load_weights(self.model, self.state.best_model_checkpoint)
         else:
