@@ -52,6 +52,7 @@ def load_image(
     source, name = _locate(reference, image_folder, sample_id, follow_symlinks)
     try:
         if isinstance(source, Image.Image):
+            _check_size(source)
             return _upright_rgb(source)
         with Image.open(source) as image:
             _check_size(image)
@@ -105,7 +106,7 @@ def image_key(reference: Any) -> tuple:
 def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> tuple[Any, str]:
     """What Pillow can open, and the image's name for errors."""
     if isinstance(reference, Image.Image):
-        return reference, f"a {reference.mode} image"
+        return reference, f"given as a PIL image ({reference.mode})"
     path = None
     if isinstance(reference, Mapping):
         path, reference = reference.get("path"), reference.get("bytes")
@@ -237,6 +238,8 @@ def _ends_as_jpeg(source: Any) -> bool:
 
 def _check_size(image: Image.Image) -> None:
     short, long = sorted(image.size)
+    if not short:
+        raise ValueError(f"it has {image.width}×{image.height} pixels, none")
     if long > _LONGEST_SIDE or long > _LONGEST_RATIO * short:
         raise ValueError(f"{image.width}×{image.height} pixels are too long and thin to be a picture")
 

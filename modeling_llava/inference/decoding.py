@@ -55,8 +55,8 @@ class DecodingSettings:
     end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {self.max_new_tokens!r}.")
         if self.do_sample and not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}. For greedy answers: do_sample=False."
@@ -65,6 +65,10 @@ class DecodingSettings:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none.")
+        if isinstance(self.end_token_ids, int):
+            raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
 
@@ -153,6 +157,8 @@ class Decoder:
         Answers rows, `batch_size` of them at a time. Yields a row each time it has got a token; `row.finish_reason` says
         whether it was the last one. `rows` is read as slots become free, so it may be longer than memory.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if not self.shares_prefixes:
             yield from self._run_unshared(rows, settings)
             return

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data.images import image_key, load_image
 from ..data.labels import answer_stop
+from ..data.schema import BadSampleError
 from .decoding import Decoder, DecodingSettings, Row
 from .prompts import encode_prompt
 from .shared_prefix import Prefix, common_length, join, match_chain
@@ -149,10 +150,14 @@ class LlavaPredictor:
         references = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         encoded = None
         if references:
-            key = tuple(_content_key(reference) for reference in references)
-            encoded = self._cache.get(key)
+            try:
+                key = tuple(_content_key(reference) for reference in references)
+                encoded = self._cache.get(key)
+                pictures = [load_image(reference) for reference in references] if encoded is None else []
+            except BadSampleError as error:  # "has the image …"
+                raise ValueError(f"set_image: the question {error.message}") from None
             if encoded is None:
-                encoded = _EncodedImages(self._encode([load_image(reference) for reference in references]))
+                encoded = _EncodedImages(self._encode(pictures))
                 self._cover(encoded, encode_prompt(self._messages([("?", None)], len(references)), self.processor))
             self._cache[key] = encoded
             self._cache.move_to_end(key)
@@ -182,11 +187,14 @@ class LlavaPredictor:
         Raises:
             ValueError: no image was set (`set_image(None)` says that there is none); an empty question; a list of
                 questions with `keep_history`.
+            TypeError: a question that is not text; a setting that there is not.
         """
         if isinstance(question, str):
             row, pieces = self._stream(question, keep_history, settings)
             deque(pieces, maxlen=0)
             return self._text(row, self._settings(settings))
+        if not isinstance(question, Iterable):
+            raise TypeError(f"A question is a string, or a list of strings, not {type(question).__name__}.")
         if keep_history:
             raise ValueError("A conversation goes on with one question. Ask a list without keep_history.")
         settings = self._settings(settings)
@@ -267,8 +275,6 @@ class LlavaPredictor:
             ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
         """
         settings = self._settings(settings)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         rows = self._benchmark_rows(iter(samples), batch_size, image_folder, template_variables or {})
         for row in self.decoder.run(rows, settings, batch_size):
             if row.finish_reason is not None:
@@ -401,9 +407,12 @@ def _default_settings(model, processor) -> DecodingSettings:
 
 
 def _content_key(reference: Any) -> tuple:
-    """Equal for the same picture: a file that has not changed, or the same pixels."""
+    """Equal for the same picture: a file that has not changed, or the same pixels, upright and in RGB."""
+    if isinstance(reference, Mapping) and reference.get("bytes") is None:
+        reference = reference.get("path")
     if isinstance(reference, Image.Image):
-        return "pixels", reference.mode, reference.size, hashlib.blake2b(reference.tobytes()).digest()
+        picture = load_image(reference)  # equal values are another picture under another palette or orientation
+        return "pixels", picture.size, hashlib.blake2b(picture.tobytes()).digest()
     if isinstance(reference, (str, os.PathLike)) and os.path.isfile(reference):
         info = os.stat(reference)
         return "file", os.path.abspath(reference), info.st_mtime_ns, info.st_size
@@ -418,6 +427,14 @@ def _check_sample(sample: dict) -> None:
     missing = [key for key in ("id", "messages", "images") if key not in sample]
     if missing:
         raise ValueError(f"A sample has no {', '.join(missing)}; its keys are {', '.join(map(str, sample))}.")
+    if not sample["messages"]:
+        raise ValueError(f"sample {sample['id']!r} has no message; nothing is asked.")
+    for message in sample["messages"]:
+        if not isinstance(message["content"], list):
+            raise ValueError(
+                f"sample {sample['id']!r} has a message whose content is a {type(message['content']).__name__}; give a list "
+                'of {"type": "image"} and {"type": "text", "text": …}.'
+            )
     num_items = sum(item["type"] == "image" for message in sample["messages"] for item in message["content"])
     if num_items != len(sample["images"]):
         raise ValueError(

@@ -412,13 +412,27 @@ def shared_prefix_implementation(config):
 
 
 def supports_shared_prefix(language_model) -> bool:
-    """Whether a language model has full or sliding-window attention only, and takes its attention from the interface."""
+    """
+    Whether a language model has full or sliding-window attention only, takes it from the interface, and computes a token's
+    keys from this token and its position alone.
+    """
     config = language_model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     capped = getattr(config, "attn_logit_softcapping", None) is not None
+    sinks = any(hasattr(module, "sinks") for module in language_model.modules())
     return bool(
-        language_model._supports_attention_backend and kinds <= {"full_attention", "sliding_attention"} and not capped
+        language_model._supports_attention_backend
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not capped
+        and not sinks
+        and not _rope_types(config) & {"dynamic", "longrope"}  # their angles go by the longest row of a pass
     )
+
+
+def _rope_types(config) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    every = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by kind of layer
+    return {one["rope_type"] for one in every if "rope_type" in one}
 
 
 __all__ = [

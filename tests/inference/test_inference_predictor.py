@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava.inference.decoding import Decoder, DecodingSettings, Row
@@ -302,6 +303,18 @@ def test_bad_input_is_refused_with_a_reason(predictor, tmp_path):
         predictor.ask("a", max_tokens=3)
     with pytest.raises(ValueError, match="max_new_tokens"):
         predictor.ask("a", max_new_tokens=0)
+    with pytest.raises(ValueError, match="whole number"):
+        predictor.ask("a", max_new_tokens=2.5)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        predictor.ask(["a", "b"], batch_size=0)
+    with pytest.raises(TypeError, match="list of strings, not NoneType"):
+        predictor.ask(None)
+    with pytest.raises(ValueError, match="0×0 pixels"):
+        predictor.set_image(Image.new("RGB", (0, 0)))
+    with pytest.raises(ValueError, match="end_token_ids"):
+        predictor.ask("a", end_token_ids=2)
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        predictor.ask("a", repetition_penalty=0.0)
     with pytest.raises(ValueError, match="top_p"):
         predictor.ask("a", do_sample=True, top_p=0.0)
     with pytest.raises(ValueError, match="stop_strings"):
@@ -473,6 +486,8 @@ def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
     good = samples_of([([1], "a")])[0]
     for change, message in (
         ({"images": ["gone.png"]}, "sample 's0' .*gone.png"),
+        ({"messages": []}, "sample 's0' has no message"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "sample 's0' has a message whose content is a str"),
         ({"images": []}, "sample 's0' has 1 image items in its messages but 0 images"),
         ({"messages": [*good["messages"], assistant_turn("x")]}, "sample 's0' ends with the assistant"),
     ):
@@ -577,3 +592,67 @@ def test_settings_are_checked():
         DecodingSettings(do_sample=True, temperature=0)
     with pytest.raises(ValueError, match="top_k"):
         DecodingSettings(top_k=0)
+
+
+def test_the_same_values_under_another_palette_or_orientation_are_another_picture(model, processor, tmp_path):
+    first = Image.new("P", (40, 30))
+    first.putdata(list(range(40)) * 30)
+    first.putpalette([i % 256 for i in range(768)])
+    second = first.copy()
+    second.putpalette([(255 - i) % 256 for i in range(768)])
+    upright = picture(3, (60, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        turned.load()
+    predictor, fresh = LlavaPredictor(model, processor), LlavaPredictor(model, processor)
+    for before, after in ((first, second), (upright, turned)):
+        predictor.set_image(before)
+        predictor.set_image(after)
+        fresh.reset()
+        fresh.set_image(after)
+        assert predictor.ask(QUESTIONS[0], max_new_tokens=8) == fresh.ask(QUESTIONS[0], max_new_tokens=8)
+    reference = {"path": str(tmp_path / "c.png")}
+    answers = []
+    for seed in (1, 7):
+        picture(seed).save(tmp_path / "c.png")
+        predictor.set_image(reference)
+        answers.append(predictor.ask(QUESTIONS[0], max_new_tokens=8))
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        {
+            "model_type": "gpt_oss",
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "sliding_window": 8,
+            "pad_token_id": 0,
+        },
+    ],
+    ids=["angles that go by the longest row", "attention sinks"],
+)
+def test_language_models_whose_keys_or_scores_depend_on_more_are_not_shared(text, processor):
+    model = tiny_llava(processor, **text)
+    predictor = LlavaPredictor(model, processor)
+    assert not predictor.decoder.shares_prefixes
+    predictor.set_image(picture(1))
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])], 6) for question in QUESTIONS[:2]]
+    assert predictor.ask(QUESTIONS[:2], max_new_tokens=6) == expected
+
+
+@pytest.mark.parametrize("text", [{"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16},
+                                  {"model_type": "mistral", "sliding_window": 3},
+                                  {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}],
+                         ids=["gemma3", "mistral, a window of three", "yarn"])  # fmt: skip
+def test_more_language_models_that_share(text, processor):
+    model = tiny_llava(processor, **{"pad_token_id": 0, **text})
+    predictor = LlavaPredictor(model, processor)
+    assert predictor.decoder.shares_prefixes
+    predictor.set_image(picture(1))
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])], 9) for question in QUESTIONS]
+    assert predictor.ask(QUESTIONS, max_new_tokens=9) == expected

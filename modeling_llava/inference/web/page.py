@@ -14,12 +14,17 @@ from .guard import Guard
 from .sessions import Sessions
 
 
+OLDEST_GRADIO = (6, 24)
+"""Before, it could not be told to keep no record of its runs. setup.py says the same."""
 REDRAW_SECONDS = 0.05
+NO_PICTURE = "No picture: questions are answered from words alone."
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _CSS = """
 footer {display: none !important}
 .gradio-container {width: 100%; max-width: 1200px !important; margin: auto}
 .gradio-container > main {width: 100%; min-width: 0}
+#status, #caution {padding: 0 4px}
+#status *, #caution * {font-size: 13px; color: var(--body-text-color-subdued)}
 """
 
 
@@ -74,11 +79,20 @@ def build_page(
     gr = _import_gradio(folder)
     limits = limits or Limits()
     folder = Path(folder).resolve()
-    busy = {"ask": False, "stop": True, "retry": False}
-    idle = {"ask": True, "stop": False, "retry": True}
+    examples = examples or []
 
-    def buttons(state: dict[str, bool]) -> list[Any]:
-        return [gr.Button(interactive=active) for active in state.values()]
+    def buttons(*active: bool) -> list[Any]:
+        """Ask, stop, retry."""
+        return [gr.Button(interactive=one) for one in active]
+
+    def idle(chat: Chat) -> list[Any]:
+        return buttons(True, False, bool(chat.conversation.turns))
+
+    def choose(number: int, question: str) -> tuple[str, str]:
+        """An example, with its own question unless the visitor has begun one."""
+        path, suggested = examples[number]
+        own = question.strip() and question not in [suggestion for _, suggestion in examples]
+        return path, question if own else suggested
 
     def place(upload) -> Path | None:
         if upload is None:
@@ -95,12 +109,12 @@ def build_page(
                 return [gr.skip()] * 5
         except ValueError as error:
             gr.Warning(str(error), title="This picture cannot be read")
-            return [[], "No picture: the one above cannot be read.", *buttons(idle)]
-        return [[], about(tab.chat), *buttons(idle)]
+            return [[], "No picture: the one above cannot be read.", *idle(tab.chat)]
+        return [[], about(tab.chat), *idle(tab.chat)]
 
     def about(chat: Chat) -> str:
         if not chat.conversation.pictures:
-            return "No picture: questions are answered from words alone."
+            return NO_PICTURE
         return f"{num_image_tokens(processor)} image tokens, computed once for all questions."
 
     def answer(again, question, upload, temperature, top_p, new_tokens, request: gr.Request) -> Iterator[list[Any]]:
@@ -124,24 +138,24 @@ def build_page(
                 asked, kept = question, ""
             said, drawn = "", 0.0
             before.append(_message("user", asked))
-            yield [[*before, _message("assistant", "…")], kept, "Looking …", *buttons(busy)]
+            yield [[*before, _message("assistant", "…")], kept, "Looking …", *buttons(False, True, False)]
             for piece in pieces:
                 said += piece
                 if chat.conversation is not conversation:  # another picture, or a new beginning
                     break
                 if time.monotonic() - drawn > REDRAW_SECONDS:
                     drawn = time.monotonic()
-                    yield [[*before, _message("assistant", said)], kept, "Writing …", *buttons(busy)]
+                    yield [[*before, _message("assistant", said)], kept, "Writing …", *buttons(False, True, False)]
             pieces.close()
             if chat.conversation is conversation:
-                yield [_messages(chat), kept, _line(chat), *buttons(idle)]
+                yield [_messages(chat), kept, _line(chat), *idle(chat)]
             else:
-                yield [gr.skip(), gr.skip(), gr.skip(), *buttons(idle)]
+                yield [gr.skip(), gr.skip(), gr.skip(), *idle(chat)]
         except ValueError as error:
             gr.Warning(str(error), title="No answer")
-            yield [_messages(chat), question, about(chat), *buttons(idle)]
+            yield [_messages(chat), question, about(chat), *idle(chat)]
         except Exception:  # shown by Gradio as an error, and on the terminal; the page must be of use afterwards
-            yield [_messages(chat), question, "Something went wrong; the server's terminal says what.", *buttons(idle)]
+            yield [_messages(chat), question, "Something went wrong; the server's terminal says what.", *idle(chat)]
             raise
 
     # Gradio reads these signatures.
@@ -157,14 +171,14 @@ def build_page(
     def reset(request: gr.Request):
         tab = sessions[request.session_hash]
         tab.reset()
-        return [[], "", about(tab.chat), *buttons(idle)]
+        return [[], "", about(tab.chat), *idle(tab.chat)]
 
     def leave(request: gr.Request) -> None:
         sessions.leave(request.session_hash)
 
     page = gr.Blocks(title=f"{title} · LLaVA", analytics_enabled=False, delete_cache=(3600, 86400))
     with page:
-        gr.Markdown(f"### {_plain(title)}")
+        gr.Markdown(f"## {_plain(title)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 image = gr.Image(
@@ -172,7 +186,11 @@ def build_page(
                 )
                 # Gradio would decode an upload before anyone looked at its size.
                 image.preprocess = lambda payload: payload.path if payload is not None else None
-                status = gr.Markdown("No picture: questions are answered from words alone.", elem_id="status")
+                # Not `gr.Examples`: those pass by the queue, so the guard would have to let any function be called so.
+                gallery = gr.Dataset(
+                    label="Or one of these", components=["image"], samples=[[path] for path, _ in examples],
+                    type="index", samples_per_page=len(examples) or 1, visible=bool(examples), elem_id="examples",
+                )  # fmt: skip
                 with gr.Accordion("How answers are chosen", open=False, elem_id="sampling"):
                     temperature = gr.Slider(
                         0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; higher: more varied"
@@ -185,27 +203,26 @@ def build_page(
                     )
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
-                    label="Conversation", show_label=False, height=440, latex_delimiters=[], buttons=["copy"], elem_id="chat",
-                    placeholder="What is in the picture?",
+                    label="Conversation", show_label=False, height="max(320px, 100vh - 300px)", latex_delimiters=[],
+                    buttons=["copy_all"], elem_id="chat", placeholder="Choose a picture and ask about it.",
                 )  # fmt: skip
+                status = gr.Markdown(NO_PICTURE, elem_id="status")
                 question = gr.Textbox(
-                    label="Question", show_label=False, placeholder="Ask about the picture", lines=1, max_lines=8,
+                    label="Question", show_label=False, placeholder="What is in the picture?", lines=1, max_lines=8,
                     autofocus=True, max_length=limits.question_characters, container=False, elem_id="question",
                 )  # fmt: skip
                 with gr.Row():
                     look_alike: dict[str, Any] = {"size": "md", "min_width": 90}
                     ask_button = gr.Button("Ask", variant="primary", elem_id="ask", **look_alike)
                     stop_button = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", **look_alike)
-                    retry_button = gr.Button("Retry", elem_id="retry", **look_alike)
+                    retry_button = gr.Button("Retry", interactive=False, elem_id="retry", **look_alike)
                     reset_button = gr.Button("Begin anew", elem_id="reset", **look_alike)
-        if examples:
-            gr.Examples(
-                [list(example) for example in examples], [image, question], label="Examples", examples_per_page=12
-            )
+                gr.Markdown("A model can be wrong about what it sees, and sound certain.", elem_id="caution")
 
         inputs = [question, image, temperature, top_p, new_tokens]
         outputs = [chatbot, question, status, ask_button, stop_button, retry_button]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        gallery.click(choose, [gallery, question], [image, question], **private)
         image.change(look, image, [chatbot, *outputs[2:]], **private)
         gr.on([question.submit, ask_button.click], ask, inputs, outputs, **private)
         retry_button.click(retry, inputs, outputs, **private)
@@ -266,6 +283,11 @@ def _import_gradio(folder: str | os.PathLike):
         import gradio
     except ImportError:
         raise ImportError("llava web needs Gradio: pip install 'modeling-llava[web]'.") from None
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
+        oldest = ".".join(map(str, OLDEST_GRADIO))
+        raise ImportError(
+            f"llava web needs gradio ≥ {oldest}, {gradio.__version__} is installed: pip install --upgrade gradio."
+        )
     return gradio
 
 
