@@ -376,10 +376,18 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
             return str(error).rstrip(".")
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
         return None  # weights that are not here cannot be tried
-    leak = packs_leak(language_model)
+    reason = _why_packs_are_wrong(language_model)
+    if reason is not None and attention is None:
+        model.set_attn_implementation({"text_config": before})
+    return reason
+
+
+def _why_packs_are_wrong(language_model: nn.Module) -> str | None:
+    try:
+        leak = packs_leak(language_model)
+    except ValueError as error:  # an attention with parts that a pack's does not know: Gemma 2, GPT-OSS
+        return str(error).removesuffix(" Do not pack.").rstrip(".")
     if leak > _LEAK:
-        if attention is None:
-            model.set_attn_implementation({"text_config": before})
         return f"samples of a pack see each other in {type(language_model).__name__} (relative error {leak:.2g})"
     return None
 

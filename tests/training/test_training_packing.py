@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tiny import tiny_config, tiny_text_config
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.attention import VARLEN, packs_leak
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
@@ -225,6 +227,18 @@ def test_a_language_model_in_which_samples_see_each_other_is_found_out(settings,
     args.packing = "auto"
     resolve_packing(model, args)
     assert args.packing == "none" and language_model.config._attn_implementation == leaky
+
+
+def test_a_language_model_whose_attention_packs_do_not_know_is_padded(settings):
+    """Gemma 2 caps its scores: `auto` must pad, not stop."""
+    model = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config("gemma2", head_dim=16)))
+    before = model.model.language_model.config._attn_implementation
+    args = LlavaTrainingArguments(**settings)
+    resolve_packing(model, args)
+    assert args.packing == "none" and model.model.language_model.config._attn_implementation == before
+    args.packing = "full"
+    with pytest.raises(ValueError, match="does not know softcap, which Gemma2Attention asks for. Set packing=none"):
+        resolve_packing(model, args)
 
 
 def test_settings_that_contradict_are_refused(settings):

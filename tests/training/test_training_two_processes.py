@@ -39,30 +39,71 @@ def curve(history, key):
     return [entry[key] for entry in history if key in entry]
 
 
-@pytest.mark.parametrize("packing", ["none", "batch"])
-def test_two_processes_give_the_curve_and_the_weights_of_one(settings, tmp_path, packing):
-    """In order and one by one, so that every sixth sample leaves one process without a picture."""
+@pytest.mark.parametrize(
+    ("engine", "packing"), [("ddp", "none"), ("ddp", "batch"), ("fsdp2", "none"), ("fsdp2", "batch")]
+)
+def test_two_processes_give_the_curve_and_the_weights_of_one(settings, tmp_path, engine, packing):
+    """In order and one by one, so that every sixth sample leaves one process without a picture; evaluations too."""
     settings |= {
         "max_steps": 4, "per_device_train_batch_size": 1, "global_batch_size": 4, "save_steps": 2,
         "train_sampling_strategy": "sequential", "packing": packing, "optim": "adamw_torch", "save_total_limit": None,
+        "eval_size": 6, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1,
     }  # fmt: skip
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     one = train(str(recipe), [f"output_dir={tmp_path / 'one'}"])
-    two = launch("ddp", recipe, f"output_dir={tmp_path / 'two'}")
+    two = launch(engine, recipe, f"output_dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["devices"] == 2
     for key in ("loss", "grad_norm"):
         assert curve(two["log_history"], key) == pytest.approx(curve(one.log_history, key), rel=1e-4), key
-    model, found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert len(curve(two["log_history"], "eval_loss")) == len(curve(one.log_history, "eval_loss")) == 3
     expected = load_file(tmp_path / "one" / "model.safetensors")
-    assert load_file(tmp_path / "two" / "model.safetensors").keys() == expected.keys()
-    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "one")
-    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    written = load_file(tmp_path / "two" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(written[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    _, found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    is_sharded = (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0" / "__1_0.distcp").is_file()
+    assert is_sharded == (engine == "fsdp2")
+    for name in ("processor_config.json", "recipe.yaml"):
+        assert (tmp_path / "two" / "checkpoint-2" / name).is_file()
 
-    # The same run from its middle
+    # The same run from its middle, and once more when it had ended
     (tmp_path / "two" / "checkpoint-4" / "trainer_state.json").unlink()
     assert find_resumable_checkpoint(tmp_path / "two").name == "checkpoint-2"
-    again = launch("ddp", recipe, f"output_dir={tmp_path / 'two'}")
+    again = launch(engine, recipe, f"output_dir={tmp_path / 'two'}")
     assert curve(again["log_history"], "loss") == curve(two["log_history"], "loss")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    launch(engine, recipe, f"output_dir={tmp_path / 'two'}")
+    for name, weight in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(weight, written[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"stage": "pretrain"},
+        {"adapter": "lora", "lora_dropout": 0.0, "train_vision_tower": True},
+        {"adapter": "qlora", "lora_dropout": 0.0},
+    ],
+    ids=["pretrain", "lora", "qlora"],
+)
+def test_fsdp_writes_what_one_process_writes_where_a_part_is_trained(settings, tmp_path, part):
+    if part.get("adapter") == "qlora":
+        pytest.importorskip("bitsandbytes")
+    settings |= part | {"save_steps": 2, "global_batch_size": 4, "optim": "adamw_torch"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    one = train(str(recipe), [f"output_dir={tmp_path / 'one'}"])
+    two = launch("fsdp2", recipe, f"output_dir={tmp_path / 'two'}")
+    assert curve(two["log_history"], "loss") == pytest.approx(curve(one.log_history, "loss"), rel=1e-4)
+    (name,) = [path.name for path in (tmp_path / "one").glob("*.safetensors")]
+    expected, written = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+    assert written.keys() == expected.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(written[key], weight, rtol=1e-3, atol=1e-4, msg=key)
+    shards = list((tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0").glob("*.distcp"))
+    assert len(shards) == 2
+    # what is frozen is not in a checkpoint
+    assert sum(p.stat().st_size for p in shards) < 2 * (tmp_path / "one" / name).stat().st_size
