@@ -34,7 +34,7 @@ EXTRAS = {
     "ray": ["ray[data]>=2.40"],
     "eval": ["openai>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4", "pycocoevalcap>=1.2"],
     "chat": ["prompt_toolkit>=3.0"],
-    "web": ["gradio>=5.0"],
+    "web": ["gradio>=6.24"],
     "gguf": ["gguf>=0.17"],
     "tracking": ["tensorboard>=2.16"],
 }
@@ -49,6 +49,10 @@ EXTRAS["dev"] = sorted(
         "pytest-cov>=5.0",
         "hypothesis>=6.100",
         "ruff>=0.9",
+        "selenium>=4.20",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+        "ipykernel>=6.29",
     }
 )
 

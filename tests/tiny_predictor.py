@@ -1,5 +1,7 @@
 """A tiny random LLaVA with a processor, and the answers that plain `generate` gives."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -56,6 +58,16 @@ def picture(seed, size=(40, 30)):
     """Noise."""
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.byte().numpy())
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that says that it is large."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
 def user_turn(text, images=()):

@@ -58,8 +58,12 @@ def load_from_arguments(args: argparse.Namespace):
     import sys
     import time
 
+    from transformers.utils import logging
+
     from ..inference import load_model
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     print(f"Loading {args.model} …", file=sys.stderr)
     begun = time.perf_counter()
     names = ("dtype", "device", "load_in_4bit", "adapter", "base", "revision")

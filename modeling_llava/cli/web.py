@@ -74,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _title(model: str) -> str:
     """What visitors read: a Hub name as it is, of a folder its last part, not where it lies."""
-    from pathlib import Path
+    import os
 
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model

@@ -1,5 +1,6 @@
 """`llava web` from outside: the command, and a real browser (headless Chromium) that uploads, asks and reads."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from tiny_predictor import assistant_turn, generated, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import assistant_turn, generated, png_header, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava.cli.main import main
 from modeling_llava.cli.web import _title
+from modeling_llava.inference.web.page import NO_PICTURE
 
 
 # Nothing of the browser's own may reach the network: it is the page that is watched.
@@ -73,14 +75,22 @@ def test_without_gradio_the_extra_is_named(folder, capsys, monkeypatch):
     assert "pip install 'modeling-llava[web]'" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def site(folder, tmp_path_factory):
+def test_an_old_gradio_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("gradio"), "__version__", "5.50.0")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    assert main(["web", str(folder)]) == 2
+    assert "needs gradio ≥ 6.24, 5.50.0 is installed" in capsys.readouterr().err.splitlines()[-1]
+
+
+@contextlib.contextmanager
+def served(model, port, folder, *arguments):
     """The command, running; its address."""
     pytest.importorskip("gradio", reason="Gradio is not installed (extra `web`)")
-    log = tmp_path_factory.mktemp("log") / "web.log"
-    temporary = tmp_path_factory.mktemp("temporary")
+    log, temporary = folder / "web.log", folder / "temporary"
+    temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(folder), "--port", "7931"]
+    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(model), "--port", str(port), *arguments]
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -94,6 +104,12 @@ def site(folder, tmp_path_factory):
         assert process.wait(60) == 130
     assert "Traceback" not in log.read_text()
     assert not list(temporary.glob("llava-web-*"))  # pictures of visitors do not stay
+
+
+@pytest.fixture(scope="module")
+def site(folder, tmp_path_factory):
+    with served(folder, 7931, tmp_path_factory.mktemp("site")) as address:
+        yield address
 
 
 @pytest.fixture
@@ -159,13 +175,21 @@ class Page:
     def upload(self, path):
         self.find("#picture input[type=file]")[0].send_keys(str(path))
 
+    def upload_another(self, path):
+        self.find("#picture button[aria-label='Remove Image']")[0].click()
+        self.wait(lambda: self.find("#picture input[type=file]"))
+        self.upload(path)
+
     def type(self, text):
         self.find("#question textarea")[0].send_keys(text)
+
+    def question(self):
+        return self.find("#question textarea")[0].get_attribute("value")
 
     def set_longest_answer(self, tokens):
         if not self.find("#sampling input[type=number]"):
             self.find("#sampling button")[0].click()
-        field = self.wait(lambda: self.find("#sampling input[type=number]")[2])
+        field = self.wait(lambda: self.find("#sampling input[type=number]")[2:])[0]
         self.wait(field.is_displayed)
         field.send_keys("\ue009a\ue000", f"{tokens}\t")  # Ctrl-A
 
@@ -194,6 +218,7 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     red.save(tmp_path / "red.png")
     blue.save(tmp_path / "blue.png")
     (tmp_path / "fake.png").write_text("not a picture")
+    (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
 
     def answer(turns, question, image, length):
         messages = []
@@ -217,7 +242,7 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     first = page.said()[1]
     grown = browser.execute_script("return window.seen")
     assert len(set(grown)) > 3 and grown == sorted(grown) and grown[0] < len(first)
-    assert page.find("#question textarea")[0].get_attribute("value") == ""
+    assert page.question() == ""
     whole = answer([], "What is it?", red, 300)
     plain = [text.replace("*", "").replace("_", "")[:20] for text in (first, whole)]  # what Markdown takes away
     assert plain[0] == plain[1]
@@ -250,13 +275,23 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     assert other.said()[1].replace("*", "").replace("_", "")[:20] == theirs.replace("*", "").replace("_", "")[:20]
     assert len(page.said()) == 4
 
-    # A new beginning; what is no picture is named; an example is there for the asking.
+    # A new beginning; what is no picture is named; an example is there for the asking, and keeps what was typed.
     page.press("reset")
-    page.wait(lambda: page.said() == [] and "4 image tokens" in page.status())
-    other.upload(tmp_path / "fake.png")
-    other.wait(lambda: "is not a picture" in other.find("body")[0].text)
-    page.find(".tr-body")[0].click()
-    page.wait(lambda: page.find("#question textarea")[0].get_attribute("value").startswith("How many balls"))
+    page.wait(lambda: page.said() == [] and "4 image tokens" in page.status() and not page.enabled("retry"))
+    for name, message in (("fake.png", "is not a picture"), ("bomb.png", "has far more than 50.0 million pixels")):
+        other.upload(tmp_path / name)
+        other.wait(lambda message=message: message in other.find("body")[0].text)
+        other.wait(lambda: other.status() == "No picture: the one above cannot be read." and other.said() == [])
+        other.find("#picture button[aria-label='Remove Image']")[0].click()
+        other.wait(lambda: other.status() == NO_PICTURE)
+    for typed in ("", "And what is on the left?"):
+        page.type(typed)
+        for number, suggested in enumerate(("How many balls", "What is shown")):
+            page.find("#examples button")[number].click()
+            page.wait(lambda begin=typed or suggested: page.question().startswith(begin))
+            page.wait(lambda: page.find("#picture img") and "4 image tokens" in page.status())
+        page.press("reset")
+        page.wait(lambda: page.question() == "")
 
     # Not one request left for another host, and no script complained.
     for one in (page, other):
@@ -287,3 +322,54 @@ def test_it_listens_on_this_machine_alone(site):
     listening = {row.split()[1] for row in table.read_text().splitlines()[1:] if row.split()[3] == "0A"}
     assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
     assert urllib.request.urlopen(site).status == 200
+
+
+RESULTS = Path(__file__).parents[2] / "examples" / "results" / "web"
+
+
+@pytest.mark.heavy
+def test_a_trained_model_on_the_page(open_browser, tmp_path):
+    """
+    Trains a quickstart, talks to it on the page and leaves what was seen in `examples/results/web`.
+    `LLAVA_QUICKSTART=FOLDER` takes one that is trained already.
+    """
+    quickstart = Path(os.environ.get("LLAVA_QUICKSTART", tmp_path / "quickstart"))
+    assert main(["quickstart", "--out", str(quickstart)]) == 0
+    (tmp_path / "tiny-llava").symlink_to(quickstart.resolve() / "model")  # its name is on the page
+    pictures = quickstart / "world" / "unseen" / "images"
+    beach, town = sorted(pictures.iterdir())[0], sorted(pictures.iterdir())[3]
+    (tmp_path / "holiday.png").write_bytes(png_header(60_000, 60_000))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+
+    def ask(page, question):
+        before = len(page.said())
+        page.type(question + "\n")
+        page.wait(lambda: len(page.said()) == before + 2 and "per second" in page.status() and page.enabled("ask"))
+
+    def keep(page, name):
+        time.sleep(0.5)  # what fades in
+        page.browser.save_screenshot(str(RESULTS / f"{name}.png"))
+
+    with served(tmp_path / "tiny-llava", 7932, tmp_path, "--examples", str(pictures)) as address:
+        page = Page(open_browser(), address)
+        keep(page, "1_begin")
+        page.upload(beach)
+        page.wait(lambda: "image tokens" in page.status())
+        ask(page, "What is shown in this picture?")
+        ask(page, "What colour is the ball?")
+        keep(page, "2_asked_twice")
+        assert "beach" in page.said()[1] and page.said()[3] == "The ball is green."
+
+        other = Page(open_browser(), address)
+        other.upload(town)
+        other.wait(lambda: "image tokens" in other.status())
+        ask(other, "What is shown in this picture?")
+        keep(other, "3_somebody_else")
+        assert "heart" in other.said()[1] and len(page.said()) == 4
+
+        page.press("retry")
+        page.wait(lambda: page.enabled("ask") and "per second" in page.status())
+        assert page.said()[3] == "The ball is green."
+        page.upload_another(tmp_path / "holiday.png")
+        page.wait(lambda: "has far more than" in page.find("body")[0].text)
+        keep(page, "4_decompression_bomb")

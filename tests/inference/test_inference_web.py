@@ -5,14 +5,12 @@ import io
 import json
 import os
 import socket
-import struct
 import threading
 import time
-import zlib
 
 import pytest
 from PIL import Image
-from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import assistant_turn, generated, picture, png_header, tiny_llava, tiny_processor, user_turn
 from web_visitor import Refused, Visitor, conversation_of, generating, warnings_of
 
 from modeling_llava.inference.chat import Chat
@@ -31,16 +29,6 @@ def png(image):
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def png_header(width, height):
-    """A PNG of a few bytes that says that it is large."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +187,7 @@ def test_guard_passes_on_what_the_page_needs(guard, tmp_path):
         ("/monitoring", "GET", 404),
         ("/docs", "GET", 404),
         ("/gradio_api/call/ask", "POST", 404),
+        ("/gradio_api/run/predict", "POST", 404),  # past the queue
         ("/gradio_api/upload", "PUT", 404),
         ("/gradio_api/upload", "POST", 411),
     ],
@@ -396,6 +385,17 @@ def test_a_question_with_its_upload_is_enough_after_the_server_forgot(visitor, s
     visitor.choose(png(picture(3)))
     visitor.session = "another"
     assert conversation_of(visitor.ask(QUESTION))[1] == ("assistant", expected(model, processor, QUESTION, picture(3)))
+
+
+def test_an_example_is_shown_with_its_question_unless_one_was_typed(visitor, server):
+    for number, typed, question in (
+        (0, "", "How many balls"),
+        (1, " ", "What is shown"),
+        (0, "Is it red?", "Is it red?"),
+    ):
+        messages = visitor.press("examples", "click", [number, typed])
+        shown, asked = messages[-1]["output"]["data"]
+        assert os.path.realpath(shown["path"]).startswith(str(server[1]) + os.sep) and asked.startswith(question)
 
 
 def test_uploads_are_limited_in_size(visitor):
