@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -141,14 +142,27 @@ def test_help_is_instant_and_imports_no_torch():
 def test_every_command_has_help_that_says_what_it_does():
     from modeling_llava.cli.main import COMMANDS, build_parser
 
-    for name in COMMANDS:
-        parser = build_parser(name)
-        action = next(action for action in parser._actions if hasattr(action, "choices") and action.choices)
-        command = action.choices[name]
+    def commands_of(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.items()
+
+    def look(name, command):
         assert len(command.description) > 20, name
-        options = [option for option in command._actions if not isinstance(option, argparse._SubParsersAction)]
-        undocumented = [option.dest for option in options if option.help is None]
+        if module := getattr(command, "module", None):  # read when its arguments are
+            command.module = None
+            importlib.import_module(module).add_arguments(command)
+        undocumented = [
+            option.dest
+            for option in command._actions
+            if option.help is None and not isinstance(option, argparse._SubParsersAction)
+        ]
         assert not undocumented, (name, undocumented)
+        for child, parser in commands_of(command):
+            look(f"{name} {child}", parser)
+
+    for name in COMMANDS:
+        look(name, dict(commands_of(build_parser(name)))[name])
 
 
 def test_an_unknown_command_and_a_typed_path_are_one_line(tmp_path):

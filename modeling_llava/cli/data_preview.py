@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overflow", choices=("error", "drop", "truncate_text"), default="truncate_text", help="for longer samples"
     )
-    parser.add_argument("--first-turn-order", choices=("as_is", "random"), default="as_is")
+    parser.add_argument(
+        "--first-turn-order",
+        choices=("as_is", "random"),
+        default="as_is",
+        help="of picture and question; random: drawn by lot, as in the paper (default: as_is)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --random and --first-turn-order (default: 0)")
     parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
     parser.add_argument("--save-images", metavar="DIR", help="write each image there as the vision tower sees it")
