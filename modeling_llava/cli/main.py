@@ -7,8 +7,10 @@ says `USES_MODELS = False` and starts at once.
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import warnings
 
 
 COMMANDS: dict[str, str] = {
@@ -51,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if word in COMMANDS), None)
     args = build_parser(command).parse_args(argv)
+    if not os.environ.get("LLAVA_DEBUG"):  # what other packages tell their programmers, and no user can mend
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
         if getattr(module, "USES_MODELS", True):  # the package itself does not register in the `llava` program
