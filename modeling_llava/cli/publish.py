@@ -5,17 +5,23 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", help="folder of a full model, an adapter, a projector, or a data set of the data engine"
+        "model", help="folder of a full model, an adapter, a projector, or a data set or run of the data engine"
     )
     parser.add_argument("repo", help="name on the Hub: owner/name, or name for your own")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--private", action="store_true", help="make the new repository private (one that is public is refused)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="gather and check everything, send nothing")
     parser.add_argument(
-        "--merge", action="store_true", help="an adapter: fold it into its base and publish the full model"
+        "--merge", action="store_true", help="an adapter or projector: put it into its base and publish the full model"
     )
     parser.add_argument("--base-model", action="append", metavar="NAME", help="Hub name of a base model (repeatable)")
     parser.add_argument("--dataset", action="append", metavar="NAME", help="Hub name of training data (repeatable)")
-    parser.add_argument("--license", default="other", help="the Hub's identifier, such as llama2 (default: other)")
+    parser.add_argument(
+        "--results", action="append", metavar="DIR", help="output of llava eval for the card (repeatable)"
+    )
+    parser.add_argument("--license", help="the Hub's identifier, such as llama2 (default for models: other)")
+    parser.add_argument("--data-license", metavar="TEXT", help="licence of the training data, for the card")
     parser.add_argument("--language", default="en", help="language of the answers (default: en)")
     parser.add_argument("--summary", help="first paragraph of the model card")
     parser.add_argument("--revision", help="branch to push to; made from main if absent")
@@ -28,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import tempfile
+    import contextlib
     from pathlib import Path
 
     from rich.console import Console
@@ -38,23 +44,24 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     source = Path(args.model)
-    with tempfile.TemporaryDirectory() as scratch:
+    for path in args.results or []:
+        warn_of_other_weights(console, path, source)
+    with contextlib.ExitStack() as stack:
         if args.merge:
-            from ..training import merge_adapter
-
-            console.print(f"Folding {source} into its base …")
-            merge_adapter(source, Path(scratch, source.resolve().name))
-            source, args.out = Path(scratch, source.resolve().name), args.out or f"{args.model.rstrip('/')}-to-publish"
+            source, args.out = merged(console, source, stack), args.out or f"{source.resolve()}-to-publish"
         publication = gather(
             source,
             args.repo,
             args.out,
             base_models=args.base_model,
             datasets=args.dataset,
+            results=args.results,
             license=args.license,
+            data_license=args.data_license,
             language=args.language,
             summary=args.summary,
         )
+        args.repo = publication.repo
         table = Table("file", "size", title=f"{args.repo} ({publication.kind})", title_justify="left")
         for name, size in publication.files.items():
             table.add_row(name, f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB")
@@ -65,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"[red]problem[/red] {problem}", highlight=False)
         if publication.problems:
             raise ValueError(f"{len(publication.problems)} problem(s) stand against publishing; nothing was sent.")
-        if publication.kind != "dataset" and not args.no_run:
+        if publication.kind == "full":
+            say_who_runs_it(console, publication.folder)
+        if publication.kind in ("full", "adapter") and not args.no_run:
             from ..hub.trial import ask_once
 
             answer = ask_once(publication.folder, source)
@@ -76,3 +85,61 @@ def run(args: argparse.Namespace) -> int:
         url = push(publication, private=args.private, revision=args.revision, tags=args.tag, message=args.message)
     console.print(f"Published: {url}")
     return 0
+
+
+RECORDS = ("recipe.yaml", "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png")
+"""Of an adapter's run, what the card of the merged model is written from."""
+
+
+def merged(console, source, stack):
+    """The full model of an adapter or projector, in a folder that is deleted when `stack` ends."""
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from ..training import merge_adapter
+
+    console.print(f"Putting {source} into its base …")
+    beside = source.resolve().parent  # not the folder for temporary files, which may be small, or in memory
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=".merging-"))
+    folder = Path(scratch, source.resolve().name)
+    merge_adapter(str(source), str(folder))
+    for pattern in RECORDS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def say_who_runs_it(console, folder) -> None:
+    """
+    Hold a full model against stock transformers, without computing anything.
+
+    Raises:
+        ValueError: neither stock transformers nor this package would load it as it is.
+    """
+    from modeling_llava.conversion import check_stock_ready
+
+    report = check_stock_ready(folder, logits=False)
+    for item in report.items:
+        if item.state != "skipped":
+            console.print(f"{item.state}: {item.name}: {item.detail}", highlight=False)
+    if not report.is_sound:
+        raise ValueError(f"the model is not sound: {report.failures()}; nothing was sent.")
+
+
+def warn_of_other_weights(console, results, source) -> None:
+    """Results carry a fingerprint of what was evaluated; say it where that is not what is published."""
+    import json
+    from pathlib import Path
+
+    from ..evaluation.results import fingerprint
+
+    file = Path(results, "results.json") if Path(results).is_dir() else Path(results)
+    about = json.loads(file.read_text("utf-8")).get("model", {}) if file.is_file() else {}
+    evaluated = [about[key] for key in ("fingerprint", "adapter_fingerprint") if about.get(key)]
+    if source.is_dir() and evaluated and fingerprint(source) not in evaluated:
+        console.print(
+            f"[yellow]note[/yellow] {results} is of {about.get('name')}, whose files are not those of {source}: is it the "
+            "same model? Evaluate it again if not.",
+            highlight=False,
+        )

@@ -1,6 +1,7 @@
 """The model card, filled from what a run left beside its weights. What is not known is said to be unknown."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import yaml
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 PICTURES = {
-    "loss_curve.png": "Loss over the optimizer steps",
-    "answers.png": "Answers to questions about pictures that were not in the training data",
-    "results.png": "Evaluation",
+    "loss_curve*.png": "Loss over the optimizer steps",
+    "answers*.png": "Answers to questions about pictures that were not in the training data",
+    "results*.png": "Evaluation",
 }
+"""Pattern of a picture's file name → its caption."""
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def render_model_card(
@@ -26,6 +30,7 @@ def render_model_card(
     base_models: list[str] | None = None,
     datasets: list[str] | None = None,
     license: str = "other",
+    data_license: str | None = None,
     language: str = "en",
     summary: str | None = None,
 ) -> str:
@@ -41,11 +46,14 @@ def render_model_card(
         kind (`str`):
             `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.checkpoints.checkpoint_kind`]).
         base_models (`list[str]`, *optional*):
-            Hub names of the models that these weights derive from.
+            Hub names of the models that these weights derive from; by default those that the run or the configuration
+            names.
         datasets (`list[str]`, *optional*):
-            Hub names of the training data.
+            Hub names of the training data; by default those that the run names.
         license (`str`, *optional*, defaults to `"other"`):
             The Hub's identifier of the weights' licence.
+        data_license (`str`, *optional*):
+            Licence of the training data, in words.
         language (`str`, *optional*, defaults to `"en"`):
             Language of the answers.
         summary (`str`, *optional*):
@@ -59,15 +67,22 @@ def render_model_card(
     recipe_file = folder / "recipe.yaml"
     recipe = recipe_file.read_text("utf-8") if recipe_file.is_file() else None
     settings = yaml.safe_load(recipe) if recipe else {}
+    config = _read_json(folder / "config.json")
+    base_models = base_models or _base_models(config, settings)
+    datasets = datasets or _datasets(run)
     evaluation = _evaluation(folder)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quoted"] = lambda text: json.dumps(str(text), ensure_ascii=False)  # a YAML string too
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=repo.split("/")[-1],
         repo=repo,
         kind=kind,
-        base_models=base_models or [],
-        datasets=datasets or [],
+        needs_us=_needs_us(config),
+        runtimes=_runtimes(kind, repo, config, base_models[0] if base_models else "BASE"),
+        base_models=base_models,
+        datasets=datasets,
         license=license,
+        data_license=data_license,
         language=language,
         summary=summary or _summary(kind, settings, base_models),
         architecture=_architecture(folder, kind),
@@ -76,9 +91,75 @@ def render_model_card(
         hardware=_hardware(run, settings),
         duration=_duration(_read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")),
         versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
-        pictures={name: caption for name, caption in PICTURES.items() if (folder / name).is_file()},
+        pictures={file.name: text for pattern, text in PICTURES.items() for file in sorted(folder.glob(pattern))},
         evaluation=evaluation,
-        model_index=evaluation,
+        model_index=[row for row in evaluation if row["whole"]],
+    )
+
+
+def _base_models(config: dict, settings: dict) -> list[str]:
+    """Hub names that the recipe, or else the parts of a composed model, were loaded under."""
+    parts = [config.get(part, {}).get("_name_or_path") for part in ("text_config", "vision_config")]
+    names = [settings.get("model")] if _is_hub_name(settings.get("model")) else parts
+    return [name for name in names if _is_hub_name(name)]
+
+
+def _datasets(run: dict) -> list[str]:
+    sources = run.get("data", {}).get("sources", [])
+    return [source["name"] for source in sources if not source.get("sha256") and _is_hub_name(source["name"])]
+
+
+def _is_hub_name(name: Any) -> bool:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def _needs_us(config: dict) -> str | None:
+    """Why stock transformers cannot run the model; `None` if it can."""
+    layers = config.get("projector_num_layers", 2)
+    return f"its projector has {layers} layers, for which they have no form" if layers > 2 else None
+
+
+def _runtimes(kind: str, repo: str, config: dict, base: str) -> dict[str, str]:
+    """Runtime → how it runs this model, or why it does not."""
+    ours = f"`llava chat {repo}`, `llava web {repo}`; `LlavaPredictor` encodes an image once for many questions"
+    if kind == "projector":
+        merged = f"after `llava merge {repo} merged`"
+        return {
+            "modeling_llava": f"{merged}: `llava chat merged`; for stage 2, `projector: {repo}` in a recipe",
+            "transformers, vLLM, SGLang, llama.cpp": f"{merged}: as for a full model",
+        }
+    if kind == "adapter":
+        load = f'LlavaForConditionalGeneration.from_pretrained("{base}")'
+        return {
+            "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")` (with `peft` installed)',
+            "modeling_llava": ours,
+            "PEFT": f'`PeftModel.from_pretrained({load}, "{repo}")`',
+            "vLLM, SGLang, llama.cpp": f"after `llava merge {repo} merged`: as for a full model (`vllm serve ./merged`; "
+            "`llava convert merged gguf --to gguf`)",
+        }
+    if reason := _needs_us(config):
+        return {"modeling_llava": ours, "transformers, vLLM, SGLang, llama.cpp": f"no: {reason}"}
+    is_linear = config.get("projector_hidden_act") == "linear"
+    return {
+        "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")`, or `transformers serve` and '
+        f"`transformers chat {repo}`",
+        "modeling_llava": ours,
+        "vLLM": "no: it has no linear activation" if is_linear else f"`vllm serve {repo}`",
+        "SGLang": f"`python -m sglang.launch_server --model-path {repo}`",
+        "llama.cpp": _llama_cpp(repo, config),
+    }
+
+
+def _llama_cpp(repo: str, config: dict) -> str:
+    language, vision = (config.get(part, {}).get("model_type", "") for part in ("text_config", "vision_config"))
+    if config and (language not in ("llama", "mistral") or vision != "clip_vision_model"):
+        return f"no: `llava convert` writes its files for CLIP with LLaMA or Mistral, not for {vision} with {language}"
+    if config.get("vision_feature_select_strategy", "default") != "default":
+        return "no: it always drops the class token, which this model keeps"
+    return (
+        f"`llava convert {repo} gguf --to gguf`, then `llama-mtmd-cli -m gguf/model-f16.gguf --mmproj "
+        'gguf/mmproj-f16.gguf --image photo.jpg -p "…"`; Ollama: a `Modelfile` with `FROM ./gguf/model-f16.gguf` and '
+        "`FROM ./gguf/mmproj-f16.gguf`"
     )
 
 
@@ -161,16 +242,19 @@ def _duration(state: dict, results: dict) -> str:
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the evaluation table: every overall score of every `results*.json` beside the weights."""
+    """Rows of the evaluation table: every overall score of every `results*.json` beside the weights. `whole`: of the
+    whole benchmark, so that it may stand in the Hub's index."""
     rows = []
     for file in sorted(folder.glob("results*.json")):
         results = _read_json(file)
-        benchmark = results.get("benchmark")
-        for metric, value in (results.get("scores") or {}).items():
-            if isinstance(value, dict):
-                value = value.get("value", value.get("mean"))
+        benchmark, samples = results.get("benchmark"), results.get("samples") or {}
+        whole = results.get("complete", True)
+        for metric, score in (results.get("scores") or {}).items():
+            interval = score.get("interval") if isinstance(score, dict) else None
+            value = score.get("value", score.get("mean")) if isinstance(score, dict) else score
             if not benchmark or not isinstance(value, int | float) or isinstance(value, bool):
                 continue
+            count = score.get("count") if isinstance(score, dict) else None
             rows.append(
                 {
                     "dataset": benchmark,
@@ -178,6 +262,10 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
                     "metric": metric,
                     "metric_type": re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_"),
                     "value": round(value, 4),
+                    "interval": f"{interval[0]:.2f} – {interval[1]:.2f}" if interval else "",
+                    "count": f"{count:,}" if count is not None else "",
+                    "part": "" if whole else f" ({samples.get('scored', 0):,} of {samples.get('total', 0):,} samples)",
+                    "whole": whole,
                 }
             )
     return rows

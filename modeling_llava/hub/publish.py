@@ -1,23 +1,34 @@
 """Publish a model or a data set: gather, check, write the card, push. Nothing leaves before every check has passed."""
 
+import glob
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+import yaml
+from huggingface_hub import HfApi, hf_api
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints import base_model_of, checkpoint_kind
+from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
 from .files import Problem, find_problems, select_files, stage_files
-from .model_card import render_model_card
+from .model_card import HUB_NAME, render_model_card
 
 
 logger = logging.getLogger(__name__)
+
+HTTP_ERROR = (getattr(hf_api, "httpx2", None) or hf_api.httpx).HTTPError
+"""Of the library through which this huggingface_hub speaks; a connection that breaks is no `OSError` there."""
+
+WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+BASE_FILES = {"adapter": "adapter_config.json", "projector": PROJECTOR_CONFIG_NAME}
+"""Kind → the file that names its base model."""
 
 
 @dataclass
@@ -33,6 +44,8 @@ class Publication:
     left_out: list[str]
     """Files of the source folder that stay."""
     problems: list[Problem] = field(default_factory=list)
+    source: Path | None = None
+    """What was gathered; of a run of the data engine, its data set."""
     url: str | None = None
     """Where it is, once it has been pushed."""
 
@@ -48,7 +61,9 @@ def gather(
     *,
     base_models: list[str] | None = None,
     datasets: list[str] | None = None,
-    license: str = "other",
+    results: list[str | os.PathLike] | None = None,
+    license: str | None = None,
+    data_license: str | None = None,
     language: str = "en",
     summary: str | None = None,
 ) -> Publication:
@@ -57,13 +72,16 @@ def gather(
 
     Args:
         source (`str` or `os.PathLike`):
-            A full model, an adapter, a projector, or a data set made by the data engine. It is not changed.
+            A full model, an adapter, a projector, or a data set or a run of the data engine. It is not changed.
         repo (`str`):
-            Name on the Hub: `owner/name`, or `name` for one's own.
+            Name on the Hub: `owner/name`, or `name` for one's own (the Hub is asked who that is).
         folder (`str` or `os.PathLike`, *optional*):
             Where to gather; by default beside `source`, with `-to-publish` behind its name. An earlier one is replaced.
-        base_models, datasets, license, language, summary:
-            See [`render_model_card`]. An adapter's base is taken from its configuration if it is a Hub name.
+        results (`list[str]`, *optional*):
+            Output folders of `llava eval` (or their `results.json`) for the card, beside those that lie in `source`.
+        base_models, datasets, license, data_license, language, summary:
+            See [`render_model_card`]. An adapter's base is taken from its configuration if it is a Hub name. A data set
+            has its own card, into which `license` is written.
 
     Returns:
         [`Publication`]: with `problems`, which must be empty for [`push`].
@@ -80,18 +98,20 @@ def gather(
         validate_repo_id(repo)
     except ValueError as error:
         raise ValueError(f"{repo!r} is not a name on the Hub: give owner/name. ({error})") from None
-    kind = _kind(source)
-    if kind == "adapter" and not base_models:
-        base = base_model_of(source)
-        if os.path.isdir(base):
+    repo = _with_owner(repo)
+    folder = Path(folder) if folder is not None else source.with_name(f"{source.name}-to-publish")
+    kind, source, form = _kind(source)
+    base = (base_models or [None])[0]
+    if kind in BASE_FILES and base is None:
+        base = json.loads((source / BASE_FILES[kind]).read_text("utf-8")).get("base_model_name_or_path") or "nothing"
+        if not HUB_NAME.fullmatch(base) or os.path.isdir(base):
             raise ValueError(
-                f"{source} is an adapter for {base}, a folder that others do not have. Give its name on the Hub with "
-                "--base-model, or merge the adapter first (llava merge) and publish the full model."
+                f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}, which others do not have. "
+                "Give its name on the Hub with --base-model, or put it into its model first (--merge) and publish the whole."
             )
         base_models = [base]
-    published, left_out = select_files(source, "dataset" if kind == "dataset" else "model")
+    published, left_out = select_files(source, form)
 
-    folder = Path(folder) if folder is not None else source.with_name(f"{source.name}-to-publish")
     if folder.resolve() == source or source in folder.resolve().parents:
         raise ValueError(f"{folder} lies in {source}, which is being published. Choose another folder.")
     marker = folder / ".gathered-by-llava-publish"
@@ -101,25 +121,28 @@ def gather(
     folder.mkdir(parents=True)
     marker.touch()
     stage_files(source, folder, published)
-    if kind == "adapter":
-        _name_base(folder / "adapter_config.json", base_models[0])
-    if kind == "projector" and base_models:
-        _name_base(folder / "projector_config.json", base_models[0])
+    for path in results or []:
+        _stage_results(Path(path), folder)
+    if kind in BASE_FILES:
+        _name_base(folder / BASE_FILES[kind], base)
     _remove_local_names(folder)
-    if kind != "dataset":
+    if kind == "dataset":
+        _finish_data_card(folder, repo, license)
+    else:
         card = render_model_card(
             folder,
             repo,
             kind=kind,
             base_models=base_models,
             datasets=datasets,
-            license=license,
+            license=license or "other",
+            data_license=data_license,
             language=language,
             summary=summary,
         )
         (folder / "README.md").write_text(card, "utf-8")
     files = {
-        str(path.relative_to(folder)): path.stat().st_size
+        path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != marker
     }
@@ -130,6 +153,7 @@ def gather(
         files=files,
         left_out=[str(file) for file in left_out],
         problems=find_problems(folder) + _missing_files(folder, kind),
+        source=source,
     )
 
 
@@ -152,11 +176,11 @@ def push(
         publication ([`Publication`]):
             From [`gather`].
         private (`bool`, *optional*, defaults to `False`):
-            Whether a new repository is private.
+            The repository is private: a new one is made so, one that is there and public is refused.
         revision (`str`, *optional*):
             Branch to push to; it is created from `main` if absent.
         tags (`list[str]`, *optional*):
-            Git tags for the new commit, such as `["v1"]`.
+            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before anything is sent.
         message (`str`, *optional*):
             The commit's first line.
         endpoint (`str`, *optional*):
@@ -166,7 +190,7 @@ def push(
         `str`: where it is.
 
     Raises:
-        ValueError: the publication has problems.
+        ValueError: the publication has problems; the repository is public and should be private; a tag is taken.
         PermissionError: there is no token, or it may not write there.
         OSError: the upload broke off.
     """
@@ -178,6 +202,7 @@ def push(
     api = HfApi(endpoint=endpoint)
     kind: dict[str, Any] = {"repo_type": publication.repo_type}
     try:
+        _check_repository(api, publication, private, revision, tags or [])
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
@@ -187,6 +212,7 @@ def push(
             revision=revision,
             commit_message=message,
             ignore_patterns=[".*"],
+            delete_patterns=_stale_weights(api, repo, publication, revision),
             **kind,
         )
         for tag in tags or []:
@@ -203,17 +229,101 @@ def push(
                 "(`hf auth login`), and check the owner's name."
             ) from None
         raise OSError(f"The upload broke off ({status or error}). Run the same command again: it goes on.") from None
-    except OSError as error:
+    except (OSError, HTTP_ERROR) as error:
         raise OSError(f"The upload broke off ({error}). Run the same command again: it goes on.") from None
     publication.url = str(commit.commit_url).split("/commit/")[0]
     return publication.url
 
 
-def _kind(source: Path) -> str:
-    if not (source / "config.json").is_file() and not (source / "adapter_config.json").is_file():
-        if any(source.glob("*.parquet")) or any(source.glob("data/*.parquet")):
-            return "dataset"
-    return checkpoint_kind(source)
+def _with_owner(repo: str) -> str:
+    if "/" in repo:
+        return repo
+    try:
+        return f"{HfApi().whoami()['name']}/{repo}"
+    except (OSError, HTTP_ERROR):
+        raise ValueError(
+            f"{repo!r} names no owner, and the Hub does not say who you are. Give owner/name, or log in: `hf auth login`."
+        ) from None
+
+
+def _kind(source: Path) -> tuple[str, Path, str]:
+    """What is published, the folder where it lies, and the key of `PUBLISHED` for its files."""
+    if any((source / name).is_file() for name in ("config.json", *BASE_FILES.values())):
+        kind = checkpoint_kind(source)
+        return kind, source, "model"
+    for folder in (source, source / "dataset"):  # itself, or a run of the data engine with a data set in it
+        if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+            return "dataset", folder, "dataset"
+    if (source / "instruct.json").is_file():
+        return "dataset", source, "run"
+    there = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
+    raise ValueError(
+        f"{source} holds neither a model (config.json, adapter_config.json, {PROJECTOR_CONFIG_NAME}) nor a data set of "
+        f"the data engine (*.parquet, instruct.json). It holds: {there}."
+    )
+
+
+def _check_repository(
+    api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
+) -> None:
+    """What would go wrong silently in a repository that is there already."""
+    kind: dict[str, Any] = {"repo_type": publication.repo_type}
+    try:
+        info = api.repo_info(publication.repo, **kind)
+    except RepositoryNotFoundError:
+        return
+    if private and info.private is False:
+        raise ValueError(
+            f"{publication.repo} is there already and public: --private makes new repositories private only. Make it "
+            "private in its settings first, or choose another name."
+        )
+    if tags:
+        refs = api.list_repo_refs(publication.repo, **kind)
+        head = {branch.name: branch.target_commit for branch in refs.branches}.get(revision or "main")
+        for tag in refs.tags:
+            if tag.name in tags and tag.target_commit != head:
+                raise ValueError(f"{publication.repo} has a tag {tag.name!r}, of an older commit. Choose another tag.")
+
+
+def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: str | None) -> list[str]:
+    """Weights of an earlier publication that are not replaced: other shards, or pickles. A loader might take them."""
+    if publication.kind == "dataset":
+        return []
+    there = api.list_repo_files(repo, revision=revision, repo_type=publication.repo_type)
+    stale = [name for name in there if "/" not in name and name.endswith(WEIGHT_ENDINGS)]
+    return [glob.escape(name) for name in stale if name not in publication.files]
+
+
+def _stage_results(path: Path, folder: Path) -> None:
+    """`results.json` of an evaluation, and its plot, under names that several benchmarks can share a folder with."""
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
+    benchmark = json.loads(file.read_text("utf-8")).get("benchmark")
+    if not benchmark:
+        raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
+    name = "results-" + re.sub(r"[^A-Za-z0-9]+", "-", benchmark).strip("-").lower()
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(file, Path(scratch, f"{name}.json"))
+        stage_files(Path(scratch), folder, [Path(f"{name}.json")])
+    if (plot := file.with_name("results.png")).is_file():
+        shutil.copyfile(plot, folder / f"{name}.png")
+
+
+def _finish_data_card(folder: Path, repo: str, license: str | None) -> None:
+    """The data set's own card, with its licence and its name on the Hub."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text("utf-8").replace("PATH OR REPOSITORY", repo)
+    front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") and text.count("---\n") > 1 else {}
+    body = text.split("---\n", 2)[2] if front else text
+    if license:
+        front = {"license": license} | {key: value for key, value in front.items() if key != "license"}
+    if "configs" not in front and (folder / "instruct.json").is_file():
+        front["configs"] = [{"config_name": "default", "data_files": "instruct.json"}]
+    card.unlink()
+    card.write_text(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}", "utf-8")
 
 
 def _name_base(file: Path, base: str) -> None:
@@ -259,7 +369,10 @@ def _drop_paths(content: dict) -> bool:
 def _missing_files(folder: Path, kind: str) -> list[Problem]:
     """Files without which the publication cannot be used by its one-line example."""
     if kind == "dataset":
-        return []
+        has_card = (folder / "README.md").is_file()
+        return (
+            [] if has_card else [Problem("README.md", 0, "is missing; say what the data is and under which licence.")]
+        )
     needed = {"full": ["config.json"], "adapter": ["adapter_config.json"], "projector": ["projector_config.json"]}[
         kind
     ]
@@ -270,6 +383,12 @@ def _missing_files(folder: Path, kind: str) -> list[Problem]:
         for name in needed
         if not (folder / name).is_file()
     ]
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        lost = sorted(name for name in named if not (folder / name).is_file())
+        problems += [
+            Problem(index.name, 0, f"names {name}, which is not there; save the model again.") for name in lost
+        ]
     if not any(folder.glob("*.safetensors")):
         problems.append(Problem("*.safetensors", 0, "there are no weights; save them as safetensors."))
     if kind == "full" and not any(folder.glob("chat_template*")):

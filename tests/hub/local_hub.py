@@ -125,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             "revisions": {"main": {}},
             "commits": {"main": "0" * 40},
             "tags": {},
+            "tagged": {},
         }
         self._json({"url": f"{self.hub.url}/{prefix}{key[1]}", "id": key[1], "name": key[1]})
 
@@ -201,7 +202,21 @@ class _Handler(BaseHTTPRequestHandler):
         if tag in repository["tags"]:
             return self._json({"error": "exists"}, 409)
         repository["tags"][tag] = revision
+        repository["tagged"][tag] = repository["commits"][revision]
         self._json({})
+
+    def _refs(self, body, kind, repo):
+        repository = self._repository(kind, repo)
+        if repository is None:
+            return
+        refs = {"branches": repository["commits"], "tags": repository["tagged"]}
+        listed = {
+            which: [
+                {"name": name, "ref": f"refs/{which}/{name}", "targetCommit": commit} for name, commit in all_.items()
+            ]
+            for which, all_ in refs.items()
+        }
+        self._json({**listed, "converts": []})
 
     def _info(self, body, kind, repo, revision="main"):
         repository = self._repository(kind, repo)
@@ -269,6 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", _KIND, _info),
         ("GET", _KIND + "/revision/(?P<revision>[^/]+)", _info),
         ("GET", _KIND + "/tree/(?P<revision>[^/]+)/?", _tree),
+        ("GET", _KIND + "/refs", _refs),
         ("GET", "/datasets/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)",
          lambda self, body, **names: self._resolve(body, kind="dataset", **names)),
         ("HEAD", "/datasets/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)",

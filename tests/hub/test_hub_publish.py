@@ -1,17 +1,22 @@
 """Publishing to a server on this machine that speaks the Hub's API, with failures in the middle."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from local_hub import LocalHub
+from safetensors.torch import save
 from tiny import tiny_text_config, tiny_vision_config
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, CLIPVisionModel
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.cli.main import main
 from modeling_llava.hub.files import find_problems, select_files
 from modeling_llava.hub.model_card import render_model_card
 from modeling_llava.hub.publish import gather, push
@@ -32,11 +37,17 @@ def parts(tmp_path_factory, request):
     return str(folder / "tower"), str(folder / "language")
 
 
-@pytest.fixture
-def model_folder(tmp_path, parts):
-    folder = tmp_path / "my-llava"
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory, parts):
+    folder = tmp_path_factory.mktemp("bare") / "my-llava"
     LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(folder)
     LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path, bare_model):
+    folder = shutil.copytree(bare_model, tmp_path / "my-llava")
     recipe = "model: /home/someone/llava\ndata: /home/someone/pictures/instruct.json\nadapter: none\nprecision: fp32\n"
     (folder / "recipe.yaml").write_text(recipe)
     data = {"sources": [{"name": "/home/someone/pictures/instruct.json", "sha256": "ab" * 32}], "num_samples": 1234}
@@ -53,12 +64,28 @@ def model_folder(tmp_path, parts):
     return folder
 
 
+def safetensors(metadata: dict) -> bytes:
+    return save({"x": torch.zeros(1)}, metadata=metadata)
+
+
+def cut_weights(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7])
+
+
+def name_lost_shard(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with LocalHub(TOKEN) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)  # nothing asks the Hub of the internet
+        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
         yield server
 
 
@@ -97,8 +124,6 @@ def test_card_holds_the_facts_of_the_run(hub, model_folder):
     publication = gather(model_folder, "tester/my-llava", license="llama2", base_models=["org/base"])
     card = (publication.folder / "README.md").read_text()
     metadata, body = card.split("---\n")[1:3]
-    import yaml
-
     metadata = yaml.safe_load(metadata)
     assert metadata["license"] == "llama2" and metadata["base_model"] == ["org/base"]
     assert metadata["pipeline_tag"] == "image-text-to-text"
@@ -184,6 +209,58 @@ def test_a_token_that_may_not_write_is_one_clear_error_without_the_token(hub, mo
     assert TOKEN not in str(error.value)
 
 
+@pytest.mark.parametrize("method, path", [("POST", "/repos/create"), ("POST", "/commit/"), ("GET", "/api/models/")])
+def test_a_cut_connection_is_one_clear_error_and_no_log_holds_the_token(hub, model_folder, caplog, method, path):
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next(method, path, "drop")
+    with caplog.at_level("DEBUG"), pytest.raises(OSError, match="The upload broke off .* Run the same command again"):
+        push(publication, endpoint=hub.url)
+    with caplog.at_level("DEBUG"):
+        push(publication, endpoint=hub.url)
+    assert "config.json" in hub.files("tester/my-llava")
+    assert caplog.records and TOKEN not in caplog.text
+
+
+def test_private_is_never_sent_to_a_public_repository(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava")
+    push(publication, endpoint=hub.url)
+    sent = len(hub.uploads)
+    (model_folder / "config.json").write_text((model_folder / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="there already and public: --private"):
+        push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, private=True)
+    assert len(hub.uploads) == sent
+
+
+def test_a_tag_of_an_older_commit_is_refused_before_anything_is_sent(hub, model_folder):
+    push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, tags=["v1"])
+    push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, tags=["v1"])  # the same again: nothing to do
+    push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url)
+    before = dict(hub.files("tester/my-llava"))
+    with pytest.raises(ValueError, match="has a tag 'v1', of an older commit"):
+        push(gather(model_folder, "tester/my-llava", summary="A third."), endpoint=hub.url, tags=["v1"])
+    assert hub.files("tester/my-llava") == before
+
+
+def test_weights_of_an_earlier_publication_go(hub, model_folder):
+    """A loader would take an old index, or an old pickle, for this model's."""
+    push(gather(model_folder, "tester/my-llava"), endpoint=hub.url)
+    files = hub.files("tester/my-llava")
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    files.update(dict.fromkeys((*old, "notes.txt", "onnx/model.safetensors"), b"x"))
+    push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url)
+    left = set(hub.files("tester/my-llava"))
+    assert not left & set(old) and {"notes.txt", "onnx/model.safetensors", "model.safetensors"} <= left
+
+
+def test_a_name_alone_gets_its_owner_from_the_hub(hub, model_folder):
+    publication = gather(model_folder, "my-llava")
+    assert publication.repo == "tester/my-llava"
+    assert 'model="tester/my-llava"' in (publication.folder / "README.md").read_text()
+    hub.fail_next("GET", "/whoami", "drop")
+    with pytest.raises(ValueError, match="names no owner, and the Hub does not say who you are. Give owner/name"):
+        gather(model_folder, "my-llava")
+
+
 def test_a_branch_is_made_and_main_stays(hub, model_folder):
     push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, revision="trial")
     assert hub.files("tester/my-llava") == {}
@@ -218,12 +295,46 @@ def test_a_data_set_is_published_as_one(hub, tmp_path):
     assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train.parquet", "ledger.jsonl"}
 
 
+def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
+    """With a `dataset` folder that one, without it the JSON; ledger, record and contexts stay here."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("ledger.jsonl", "contexts.jsonl", "run.json", "instruct.json", "rejected.jsonl"):
+        (run / name).write_text('{"images": "/home/someone/pictures"}' if name == "run.json" else "[]")
+    card = '---\nlanguage:\n- en\n---\n\n# Data\n\nload_dataset("PATH OR REPOSITORY")\n'
+    (run / "README.md").write_text(card)
+    publication = gather(run, "tester/data", license="cc-by-4.0")
+    assert set(publication.files) == {"README.md", "instruct.json", "rejected.jsonl"} and not publication.problems
+    _, front, body = (publication.folder / "README.md").read_text().split("---\n")
+    front = yaml.safe_load(front)
+    assert front == {
+        "license": "cc-by-4.0",
+        "language": ["en"],
+        "configs": [{"config_name": "default", "data_files": "instruct.json"}],
+    }
+    assert 'load_dataset("tester/data")' in body and (run / "README.md").read_text() == card
+
+    (run / "dataset" / "data").mkdir(parents=True)
+    (run / "dataset" / "data" / "train-00000.parquet").write_bytes(b"PAR1")
+    problems = gather(run, "tester/data").problems
+    assert [str(problem) for problem in problems] == [
+        "README.md: is missing; say what the data is and under which licence."
+    ]
+    (run / "dataset" / "README.md").write_text(card)
+    publication = gather(run, "tester/data")
+    assert publication.folder == tmp_path / "run-to-publish"
+    push(publication, endpoint=hub.url)
+    assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train-00000.parquet"}
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: is missing"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
+        (cut_weights, "model.safetensors: is damaged or cut short"),
+        (name_lost_shard, "model.safetensors.index.json: names model-00002-of-00002.safetensors, which is not there"),
     ],
 )
 def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
@@ -243,11 +354,133 @@ def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
         gather(model_folder, "tester/x", model_folder / "inside")
 
 
+def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_path, model_folder, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(LlavaForConditionalGeneration.from_pretrained(model_folder), config).save_pretrained(
+        tmp_path / "lora"
+    )
+    for name in ("recipe.yaml", "run.json"):
+        (tmp_path / "lora" / name).write_text((model_folder / name).read_text())
+    words = [str(tmp_path / "lora"), "tester/merged", "--merge", "--dry-run", "--results"]
+    assert (
+        main(["publish", *words, str(write_results(tmp_path / "pope", model={"name": "x", "fingerprint": "0"}))]) == 0
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ok: keys: stock transformers finds every weight" in printed and "The pipeline answers:" in printed
+    assert "whose files are not those of" in printed and "Nothing was sent" in printed
+    card = (tmp_path / "lora-to-publish" / "README.md").read_text()
+    assert "1,234 samples" in card and "stock `llava` checkpoint" in card and "84.20 – 86.80" in card
+    assert not list(tmp_path.glob(".merging-*"))
+
+
 def test_gathering_again_replaces_what_was_gathered(model_folder):
     first = gather(model_folder, "tester/my-llava")
     (first.folder / "left-over.json").write_text("{}")
     second = gather(model_folder, "tester/my-llava")
     assert not (second.folder / "left-over.json").exists()
+
+
+def write_results(folder, **fields):
+    folder.mkdir(exist_ok=True)
+    results = {
+        "schema_version": 1,
+        "benchmark": "POPE: adversarial",
+        "primary_score": "accuracy",
+        "model": {"name": "my-llava", "adapter": "/home/someone/adapter"},
+        "samples": {"total": 3000, "scored": 3000},
+        "complete": True,
+        "scores": {"accuracy": {"value": 85.51234, "interval": [84.2, 86.8], "count": 3000}},
+        **fields,
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.png").write_bytes(b"PNG")
+    return folder
+
+
+def test_results_of_evaluations_stand_in_card_and_index(tmp_path, model_folder):
+    whole = write_results(tmp_path / "pope")
+    part = write_results(tmp_path / "vqa", benchmark="VQA", complete=False, samples={"total": 500, "scored": 20})
+    publication = gather(model_folder, "tester/my-llava", results=[whole, part / "results.json"])
+    assert publication.problems == []
+    assert {
+        "results.json",
+        "results-pope-adversarial.json",
+        "results-pope-adversarial.png",
+        "results-vqa.json",
+    } <= set(publication.files)
+    card = (publication.folder / "README.md").read_text()
+    assert "| POPE: adversarial | accuracy | 85.5123 | 84.20 – 86.80 | 3,000 |" in card
+    assert "| VQA (20 of 500 samples) | accuracy |" in card
+    index = ModelCard(card).data.eval_results  # as the Hub reads it
+    assert {(entry.dataset_name, entry.metric_name, entry.metric_value) for entry in index} == {
+        ("POPE: adversarial", "accuracy", 85.5123),
+        ("ScienceQA", "average", 0.8984),
+        ("ScienceQA", "unparsed", 3),
+    }
+    with pytest.raises(FileNotFoundError, match="holds no results.json"):
+        gather(model_folder, "tester/my-llava", results=[tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="names no benchmark"):
+        gather(model_folder, "tester/my-llava", results=[model_folder / "run.json"])
+
+
+def test_base_models_and_data_are_those_of_the_run(model_folder):
+    (model_folder / "recipe.yaml").write_text("model: owner/base-7b\nadapter: none\nprecision: bf16\n")
+    sources = [{"name": "owner/instruct", "sha256": None}, {"name": "/home/someone/more.json", "sha256": "ab" * 32}]
+    (model_folder / "run.json").write_text(json.dumps({"data": {"sources": sources}}))
+    publication = gather(model_folder, "tester/my-llava", data_license="CC BY 4.0")
+    data = ModelCard((publication.folder / "README.md").read_text()).data
+    assert data.base_model == ["owner/base-7b"] and data.datasets == ["owner/instruct"]
+    assert "Its licence: CC BY 4.0." in (publication.folder / "README.md").read_text()
+
+
+def test_card_of_a_projector_says_how_a_projector_is_used(tmp_path, model_folder):
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    (folder / "projector_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_folder)}))
+    (folder / "projector.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="is a projector for .* --base-model"):
+        gather(folder, "tester/projector")
+    publication = gather(folder, "tester/projector", base_models=["owner/base"])
+    assert publication.problems == []
+    card = (publication.folder / "README.md").read_text()
+    assert "llava merge tester/projector merged" in card and "pipeline(" not in card and "vllm serve" not in card
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"projector_num_layers": 3}, "its projector has 3 layers"),
+        ({"projector_hidden_act": "linear", "projector_num_layers": 1}, "| vLLM | no: it has no linear activation |"),
+        ({"text_config": {"model_type": "qwen2"}}, "| llama.cpp | no: `llava convert` writes its files for CLIP with"),
+    ],
+)
+def test_card_promises_no_runtime_that_cannot_run_the_model(model_folder, fields, expected):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | fields))
+    card = (gather(model_folder, "tester/my-llava").folder / "README.md").read_text()
+    assert expected in card
+    if "projector_num_layers" in fields and fields["projector_num_layers"] > 2:
+        assert "import modeling_llava\nfrom transformers import pipeline" in card and "vllm serve" not in card
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model-x.safetensors", safetensors({"note": "/home/someone/run"}), "a place on this machine"),
+        ("answers.png", b"\x89PNG" + b"tEXtComment hf_" + b"a" * 34 + b"\0", "Hugging Face token"),
+        ("LICENSE", b"see file:///home/someone/licence", "a place on this machine"),
+        ("vocab.json", b'{"key": "AIza' + b"a" * 35 + b'"}', "Google key"),
+        ("added_tokens.json", b'{"a": "~/models/llava"}', "a place on this machine"),
+        ("added_tokens.json", b'{"a": "C:/Users/me"}', "a place on this machine"),
+        ("added_tokens.json", b'{"a": "Q:\\nWhat? https://huggingface.co/data/x"}', None),
+    ],
+)
+def test_every_kind_of_file_is_searched(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    problems = [str(problem) for problem in find_problems(tmp_path)]
+    assert len(problems) == (message is not None) and all(message in problem for problem in problems), problems
 
 
 def test_card_without_any_record_says_what_is_not_known(tmp_path):
