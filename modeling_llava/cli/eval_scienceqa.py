@@ -43,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--order",
         default="QCM-LEA",
-        help="what is given and what is learned, e.g. QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A (default: %(default)s)",
+        help="what is given and what is learned, e.g. QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A, QCM-LEPA (LLaVA's headings) (default: %(default)s)",
     )
-    form.add_argument("--direct", action="store_true", help="ask for the letter alone, as LLaVA-1.5 is evaluated")
+    form.add_argument(
+        "--direct", action="store_true", help="ask for the letter alone, in the form in which LLaVA-1.5 is evaluated"
+    )
     form.add_argument(
         "--export-training", metavar="F", help="write the split as training data (LLaVA's JSON) and stop"
     )
@@ -73,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.images is None and not args.dataset:
         raise ValueError("give --images, the folder with <split>/<id>/image.png.")
     problems, files = _read(args, args.split, args.images)
-    instruction = scienceqa.DIRECT_ANSWER if args.direct else None
     benchmark = scienceqa.make_benchmark(
-        problems, image_folder=args.images, order=order, instruction=instruction, files=files
+        problems, image_folder=args.images, order=order, direct=args.direct, files=files
     )
     results = evaluate_with(args, benchmark)
     code = finish(args, results, ["LLaVA-13B"])

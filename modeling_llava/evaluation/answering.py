@@ -219,9 +219,9 @@ def _short(value) -> str:
 def _read_answers(path: Path) -> list[dict]:
     """The whole lines of a file to which another process may be writing."""
     text = path.read_bytes()
-    lines = text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines()
+    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line]
     except ValueError as error:
         raise ValueError(f"{path} has a line that is not JSON ({error}). Remove that line, or the file.") from None
 

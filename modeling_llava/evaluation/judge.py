@@ -15,8 +15,11 @@ from .results import hash_json
 
 RULES_FILE = "judge_rules.json"
 LOWEST, HIGHEST = 1.0, 10.0
-_NUMBER = r"(\d{1,2}(?:\.\d+)?)"
+_NUMBER = r"([0-9]{1,2}(?:\.[0-9]+)?)"
 _PAIR = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+"""What the published evaluation tells the judge first."""
 
 TELL = (
     "Your reply cannot be used: its first line must be two numbers from 1 to 10, the score of Assistant 1 and the score of "
@@ -82,7 +85,7 @@ def review_task(
     max_tokens: int = 1024,
 ) -> Task:
     """
-    One review, in the published layout: context, question, the two answers, the rule.
+    One review, in the published layout: system message; context, question, the two answers, the rule.
 
     Args:
         task_id (`str`): Names the review.
@@ -97,7 +100,7 @@ def review_task(
     )
     return Task(
         id=task_id,
-        messages=[{"role": "user", "content": content}],
+        messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -112,8 +115,8 @@ def accept_review(task: Task, reply: Reply) -> Verdict:
 
 
 def rules_hash(rules: dict[str, Any]) -> str:
-    """What results name the rules by: SHA-256, first 16 digits."""
-    return hash_json(rules)[:16]
+    """What results name the judge's prompt by: SHA-256 of the system message and the rules, first 16 digits."""
+    return hash_json({"system": SYSTEM, "rules": rules})[:16]
 
 
 def open_text(path: str | os.PathLike) -> str:

@@ -4,7 +4,7 @@ picture, both scored by a judge (LLaVA §5.1). Reported is the relative score, 1
 
     questions    {"question_id", "image", "category": "conv" | "detail" | "complex", "text"}
     contexts     {"image", "captions": […], "instances": [{"category", "bbox"}]}    (COCO)
-                 {"image", "caption"}                                                 (In-the-Wild)
+                 {"image", "caption"}, a text or a list of them                       (In-the-Wild)
     references   {"question_id", "text"}
 
 All are JSONL.
@@ -336,11 +336,17 @@ def _spread(repeats: list[list[tuple[str, float, float]]]) -> dict:
 
 
 def _context(row: dict, place: str) -> tuple[str, bool]:
-    if "caption" in row:
-        return _text(row, "caption", place), False
-    captions, instances = row.get("captions"), row.get("instances")
+    if isinstance(row.get("caption"), str):
+        return row["caption"], False
+    in_the_wild = "caption" in row
+    captions, instances = row.get("caption" if in_the_wild else "captions"), row.get("instances")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{place} has neither 'caption', a text, nor 'captions', a list of texts.")
+        raise ValueError(
+            f"{place} has neither 'caption', a text or a list of texts, nor 'captions', a list of texts; its fields are "
+            f"{', '.join(row)}."
+        )
+    if in_the_wild:
+        return "\n".join(captions), False
     try:
         boxes = [f"{instance['category']}: {list(instance['bbox'])}" for instance in instances or []]
     except (KeyError, TypeError):

@@ -16,19 +16,14 @@ from typing import Any
 from .benchmark import Benchmark
 from .published import SCIENCEQA_COLUMNS
 from .results import Scored, hash_file, interval_of
+from .scienceqa_answers import ANSWER_RULE, find_letter
 
 
 LETTERS = "ABCDEFGHIJ"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 NO_CONTEXT = "N/A"
 DIRECT_ANSWER = "Answer with the option's letter from the given choices directly."
-"""What LLaVA-1.5 is asked in addition (its evaluation of ScienceQA): the letter alone."""
-
-
-ANSWER_RULE = (
-    '"The answer is X" anywhere, always with the same letter; else an answer that is a letter; else one that begins with '
-    '"X." or "(X)". Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong.'
-)
+"""How LLaVA-1.5's evaluation of ScienceQA asks for the letter alone."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +106,16 @@ def parse_answer(text: str, num_choices: int) -> int | None:
 
     The rule, the first that applies:
 
-    1. "The answer is X", anywhere; if it stands there more than once, always with the same letter. The letter may stand
-       in parentheses and is followed by the end, a line break or a punctuation mark; a letter other than A and I also by a
-       blank ("The answer is a dog" names no choice).
-    2. The whole answer is a letter: "B", "(B)", "B.".
-    3. It begins with a letter and a mark: "B. Ohio", "(B) Ohio", "B: Ohio"; also after "Answer:" or "Option".
+    1. "The answer is X" anywhere, or a line "Answer: X". Several such statements must name the same letter, and none may
+       name two ("B or C"). The letter may stand in parentheses, quotes or asterisks and is followed by the end, a line break
+       or a punctuation mark; a letter other than A and I also by a blank ("The answer is a dog" names no choice).
+    2. The whole answer, or its first line, is a letter: "B", "(B)", "B.".
+    3. It begins with a letter and a mark: "B. Ohio", "(B) Ohio", "B: Ohio"; also after "Answer:" or "Option". A list of
+       choices ("A. … B. …", a line each, or "(A) … (B) …") names none of them.
 
-    Differs from the original, which took "The answer is Apple" for A, knew "B. " only in (3), and counted a letter
-    beyond the choices among the wrong answers without a word.
+    Differs from the original, which read "X. …" at the beginning before (1), took "The answer is Apple" for A and
+    "The answer is B or C" for B, knew no other spelling, and drew a choice by chance where it read none (in later versions:
+    counted it among the wrong ones without a word).
 
     Args:
         text (`str`): The answer.
@@ -128,31 +125,14 @@ def parse_answer(text: str, num_choices: int) -> int | None:
         `int | None`: index of the choice, from 0.
     """
     letter = find_letter(text)
-    if letter is None or LETTERS.index(letter) >= num_choices:
-        return None
-    return LETTERS.index(letter)
-
-
-_STATED = re.compile(
-    r"\bthe answer is:?\s*(?:option\s+)?\**\(?([A-J])(?:[)*]|(?=[.,;:!\"']|\s*$|\s*\n)|(?<![AI])(?=\s))", re.I | re.M
-)
-_WHOLE = re.compile(r"\(?([A-J])[).:]{0,2}|(?:answer|option)\s*:?\s*\(?([A-J])\)?\.?", re.I)
-_BEGINNING = re.compile(r"(?:(?:answer|option)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[.:)])(?=\s)", re.I)
-
-
-def find_letter(text: str) -> str | None:
-    """The letter that an answer names by the rule of [`parse_answer`], whether or not there is such a choice."""
-    stated = {letter.upper() for letter in _STATED.findall(text)}
-    if stated:
-        return stated.pop() if len(stated) == 1 else None
-    text = text.strip()
-    found = _WHOLE.fullmatch(text) or _BEGINNING.match(text)
-    return (found[1] or found[2]).upper() if found else None
+    choice = num_choices if letter is None else ord(letter) - ord("A")
+    return choice if choice < num_choices else None
 
 
 def question_text(problem: Problem, order: str = "QCM") -> str:
     """
-    What is asked: question (Q), context (C) and choices (M) in this order, each on a line of its own.
+    What is asked: question (Q), context (C) and choices (M) in this order, each on a line of its own. An L or E gives away
+    the lecture or the explanation (the upper bounds of the ScienceQA paper).
 
         Which figure of speech is used in this text?
         Context: Sing, O goddess, the anger of Achilles …
@@ -164,8 +144,33 @@ def question_text(problem: Problem, order: str = "QCM") -> str:
         "C": f"Context: {problem.hint.strip() or NO_CONTEXT}",
         "M": f"Options: {choices}",
     }
-    text = "\n".join(parts[letter] for letter in order)
-    return single_spaced(text.removeprefix("Question: "))
+    reasons = reasons_of(problem)
+    lines = [
+        parts.get(part) or "BECAUSE: " + " ".join(reasons[letter] for letter in part)
+        for part in re.findall("[LE]+|[QCM]", order)
+    ]
+    text = single_spaced("\n".join(lines)).removesuffix("BECAUSE:").strip()
+    return text.removeprefix("Question: ")
+
+
+def direct_question(problem: Problem) -> str:
+    """
+    What LLaVA-1.5 is asked: the context where there is one, the question, a choice a line, and the instruction.
+
+        Context: Sing, O goddess, the anger of Achilles …
+        Which figure of speech is used in this text?
+        A. chiasmus
+        B. apostrophe
+        Answer with the option's letter from the given choices directly.
+    """
+    context = [f"Context: {problem.hint.strip()}"] if problem.hint.strip() else []
+    choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices)]
+    return single_spaced("\n".join([*context, problem.question, *choices, DIRECT_ANSWER]))
+
+
+def reasons_of(problem: Problem) -> dict[str, str]:
+    """Lecture (L) and explanation (E). Some line breaks of the official file are a backslash and an n."""
+    return {"L": problem.lecture.replace("\\n", "\n"), "E": problem.solution.replace("\\n", "\n")}
 
 
 def single_spaced(text: str) -> str:
@@ -173,9 +178,9 @@ def single_spaced(text: str) -> str:
     return text.replace("  ", " ").strip()
 
 
-def to_sample(problem: Problem, order: str = "QCM", instruction: str | None = None) -> dict:
-    """A problem as the predictor takes it; an instruction stands on a line after the question."""
-    text = question_text(problem, order) + (f"\n{instruction}" if instruction else "")
+def to_sample(problem: Problem, order: str = "QCM", direct: bool = False) -> dict:
+    """A problem as the predictor takes it; `direct` as in [`direct_question`], whatever the order."""
+    text = direct_question(problem) if direct else question_text(problem, order)
     images = [] if problem.image is None else [problem.image]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
     return {"id": problem.id, "messages": [{"role": "user", "content": content}], "images": images}
@@ -224,21 +229,21 @@ def make_benchmark(
     *,
     image_folder: str | os.PathLike | None = None,
     order: str = "QCM",
-    instruction: str | None = None,
+    direct: bool = False,
     files: Iterable[str | os.PathLike] = (),
 ) -> Benchmark:
-    """ScienceQA over `problems`. `files` are those that they were read from."""
+    """ScienceQA over `problems`, asked in an order or as [`direct_question`]. `files` are those that they were read from."""
     return Benchmark(
         name="scienceqa",
-        samples=[to_sample(problem, order, instruction) for problem in problems],
+        samples=[to_sample(problem, order, direct) for problem in problems],
         score=lambda answers: score(problems, answers),
         data={
             "files": {Path(file).name: hash_file(file) for file in files},
             "split": ", ".join(sorted({problem.split for problem in problems})),
         },
-        settings={"order": order, "instruction": instruction, "answer_rule": ANSWER_RULE},
+        settings={"order": "direct" if direct else order, "answer_rule": ANSWER_RULE},
         image_folder=None if image_folder is None else os.fspath(image_folder),
-        max_new_tokens=1024 if instruction is None else 16,
+        max_new_tokens=16 if direct else 1024,
     )
 
 
@@ -324,12 +329,14 @@ def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
 __all__ = [
     "Problem",
     "columns_of",
+    "direct_question",
     "find_letter",
     "make_benchmark",
     "parse_answer",
     "question_text",
     "read_hub_problems",
     "read_problems",
+    "reasons_of",
     "score",
     "to_sample",
 ]

@@ -44,7 +44,7 @@ def language_tasks(problems: list[Problem], shots: list[Problem]) -> list[Task]:
     for shot in shots:
         examples += [
             {"role": "user", "content": question_text(shot)},
-            {"role": "assistant", "content": answer_text(shot, "LEA").replace("\\n", "\n")},
+            {"role": "assistant", "content": answer_text(shot, "LEA")},
         ]
     return [
         Task(

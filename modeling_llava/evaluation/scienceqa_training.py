@@ -3,16 +3,19 @@ ScienceQA as training data, in the form that LLaVA was trained on (§5.2): quest
 explanation, "The answer is X."
 
 An order is written as the ScienceQA paper writes it: what is given, a hyphen, what is learned. Q question, C context, M
-choices, A answer, L lecture, E explanation. `QCM-LEA` reasons first, `QCM-ALE` answers first.
+choices, A answer, L lecture, E explanation. `QCM-LEA` reasons first, `QCM-ALE` answers first; `QCM-LEPA` is LLaVA's own
+form with a heading for each part. Orders with L or E before the hyphen give away the reasons (an upper bound).
+
+Differs from the original: its `AL` learned the explanation and its `AE` the lecture. Here letters mean what they say.
 """
 
 from collections.abc import Iterable, Iterator
 
-from .scienceqa import Problem, question_text, single_spaced
+from .scienceqa import Problem, question_text, reasons_of, single_spaced
 
 
-INPUT_ORDERS = ("QCM", "CQM")
-OUTPUT_ORDERS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
+INPUT_ORDERS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
+OUTPUT_ORDERS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
 DEFAULT_ORDER = "QCM-LEA"
 
 
@@ -36,13 +39,20 @@ def answer_text(problem: Problem, order: str = "LEA") -> str:
     """
     What is to be learned: "The answer is X." with lecture and explanation before it, or after it behind "BECAUSE:".
 
-    A line break inside a lecture or an explanation is written as the two characters `\\n`, as in the published data.
+        LEPA    LECTURE: …
+                SOLUTION: …
+                ###
+                ANSWER: X.
     """
-    reasons = {"L": problem.lecture.replace("\n", "\\n"), "E": problem.solution.replace("\n", "\\n")}
+    reasons = reasons_of(problem)
+    if order == "LEPA":
+        headings = {"LECTURE": reasons["L"], "SOLUTION": reasons["E"]}
+        lines = [f"{heading}: {text}\n" for heading, text in headings.items() if text.strip()]
+        return single_spaced(f"{''.join(lines)}###\nANSWER: {problem.letter}.")
     statement = f"The answer is {problem.letter}."
     if order.startswith("A"):
         text = f"{statement} BECAUSE: {' '.join(reasons[letter] for letter in order[1:])}" if order[1:] else statement
-        return single_spaced(single_spaced(text).removesuffix("BECAUSE:"))
+        return single_spaced(text).removesuffix("BECAUSE:").strip()
     return single_spaced(" ".join([*(reasons[letter] for letter in order[:-1]), statement]))
 
 

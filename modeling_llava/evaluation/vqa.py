@@ -20,40 +20,48 @@ from .results import Scored, hash_file, interval_of, read_jsonl
 INSTRUCTION = "Answer the question using a single word or phrase."
 COCO_IMAGE_NAME = "COCO_val2014_{image_id:012d}.jpg"
 
-_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), [0, *range(11)]))
+_NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, [0, *range(11)])))
 _ARTICLES = {"a", "an", "the"}
-# Without their apostrophe they are the same word. Those that would be another word then (its, were, well, …) are not here.
+# The official script's: a word that lacks one of these apostrophes is this word. (Its capitals, "Im", never match.)
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd've he's how'd
+    how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
+    'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+    who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+    you'd've you'll you're you've he'd
+""".split()
 _CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in """
-        ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't shouldn't
-        wasn't weren't won't wouldn't i'm i've you're you've you'll you'd he's she's it'll it'd that's that'll that'd
-        there's there'd they're they've they'll they'd we've what's what're what'll where's when's who's who'll who'd why's
-        how's let's y'all o'clock ma'am somebody's someone's something's everybody's everyone's
-    """.split()
-}
-_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED for i, character in enumerate(word) if character == "'"
+} | {"somebody'd": "somebodyd"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalise(answer: str) -> str:
     """
-    The form in which answers are compared: lower case; no articles; number words as digits; punctuation gone, apart from
-    apostrophes, colons and the dots and commas inside of numbers; contractions with their apostrophe.
+    The form in which answers are compared, that of the official script (`vqaEval.py`): lower case; no articles; number words
+    as digits; contractions with their apostrophe. A punctuation mark is dropped everywhere if it stands beside a blank
+    anywhere, or if the answer has a number like 1,000; else it becomes a blank. Dots go, but for those before a digit.
+
+    Differs from the official script: a typographic apostrophe is an apostrophe.
     """
-    text = answer.replace("\n", " ").replace("\t", " ").strip().lower().replace("\u2019", "'")
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    # Punctuation beside a blank vanishes, between two words it parts them, as in the official script.
-    text = re.sub(rf"(?<=\s){_PUNCTUATION.pattern}|{_PUNCTUATION.pattern}(?=\s|$)|^{_PUNCTUATION.pattern}", "", text)
-    text = _PUNCTUATION.sub(" ", text)
+    answer = answer.replace("\n", " ").replace("\t", " ").replace("\u2019", "'").strip()
+    text = answer
+    for mark in _PUNCTUATION:
+        dropped = f"{mark} " in answer or f" {mark}" in answer or re.search(r"\d,\d", answer)
+        text = text.replace(mark, "" if dropped else " ")
     text = re.sub(r"\.(?!\d)", "", text)
-    words = [str(_NUMBERS.get(word, word)) for word in text.split() if word not in _ARTICLES]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words)
+    words = [_NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
     """
     VQA's accuracy, 0 to 1: for each person, the answer is compared with the nine others and counts min(matches / 3, 1); the
     mean over the people. A single reference answer is compared by exact match.
+
+    Differs from the official script, which leaves the people's answers as they are where all ten are the same text.
     """
     said, references = normalise(answer), [normalise(person) for person in people]
     if len(references) == 1:

@@ -49,6 +49,16 @@ def test_answers_are_gone_on_with(tmp_path):
     again.run(samples_of(10), Shard(), lambda samples: pytest.fail("everything is answered"), progress=False)
 
 
+def test_answers_with_every_kind_of_line_break_are_read_again(tmp_path):
+    from modeling_llava.inference.predictor import Answer
+
+    text = "a\u2028b\u2029c\x85d\x0be\r\nf"
+    folder = AnswerFolder(tmp_path, {"run": 1})
+    samples = [{"id": "x", "messages": [], "images": []}]
+    folder.run(samples, Shard(), lambda todo: [Answer(s["id"], text, 1, "stop") for s in todo], progress=False)
+    assert folder.answers()["x"]["text"] == text
+
+
 def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
     folder = AnswerFolder(tmp_path, {})
     folder.run(samples_of(3), Shard(), answer_all, progress=False)

@@ -1,11 +1,13 @@
 """The judge: scores parsed strictly, asked for once more, never filled in."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from modeling_llava.endpoint import PassingFault, Reply, RunSettings
 from modeling_llava.endpoint.limits import Backoff
+from modeling_llava.evaluation.asking import Asked
 from modeling_llava.evaluation.judge import (
     accept_review,
     parse_scores,
@@ -14,7 +16,7 @@ from modeling_llava.evaluation.judge import (
     rule_for,
     rules_hash,
 )
-from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, judge_answers, score
+from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, Reviews, judge_answers, score
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,14 @@ from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, judge
         ("Both are good.\n8 9", None),
         ("89", None),
         ("(8, 9)", None),
+        ("**8 9**", None),
+        ("8,5 7", None),
+        ("\u0668 \u0669", None),  # Arabic digits
+        ("8\n9", None),
+        ("1e1 5", None),
+        ("8.5.1 7", None),
+        ("008 9", None),
+        ("8 9 - both fine", None),
     ],
 )
 def test_score_pairs_are_parsed_strictly(review, scores):
@@ -77,7 +87,9 @@ def test_rules_of_another_form_are_refused(tmp_path):
 
 def test_review_has_context_question_answers_and_rule_in_the_published_layout():
     task = review_task("q", "What?", "A cat.", "First.", "Second.", {"role": "Assistant", "prompt": "Rate."})
-    assert task.messages[0]["content"] == (
+    assert [message["role"] for message in task.messages] == ["system", "user"]
+    assert "helpful and precise assistant for checking" in task.messages[0]["content"]
+    assert task.messages[1]["content"] == (
         "[Context]\nA cat.\n\n[Question]\nWhat?\n\n[Assistant 1]\nFirst.\n\n[End of Assistant 1]\n\n"
         "[Assistant 2]\nSecond.\n\n[End of Assistant 2]\n\n[System]\nRate.\n\n"
     )
@@ -98,11 +110,11 @@ FAST = RunSettings(concurrency=2, backoff=Backoff(attempts=2, first=0.0, longest
 
 
 def number_of(messages):
-    return next(q.id for q in QUESTIONS if q.text in messages[0]["content"])
+    return next(q.id for q in QUESTIONS if q.text in messages[1]["content"])
 
 
 def own_is_second(messages):
-    return messages[0]["content"].split("[Assistant 2]\n")[1].startswith("own")
+    return messages[1]["content"].split("[Assistant 2]\n")[1].startswith("own")
 
 
 def judged(model, tmp_path, partial=False, **how):
@@ -131,15 +143,15 @@ def test_what_cannot_be_parsed_is_asked_once_more_and_never_filled_in(scripted, 
         number = number_of(messages)
         if number == "1":
             return "I like both."
-        if number == "2" and len(messages) == 1:
+        if number == "2" and len(messages) == 2:
             return "Assistant 2 wins."
         return "8 6"
 
     model = scripted(answer)
     scored = judged(model, tmp_path)
     assert len(model.asked) == 4 + 2  # two were asked again
-    told = next(messages for messages in model.asked if len(messages) == 3 and number_of(messages) == "2")
-    assert told[1]["content"] == "Assistant 2 wins." and "two numbers" in told[2]["content"]
+    told = next(messages for messages in model.asked if len(messages) == 4 and number_of(messages) == "2")
+    assert told[2]["content"] == "Assistant 2 wins." and "two numbers" in told[3]["content"]
     assert scored.rows[1]["score"] is None and scored.rows[1]["out_of"] is None
     assert scored.scores["relative/detail"] == {"value": None, "interval": None, "count": 0}
     assert scored.scores["relative"]["count"] == 3
@@ -219,3 +231,32 @@ def test_another_judge_or_other_answers_are_judged_anew(scripted, tmp_path):
     assert len(first.asked) == 5
     ledgers = list(tmp_path.glob("reviews-*.jsonl"))
     assert len(ledgers) == 2 and all(json.loads(line) for path in ledgers for line in path.open())
+
+
+def test_published_reviews_give_the_published_score(scripted):
+    """LLaVA-1.5 13B on LLaVA-Bench (In-the-Wild): 72.5 in the original's model zoo, the mean of three runs of the judge."""
+    path = Path(__file__).parents[1] / "golden" / "llava_bench_wild_reviews.json"
+    published = json.loads(path.read_text("utf-8"))
+    categories = published["categories"].split()
+    questions = [Question(str(n), "", category, "", "", False, "") for n, category in enumerate(categories)]
+    reviews = Reviews(Asked())
+    for repeat, lines in enumerate(published["first_lines"]):
+        for n, line in enumerate(lines.split("; ")):
+            key = (str(n), repeat, "reference first")
+            reviews.texts[key] = f"{line}\nBoth assistants …"
+            reviews.pairs[key] = parse_scores(reviews.texts[key])
+    assert len(reviews.pairs) == 180 and None not in reviews.pairs.values()
+    how = JudgeSettings(read_rules(), repeats=3)
+    scores = score(questions, {q.id: "" for q in questions}, reviews, scripted(lambda messages: ""), how).scores
+    # As its summarize_gpt_review.py prints them; it rounds the means to three digits before it divides.
+    for name, printed in {
+        "relative": [72.8, 72.7, 72.1],
+        "relative/conv": [74.7, 74.7, 72.5],
+        "relative/detail": [52.6, 51.1, 51.1],
+        "relative/complex": [82.8, 83.7, 83.5],
+    }.items():
+        assert scores[name]["repeats"] == pytest.approx(printed, abs=0.06)
+    assert round(scores["relative"]["repeat_mean"], 1) == round(scores["relative"]["value"], 1) == 72.5
+    assert scores["relative"]["repeat_std"] == pytest.approx(0.413, abs=1e-3)
+    low, high = scores["relative"]["interval"]
+    assert low < 72.5 < high and 8 < high - low < 14

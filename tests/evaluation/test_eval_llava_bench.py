@@ -75,6 +75,10 @@ def test_in_the_wild_contexts_have_a_description(bench):
     write_lines(bench / "contexts.jsonl", [{"id": str(n), "image": f"{n}.png", "caption": "A man."} for n in range(2)])
     questions = read_questions(*files_of(bench))
     assert questions[0].context == "A man." and not questions[0].has_boxes
+    rows = [{"image": f"{n}.png", "caption": ["A man.", "He irons."]} for n in range(2)]
+    write_lines(bench / "contexts.jsonl", rows)
+    questions = read_questions(*files_of(bench))
+    assert questions[0].context == "A man.\nHe irons." and not questions[0].has_boxes
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def run_cli(bench, model_folder, out, url, *more, references=True):
 
 
 def review(messages):
-    content = messages[0]["content"]
+    content = messages[1]["content"]
     if "[Assistant 1]" not in content:
         return "A made reference."
     return {"conv": "8 6", "detail": "10 5", "complex": "no scores here"}[

@@ -11,6 +11,7 @@ from modeling_llava.endpoint.limits import Backoff
 from modeling_llava.evaluation.published import SCIENCEQA, SCIENCEQA_ABLATIONS
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import (
+    direct_question,
     find_letter,
     parse_answer,
     question_text,
@@ -52,7 +53,29 @@ def problems_of(science, split="test"):
         ("C: Ohio", 3, 2),
         ("Answer: B", 3, 1),
         ("Option C", 3, 2),
+        ("The answer is C, I think.", 3, 2),
+        ("The answer is A (Ohio).", 3, 0),
+        ('The correct answer is "B".', 3, 1),
+        ("The answer is B, not C.", 3, 1),
+        ("The answer is B. A is wrong.", 3, 1),
+        ("B. Ohio, by the map. The answer is C.", 3, 2),
+        ("It attracts.\n\n**Answer: B**", 3, 1),
+        ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
+        ("B\nbecause it is", 3, 1),
+        ("**B**", 3, 1),
         # not read
+        ("The answer is B or C.", 3, None),
+        ("The answer is (B) or (C).", 3, None),
+        ("The answer is B/C", 3, None),
+        ("The answer is A, B and C.", 3, None),
+        ("The answer is not B.", 3, None),
+        ("The answer is C++", 3, None),
+        ("The answer is D'oh", 4, None),
+        ("The answer is A.M.", 3, None),
+        ("Answer: A\nAnswer: B", 3, None),
+        ("A. one\nB. two\nC. three", 3, None),
+        ("(A) one (B) two (C) three", 3, None),
+        ("A\nB\nC", 3, None),
         ("", 3, None),
         ("I do not know.", 3, None),
         ("Ohio", 3, None),
@@ -74,6 +97,13 @@ def test_answers_are_parsed_by_the_stated_rule(text, num_choices, choice):
 def test_an_invalid_letter_is_told_from_an_unreadable_answer():
     assert parse_answer("The answer is D.", 3) is None and find_letter("The answer is D.") == "D"
     assert parse_answer("Ohio", 3) is None and find_letter("Ohio") is None
+    assert find_letter("The answer is Z.") == "Z" and find_letter("T") == "T"
+
+
+def test_long_answers_are_parsed_at_once():
+    """A model that goes on repeating itself; patterns that try every way would take minutes here."""
+    for text in ("The answer is B" + " " * 100_000, "\n" * 100_000, "The answer is " * 20_000, "A. one\n" * 20_000):
+        parse_answer(text, 4)
 
 
 def test_official_files_are_read(science):
@@ -93,20 +123,36 @@ def test_questions_are_put_as_the_model_was_trained(science):
     assert question_text(problem) == expected
     without = problems_of(science)[2]
     assert question_text(without, "CQM").startswith("Context: N/A\nQuestion: Which is number 3?\nOptions: ")
+    # upper bounds: the reasons are given away
+    reasons = "Counting starts at one.\nIt goes on. Count to 1."
+    assert question_text(problem, "QCMLE") == f"{expected}\nBECAUSE: {reasons}"
+    assert question_text(problem, "QCLEM") == expected.replace("\nOptions", f"\nBECAUSE: {reasons}\nOptions")
+    assert question_text(problems_of(science)[1], "QCML").endswith("(B) two")  # no lecture
+
+
+def test_direct_questions_are_those_of_llava_1_5(science):
+    """As in the prompts of its published answers: no context where there is none, a choice a line."""
+    first, _, third = problems_of(science)[:3]
+    instruction = "Answer with the option's letter from the given choices directly."
+    assert direct_question(first) == (
+        f"Context: There are 1 of them.\nWhich is number 1?\nA. one\nB. two\nC. three\n{instruction}"
+    )
+    assert direct_question(third) == f"Which is number 3?\nA. one\nB. two\nC. three\n{instruction}"
 
 
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
         ("A", "The answer is B."),
-        ("AL", "The answer is B. BECAUSE: Counting starts at one.\\nIt goes on."),
+        ("AL", "The answer is B. BECAUSE: Counting starts at one.\nIt goes on."),
         ("AE", "The answer is B. BECAUSE: Count to 1."),
-        ("ALE", "The answer is B. BECAUSE: Counting starts at one.\\nIt goes on. Count to 1."),
-        ("AEL", "The answer is B. BECAUSE: Count to 1. Counting starts at one.\\nIt goes on."),
-        ("LA", "Counting starts at one.\\nIt goes on. The answer is B."),
+        ("ALE", "The answer is B. BECAUSE: Counting starts at one.\nIt goes on. Count to 1."),
+        ("AEL", "The answer is B. BECAUSE: Count to 1. Counting starts at one.\nIt goes on."),
+        ("LA", "Counting starts at one.\nIt goes on. The answer is B."),
         ("EA", "Count to 1. The answer is B."),
-        ("LEA", "Counting starts at one.\\nIt goes on. Count to 1. The answer is B."),
-        ("ELA", "Count to 1. Counting starts at one.\\nIt goes on. The answer is B."),
+        ("LEA", "Counting starts at one.\nIt goes on. Count to 1. The answer is B."),
+        ("ELA", "Count to 1. Counting starts at one.\nIt goes on. The answer is B."),
+        ("LEPA", "LECTURE: Counting starts at one.\nIt goes on.\nSOLUTION: Count to 1.\n###\nANSWER: B."),
     ],
 )
 def test_training_answers_in_every_published_order(science, order, expected):
