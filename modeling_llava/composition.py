@@ -151,6 +151,7 @@ def _assemble(model_class, config, vision_tower, causal_lm):
             f"The head of {type(causal_lm).__name__} has a bias (or is none), which a llava checkpoint cannot hold."
         )
     model.model.vision_tower = vision_tower
+    model.model.prepare_for_compile()
     model.model.language_model = causal_lm.base_model
     model.lm_head = head
     projector = model.model.multi_modal_projector.to_empty(device=causal_lm.device).to(causal_lm.dtype)

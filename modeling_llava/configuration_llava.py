@@ -70,7 +70,8 @@ class LlavaConfig(PreTrainedConfig):
             `linear_2 =` identity, so that stock transformers computes the same. More than 2 has no stock form.
 
     Raises:
-        ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`.
+        ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`;
+            `vision_feature_layer` is none of the tower's hidden states.
 
     Example:
 
@@ -116,6 +117,16 @@ class LlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Most language models keep the flag in their own configuration; the head that is tied is ours.
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
+        layers = (
+            [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
+        )
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        if not layers or (isinstance(depth, int) and any(not -depth - 1 <= layer <= depth for layer in layers)):
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} is none of the vision tower's hidden states: it has "
+                f"{depth} layers, so 0 (the patch embeddings) to {depth}, or {-depth - 1 if depth else None} to -1 "
+                "(the last layer's)."
+            )
         if self.projector_num_layers < 1:
             raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
         if self.projector_num_layers == 1 and self.projector_hidden_act != "linear":

@@ -9,6 +9,7 @@ Class and module names are those of stock transformers, and so are the saved key
 positions only) and `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once).
 """
 
+import copy
 from dataclasses import dataclass
 from inspect import signature
 
@@ -22,7 +23,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import select_hidden_states
+from transformers.utils.output_capturing import maybe_install_capturing_hooks, select_hidden_states
 
 from .configuration_llava import LlavaConfig
 from .loss import causal_language_model_loss
@@ -166,6 +167,12 @@ class LlavaModel(LlavaPreTrainedModel):
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self.prepare_for_compile()
+
+    def prepare_for_compile(self) -> None:
+        """Hook the tower for its hidden states now: transformers does it in the first call, under a lock that
+        `torch.compile` cannot trace. To be called again where another tower was put in."""
+        maybe_install_capturing_hooks(self.vision_tower)
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -200,6 +207,8 @@ class LlavaModel(LlavaPreTrainedModel):
         """
         if image_sizes is not None:  # not every tower takes them
             kwargs["image_sizes"] = image_sizes
+        if vision_feature_layer == 0:  # the patch embeddings: transformers would take the 0 for "none"
+            kwargs["output_hidden_states"] = [0]
         trained = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):  # a frozen tower keeps no activations
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -379,9 +388,42 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
         """See [`LlavaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+        return self.model.get_image_features(
+            pixel_values=pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, is_first_iteration=False, **kwargs):
+        """As in transformers, but the assistant of an assisted generation sees the images too."""
+        image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        is_prompt = past_key_values is not None and past_key_values.get_seq_length() == 0
+        if is_prompt and not is_first_iteration and image_outputs is not None:
+            # An assistant, which transformers leaves without what the answering model made of the images. Features of
+            # another width say nothing here, so it drafts as if it had seen nothing.
+            is_first_iteration, width = True, self.config.text_config.hidden_size
+            if image_outputs.pooler_output[0].shape[-1] != width:
+                blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
+                kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        if kwargs.get(
+            "mm_encoder_outputs"
+        ):  # transformers would repeat them, for the beams, in the caller's own object
+            kwargs["mm_encoder_outputs"] = {k: copy.copy(output) for k, output in kwargs["mm_encoder_outputs"].items()}
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     @classmethod
     def from_vision_language_pretrained(cls, vision: str, language: str, **kwargs) -> "LlavaForConditionalGeneration":

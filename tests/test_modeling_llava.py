@@ -1,5 +1,6 @@
 """Our model against stock transformers' on tiny random models: the same keys, logits, losses, gradients, answers."""
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -214,7 +215,8 @@ def test_forward_compiles_without_graph_breaks():
     batch = tiny_batch()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        expected, actual = model(**batch), compiled(**batch)
+        actual = compiled(**batch)  # first: what transformers sets up in a first eager call must be there already
+        expected = model(**batch)
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.loss, expected.loss)
 
@@ -270,6 +272,58 @@ def test_images_encoded_beforehand_give_the_same_logits():
     assert given == {"image": image}
     with pytest.raises(ValueError, match="not both"):
         model(mm_encoder_outputs=given, pixel_values=torch.zeros(3, 3, 28, 28), **batch)
+
+
+def test_generation_leaves_images_encoded_beforehand_as_they_are():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    inputs = without_labels(tiny_batch((1, 1)))
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    expected = [model.generate(**inputs, num_beams=beams, **options) for beams in (3, 1)]
+    with torch.no_grad():
+        image = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    for beams, answers in zip((3, 1), expected):  # transformers repeats the features for the beams
+        assert torch.equal(
+            model.generate(**inputs, mm_encoder_outputs={"image": image}, num_beams=beams, **options), answers
+        )
+    assert len(image.pooler_output) == 2
+
+
+def test_image_features_take_layer_and_strategy_by_position_as_stock_does(tmp_path):
+    stock, ours = same_pair(tmp_path)
+    pixels = torch.randn(2, 3, 28, 28)
+    for layer, strategy in ((-1, "full"), ([-1, -3], "default")):
+        if isinstance(layer, list):
+            stock, ours = same_pair(tmp_path, vision_feature_layer=[-2, -1])
+        expected = stock.get_image_features(pixels, layer, strategy).pooler_output
+        actual = ours.get_image_features(pixels, layer, strategy).pooler_output
+        torch.testing.assert_close(list(actual), list(expected))
+
+
+def test_the_embeddings_of_the_patches_can_be_projected():
+    model = LlavaForConditionalGeneration(tiny_config(vision_feature_layer=0)).eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[0]
+    expected = model.model.multi_modal_projector(states[:, 1:])
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output[0], expected[0])
+
+
+@pytest.mark.parametrize("hidden_size", [64, 32])
+def test_assisted_generation_gives_the_same_answer_and_the_assistant_sees_the_image(hidden_size):
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    assistant = copy.deepcopy(model)
+    if hidden_size != 64:  # its language model cannot read the larger one's image features
+        assistant = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config(hidden_size=hidden_size))).eval()
+    assistant.generation_config.assistant_confidence_threshold = 0.0  # random weights are never sure
+    inputs = without_labels(tiny_batch((2,)))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**inputs, **options)
+    lengths = []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: lengths.append(logits.shape[1]))
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
+    if hidden_size == 64:  # its guesses are what the model says itself, so 12 tokens take a few calls
+        assert len(lengths) <= 4
 
 
 def test_an_image_that_fills_two_slots_is_encoded_once():
