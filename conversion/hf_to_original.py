@@ -16,7 +16,7 @@ from .keymaps import vision_entries
 from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
 from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
-from .vocabularies import has_sentencepiece, sentencepiece_model
+from .vocabularies import CHAT_TEMPLATE, has_sentencepiece, sentencepiece_model
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
 
 
@@ -273,6 +273,8 @@ def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, 
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not keeps_files and (hf.folder / CHAT_TEMPLATE).is_file():  # the original knows its own; the way back reads it
+        shutil.copyfile(hf.folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 
 
 def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:

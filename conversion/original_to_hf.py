@@ -23,6 +23,7 @@ from .hf_checkpoints import ORIGINAL_FILES, RECORD
 from .keymaps import Entry, projector_entries
 from .originals import FEATURE_STRATEGIES, TOKENIZER_FILES, Original, read_json, read_original
 from .tensors import Extended, LazyTensor, cast, in_memory
+from .vocabularies import CHAT_TEMPLATE, writes_images
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards
 
 
@@ -106,8 +107,9 @@ def convert_original_to_hf(
         dtype (`str` or `torch.dtype`, *optional*):
             `"float32"`, `"float16"` or `"bfloat16"`. By default every tensor keeps its own.
         chat_template (`str`, *optional*):
-            Name of one of the package's templates, or Jinja text. By default `vicuna_v1` (LLaVA-1.5) for LLaMA, and
-            for Mistral `llama_2` without a system message, as the original does.
+            Name of one of the package's templates, or Jinja text. By default the `chat_template.jinja` of `source` if
+            it knows images (`convert_hf_to_original` writes such a one); else `vicuna_v1` (LLaVA-1.5) for LLaMA, and for
+            Mistral `llama_2` without a system message, as the original does.
         check (`bool`, *optional*, defaults to `True`):
             Compute logits of one image before and after, and everything else of [`check_stock_ready`].
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -246,6 +248,9 @@ def make_processor(original: Original, chat_template: str | None = None) -> Llav
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
         # The original tokenizes what follows an image on its own, which puts a space in front of it.
         marks = (marks[0], marks[1] + " ")
+    own = original.folder / CHAT_TEMPLATE
+    if chat_template is None and own.is_file() and writes_images(own.read_text("utf-8")):
+        chat_template = own.read_text("utf-8")
     return LlavaProcessor(
         image_processor=_image_processor(original),
         tokenizer=tokenizer,

@@ -29,6 +29,7 @@ PRE_TOKENIZERS = {
 }
 """llama.cpp's name of a way to split text before BPE → `pre_tokenizer` of `tokenizer.json`. It knows no others by rule."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 MEDIA_TEMPLATE = """\
@@ -90,6 +91,12 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     template = GENERATION_TAG.sub("{#- -#}", template)
     media = MEDIA_TEMPLATE.replace("IMAGE_START", start).replace("IMAGE_END", end)
     return media.replace("'content': CONTENT", f"'content': {content}") + template
+
+
+def writes_images(template: str, image_token: str = IMAGE_TOKEN) -> bool:
+    """Whether a chat template knows image items: a language model's own does not."""
+    text = _render(template, [{"type": "image"}, {"type": "text", "text": "One question"}])
+    return text.count(image_token) == 1 and "One question" in text and "'type'" not in text
 
 
 def _render(template: str, content: str | list[dict]) -> str:

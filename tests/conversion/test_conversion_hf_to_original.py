@@ -22,6 +22,7 @@ from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.conversion import convert_hf_to_original, convert_original_to_hf
 from modeling_llava.conversion.originals import read_original
 from modeling_llava.conversion.vocabularies import sentencepiece_model
+from modeling_llava.templating import load_chat_template
 
 
 TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
@@ -230,6 +231,22 @@ def test_checkpoint_that_never_was_an_original_becomes_one(tmp_path, composed):
     again = convert_original_to_hf(tmp_path / "back", tmp_path / "again")
     assert again.check.is_stock_ready
     assert equal(original_tensors(composed), original_tensors(tmp_path / "again"))
+
+
+def test_template_that_a_checkpoint_was_trained_with_comes_back(tmp_path, composed):
+    """A language model's own template, which knows no images, is not taken for one."""
+    template = load_chat_template("chatml", image_wrap=("<im_start>", "<im_end>"))
+    (composed / "chat_template.jinja").write_text(template)
+    convert_hf_to_original(composed, tmp_path / "back")
+    convert_original_to_hf(tmp_path / "back", tmp_path / "again", check=False)
+    assert LlavaProcessor.from_pretrained(tmp_path / "again").chat_template == template
+    for other in (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}",
+        "{{ raise_exception('no') }}",
+    ):
+        (tmp_path / "back/chat_template.jinja").write_text(other)
+        convert_original_to_hf(tmp_path / "back", tmp_path / "again", check=False, overwrite=True)
+        assert "USER: " in LlavaProcessor.from_pretrained(tmp_path / "again").chat_template
 
 
 def test_name_of_an_unchanged_tower_can_be_given(tmp_path, composed):
