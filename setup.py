@@ -30,9 +30,9 @@ REQUIRED = [
 EXTRAS = {
     "qlora": ["bitsandbytes>=0.48"],
     "plots": ["matplotlib>=3.8"],
-    "engine": ["openai>=2.0", "spacy>=3.8", "matplotlib>=3.8"],
+    "engine": ["openai[aiohttp]>=2.0", "spacy>=3.8", "matplotlib>=3.8"],
     "ray": ["ray[data]>=2.40"],
-    "eval": ["openai>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4", "pycocoevalcap>=1.2"],
+    "eval": ["openai[aiohttp]>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4", "pycocoevalcap>=1.2"],
     "chat": ["prompt_toolkit>=3.0"],
     "web": ["gradio>=6.24"],
     "gguf": ["gguf>=0.17"],

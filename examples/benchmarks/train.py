@@ -168,10 +168,12 @@ def make_model(case: str, side: str):
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not is_stock:
         from modeling_llava.attention import use_varlen_attention
+        from modeling_llava.onednn import use_onednn
         from modeling_llava.training.lean import make_lean
 
         use_varlen_attention(core)
         make_lean(core.model.language_model)
+        use_onednn(model)
     return model.train()
 
 

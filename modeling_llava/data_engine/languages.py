@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
@@ -62,22 +63,24 @@ def looks_like(text: str, language: str) -> bool:
             f"'{language}' is no language that can be told; these can: {', '.join(LANGUAGES)}. "
             "Give 'any' to take replies in every language."
         )
-    letters = [c for c in text if c.isalpha()]
-    if not letters:
+    letters = Counter(text)
+    names = {c: unicodedata.name(c, "") for c in letters if c.isalpha()}
+    total = sum(letters[c] for c in names)
+    if not total:
         return True
     scripts = SCRIPTS.get(language, ("LATIN",))
-    inside = sum(unicodedata.name(c, "").startswith(scripts) for c in letters)
-    if inside < 0.6 * len(letters):
+    if sum(letters[c] for c, name in names.items() if name.startswith(scripts)) < 0.6 * total:
         return False
-    if language == "zh" and any(unicodedata.name(c, "").startswith(("HIRAGANA", "KATAKANA")) for c in letters):
+    kana = any(name.startswith(("HIRAGANA", "KATAKANA")) for name in names.values())
+    if language == "zh" and kana:
         return False
-    if language == "ja" and len(letters) >= 20:
-        return any(unicodedata.name(c, "").startswith(("HIRAGANA", "KATAKANA")) for c in letters)
+    if language == "ja" and total >= 20:
+        return kana
     if language not in COMMON_WORDS:
         return True
-    words = re.findall(r"[^\W\d_]+", text.casefold())
-    if len(words) < FEWEST_WORDS:
+    words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
+    if words.total() < FEWEST_WORDS:
         return True
-    shares = {code: sum(word in common for word in words) for code, common in COMMON_WORDS.items()}
+    shares = {code: sum(words[word] for word in words.keys() & common) for code, common in COMMON_WORDS.items()}
     # Ties and texts of names and nouns only are let through: what is to be caught is a reply in another language.
     return shares[language] >= 0.9 * max(shares.values())

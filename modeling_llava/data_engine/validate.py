@@ -153,37 +153,77 @@ def parse_description(text: str) -> list[Turn]:
 
 SOURCE = re.compile(
     r"""
-      \b(?:the|these|those|this|both|given|provided|first|second|five|all)\s+(?:\w+\s+)?captions?\b(?!\s+(?:on|under|below|of\s+the\s+(?:sign|poster|photo)))
-    | \bcaptions?\s+(?:mentions?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)\b
+      \b(?:the|these|those|this|both|given|provided|first|second|third|fourth|fifth|last|five|all|each|every|any|other)\s+
+      (?:\w+\s+)?captions?\b(?!\s+(?:on|under|below|beneath|reads?|reading|printed|written|at\s+the|of\s+the\s+(?:sign|poster|photo|comic)))
+    | \bcaptions?\s+(?:\d|mentions?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)
     | \b(?:in|from|by|per|to|on)\s+(?:the|its|a)\s+captions?\b
-    | \bbounding[\s-]?box(?:es)?\b
+    | \bbounding[\s-]?(?:box(?:es)?|regions?|rectangles?)\b
     | \bbbox(?:es)?\b
-    | \bbox(?:es)?\s+(?:coordinates?|information|data|annotations?)\b
-    | \b(?:normali[sz]ed|object|box|pixel|exact|specific|given|provided|with|at|the|its|their|these|[xy])[\s-]+coordinates\b(?!\s+(?:with|their|its|his|her))
-    | \b(?:the|these|those|given|provided|five)\s+(?:given\s+|provided\s+|five\s+)?(?:sentences|descriptions)\b
-    | \b(?:provided|given)\s+(?:\w+\s+)?(?:description|information|text|data|sentences?|context)\b
-    | \b(?:according\s+to|based\s+on|from|as\s+per)\s+(?:the\s+|your\s+)?(?:descriptions?|sentences?|text\s+provided|object\s+list)\b
-    | \bdescriptions?\s+(?:does\s+not|doesn't|do\s+not|mentions?|states?|provided)\b
-    | [\[(]\s*[01]?\.\d+\s*,\s*[01]?\.\d+
+    | \b(?:object|detection|annotated|given|provided)\s+box(?:es)?\b
+    | \bbox(?:es)?\s+(?:coordinates?|information|data|annotations?|spans?)\b
+    | \b[xy][\s-]coordinates?\b
+    | \b(?:normali[sz]ed|object|box|pixel|exact|specific|given|provided|with|at|the|its|their|these|those)\s+coordinates\b(?!\s+(?:with|their|its|his|her|the))
+    | \bcoordinates\s+(?:shows?|suggests?|indicates?|are|of|given|provided|above)\b
+    | \b(?:the|these|those|given|provided|five)\s+(?:given\s+|provided\s+|five\s+)?(?:sentences|descriptions)\b(?!\s+(?:on|written|printed))
+    | \b(?:the|this|all|any|your|on|to|from|by|per|in|with)\s+(?:provided|given)\s+(?:\w+\s+)?(?:descriptions?|information|text|data|sentences?)\b
+    | \b(?:on|to|from|with|by|per|in)\s+the\s+(?:\w+\s+)?(?:description|information|details|text|data)\s+(?:that\s+(?:is|was)\s+)?(?:provided|given|above|available)\b
+      (?!\s+(?:by|on|at|in\s+the\s+(?:image|photo|picture|scene)))
+    | \b(?:according\s+to|based\s+on|from|as\s+per|in)\s+(?:the\s+|your\s+|these\s+)?(?:descriptions?|sentences?|object\s+list)\b(?!\s+(?:on|of\s+the\s+(?:product|job|item)))
+    | \b(?:image|photo|picture|scene)\s+descriptions?\b
+    | \bdescriptions?\s+(?:does\s+not|doesn't|do\s+not|don't|mentions?|states?|says?|indicates?|suggests?|provided)\b
+    | [\[(]\s*(?:[01](?:\.\d+)?|\.\d+)\s*,\s*[01]?\.\d+
+    | [\[(]\s*[01](?:\s*,\s*[01](?:\.\d+)?){3}\s*[\])]
     | \b[xy][12]?\s*=\s*[01]?\.\d+
+    | \(\s*x1\s*,
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+SOURCE_WORDS = (
+    "caption",
+    "box",
+    "bounding",
+    "coordinate",
+    "sentence",
+    "description",
+    "information",
+    "details",
+    "text",
+    "data",
+)
+SOURCE_WORDS += ("list", "[", "(", "=")
+"""Each alternative of `SOURCE` holds one of these, which are found a hundred times faster."""
+
+REFUSAL = re.compile(
+    r"""
+      \A\W*(?:answer\W+)?sorry\b
+    | \bI(?:'m|\s+am)\s+(?:(?:so|very|really)\s+)?sorry\b
+    | \bI(?:'m|\s+am)\s+afraid\s*,?\s+(?:but|that|I)\b
+    | \bI\s+apologi[sz]e\b
+    | \bas\s+an?\s+(?:AI|artificial\s+intelligence|(?:large\s+)?language\s+model|text[- ]based)\b
+    | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:AI|(?:large\s+)?language\s+model|text[- ]based)\b
+    | \b(?:I\s+(?:can(?:no|')t|can\s+not|(?:am\s+|was\s+)?(?:unable|not\s+able)\s+to|(?:do\s+not|don't)\s+have\s+the\s+ability\s+to)|I'm\s+(?:unable|not\s+able)\s+to)\s+
+      (?:actually\s+|directly\s+|really\s+)?
+      (?: (?:assist|help|provide|answer|fulfil|comply|analy[sz]e|describe|process|generate|create|continue)\b
+        | (?:see|view|access|look\s+at|open)\s+(?:\w+\s+){0,2}(?:images?|photos?|photographs?|pictures?|files?|visuals?|what)\b )
+    | \bI\s+(?:do\s+not|don't)\s+(?:have\s+(?:\w+\s+)?access|(?:actually\s+)?see\s+(?:an|any|the)\s+(?:image|photo|picture))
+    | \bno\s+(?:image|photo|picture)\s+(?:was|has\s+been|is)\s+(?:provided|attached|given|uploaded)\b
+    | \b(?:image|photo|picture)\s+(?:was\s+not|wasn't|is\s+not|isn't|has\s+not\s+been)\s+(?:provided|attached|given|uploaded)\b
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 
-REFUSAL = re.compile(
-    r"""
-      \bI(?:'m|\s+am)\s+(?:sorry|afraid)\b
-    | \bI\s+apologi[sz]e\b
-    | \bas\s+an?\s+(?:AI|artificial\s+intelligence|language\s+model|text[- ]based)\b
-    | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:AI|language\s+model|text[- ]based)\b
-    | \bI\s+(?:can(?:no|')t|can\s+not|am\s+unable\s+to|am\s+not\s+able\s+to|do\s+not\s+have\s+the\s+ability\s+to|don't\s+have\s+the\s+ability\s+to)
-      \s+(?:actually\s+|directly\s+|really\s+)?(?:see|view|look|access|assist|help|provide|answer|fulfil|comply|analy[sz]e|describe|process|generate|create)\b
-    | \bI(?:'m|\s+am)\s+(?:unable|not\s+able)\s+to\s+(?:see|view|access|assist|help|provide|answer|analy[sz]e|describe)\b
-    | \bI\s+(?:do\s+not|don't)\s+(?:have\s+access|see\s+(?:an|any|the)\s+(?:image|photo|picture))
-    | \bno\s+(?:image|photo|picture)\s+(?:was|has\s+been|is)\s+(?:provided|attached|given|uploaded)\b
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+
+def _straight(text: str) -> str:
+    return text.replace("’", "'")
+
+
+def mention_of_source(text: str) -> str | None:
+    """Where a text speaks of captions, boxes or coordinates; `None` if it does not. A box may stand in the picture."""
+    lower = text.lower()
+    if any(word in lower for word in SOURCE_WORDS) and (found := SOURCE.search(_straight(text))):
+        return " ".join(found[0].split())
+    return None
+
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 DENSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
@@ -198,8 +238,10 @@ def count_words(text: str) -> int:
 
 def normalise(text: str) -> str:
     """A text without case, accents, punctuation and runs of space, by which questions are compared."""
-    text = unicodedata.normalize("NFKD", text.casefold())
-    return " ".join(WORD.findall("".join(c for c in text if not unicodedata.combining(c))))
+    text = text.casefold()
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return " ".join(WORD.findall(text))
 
 
 # Words that carry no content of their own when an answer is compared with its question.
@@ -244,7 +286,7 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         raise Rejection("filtered")
     if not text.strip():
         raise Rejection("empty")
-    refused = REFUSAL.search(text)
+    refused = REFUSAL.search(_straight(text))
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
@@ -260,8 +302,8 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         for part in turn:
             if IMAGE_TOKEN in part:
                 raise Rejection("image_marker", IMAGE_TOKEN)
-            if found := SOURCE.search(part):
-                raise Rejection("mentions_source", " ".join(found[0].split()))
+            if found := mention_of_source(part):
+                raise Rejection("mentions_source", found)
     if refused:
         raise Rejection("refusal", refused[0])
     if settings.language and not looks_like("\n".join(part for turn in turns for part in turn), settings.language):

@@ -1,4 +1,4 @@
-"""The ledger: one line per event of a run, written and synced before anything that depends on it is done.
+"""The ledger: one line per event of a run, written before anything that depends on it is done.
 
 It is the only state of a run. Everything else (which request is next, what was spent, the data set) follows from it:
 
@@ -84,8 +84,9 @@ class LedgerCounts:
 class Ledger:
     """An append-only JSONL file and the state that follows from it.
 
-    Use as a context manager; only one process at a time can hold a ledger. `append` is for the event loop of a run: lines
-    of many tasks that come together are written and synced together, and each `append` returns when its line is on disk.
+    Use as a context manager; only one process at a time can hold a ledger. `append` hands lines to the operating system:
+    from then on no kill of the process loses them. `synced` waits until they are on disk, where no failing power does:
+    lines of many tasks that come together are synced together.
 
     Args:
         path: The file; made if absent.
@@ -106,8 +107,7 @@ class Ledger:
         self._lock: BinaryIO | None = None
         self._reading: BinaryIO | None = None
         self._end = 0
-        self._waiting: list[tuple[dict[str, Any], asyncio.Future]] = []
-        self._flushing: asyncio.Task | None = None
+        self._syncing: asyncio.Future | None = None  # the sync to come, for which tasks wait
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
@@ -214,52 +214,46 @@ class Ledger:
         assert self._file is not None, "a ledger opened for reading is not written"
         self._file.write(data)
         self._file.flush()
-        os.fsync(self._file.fileno())
         self._end += len(data)
 
-    def _encode(self, events: list[dict[str, Any]]) -> tuple[bytes, list[int]]:
-        lines, positions, position = [], [], self._end
-        for event in events:
-            line = json.dumps({**event, "time": round(time.time(), 3)}, ensure_ascii=False).encode() + b"\n"
-            lines.append(line)
-            positions.append(position)
+    def append(self, *events: dict[str, Any]) -> None:
+        """Writes events and follows them."""
+        now = round(time.time(), 3)
+        lines = [json.dumps({**event, "time": now}, ensure_ascii=False).encode() + b"\n" for event in events]
+        position = self._end
+        self._write(b"".join(lines))
+        for event, line in zip(events, lines):
+            self._follow(event, position)
             position += len(line)
-        return b"".join(lines), positions
 
     def append_now(self, events: list[dict[str, Any]]) -> None:
         """Writes and syncs events from outside an event loop."""
-        data, positions = self._encode(events)
-        self._write(data)
-        for event, position in zip(events, positions):
-            self._follow(event, position)
+        self.append(*events)
+        os.fsync(self._file.fileno())
 
-    async def append(self, event: dict[str, Any]) -> None:
-        """Writes one event; returns when its line is synced to disk and its state is followed."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((event, future))
-        if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.create_task(self._flush())
-        await future
+    async def synced(self) -> None:
+        """Returns when all that was written before the call is on disk.
 
-    async def _flush(self) -> None:
-        while self._waiting:
-            group, self._waiting = self._waiting, []
-            events = [event for event, _ in group]
-            try:
-                data, positions = self._encode(events)
-                await asyncio.to_thread(self._write, data)
-                for event, position in zip(events, positions):
-                    self._follow(event, position)
-            except BaseException as error:  # a full disk must reach every task that waits for its line
-                for _, future in group:
-                    if not future.done():
-                        future.set_exception(error)
-                if not isinstance(error, Exception):
-                    raise
-                continue
-            for _, future in group:
-                if not future.done():
-                    future.set_result(None)
+        The event loop itself waits for the disk: a sync takes less than handing it to a thread and back, and what comes
+        meanwhile is synced together next.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        if self._syncing is None:
+            loop = asyncio.get_running_loop()
+            self._syncing = loop.create_future()
+            loop.call_soon(self._sync, self._syncing)
+        await asyncio.shield(self._syncing)  # others wait for it too
+
+    def _sync(self, waiting: asyncio.Future) -> None:
+        self._syncing = None
+        try:
+            os.fsync(self._file.fileno())
+        except (OSError, ValueError) as error:  # ValueError: closed meanwhile
+            waiting.set_exception(error)
+        else:
+            waiting.set_result(None)
 
     def charge(self, budget: Budget) -> None:
         """Books what the ledger holds: replies, what may have been billed without one, and batches under way."""

@@ -31,7 +31,7 @@ class OpenAIModel:
         extra_body: Further fields of the request (`{"top_p": 0.9}`).
 
     Raises:
-        ImportError: the `openai` client is absent.
+        ImportError: the `openai` client or aiohttp is absent.
         ValueError: no key is given for OpenAI, or an argument is not of its form.
     """
 
@@ -45,12 +45,14 @@ class OpenAIModel:
         length_parameter: str = "max_tokens",
         extra_body: dict[str, Any] | None = None,
     ):
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        api_key = api_key or os.environ.get("OPENAI_API_KEY") or None
+        base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip() or None
+        api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip() or None
         if length_parameter not in LENGTH_PARAMETERS:
             raise ValueError(f"length_parameter is {length_parameter!r}; it is one of {', '.join(LENGTH_PARAMETERS)}.")
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise ValueError(f"The endpoint's address is {base_url!r}; it begins with http:// or https://.")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("The key (OPENAI_API_KEY) holds a line break or a letter that no key has; copy it anew.")
         if api_key is None and base_url is None:
             raise ValueError("No key for OpenAI: set OPENAI_API_KEY, or give another endpoint by --base-url.")
         self.name = name
@@ -59,26 +61,32 @@ class OpenAIModel:
         self.length_parameter = length_parameter
         self.extra_body = dict(extra_body or {})
         self._api_key = api_key or "none"
-        self._client: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         _import_openai()
+        try:
+            self._client = self._new_client()
+        except Exception as error:  # httpx's InvalidURL, whose module changes with the client's version
+            raise ValueError(f"The endpoint's address {base_url!r} is not understood: {error}.") from None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _new_client(self) -> Any:
+        """A client over aiohttp: half the work per request of the client's default transport, httpx."""
+        openai = _import_openai()
+        # How many requests are in flight is decided by the run: 0 is no limit to aiohttp, whose default is 100.
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=0)
+        return openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self._api_key,
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=openai.DefaultAioHttpClient(limits=limits),
+        )
 
     def _connect(self) -> Any:
         """The client of the running event loop (its connections belong to one loop)."""
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            openai = _import_openai()
-            # How many requests are in flight is decided by the run. The client's own pool keeps 100 connections and
-            # would open the others anew for each request.
-            limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=None, max_keepalive_connections=None)
-            self._client = openai.AsyncOpenAI(
-                base_url=self.base_url,
-                api_key=self._api_key,
-                max_retries=0,
-                timeout=self.timeout,
-                http_client=openai.DefaultAsyncHttpxClient(limits=limits),
-            )
-            self._loop = loop
+        if self._client is None or self._loop not in (None, loop):
+            self._client = self._new_client()
+        self._loop = loop
         return self._client
 
     def body(self, messages: list[Message], *, max_tokens: int, temperature: float | None, seed: int | None) -> dict:
@@ -100,6 +108,8 @@ class OpenAIModel:
         request_id: str | None = None,
     ) -> Reply:
         """See `ChatModel.complete`. `temperature=None` leaves the endpoint's own."""
+        import aiohttp
+
         body = self.body(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
         headers = {"Idempotency-Key": request_id, "X-Client-Request-Id": request_id} if request_id else {}
         # `post` with text in return, not `chat.completions.create`: the latter walks every message of the few-shot
@@ -109,11 +119,11 @@ class OpenAIModel:
             text = await asyncio.wait_for(request, self.timeout)
         except asyncio.TimeoutError:
             raise PassingFault("timeout", f"no whole reply within {self.timeout:g} s", maybe_paid=True) from None
-        except _import_openai().OpenAIError as error:
+        except (_import_openai().OpenAIError, aiohttp.ClientError) as error:
             raise translate_error(error) from error
         try:
             return parse_completion(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PassingFault("malformed", f"the reply is no JSON: {error}", maybe_paid=True) from None
 
     async def close(self) -> None:
@@ -125,6 +135,7 @@ class OpenAIModel:
 
 def _import_openai() -> Any:
     try:
+        import aiohttp  # noqa: F401  the client's transport
         import openai
     except ImportError as error:
         raise ImportError("Endpoints need the `openai` client: pip install 'modeling-llava[engine]'") from error
@@ -139,35 +150,53 @@ def parse_completion(body: Any) -> Reply:
     """
     try:
         choice = body["choices"][0]
-        message, usage = choice["message"], body.get("usage")
-        text, finish = message.get("content"), choice.get("finish_reason") or "stop"
+        message = choice["message"]
+        text, finish = message.get("content"), str(choice.get("finish_reason") or "stop")
         if text is None:
             # Content filters and OpenAI's `refusal` leave the content empty.
             text = message.get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
-        used = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0)) if usage else None
-        return Reply(text, finish, used, str(body.get("model") or ""))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        # Half a surrogate pair, which JSON can escape, is no text that can be written.
+        text = text.encode("utf-8", "replace").decode()
+        return Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise PassingFault("malformed", f"the reply is no chat completion ({what})", maybe_paid=True) from None
 
 
+def _usage(usage: Any) -> Usage | None:
+    """What the endpoint says it used; `None` where it does not say, or not in a form that is understood."""
+    try:
+        used = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        return None
+    return used if min(used.prompt_tokens, used.completion_tokens) >= 0 else None
+
+
 def translate_error(error: Exception) -> EndpointFault:
     """The fault that an exception of the `openai` client stands for."""
+    import aiohttp
+
     openai = _import_openai()
-    if isinstance(error, openai.APITimeoutError):
-        connecting = type(error.__cause__).__name__ in {"ConnectTimeout", "PoolTimeout"}
-        return PassingFault("timeout", "timed out", maybe_paid=not connecting)
-    if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__
-        message = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-        if type(cause).__name__ in {"UnsupportedProtocol", "InvalidURL", "LocalProtocolError"}:
-            return FatalFault("address", message)
-        return PassingFault("connection", message, maybe_paid=type(cause).__name__ != "ConnectError")
     if isinstance(error, openai.APIStatusError):
         return translate_status(error.status_code, _message(error), error.response.headers, getattr(error, "code", ""))
-    return PassingFault("malformed", str(error), maybe_paid=True)
+    # What aiohttp said: the client takes a connection that was cut for one that was never made.
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, aiohttp.ClientError):
+        cause = cause.__cause__
+    message = f"{type(cause or error).__name__}: {cause or error}"
+    if isinstance(cause, aiohttp.ServerTimeoutError):
+        return PassingFault("timeout", message, maybe_paid=not isinstance(cause, aiohttp.ConnectionTimeoutError))
+    if isinstance(cause, aiohttp.InvalidURL):
+        return FatalFault("address", message)
+    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
+        return FatalFault("certificate", message)
+    if isinstance(cause, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
+        return PassingFault("connection", message, maybe_paid=not isinstance(cause, aiohttp.ClientConnectorError))
+    if cause is None and isinstance(error, openai.APIConnectionError):
+        return PassingFault("connection", message, maybe_paid=True)
+    return PassingFault("malformed", message, maybe_paid=True)
 
 
 def translate_status(status: int, message: str, headers: Any = None, code: str | None = "") -> EndpointFault:

@@ -2,10 +2,10 @@
 
 What is guaranteed, and what cannot be:
 
-* A reply is on disk before anything is done with it, so a reply once received is never asked for again, whatever kills
-  the process.
-* Each request is on disk before it is sent. After a `kill -9` the ledger names the requests whose fate is unknown: at
-  most as many as were in flight (`concurrency`). They are sent again under the same id (`Idempotency-Key`). An endpoint
+* A reply is in the ledger before anything is done with it, so a reply once received is never asked for again, whatever
+  kills the process.
+* Each request is in the ledger, and synced to disk with all that stands before it, before it is sent. After a `kill -9`
+  the ledger names the requests whose fate is unknown: at most as many as were in flight (`concurrency`). They are sent again under the same id (`Idempotency-Key`). An endpoint
   that honours that header bills them once: then nothing is paid twice. For one that does not, those that it had
   answered, or goes on to answer, are paid a second time; they are counted (`LedgerCounts.unknown`) and the budget
   counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
@@ -231,13 +231,14 @@ class _Run:
         if attempt > 1:
             task = resume_attempt(task, self.ledger)
         while True:
-            reply, estimate = await self.ask(task, attempt)
+            request = task.request_id(self.run_id, self.model.name, attempt)
+            reply, estimate = await self.ask(task, request, attempt)
             if reply is None:
                 return
             verdict = self.judge(task, reply)
             final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
-            request = task.request_id(self.run_id, self.model.name, attempt)
-            await self.ledger.append(reply_event(task, request, attempt, reply, verdict, final))
+            # Synced together with the line of the next request, which waits for that.
+            self.ledger.append(reply_event(task, request, attempt, reply, verdict, final))
             used = reply.usage or estimate
             self.budget.spend(used)
             self.release(estimate)
@@ -257,12 +258,11 @@ class _Run:
                 return
             task, attempt = task.again(reply.text, verdict.tell), attempt + 1
 
-    async def ask(self, task: Task, attempt: int) -> tuple[Reply | None, Usage]:
+    async def ask(self, task: Task, request: str, attempt: int) -> tuple[Reply | None, Usage]:
         """One reply, through limits, budget and faults; the budget holds what was estimated for it.
 
         `None`: the task stays open (the run stops, the endpoint refuses it, or it failed too often).
         """
-        request = task.request_id(self.run_id, self.model.name, attempt)
         head = {"task": task.id, "request": request, "attempt": attempt}
         failed = 0
         while True:
@@ -272,7 +272,8 @@ class _Run:
             if not await self.hold(estimate):
                 return None, estimate
             tokens = [estimate.prompt_tokens, estimate.completion_tokens]
-            await self.ledger.append({"event": "sent", **head, "tokens": tokens})
+            self.ledger.append({"event": "sent", **head, "tokens": tokens})
+            await self.ledger.synced()
             try:
                 reply = await self.model.complete(
                     task.messages,
@@ -283,7 +284,7 @@ class _Run:
                 )
             except (PassingFault, RequestFault, FatalFault) as error:
                 fault = {"kind": error.kind, "message": str(error)[:500], "maybe_paid": error.maybe_paid}
-                await self.ledger.append({"event": "fault", **head, **fault})
+                self.ledger.append({"event": "fault", **head, **fault})
                 if error.maybe_paid:
                     self.budget.spend(estimate)
                 self.release(estimate)
@@ -398,6 +399,7 @@ async def run_tasks_async(
         close = getattr(model, "close", None)
         if close is not None:
             await close()
+        await ledger.synced()
     run.summary.seconds = time.monotonic() - start
     return run.summary
 

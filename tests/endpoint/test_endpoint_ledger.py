@@ -79,12 +79,17 @@ def test_two_processes_cannot_write_one_ledger(tmp_path):
     Ledger(tmp_path / "l.jsonl").close()
 
 
-def test_lines_of_many_tasks_are_whole_and_on_disk_when_append_returns(tmp_path):
+def test_lines_of_many_tasks_are_whole_and_synced_together(tmp_path, monkeypatch):
     path = tmp_path / "l.jsonl"
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(path.read_bytes().count(b"\n")))
 
     async def one(ledger, i):
-        await ledger.append(sent(f"t{i}", str(i)))
-        await ledger.append(reply(f"t{i}", str(i)))
+        ledger.append(sent(f"t{i}", str(i)), reply(f"t{i}", str(i)))
+        # In the operating system's hands at once: a kill of the process no longer loses it.
+        written = path.read_bytes().count(b"\n")
+        await ledger.synced()
+        assert synced[-1] >= written
         lines = path.read_text().splitlines()
         assert any(json.loads(line)["task"] == f"t{i}" and '"reply"' in line for line in lines)
 
@@ -96,21 +101,36 @@ def test_lines_of_many_tasks_are_whole_and_on_disk_when_append_returns(tmp_path)
 
     asyncio.run(all_of_them())
     assert len(path.read_text().splitlines()) == 400
+    assert len(synced) <= 2  # 200 tasks that come together wait for one sync
 
 
-def test_a_full_disk_reaches_every_waiting_task(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_reaches_every_waiting_task(tmp_path, monkeypatch):
+    async def one(ledger, i):
+        ledger.append(sent(str(i)))
+        await ledger.synced()
+
     async def fails():
         with Ledger(tmp_path / "l.jsonl") as ledger:
 
-            def full(data):
-                raise OSError(28, "No space left on device")
+            def refuse(file):
+                raise OSError(5, "Input/output error")
 
-            monkeypatch.setattr(ledger, "_write", full)
-            results = await asyncio.gather(*(ledger.append(sent(str(i))) for i in range(5)), return_exceptions=True)
+            monkeypatch.setattr("os.fsync", refuse)
+            results = await asyncio.gather(*(one(ledger, i) for i in range(5)), return_exceptions=True)
             assert [type(result) for result in results] == [OSError] * 5
-            assert not ledger.tasks
 
     asyncio.run(fails())
+
+
+def test_no_line_is_followed_that_a_full_disk_did_not_take(tmp_path, monkeypatch):
+    def full(data):
+        raise OSError(28, "No space left on device")
+
+    with Ledger(tmp_path / "l.jsonl") as ledger:
+        monkeypatch.setattr(ledger, "_write", full)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append(sent("a"), reply("a"))
+        assert not ledger.tasks and ledger.counts.requests == 0
 
 
 def test_charge_books_replies_unknown_requests_and_batches_at_their_prices(tmp_path):

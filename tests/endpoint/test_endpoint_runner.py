@@ -1,6 +1,8 @@
 import asyncio
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +31,7 @@ from modeling_llava.endpoint import (
     run_tasks,
     run_tasks_async,
 )
+from modeling_llava.endpoint.openai_model import parse_completion
 
 
 openai = pytest.importorskip("openai")
@@ -107,6 +110,80 @@ def test_all_faults_are_survived_and_counted(tmp_path):
         assert counted["malformed"] == server.injected["malformed"] + server.injected["shape"]
         assert counted["connection"] == server.injected["cut"] + server.injected["drop"]
         assert ledger.counts.requests == sum(server.asked.values()) == 150 + counted.total()
+
+
+def http(body, head="HTTP/1.1 200 OK"):
+    return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+GOOD = '{"choices": [{"message": {"content": "%s"}}], "usage": %s}'
+
+
+@pytest.mark.parametrize(
+    "payload, kind, maybe_paid",
+    [
+        (None, "connection", False),  # nobody listens
+        (b"", "connection", True),  # closed without an answer
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", "connection", True),  # cut
+        (b"SSH-2.0-OpenSSH_9\r\n\r\n", "malformed", True),
+        (http("<html>"), "malformed", True),
+        (http("null"), "malformed", True),
+        (http("[" * 100_000), "malformed", True),
+    ],
+)
+def test_what_a_broken_endpoint_sends_is_a_fault_that_says_whether_it_may_have_been_paid(payload, kind, maybe_paid):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(payload)
+
+        if payload is None:
+            listening.close()
+        else:
+            threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(PassingFault) as caught:
+            complete(OpenAIModel("m", base_url=f"http://127.0.0.1:{port}/v1", timeout=10))
+    assert (caught.value.kind, caught.value.maybe_paid) == (kind, maybe_paid)
+
+
+def complete(model):
+    async def once():
+        try:
+            return await model.complete([{"role": "user", "content": "hi"}], max_tokens=5, request_id="r")
+        finally:
+            await model.close()
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize(
+    "text, usage, expected",
+    [
+        ("fine", '{"prompt_tokens": 7, "completion_tokens": 2}', Reply("fine", "stop", Usage(7, 2))),
+        ("fine", '{"total_tokens": 9}', Reply("fine")),
+        ("fine", '{"prompt_tokens": 1e999, "completion_tokens": 2}', Reply("fine")),
+        ("fine", '{"prompt_tokens": -1}', Reply("fine")),
+        ("a \\ud83d cat", "null", Reply("a ? cat")),  # half of an emoji cannot be written to a file
+    ],
+)
+def test_a_reply_is_taken_whatever_its_usage_says(text, usage, expected):
+    assert parse_completion(json.loads(GOOD % (text, usage))) == expected
+
+
+def test_a_key_that_no_header_can_carry_and_an_address_that_is_none_are_named_before_anything_is_asked(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nsk-2")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        OpenAIModel("m")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")  # a line break at the end is the file's, not the key's
+    OpenAIModel("m")
+    with pytest.raises(ValueError, match="not understood"):
+        OpenAIModel("m", base_url="http://[::1/v1")
+    with pytest.raises(FatalFault, match="InvalidUrl"):
+        complete(OpenAIModel("m", base_url="http://localhost:99999/v1"))
 
 
 def test_a_slow_reply_times_out_and_is_asked_for_again_under_the_same_name(tmp_path):
