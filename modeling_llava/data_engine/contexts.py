@@ -26,6 +26,8 @@ from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 logger = logging.getLogger(__name__)
 
 DECIMALS = 3
+LARGEST_FRACTION = 2.0
+"""A corner beyond it is no fraction that reaches over the image's edge, it is in pixels."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ REASONS = {
     "empty": "box without area left out",
     "tiny": "box thinner than a thousandth of the image left out",
     "outside": "box outside the image left out",
+    "no_size": "box in pixels of an image without width and height left out",
     "empty_caption": "empty caption left out",
     "no_captions": "image without captions left out",
 }
@@ -173,24 +176,35 @@ def clean_box(
     # COCO's own rounding reaches over the edge by hundredths of a pixel; only what shows in three decimals is counted.
     counts.clipped += max(abs(a - b) for a, b in zip(exact, inside)) > 0.5 * 10**-DECIMALS
     counts.boxes += 1
-    return Box(" ".join(category.split()), inside)
+    return Box(" ".join(category.split()), tuple(value + 0.0 for value in inside))  # no -0.0
 
 
 def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
     return tuple(sorted(boxes, key=lambda box: -box.area))  # stable: ties keep the file's order
 
 
-def _clean_captions(captions: Iterable[Any], name: str, counts: ContextCounts) -> tuple[str, ...]:
-    cleaned = []
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise ValueError(f"sample '{name}': caption {caption!r} is no text.")
-        caption = " ".join(caption.split())
-        if caption:
-            cleaned.append(caption)
-        else:
-            counts.dropped["empty_caption"] += 1
-    return tuple(cleaned)
+def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[str, ...]:
+    captions = [captions] if isinstance(captions, str) else captions or ()
+    if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{where}: {captions!r} are no captions; they are a list of texts.")
+    # Half a surrogate pair, which JSON can escape, is no text that can be written or sent.
+    cleaned = [" ".join(caption.split()).encode("utf-8", "replace").decode() for caption in captions]
+    if empty := cleaned.count(""):
+        counts.dropped["empty_caption"] += empty
+    return tuple(caption for caption in cleaned if caption)
+
+
+def _size(width: Any, height: Any, where: str) -> tuple[float, float] | None:
+    """Width and height in pixels; `None` where one is not given."""
+    if not width or not height:
+        return None
+    try:
+        size = float(width), float(height)
+    except (TypeError, ValueError):
+        size = (math.nan, math.nan)
+    if not all(math.isfinite(value) and value > 0 for value in size):
+        raise ValueError(f"{where}: width {width!r} and height {height!r} are not the size of an image in pixels.")
+    return size
 
 
 def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "row") -> Context:
@@ -208,21 +222,26 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     """
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise ValueError(f"{where} has no 'image'. A context is one object {{image, captions, boxes}} per line.")
-    name = str(row.get("id", PurePosixPath(row["image"]).with_suffix("")))
-    captions = row.get("captions", row.get("caption", ()))
-    captions = [captions] if isinstance(captions, str) else captions
-    size = {"width": row["width"], "height": row["height"]} if row.get("width") and row.get("height") else {}
+    name = row.get("id")
+    name = str(PurePosixPath(row["image"]).with_suffix("")) if name is None else str(name)
+    where = f"{where}, sample '{name}'"
+    size = _size(row.get("width"), row.get("height"), where)
     boxes = []
     for item in row.get("boxes", row.get("instances")) or ():
         try:
-            category, (x1, y1, x2, y2), crowd = item["category"], item["bbox"], item.get("iscrowd", 0)
-            box = clean_box(category, (x1, y1, x2, y2), counts, crowd=bool(crowd), **size)
+            category, corners, crowd = item["category"], [float(value) for value in item["bbox"]], item.get("iscrowd")
+            if len(corners) != 4 or not category.strip():
+                raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(
-                f"{where}, sample '{name}': box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}."
-            ) from None
+            raise ValueError(f"{where}: box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}.") from None
+        if size is None and math.isfinite(sum(corners)) and max(map(abs, corners)) > LARGEST_FRACTION and not crowd:
+            counts.dropped["no_size"] += 1
+            continue
+        width, height = size or (1.0, 1.0)
+        box = clean_box(category, corners, counts, width=width, height=height, crowd=bool(crowd))
         boxes += [box] if box else []
-    return Context(name, row["image"], _clean_captions(captions, name, counts), _largest_first(boxes))
+    captions = _clean_captions(row.get("captions", row.get("caption")), where, counts)
+    return Context(name, row["image"], captions, _largest_first(boxes))
 
 
 def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
@@ -242,10 +261,12 @@ def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any,
             elif key == "annotations" and "caption" in item:
                 annotations.setdefault(item["image_id"], []).append(item["caption"])
             elif key == "annotations" and "bbox" in item:
-                box = (item["category_id"], *item["bbox"], bool(item.get("iscrowd", 0)))
+                corners = [float(value) for value in item["bbox"]]
+                box = (item["category_id"], *corners, bool(item.get("iscrowd", 0)))
                 annotations.setdefault(item["image_id"], []).append(box)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({error} is absent): {item}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is absent" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
     return images, categories, annotations
@@ -258,7 +279,8 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
         if image_id not in images:
             raise ValueError(f"{path}: a box belongs to image {image_id}, which is not among its 'images'.")
         name, width, height = images[image_id]
-        if not width or not height:
+        size = _size(width, height, f"{path}: image '{name}'")
+        if size is None:
             raise ValueError(f"{path}: image '{name}' has no width and height, by which its boxes are normalised.")
         cleaned = []
         for item in found:
@@ -268,7 +290,7 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
             if category not in categories:
                 raise ValueError(f"{path}: image '{name}' has category {category}, which is not in 'categories'.")
             corners = (x, y, x + w, y + h)
-            box = clean_box(categories[category], corners, counts, width=width, height=height, crowd=crowd)
+            box = clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
             cleaned += [box] if box else []
         boxes[name] = _largest_first(cleaned)
     return boxes
@@ -316,10 +338,16 @@ def read_contexts(
         if _is_coco(Path(boxes)):
             boxes_by_image = _coco_boxes(Path(boxes), counts)
         else:
-            boxes_by_image = {row["image"]: context_from_row(row, counts, at).boxes for at, row in _rows(Path(boxes))}
+            boxes_by_image = {}
+            for where, row in _rows(Path(boxes)):
+                context = context_from_row(row, counts, where)
+                boxes_by_image[context.image] = boxes_by_image.get(context.image, ()) + context.boxes
+            boxes_by_image = {image: _largest_first(found) for image, found in boxes_by_image.items()}
     seen: set[str] = set()
+    matched = 0
     for context in _coco_contexts(captions, counts) if _is_coco(captions) else _row_contexts(captions, counts):
         if boxes_by_image is not None:
+            matched += context.image in boxes_by_image
             context = Context(context.id, context.image, context.captions, boxes_by_image.get(context.image, ()))
         if not context.captions:
             counts.dropped["no_captions"] += 1
@@ -333,7 +361,14 @@ def read_contexts(
         yield context
         if limit is not None and counts.contexts >= limit:
             break
-    lost = sum(counts.dropped[reason] for reason in ("outside", "tiny", "empty", "inverted", "not_finite"))
+    if boxes_by_image and not matched:
+        logger.warning(
+            "No image of %s has a box in %s: '%s' stands there. Both files name images by the same file names.",
+            captions,
+            boxes,
+            next(iter(boxes_by_image)),
+        )
+    lost = sum(counts.dropped[reason] for reason in ("no_size", "outside", "tiny", "empty", "inverted", "not_finite"))
     if lost > counts.boxes:
         logger.warning(
             "%s of %s boxes are unusable. Rows without 'width' and 'height' give corners as fractions 0..1, rows with "
@@ -349,7 +384,12 @@ def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
         raise ValueError(f"{path}: a caption belongs to image {image_id}, which is not among its 'images'.")
     for image_id, (name, _, _) in images.items():
         stem = str(PurePosixPath(name).with_suffix(""))
-        yield Context(stem, name, _clean_captions(annotations.get(image_id, ()), stem, counts))
+        found = annotations.get(image_id, ())
+        if any(isinstance(item, tuple) for item in found):
+            raise ValueError(
+                f"{path}: image '{name}' has boxes where captions are expected. Give instances by --boxes."
+            )
+        yield Context(stem, name, _clean_captions(found, f"{path}, image '{name}'", counts))
 
 
 def _row_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:

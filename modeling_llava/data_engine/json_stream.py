@@ -2,19 +2,30 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 CHUNK_CHARACTERS = 1 << 20
 
 
+@contextmanager
+def _open(path: str | Path) -> Iterator[TextIO]:
+    """A file of text; says which one it is that is not."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not JSON in UTF-8: {error.reason} at byte {error.start}.") from None
+
+
 class _Reader:
     """A window over a JSON file that decodes one value after the other."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, file: TextIO):
         self.path = path
-        self.file = open(path, encoding="utf-8-sig")
+        self.file = file
         self.decoder = json.JSONDecoder()
         self.buffer, self.position, self.done = "", 0, False
         self.chunk = CHUNK_CHARACTERS
@@ -74,8 +85,8 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, Any]]:
         ValueError: the file is not whole JSON.
         OSError: the file cannot be read.
     """
-    reader = _Reader(Path(path))
-    with reader.file:
+    with _open(path) as file:
+        reader = _Reader(Path(path), file)
         if reader.peek() == "[":
             yield from (("", item) for item in _items(reader))
         elif reader.peek() == "{":
@@ -110,7 +121,7 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: a line is not JSON; names the file and the line.
     """
-    with open(path, encoding="utf-8-sig") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -121,7 +132,7 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 def first_character(path: str | Path) -> str:
     """The first character of a file that is not a space: `{` and `[` tell an object from an array."""
-    with open(path, encoding="utf-8-sig") as file:
+    with _open(path) as file:
         while text := file.read(4096):
             if text.strip():
                 return text.lstrip()[0]
@@ -134,7 +145,7 @@ def is_lines(path: str | Path) -> bool:
         return True
     if Path(path).suffix.lower() == ".json" or first_character(path) != "{":
         return False
-    with open(path, encoding="utf-8-sig") as file:
+    with _open(path) as file:
         try:
             return isinstance(json.loads(file.readline()), dict) and bool(file.readline().strip())
         except json.JSONDecodeError:

@@ -135,7 +135,7 @@ def test_limit_and_max_boxes(tmp_path):
     "rows, message",
     [
         ([{"captions": ["x"]}], "line 1 has no 'image'"),
-        ([{"image": "a.jpg", "captions": [3]}], "sample 'a': caption 3 is no text"),
+        ([{"image": "a.jpg", "captions": [3]}], "sample 'a': \\[3\\] are no captions"),
         ([{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c"}]}], "sample 'a': box .* is not"),
         (
             [{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c", "bbox": [1, 2]}]}],
@@ -147,6 +147,67 @@ def test_limit_and_max_boxes(tmp_path):
 def test_rows_of_no_known_form_are_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         list(read_contexts(write(tmp_path / "c.jsonl", rows)))
+
+
+BOX = {"category": "cat", "bbox": [0.1, 0.1, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"captions": {"a": 1}}, "are no captions"),
+        ({"boxes": [{**BOX, "category": " "}]}, "is not {'category': name"),
+        ({"boxes": [{**BOX, "bbox": [1, 2, 3]}]}, "is not {'category': name"),
+        ({"width": -200, "height": 100}, "width -200 and height 100 are not the size"),
+        ({"width": float("nan"), "height": 100}, "width nan"),
+        ({"width": "wide", "height": 100}, "width 'wide'"),
+    ],
+)
+def test_rows_with_a_broken_field_name_file_line_and_sample(tmp_path, more, message):
+    rows = [{"image": "b.jpg", "captions": ["y"]}, {"image": "a.jpg", "captions": ["x"], "boxes": [BOX], **more}]
+    with pytest.raises(ValueError, match=f"line 2, sample 'a': .*{message}"):
+        list(read_contexts(write(tmp_path / "c.jsonl", rows)))
+
+
+def test_a_box_in_pixels_of_an_image_without_size_is_not_taken_for_one_that_fills_the_image(tmp_path):
+    # Clipped to 0..1 it would be the whole image.
+    boxes = [{"category": "cat", "bbox": [0, 0, 50, 50]}, {"category": "dog", "bbox": [-0.1, -0.0, 1.2, 0.5]}]
+    counts = ContextCounts()
+    rows = [{"image": "a.jpg", "captions": ["x"], "boxes": boxes, "width": 100}]
+    (context,) = read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)
+    assert context.box_text == "dog: [0.0, 0.0, 1.0, 0.5]"
+    assert (counts.boxes, counts.clipped, counts.dropped) == (1, 1, {"no_size": 1})
+
+
+def test_rows_may_leave_the_id_and_the_captions_out_and_hold_half_an_emoji(tmp_path):
+    counts = ContextCounts()
+    rows = [{"image": "d/a.jpg", "id": None, "captions": ["a \ud83d cat"]}, {"image": "b.jpg", "captions": None}]
+    (context,) = read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)
+    assert (context.id, context.captions, counts.dropped) == ("d/a", ("a ? cat",), {"no_captions": 1})
+
+
+def test_boxes_in_several_rows_of_one_image_are_put_together(tmp_path):
+    captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
+    rows = [
+        {"image": "a.jpg", "boxes": [BOX]},
+        {"image": "a.jpg", "boxes": [{"category": "dog", "bbox": [0, 0, 1, 1]}]},
+    ]
+    (context,) = read_contexts(captions, write(tmp_path / "b.jsonl", rows))
+    assert context.box_text == "dog: [0.0, 0.0, 1.0, 1.0]\ncat: [0.1, 0.1, 0.5, 0.5]"
+
+
+def test_boxes_of_other_images_and_files_in_the_wrong_place_are_named(tmp_path, caplog):
+    captions = write(tmp_path / "c.jsonl", [{"image": "COCO_train2014_a.jpg", "captions": ["x"]}])
+    list(read_contexts(captions, write(tmp_path / "b.jsonl", [{"image": "a.jpg", "boxes": [BOX]}])))
+    assert "No image of" in caplog.text and "'a.jpg'" in caplog.text
+    _, instances = coco(tmp_path, [{"bbox": [10, 10, 20, 20]}])
+    with pytest.raises(ValueError, match="has boxes where captions are expected"):
+        list(read_contexts(instances))
+    (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match="picture.json is not JSON in UTF-8"):
+        list(read_contexts(tmp_path / "picture.json"))
+    with pytest.raises(ValueError, match="has no 'image'"):
+        list(read_contexts(captions, write(tmp_path / "b.jsonl", [{"boxes": [BOX]}])))
 
 
 def test_coco_without_sizes_or_with_a_stray_category_is_named(tmp_path):
