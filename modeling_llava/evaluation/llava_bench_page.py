@@ -19,7 +19,7 @@ _STYLE = """
   --own: #2f6f9f; --reference: #8a8f98; --bad: #b3403a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --quiet: #9aa1ad; --line: #343a44; --card: #1e222a;
   --page: #15181e; --own: #6fb0de; --reference: #9aa1ad; --bad: #e58a84; } }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } [hidden] { display: none !important; } small { white-space: nowrap; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
 main { max-width: 70rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } .quiet { color: var(--quiet); } .bad { color: var(--bad); }
@@ -36,6 +36,7 @@ article h2 { font-size: 1.05rem; margin: 0 0 .75rem; } .answers { display: grid;
 .answers section { border-top: 3px solid var(--reference); padding-top: .5rem; } .answers .own { border-color: var(--own); }
 .answers h3 { margin: 0 0 .35rem; font-size: .85rem; display: flex; justify-content: space-between; color: var(--quiet); }
 .answers p, details p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answers p { max-height: 26rem; overflow-y: auto; }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--quiet); }
 details p { margin-top: .5rem; padding-left: .9rem; border-left: 2px solid var(--line); }
 @media (max-width: 46rem) { article, .answers { grid-template-columns: 1fr; } }

@@ -204,8 +204,8 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
         ["all" if name == primary else _title(name, primary) for name in columns],
         {run["label"]: [run["scores"].get(name) for name in columns] for run in comparison["runs"]},
         title=f"{comparison['benchmark']}: {primary.replace('_', ' ')}",
-        subtitle="; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples; lines: 95 % intervals",
-        published={name: [rows[name].get(column) for column in columns] for name in published if name in rows},
+        subtitle=("; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples") + "; lines: 95 % intervals",
+        published={f"{name} (published)": [rows[name].get(column) for column in columns] for name in published if name in rows},
     )
 
 
