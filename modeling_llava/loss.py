@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from . import onednn
 from .constants import IGNORE_INDEX
 
 
@@ -51,19 +52,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if needs_bias else None
 
         # One chunk's logits in the dtype of the arithmetic and in float32, written anew for each chunk: [chunk, vocabulary]
-        products = hidden.new_empty(min(chunk_rows, hidden.shape[0]), vocabulary)
+        by_onednn = onednn.serves(hidden[:chunk_rows], head)  # which returns its products in memory of its own
+        products = None if by_onednn else hidden.new_empty(min(chunk_rows, hidden.shape[0]), vocabulary)
         exact = products if compute_dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
 
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows, None]
-            product, logits = products[: len(rows)], exact[: len(rows)]
-            if head_bias is None:
-                torch.mm(rows, head.t(), out=product)
+            if by_onednn:
+                product = logits = grad_logits = None  # the last chunk's are freed before this one's are made
+                product = logits = onednn.product(rows, head)
+                if head_bias is not None:
+                    logits += head_bias
             else:
-                torch.addmm(head_bias, rows, head.t(), out=product)
-            if exact is not products:
-                logits.copy_(product)
+                product, logits = products[: len(rows)], exact[: len(rows)]
+                if head_bias is None:
+                    torch.mm(rows, head.t(), out=product)
+                else:
+                    torch.addmm(head_bias, rows, head.t(), out=product)
+                if exact is not products:
+                    logits.copy_(product)
             at_target = logits.gather(1, target)
             highest = logits.amax(dim=1, keepdim=True)
             mean = logits.mean(dim=1, keepdim=True) if label_smoothing else None
@@ -83,9 +91,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_logits.sub_(label_smoothing / vocabulary)
             if needs_bias:
                 grad_bias += grad_logits.sum(dim=0)
-            if exact is not products:
+            if compute_dtype != torch.float32:
                 grad_logits = product.copy_(grad_logits)
-            if needs_hidden:
+            if needs_hidden and by_onednn:
+                grad_hidden[start : start + chunk_rows] = onednn.product(grad_logits, head.t())
+            elif needs_hidden:
                 torch.mm(grad_logits, head, out=grad_hidden[start : start + chunk_rows])
             if needs_weight:
                 if compute_dtype == torch.float32:

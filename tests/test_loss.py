@@ -6,15 +6,18 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_llava import loss as loss_module
+from modeling_llava import onednn
 from modeling_llava.loss import causal_language_model_loss
 
 
 VOCABULARY, HIDDEN = 97, 16
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of 5 rows: 18 supervised positions make 4 chunks, the last one short."""
+@pytest.fixture(params=["mm", "onednn"])
+def small_chunks(request, monkeypatch):
+    """Chunks of 5 rows: 18 supervised positions make 4 chunks, the last one short. Products by PyTorch or by oneDNN."""
+    if request.param == "onednn":
+        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 1)
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCABULARY)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS_TRAINED", 1)

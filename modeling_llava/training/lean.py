@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..onednn import linear
 
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,11 @@ from ..checkpoints import (
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampler import GroupedSampler
+from ..onednn import use_onednn
 from . import sharding
 from .adapters import add_adapter, write_dora_keys_for_transformers
 from .arguments import LlavaTrainingArguments
-from .batches import arrange, data_seed, grouped_sampler, shares_by_itself
+from .batches import arrange, data_seed, even, grouped_sampler, shares_by_itself
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
 from .progress import SpeedCallback
@@ -93,6 +94,8 @@ class LlavaTrainer(Trainer):
         resolve_packing(core_model(model), args, has_own_collator=data_collator is not None)
         if args.lean and not args.torch_compile:
             logger.info("Lean layers: %s.", make_lean(core_model(model).model.language_model))
+            if args.device.type == "cpu":
+                logger.info("Linear layers computed by oneDNN: %d.", use_onednn(model))
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
@@ -101,7 +104,7 @@ class LlavaTrainer(Trainer):
             args=args,
             data_collator=data_collator,
             train_dataset=None if train_dataset is None else arrange(train_dataset, data_collator, args),
-            eval_dataset=eval_dataset,
+            eval_dataset=even(eval_dataset, data_collator, args),
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
@@ -196,12 +199,33 @@ class LlavaTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.label_smoothing_factor and self._model_smooths_labels:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        if not model.training:
+            num_items_in_batch = None  # an evaluation adds up by itself: the mean of the batch alone
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if prediction_loss_only and self._model_skips_logits:
             inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and inputs.get("labels") is not None:
+            count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
+            # A stock model's loss of a batch with nothing supervised is not a number
+            self._evaluated = (
+                self._evaluated + torch.stack([torch.where(count > 0, loss * count, 0.0), count]).double()
+            )
+        return loss, logits, labels
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """
+        As in `Trainer`, but the loss is the mean over all supervised positions, whatever the batch size, the packing and
+        the number of processes. `Trainer` averages the means of batches, a last and smaller one as if it were whole.
+        """
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     # Checkpoints. `_save_checkpoint` itself is never overridden: the original lost its resumable pretraining that way.
 
@@ -257,7 +281,8 @@ class LlavaTrainer(Trainer):
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        with disk_errors_explained(output_dir):
+            super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what says that a checkpoint is complete comes after every process's part
 
     def _write_weights(self, folder: Path, state_dict: dict | None) -> None:
