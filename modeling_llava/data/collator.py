@@ -20,6 +20,9 @@ from .schema import TOO_LONG, BadSampleError, Conversation, DropCounter
 GIVE_UP_AFTER = 64
 """Samples: when so many have been dropped and not one could be used, the data or a setting is wrong."""
 
+NOTHING: Conversation = {"id": "nothing", "messages": [], "images": []}
+"""Stands in a batch for a sample that is not there, where processes must have equally many: nothing is learnt from it."""
+
 
 class LlavaDataCollator:
     r"""
@@ -202,6 +205,9 @@ class LlavaDataCollator:
         samples, images, failures = [], {}, {}
         errors = []
         for position, example in enumerate(examples):
+            if example is NOTHING:
+                samples.append(self._blank())
+                continue
             if not isinstance(example, Mapping) or "messages" not in example:
                 raise TypeError(
                     f"example {position} of the batch is not a conversation with 'messages' and 'images', but "

@@ -289,6 +289,19 @@ class LlavaTrainingArguments(TrainingArguments):
                 )
 
     def _check_run(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        for name in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is below 0.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps.")
+        evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
+        if evaluates and self.data is not None and self.eval_data is None and self.eval_size is None:
+            raise ValueError(
+                f"eval_strategy={self.eval_strategy}, but there is no evaluation data. Set eval_size or eval_data."
+            )
         if self.sample_answers < 0:
             raise ValueError(f"sample_answers={self.sample_answers}: give a number of samples, or 0 for no page.")
         if self.sample_answers and self.eval_data is None and self.eval_size is None:
@@ -301,8 +314,10 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"{self.gradient_accumulation_steps} are both given. Keep one."
             )
         if self.early_stopping_patience is not None:
-            if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            if not evaluates:
                 raise ValueError("early_stopping_patience needs evaluations: set eval_strategy=steps and eval_steps.")
+            if self.early_stopping_patience < 1:
+                raise ValueError(f"early_stopping_patience={self.early_stopping_patience}: at least 1 is needed.")
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             # without its count of evaluations a resumed run would stop later than one that was not interrupted
             self.restore_callback_states_from_checkpoint = True

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
+from ..data.collator import NOTHING, LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
 from ..data.sampler import GroupedSampler
 from ..data.schema import TOO_LONG, BadSampleError, summarize_drops
@@ -44,6 +45,32 @@ class EndlessStream(IterableDataset):
             if is_empty:
                 raise ValueError("This process's share of the streamed data is empty. Use fewer processes or workers.")
             self.set_epoch(self._epoch + 1)
+
+
+class EvenDataset(Dataset):
+    """
+    The samples of a dataset, then nothing, until there are as many as the processes' batches take. Accelerate would
+    begin again at the first sample, which then counted twice in an evaluation.
+    """
+
+    def __init__(self, dataset: Any, multiple: int):
+        self.dataset = dataset
+        self.multiple = multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index] if index < len(self.dataset) else NOTHING
+
+
+def even(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
+    """Evaluation data that comes out even on all processes; one process, and other collators, take it as it is."""
+    if isinstance(dataset, dict):
+        return {name: even(part, collator, args) for name, part in dataset.items()}
+    if args.world_size == 1 or not isinstance(collator, LlavaDataCollator) or not hasattr(dataset, "__len__"):
+        return dataset
+    return EvenDataset(dataset, args.world_size * args.eval_batch_size)
 
 
 def shares_by_itself(dataset: Any) -> bool:
@@ -226,4 +253,4 @@ def _measure_all(dataset: Any, measure: Callable[[Any], int], args: LlavaTrainin
     return everything
 
 
-__all__ = ["EndlessStream", "arrange", "grouped_sampler", "shares_by_itself", "usable_lengths"]
+__all__ = ["EndlessStream", "EvenDataset", "arrange", "even", "grouped_sampler", "shares_by_itself", "usable_lengths"]

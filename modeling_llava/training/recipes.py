@@ -47,8 +47,8 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a preset.
-        ValueError: the file is not a flat mapping, its bases go in a circle, or a key is unknown (the nearest name is
-            proposed).
+        ValueError: the file is not a flat mapping, its bases go in a circle, a key is unknown (the nearest name is
+            proposed), or a value is not one of its setting's choices.
         TypeError: a value has the wrong type.
     """
     path = _find(str(recipe), Path.cwd())
@@ -92,9 +92,22 @@ def check_key(key: str, source: str) -> None:
     names = _hints()
     if key in names:
         return
+    if key in _OTHER_NAMES:
+        raise ValueError(f"{source}: there is no setting {key!r}. Here it is {_OTHER_NAMES[key]}.")
     nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"{source}: there is no setting {key!r}.{hint}")
+
+
+_OTHER_NAMES = {  # habits from elsewhere that no likeness of letters would find
+    "lr": "learning_rate", "mm_projector_lr": "projector_learning_rate", "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size, or global_batch_size over all devices",
+    "warmup_ratio": "warmup_steps (below 1 it is a share of all steps)", "model_name_or_path": "model",
+    "model_max_length": "max_length", "data_path": "data", "version": "chat_template", "conv_version": "chat_template",
+    "lora_enable": "adapter: lora", "bits": "adapter: qlora", "load_in_4bit": "adapter: qlora", "lora_rank": "lora_r",
+    "tune_mm_mlp_adapter": "stage: pretrain", "pretrain_mm_mlp_adapter": "projector",
+    "group_by_modality_length": "train_sampling_strategy: group_by_length with group_by_modality: true",
+}  # fmt: skip
 
 
 def convert_value(key: str, value: Any, source: str) -> Any:
@@ -104,17 +117,34 @@ def convert_value(key: str, value: Any, source: str) -> Any:
 
     Raises:
         TypeError: the value has another type.
+        ValueError: the value is not one of the setting's choices.
     """
-    accepted = _hints()[key]
+    converted = _convert(value, _hints()[key])
+    choices = _choices().get(key)
+    if converted is _WRONG:
+        accepted = _hints()[key]
+        names = " or ".join(sorted({"nothing" if t is type(None) else _TYPE_NAMES[t] for t in accepted}))
+        listed = f": one of {', '.join(choices)}" if choices else ""
+        raise TypeError(f"{source}: {key}={value!r} should be {names}{listed}.")
+    if choices and converted not in choices:
+        nearest = difflib.get_close_matches(converted.lower(), choices, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{source}: {key}={value!r} is not one of {', '.join(choices)}.{hint}")
+    return converted
+
+
+_WRONG = object()
+
+
+def _convert(value: Any, accepted: set[type]) -> Any:
     if value is None and type(None) in accepted:
         return None
     wants_text = str in accepted
     if value is False and bool not in accepted and wants_text:
         return "no"
     if isinstance(value, bool):
-        if bool in accepted:
-            return value
-    elif isinstance(value, int):
+        return value if bool in accepted else _WRONG
+    if isinstance(value, int):
         if int in accepted:
             return value
         if float in accepted:
@@ -137,8 +167,7 @@ def convert_value(key: str, value: Any, source: str) -> Any:
             return [item.strip() for item in value.split(",")]
     elif type(value) in accepted:
         return value
-    names = " or ".join(sorted({"nothing" if t is type(None) else _TYPE_NAMES[t] for t in accepted}))
-    raise TypeError(f"{source}: {key}={value!r} should be {names}.")
+    return _WRONG
 
 
 _TYPE_NAMES = {
@@ -150,16 +179,31 @@ _TYPES = {kind.__name__: kind for kind in _TYPE_NAMES}
 @functools.cache
 def _hints() -> dict[str, set[type]]:
     """Setting → types that it accepts, read from the source: importing PyTorch for it would take `llava estimate` seconds."""
-    library = importlib.util.find_spec("transformers")
-    sources = (Path(library.origin).with_name("training_args.py"), Path(__file__).with_name("arguments.py"))
     hints = {}
-    for source, name in zip(sources, ("TrainingArguments", "LlavaTrainingArguments")):
-        tree = ast.parse(source.read_text("utf-8"))
-        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-        for node in body:
-            if isinstance(node, ast.AnnAssign) and not _is_constant(node):
+    for name in ("TrainingArguments", "LlavaTrainingArguments"):
+        for node in _fields(name):
+            if not _is_constant(node):
                 hints[node.target.id] = set(_members(node.annotation))
+    hints["fsdp"].add(bool)  # transformers takes true as well, and says so in its help alone
     return hints
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Setting → values that it may have, of our own settings."""
+    with_choices = [node for node in _fields("LlavaTrainingArguments") if len(getattr(node.value, "args", ())) > 2]
+    return {node.target.id: ast.literal_eval(node.value.args[2]) for node in with_choices}
+
+
+@functools.cache
+def _fields(name: str) -> list[ast.AnnAssign]:
+    """Annotated names of a class of settings, from its source."""
+    library = importlib.util.find_spec("transformers").origin
+    own = Path(__file__).with_name("arguments.py")
+    source = own if name == "LlavaTrainingArguments" else Path(library).with_name("training_args.py")
+    tree = ast.parse(source.read_text("utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return [node for node in body if isinstance(node, ast.AnnAssign)]
 
 
 def _is_constant(node: ast.AnnAssign) -> bool:
@@ -200,13 +244,26 @@ def _find(name: str, folder: Path) -> Path:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may stand once; the last one would win in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         chain = " → ".join(str(p) for p in (*seen, path))
         raise ValueError(f"The bases of a recipe go in a circle: {chain}.")
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
+        settings = yaml.load(path.read_text("utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {_one_line(error)}.") from None
     if settings is None:

@@ -90,9 +90,9 @@ def train(
     if args.output_is_default:
         raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
     checkpoint = _checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_datasets(args)  # first: a mistyped path should not cost the loading of a model
     set_seed(args.seed)  # before the adapter's matrices are drawn
     model, processor = load_model_and_processor(args)
-    train_dataset, eval_dataset = load_datasets(args)
 
     if args.early_stopping_patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
@@ -177,6 +177,14 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
         adapter_path, base = args.model, base_model_of(args.model, revision)
         revision = base_revision_of(args.model, revision)
 
+    own = args.model if has_processor(args.model, args.model_revision) else base
+    processor = AutoProcessor.from_pretrained(
+        args.processor or own, revision=args.model_revision if own == args.model and not args.processor else None
+    )
+    if args.chat_template is not None:
+        from ..processing_llava import load_chat_template
+
+        processor.chat_template = load_chat_template(args.chat_template)
     settings: dict[str, Any] = {"dtype": "auto", "revision": revision}
     if args.attn_implementation is not None:
         settings["attn_implementation"] = args.attn_implementation
@@ -195,15 +203,6 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
             )
     if adapter_path is not None:
         model = load_adapter(model, adapter_path, args, args.model_revision)
-
-    own = args.model if has_processor(args.model, args.model_revision) else base
-    processor = AutoProcessor.from_pretrained(
-        args.processor or own, revision=args.model_revision if own == args.model and not args.processor else None
-    )
-    if args.chat_template is not None:
-        from ..processing_llava import load_chat_template
-
-        processor.chat_template = load_chat_template(args.chat_template)
     return model, processor
 
 

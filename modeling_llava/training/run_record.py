@@ -123,7 +123,8 @@ def disk_errors_explained(folder: str | os.PathLike) -> Iterator[None]:
         if not isinstance(error, OSError | SafetensorError) and not any(sign in cause for sign in signs):
             raise
         folder = Path(folder)
-        complete = find_resumable_checkpoint(folder.parent)
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        complete = find_resumable_checkpoint(folder.parent if is_checkpoint else folder)
         place = next(p for p in (folder, *folder.parents) if p.exists())
         kept = (
             f"The last complete checkpoint is {complete.name}" if complete else "There is no complete checkpoint yet"
@@ -180,15 +181,23 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     for file in checkpoint.glob("*.safetensors"):
         if not _is_whole_safetensors(file):
             return f"{file.name} is cut off"
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()):
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
     # of a plain run, of FSDP (a file or a folder), of DeepSpeed
-    if not any(
-        any(checkpoint.glob(name)) for name in ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+    for what, names in (
+        ("weights", ("*.safetensors", "pytorch_model_fsdp*", "global_step*")),
+        ("optimizer state (save_only_model)", ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")),
     ):
-        return "it holds no optimizer state (save_only_model)"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        file = checkpoint / name
-        if file.is_file() and not zipfile.is_zipfile(file):
-            return f"{name} is cut off"
+        if not any(any(checkpoint.glob(name)) for name in names):
+            return f"it holds no {what}"
+    for shards in (*checkpoint.glob("pytorch_model_fsdp_*"), *checkpoint.glob("optimizer_*")):
+        if shards.is_dir() and not (shards / ".metadata").is_file():
+            return f"{shards.name} is cut off"
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("rng_state*.pth")):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
     return None
 
 

@@ -1,6 +1,7 @@
 """Recipes: bases, overrides, the two habits of YAML 1.1, and errors that propose the nearest name."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -72,6 +73,7 @@ def test_unknown_key_proposes_the_nearest(recipe, where):
         ("lora_r", 2.5, "should be a whole number"),
         ("train_vision_tower", "maybe", "should be true or false"),
         ("stage", 3, "should be text"),
+        ("packing", True, "should be text: one of auto, none, batch, full"),
         ("max_length", None, "should be a whole number"),
         ("only_types", 3, "should be a list or nothing"),
     ],
@@ -102,6 +104,28 @@ def test_typed_mistakes_are_errors_of_one_line(recipe, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lr: 1e-4", "no setting 'lr'. Here it is learning_rate"),  # the nearest by letters is lora_r
+        ("lora_enable: true", "Here it is adapter: lora"),
+        ("learnig_rate: 1e-4", "Did you mean 'learning_rate'"),
+        ("adapter: LoRA", "adapter='LoRA' is not one of none, lora, qlora. Did you mean 'lora'"),
+        ("packing: padded", "packing='padded' is not one of auto, none, batch, full"),
+        ("lora_r: 4\nlora_r: 8", "the key 'lora_r' stands there twice"),
+    ],
+)
+def test_a_mistake_is_found_without_importing_torch_and_says_what_was_meant(tmp_path, line, message):
+    """By `read_recipe` already, on which `llava estimate` stands as well."""
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_fsdp_can_be_switched_on_in_a_recipe(recipe):
+    assert read_recipe(recipe(), ["fsdp=true"])["fsdp"] is True
+
+
 def test_every_setting_has_a_help_text():
     for field in dataclasses.fields(LlavaTrainingArguments):
         assert field.metadata.get("help"), field.name
@@ -130,6 +154,10 @@ def test_every_setting_has_a_help_text():
         ({"max_length": 0}, "at least 1"),
         ({"lora_dropout": 1.0}, r"not in \[0, 1\)"),
         ({"overflow": "cut"}, "error, drop, truncate_text"),
+        ({"per_device_train_batch_size": 0}, "at least 1"),
+        ({"learning_rate": -1e-4}, "below 0"),
+        ({"num_train_epochs": 0}, "above 0"),
+        ({"eval_strategy": "steps", "eval_steps": 5, "data": "a.json"}, "Set eval_size or eval_data"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):

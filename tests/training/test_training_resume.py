@@ -152,7 +152,8 @@ def test_a_checkpoint_that_is_cut_off_anywhere_is_not_picked(settings, tmp_path)
     assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     assert find_resumable_checkpoint(run).name == "checkpoint-3"
     newest = run / "checkpoint-3"
-    for name in ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"):
+    files = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for name in files:
         whole = (newest / name).read_bytes()
         for size in (0, 7, len(whole) // 2, len(whole) - 1):
             (newest / name).write_bytes(whole[:size])
@@ -162,6 +163,9 @@ def test_a_checkpoint_that_is_cut_off_anywhere_is_not_picked(settings, tmp_path)
             assert find_resumable_checkpoint(run).name == "checkpoint-2"
         (newest / name).write_bytes(whole)
     assert why_incomplete(newest) is None
+    weights = (newest / "adapter_model.safetensors").rename(tmp_path / "weights")
+    assert "no weights" in why_incomplete(newest)
+    weights.rename(newest / "adapter_model.safetensors")
     (newest / "optimizer.pt").unlink()
     assert "no optimizer state" in why_incomplete(newest)
     shutil.rmtree(run / "checkpoint-1"), shutil.rmtree(run / "checkpoint-2")
