@@ -58,8 +58,11 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
-        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-            raise FileNotFoundError(f"{path!r} is neither a folder nor the name of a model on the Hub.")
+        # No LLaVA on the Hub has a name without an owner, and a typed path should not wait for the Hub.
+        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+            raise FileNotFoundError(
+                f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
+            )
     if find_adapter_config_file(path, revision=revision) is not None:
         return "adapter"
     if _config_file(path, PROJECTOR_CONFIG_NAME, revision) is not None:

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(command).parse_args(argv)
     if not os.environ.get("LLAVA_DEBUG"):  # what other packages tell their programmers, and no user can mend
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
@@ -64,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("LLAVA_DEBUG"):
+    except Exception as error:
+        from .errors import one_line
+
+        line = None if os.environ.get("LLAVA_DEBUG") else one_line(error, args.command)
+        if line is None:
             raise
-        print(f"llava {args.command}: error: {error}", file=sys.stderr)
+        print(f"llava {args.command}: error: {line}", file=sys.stderr)
         return 2
 
 

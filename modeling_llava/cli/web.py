@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from ..inference.chat import Chat
     from ..inference.predictor import LlavaPredictor
     from ..inference.web.examples import collect_examples
-    from ..inference.web.page import Limits, build_page, launch
+    from ..inference.web.page import Limits, build_page, import_gradio, launch
     from ..inference.web.sessions import Sessions
     from .chat import load_from_arguments
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves the same way: nothing stays behind
     with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # only this user may read it
         examples = collect_examples(args.examples, folder)
+        import_gradio(folder)  # a missing package is said before minutes of loading
         model, processor = load_from_arguments(args)
         lock = threading.Lock()
         predictor = {"system": args.system, "max_cached_images": 1}

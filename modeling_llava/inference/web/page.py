@@ -76,7 +76,7 @@ def build_page(
     Raises:
         ImportError: Gradio is not installed.
     """
-    gr = _import_gradio(folder)
+    gr = import_gradio(folder)
     limits = limits or Limits()
     folder = Path(folder).resolve()
     examples = examples or []
@@ -246,7 +246,7 @@ def launch(
     Raises:
         OSError: the port is taken.
     """
-    gr = _import_gradio(folder)
+    gr = import_gradio(folder)
     from starlette.middleware import Middleware
 
     loopback = host in ("127.0.0.1", "localhost", "::1")
@@ -275,7 +275,13 @@ def launch(
     return url
 
 
-def _import_gradio(folder: str | os.PathLike):
+def import_gradio(folder: str | os.PathLike):
+    """
+    The package, told to keep its files in `folder` and to itself.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
     # Gradio reads these when it is imported, and when it makes a component.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
@@ -327,4 +333,4 @@ def _line(chat: Chat) -> str:
     )
 
 
-__all__ = ["Limits", "build_page", "launch"]
+__all__ = ["Limits", "build_page", "import_gradio", "launch"]

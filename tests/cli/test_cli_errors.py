@@ -1,0 +1,107 @@
+"""What a beginner does wrong in the first hour is answered by one line; a defect of ours keeps its traceback."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_predictor import picture, tiny_llava, tiny_processor
+
+from modeling_llava.cli.errors import one_line
+from modeling_llava.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors") / "model"
+    processor = tiny_processor()
+    for part in (tiny_llava(processor), processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+def last_line(capsys, command):
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"llava {command}: error: ")
+    return line
+
+
+def test_a_real_lack_of_memory_is_told_with_what_to_take_instead():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "smaller per_device_train_batch_size" in one_line(caught.value, "train")
+    assert "--load-in-4bit" in one_line(caught.value, "chat")
+    assert one_line(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "eval").startswith(
+        "Out of memory (CUDA out of memory). Take a smaller --batch-size"
+    )
+    assert one_line(MemoryError(), "merge").startswith("Out of memory. Take")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(folder, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    picture(0).save(tmp_path / "a.png")
+    assert main(["chat", str(folder), "--image", str(tmp_path / "a.png"), "--device", "cuda"]) == 2
+    assert "torch finds no GPU" in last_line(capsys, "chat")
+
+
+def test_weights_that_are_cut_off_are_one_line(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert main(["chat", str(tmp_path / "broken")]) == 2
+    assert "is damaged or cut off" in last_line(capsys, "chat")
+
+
+def test_a_word_that_is_no_folder_does_not_wait_for_the_hub(capsys, monkeypatch):
+    def called(*arguments, **options):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("modeling_llava.checkpoints.find_adapter_config_file", called)
+    for command in (["chat", "runs-my"], ["merge", "runs-my", "out"], ["web", "runs-my"]):
+        assert main(command) == 2
+        assert "'runs-my' is neither a folder nor the name of a model" in last_line(capsys, command[0])
+
+
+def test_no_network_is_one_line():
+    httpx = pytest.importorskip("httpx")
+    error = httpx.ConnectError("[Errno -2] Name or service not known")
+    assert one_line(error, "publish").startswith("No answer from the other side ([Errno -2] Name")
+
+
+def test_a_missing_file_is_named_without_its_number(tmp_path):
+    with pytest.raises(OSError) as caught:
+        open(tmp_path / "q.jsonl")
+    assert one_line(caught.value, "eval") == f"{tmp_path / 'q.jsonl'}: No such file or directory."
+
+
+def test_a_defect_keeps_its_traceback():
+    assert one_line(KeyError("x"), "chat") is None and one_line(RuntimeError("shape mismatch"), "chat") is None
+
+
+def test_web_says_that_gradio_is_missing_before_it_loads(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    assert main(["web", str(folder)]) == 2
+    assert "Loading" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_other_packages_tell_their_programmers_is_not_passed_on(folder, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "my.json").write_text(
+        '[{"id": "1", "image": "a.png", "conversations": '
+        '[{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "Noise."}]}]'
+    )
+    settings = {"model": folder, "data": "my.json", "image_folder": ".", "output_dir": "out", "use_cpu": "true",
+                "max_steps": 1, "lora_r": 2, "dataloader_num_workers": 0, "report_to": "none"}  # fmt: skip
+    words = [f"{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "modeling_llava.cli.main", "train", "lora", *words],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for noise in ("FutureWarning", "kernels-community", "UserWarning"):
+        assert noise not in done.stderr + done.stdout
