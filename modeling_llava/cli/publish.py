@@ -87,13 +87,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-RECORDS = ("recipe.yaml", "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png")
-"""Of an adapter's run, what the card of the merged model is written from."""
-
-
 def merged(console, source, stack):
     """The full model of an adapter or projector, in a folder that is deleted when `stack` ends."""
-    import shutil
     import tempfile
     from pathlib import Path
 
@@ -104,9 +99,6 @@ def merged(console, source, stack):
     scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=".merging-"))
     folder = Path(scratch, source.resolve().name)
     merge_adapter(str(source), str(folder))
-    for pattern in RECORDS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
     return folder
 
 

@@ -13,6 +13,7 @@ usual way, would also hit the attention of a CLIP tower.
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from .stages import unused_tower_parameters
 
 
 logger = logging.getLogger(__name__)
+
+RUN_RECORD_FILES = ("recipe.yaml", "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png")
+"""Of a run's folder, what goes along when its adapter or projector becomes part of a full model."""
 
 LANGUAGE_MODEL = "model.language_model"
 """Where the language model lies in `LlavaForConditionalGeneration`; the head lies beside it, in `lm_head`."""
@@ -168,7 +172,8 @@ def merge_adapter(
     adapter: str, output: str, dtype: str | torch.dtype = "auto", base: str | None = None, revision: str | None = None
 ) -> Path:
     """
-    Fold an adapter into its base and write a full stock checkpoint with its processor.
+    Fold an adapter into its base and write a full stock checkpoint with its processor, and with the record of its run,
+    from which `llava publish` writes the model card.
 
     The base is read again in 16 bit (or `dtype`), also where the adapter was trained beside 4-bit weights: merging
     into 4-bit weights would round what was learned away. The products are added in float32.
@@ -221,6 +226,9 @@ def merge_adapter(
     else:
         processor = AutoProcessor.from_pretrained(source, revision=revision if source == adapter else None)
         processor.save_pretrained(output)
+    for pattern in RUN_RECORD_FILES:
+        for file in sorted(Path(adapter).glob(pattern)):
+            shutil.copyfile(file, output / file.name)
     return output
 
 
