@@ -143,6 +143,18 @@ def test_evaluation_loss_is_the_models_and_builds_no_logits(settings, quiet):
     assert loss == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_evaluation_loss_is_the_mean_over_positions_whatever_the_batches(settings):
+    """Answers are of unequal length, and 7 samples do not come out even in batches of 2 or 3."""
+    losses = []
+    for size, packing in ((7, "none"), (2, "none"), (3, "batch")):
+        args = LlavaTrainingArguments(**{**settings, "per_device_eval_batch_size": size, "packing": packing})
+        model, processor = load_model_and_processor(args)
+        dataset = load_datasets(args)[0].select(range(7))
+        trainer = LlavaTrainer(model, args, eval_dataset=dataset, processing_class=processor)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-5)
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_label_smoothing_compares_shifted_labels(settings, stock):
     args = LlavaTrainingArguments(**{**settings, "label_smoothing_factor": 0.2})
