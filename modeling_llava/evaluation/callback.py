@@ -1,4 +1,4 @@
-"""Benchmarks during training: a slice of each at every evaluation. `llava train` gets this callback from the command line."""
+"""Benchmarks during training: a slice of each at every evaluation."""
 
 import contextlib
 import json
@@ -26,18 +26,36 @@ class EvaluationCallback(TrainerCallback):
     Scores become metrics of the evaluation (`eval_scienceqa_accuracy`, in percent), so that `metric_for_best_model` can
     choose by them; they are written to the run's log history and, with the answers of this step, to `benchmarks.jsonl`.
     Training itself is not changed: nothing is drawn, and modes are set back. The main process answers while the others
-    wait; with weights that are sharded over processes (FSDP, ZeRO-3) it cannot.
+    wait; with weights that are sharded over processes (FSDP, ZeRO-3) it cannot, and says so before the first step.
 
     Args:
         benchmarks (`Sequence[Benchmark]`): Slices: [`Benchmark.first`]`(200)`.
         batch_size (`int`, *optional*, defaults to 8): Answers that grow at a time.
         max_new_tokens (`int`, *optional*): Of an answer; each benchmark's own by default.
-    """
+
+    Example:
+
+    ```python
+    >>> from modeling_llava.evaluation import pope
+    >>> from modeling_llava.evaluation.callback import EvaluationCallback
+    >>> from modeling_llava.training import train
+
+    >>> questions = pope.read_questions(["coco_pope_random.json"])
+    >>> slices = [pope.make_benchmark(questions, "val2014").first(200)]
+    >>> train("finetune.yaml", callbacks=[EvaluationCallback(slices)])
+    ```"""
 
     def __init__(self, benchmarks: Sequence[Benchmark], batch_size: int = 8, max_new_tokens: int | None = None):
         self.benchmarks = list(benchmarks)
         self.batch_size = batch_size
         self.decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if getattr(args, "is_sharded", False):
+            raise ValueError(
+                "EvaluationCallback: no process has all weights (FSDP, ZeRO-3), so none can answer during training. Train "
+                "without it and evaluate the finished model with llava eval."
+            )
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, processing_class=None, **kwargs):
         if not state.is_world_process_zero or model is None:

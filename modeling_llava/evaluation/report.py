@@ -205,7 +205,9 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
         {run["label"]: [run["scores"].get(name) for name in columns] for run in comparison["runs"]},
         title=f"{comparison['benchmark']}: {primary.replace('_', ' ')}",
         subtitle=("; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples") + "; lines: 95 % intervals",
-        published={f"{name} (published)": [rows[name].get(column) for column in columns] for name in published if name in rows},
+        published={
+            f"{name} (published)": [rows[name].get(column) for column in columns] for name in published if name in rows
+        },
     )
 
 

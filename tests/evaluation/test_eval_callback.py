@@ -1,6 +1,7 @@
 """Benchmarks during training: scores at every evaluation, and a run that is not changed by them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,3 +72,8 @@ def test_modes_are_set_back(tmp_path, benchmarks):
     callback = EvaluationCallback(benchmarks[:1], max_new_tokens=2)
     callback.on_evaluate(arguments, trainer.state, None, {}, model=model, processing_class=processor)
     assert model.training and not model.model.vision_tower.training
+
+
+def test_sharded_weights_are_refused_before_the_first_step(benchmarks):
+    with pytest.raises(ValueError, match="no process has all weights"):
+        EvaluationCallback(benchmarks).on_train_begin(SimpleNamespace(is_sharded=True), None, None)

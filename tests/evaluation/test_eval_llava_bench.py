@@ -206,6 +206,9 @@ def test_page_escapes_what_models_say(bench, model_folder, monkeypatch):
         assert run_cli(bench, model_folder, bench / "out", server.url) == 0
     page = (bench / "out/index.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert (
+        "[hidden] { display: none !important; }" in page
+    )  # or the category buttons would hide nothing: cards are grids
 
 
 def test_missing_image_is_said_before_the_model_is_loaded(bench, capsys, monkeypatch):
