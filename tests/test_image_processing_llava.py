@@ -114,6 +114,21 @@ def test_pixels_equal_the_stock_pil_processors(options, resample):
         np.testing.assert_array_equal(a, b, err_msg=f"{width}x{height}")
 
 
+@pytest.mark.parametrize("resample", ["BILINEAR", "BICUBIC", "HAMMING", "LANCZOS", "BOX", "NEAREST"])
+@pytest.mark.parametrize("width, height", [(640, 480), (640, 427), (512, 384), (900, 600), (480, 640), (30, 20)])
+def test_columns_that_are_not_computed_change_no_pixel(width, height, resample):
+    # Of these, the crop's edges fall on whole columns of 640×480, 512×384, 900×600 and 30×20; 900×600 is not transposed.
+    resample = Image.Resampling[resample]
+    image = noise(width, height)
+    options = {"size": {"shortest_edge": 336}, "do_rescale": False, "do_normalize": False, "resample": resample}
+    actual = LlavaImageProcessor(**options, crop_size={"height": 336, "width": 336})(image).pixel_values[0]
+    whole = 336 * width // height if width > height else 336, 336 if width > height else 336 * height // width
+    expected = image.resize((whole[0], height), resample).resize(whole, resample)
+    left, top = (whole[0] - 336) // 2, (whole[1] - 336) // 2
+    expected = np.asarray(expected.crop((left, top, left + 336, top + 336))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_a_long_screenshot_is_padded_without_building_its_square():
     # Padding goes strip by strip (4000² pixels here: 16 of them); the strips' seams must not show.
     image = noise(30, 2600).resize((60, 4000))
