@@ -101,6 +101,7 @@ class RunFolder:
             "mix": list(config.mix),
             "prompts": hash_prompts(prompts),
         }
+        self.about = None
         if (self.path / "run.json").exists():
             self.about = read_about(self.path)
             before = self.about["settings"]
@@ -109,13 +110,15 @@ class RunFolder:
                 for key, value in identity.items()
                 if before.get(key) != value
             ]
-            if changed:
+            if changed and not self.asked:  # a dry run binds nobody
+                self.about = None
+            elif changed:
                 raise ValueError(
                     f"{self.path} holds a run with other settings: {'; '.join(changed)}. Resume it with the settings it "
                     "began with, or give another --out."
                 )
-        else:
-            if (self.path / "ledger.jsonl").exists():
+        if self.about is None:
+            if self.asked:
                 raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
             # The name goes into each request's id: a second run with the same prompts asks anew.
             self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
@@ -126,6 +129,12 @@ class RunFolder:
     @property
     def id(self) -> str:
         return self.about["run"]
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything was asked yet: from then on settings, prompts and contexts stay as they are."""
+        ledger = self.path / "ledger.jsonl"
+        return ledger.exists() and ledger.stat().st_size > 0
 
     def save(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(self.about, indent=1, ensure_ascii=False))
@@ -159,7 +168,7 @@ class RunFolder:
         if number == 0:
             unnamed.unlink()
             raise ValueError(f"There is no context with captions: {counts.summary()}.")
-        if known and known["sha256"] != digest.hexdigest():
+        if known and self.asked and known["sha256"] != digest.hexdigest():
             unnamed.unlink()
             raise ValueError(
                 f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} contexts "

@@ -154,6 +154,18 @@ def test_a_run_is_not_resumed_with_other_prompts_or_contexts(tmp_path):
         generate(out, Responder(), ALL, contexts=contexts(3), output=BARE)
 
 
+def test_a_dry_run_binds_nobody(tmp_path):
+    import dataclasses
+
+    out = tmp_path / "run"
+    estimate(open_folder(out, ALL, contexts=contexts(2)))
+    other = dataclasses.replace(ALL, types=("complex",), seed=3)
+    estimate(open_folder(out, other, contexts=contexts(5)))
+    summary = generate(out, Responder(), other, contexts=contexts(3), output=BARE)
+    assert summary.run.accepted == 3
+    assert open_run(out).config == other  # settings and prompts of what was asked
+
+
 def test_rejected_replies_are_retried_with_the_reason_counted_and_kept(tmp_path):
     def reply(messages):
         query = messages[-1]["content"]
