@@ -125,11 +125,11 @@ class Estimate:
     @property
     def growth(self) -> float:
         """What a process grows by from the loaded model to the highest point of a step."""
-        return self.optimizer + self.peak_of_step
+        return self.optimizer + self.peak_of_step + self.buckets
 
     @property
     def total(self) -> float:
-        return sum(self.weights.values()) + self.growth + self.buckets + self.overhead
+        return sum(self.weights.values()) + self.growth + self.overhead
 
 
 def estimate(shapes: Shapes, settings: Settings) -> Estimate:
@@ -176,7 +176,7 @@ def estimate(shapes: Shapes, settings: Settings) -> Estimate:
         result.buckets += (trained - shapes.projector) * 2
 
     # What is kept of one micro-batch
-    layer, product = _language_layer(shapes, settings)
+    layer, of_down = _language_layer(shapes, settings)
     positions = settings.micro_positions
     residual = 4 if full and t == 4 else c
     per_layer = positions * layer
@@ -185,12 +185,16 @@ def estimate(shapes: Shapes, settings: Settings) -> Estimate:
     outside += image_positions * (shapes.vision_hidden * shapes.feature_layers + 2 * shapes.hidden) * max(c, 4)
     if settings.train_vision_tower:
         outside += _tower_activations(shapes, settings)
-    backward = positions * (5 * shapes.intermediate + 3 * shapes.hidden) * c
+    # Most is needed where the MLP's last product is differentiated, or just behind it, when its inputs are gone already
+    h, m = shapes.hidden, shapes.intermediate
+    at_down = ((3 if trains_lora and settings.lora_dropout else 2) * m + h) * c
+    backward = positions * max(at_down, (4 * m + 2 * h) * c - of_down)
     if settings.adapter == "qlora":
         backward += max(inputs * outputs for inputs, outputs in shapes.linears) * c  # the matrix in 16 bit
     if settings.activation_checkpointing:
-        result.activations = outside + shapes.layers * positions * shapes.hidden * residual
-        backward += per_layer + positions * product
+        # a layer's input each; the first one's is counted outside of the layers
+        result.activations = outside + (shapes.layers - 1) * positions * shapes.hidden * residual
+        backward += per_layer
         per_kept_layer = positions * shapes.hidden * residual
     else:
         result.activations = outside + shapes.layers * per_layer
@@ -233,7 +237,7 @@ def _dtype(size: int) -> str:
 
 
 def _language_layer(shapes: Shapes, settings: Settings) -> tuple[float, float]:
-    """Bytes that autograd keeps per position of one layer, and of the MLP's product if it is kept too."""
+    """Bytes that autograd keeps per position of one layer, and of them those that the MLP's last matrix keeps."""
     c = settings.compute_bytes
     full = settings.stage == "finetune" and settings.adapter == "none"
     residual = 4 if full and settings.trained_bytes == 4 else c
@@ -260,14 +264,12 @@ def _language_layer(shapes: Shapes, settings: Settings) -> tuple[float, float]:
     kept += inputs_of(queries, 1, is_kept_anyway=True)
     kept += inputs_of(h, 2)
     kept += 2 * m * c  # gate, up
-    trains_matrices = full or settings.adapter != "none"
-    product = m * c if trains_matrices else 0
-    if settings.adapter != "none":
-        # without dropout the product is multiplied out again, but with it the masked product is another tensor
-        kept += inputs_of(m, 1, is_kept_anyway=True)
+    # without dropout the product is multiplied out again, but with it the masked product is another tensor
+    of_down = inputs_of(m, 1, is_kept_anyway=True) if settings.adapter != "none" else 0
+    kept += of_down
     if not settings.lean:
-        kept += 2 * h * (residual + c) + m * c + (product if not settings.adapter != "none" else 0)
-    return kept, product
+        kept += 2 * h * (residual + c) + m * c * (2 if full else 1)
+    return kept, of_down
 
 
 def _tower_activations(shapes: Shapes, settings: Settings) -> float:

@@ -35,6 +35,10 @@ CASES = {
         {**TEXT, "num_hidden_layers": 4, "vocab_size": 64_000},
         {"activation_checkpointing": True, "per_device_train_batch_size": 6},
     ),
+    "LoRA and checkpointing": (
+        TEXT,
+        {"adapter": "lora", "lora_r": 16, "activation_checkpointing": True, "per_device_train_batch_size": 16},
+    ),
     "accumulated gradients": (TEXT, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
 }
 
