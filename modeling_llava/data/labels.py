@@ -244,7 +244,10 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
         backend.no_padding()
     if backend.encode_special_tokens:
         backend.encode_special_tokens = False
-    encoding = backend.encode(text, add_special_tokens=False)
+    try:
+        encoding = backend.encode(text, add_special_tokens=False)
+    except TypeError as error:  # what the tokenizers library says of half a surrogate pair
+        raise _bad(sample_id, BAD_ROW, "holds half of a character (a lone surrogate): take it out.") from error
     ids, offsets = encoding.ids, encoding.offsets
 
     prefix, suffix = ([], []) if has_bos else (control.prefix, control.suffix)

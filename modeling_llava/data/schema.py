@@ -6,6 +6,7 @@ wrong with a row is found here, by one check, and said in one sentence that name
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -47,6 +48,10 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+# JSON can write them, but they are no text: no tokenizer takes them.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Conversation(TypedDict):
@@ -226,7 +231,7 @@ def _sample_id(row: Mapping, index: int | str) -> str:
 
 
 def _role(name: Any, sample_id: str) -> str:
-    if name not in _ROLES:
+    if not isinstance(name, str) or name not in _ROLES:
         raise BadSampleError(
             sample_id, BAD_ROLES, f"has the unknown role {name!r}; the roles are {', '.join(sorted(_ROLES))}."
         )
@@ -240,7 +245,15 @@ def _images(row: Mapping, sample_id: str) -> list:
     images = row.get("images") if row.get("images") is not None else row.get("image")
     if images is None or (isinstance(images, (str, Sequence)) and len(images) == 0):
         return []
-    return list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+    images = list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+    for image in images:
+        if image is None or isinstance(image, (int, float)):
+            raise BadSampleError(
+                sample_id,
+                BAD_ROW,
+                f"has the image {_short(image)}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
+            )
+    return images
 
 
 def _text(value: str) -> list[dict]:
@@ -293,6 +306,14 @@ def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> C
             "after an optional system message, user and assistant must take turns, and the last turn is an answer.",
         )
     for number, message in enumerate(messages):
+        for item in message["content"]:
+            half = _SURROGATE.search(item.get("text", ""))
+            if half:
+                raise BadSampleError(
+                    sample_id,
+                    BAD_ROW,
+                    f"has {half[0]!r}, half of a character, in turn {number}: the text was cut within an emoji. Take it out.",
+                )
         if message["role"] == "assistant" and not any(item["text"].strip() for item in message["content"]):
             raise BadSampleError(
                 sample_id, EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it."

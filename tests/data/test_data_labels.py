@@ -352,6 +352,11 @@ def test_a_refusal_of_the_template_names_the_sample(processors):
         encode_conversation([{"role": "tool", "content": "x"}], processors["vicuna_v1"], sample_id=3)
 
 
+def test_half_a_surrogate_pair_names_the_sample(processors):
+    with pytest.raises(BadSampleError, match="sample 'x' holds half of a character"):
+        encode_conversation([user("Hi \ud83d"), assistant("A.")], processors["vicuna_v1"], sample_id="x")
+
+
 def test_without_a_chat_template_the_mend_is_named(processors):
     processor = copy.copy(processors["vicuna_v1"])
     processor.chat_template = None
