@@ -9,15 +9,13 @@ from typing import Any
 COLORS = {"conversation": "#4477aa", "detail": "#ccbb44", "complex": "#aa3377"}
 
 
-def _pyplot() -> Any:
+def _figure(width: float, height: float) -> Any:
+    """Without pyplot, which has a state of its own: in a notebook, the plots of others."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'modeling-llava[engine]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
@@ -27,8 +25,8 @@ def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
         lengths: Type → (words → answers).
         path: PNG to write.
     """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    figure = _figure(7, 3.2)
+    axes = figure.subplots()
     longest = max(max(histogram, default=1) for histogram in lengths.values())
     edges = [longest * i / 30 for i in range(31)]
     for kind, histogram in lengths.items():
@@ -44,7 +42,6 @@ def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
     axes.set(xlabel="words in an answer", ylabel="answers", title="Length of answers")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_verbs(pairs: Counter, path: Path, verbs: int = 16, nouns: int = 4) -> None:
@@ -56,14 +53,16 @@ def plot_verbs(pairs: Counter, path: Path, verbs: int = 16, nouns: int = 4) -> N
         verbs: Verbs shown, the commonest; the rest is "other".
         nouns: Nouns shown per verb.
     """
-    pyplot = _pyplot()
+    figure = _figure(8, 8)
+    from matplotlib import colormaps
+
     by_verb: Counter = Counter()
     for (verb, _), number in pairs.items():
         by_verb[verb] += number
     shown = by_verb.most_common(verbs)
     rest = by_verb.total() - sum(number for _, number in shown)
-    colors = pyplot.get_cmap("tab20").colors
-    figure, axes = pyplot.subplots(figsize=(8, 8), layout="constrained")
+    colors = colormaps["tab20"].colors
+    axes = figure.subplots()
     inner, outer = [], []  # (size, label, color)
     for i, (verb, number) in enumerate(shown):
         color = colors[i % len(colors)]
@@ -91,7 +90,6 @@ def plot_verbs(pairs: Counter, path: Path, verbs: int = 16, nouns: int = 4) -> N
         )
     axes.set_title("Questions by first verb and the noun after it")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path: Path) -> None:
@@ -103,8 +101,8 @@ def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path:
         least: Frequency below which a phrase was not looked at.
         path: PNG to write.
     """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
     for counts, label, color in ((before, "before", "#999999"), (after, "after", "#4477aa")):
         ordered = sorted((count for count in counts if count), reverse=True)
         axes.plot(range(1, len(ordered) + 1), ordered, label=f"{label}: {len(ordered):,} phrases", color=color, lw=2)
@@ -112,4 +110,3 @@ def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path:
     axes.set(xscale="log", yscale="log", xlabel="noun phrases, commonest first", ylabel="captions", title="Concepts")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
