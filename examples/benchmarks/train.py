@@ -20,6 +20,8 @@ system prompt. A caption has 13 tokens.
 Predicted before the first run, from counted multiplications (`--predict` prints them; attention and everything that is
 not a matrix product left out) and from the activations kept: finetune 2.4 × / 0.40 ×, frozen 2.3 × / 0.30 ×, pretrain
 1.8 × / 0.45 ×, vocabulary 152k 3.3 × / 0.22 ×, LoRA 2.2 × / 0.40 ×, QLoRA 2.0 × / 0.40 ×.
+First measured on an AMD EPYC (quiet, one round): finetune 2.2 ×, frozen 2.0 ×, LoRA 1.9 ×. There oneDNN multiplies at twice
+MKL's speed (`products.py`), so with it, predicted before the change: finetune 3.4 ×, frozen 3.0 ×, LoRA 2.9 ×.
 """
 
 import argparse
