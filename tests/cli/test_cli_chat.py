@@ -109,7 +109,7 @@ def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_pat
         (["MODEL", "--temperature", "-1"], "--temperature must be 0 or more"),
         (["MODEL", "--top-p", "0.9"], "need --temperature above 0"),
         (["MODEL", "--temperature", "1", "--top-p", "3"], "top_p must be"),
-        (["MODEL", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["MODEL", "--max-new-tokens", "0"], "at least 1, got 0"),
         (["MODEL", "--adapter", "/nowhere"], "/nowhere"),
     ],
 )
