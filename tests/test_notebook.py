@@ -34,7 +34,7 @@ def test_it_was_committed_as_it_ran():
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 3
     printed = "\n".join(texts(cells))
     assert "modeling_llava was imported: False" in printed and "Nothing was sent" in printed
-    assert not re.search(r"/home/|/root/|/tmp/|/work/|Traceback", printed)
+    assert not re.search(r"/(home|root|tmp|work)/|Traceback", printed)
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_nothing_names_a_place_of_one_machine():
     if tracked.returncode:
         pytest.skip("not a git checkout")
     # put together here, so that this file does not name them itself
-    places = ["/" + "work/", "/" + "root/", "/" + "farm/", "." + "library", "/tmp/" + "w/"]
+    places = ["/" + "work/", "/" + "root/", "/" + "farm/", "." + "library/", "/tmp/" + "w/"]
     wrong = []
     for name in tracked.stdout.splitlines():
         path = ROOT / name
