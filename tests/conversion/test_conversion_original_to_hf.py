@@ -429,6 +429,7 @@ def test_base_is_asked_for(tmp_path):
 def test_wrong_base_is_one_clear_error_that_names_file_and_tensor(tmp_path, name):
     base = random_language_model(hidden=48, heads=4, kv_heads=4)
     base.save_pretrained(tmp_path / "base")
+    shutil.copy(GOLDEN / "tiny_spm.model", tmp_path / "base" / "tokenizer.model")  # only the weights are wrong
     arguments = {**golden_arguments(name), "base": tmp_path / "base"}
     with pytest.raises(ValueError, match=r"'model\.\S+weight' of \S+base/model\.safetensors .*Is --base") as error:
         convert_original_to_hf(output=tmp_path / "out", vision_tower=TOWER, **arguments)
