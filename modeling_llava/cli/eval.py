@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import shlex
+from dataclasses import replace
 
 from .data import _LazyParser
 
@@ -25,6 +27,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     return importlib.import_module(_module(args.benchmark)).run(args)
+
+
+def slice_of(line: str, out: str):
+    """
+    The benchmark of a command line without `llava eval`, MODEL and --out, for a model that is being trained.
+
+    Args:
+        line (`str`): `vqa --questions q.jsonl --images val2014 --limit 200`.
+        out (`str`): Folder for what a judge is asked (LLaVA-Bench).
+
+    Returns:
+        [`~modeling_llava.evaluation.benchmark.Benchmark`]
+
+    Raises:
+        ValueError: not a benchmark, a wrong option, or an option that the run decides.
+    """
+    name, *words = shlex.split(line) or [""]
+    known = [command for command in SUBCOMMANDS if command != "report"]
+    if name not in known:
+        raise ValueError(f"benchmarks: {line!r} begins with no benchmark; there are {', '.join(known)}.")
+    module = importlib.import_module(_module(name))
+    parser = _RaisingParser(prog=f"benchmarks: {line!r}", add_help=False)
+    module.add_arguments(parser)
+    args = parser.parse_args(["-", *words, "--out", out])
+    decided = (
+        "adapter",
+        "revision",
+        "dtype",
+        "device",
+        "load_in_4bit",
+        "system",
+        "batch_size",
+        "temperature",
+        "top_p",
+    )
+    for option in (*decided, "seed", "shard", "partial", "language_model", "export_training"):
+        if getattr(args, option, None) != parser.get_default(option):
+            raise ValueError(f"benchmarks: {line!r}: --{option.replace('_', '-')} has no place in a training run.")
+    benchmark = module.make_benchmark(args).first(args.limit)
+    return replace(benchmark, max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens)
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{self.prog}: {message}")
 
 
 def _module(name: str) -> str:

@@ -17,11 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--question", metavar="TEXT", help="what is asked")
 
 
-def run(args: argparse.Namespace) -> int:
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the arguments name, ready to be answered."""
     from ..evaluation import captions
 
     images = captions.read_captions(args.annotations)
-    benchmark = captions.make_benchmark(
+    return captions.make_benchmark(
         images, args.images, question=args.question or captions.QUESTION, files=[args.annotations]
     )
-    return finish(args, evaluate_with(args, benchmark))
+
+
+def run(args: argparse.Namespace) -> int:
+    return finish(args, evaluate_with(args, make_benchmark(args)))

@@ -50,12 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_endpoint_arguments(parser, "the endpoint")
 
 
-def run(args: argparse.Namespace) -> int:
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the arguments name, ready to be answered; its score asks the judge."""
     from ..evaluation import llava_bench
-    from ..evaluation.judge import read_rules, rule_for, rules_hash
-    from ..evaluation.llava_bench_page import write_page
-    from ..evaluation.report import published_for
-    from ..evaluation.results import read_results
+    from ..evaluation.judge import read_rules, rule_for
 
     if args.references is None and args.reference_model is None:
         raise ValueError("give --references F, or --reference-model NAME to have them made.")
@@ -80,14 +78,23 @@ def run(args: argparse.Namespace) -> int:
         return llava_bench.score(asked, answers, reviews, judge, how)
 
     files = [file for file in (args.questions, args.contexts, args.references) if file]
-    benchmark = llava_bench.make_benchmark(questions, args.images, score, files)
-    results = evaluate_with(args, benchmark)
+    return llava_bench.make_benchmark(questions, args.images, score, files)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.judge import read_rules, rules_hash
+    from ..evaluation.llava_bench_page import write_page
+    from ..evaluation.report import published_for
+    from ..evaluation.results import read_results
+
+    results = evaluate_with(args, make_benchmark(args))
     code = finish(args, results, ["LLaVA-13B"])
     if results is not None:
+        out = Path(args.out)
         _, rows = read_results(out)
         write_page(out / "index.html", results, rows, args.images, published_for(results["benchmark"]))
         failed = results["counts"]["questions_without_score"]
         if failed:
             print(f"{failed} questions have no score; they are in no mean.", file=sys.stderr)
-        print(f"to read: {out / 'index.html'} (rules {rules_hash(how.rules)})", file=sys.stderr)
+        print(f"to read: {out / 'index.html'} (rules {rules_hash(read_rules(args.rules))})", file=sys.stderr)
     return code

@@ -25,10 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the arguments name, ready to be answered."""
     from ..evaluation import pope
 
     questions = pope.read_questions(args.questions)
     instruction = pope.INSTRUCTION if args.instruction is None else args.instruction
-    benchmark = pope.make_benchmark(questions, args.images, instruction=instruction or None, files=args.questions)
-    return finish(args, evaluate_with(args, benchmark))
+    return pope.make_benchmark(questions, args.images, instruction=instruction or None, files=args.questions)
+
+
+def run(args: argparse.Namespace) -> int:
+    return finish(args, evaluate_with(args, make_benchmark(args)))

@@ -63,25 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_endpoint_arguments(parser, "the endpoint")
 
 
-def run(args: argparse.Namespace) -> int:
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the arguments name, ready to be answered."""
     from ..evaluation import scienceqa
     from ..evaluation.scienceqa_training import split_order
 
     order, _ = split_order(args.order)
+    if args.images is None and not args.dataset:
+        raise ValueError("give --images, the folder with <split>/<id>/image.png.")
+    problems, files = _read(args, args.split, args.images)
+    return scienceqa.make_benchmark(problems, image_folder=args.images, order=order, direct=args.direct, files=files)
+
+
+def run(args: argparse.Namespace) -> int:
     if args.export_training:
         return _export(args, _read(args, args.split, args.images)[0])
     if args.model is None or args.out is None:
         raise ValueError("give MODEL and --out DIR, or --export-training F.")
-    if args.images is None and not args.dataset:
-        raise ValueError("give --images, the folder with <split>/<id>/image.png.")
-    problems, files = _read(args, args.split, args.images)
-    benchmark = scienceqa.make_benchmark(
-        problems, image_folder=args.images, order=order, direct=args.direct, files=files
-    )
-    results = evaluate_with(args, benchmark)
+    results = evaluate_with(args, make_benchmark(args))
     code = finish(args, results, ["LLaVA-13B"])
     if args.language_model and results is not None:
-        _with_language_model(args, problems, results)
+        _with_language_model(args, _read(args, args.split, args.images)[0], results)
     return code
 
 

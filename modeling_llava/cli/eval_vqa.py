@@ -30,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def make_benchmark(args: argparse.Namespace):
+    """The benchmark that the arguments name, ready to be answered."""
     from ..evaluation import vqa
 
     questions = vqa.read_questions(args.questions, args.annotations, args.image_name or vqa.COCO_IMAGE_NAME)
     instruction = vqa.INSTRUCTION if args.instruction is None else args.instruction
     files = [file for file in (args.questions, args.annotations) if file]
-    benchmark = vqa.make_benchmark(questions, args.images, instruction=instruction or None, files=files)
-    return finish(args, evaluate_with(args, benchmark))
+    return vqa.make_benchmark(questions, args.images, instruction=instruction or None, files=files)
+
+
+def run(args: argparse.Namespace) -> int:
+    return finish(args, evaluate_with(args, make_benchmark(args)))

@@ -1,6 +1,7 @@
 """`llava train RECIPE [key=value …]`."""
 
 import argparse
+import os
 
 
 EPILOG = """\
@@ -55,12 +56,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _callbacks(settings) -> list:
-    """What answers during training."""
-    if not settings.sample_answers:
-        return []
-    from ..evaluation.sample_answers import SampleAnswersCallback
+    """What answers, and is scored, during training."""
+    callbacks = []
+    if settings.sample_answers:
+        from ..evaluation.sample_answers import SampleAnswersCallback
 
-    return [SampleAnswersCallback(settings.sample_answers, is_sharded=settings.is_sharded)]
+        callbacks.append(SampleAnswersCallback(settings.sample_answers, is_sharded=settings.is_sharded))
+    if settings.benchmarks:
+        from ..evaluation.callback import EvaluationCallback
+        from .eval import slice_of
+
+        out = os.path.join(settings.output_dir, "benchmarks")
+        callbacks.append(EvaluationCallback([slice_of(line, out) for line in settings.benchmarks]))
+    return callbacks
 
 
 def _next_command(kind: str, folder: str) -> str:

@@ -33,7 +33,7 @@ class EvaluationCallback(TrainerCallback):
         batch_size (`int`, *optional*, defaults to 8): Answers that grow at a time.
         max_new_tokens (`int`, *optional*): Of an answer; each benchmark's own by default.
 
-    Example:
+    In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python:
 
     ```python
     >>> from modeling_llava.evaluation import pope

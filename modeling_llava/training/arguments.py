@@ -185,6 +185,11 @@ class LlavaTrainingArguments(TrainingArguments):
         0,
         "Samples of the evaluation data that `llava train` lets the model answer at each evaluation, as a page (HTML).",
     )
+    benchmarks: list[str] | None = _setting(
+        None,
+        "Benchmarks that `llava train` runs at each evaluation, as `llava eval` takes them but for MODEL and --out: "
+        "'vqa --questions q.jsonl --images val2014 --limit 200'. Their scores are metrics (eval_vqa_accuracy).",
+    )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs; below 1 a share."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
     remove_unused_columns: bool = field(
@@ -304,8 +309,13 @@ class LlavaTrainingArguments(TrainingArguments):
             )
         if self.sample_answers < 0:
             raise ValueError(f"sample_answers={self.sample_answers}: give a number of samples, or 0 for no page.")
-        if self.sample_answers and self.eval_data is None and self.eval_size is None:
+        evaluates = self.eval_data is not None or self.eval_size is not None
+        if self.sample_answers and not evaluates:
             raise ValueError("sample_answers are of the evaluation data: set eval_size, or eval_data.")
+        if self.benchmarks and not evaluates:
+            raise ValueError("benchmarks are run at each evaluation: set eval_size, or eval_data.")
+        if isinstance(self.benchmarks, str):
+            self.benchmarks = [self.benchmarks]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=true would remove the conversations themselves. Leave it out.")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
