@@ -16,9 +16,9 @@ products (frozen weights have no gradient: 4 per weight and position), without w
 GPU's bfloat16 peak. Memory is what PyTorch's allocator reserved at most, beside the estimate less its CUDA context.
 
 No GPU was at hand when this was written: there is no result yet. Predicted by `llava estimate` for one sample of 2048
-positions: 7B LoRA 19.3 GiB, 7B QLoRA 7.7 GiB, 13B LoRA 34.3 GiB, 13B QLoRA 12.6 GiB beside the CUDA context. Guessed: 45 % utilisation for LoRA
-on an H100 and 30 % for QLoRA, whose weights are dequantised in every product; `mix` 1.5 × stock's tokens per second, of which
-padding accounts for 1.3 ×.
+positions, beside the CUDA context: 7B LoRA 19.3 GiB, 7B QLoRA 7.7 GiB, 13B LoRA 34.3 GiB, 13B QLoRA 12.6 GiB. Guessed: 45 %
+utilisation for LoRA on an H100, 30 % for QLoRA, whose weights are dequantised in every product; `mix` 1.5 × stock's tokens per
+second, of which padding accounts for 1.3 ×.
 """
 
 import argparse
