@@ -147,6 +147,9 @@ for kind in {list(KINDS)}:
     expected = torch.load(kind + "/expected.pt")
     bare = LlavaForConditionalGeneration.from_pretrained(r"{base}", **quantised)
     native = AutoModelForImageTextToText.from_pretrained(kind, **quantised)
+    for module in (*bare.modules(), *native.modules()):  # bitsandbytes cannot repack layers this small (AVX512-BF16)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     assert type(native).__module__.startswith("transformers.models.llava"), type(native)
     with torch.no_grad():
         assert (bare.eval()(**batch).logits - expected).abs().max().item() > 1e-3, kind
