@@ -110,7 +110,8 @@ def train(
         _report_changes(args, checkpoint)
 
     metrics: dict[str, float] = {}
-    if checkpoint is not None and _is_finished(trainer, checkpoint):
+    is_finished = checkpoint is not None and _is_finished(trainer, checkpoint)
+    if is_finished:
         logger.warning(
             "%s is the end of the run already: nothing is trained, the result is written again.", checkpoint
         )
@@ -119,7 +120,8 @@ def train(
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics |= output.metrics
         trainer.save_metrics("train", output.metrics)
-    if eval_dataset is not None:
+    # FSDP2 shards a model only together with an optimizer: a finished run has been evaluated at its end
+    if eval_dataset is not None and not (is_finished and trainer.is_fsdp_enabled):
         evaluated = trainer.evaluate()
         metrics |= evaluated
         trainer.save_metrics("eval", evaluated)
