@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..inference.chat import Chat, Conversation, save_transcript
@@ -164,9 +165,12 @@ class Terminal:
 
     def answer(self, pieces) -> None:
         try:
-            for piece in pieces:
-                sys.stdout.write(_printable(piece) if self.interactive else piece)
-                sys.stdout.flush()
+            with _first_ctrl_c(self.chat.stop) if self.interactive else contextlib.nullcontext() as pressed:
+                for piece in pieces:
+                    sys.stdout.write(_printable(piece) if self.interactive else piece)
+                    sys.stdout.flush()
+            if pressed:
+                raise KeyboardInterrupt
         except BaseException:
             if self.interactive or self.chat.conversation.turns:
                 print(flush=True)
@@ -190,6 +194,29 @@ class Terminal:
         self.failed = True
         text = _printable(text)
         print(f"\033[31m{text}\033[0m" if self.colour else text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _first_ctrl_c(action: Callable[[], None]) -> Iterator[list[bool]]:
+    """
+    The first Ctrl-C calls `action` and is kept in the list that is yielded; a second one interrupts whatever is going on.
+
+    Python raises `KeyboardInterrupt` wherever it is: in a finalizer or a callback, while a token is computed, it would be
+    lost, and the answer would go on.
+    """
+    pressed: list[bool] = []
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def handle(number, frame):
+        signal.signal(signal.SIGINT, before)
+        pressed.append(True)
+        action()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _printable(text: str) -> str:

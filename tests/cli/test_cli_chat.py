@@ -1,5 +1,7 @@
 """`llava chat`: from a script on stdin, and at a real (pseudo) terminal."""
 
+import contextlib
+import gc
 import io
 import json
 import os
@@ -11,7 +13,9 @@ import time
 import pytest
 from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
+from modeling_llava.cli.chat_terminal import Terminal
 from modeling_llava.cli.main import main
+from modeling_llava.inference.chat import Conversation
 
 
 ASK = ["--max-new-tokens", "8"]
@@ -160,6 +164,40 @@ def test_four_bit_model_answers_as_the_predictor_over_it(script, folder):
 # At a terminal
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent")
+def test_ctrl_c_stops_an_answer_wherever_python_is(capsys):
+    """In a finalizer, a KeyboardInterrupt would be printed and lost."""
+
+    class Chat:
+        conversation = Conversation(turns=[("What?", "…")])
+        stopped = False
+
+        def stop(self):
+            self.stopped = True
+
+        def pieces(self):
+            for number in range(3):
+                if not self.stopped:
+                    Finalized()
+                    gc.collect()
+                    yield str(number)
+
+    class Finalized:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    terminal = Terminal(Chat(), name="tiny")
+    terminal.interactive = True
+    with pytest.raises(KeyboardInterrupt):
+        terminal.answer(terminal.chat.pieces())
+    assert capsys.readouterr().out == "0\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 class PseudoTerminal:
     """A child process at a terminal of its own, what it wrote, and what is typed."""
 
@@ -197,17 +235,30 @@ class PseudoTerminal:
         """Whatever state it is in."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
-            self.exit_code()
+            os.waitpid(self.pid, 0)
+        os.close(self.descriptor)
 
-    def exit_code(self):
-        try:
-            while os.read(self.descriptor, 65536):
-                pass
-        except OSError:
-            pass
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.pid = None
-        return code
+    def leave(self, seconds=240):
+        """
+        Presses Ctrl-C until the child has left, as a person does: one that is pressed just as Python begins to wait for a
+        key is seen with the next key. Returns the exit code.
+        """
+        end = time.monotonic() + seconds
+        pressed = 0.0
+        while True:
+            if time.monotonic() - pressed > 5:
+                with contextlib.suppress(OSError):  # it has left
+                    self.type("\x03")
+                pressed = time.monotonic()
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    self.output += os.read(self.descriptor, 65536).decode(errors="replace")
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = None
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                raise AssertionError(f"did not leave within {seconds} s: {self.output[-2000:]!r}")
 
 
 @pytest.mark.slow
@@ -228,22 +279,23 @@ def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor, re
     terminal.type(f"'{image}'\r")  # as a terminal pastes a dragged file
     terminal.wait_for("(40×30)")
     terminal.type("What is it?\r")
-    terminal.wait_for(answer(model_and_processor, "What is it?", [picture(1)], length=4)[:8])
+    whole = answer(model_and_processor, "What is it?", [picture(1)], length=60)
+    begin = whole[:8]
+    terminal.wait_for(begin)
     terminal.type("\x03")
     terminal.wait_for("Stopped.")
     terminal.type(f"/save {tmp_path}/chat.md\r")
     terminal.wait_for("Written")
-    terminal.type("\x1b[A\x1b[A\r")  # the line before the last one: asked again, with the history
+    said = (tmp_path / "chat.md").read_text().split("> What is it?\n\n")[1].strip()
+    assert said and (said.startswith(whole) or whole.startswith(said))
+    terminal.type("/reset\r")
+    terminal.wait_for("A new conversation")
+    terminal.type("\x1b[A" * 3 + "\r")  # the third line before: asked again, from the history
     terminal.wait_for("What is it?")
-    time.sleep(1)
+    terminal.wait_for(begin)  # not before it answers: until then, Ctrl-C means another thing
     terminal.type("\x03")
     terminal.wait_for("Stopped.")
-    terminal.type("\x03")
-    assert terminal.exit_code() == 0
-    saved = (tmp_path / "chat.md").read_text()
-    whole = answer(model_and_processor, "What is it?", [picture(1)], length=60)
-    said = saved.split("> What is it?\n\n")[1].strip()
-    assert said and (said.startswith(whole) or whole.startswith(said))
+    assert terminal.leave() == 0
     if prompt_toolkit:
         history = tmp_path / ".llava_history"
         assert "What is it?" in history.read_text() and history.stat().st_mode & 0o077 == 0
