@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,13 +85,16 @@ def test_an_old_gradio_is_named(folder, capsys, monkeypatch):
 
 
 @contextlib.contextmanager
-def served(model, port, folder, *arguments):
+def served(model, folder, *arguments):
     """The command, running; its address."""
     pytest.importorskip("gradio", reason="Gradio is not installed (extra `web`)")
     log, temporary = folder / "web.log", folder / "temporary"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(model), "--port", str(port), *arguments]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(model), "--port", port, *arguments]
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -108,7 +112,7 @@ def served(model, port, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def site(folder, tmp_path_factory):
-    with served(folder, 7931, tmp_path_factory.mktemp("site")) as address:
+    with served(folder, tmp_path_factory.mktemp("site")) as address:
         yield address
 
 
@@ -324,22 +328,20 @@ def test_it_listens_on_this_machine_alone(site):
     assert urllib.request.urlopen(site).status == 200
 
 
-RESULTS = Path(__file__).parents[2] / "examples" / "results" / "web"
-
-
 @pytest.mark.heavy
 def test_a_trained_model_on_the_page(open_browser, tmp_path):
     """
-    Trains a quickstart, talks to it on the page and leaves what was seen in `examples/results/web`.
-    `LLAVA_QUICKSTART=FOLDER` takes one that is trained already.
+    Trains a quickstart and talks to it on the page. `LLAVA_QUICKSTART=FOLDER` takes one that is trained already,
+    `LLAVA_SCREENSHOTS=FOLDER` keeps there what was seen.
     """
+    screenshots = Path(os.environ.get("LLAVA_SCREENSHOTS", tmp_path / "screenshots"))
+    screenshots.mkdir(parents=True, exist_ok=True)
     quickstart = Path(os.environ.get("LLAVA_QUICKSTART", tmp_path / "quickstart"))
     assert main(["quickstart", "--out", str(quickstart)]) == 0
     (tmp_path / "tiny-llava").symlink_to(quickstart.resolve() / "model")  # its name is on the page
     pictures = quickstart / "world" / "unseen" / "images"
     beach, town = sorted(pictures.iterdir())[0], sorted(pictures.iterdir())[3]
     (tmp_path / "holiday.png").write_bytes(png_header(60_000, 60_000))
-    RESULTS.mkdir(parents=True, exist_ok=True)
 
     def ask(page, question):
         before = len(page.said())
@@ -348,9 +350,9 @@ def test_a_trained_model_on_the_page(open_browser, tmp_path):
 
     def keep(page, name):
         time.sleep(0.5)  # what fades in
-        page.browser.save_screenshot(str(RESULTS / f"{name}.png"))
+        page.browser.save_screenshot(str(screenshots / f"{name}.png"))
 
-    with served(tmp_path / "tiny-llava", 7932, tmp_path, "--examples", str(pictures)) as address:
+    with served(tmp_path / "tiny-llava", tmp_path, "--examples", str(pictures)) as address:
         page = Page(open_browser(), address)
         keep(page, "1_begin")
         page.upload(beach)
