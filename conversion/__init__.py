@@ -6,8 +6,9 @@ Conversion of checkpoints: the original's five forms ↔ HF, HF → GGUF. Instal
 | `tensors.py` | tensors of files, described without being read |
 | `keymaps.py` | one table: every tensor's name in each form, and its shape |
 | `overlays.py` | deltas, LoRA, projectors put together with their base |
-| `originals.py`, `hf_checkpoints.py` | what lies in a folder |
+| `folders.py`, `originals.py`, `hf_checkpoints.py` | what lies in a folder |
 | `original_to_hf.py`, `hf_to_original.py`, `hf_to_gguf.py` | the three directions |
+| `gguf_files.py` | GGUF files, written and read back |
 | `writing.py` | output that is streamed, resumable and never half there |
 | `checks.py`, `streamed.py` | proof of the result, for models larger than the memory |
 """

@@ -22,9 +22,10 @@ from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 
+from .folders import read_json
 from .hf_checkpoints import HfCheckpoint
 from .keymaps import canonical_hf_key, drop_derived, rename_all
-from .originals import Original, read_json, read_original
+from .originals import Original, read_original
 from .streamed import streamed
 from .tensors import LazyTensor, cast, find_weights, read_checkpoint
 

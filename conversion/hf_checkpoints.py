@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME
 from modeling_llava.configuration_llava import LlavaConfig
 
+from .folders import check_has_tokenizer, local_folder, read_config
 from .keymaps import Entry, Sizes, canonical_hf_key, drop_derived, key_table, match_keys, rename_all
-from .originals import check_has_tokenizer, local_folder, read_config
 from .tensors import LazyTensor, find_weights, read_checkpoint
 
 

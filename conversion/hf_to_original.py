@@ -11,10 +11,11 @@ from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor
 
 from .checks import check_original
+from .folders import HUB_NAME, TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
 from .keymaps import vision_entries
 from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
-from .originals import FEATURE_STRATEGIES, HUB_NAME, TOKENIZER_FILES, read_json, read_text_config
+from .originals import FEATURE_STRATEGIES, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
 from .vocabularies import CHAT_TEMPLATE, has_sentencepiece, sentencepiece_model
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors

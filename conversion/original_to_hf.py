@@ -19,9 +19,10 @@ from modeling_llava.processing_llava import LlavaProcessor, load_chat_template
 from modeling_llava.tokenization_llava import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 
 from .checks import CheckReport, check_folder
+from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, RECORD
 from .keymaps import Entry, projector_entries
-from .originals import FEATURE_STRATEGIES, TOKENIZER_FILES, Original, read_json, read_original
+from .originals import FEATURE_STRATEGIES, Original, read_original
 from .tensors import Extended, LazyTensor, cast, in_memory
 from .vocabularies import CHAT_TEMPLATE, writes_images
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards

@@ -11,9 +11,7 @@ Reading the original's checkpoints: what lies in a folder, and the whole model t
 Nothing is decided by a folder's name.
 """
 
-import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,13 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
+from .folders import (
+    PROJECTOR_FILES,
+    check_has_tokenizer,
+    local_folder,
+    read_config,
+    read_json,
+)
 from .keymaps import (
     CLIP_TEXT_SIDE,
     TOWER_PREFIXES,
@@ -52,17 +57,6 @@ LANGUAGE_MODELS = {
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 FEATURE_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """`mm_vision_select_feature` → `vision_feature_select_strategy`."""
 
@@ -80,9 +74,6 @@ SUCCESSOR_FIELDS = {
     "use_s2": (),
 }
 """Fields that LLaVA's successors have → the values with which a checkpoint is one of v1 or v1.5."""
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass
@@ -202,66 +193,8 @@ def _hint(kind: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders and configurations
+# Configurations
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def local_folder(name: str | Path, what: str) -> Path:
-    """
-    The folder of a checkpoint; one that is named by its Hub name is downloaded (or taken from the cache).
-
-    Raises:
-        OSError: it is neither a folder nor a Hub name, or the Hub cannot be reached.
-    """
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return path
-    if path.is_file() and path.name in PROJECTOR_FILES:
-        return path.parent
-    if path.exists() or not HUB_NAME.fullmatch(str(name)):
-        raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
-    return _from_hub(str(name), what)
-
-
-def _from_hub(name: str, what: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(
-            f"The {what} {name!r} is not a folder here, and the Hub does not give it ({reason}). Download it and give "
-            "its folder."
-        ) from error
-
-
-def read_config(folder: Path) -> dict:
-    """`config.json` of a folder."""
-    return read_json(folder / "config.json", "a checkpoint")
-
-
-def read_json(path: Path, of_what: str) -> dict:
-    """A JSON object. OSError without the file, ValueError if it is none."""
-    if not path.is_file():
-        there = ", ".join(sorted(file.name for file in path.parent.iterdir())[:8]) or "nothing"
-        raise OSError(f"{path.parent} is not {of_what}: it has no {path.name}. It holds: {there}.")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, but an object was expected.")
-    return content
-
-
-def check_has_tokenizer(folder: Path) -> None:
-    """OSError where there is no tokenizer: of `tokenizer_config.json` alone transformers 5 makes one without words."""
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "vocab.json")):
-        raise OSError(
-            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json). Copy the language model's tokenizer files there."
-        )
 
 
 def _check_is_original(config: dict, folder: Path) -> None:
