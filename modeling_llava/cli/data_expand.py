@@ -26,5 +26,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.target}: {summary.samples:,} samples of {summary.images:,} rows")
     if summary.empty:
         print(f"{summary.empty:,} rows had no caption and were left out")
+    if summary.marked:
+        print(f"{summary.marked:,} captions hold the text <image>, which would mark an image, and were left out")
     print(f"next: llava data check {args.target} --images DIR")
     return 0

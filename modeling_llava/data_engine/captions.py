@@ -12,6 +12,7 @@ from typing import Any
 
 from ..constants import IMAGE_TOKEN
 from .concepts import ConceptSettings, Phrases, count_phrases, make_chooser
+from .contexts import clean_caption, coco_item, coco_name, stray_annotation
 from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts
@@ -57,21 +58,21 @@ def read_captions(path: str | Path) -> Iterator[CaptionRow]:
         return
     else:
         rows = ((f"{path}, row {number}", row) for number, (_, row) in enumerate(iterate_json(path)))
-    for number, (where, row) in enumerate(rows):
-        yield _caption_row(row, where, number)
+    for where, row in rows:
+        yield _caption_row(row, where)
 
 
-def _caption_row(row: Any, where: str, number: int) -> CaptionRow:
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+def _caption_row(row: Any, where: str) -> CaptionRow:
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
         raise ValueError(f"{where} has no 'image'. Expected {{image, caption}} or a row of LLaVA's JSON.")
     captions = row.get("captions", row.get("caption", row.get("blip_caption")))
     if captions is None and isinstance(row.get("conversations"), list):
-        answers = [turn.get("value") for turn in row["conversations"] if turn.get("from") == "gpt"]
-        captions = answers[:1]
+        turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
+        captions = [turn.get("value") for turn in turns if turn.get("from") == "gpt"][:1]
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where} has no 'caption' (a text), 'captions' (a list of texts) or 'conversations'.")
-    cleaned = tuple(text for text in (" ".join(caption.split()) for caption in captions) if text)
+    cleaned = tuple(text for text in map(clean_caption, captions) if text)
     name = row.get("id")
     name = str(PurePosixPath(row["image"]).with_suffix("")) if name is None else str(name)
     return CaptionRow(name, row["image"], cleaned, row)
@@ -81,15 +82,20 @@ def _coco_rows(path: Path) -> Iterator[CaptionRow]:
     images = {}
     for key, item in iterate_json(path):
         if key == "images":
-            images[item["id"]] = item["file_name"]
+            with coco_item(path, key, item):
+                images[item["id"]] = coco_name(item, "file_name")
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions, a JSON array, or one JSON object per line.")
     for key, item in iterate_json(path):
-        if key == "annotations" and "caption" in item:
-            if item["image_id"] not in images:
-                raise ValueError(f"{path}: a caption belongs to image {item['image_id']}, which is not in 'images'.")
-            row = {"id": str(item["id"]), "image": images[item["image_id"]], "caption": item["caption"]}
-            yield _caption_row(row, str(path), 0)
+        if key != "annotations":
+            continue
+        with coco_item(path, key, item):
+            if "caption" not in item:
+                continue
+            name, image_id, caption = str(item["id"]), item["image_id"], item["caption"]
+        if image_id not in images:
+            raise stray_annotation(path, "caption", image_id, images)
+        yield _caption_row({"id": name, "image": images[image_id], "caption": caption}, f"{path}, caption {name}")
 
 
 @dataclass
@@ -100,11 +106,13 @@ class ExpandSummary:
         samples: Samples written, one per caption.
         images: Rows read.
         empty: Rows without a caption; they are left out.
+        marked: Captions that hold the text `<image>`, which would mark a second image; they are left out.
     """
 
     samples: int = 0
     images: int = 0
     empty: int = 0
+    marked: int = 0
 
 
 def expand_captions(
@@ -141,6 +149,9 @@ def expand_captions(
             summary.images += 1
             summary.empty += not row.captions
             for number, caption in enumerate(row.captions):
+                if IMAGE_TOKEN in caption:
+                    summary.marked += 1
+                    continue
                 name = row.id if len(row.captions) == 1 else f"{row.id}-{number}"
                 asked = IMAGE_TOKEN
                 if choices:
@@ -286,6 +297,14 @@ def describe_choice(
             summary.histogram.append([low, *numbers])
 
 
+def _is_writable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class RowWriter:
     """Writes rows as a JSON array, or as JSONL by the file's name; the file appears when it is whole.
 
@@ -310,7 +329,9 @@ class RowWriter:
         """Writes one row."""
         if not self.lines:
             self.file.write(",\n" if self.number else "\n")
-        self.file.write(json.dumps(row, ensure_ascii=False))
+        text = json.dumps(row, ensure_ascii=False)
+        # Half a surrogate pair cannot be written but as its escape.
+        self.file.write(text if _is_writable(text) else json.dumps(row))
         if self.lines:
             self.file.write("\n")
         self.number += 1

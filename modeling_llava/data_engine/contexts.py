@@ -16,6 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -180,15 +181,30 @@ def clean_box(
 
 
 def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
-    return tuple(sorted(boxes, key=lambda box: -box.area))  # stable: ties keep the file's order
+    # Stable: ties keep the file's order. Boxes of one size in two places differ in the last bits of their areas.
+    return tuple(sorted(boxes, key=lambda box: -round(box.area, 12)))
+
+
+def _corners(values: Any) -> list[float]:
+    """Four numbers; `null`, as some writers put NaN into JSON, is NaN, and no numbers at all are an empty box."""
+    numbers = [
+        math.nan if value is None else float(value) for value in ([0.0] * 4 if values in (None, []) else values)
+    ]
+    if len(numbers) != 4:
+        raise ValueError(f"'bbox' has {len(numbers)} numbers, not 4")
+    return numbers
+
+
+def clean_caption(caption: str) -> str:
+    """A caption on one line. Half a surrogate pair, which JSON can escape, is no text that can be written or sent."""
+    return " ".join(caption.split()).encode("utf-8", "replace").decode()
 
 
 def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[str, ...]:
     captions = [captions] if isinstance(captions, str) else captions or ()
     if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where}: {captions!r} are no captions; they are a list of texts.")
-    # Half a surrogate pair, which JSON can escape, is no text that can be written or sent.
-    cleaned = [" ".join(caption.split()).encode("utf-8", "replace").decode() for caption in captions]
+    cleaned = [clean_caption(caption) for caption in captions]
     if empty := cleaned.count(""):
         counts.dropped["empty_caption"] += empty
     return tuple(caption for caption in cleaned if caption)
@@ -220,7 +236,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     Raises:
         ValueError: a field is absent or not of its form.
     """
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
         raise ValueError(f"{where} has no 'image'. A context is one object {{image, captions, boxes}} per line.")
     name = row.get("id")
     name = str(PurePosixPath(row["image"]).with_suffix("")) if name is None else str(name)
@@ -229,8 +245,8 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     boxes = []
     for item in row.get("boxes", row.get("instances")) or ():
         try:
-            category, corners, crowd = item["category"], [float(value) for value in item["bbox"]], item.get("iscrowd")
-            if len(corners) != 4 or not category.strip():
+            category, corners, crowd = item["category"], _corners(item["bbox"]), item.get("iscrowd")
+            if not category.strip():
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(f"{where}: box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}.") from None
@@ -244,6 +260,25 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     return Context(name, row["image"], captions, _largest_first(boxes))
 
 
+@contextmanager
+def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
+    """What is wrong with an item of a COCO file is said with the file and the item."""
+    try:
+        if not isinstance(item, dict):
+            raise TypeError("it is no object")
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error} is absent" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
+
+
+def coco_name(item: dict[str, Any], key: str) -> str:
+    """`item[key]`, if it is a name."""
+    if not isinstance(item[key], str) or not item[key].strip():
+        raise ValueError(f"'{key}' is no name")
+    return item[key]
+
+
 def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
     """`images` by id as `(file name, width, height)`, `categories` by id, annotations by image id, of a COCO file.
 
@@ -253,23 +288,29 @@ def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any,
     categories: dict[Any, str] = {}
     annotations: dict[Any, list] = {}
     for key, item in iterate_json(path):
-        try:
+        if key not in {"images", "categories", "annotations"}:
+            continue
+        with coco_item(path, key, item):
             if key == "images":
-                images[item["id"]] = (item["file_name"], item.get("width"), item.get("height"))
+                images[item["id"]] = (coco_name(item, "file_name"), item.get("width"), item.get("height"))
             elif key == "categories":
-                categories[item["id"]] = item["name"]
-            elif key == "annotations" and "caption" in item:
+                categories[item["id"]] = coco_name(item, "name")
+            elif "caption" in item:
                 annotations.setdefault(item["image_id"], []).append(item["caption"])
-            elif key == "annotations" and "bbox" in item:
-                corners = [float(value) for value in item["bbox"]]
-                box = (item["category_id"], *corners, bool(item.get("iscrowd", 0)))
+            elif "bbox" in item:
+                box = (item["category_id"], *_corners(item["bbox"]), bool(item.get("iscrowd", 0)))
                 annotations.setdefault(item["image_id"], []).append(box)
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{error} is absent" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
     return images, categories, annotations
+
+
+def stray_annotation(path: Path, what: str, image_id: Any, images: dict[Any, Any]) -> ValueError:
+    """An annotation of an image that is not there; the ids are shown as they are written, for 1 is not "1"."""
+    return ValueError(
+        f"{path}: a {what} belongs to image {image_id!r}, which is not among its {len(images):,} 'images' "
+        f"({next(iter(images))!r}, …). Was the list of images cut? Cut the annotations by the same ids."
+    )
 
 
 def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
@@ -277,14 +318,14 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
     boxes = {}
     for image_id, found in annotations.items():
         if image_id not in images:
-            raise ValueError(f"{path}: a box belongs to image {image_id}, which is not among its 'images'.")
+            raise stray_annotation(path, "box", image_id, images)
         name, width, height = images[image_id]
         size = _size(width, height, f"{path}: image '{name}'")
         if size is None:
             raise ValueError(f"{path}: image '{name}' has no width and height, by which its boxes are normalised.")
         cleaned = []
         for item in found:
-            if not isinstance(item, tuple) or len(item) != 6:
+            if not isinstance(item, tuple):
                 raise ValueError(f"{path}: image '{name}' has an annotation without a box [x, y, width, height].")
             category, x, y, w, h, crowd = item
             if category not in categories:
@@ -292,7 +333,7 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
             corners = (x, y, x + w, y + h)
             box = clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
             cleaned += [box] if box else []
-        boxes[name] = _largest_first(cleaned)
+        boxes[name] = _largest_first([*boxes.get(name, ()), *cleaned])  # some files name one image twice
     return boxes
 
 
@@ -381,7 +422,7 @@ def read_contexts(
 def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
     images, _, annotations = _coco_images(path)
     for image_id in annotations.keys() - images.keys():
-        raise ValueError(f"{path}: a caption belongs to image {image_id}, which is not among its 'images'.")
+        raise stray_annotation(path, "caption", image_id, images)
     for image_id, (name, _, _) in images.items():
         stem = str(PurePosixPath(name).with_suffix(""))
         found = annotations.get(image_id, ())

@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..constants import IMAGE_TOKEN
 from ..endpoint.chat import Message
 from .contexts import Context
 
@@ -103,12 +104,13 @@ def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tupl
                 f"{at / 'system_message.txt'} is absent: a folder of prompts holds {', '.join(FOLDERS.values())}."
             )
         examples = []
-        for given in sorted(at.glob("*_caps.txt")):
+        # Names that begin with a dot are what macOS leaves beside a file.
+        for given in sorted(at.glob("[!.]*_caps.txt")):
             answered = given.with_name(given.name.removesuffix("_caps.txt") + "_conv.txt")
             if not answered.is_file():
                 raise ValueError(f"{given} has no {answered.name} beside it: an example is a pair of both.")
             examples.append((_text(given), _text(answered)))
-        for answered in at.glob("*_conv.txt"):
+        for answered in at.glob("[!.]*_conv.txt"):
             given = answered.with_name(answered.name.removesuffix("_conv.txt") + "_caps.txt")
             if not given.is_file():
                 raise ValueError(f"{answered} has no {given.name} beside it: an example is a pair of both.")
@@ -126,12 +128,18 @@ def load_questions(path: str | Path) -> tuple[str, ...]:
     """The questions of a list, one per line; empty lines and lines that begin with `#` are passed over.
 
     Raises:
-        ValueError: the list is empty.
+        ValueError: the list is empty, not UTF-8, or a question holds `<image>`.
     """
-    lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    lines = [line.strip() for line in _read(Path(path)).splitlines()]
     questions = tuple(line for line in lines if line and not line.startswith("#"))
     if not questions:
         raise ValueError(f"{path} holds no question; write one per line.")
+    for question in questions:
+        if IMAGE_TOKEN in question:
+            raise ValueError(
+                f"{path}: '{question}' holds {IMAGE_TOKEN}. Leave it out: the image's place, before or after the question, "
+                "is drawn."
+            )
     return questions
 
 
@@ -145,7 +153,15 @@ def hash_prompts(prompts: dict[str, Prompt]) -> str:
 
 
 def _text(path: Path) -> str:
-    text = path.read_text("utf-8").replace("\r\n", "\n").strip()
+    text = _read(path).replace("\r\n", "\n").strip()
     if not text:
         raise ValueError(f"{path} is empty.")
     return text
+
+
+def _read(path: Path) -> str:
+    """A text as editors on any system write it."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from None

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from modeling_llava.data_engine import noun_phrases
-from modeling_llava.data_engine.captions import expand_captions, filter_captions, read_captions
+from modeling_llava.data_engine.captions import RowWriter, expand_captions, filter_captions, read_captions
 from modeling_llava.data_engine.concepts import ConceptSettings, choose_captions
 from modeling_llava.data_engine.noun_phrases import extract_phrases, extract_shards, load_spacy, read_shards
 from modeling_llava.data_engine.prompts import BRIEF_QUESTIONS, DETAILED_QUESTIONS, load_questions
@@ -95,12 +95,46 @@ def test_expanded_data_is_what_training_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "document, message",
+    [
+        ({"images": [{"id": 1}]}, "'images' is not in COCO's form .'file_name' is absent"),
+        ({"annotations": [{"image_id": 1, "caption": "x"}]}, "'annotations' is not in COCO's form .'id' is absent"),
+        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is no object"),
+        (
+            {"annotations": [{"id": 1, "image_id": "1", "caption": "x"}]},
+            "belongs to image '1', which is not among its 1",
+        ),
+        ({"annotations": [{"id": 5, "image_id": 1, "caption": None}]}, "caption 5 has no 'caption'"),
+    ],
+)
+def test_coco_captions_of_another_form_are_named(tmp_path, document, message):
+    source = tmp_path / "coco.json"
+    source.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], **document}))
+    with pytest.raises(ValueError, match=f"coco.json.*{message}"):
+        expand_captions(source, tmp_path / "out.json")
+
+
+def test_captions_that_mark_an_image_are_left_out_and_half_an_emoji_is_written(tmp_path):
+    rows = [{"image": "a.jpg", "captions": ["a \ud83d cat", "an <image> of a cat"]}]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    summary = expand_captions(tmp_path / "in.json", tmp_path / "out.json", style="plain")
+    assert (summary.samples, summary.marked) == (1, 1)
+    (row,) = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert row["conversations"][1]["value"] == "a ? cat"
+    with RowWriter(tmp_path / "rows.jsonl") as writer:  # the filter's rows stay as they are
+        writer.write(rows[0])
+    assert json.loads((tmp_path / "rows.jsonl").read_text("utf-8")) == rows[0]
+
+
+@pytest.mark.parametrize(
     "rows, options, message",
     [
         (ROWS, {"style": "long"}, "style is 'long'; it is one of brief, detailed, plain"),
         (ROWS, {"style": "plain", "questions": "x"}, "asks no question"),
         ([{"image": "a.jpg"}], {}, "row 0 has no 'caption'"),
         ([{"caption": "x"}], {}, "row 0 has no 'image'"),
+        ([{"caption": "x", "image": ""}], {}, "row 0 has no 'image'"),
+        ([{"image": "a.jpg", "conversations": ["x"]}], {}, "holds no caption"),
         ([{"image": "a.jpg", "caption": " "}], {}, "holds no caption"),
     ],
 )

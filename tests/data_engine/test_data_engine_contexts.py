@@ -56,6 +56,10 @@ def test_coco_captions_and_instances_become_the_two_symbolic_representations(tmp
         ({"bbox": [300, 10, 5, 20]}, "outside"),
         ({"bbox": [-30, -30, 30, 20]}, "outside"),
         ({"bbox": [10, 10, 0.05, 20]}, "tiny"),
+        ({"bbox": []}, "empty"),
+        ({"bbox": None}, "empty"),
+        ({"bbox": [None, 10, 5, 20]}, "not_finite"),
+        ({"bbox": None, "iscrowd": 1}, "crowd"),
     ],
 )
 def test_boxes_that_are_no_objects_are_left_out_and_counted(tmp_path, box, reason):
@@ -84,6 +88,43 @@ def test_equal_boxes_keep_the_order_of_the_file(tmp_path):
     ]
     context = next(read_contexts(write(tmp_path / "c.jsonl", rows)))
     assert [box.category for box in context.boxes] == ["b", "a", "c"]
+
+
+def test_boxes_of_one_size_in_different_places_keep_the_order_of_the_file(tmp_path):
+    # 0.3 - 0.1 is a little less than 0.2: the last bits of an area say nothing of its size.
+    images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
+    corners = [[300, 100, 64, 48], [0, 0, 64, 48], [10, 20, 48, 64], [333, 17, 64, 48]]
+    annotations = [{"id": n, "image_id": 1, "category_id": n, "bbox": box} for n, box in enumerate(corners)]
+    categories = [{"id": n, "name": name} for n, name in enumerate("dbca")]
+    captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    (context,) = read_contexts(captions, write(tmp_path / "i.json", instances))
+    assert [box.category for box in context.boxes] == ["d", "b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": [{"id": 1, "file_name": 3, "width": 9, "height": 9}]}, "'file_name' is no name.*'file_name': 3"),
+        ({"categories": [{"id": 7, "name": None}]}, "'name' is no name"),
+        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is no object"),
+        ({"annotations": None}, "'annotations' is not in COCO's form .it is no object"),
+        ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4, 5]}]}, "'bbox' has 5 numbers, not 4"),
+        (
+            {"annotations": [{"image_id": "1", "category_id": 7, "bbox": [1, 2, 3, 4]}]},
+            "a box belongs to image '1', which is not among its 1 'images' .1, …",
+        ),
+    ],
+)
+def test_coco_items_of_another_form_are_named(tmp_path, change, message):
+    instances = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}],
+        "annotations": [],
+        "categories": [{"id": 7, "name": "cat"}],
+    }
+    captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
+    with pytest.raises(ValueError, match=f"i.json: .*{message}"):
+        list(read_contexts(captions, write(tmp_path / "i.json", {**instances, **change})))
 
 
 def test_the_same_data_in_every_form_gives_the_same_contexts(tmp_path):

@@ -177,6 +177,27 @@ def test_an_example_without_its_counterpart_is_named(tmp_path, name):
         load_prompts(tmp_path / "p")
 
 
+def test_prompts_are_read_as_windows_and_macos_write_them(tmp_path):
+    folder = tmp_path / "prompts" / "conversation"
+    folder.mkdir(parents=True)
+    (folder / "system_message.txt").write_bytes(b"\xef\xbb\xbfBe brief.\r\n")
+    (folder / "000_caps.txt").write_bytes(b"A cat.\r\nA mat.")
+    (folder / "000_conv.txt").write_bytes(b"\xef\xbb\xbfQuestion:\r\nWhat is it?")
+    for name in ("._000_caps.txt", "._000_conv.txt", ".DS_Store", "notes.md"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    prompt = load_prompts(tmp_path / "prompts", ("conversation",))["conversation"]
+    assert (prompt.system, prompt.examples) == ("Be brief.", (("A cat.\nA mat.", "Question:\nWhat is it?"),))
+    (folder / "000_conv.txt").write_bytes("Überall".encode("latin-1"))
+    with pytest.raises(ValueError, match="000_conv.txt is no text in UTF-8"):
+        load_prompts(tmp_path / "prompts", ("conversation",))
+
+
+def test_a_question_that_marks_an_image_is_named(tmp_path):
+    (tmp_path / "questions.txt").write_text("What is it?\nWhat is in <image>?\n")
+    with pytest.raises(ValueError, match="'What is in <image>\\?' holds <image>"):
+        load_questions(tmp_path / "questions.txt")
+
+
 def test_absent_folders_unknown_types_and_empty_files_are_named(tmp_path):
     with pytest.raises(OSError, match="conversation/system_message.txt is absent"):
         load_prompts(tmp_path)
