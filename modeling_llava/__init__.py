@@ -53,6 +53,10 @@ def _is_console_script() -> bool:
 
 
 if not _is_console_script():
+    from .versions import check_transformers
+
+    check_transformers()
+
     from .registration import register_auto_classes
 
     register_auto_classes()

@@ -2,10 +2,12 @@
 
 import argparse
 
+from ..versions import TRANSFORMERS, installed, is_older
+
 
 USES_MODELS = False
 
-CORE = {"torch": "2.6", "transformers": "5.23", "accelerate": "1.10", "datasets": "4.0", "huggingface_hub": "1.0",
+CORE = {"torch": "2.6", "transformers": TRANSFORMERS[0], "accelerate": "1.10", "datasets": "4.0", "huggingface_hub": "1.0",
         "peft": "0.18", "pillow": "10.1", "safetensors": "0.5", "sentencepiece": "0.2", "tokenizers": "0.22"}  # fmt: skip
 """Oldest supported version of each package; setup.py says the same (a test holds it)."""
 
@@ -58,17 +60,19 @@ def diagnose() -> dict:
     import shutil
 
     problems = []
-    packages = {name: _version(name) for name in CORE}
+    packages = {name: installed(name) for name in CORE}
     for name, oldest in CORE.items():
         found = packages[name]
         if found is None:
             problems.append(f"{name} is missing: pip install 'modeling-llava'.")
-        elif _older(found, oldest):
+        elif is_older(found, oldest):
             problems.append(f"{name} {found} is too old: pip install --upgrade '{name}>={oldest}'.")
-    if packages["transformers"] and not _older(packages["transformers"], "6"):
-        problems.append(f"transformers {packages['transformers']} is not tested: pip install 'transformers<6'.")
+    if packages["transformers"] and not is_older(packages["transformers"], TRANSFORMERS[1]):
+        problems.append(
+            f"transformers {packages['transformers']} is not tested: pip install 'transformers<{TRANSFORMERS[1]}'."
+        )
     extras = {
-        name: {"for": purpose, "packages": {package: _version(package) for package in names}}
+        name: {"for": purpose, "packages": {package: installed(package) for package in names}}
         for name, (names, purpose) in EXTRAS.items()
     }
     report = {
@@ -89,26 +93,6 @@ def diagnose() -> dict:
         report["note"] = f"{report['disk_free_gib']} GiB of disk are free here; a 7B model takes 14 GiB."
     report["works"] = _what_works(report)
     return report
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _older(found: str, oldest: str) -> bool:
-    def numbers(version: str) -> list[int]:
-        parts = []
-        for part in version.split("+")[0].split("."):
-            digits = "".join(c for c in part if c.isdigit())
-            parts.append(int(digits) if digits else 0)
-        return parts
-
-    return numbers(found) < numbers(oldest)
 
 
 def _memory_gib() -> float | None:

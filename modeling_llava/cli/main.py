@@ -12,6 +12,8 @@ import os
 import sys
 import warnings
 
+from ..versions import check_transformers
+
 
 COMMANDS: dict[str, str] = {
     "quickstart": "the whole life of a small LLaVA on this machine's CPU, in minutes",
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
+        if args.command != "doctor":  # which says more about it
+            check_transformers()
         if getattr(module, "USES_MODELS", True):  # the package itself does not register in the `llava` program
             importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0

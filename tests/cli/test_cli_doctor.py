@@ -3,6 +3,7 @@
 import json
 import re
 
+from modeling_llava import versions
 from modeling_llava.cli import doctor
 from modeling_llava.cli.main import main
 
@@ -27,14 +28,14 @@ def test_tables_name_every_extra_and_what_works(capsys):
 
 
 def test_four_bit_is_tried_and_not_assumed():
-    bitsandbytes_is_there = doctor._version("bitsandbytes") is not None
+    bitsandbytes_is_there = doctor.installed("bitsandbytes") is not None
     assert doctor._try_four_bit(on_gpu=False).startswith("works") == bitsandbytes_is_there
 
 
 def test_old_and_missing_packages_are_problems_with_their_mend(monkeypatch, capsys):
-    versions = {"transformers": "4.57.1", "peft": None}
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
+    found = {"transformers": "4.57.1", "peft": None}
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: found.get(name, real(name)))
     assert main(["doctor", "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert any("transformers 4.57.1 is too old" in p and "pip install --upgrade" in p for p in problems)
@@ -50,10 +51,11 @@ def test_small_gpu_without_bf16(monkeypatch):
 
 
 def test_versions_are_compared_as_numbers():
-    assert doctor._older("2.9.1", "2.13") and not doctor._older("2.13.0+cpu", "2.6")
+    assert doctor.is_older("2.9.1", "2.13") and not doctor.is_older("2.13.0+cpu", "2.6")
 
 
 def test_oldest_versions_are_those_of_setup(request):
     setup = (request.config.rootpath / "setup.py").read_text()
     for package, oldest in doctor.CORE.items():
         assert re.search(rf'"{package}>={re.escape(oldest)}[",]', setup), package
+    assert f'"transformers>={versions.TRANSFORMERS[0]},<{versions.TRANSFORMERS[1]}"' in setup

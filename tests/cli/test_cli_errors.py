@@ -1,5 +1,6 @@
 """What a beginner does wrong in the first hour is answered by one line; a defect of ours keeps its traceback."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,26 @@ def test_what_other_packages_tell_their_programmers_is_not_passed_on(folder, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     for noise in ("FutureWarning", "kernels-community", "UserWarning"):
         assert noise not in done.stderr + done.stdout
+
+
+def test_an_old_transformers_is_one_line_with_the_command_that_mends_it(folder, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_llava.versions.installed", lambda package: "5.17.0")
+    for command in (["chat", str(folder)], ["estimate", "qlora", f"model={folder}"], ["data", "check", "my.json"]):
+        assert main(command) == 2
+        assert last_line(capsys, command[0]).endswith(
+            "error: modeling_llava needs transformers ≥ 5.23, 5.17.0 is installed: "
+            "pip install --upgrade 'transformers>=5.23,<6'."
+        )
+
+
+def test_importing_us_over_an_old_transformers_says_so_first(tmp_path):
+    """Before a name is missed that it has not."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import modeling_llava"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "ImportError: modeling_llava needs transformers ≥ 5.23, 4.57.1 is installed" in done.stderr
