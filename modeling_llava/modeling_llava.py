@@ -23,8 +23,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import maybe_install_capturing_hooks, select_hidden_states
+from transformers.utils.output_capturing import select_hidden_states
 
+from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .loss import causal_language_model_loss
 
@@ -170,9 +171,17 @@ class LlavaModel(LlavaPreTrainedModel):
         self.prepare_for_compile()
 
     def prepare_for_compile(self) -> None:
-        """Hook the tower for its hidden states now: transformers does it in the first call, under a lock that
-        `torch.compile` cannot trace. To be called again where another tower was put in."""
-        maybe_install_capturing_hooks(self.vision_tower)
+        """Hook the tower for its hidden states (see `capturing_hooks.py`). To be called again where another tower was
+        put in."""
+        install_capturing_hooks(self)
+
+    def __getstate__(self) -> dict:
+        modules = {name: without_capturing_hooks(module) for name, module in self._modules.items()}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.prepare_for_compile()
 
     @merge_with_config_defaults
     @can_return_tuple

@@ -1,6 +1,7 @@
 """Our model against stock transformers' on tiny random models: the same keys, logits, losses, gradients, answers."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -219,6 +220,47 @@ def test_forward_compiles_without_graph_breaks():
         expected = model(**batch)
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.loss, expected.loss)
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_a_whole_model_can_be_pickled_and_copied_fresh_and_used(tower):
+    strategy = "default" if tower.startswith("clip") else "full"
+    model = LlavaForConditionalGeneration(
+        tiny_config(vision=tiny_vision_config(tower), vision_feature_select_strategy=strategy)
+    ).eval()
+    hooks = len(pickle.loads(pickle.dumps(model)).model.vision_tower._forward_hooks)
+    batch = {**without_labels(tiny_batch()), "output_hidden_states": True}
+    fresh = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    with torch.no_grad():
+        expected = model(**batch)
+        used = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+        for copied in fresh + used:
+            actual = copied(**batch)
+            torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
+            assert len(actual.hidden_states) == len(expected.hidden_states) == 3
+            assert len(copied.model.vision_tower._forward_hooks) == hooks
+            for parameter in copied.model.vision_tower.parameters():
+                parameter.zero_()  # nothing is shared
+        torch.testing.assert_close(model(**batch).logits, expected.logits, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_model_saved_whole_answers_in_a_process_that_made_none(tmp_path):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = without_labels(tiny_batch())
+    torch.save((model, batch), tmp_path / "whole.pt")
+    script = """
+        import sys, torch
+        model, batch = torch.load(sys.argv[1], weights_only=False)
+        with torch.no_grad():
+            logits = torch.compile(model, fullgraph=True, backend="eager")(**batch).logits
+            hidden_states = model(**batch, output_hidden_states=True).hidden_states
+        torch.save((logits, hidden_states), sys.argv[1])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "whole.pt")], check=True)
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True)
+    torch.testing.assert_close(torch.load(tmp_path / "whole.pt"), (expected.logits, expected.hidden_states))
 
 
 def test_static_cache_and_sampling_settings_generate(tmp_path):
