@@ -183,7 +183,7 @@ def describe(args: argparse.Namespace, summary) -> int:
         f"{run.skipped:,} were settled before"
     )
     if counts.rejected:
-        from ..data_engine.validate import REASONS
+        from ..data_engine.replies import REASONS
 
         print("rejected so far, with first attempts:")
         for reason, number in counts.rejected.most_common():

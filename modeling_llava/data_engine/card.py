@@ -11,9 +11,9 @@ from ..endpoint import BATCH_PRICE, Ledger
 from .contexts import REASONS as CONTEXT_REASONS
 from .noun_phrases import DEFAULT_MODEL, load_spacy
 from .plots import plot_lengths, plot_verbs
+from .replies import REASONS
 from .run import RunFolder, write_atomically
 from .samples import OutputSettings, OutputSummary, kept_samples
-from .validate import REASONS
 
 
 QUESTIONS_LOOKED_AT = 5000

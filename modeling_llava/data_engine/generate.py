@@ -33,9 +33,10 @@ from ..endpoint import (
 from .contexts import Context, ContextCounts, read_contexts
 from .output import write_output
 from .prompts import Prompt, load_prompts
+from .replies import Rejection
 from .run import GenerateConfig, RunFolder
 from .samples import OutputSettings, OutputSummary, find_image
-from .validate import Rejection, ValidationSettings, validate
+from .validate import ValidationSettings, validate
 
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
+from .replies import REASONS
 from .run import RunFolder, write_atomically
 from .samples import OutputSettings, OutputSummary, Sample, find_image, kept_samples
-from .validate import REASONS
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from ..constants import IMAGE_TOKEN
 from ..endpoint import Ledger
 from .contexts import Context
 from .near_duplicates import QuestionIndex, count_question_words
+from .replies import Turn, parse_description, parse_turns
 from .run import RunFolder
-from .validate import Turn, parse_description, parse_turns
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Parses what a model wrote into questions and answers, and says what is wrong with it.
+"""Says what is wrong with what a model wrote.
 
 Each rule is a function of the reply alone (and of the settings), so a reply gets the same verdict whenever it is judged.
 """
@@ -9,47 +9,7 @@ from dataclasses import dataclass, field
 
 from ..constants import IMAGE_TOKEN
 from .languages import looks_like
-
-
-Turn = tuple[str, str]
-"""A question and its answer. In a description the question is empty: it is drawn from a list."""
-
-REASONS: dict[str, str] = {
-    "no_parse": "not in the form of questions and answers",
-    "empty": "empty, or an empty question or answer",
-    "filtered": "withheld by the endpoint's content filter",
-    "cut": "cut at the longest reply",
-    "image_marker": "holds the text <image>, which would mark an image",
-    "mentions_source": "speaks of captions, boxes or coordinates",
-    "refusal": "refuses to answer",
-    "wrong_language": "in another language",
-    "too_short": "too short",
-    "too_long": "too long",
-    "duplicate_questions": "asks the same question twice",
-    "gives_answer_away": "a question holds its own answer",
-}
-"""Reasons to reject a reply, in the order in which they are looked for."""
-
-TELL: dict[str, str] = {
-    "no_parse": "Your last reply was not in the required form. Write 'Question:' on a line of its own, then the question, "
-    "then '===', then 'Answer:' and the answer, exactly as in the examples, and nothing else.",
-    "empty": "Your last reply was empty or had an empty question or answer. Please write it again, complete.",
-    "filtered": "Your last reply was withheld. Please write another one that stays with what the image shows.",
-    "cut": "Your last reply was cut off because it was too long. Please write a shorter one that comes to an end.",
-    "image_marker": "Your last reply held the text {detail}, which has a meaning of its own. Please write it again without.",
-    "mentions_source": "Your last reply spoke of captions, descriptions, boxes or coordinates ({detail}). Please write it "
-    "again as someone who looks at the image itself, in ordinary words.",
-    "refusal": "Your last reply refused to answer ({detail}). You do know what the image shows: it was told to you in "
-    "words. Please write the reply as if you were looking at it.",
-    "wrong_language": "Your last reply was not in the language of the examples. Please write it again in that language.",
-    "too_short": "Your last reply was too short ({detail}). Please write it again with more detail.",
-    "too_long": "Your last reply was too long ({detail}). Please write a shorter one.",
-    "duplicate_questions": "Your last reply asked the same question twice ({detail}). Please write it again with "
-    "different questions.",
-    "gives_answer_away": "In your last reply a question already held its answer ({detail}). Please write it again with "
-    "questions that do not.",
-}
-"""What the model is told when it is asked once more; `{detail}` is what was found."""
+from .replies import UNENDED_THOUGHTS, Rejection, Turn, parse_description, parse_turns, unwrap
 
 
 @dataclass(frozen=True)
@@ -73,110 +33,52 @@ class ValidationSettings:
     question_words: tuple[int, int] = (2, 80)
 
 
-class Rejection(ValueError):
-    """A reply is not good enough.
-
-    Args:
-        reason: One of `REASONS`.
-        detail: What was found.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{REASONS[reason]}: {detail}" if detail else REASONS[reason])
-        self.reason = reason
-        self.detail = detail
-
-    @property
-    def tell(self) -> str:
-        """What the model is told when it is asked once more."""
-        return TELL[self.reason].format(detail=self.detail)
-
-
-HEADER = re.compile(
-    r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\d+[.)][ \t]*)?[*_]{0,2}(question|answer|q|a)[ \t]*\d*[*_]{0,2}[ \t]*[:：][ \t]*[*_]{0,2}[ \t]*",
-    re.IGNORECASE | re.MULTILINE,
+MARKER = re.compile(
+    re.escape(IMAGE_TOKEN) + r"|<im_(?:start|end|patch)>|<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>",
+    re.IGNORECASE,
 )
-SEPARATOR = re.compile(r"^[ \t]*(?:={3,}|-{3,}|\*{3,})[ \t]*$", re.MULTILINE)
-
-
-def parse_turns(text: str) -> list[Turn]:
-    """Questions and answers of a reply in the form `Question:` … `===` `Answer:` … `===`.
-
-    Forgiving where nothing is lost: separators may be absent, the text may begin on the header's line, headers may be
-    numbered or bold. Text before the first question, an answer before any question, or two of a kind in a row are not.
-
-    Raises:
-        Rejection: `"no_parse"`, or `"empty"` where a question or an answer has no text.
-    """
-    text = text.replace("\r\n", "\n")
-    headers = list(HEADER.finditer(text))
-    if not headers:
-        raise Rejection("no_parse", "no 'Question:'")
-    if SEPARATOR.sub("", text[: headers[0].start()]).strip():
-        raise Rejection("no_parse", "text before the first 'Question:'")
-    parts: list[tuple[str, str]] = []
-    for header, following in zip(headers, [*headers[1:], None]):
-        body = text[header.end() : following.start() if following else len(text)]
-        parts.append((header[1][0].lower(), _trim_separators(body)))
-    turns = []
-    for i in range(0, len(parts), 2):
-        if parts[i][0] != "q" or i + 1 == len(parts) or parts[i + 1][0] != "a":
-            raise Rejection("no_parse", "questions and answers do not alternate")
-        question, answer = parts[i][1], parts[i + 1][1]
-        if not question or not answer:
-            raise Rejection("empty", "an empty question" if not question else "an empty answer")
-        turns.append((question, answer))
-    return turns
-
-
-def _trim_separators(body: str) -> str:
-    lines = body.strip().split("\n")
-    while lines and (not lines[-1].strip() or SEPARATOR.fullmatch(lines[-1])):
-        lines.pop()
-    while lines and (not lines[0].strip() or SEPARATOR.fullmatch(lines[0])):
-        lines.pop(0)
-    return "\n".join(lines).strip()
-
-
-def parse_description(text: str) -> list[Turn]:
-    """A reply that is a description: one turn without a question. A leading `Answer:` or `Description:` is taken off.
-
-    Raises:
-        Rejection: `"empty"`.
-    """
-    text = re.sub(r"^\s*[*_]{0,2}(?:answer|description)[*_]{0,2}\s*:\s*[*_]{0,2}\s*", "", text, flags=re.IGNORECASE)
-    text = _trim_separators(text.replace("\r\n", "\n"))
-    if not text:
-        raise Rejection("empty")
-    return [("", text)]
-
+"""What a tokenizer would take for a token with a meaning of its own."""
 
 SOURCE = re.compile(
     r"""
       \b(?:the|these|those|this|both|given|provided|first|second|third|fourth|fifth|last|five|all|each|every|any|other)\s+
-      (?:\w+\s+)?captions?\b(?!\s+(?:on|under|below|beneath|reads?|reading|printed|written|at\s+the|of\s+the\s+(?:sign|poster|photo|comic)))
-    | \bcaptions?\s+(?:\d|mentions?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)
+      (?:\w+\s+)?captions?\b(?!\s+(?:on|under|below|beneath|reads?|reading|printed|written|at\s+the|(?:of|in)\s+the\s+(?:sign|poster|photo|comic|strip|newspaper|magazine|book)))
+    | \bimage(?:'s)?\s+captions?\b
+    | ^captions?\s*:
+    | \bcaptions?\s+(?:\d|mentions?|provides?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)
     | \b(?:in|from|by|per|to|on)\s+(?:the|its|a)\s+captions?\b
     | \bbounding[\s-]?(?:box(?:es)?|regions?|rectangles?)\b
     | \bbbox(?:es)?\b
     | \b(?:object|detection|annotated|given|provided)\s+box(?:es)?\b
     | \bbox(?:es)?\s+(?:coordinates?|information|data|annotations?|spans?)\b
     | \b[xy][\s-]coordinates?\b
-    | \b(?:normali[sz]ed|object|box|pixel|exact|specific|given|provided|with|at|the|its|their|these|those)\s+coordinates\b(?!\s+(?:with|their|its|his|her|the))
+    | \b(?:normali[sz]ed|object|box|pixel|exact|specific|given|provided|with|at|the|its|their|these|those)\s+coordinates\b(?!\s+(?:with|on|their|its|his|her|the))
+    | \bobject\s+(?:detections?|locations?|annotations?|information)\b
+    | \bdetected\s+objects?\b
+    | \bthe\s+list\s+of\s+(?:\w+\s+)?objects\b
+    | \bannotations?\s+(?:shows?|suggests?|indicates?|mentions?)\b
     | \bcoordinates\s+(?:shows?|suggests?|indicates?|are|of|given|provided|above)\b
     | \b(?:the|these|those|given|provided|five)\s+(?:given\s+|provided\s+|five\s+)?(?:sentences|descriptions)\b(?!\s+(?:on|written|printed))
-    | \b(?:the|this|all|any|your|on|to|from|by|per|in|with)\s+(?:provided|given)\s+(?:\w+\s+)?(?:descriptions?|information|text|data|sentences?)\b
+    | \b(?:the|this|all|any|your|on|to|from|by|per|in|with)\s+(?:provided|given)\s+(?:\w+\s+)?(?:descriptions?|information|details|text|data|sentences?)\b
+    | \bthe\s+(?:information|details|text|context)\s+(?:provided|given)\b(?!\s+(?:by|on|at|in|to|for)\b)
+    | \benough\s+(?:information|details|context)\s+(?:is\s+|was\s+)?(?:provided|given)\b
+    | \b(?:is|are|was|were)(?:\s+not|n't)\s+(?:\w+\s+)?(?:mentioned|specified)\b
+    | \b(?:mentioned|specified|stated|described)\s+in\s+the\s+(?:\w+\s+)?(?:context|text|information|data)\b(?!\s+(?:on|of)\b)
     | \b(?:on|to|from|with|by|per|in)\s+the\s+(?:\w+\s+)?(?:description|information|details|text|data)\s+(?:that\s+(?:is|was)\s+)?(?:provided|given|above|available)\b
       (?!\s+(?:by|on|at|in\s+the\s+(?:image|photo|picture|scene)))
-    | \b(?:according\s+to|based\s+on|from|as\s+per|in)\s+(?:the\s+|your\s+|these\s+)?(?:descriptions?|sentences?|object\s+list)\b(?!\s+(?:on|of\s+the\s+(?:product|job|item)))
-    | \b(?:image|photo|picture|scene)\s+descriptions?\b
+    | \b(?:according\s+to|based\s+on|from|as\s+per|in)\s+(?:the\s+|your\s+|these\s+)?(?:descriptions?|sentences?|object\s+list)\b(?!\s+(?:on|box|of\s+the\s+(?:product|job|item)))
+    | \b(?:image|photo|picture|scene)\s+(?:descriptions?|information)\b
+    | \b(?:image|photo|picture|scene)\s+is\s+described\s+(?:as|in|by)\b
     | \bdescriptions?\s+(?:does\s+not|doesn't|do\s+not|don't|mentions?|states?|says?|indicates?|suggests?|provided)\b
     | [\[(]\s*(?:[01](?:\.\d+)?|\.\d+)\s*,\s*[01]?\.\d+
     | [\[(]\s*[01](?:\s*,\s*[01](?:\.\d+)?){3}\s*[\])]
+    | [\[(]\s*[01]?\.\d+\s+[01]?\.\d+
+    | \b0\.\d{2,3}\s*,\s*0\.\d{2,3}\b
     | \b[xy][12]?\s*=\s*[01]?\.\d+
+    | \b[xy][12]\s+(?:is\s+|of\s+)?[01]?\.\d+
     | \(\s*x1\s*,
     """,
-    re.IGNORECASE | re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 SOURCE_WORDS = (
     "caption",
@@ -190,7 +92,8 @@ SOURCE_WORDS = (
     "text",
     "data",
 )
-SOURCE_WORDS += ("list", "[", "(", "=")
+SOURCE_WORDS += ("list", "[", "(", "=", "object", "annotation", "context", "described", "mentioned", "specified", "0.")
+SOURCE_WORDS += ("x1", "x2", "y1", "y2")
 """Each alternative of `SOURCE` holds one of these, which are found a hundred times faster."""
 
 REFUSAL = re.compile(
@@ -201,11 +104,16 @@ REFUSAL = re.compile(
     | \bI\s+apologi[sz]e\b
     | \bas\s+an?\s+(?:AI|artificial\s+intelligence|(?:large\s+)?language\s+model|text[- ]based)\b
     | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:AI|(?:large\s+)?language\s+model|text[- ]based)\b
-    | \b(?:I\s+(?:can(?:no|')t|can\s+not|(?:am\s+|was\s+)?(?:unable|not\s+able)\s+to|(?:do\s+not|don't)\s+have\s+the\s+ability\s+to)|I'm\s+(?:unable|not\s+able)\s+to)\s+
+    | \b(?:I\s+(?:can(?:no|')t|can\s+not|(?:am\s+|was\s+)?(?:unable|not\s+able)\s+to|(?:won't|will\s+not)\s+be\s+able\s+to|(?:do\s+not|don't)\s+have\s+the\s+ability\s+to)|I'm\s+(?:unable|not\s+able)\s+to)\s+
       (?:actually\s+|directly\s+|really\s+)?
-      (?: (?:assist|help|provide|answer|fulfil|comply|analy[sz]e|describe|process|generate|create|continue)\b
+      (?: (?:assist|help|provide|answer|fulfill?|comply|analy[sz]e|describe|process|generate|create|continue)\b
         | (?:see|view|access|look\s+at|open)\s+(?:\w+\s+){0,2}(?:images?|photos?|photographs?|pictures?|files?|visuals?|what)\b )
     | \bI\s+(?:do\s+not|don't)\s+(?:have\s+(?:\w+\s+)?access|(?:actually\s+)?see\s+(?:an|any|the)\s+(?:image|photo|picture))
+    | \b(?:not\s+|im)possible\s+for\s+me\s+to\b
+    | \bplease\s+(?:provide|upload|attach|share)\s+(?:\w+\s+){0,2}(?:image|photo|picture|captions?|description)\b
+    | \b(?:can|could)\s+you\s+(?:please\s+)?(?:provide|upload|attach|share)\b
+    | \bwithout\s+(?:seeing|access\s+to|being\s+able\s+to\s+(?:see|view))\s+(?:the|an|your)\s+(?:\w+\s+)?(?:image|photo|picture)\b
+    | \bI\s+(?:need|would\s+need|require)\s+more\s+(?:information|context|details)\b
     | \bno\s+(?:image|photo|picture)\s+(?:was|has\s+been|is)\s+(?:provided|attached|given|uploaded)\b
     | \b(?:image|photo|picture)\s+(?:was\s+not|wasn't|is\s+not|isn't|has\s+not\s+been)\s+(?:provided|attached|given|uploaded)\b
     """,
@@ -286,7 +194,10 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         raise Rejection("filtered")
     if not text.strip():
         raise Rejection("empty")
-    refused = REFUSAL.search(_straight(text))
+    bare = unwrap(text)
+    if UNENDED_THOUGHTS.search(bare):
+        raise Rejection("cut" if finish_reason == "length" else "no_parse", "thoughts without an end")
+    refused = REFUSAL.search(_straight(bare))
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
@@ -300,8 +211,8 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         raise Rejection("cut")
     for turn in turns:
         for part in turn:
-            if IMAGE_TOKEN in part:
-                raise Rejection("image_marker", IMAGE_TOKEN)
+            if ("<" in part or "[" in part) and (found := MARKER.search(part)):
+                raise Rejection("image_marker", found[0])
             if found := mention_of_source(part):
                 raise Rejection("mentions_source", found)
     if refused:

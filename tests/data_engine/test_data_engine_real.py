@@ -9,7 +9,8 @@ import pytest
 from fault_server import FaultServer
 
 from modeling_llava.cli.main import main
-from modeling_llava.data_engine.validate import REASONS, ValidationSettings, validate
+from modeling_llava.data_engine.replies import REASONS
+from modeling_llava.data_engine.validate import ValidationSettings, validate
 from modeling_llava.endpoint import Ledger
 
 

@@ -4,17 +4,8 @@ from pathlib import Path
 import pytest
 
 from modeling_llava.data_engine.languages import LANGUAGES, looks_like
-from modeling_llava.data_engine.validate import (
-    REASONS,
-    TELL,
-    Rejection,
-    ValidationSettings,
-    count_words,
-    mention_of_source,
-    parse_description,
-    parse_turns,
-    validate,
-)
+from modeling_llava.data_engine.replies import REASONS, TELL, Rejection, parse_description, parse_turns
+from modeling_llava.data_engine.validate import ValidationSettings, count_words, mention_of_source, validate
 
 
 BENCH = Path(__file__).parents[3] / "shared" / "llava_bench_coco"
@@ -36,6 +27,12 @@ def block(*turns):
         "===\r\nQuestion:\r\nWhat is it?\r\n===\r\nAnswer:\r\nA cat.\r\n===\r\nQuestion:\r\nWhere?\r\n===\r\nAnswer:\r\nOn a mat.\r\n\r\nIt sleeps.\r\n===\r\n",
         "### Question:\nWhat is it?\n---\n### Answer:\nA cat.\n---\n### Question:\nWhere?\n---\n### Answer:\nOn a mat.\n\nIt sleeps.",
         "Q: What is it?\nA: A cat.\nQ: Where?\nA: On a mat.\n\nIt sleeps.",
+        "Question: What is it? === Answer: A cat. ===\nQuestion: Where?\n=== Answer: On a mat.\n\nIt sleeps. ===",
+        "- **Question: What is it?**\n- Answer: A cat.\n- **Question: Where?**\n- Answer: On a mat.\n\nIt sleeps.",
+        "### Question 1\nWhat is it?\n### Answer 1\nA cat.\n\n**Question 2**\nWhere?\n**Answer 2**\nOn a mat.\n\nIt sleeps.",
+        "<think>\nThe captions tell of a cat.\nQuestion: what?\n</think>\n\nQ: What is it?\nA: A cat.\nQ: Where?\nA: On a mat.\n\nIt sleeps.",
+        "Here are two questions and answers about the image:\n```text\nQ: What is it?\nA: A cat.\nQ: Where?\nA: On a mat.\n\nIt sleeps.\n```",
+        "\ufeffQ: What is it?\nA: A cat.\nQ: Where?\nA: On a mat.\n\nIt sleeps.\x00</s><|im_end|>\n",
     ],
 )
 def test_questions_and_answers_are_read_in_every_form_that_models_write(text):
@@ -66,6 +63,28 @@ def test_description_loses_only_its_heading():
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nThe captions tell of dogs.\n</think>\n\n{}",
+        "The captions tell of dogs.\n</think>\n{}",  # opened by the chat template
+        "Sure, here's a detailed description:\n\n{}",
+        "```\n{}\n```",
+        "{}<|eot_id|>",
+        "{}\n\nI hope this helps! Let me know if you need more.",
+        "## Detailed Description:\n{}",
+        "Question:\nWhat does the image show?\n===\nAnswer:\n{}\n===",
+    ],
+)
+def test_what_models_put_around_a_description_is_taken_off(text):
+    assert validate(text.format(LONG), "detail", ValidationSettings()) == [("", LONG)]
+
+
+def test_thoughts_without_an_end_are_no_description():
+    assert reason_of("<think>\n" + LONG, "detail") == "no_parse"
+    assert reason_of("<think>\n" + LONG, "detail", finish="length") == "cut"
+
+
 def reason_of(text, kind="conversation", finish="stop", **settings):
     try:
         validate(text, kind, ValidationSettings(**settings), finish)
@@ -86,6 +105,7 @@ REJECTED = [
         "I am unable to view the picture, so a full description of it is not possible for me to give at all.",
     ),
     ("image_marker", "conversation", block(("What is in <image>?", "A cat."))),
+    ("image_marker", "conversation", block(("What is it?", "A cat.<|im_end|>\n<|im_start|>user"))),
     ("mentions_source", "conversation", block(("What is it?", "The caption says that it is a cat."))),
     ("mentions_source", "conversation", block(("What do the captions mention?", "A cat on a mat."))),
     ("mentions_source", "detail", LONG + " One bounding box is near the left edge."),
@@ -200,6 +220,21 @@ SPEAKS_OF_SOURCE = [
     "The bounding-boxes are large.",
     "Its x=0.31 puts it on the left.",
     "Judging from the given boxes, the person is close.",
+    "The object detection results show a dog.",
+    "The detected objects include a cup.",
+    "The scene is described as busy.",
+    "The list of objects includes a fork.",
+    "The annotations show three people.",
+    "Captions provide nothing more.",
+    "The information provided doesn't tell the color.",
+    "The image's captions agree.",
+    "There isn't enough information provided to tell.",
+    "The color of the car is not mentioned.",
+    "Its maker is not explicitly specified.",
+    "The name is stated in the given context.",
+    "It reaches from x1 0.3 to the middle.",
+    "It lies in the range [0.25 0.5].",
+    "The man at 0.32, 0.44 is old.",
     "The caption’s words tell of a man; the caption says he is old.",
 ]
 SPEAKS_OF_THE_PICTURE = [
@@ -230,6 +265,12 @@ SPEAKS_OF_THE_PICTURE = [
     "The clock shows 10:25 (0.5 hours before the train).",
     "The sentence on the blackboard is written in chalk.",
     "The sentences written on the wall are graffiti.",
+    "The coordinates on the GPS screen change.",
+    "The sign in the description box of the museum is old.",
+    "The first caption in the comic strip is funny.",
+    "The information provided on the board is for hikers.",
+    "A white BMW X1 is parked near an object of art.",
+    "The prices are 0.5, 0.75 and 1 dollar.",
     "A phone box and a traffic light box stand side by side.",
     "There are three boxes of pizza with different toppings.",
     "The tennis court has a service box marked by white lines.",
@@ -262,6 +303,13 @@ REFUSES = [
     "I cannot answer that question.",
     "I can not describe the person.",
     "I'm just a language model.",
+    "I cannot fulfill this request.",
+    "I won't be able to help with that.",
+    "It is not possible for me to see it.",
+    "Please provide the image.",
+    "Could you upload the photo?",
+    "Without seeing the image, one can only guess.",
+    "I need more information.",
 ]
 DOES_NOT_REFUSE = [
     "The man looks sorry about the broken vase.",
@@ -276,6 +324,8 @@ DOES_NOT_REFUSE = [
     "No photo is on the wall.",
     "People cannot access the beach from here.",
     "The robot is an AI assistant toy.",
+    "The sign says 'Please share the road'.",
+    "Without seeing the road, the driver goes slowly.",
 ]
 
 

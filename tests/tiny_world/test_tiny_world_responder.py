@@ -7,7 +7,8 @@ import pytest
 
 from modeling_llava.data_engine.contexts import Box, Context
 from modeling_llava.data_engine.prompts import load_prompts
-from modeling_llava.data_engine.validate import ValidationSettings, parse_turns, validate
+from modeling_llava.data_engine.replies import parse_turns
+from modeling_llava.data_engine.validate import ValidationSettings, validate
 from modeling_llava.endpoint.chat import ChatModel, RequestFault
 from modeling_llava.tiny_world.language import tell_scene
 from modeling_llava.tiny_world.responder import (
