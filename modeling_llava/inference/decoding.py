@@ -251,11 +251,13 @@ class Decoder:
         for row in rows:
             cache = DynamicCache(config=self.language_model.config)
             embeds = self._embed(row)[None]
+            _forget_lengths(self.language_model)
             while row.finish_reason is None:
                 outputs = self.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
                 embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))
+            _forget_lengths(self.language_model)
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
         """Gives each row its next token. logits `[num_rows, vocab_size]`."""
@@ -277,6 +279,19 @@ class Decoder:
         # A token is a character at least, but for the bytes of rare characters.
         tail = self.tokenizer.decode(row.tokens[-(max(map(len, stop_strings)) + 8) :])
         return any(stop in tail for stop in stop_strings)
+
+
+def _forget_lengths(language_model) -> None:
+    """
+    Sets "dynamic" rotary angles back to those of a model just loaded. They grow with the longest sequence so far, and
+    transformers keeps them for the next one: a prompt's answer would depend on the prompts before it.
+    """
+    for module in language_model.modules():
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        for kind in module.rope_type if isinstance(module.rope_type, dict) else [None]:
+            token = torch.zeros(1, 1, dtype=torch.long, device=next(module.buffers()).device)
+            module(token.float(), token, **({} if kind is None else {"layer_type": kind}))  # a sequence of one token
 
 
 def _draw(row: Row, logits: torch.Tensor, settings: DecodingSettings) -> int:
