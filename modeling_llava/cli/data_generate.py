@@ -228,7 +228,8 @@ def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
         for message in messages:
             print(f"── {message['role']}\n{message['content']}")
     print("═" * 74)
-    print(f"{contexts['number']:,} images with captions, {contexts['boxes']:,} boxes")
+    first = f"; the first {args.limit:,} are asked about" if args.limit and args.limit < contexts["number"] else ""
+    print(f"{contexts['number']:,} images with captions, {contexts['boxes']:,} boxes{first}")
     if found.missing_images:
         print(f"{found.missing_images:,} images are not in {images} and are not asked for")
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in found.tasks.items())

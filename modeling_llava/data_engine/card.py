@@ -67,16 +67,22 @@ def write_card(
             plots["Questions by first verb and noun"] = "questions.png"
     except ImportError as error:
         summary.notes.append(f"The card lacks plots. {error}")
-    about = collect_figures(folder, ledger, summary)
+    about = collect_figures(folder, ledger, summary, limit)
     write_atomically(folder.path / "summary.json", json.dumps(about, indent=1, ensure_ascii=False))
     write_atomically(target / "README.md", render_card(about, plots, summary.fingerprint))
     summary.files += [target / "README.md", folder.path / "summary.json"]
     return target / "README.md"
 
 
-def collect_figures(folder: RunFolder, ledger: Ledger, summary: OutputSummary) -> dict[str, Any]:
+def collect_figures(
+    folder: RunFolder, ledger: Ledger, summary: OutputSummary, limit: int | None = None
+) -> dict[str, Any]:
     """All figures about a run and its data, as plain values."""
     counts = ledger.counts
+    asked: dict[str, int] = {}  # context → its boxes; a run with a limit takes the first of them
+    for task_id, context, _ in folder.plan(limit):
+        if task_id in ledger.tasks:
+            asked[context.id] = len(context.row["boxes"])
     prices = folder.about.get("prices")
     cost = None
     if prices:
@@ -87,6 +93,8 @@ def collect_figures(folder: RunFolder, ledger: Ledger, summary: OutputSummary) -
         "answered_as": sorted(name for name in counts.models if name),
         "settings": folder.about["settings"],
         "contexts": {key: value for key, value in folder.about["contexts"].items() if key != "sources"},
+        "contexts_asked": len(asked),
+        "boxes_asked": sum(asked.values()),
         "samples": dict(summary.samples),
         "turns": dict(summary.turns),
         "images": summary.images,
@@ -210,8 +218,9 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
                     ],
                     ["longest reply (tokens)", settings["max_reply_tokens"]],
                     ["seed", f"{settings['seed']}"],
-                    ["contexts", contexts["number"]],
-                    ["boxes", contexts["boxes"]],
+                    ["contexts asked about", about["contexts_asked"]],
+                    ["boxes of these", about["boxes_asked"]],
+                    ["contexts in the captions and boxes given", contexts["number"]],
                     *left_out,
                 ],
             ),

@@ -98,6 +98,7 @@ class Plan:
         self.settled = 0
         self.missing: list[str] = []
         self.missing_images = 0
+        self.missing_tasks = 0
 
     def __iter__(self) -> Iterator[Task]:
         absent, present = None, None  # the last image looked up: its types come one after the other
@@ -107,12 +108,12 @@ class Plan:
                 self.settled += 1
                 continue
             if self.images is not None and context.image != present:
-                if context.image == absent:
-                    continue
-                if find_image(self.images, context.image) is None:
+                if context.image != absent and find_image(self.images, context.image) is None:
                     absent = context.image
                     self.missing_images += 1
                     self.missing = [*self.missing, context.image][:3]
+                if context.image == absent:
+                    self.missing_tasks += 1
                     continue
                 present = context.image
             yield make_task(task_id, context.load(), self.folder.prompts[kind], self.folder.config)
@@ -247,7 +248,7 @@ def generate(
     judge = make_judge(validation or ValidationSettings(language=config.language))
     with Ledger(folder.path / "ledger.jsonl") as ledger:
         plan = Plan(folder, ledger, images, limit)
-        bar = _progress_bar(folder, ledger, limit) if progress else None
+        bar = _Bar(plan) if progress else None
         try:
             summary = run_tasks(
                 plan,
@@ -327,28 +328,24 @@ def check_images(folder: RunFolder, images: str | Path | None, limit: int | None
 
 
 class _Bar:
-    """A progress bar over the images and types, with the share of accepted replies."""
+    """A progress bar over the tasks of a plan, with the share of accepted replies."""
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, plan: Plan):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=done, unit="reply", dynamic_ncols=True, smoothing=0.05)
+        settled = [plan.ledger.state(task_id).final for task_id, _, _ in plan.folder.plan(plan.limit)]
+        self.plan, self.total = plan, len(settled)
+        self.bar = tqdm(total=self.total, initial=sum(settled), unit="reply", dynamic_ncols=True, smoothing=0.05)
         self.counts = [0, 0]
 
     def settled(self, task: Task, accepted: bool) -> None:
         self.counts[accepted] += 1
+        self.bar.total = self.total - self.plan.missing_tasks  # that an image is absent is seen on the way
         self.bar.update(1)
         self.bar.set_postfix(accepted=self.counts[1], rejected=self.counts[0], refresh=False)
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _progress_bar(folder: RunFolder, ledger: Ledger, limit: int | None) -> _Bar:
-    contexts = min(folder.about["contexts"]["number"], limit or 2**62)
-    total = round(contexts * sum(folder.config.shares.values()))
-    done = sum(state.final for state in ledger.tasks.values())
-    return _Bar(max(total, done), done)
 
 
 def batch_out(

@@ -10,6 +10,7 @@ from fault_server import answer
 
 from modeling_llava.data_engine.contexts import Box, Context
 from modeling_llava.data_engine.generate import batch_in, batch_out, estimate, generate, open_folder
+from modeling_llava.data_engine.output import write_output
 from modeling_llava.data_engine.prompts import DEFAULT_PROMPTS
 from modeling_llava.data_engine.report import choose_samples, read_drop_list
 from modeling_llava.data_engine.run import GenerateConfig, open_run
@@ -211,8 +212,6 @@ def test_near_duplicate_questions_are_removed_across_the_set_and_kept_on_request
     assert all("<image>" not in turn["value"] for row in rows for turn in row["conversations"][1:])
     removed = [row for row in rejected_of(out) if row["reason"] == "near_duplicate_question"]
     assert len(removed) == 4 and removed[0]["detail"].startswith("000:conversation: What color")
-    from modeling_llava.data_engine.output import write_output
-
     folder = open_run(out)
     with Ledger(out / "ledger.jsonl") as ledger:
         for repeats, kept in ((2, [4, 4, 2, 2, 2]), (None, [4] * 5)):
@@ -304,6 +303,46 @@ def test_card_says_what_the_ledger_says(whole_run):
     assert "| conversation | 12 | 33.3% | 24 |" in text
     assert (out / "dataset" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert str(out) not in text and str(out) not in (out / "summary.json").read_text("utf-8")
+
+
+def test_card_of_a_limited_run_counts_the_contexts_that_were_asked_about(tmp_path, images):
+    few = contexts(8)
+    few[1] = Context(few[1].id, few[1].image, few[1].captions, few[1].boxes * 3)
+    output = OutputSettings(parquet=False, report_samples=0)
+    out = tmp_path / "run"
+    generate(out, Responder(), ALL, contexts=few, images=images, limit=3, output=output)
+    for _ in range(2):  # `llava data report` does not know the limit
+        text = (out / "README.md").read_text("utf-8")
+        assert "| contexts asked about | 3 |" in text and "| boxes of these | 5 |" in text
+        assert "| contexts in the captions and boxes given | 8 |" in text
+        with Ledger(out / "ledger.jsonl", write=False) as ledger:
+            write_output(open_run(out), ledger, images=images, settings=output)
+
+
+def test_progress_ends_at_the_number_of_tasks(tmp_path, images, monkeypatch):
+    import tqdm
+
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            if not self.disable:
+                shown.append((self.initial, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    config = GenerateConfig("scripted")
+    (images / "004.png").unlink()
+    for limit in (10, 3, 12):
+        options = {"contexts": contexts(12), "images": images, "limit": limit, "output": BARE}
+        generate(tmp_path / "run", Responder(), config, progress=True, **options)
+    plan = [sum(config.wants(f"{i:03d}", kind) for kind in config.types) for i in range(12)]
+    there = [number for i, number in enumerate(plan) if i != 4]
+    assert shown == [
+        (0, sum(there[:9]), sum(there[:9])),
+        (sum(plan[:3]), sum(plan[:3]), sum(plan[:3])),
+        (sum(there[:9]), sum(there), sum(there)),
+    ]
 
 
 def test_report_is_one_page_with_pictures_and_boxes_to_mark(whole_run):
