@@ -8,7 +8,8 @@ from .chat import ChatModel, EndpointFault, FatalFault, Message, PassingFault, R
 from .ledger import Ledger, LedgerCounts, TaskState
 from .limits import BATCH_PRICE, Backoff, Budget, Prices, TokenBucket
 from .openai_model import OpenAIModel
-from .runner import RunSettings, RunSummary, Task, Verdict, run_tasks, run_tasks_async
+from .runner import RunSettings, RunSummary, run_tasks, run_tasks_async
+from .task import Task, Verdict
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from .chat import EndpointFault, Reply
 from .ledger import Ledger
 from .limits import Budget
 from .openai_model import OpenAIModel, parse_completion, translate_status
-from .runner import ATTEMPTS, Task, Verdict, reply_event, resume_attempt
+from .task import ATTEMPTS, Task, Verdict, reply_event, resume_attempt
 
 
 MAX_REQUESTS = 50_000

@@ -5,16 +5,14 @@ What is guaranteed, and what cannot be:
 * A reply is in the ledger before anything is done with it, so a reply once received is never asked for again, whatever
   kills the process.
 * Each request is in the ledger, and synced to disk with all that stands before it, before it is sent. After a `kill -9`
-  the ledger names the requests whose fate is unknown: at most as many as were in flight (`concurrency`). They are sent again under the same id (`Idempotency-Key`). An endpoint
-  that honours that header bills them once: then nothing is paid twice. For one that does not, those that it had
-  answered, or goes on to answer, are paid a second time; they are counted (`LedgerCounts.unknown`) and the budget
-  counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
+  the ledger names the requests whose fate is unknown: at most as many as were in flight (`concurrency`). They are sent
+  again under the same id (`Idempotency-Key`). An endpoint that honours that header bills them once: then nothing is paid
+  twice. For one that does not, those that it had answered, or goes on to answer, are paid a second time; they are counted
+  (`LedgerCounts.unknown`) and the budget counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
 * A task is settled by one ledger line, so it is settled once; what is made from the ledger holds it once.
 """
 
 import asyncio
-import hashlib
-import json
 import logging
 import random
 import signal
@@ -22,65 +20,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from .chat import ChatModel, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
+from .chat import ChatModel, FatalFault, PassingFault, Reply, RequestFault, Usage
 from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
+from .task import ATTEMPTS, Task, Verdict, accept_all, reply_event, resume_attempt
 
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 2
-"""A rejected reply is asked for once more, with the reason told to the model."""
-
 REFUSALS_BEFORE_STOP = 5
 """So many requests refused (HTTP 400) before the first reply stop the run: it is the settings, not the requests."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to ask.
-
-    Attributes:
-        id: Unique in the run; the same when the run is resumed.
-        messages: The conversation to complete.
-        max_tokens: Longest reply, in tokens.
-        temperature: Sampling temperature; `None` leaves the endpoint's own.
-        seed: Sampling seed.
-    """
-
-    id: str
-    messages: list[Message]
-    max_tokens: int = 1024
-    temperature: float | None = 0.7
-    seed: int | None = None
-
-    def again(self, reply: str, reason: str) -> "Task":
-        """The task asked once more: the rejected reply and what was wrong with it are told to the model."""
-        told = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
-        return replace(self, messages=[*self.messages, *told], seed=None if self.seed is None else self.seed + 1)
-
-    def request_id(self, run: str, model: str, attempt: int) -> str:
-        """Name of the request: the same for the same request of the same run, different for any other."""
-        content = [run, model, self.id, attempt, self.messages, self.max_tokens, self.temperature, self.seed]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:40]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is thought of a reply.
-
-    Attributes:
-        reason: Short name under which a rejection is counted; `None` accepts.
-        detail: What exactly was wrong, for a person.
-        tell: What the model is told when it is asked again; `None` settles the task with this reply.
-    """
-
-    reason: str | None = None
-    detail: str = ""
-    tell: str | None = None
 
 
 @dataclass
@@ -129,11 +81,6 @@ class RunSummary:
     batched: int = 0
     given_up: Counter = field(default_factory=Counter)
     seconds: float = 0.0
-
-
-def accept_all(task: Task, reply: Reply) -> Verdict:
-    """A judge that takes every reply."""
-    return Verdict()
 
 
 class _Run:
@@ -325,35 +272,6 @@ class _Run:
         if fault.kind not in {"429", "connection", "503"} and failed >= backoff.attempts:
             return False
         return await self.pause(wait)
-
-
-def reply_event(
-    task: Task, request: str, attempt: int, reply: Reply, verdict: Verdict, final: bool, **more: Any
-) -> dict[str, Any]:
-    """The ledger's line for a reply."""
-    return {
-        "event": "reply",
-        "task": task.id,
-        "request": request,
-        "attempt": attempt,
-        "text": reply.text,
-        "finish": reply.finish_reason,
-        "usage": [reply.usage.prompt_tokens, reply.usage.completion_tokens] if reply.usage else None,
-        "model": reply.model,
-        "reason": verdict.reason,
-        "detail": verdict.detail,
-        "tell": verdict.tell,
-        "final": final,
-        **more,
-    }
-
-
-def resume_attempt(task: Task, ledger: Ledger) -> Task:
-    """The task as it is to be asked after the rejected replies that the ledger holds."""
-    for position in ledger.state(task.id).replies:
-        event = ledger.reply_at(position)
-        task = task.again(event["text"], event["tell"])
-    return task
 
 
 def _budget_message(budget: Budget, estimate: Usage) -> str:

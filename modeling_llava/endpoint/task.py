@@ -1,0 +1,94 @@
+"""What is asked of a language model, what is thought of its reply, and how both stand in the ledger.
+
+Asking live (`runner.py`) and by batch files (`batch.py`) are two ways to settle the same tasks.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .chat import Message, Reply
+from .ledger import Ledger
+
+
+ATTEMPTS = 2
+"""A rejected reply is asked for once more, with the reason told to the model."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to ask.
+
+    Attributes:
+        id: Unique in the run; the same when the run is resumed.
+        messages: The conversation to complete.
+        max_tokens: Longest reply, in tokens.
+        temperature: Sampling temperature; `None` leaves the endpoint's own.
+        seed: Sampling seed.
+    """
+
+    id: str
+    messages: list[Message]
+    max_tokens: int = 1024
+    temperature: float | None = 0.7
+    seed: int | None = None
+
+    def again(self, reply: str, reason: str) -> "Task":
+        """The task asked once more: the rejected reply and what was wrong with it are told to the model."""
+        told = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
+        return replace(self, messages=[*self.messages, *told], seed=None if self.seed is None else self.seed + 1)
+
+    def request_id(self, run: str, model: str, attempt: int) -> str:
+        """Name of the request: the same for the same request of the same run, different for any other."""
+        content = [run, model, self.id, attempt, self.messages, self.max_tokens, self.temperature, self.seed]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is thought of a reply.
+
+    Attributes:
+        reason: Short name under which a rejection is counted; `None` accepts.
+        detail: What exactly was wrong, for a person.
+        tell: What the model is told when it is asked again; `None` settles the task with this reply.
+    """
+
+    reason: str | None = None
+    detail: str = ""
+    tell: str | None = None
+
+
+def accept_all(task: Task, reply: Reply) -> Verdict:
+    """A judge that takes every reply."""
+    return Verdict()
+
+
+def reply_event(
+    task: Task, request: str, attempt: int, reply: Reply, verdict: Verdict, final: bool, **more: Any
+) -> dict[str, Any]:
+    """The ledger's line for a reply."""
+    return {
+        "event": "reply",
+        "task": task.id,
+        "request": request,
+        "attempt": attempt,
+        "text": reply.text,
+        "finish": reply.finish_reason,
+        "usage": [reply.usage.prompt_tokens, reply.usage.completion_tokens] if reply.usage else None,
+        "model": reply.model,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "tell": verdict.tell,
+        "final": final,
+        **more,
+    }
+
+
+def resume_attempt(task: Task, ledger: Ledger) -> Task:
+    """The task as it is to be asked after the rejected replies that the ledger holds."""
+    for position in ledger.state(task.id).replies:
+        event = ledger.reply_at(position)
+        task = task.again(event["text"], event["tell"])
+    return task
