@@ -286,9 +286,11 @@ def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
     )
     print(
         f"{read.requests:,} results read: {read.accepted:,} accepted, {read.rejected:,} rejected for good, "
-        f"{read.again:,} to be asked once more, {read.faults:,} without a reply; {read.unknown:,} belong to no waiting "
-        f"request, {read.waiting:,} requests still wait"
+        f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply; {read.unknown:,} belong to no "
+        f"waiting request, {read.waiting:,} requests still wait"
     )
+    if read.faults:
+        print("without a reply: " + ", ".join(f"{number:,} × {kind}" for kind, number in read.faults.most_common()))
     if read.again or read.faults:
         print("next: --batch-out DIR writes what is to be asked again, or the command without it asks live")
     if summary.output:

@@ -6,6 +6,7 @@ that waits in a batch is not asked live, and a result that is read twice counts 
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class BatchSummary:
         accepted: Results accepted.
         rejected: Results rejected for good.
         again: Results rejected that are asked for once more, live or by the next batch.
-        faults: Results without a reply (expired, refused); asked for again.
+        faults: Results without a reply (`batch_expired`, `"400"`, …), by kind; asked for again.
         waiting: Tasks that still wait in a batch.
         unknown: Results that belong to no waiting task (read before, or of another run).
         message: Why writing stopped early, if it did.
@@ -44,7 +45,7 @@ class BatchSummary:
     accepted: int = 0
     rejected: int = 0
     again: int = 0
-    faults: int = 0
+    faults: Counter = field(default_factory=Counter)
     waiting: int = 0
     unknown: int = 0
     message: str = ""
@@ -172,8 +173,8 @@ def read_batch(
             reply = _reply(result)
         except EndpointFault as fault:
             event = {"event": "fault", "task": task.id, "request": state.batched, "attempt": attempt}
-            events.append({**event, "kind": fault.kind, "message": str(fault)[:500], "maybe_paid": False})
-            summary.faults += 1
+            events.append({**event, "kind": fault.kind, "message": str(fault)[:500], "maybe_paid": fault.maybe_paid})
+            summary.faults[fault.kind] += 1
         else:
             verdict = judge(task, reply)
             final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
@@ -211,8 +212,9 @@ def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
 
 
 def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
-    """Where each result lies: custom_id → file and position."""
+    """Where each result lies: custom_id → file and position. Of several under one id a reply goes before an error."""
     where: dict[str, tuple[Path, int]] = {}
+    answered: set[str] = set()
     for path in map(Path, paths):
         position = 0
         with open(path, "rb") as file:
@@ -220,25 +222,50 @@ def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
                 if line.strip():
                     try:
                         result = json.loads(line)
-                        where[result["custom_id"]] = (path, position)
+                        name = result["custom_id"]
+                        if name not in answered:
+                            where[name] = (path, position)
                         if "response" not in result and "error" not in result:
                             raise KeyError("response")
-                    except (ValueError, KeyError, TypeError) as error:
+                    except ValueError as error:
+                        raise ValueError(
+                            f"{path}, line {number}, is not JSON ({error}). Was its download cut short? Nothing was read; "
+                            "fetch it again."
+                        ) from None
+                    except (KeyError, TypeError) as error:
                         raise ValueError(
                             f"{path}, line {number}, is no batch result ({type(error).__name__}: {error}). Give the "
                             f"output or the error file of a batch, not its input."
                         ) from None
+                    if _status(result.get("response")) == 200:
+                        answered.add(name)
                 position += len(line)
     return where
 
 
 def _reply(result: dict[str, Any]) -> Reply:
+    """The reply of a result.
+
+    Raises:
+        EndpointFault: it has none.
+    """
     response, error = result.get("response"), result.get("error")
-    if response and response.get("status_code") == 200:
-        return parse_completion(response["body"])
-    if response:
+    status = _status(response)
+    if status == 200:
+        return parse_completion(response.get("body"))
+    if status is not None:
         body = response.get("body")
-        message = body.get("error", {}).get("message", "") if isinstance(body, dict) else ""
-        raise translate_status(int(response.get("status_code") or 500), str(message))
-    error = error or {}
+        error = body.get("error") if isinstance(body, dict) else None
+        raise translate_status(status, str(error.get("message", "") if isinstance(error, dict) else error or ""))
+    error = error if isinstance(error, dict) else {"message": error}
     raise EndpointFault(str(error.get("code") or "batch"), str(error.get("message") or "no response"))
+
+
+def _status(response: Any) -> int | None:
+    """HTTP status of a result's response; 500 where it does not say, `None` where there is no response."""
+    if not isinstance(response, dict) or not response:
+        return None
+    try:
+        return int(response.get("status_code") or 500)
+    except (TypeError, ValueError):
+        return 500

@@ -78,7 +78,13 @@ def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_p
     errors.write_text(output_line(d, error=expired) + "\n")
     with Ledger(tmp_path / "l") as ledger:
         read = read_batch(tasks(), [results, errors], ledger, judge=judge)
-        assert (read.accepted, read.again, read.rejected, read.faults, read.waiting) == (1, 1, 0, 2, 0)
+        assert (read.accepted, read.again, read.rejected, read.faults, read.waiting) == (
+            1,
+            1,
+            0,
+            {"500": 1, "batch_expired": 1},
+            0,
+        )
         assert ledger.counts.faults == {"500": 1, "batch_expired": 1}
         assert ledger.counts.used_in_batch == [22, 6] and ledger.counts.used == [0, 0]
     with Ledger(tmp_path / "l") as ledger:  # read from disk again
@@ -96,6 +102,46 @@ def test_results_read_twice_count_once(tmp_path, model):
         read_batch(tasks(), [results], ledger, judge=judge)
         again = read_batch(tasks(), [results], ledger, judge=judge)
         assert again.accepted == 0 and again.unknown == 4 and ledger.counts.accepted == 4
+
+
+def test_of_two_results_under_one_name_the_reply_counts_whatever_the_order(tmp_path, model):
+    for order in (1, -1):
+        with Ledger(tmp_path / f"l{order}") as ledger:
+            lines = write_batch(tasks(), model, ledger, tmp_path / f"out{order}").files[0].read_text().splitlines()
+            expired = {"code": "batch_expired", "message": "expired"}
+            (tmp_path / "a").write_text("\n".join(output_line(line) for line in reversed(lines)))
+            (tmp_path / "b").write_text("\n".join(output_line(line, error=expired) for line in lines))
+            read = read_batch(tasks(), [tmp_path / "a", tmp_path / "b"][::order], ledger, judge=judge)
+            assert (read.accepted, read.faults, read.waiting, read.unknown) == (4, {}, 0, 0)
+
+
+@pytest.mark.parametrize("odd", [None, "x", 3, [], [1], {}, {"a": 1}])
+@pytest.mark.parametrize("place", ["response", "status_code", "body", "error", "error in body"])
+def test_results_of_an_odd_form_are_faults(tmp_path, model, place, odd):
+    with Ledger(tmp_path / "l") as ledger:
+        line = write_batch(tasks(1), model, ledger, tmp_path / "out").files[0].read_text()
+        result = json.loads(output_line(line, status=400))
+        if place == "error in body":
+            result["response"]["body"]["error"] = odd
+        elif place == "error":
+            result.update(response=None, error=odd)
+        else:
+            (result if place == "response" else result["response"])[place] = odd
+        (tmp_path / "r").write_text(json.dumps(result))
+        assert read_batch(tasks(1), [tmp_path / "r"], ledger, judge=judge).faults.total() == 1
+        assert not ledger.state("t0").final and ledger.state("t0").batched is None
+
+
+def test_an_output_file_cut_short_is_named_and_nothing_of_it_is_read(tmp_path, model):
+    with Ledger(tmp_path / "l") as ledger:
+        lines = write_batch(tasks(), model, ledger, tmp_path / "out").files[0].read_text().splitlines()
+        (tmp_path / "r").write_text("\n".join(map(output_line, lines))[:-40])
+        with pytest.raises(ValueError, match="r, line 4, is not JSON .*cut short"):
+            read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
+        assert ledger.counts.replies == 0
+        (tmp_path / "r").write_text("\n".join(map(output_line, lines[:3])))  # a batch that expired half done
+        read = read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
+        assert (read.accepted, read.waiting) == (3, 1)
 
 
 def test_what_waits_in_a_batch_is_not_asked_live_until_it_is_freed(tmp_path, model):
