@@ -153,7 +153,11 @@ def _device(args: argparse.Namespace, shard) -> str | None:
 def finish(args: argparse.Namespace, results: dict | None, published: list[str] = ()) -> int:
     """Prints the table, draws the plot, says what to do next."""
     if results is None:
-        print(f"answers are missing still: run the other shards on {args.out}, or add --partial.", file=sys.stderr)
+        print(
+            f"not scored here: whichever shard of {args.out} ends last scores all. Run those that are left, or add "
+            "--partial.",
+            file=sys.stderr,
+        )
         return 0
     from ..evaluation.report import Run, compare, markdown, plot
 

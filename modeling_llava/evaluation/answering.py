@@ -7,6 +7,7 @@ Answers of a whole benchmark into a folder that can be killed and gone on with, 
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -77,16 +78,15 @@ class AnswerFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         run_file = self.folder / RUN_NAME
         identity = json.loads(json.dumps(identity))  # as it will be read again
-        if run_file.is_file():
+        with _locked(self.folder / f".{RUN_NAME}.lock", wait=True):
+            if not run_file.is_file():
+                write_text(run_file, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
             before = json.loads(run_file.read_text("utf-8"))
-            different = _differences(before, identity)
-            if different:
-                raise ValueError(
-                    f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or "
-                    "remove the folder."
-                )
-        else:
-            write_text(run_file, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        if different := _differences(before, identity):
+            raise ValueError(
+                f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "
+                "the folder."
+            )
 
     def answers(self) -> dict[str, dict]:
         """All answers so far, of every shard, by id. A line that a kill cut off is left out."""
@@ -136,22 +136,45 @@ class AnswerFolder:
             os.fsync(file.fileno())
 
     @contextlib.contextmanager
-    def scoring(self) -> Iterator[bool]:
+    def hold(self, shard: Shard) -> Iterator[None]:
+        """
+        Keeps this shard of the run for this process.
+
+        Raises:
+            OSError: another process is at it.
+        """
+        with _locked(self.folder / f".{shard.file_name}.lock") as is_mine:
+            if not is_mine:
+                part = "this run" if shard.count == 1 else f"shard {shard.index + 1} of {shard.count} of this run"
+                raise OSError(
+                    f"{self.folder}: another process is at {part} now. Wait for it, stop it, or give another --out. "
+                    "Processes share a run with --shard 1/2 and --shard 2/2."
+                )
+            yield
+
+    def scoring(self) -> contextlib.AbstractContextManager[bool]:
         """`True` for the process that may score; `False` while another one is at it (shards that end together)."""
-        with open(self.folder / ".scoring", "ab") as file:
-            try:
-                if os.name == "nt":
-                    import msvcrt
+        return _locked(self.folder / ".scoring")
 
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl
 
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """A lock that ends with the process, however it dies; `False` if another process has it (and `wait` is off)."""
+    with open(path, "ab") as file:
+        is_mine = True
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
             else:
-                yield True
+                import fcntl
+
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Other errors: a file system without locks. Then it is left to the user.
+            is_mine = error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+        yield is_mine
 
 
 def check_samples(samples: list[dict]) -> None:

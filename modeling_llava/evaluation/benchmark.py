@@ -80,9 +80,10 @@ def evaluate(
         partial (`bool`, defaults to `False`): Score what is there, though samples are without an answer.
 
     Returns:
-        `dict | None`: the results; `None` if other shards have answers left to give and `partial` is off.
+        `dict | None`: the results; `None` if other shards have answers left to give and `partial` is off, or are scoring.
 
     Raises:
+        OSError: another process is at this run, or at this shard of it.
         FileNotFoundError: missing images, all named before the model is loaded.
         ValueError: the folder holds another run.
     """
@@ -97,28 +98,31 @@ def evaluate(
             samples, batch_size=batch_size, image_folder=benchmark.image_folder, **decoding
         )
 
-    folder.run(benchmark.samples, shard or Shard(), answer_many, progress)
-    answers = folder.answers()
-    answered = [sample["id"] for sample in benchmark.samples if sample["id"] in answers]
-    if len(answered) < len(benchmark.samples) and not partial:
-        logger.warning("%d of %d samples have an answer; not scored yet.", len(answered), len(benchmark.samples))
-        return None
-    with folder.scoring() as is_mine:
-        if not is_mine:
+    shard = shard or Shard()
+    with folder.hold(shard):
+        folder.run(benchmark.samples, shard, answer_many, progress)
+        answers = folder.answers()
+        answered = [sample["id"] for sample in benchmark.samples if sample["id"] in answers]
+        if len(answered) < len(benchmark.samples) and not partial:
+            logger.warning("%d of %d samples have an answer; not scored yet.", len(answered), len(benchmark.samples))
             return None
-        scored = benchmark.score({sample_id: answers[sample_id]["text"] for sample_id in answered})
-        scored.counts["cut_at_max_new_tokens"] = sum(answers[i]["finish_reason"] == "length" for i in answered)
-        results = make_results(
-            benchmark.name,
-            scored,
-            model=model,
-            data=data,
-            settings=settings,
-            total=benchmark.whole,
-            answered=len(answered),
-        )
-        write_results(folder.folder, results, scored.rows)
-    return results
+        with folder.scoring() as is_mine:
+            if not is_mine:
+                logger.warning("All samples have an answer; another process is scoring them.")
+                return None
+            scored = benchmark.score({sample_id: answers[sample_id]["text"] for sample_id in answered})
+            scored.counts["cut_at_max_new_tokens"] = sum(answers[i]["finish_reason"] == "length" for i in answered)
+            results = make_results(
+                benchmark.name,
+                scored,
+                model=model,
+                data=data,
+                settings=settings,
+                total=benchmark.whole,
+                answered=len(answered),
+            )
+            write_results(folder.folder, results, scored.rows)
+            return results
 
 
 def evaluate_in_memory(

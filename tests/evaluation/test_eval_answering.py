@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_predictor import picture, user_turn
 
-from modeling_llava.evaluation.answering import AnswerFolder, Shard, check_images, check_samples
+from modeling_llava.evaluation.answering import AnswerFolder, Shard, check_images, check_samples, data_identity
+from modeling_llava.evaluation.benchmark import Benchmark, evaluate
+from modeling_llava.evaluation.results import Scored, interval_of
 from modeling_llava.inference.predictor import Answer
 
 
@@ -127,6 +129,30 @@ def test_one_process_scores_when_shards_end_together(tmp_path):
         assert again
 
 
+def test_the_same_command_twice_at_once_is_refused(tmp_path):
+    """Before a model is loaded, also while the first one is being scored; another shard may work beside it."""
+    entered = []
+
+    def score(answers):
+        entered.append(answers)
+        with pytest.raises(OSError, match="another process is at this run now.*--shard"):
+            evaluate(benchmark, lambda: pytest.fail("a model is loaded"), tmp_path, model={}, progress=False)
+        with AnswerFolder(tmp_path, identity).hold(Shard(0, 2)):
+            pass
+        return Scored([{"id": i, "score": 1.0} for i in answers], {"accuracy": interval_of([1.0])}, "accuracy")
+
+    class Predictor:
+        def answer_many(self, samples, **settings):
+            return answer_all(samples)
+
+    benchmark = Benchmark("x", samples_of(2), score)
+    data = data_identity(benchmark.samples, {})
+    identity = {"benchmark": "x", "model": {}, "data": data, "settings": {"max_new_tokens": 512}}
+    assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]
+    assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]  # nothing holds it any more
+    assert len(entered) == 2
+
+
 @pytest.fixture
 def pope_files(tmp_path):
     for number in range(6):
@@ -157,6 +183,10 @@ def test_killed_command_goes_on_and_gives_the_same(pope_files, model_folder):
                 break
             time.sleep(0.005)
         assert process.poll() is None, "it ended before it was killed"
+        if kills == 0:
+            process.send_signal(signal.SIGSTOP)
+            second = subprocess.run(command(pope_files, model_folder, out), env=environment, stderr=subprocess.PIPE)
+            assert second.returncode == 2 and b"another process is at this run" in second.stderr
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1

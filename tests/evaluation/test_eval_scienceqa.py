@@ -321,7 +321,7 @@ def test_shards_together_give_what_one_process_gives(science, model_folder, caps
     for shard in ("1/3", "3/3"):
         assert run_cli(science, model_folder, science / "parts", "--shard", shard) == 0
         assert not (science / "parts/results.json").exists()
-        assert "answers are missing still" in capsys.readouterr().err
+        assert "not scored here" in capsys.readouterr().err
     assert run_cli(science, model_folder, science / "parts", "--shard", "2/3") == 0
     whole, parts = read_results(science / "whole"), read_results(science / "parts")
     assert whole[1] == parts[1] and whole[0]["scores"] == parts[0]["scores"]
