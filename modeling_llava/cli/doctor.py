@@ -64,7 +64,7 @@ def diagnose() -> dict:
     for name, oldest in CORE.items():
         found = packages[name]
         if found is None:
-            problems.append(f"{name} is missing: pip install 'modeling-llava'.")
+            problems.append(f"{name} is missing: pip install '{name}>={oldest}'.")
         elif is_older(found, oldest):
             problems.append(f"{name} {found} is too old: pip install --upgrade '{name}>={oldest}'.")
     if packages["transformers"] and not is_older(packages["transformers"], TRANSFORMERS[1]):
@@ -143,14 +143,17 @@ def _try_four_bit(on_gpu: bool) -> str:
 
 
 def _what_works(report: dict) -> dict[str, str]:
+    if report.get("problems"):
+        return {"llava": "no: mend the problems below first"}
     gpus = [gpu for gpu in report["gpus"] if gpu["compute_capability"]]
     memory = max((gpu["memory_gib"] for gpu in gpus), default=0.0)
     works = {"llava quickstart (CPU)": "yes"}
     for what, needed in NEEDS_GIB.items():
-        if not gpus:
-            works[what] = "no: needs an NVIDIA GPU"
-        elif ("4 bit" in what or "QLoRA" in what) and not report["four_bit"].startswith("works"):
+        four_bit = "4 bit" in what or "QLoRA" in what
+        if four_bit and not report["four_bit"].startswith("works"):
             works[what] = f"no: 4 bit {report['four_bit']}"
+        elif not gpus:
+            works[what] = _without_nvidia(report, what, needed)
         elif memory < needed:
             works[what] = f"no: needs {needed} GiB of GPU memory, there are {memory}"
         else:
@@ -160,14 +163,23 @@ def _what_works(report: dict) -> dict[str, str]:
     return works
 
 
+def _without_nvidia(report: dict, what: str, needed: float) -> str:
+    """On a processor, or an Apple GPU, whose memory is the machine's: 7B can be talked to, not trained in any useful time."""
+    memory = report["cpu"]["memory_gib"] or 0.0
+    if not what.startswith("chat"):
+        return "no: needs an NVIDIA GPU"
+    if memory < 1.25 * needed:  # the rest of the machine lives there too
+        return f"no: needs {1.25 * needed:.0f} GiB of memory, there are {memory}"
+    return "yes, on the Apple GPU" if report["gpus"] and "4 bit" not in what else "yes, slowly: on the CPU"
+
+
 def _print(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    table = Table(
-        "package", "found", "needed", title=f"Python {report['python']}, {report['system']}", title_justify="left"
-    )
+    console = Console(markup=False, highlight=False)  # the mends have brackets
+    console.print(f"Python {report['python']}, {report['system']}", soft_wrap=True)
+    table = Table("package", "found", "needed")
     for name, found in report["packages"].items():
         table.add_row(name, found or "missing", f"≥ {CORE[name]}")
     console.print(table)
@@ -176,6 +188,8 @@ def _print(report: dict) -> None:
         found = ", ".join(f"{package} {version or 'missing'}" for package, version in extra["packages"].items())
         table.add_row(name, extra["for"], found)
     console.print(table)
+    if any(None in extra["packages"].values() for extra in report["extras"].values()):
+        console.print("What is missing of an extra: pip install 'modeling-llava[EXTRA]', such as [web], or [all].")
     cpu = report["cpu"]
     console.print(
         f"CPU: {cpu['cores']} cores, {cpu['memory_gib']} GiB; {report['disk_free_gib']} GiB of disk free here"
@@ -184,12 +198,12 @@ def _print(report: dict) -> None:
         console.print(f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB, bf16: {'yes' if gpu['bf16'] else 'no'}")
     if not report["gpus"]:
         console.print("GPU: none that torch can use")
-    console.print(f"4 bit: {report['four_bit']}")
+    console.print(f"4 bit: {report['four_bit']}", soft_wrap=True)
     table = Table("here", "works")
     for what, answer in report["works"].items():
         table.add_row(what, answer)
     console.print(table)
     for problem in report["problems"]:
-        console.print(f"[red]problem[/red] {problem}")
+        console.print(f"problem: {problem}", style="red", soft_wrap=True)
     if "note" in report:
-        console.print(f"note: {report['note']}")
+        console.print(f"note: {report['note']}", soft_wrap=True)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..hub.publish import gather, push
 
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)  # names and answers may have brackets
     source = Path(args.model)
     for path in args.results or []:
         warn_of_other_weights(console, path, source)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         if publication.left_out:
             console.print(f"Stays here: {', '.join(publication.left_out)}")
         for problem in publication.problems:
-            console.print(f"[red]problem[/red] {problem}", highlight=False)
+            console.print(f"problem: {problem}", style="red")
         if publication.problems:
             raise ValueError(f"{len(publication.problems)} problem(s) stand against publishing; nothing was sent.")
         if publication.kind == "full":
@@ -114,7 +114,7 @@ def say_who_runs_it(console, folder) -> None:
     report = check_stock_ready(folder, logits=False)
     for item in report.items:
         if item.state != "skipped":
-            console.print(f"{item.state}: {item.name}: {item.detail}", highlight=False)
+            console.print(f"{item.state}: {item.name}: {item.detail}")
     if not report.is_sound:
         raise ValueError(f"the model is not sound: {report.failures()}; nothing was sent.")
 
@@ -131,7 +131,7 @@ def warn_of_other_weights(console, results, source) -> None:
     evaluated = [about[key] for key in ("fingerprint", "adapter_fingerprint") if about.get(key)]
     if source.is_dir() and evaluated and fingerprint(source) not in evaluated:
         console.print(
-            f"[yellow]note[/yellow] {results} is of {about.get('name')}, whose files are not those of {source}: is it the "
+            f"note: {results} is of {about.get('name')}, whose files are not those of {source}: is it the "
             "same model? Evaluate it again if not.",
-            highlight=False,
+            style="yellow",
         )

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import json
+import math
 import os
 import select
 import signal
@@ -241,12 +242,12 @@ class PseudoTerminal:
     def leave(self, seconds=240):
         """
         Presses Ctrl-C until the child has left, as a person does: one that is pressed just as Python begins to wait for a
-        key is seen with the next key. Returns the exit code.
+        key is seen with the next key. Not sooner than a minute, which is more than leaving takes. Returns the exit code.
         """
         end = time.monotonic() + seconds
-        pressed = 0.0
+        pressed = -math.inf
         while True:
-            if time.monotonic() - pressed > 5:
+            if time.monotonic() - pressed > 60:
                 with contextlib.suppress(OSError):  # it has left
                     self.type("\x03")
                 pressed = time.monotonic()

@@ -39,7 +39,28 @@ def test_old_and_missing_packages_are_problems_with_their_mend(monkeypatch, caps
     assert main(["doctor", "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert any("transformers 4.57.1 is too old" in p and "pip install --upgrade" in p for p in problems)
-    assert any("peft is missing" in p for p in problems)
+    assert any("peft is missing: pip install 'peft>=" in p for p in problems)
+    assert main(["doctor"]) == 1
+    assert "no: mend the problems below first" in capsys.readouterr().out
+
+
+def test_mends_keep_their_brackets(monkeypatch, capsys):
+    """rich would take `[qlora]` for a style."""
+    monkeypatch.setattr(doctor, "_try_four_bit", lambda on_gpu: "is missing: pip install 'modeling-llava[qlora]'")
+    main(["doctor"])
+    assert "4 bit: is missing: pip install 'modeling-llava[qlora]'" in capsys.readouterr().out
+
+
+def test_without_an_nvidia_gpu_a_machine_with_memory_can_be_talked_to_but_trains_no_7b():
+    machine = {"gpus": [], "cpu": {"memory_gib": 16.0}, "four_bit": "works (cpu)"}
+    works = doctor._what_works(machine)
+    assert works["chat with 7B in 4 bit"] == "yes, slowly: on the CPU"
+    assert works["chat with 7B in 16 bit"] == "no: needs 19 GiB of memory, there are 16.0"
+    assert works["LoRA of 7B in bf16"] == works["QLoRA of 13B"] == "no: needs an NVIDIA GPU"
+    apple = {"name": "Apple GPU (mps)", "memory_gib": 32.0, "compute_capability": None, "bf16": True}
+    works = doctor._what_works({**machine, "gpus": [apple], "cpu": {"memory_gib": 32.0}, "four_bit": "is missing"})
+    assert works["chat with 7B in 16 bit"] == "yes, on the Apple GPU"
+    assert works["chat with 7B in 4 bit"] == "no: 4 bit is missing"
 
 
 def test_small_gpu_without_bf16(monkeypatch):
