@@ -338,12 +338,15 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
     """
     Render by a template that does not say where the answers are, and find them: each answer is framed by two
     private-use characters, which leave the text again after rendering. That the frames changed nothing is checked by
-    rendering without them. The stop is the control token that follows an answer.
+    rendering without them. A span begins where the template's own generation prompt ends, so that what the template
+    writes between it and the answer (a space, Qwen3's empty `<think>`) is learnt too; the control token that follows
+    the answer is its stop.
     """
-    opening, closing = "\U0010fffc", "\U0010fffd"
-    framed, leading_spaces = [], []
-    for message in messages:
+    opening, closing = _unused_characters(messages)
+    framed, prompts, leading_spaces = [], [], []
+    for number, message in enumerate(messages):
         if message.get("role") == "assistant":
+            prompts.append(messages[:number])
             content = message.get("content") or ""
             if not isinstance(content, str):
                 content = "".join(item.get("text", "") for item in content)
@@ -354,35 +357,65 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
             message = {**message, "content": content}
             leading_spaces.append(content[: content.index(opening)])
         framed.append(message)
-    (plain,), _ = render_jinja_template([messages], **variables)
-    (text,), _ = render_jinja_template([framed], **variables)
+    (plain, text), _ = render_jinja_template([messages, framed], **variables)
 
     answers = list(re.finditer(f"{opening}(.*?){closing}", text, re.DOTALL))
     unframed = text.replace(opening, "").replace(closing, "")
-    where = "the conversation" if sample_id is None else f"sample {sample_id!r}"
     mend = (
         "Give the template {% generation %} marks around each answer and its stop, or take one that has them: "
         f"{', '.join(CHAT_TEMPLATES)}."
     )
     if unframed != plain or len(answers) != len(leading_spaces):
-        raise ValueError(
-            f"{where}: the chat template has no {{% generation %}} marks, and changes the answers so that {len(answers)} "
-            f"of {len(leading_spaces)} are found in its text. {mend}"
+        raise _bad(
+            sample_id,
+            NOTHING_SUPERVISED,
+            "does not fit the chat template, which has no {% generation %} marks and changes the answers: "
+            f"{len(answers)} of {len(leading_spaces)} are found in its text. {mend}",
         )
     spans = []
-    for i, (match, leading_space) in enumerate(zip(answers, leading_spaces)):
+    for i, (match, prompt, leading_space) in enumerate(zip(answers, prompts, leading_spaces)):
         start = match.start() - 2 * i
         end = match.end() - 2 * (i + 1)
-        if plain[:start].endswith(leading_space):
+        prompt_end = _end_of_prompt(prompt, plain[:start], variables)
+        if prompt_end is not None:
+            start = prompt_end
+        elif plain[:start].endswith(leading_space):
             start -= len(leading_space)
         stop = control.find_stop(plain, end)
         if stop is None:
-            raise ValueError(
-                f"{where}: the chat template has no {{% generation %}} marks, and no special token follows an answer "
-                f"({plain[end : end + 20]!r} does), so its stop is not known. {mend}"
+            raise _bad(
+                sample_id,
+                NOTHING_SUPERVISED,
+                "does not fit the chat template, which has no {% generation %} marks and no special token after an "
+                f"answer ({plain[end : end + 20]!r} follows), so its stop is not known. {mend}",
             )
         spans.append((start, stop))
     return plain, spans
+
+
+def _end_of_prompt(messages, before_answer: str, variables: dict) -> int | None:
+    """Where the template's prompt for an answer to `messages` ends in `before_answer`, if it has one and it is there."""
+    if not messages:
+        return None
+    prompt = render_jinja_template([messages], add_generation_prompt=True, **variables)[0][0]
+    if not before_answer.startswith(prompt):
+        return None
+    # A template without a generation prompt ends in the middle of a turn's header, or right before the answer.
+    if before_answer[len(prompt) :].strip() and prompt == render_jinja_template([messages], **variables)[0][0]:
+        return None
+    return len(prompt)
+
+
+def _unused_characters(messages) -> tuple[str, str]:
+    """Two private-use characters that do not occur in the messages' texts."""
+    contents = [message.get("content") or "" for message in messages]
+    texts = [
+        content if isinstance(content, str) else "".join(item.get("text") or "" for item in content)
+        for content in contents
+    ]
+    used = set().union(*texts)
+    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+    return next(free), next(free)
 
 
 __all__ = ["answer_stop", "conversation_length", "encode_conversation"]

@@ -321,11 +321,50 @@ def test_answers_are_found_in_a_template_without_generation_marks(processors, by
 
 
 @pytest.mark.parametrize(
+    "template, supervised",
+    [
+        # LLaMA-2's and Mistral's way: no generation prompt, and a space after the instruction
+        (
+            "{% for m in messages %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' if m['role'] == 'user' "
+            "else ' ' + m['content'].strip() + ' ' + eos_token }}{% endfor %}",
+            [" 9 </s>", " b </s>"],
+        ),
+        # the generation prompt ends before a line break
+        (
+            "{% for m in messages %}{{ '<' + m['role'] + '>\n' + m['content'] + eos_token }}{% endfor %}"
+            "{{ '<assistant>' if add_generation_prompt }}",
+            ["\n9</s>", "\n\n b</s>"],
+        ),
+        # Qwen3's way: the last answer comes with an empty thought, which the generation prompt does not have
+        (
+            "{% for m in messages %}{{ '<' + m['role'] + '>' + ('<think></think>' if loop.last and m['role'] == 'assistant' else '') "
+            "+ m['content'] + eos_token }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}",
+            ["9</s>", "<think></think>\n b</s>"],
+        ),
+        # DeepSeek-R1's way: the generation prompt goes on where an answer does not
+        (
+            "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+            "{{ '<assistant><think>' if add_generation_prompt }}",
+            ["9</s>", "\n b</s>"],
+        ),
+    ],
+)
+def test_what_follows_the_generation_prompt_of_a_template_without_marks_is_learnt(byte_level, template, supervised):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_special_tokens({"eos_token": "</s>", "bos_token": "<s>"})
+    processor = tiny_processor(tokenizer=tokenizer, template=insert_image_token(template))
+    private = "".join(map(chr, range(0xE000, 0xE004)))  # the characters with which answers would be framed
+    messages = [user(IMAGE, f"a{private}"), assistant("9"), user("c"), assistant("\n b")]
+    encoded = encode_conversation(messages, processor)
+    assert [tokenizer.decode(run) for run in supervised_runs(encoded)] == supervised
+
+
+@pytest.mark.parametrize(
     "template, error",
     [
         (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}",
-            "no special token follows",
+            "no special token after an answer",
         ),
         ("{% for m in messages %}{{ m['content'][:3] + eos_token }}{% endfor %}", "changes the answers"),
         ("{% for m in messages %}{{ m['content'] * 2 + eos_token }}{% endfor %}", "changes the answers"),
@@ -336,7 +375,7 @@ def test_a_template_whose_answers_cannot_be_found_is_refused_with_the_mend(templ
     with pytest.raises(ValueError, match="does not know content lists"):
         encode_conversation([user("question"), assistant("answer")], processor)
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    with pytest.raises(ValueError, match=rf"(?s)sample 'x': .*{error}.*Give the template {{% generation %}} marks"):
+    with pytest.raises(BadSampleError, match=rf"(?s)sample 'x' does .*{error}.*Give the template {{% generation %}}"):
         encode_conversation(messages, processor, sample_id="x")
 
 
