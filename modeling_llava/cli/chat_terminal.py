@@ -255,7 +255,16 @@ def _line_reader(remember: bool) -> Callable[[], str]:
         except OSError:  # a home that cannot be written to: remembered until the end
             pass
     session = PromptSession("› ", history=history, completer=Completion(), complete_while_typing=False)
-    return session.prompt
+
+    def read_line() -> str:
+        # Until it holds the terminal, Ctrl-C is a signal: raised inside of the event loop's beginnings, it is a traceback.
+        with _first_ctrl_c(lambda: None) as pressed:
+            line = session.prompt(pre_run=lambda: pressed and session.app.exit(exception=KeyboardInterrupt))
+        if pressed:
+            raise KeyboardInterrupt
+        return line
+
+    return read_line
 
 
 def _plain_reader() -> Callable[[], str]:
