@@ -1,5 +1,6 @@
 """What a run shows: the table of components and a masked sample before step 1, the loss curve after the last."""
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..data.preview import render_sample
+from .recipes import write_whole
 from .stages import ComponentSummary, summarise_components
 
 
@@ -121,9 +123,9 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     axes.legend(frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(beside, dpi=150)
-    os.replace(beside, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    write_whole(path, picture.getvalue())
     return path
 
 

@@ -32,8 +32,15 @@ from ..checkpoints import (
 from .adapters import load_adapter
 from .arguments import LlavaTrainingArguments
 from .callbacks import LOSS_CURVE_NAME, LossCurveCallback, PreviewCallback
-from .recipes import parse_recipe
-from .run_record import RECIPE_NAME, checkpoint_folders, find_resumable_checkpoint, record_data, why_incomplete
+from .recipes import parse_recipe, write_whole
+from .run_record import (
+    RECIPE_NAME,
+    checkpoint_folders,
+    disk_errors_explained,
+    find_resumable_checkpoint,
+    record_data,
+    why_incomplete,
+)
 from .stages import cast_weights
 from .trainer import LlavaTrainer
 
@@ -110,22 +117,23 @@ def train(
         _report_changes(args, checkpoint)
 
     metrics: dict[str, float] = {}
-    is_finished = checkpoint is not None and _is_finished(trainer, checkpoint)
-    if is_finished:
-        logger.warning(
-            "%s is the end of the run already: nothing is trained, the result is written again.", checkpoint
-        )
-        trainer.restore_result(checkpoint)
-    else:
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        metrics |= output.metrics
-        trainer.save_metrics("train", output.metrics)
-    # FSDP2 shards a model only together with an optimizer: a finished run has been evaluated at its end
-    if eval_dataset is not None and not (is_finished and trainer.is_fsdp_enabled):
-        evaluated = trainer.evaluate()
-        metrics |= evaluated
-        trainer.save_metrics("eval", evaluated)
-    save_result(trainer)
+    with disk_errors_explained(args.output_dir, only_full=True):
+        is_finished = checkpoint is not None and _is_finished(trainer, checkpoint)
+        if is_finished:
+            logger.warning(
+                "%s is the end of the run already: nothing is trained, the result is written again.", checkpoint
+            )
+            trainer.restore_result(checkpoint)
+        else:
+            output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            metrics |= output.metrics
+            _save_metrics(trainer, "train", output.metrics)
+        # FSDP2 shards a model only together with an optimizer: a finished run has been evaluated at its end
+        if eval_dataset is not None and not (is_finished and trainer.is_fsdp_enabled):
+            evaluated = trainer.evaluate()
+            metrics |= evaluated
+            _save_metrics(trainer, "eval", evaluated)
+        save_result(trainer)
     _report_drops(trainer)
     return TrainResult(
         output_dir=Path(args.output_dir),
@@ -135,6 +143,22 @@ def train(
         log_history=trainer.state.log_history,
         resumed_from=checkpoint,
     )
+
+
+def _save_metrics(trainer: LlavaTrainer, split: str, metrics: dict[str, float]) -> None:
+    """
+    As `Trainer.save_metrics`, but whole or not at all: on a full disk that leaves an empty `all_results.json`, over which
+    it stumbles in the next run.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    try:
+        earlier = json.loads((folder / "all_results.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        earlier = {}
+    for name, content in ((f"{split}_results.json", metrics), ("all_results.json", {**earlier, **metrics})):
+        write_whole(folder / name, (json.dumps(content, indent=4, sort_keys=True) + "\n").encode())
 
 
 def save_result(trainer: LlavaTrainer) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves beside its weights so that it can be repeated, and which checkpoint it can be resumed from."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import LlavaTrainingArguments
-from .recipes import write_recipe
+from .recipes import write_recipe, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,7 @@ def write_run_record(
         "devices": args.world_size * max(args.n_gpu, 1),
         "data": data_record or {},
     }
-    beside = folder / f".{RUN_RECORD_NAME}.{os.getpid()}"
-    beside.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    os.replace(beside, folder / RUN_RECORD_NAME)
+    write_whole(folder / RUN_RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def installed_versions() -> dict[str, str]:
@@ -107,20 +106,27 @@ def _hash(source: str) -> str | None:
 
 
 @contextlib.contextmanager
-def disk_errors_explained(folder: str | os.PathLike) -> Iterator[None]:
+def disk_errors_explained(folder: str | os.PathLike, only_full: bool = False) -> Iterator[None]:
     """
     Around the writing of a checkpoint: say what could not be written, and from where the run can go on.
 
+    Args:
+        folder (`str` or `os.PathLike`):
+            The checkpoint, or the run's output folder.
+        only_full (`bool`, *optional*, defaults to `False`):
+            Explain a full disk and leave every other error as it is: around work that reads files too.
+
     Raises:
-        OSError: in place of what safetensors, torch and the system raise when a disk is full.
+        OSError: in place of what safetensors, tokenizers, torch and the system raise when a disk is full.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except _ExplainedError:
+        raise
+    except Exception as error:
         cause = " ".join(str(error).split())
-        # torch's writer raises a bare RuntimeError; what it says depends on the moment
-        signs = ("PytorchStreamWriter", "inline_container", "iostream")
-        if not isinstance(error, OSError | SafetensorError) and not any(sign in cause for sign in signs):
+        is_full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in cause for number in _FULL)
+        if not is_full and (only_full or not _is_of_a_disk(error, cause)):
             raise
         folder = Path(folder)
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
@@ -129,10 +135,24 @@ def disk_errors_explained(folder: str | os.PathLike) -> Iterator[None]:
         kept = (
             f"The last complete checkpoint is {complete.name}" if complete else "There is no complete checkpoint yet"
         )
-        raise OSError(
+        raise _ExplainedError(
             f"{folder} could not be written: {cause}. {shutil.disk_usage(place).free / 2**30:.1f} GiB are free there. "
             f"{kept}; make room (or set save_total_limit, save_steps) and give the same command again."
         ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _ExplainedError(OSError):
+    """Says all there is to say; whoever is further out leaves it as it is."""
+
+
+def _is_of_a_disk(error: Exception, cause: str) -> bool:
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    # torch's writer raises a bare RuntimeError, what it says depends on the moment; tokenizers' a bare Exception
+    return any(sign in cause for sign in ("PytorchStreamWriter", "inline_container", "iostream", "(os error "))
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:

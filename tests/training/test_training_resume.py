@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import train
-from modeling_llava.training.run_record import checkpoint_folders, find_resumable_checkpoint, why_incomplete
+from modeling_llava.training.run_record import (
+    checkpoint_folders,
+    disk_errors_explained,
+    find_resumable_checkpoint,
+    why_incomplete,
+)
 
 
 # Runs every scenario in a process of its own, forked from one that has imported everything already.
@@ -230,3 +235,37 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(settings, tm
     assert find_resumable_checkpoint(tmp_path / "run").name == "checkpoint-1"
     result = train(settings)
     assert (result.resumed_from.name, result.global_step) == ("checkpoint-1", 3)
+
+
+def test_a_disk_that_fills_with_small_files_is_reported_too_and_leaves_no_part_of_them(settings, tmp_path):
+    """Pictures and records of the end of a run: the weights and what is smaller than 2 kB still find room."""
+    resource = pytest.importorskip("resource")
+    pytest.importorskip("matplotlib")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class DiskFills(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+
+    try:
+        with pytest.raises(OSError, match="run could not be written.*complete checkpoint is checkpoint-2"):
+            train({**settings, "stage": "pretrain", "save_steps": 2}, callbacks=[DiskFills()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    (tmp_path / "run" / "all_results.json").write_text("")  # what transformers leaves when it is this that fails
+    assert train({**settings, "stage": "pretrain", "save_steps": 2}).resumed_from.name == "checkpoint-2"
+
+
+def test_a_full_disk_under_the_tokenizer_is_reported(base_model, tmp_path):
+    """Its library raises a bare `Exception`."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+        with pytest.raises(OSError, match="checkpoint-1 could not be written: .*There is no complete checkpoint yet"):
+            with disk_errors_explained(tmp_path / "checkpoint-1"):
+                tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
