@@ -65,7 +65,7 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
             )
     if find_adapter_config_file(path, revision=revision) is not None:
         return "adapter"
-    if _config_file(path, PROJECTOR_CONFIG_NAME, revision) is not None:
+    if file_of(path, PROJECTOR_CONFIG_NAME, revision) is not None:
         return "projector"
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(
@@ -84,7 +84,7 @@ def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
     """
     path = os.fspath(path)
     adapter_config = find_adapter_config_file(path, revision=revision)
-    config_file = adapter_config or _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    config_file = adapter_config or file_of(path, PROJECTOR_CONFIG_NAME, revision)
     base = json.loads(Path(config_file).read_text("utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
@@ -102,13 +102,13 @@ def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> st
     """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
     path = os.fspath(path)
     adapter_config = find_adapter_config_file(path, revision=revision)
-    config_file = adapter_config or _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    config_file = adapter_config or file_of(path, PROJECTOR_CONFIG_NAME, revision)
     return json.loads(Path(config_file).read_text("utf-8")).get("revision")
 
 
 def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
     """Whether the folder or Hub repository holds a processor of its own."""
-    return _config_file(os.fspath(path), "processor_config.json", revision) is not None
+    return file_of(os.fspath(path), "processor_config.json", revision) is not None
 
 
 def base_name_to_record(model: PreTrainedModel) -> str | None:
@@ -117,7 +117,8 @@ def base_name_to_record(model: PreTrainedModel) -> str | None:
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
-def _config_file(path: str, name: str, revision: str | None) -> str | None:
+def file_of(path: str, name: str, revision: str | None = None) -> str | None:
+    """A file of a folder or Hub repository; `None` if it is not there."""
     return cached_file(
         path,
         name,
@@ -252,7 +253,7 @@ def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: st
         ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
     """
     path = os.fspath(path)
-    config_file = _config_file(path, PROJECTOR_CONFIG_NAME, revision)
+    config_file = file_of(path, PROJECTOR_CONFIG_NAME, revision)
     if config_file is None:
         raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
     config = json.loads(Path(config_file).read_text("utf-8"))
@@ -348,6 +349,7 @@ __all__ = [
     "base_revision_of",
     "checkpoint_kind",
     "component_of",
+    "file_of",
     "forbid_inference_packing",
     "four_bit_config",
     "has_processor",

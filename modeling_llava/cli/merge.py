@@ -11,16 +11,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the written weights; auto: the base model's (default)",
     )  # fmt: skip
     parser.add_argument("--base", help="the base model, if it is no longer where the adapter says")
+    parser.add_argument(
+        "--as-trained", action="store_true",
+        help="QLoRA: round the base to the 4 bits beside which the adapter was trained, and back, before it is added",
+    )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..training import merge_adapter
+    from ..training.merge import four_bits_of
 
     print(
         f"reading the base of {args.adapter} in 16 bit and folding the adapter in (as long as reading the model takes)"
     )
-    output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision)
+    output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
+    if not args.as_trained and four_bits_of(args.adapter, args.revision) is not None:
+        print(
+            "The adapter was trained beside 4-bit weights and is now on 16-bit ones, which it has not seen. If the answers "
+            "have become worse, merge with --as-trained."
+        )
     print(f"next: llava chat {output}")
     return 0

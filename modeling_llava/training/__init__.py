@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .adapters import merge_adapter
     from .arguments import LlavaTrainingArguments
+    from .merge import merge_adapter
     from .recipes import parse_recipe, preset_names, read_recipe
     from .run import TrainResult, train
     from .trainer import LlavaTrainer
@@ -15,7 +15,7 @@ _MODULES = {
     "LlavaTrainer": "trainer",
     "LlavaTrainingArguments": "arguments",
     "TrainResult": "run",
-    "merge_adapter": "adapters",
+    "merge_adapter": "merge",
     "parse_recipe": "recipes",
     "preset_names": "recipes",
     "read_recipe": "recipes",

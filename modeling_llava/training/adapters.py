@@ -13,7 +13,6 @@ usual way, would also hit the attention of a CLIP tower.
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,15 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints import DORA_MAGNITUDE, base_name_to_record, is_quantised
+from ..checkpoints import DORA_MAGNITUDE, base_name_to_record
 from .arguments import LlavaTrainingArguments
 from .stages import unused_tower_parameters
 
 
 logger = logging.getLogger(__name__)
-
-RUN_RECORD_FILES = ("recipe.yaml", "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png")
-"""Of a run's folder, what goes along when its adapter or projector becomes part of a full model."""
 
 LANGUAGE_MODEL = "model.language_model"
 """Where the language model lies in `LlavaForConditionalGeneration`; the head lies beside it, in `lm_head`."""
@@ -168,90 +164,11 @@ def write_dora_keys_for_transformers(folder: str | Path) -> None:
         os.replace(beside, file)
 
 
-def merge_adapter(
-    adapter: str, output: str, dtype: str | torch.dtype = "auto", base: str | None = None, revision: str | None = None
-) -> Path:
-    """
-    Fold an adapter into its base and write a full stock checkpoint with its processor, and with the record of its run,
-    from which `llava publish` writes the model card.
-
-    The base is read again in 16 bit (or `dtype`), also where the adapter was trained beside 4-bit weights: merging
-    into 4-bit weights would round what was learned away. The products are added in float32.
-
-    Args:
-        adapter (`str`):
-            An adapter folder or Hub name; the output folder of a pretrain run works as well.
-        output (`str`):
-            Folder to be written; it must be new or empty.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the written weights; `"auto"` is the base's.
-        base (`str`, *optional*):
-            The base, if it is no longer where the adapter says.
-        revision (`str`, *optional*):
-            Branch, tag or commit of `adapter`.
-
-    Raises:
-        ValueError: `adapter` is a full model already; the base holds 4-bit weights; `output` is not empty.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from ..checkpoints import base_model_of, base_revision_of, checkpoint_kind, has_processor, load_projector
-
-    kind = checkpoint_kind(adapter, revision)
-    if kind == "full":
-        raise ValueError(f"{adapter} is a full model already: there is nothing to merge.")
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder. Choose another one.")
-    base_revision = None if base else base_revision_of(adapter, revision)
-    base = base or base_model_of(adapter, revision)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, revision=base_revision)
-    if is_quantised(model):
-        raise ValueError(
-            f"{base} holds 4-bit weights: merging into them would round away what was learned. Give the model in 16 "
-            "bit from which it was made, with --base."
-        )
-    if kind == "projector":
-        load_projector(model, adapter, revision)
-    else:
-        model = _merge(model, adapter, revision)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    source = next(
-        (path for path in (adapter, base) if has_processor(path, revision if path == adapter else None)), None
-    )
-    if source is None:
-        logger.warning("Neither %s nor %s holds a processor: %s holds the weights alone.", adapter, base, output)
-    else:
-        processor = AutoProcessor.from_pretrained(source, revision=revision if source == adapter else None)
-        processor.save_pretrained(output)
-    for pattern in RUN_RECORD_FILES:
-        for file in sorted(Path(adapter).glob(pattern)):
-            shutil.copyfile(file, output / file.name)
-    return output
-
-
-def _merge(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
-    from peft import PeftModel
-
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    peft_model = PeftModel.from_pretrained(model, adapter, revision=revision)
-    # PEFT's safe_merge would round the product to 16 bit before it is added; here the sum is rounded, once.
-    merged = peft_model.merge_and_unload()
-    for name, parameter in merged.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{adapter} is broken: with it, {name} is not finite. Merge an earlier checkpoint.")
-        parameter.data = parameter.data.to(dtypes[name])  # whole modules come from the adapter in float32
-    return merged
-
-
 __all__ = [
     "add_adapter",
     "load_adapter",
     "lora_config",
     "lora_target_pattern",
-    "merge_adapter",
     "prepare_adapter",
     "write_dora_keys_for_transformers",
 ]

@@ -12,8 +12,8 @@ from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.checkpoints import UNQUANTISED_MODULES, four_bit_config, is_quantised
-from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
-from modeling_llava.training.adapters import add_adapter, lora_target_pattern, merge_adapter
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
+from modeling_llava.training.adapters import add_adapter, lora_target_pattern
 
 
 LANGUAGE_MODELS = {
@@ -69,7 +69,8 @@ def load(base, cls=LlavaForConditionalGeneration, **settings):
 def train(base, folder, steps=3, cls=LlavaForConditionalGeneration, **settings):
     """A few steps; returns the trainer. The adapter lies in `folder`."""
     args = arguments(folder, adapter=settings.pop("adapter", "lora"), max_steps=steps, save_strategy="no", **settings)
-    quantised = {"quantization_config": four_bit_config(torch.float32)} if args.adapter == "qlora" else {}
+    four_bits = four_bit_config(torch.float32, args.quant_type, args.double_quant) if args.adapter == "qlora" else None
+    quantised = {} if four_bits is None else {"quantization_config": four_bits}
     transformers.set_seed(0)
     trainer = LlavaTrainer(load(base, cls, **quantised), args, train_dataset=Batches())
     trainer.train()
@@ -311,6 +312,23 @@ def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path
     assert torch.allclose(logits(merged), logits(expected), atol=1e-5)
     if not settings:
         assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}])
+def test_merged_as_trained_gives_the_logits_of_the_run(base, tmp_path, settings):
+    trainer = train(base, tmp_path / "adapter", adapter="qlora", **settings)
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "plain"))
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), as_trained=True)
+    merged = load(tmp_path / "merged")
+    assert not is_quantised(merged)
+    trained = logits(trainer.model)
+    assert torch.allclose(logits(merged), trained, atol=1e-5)
+    assert not torch.allclose(logits(load(tmp_path / "plain")), trained, atol=1e-3)
+
+    train(base, tmp_path / "lora")
+    with pytest.raises(ValueError, match="not trained beside 4-bit weights"):
+        merge_adapter(str(tmp_path / "lora"), str(tmp_path / "out"), as_trained=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_merging_rounds_once_in_16_bit(tmp_path, base):
