@@ -121,6 +121,21 @@ REFUSAL = re.compile(
 )
 
 
+REFUSAL_WORDS = ("sorry", "afraid", "apolog", " ai", "artificial", "language model", "text-based", "text based")
+REFUSAL_WORDS += ("i can", "i am ", "i'm ", "i was ", "i do", "i won't", "i will ", "i need", "i would ", "i require")
+REFUSAL_WORDS += ("for me", "please", "can you", "could you", "without", "unable", "not able")
+REFUSAL_WORDS += ("provided", "attached", "given", "uploaded")
+"""Each alternative of `REFUSAL` holds one of these."""
+
+
+def refusal_in(text: str) -> str | None:
+    """Where a text refuses to answer; `None` if it does not."""
+    text = _straight(text)
+    lower = " ".join(text.lower().split())
+    found = REFUSAL.search(text) if any(word in lower for word in REFUSAL_WORDS) else None
+    return found[0] if found else None
+
+
 def _straight(text: str) -> str:
     return text.replace("’", "'")
 
@@ -197,13 +212,13 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     bare = unwrap(text)
     if UNENDED_THOUGHTS.search(bare):
         raise Rejection("cut" if finish_reason == "length" else "no_parse", "thoughts without an end")
-    refused = REFUSAL.search(_straight(bare))
+    refused = refusal_in(bare)
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
         # What is not in the form because it refuses, or because it was cut, says so.
         if rejection.reason == "no_parse" and refused:
-            raise Rejection("refusal", refused[0]) from None
+            raise Rejection("refusal", refused) from None
         if finish_reason == "length":
             raise Rejection("cut") from None
         raise
@@ -216,7 +231,7 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
             if found := mention_of_source(part):
                 raise Rejection("mentions_source", found)
     if refused:
-        raise Rejection("refusal", refused[0])
+        raise Rejection("refusal", refused)
     if settings.language and not looks_like("\n".join(part for turn in turns for part in turn), settings.language):
         raise Rejection("wrong_language", settings.language)
     _check_lengths(turns, kind, settings)
