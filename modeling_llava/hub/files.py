@@ -3,19 +3,19 @@
 import json
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 
 PUBLISHED = {
     "model": (
-        "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+        "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "tokenizer*.model",
         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "processor_config.json",
-        "preprocessor_config.json", "chat_template*", "adapter_config.json", "projector_config.json", "recipe.yaml",
+        "preprocessor_config.json", "chat_template*", "additional_chat_templates/*.jinja", "adapter_config.json", "projector_config.json", "recipe.yaml",
         "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png", "LICENSE*", "*.gguf",
     ),
     "dataset": (
@@ -26,32 +26,63 @@ PUBLISHED = {
 """File names that are published, by what a folder is: a model, a data set, or a run of the data engine without one (its
 ledger, its record and what it was made from stay). Everything else stays here, and is listed."""
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill")
 """Endings of files that can hold a pickle, which runs code when it is loaded."""
+
+PICKLE_BEGINNINGS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
+"""And how such files begin, whatever they are called: pickles, what `torch.save` writes, arrays."""
 
 TEXT_ENDINGS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".jinja", ".txt", "")
 SEARCHED_BYTES = 16 * 2**20
-"""Of a file that is not text, so much is searched for secrets: what GGUF, PNG and parquet say of themselves lies in front."""
+"""Of a file that is not text, so much is searched: what GGUF and PNG say of themselves lies in front."""
+CHUNK_BYTES = 2**22
+"""Of a text, so much is looked at before its lines are."""
 
 SECRETS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
-    "an OpenAI key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}\b",
-    "a GitHub token": r"\b(?:ghp|gho|ghs|github_pat)_[A-Za-z0-9_]{20,}",
-    "a Weights & Biases key": r"(?i)wandb_api_key\W+[0-9a-f]{40}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-LOCAL_PATH = r"""(?x)
-    (?:(?<=["'`\s=:(,\[]) | ^ | (?<=file://))
+    "a Hugging Face token": (("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
+    "an OpenAI key": (("sk-",), r"\bsk-[A-Za-z0-9_-]{20,}"),
+    "an AWS key": (("akia", "asia"), r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    "an AWS secret": (
+        ("secret",), r"(?i)aws_?secret_?(?:access_?)?key\W+[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+    ),
+    "a Google key": (("aiza",), r"\bAIza[A-Za-z0-9_-]{35}\b"),
+    "a GitHub token": (
+        ("gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_"), r"\b(?:gh[oprsu]|github_pat)_[A-Za-z0-9_]{20,}",
+    ),
+    "a GitLab token": (("glpat-",), r"\bglpat-[A-Za-z0-9_-]{20,}"),
+    "a Slack token": (("xox",), r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"),
+    "a Weights & Biases key": (("wandb_",), r"(?i)\bwandb_v1_\w{20,}|wandb_api_key\W+[0-9a-f]{40}"),
+    "a private key": (("private key-",), r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "a web token": (("eyj",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
+    "a password in a URL": (("://",), r"\b[a-z][a-z0-9+]*://[^\s/:@\"'<>]+:[^\s/:@\"'<>]{3,}@[\w.-]"),
+    "a key": (
+        ("key", "secret", "token"),
+        r"""(?i)(?:api_?key|secret(?:_?key)?|(?:access|auth|hub)_?token)["']?\s*[:=]\s*["']?"""
+        r"(?=[\w+/.-]*\d)[\w+/.-]{20,}",
+    ),
+}  # fmt: skip
+"""What it is → what a text that holds it has in it, in lower case (a pattern alone takes a second for each megabyte), and its
+pattern. The first that fits is told."""
+
+ROOTS = (
+    "home", "users", "root", "mnt", "media", "tmp", "work", "data", "scratch", "workspace", "content", "var", "opt", "srv",
+    "gpfs", "lustre", "nfs", "kaggle", "dbfs", "volumes", "private", "storage", "fsx", "efs", "raid", "export", "cluster",
+    "shared", "teamspace", "notebooks", "ssd", "nvme",
+)  # fmt: skip
+LOCAL_PATH = (
+    (*(f"/{root}/" for root in ROOTS), "~/", ":\\", ":/", "\\\\"),
+    r"""(?x)
+    (?:(?<=["'`\s=:(,\[>|;{@]) | ^ | (?<=file://))
     (?:
-        /(?:home|Users|root|mnt|media|tmp|work|data|scratch|workspace|content|var|opt|srv|gpfs|lustre|nfs|kaggle|dbfs|Volumes)
-        /[^\s"'`,)]+
-        | ~/[^\s"'`,)]+
+        /(?:Users|Volumes|ROOTS)/[^\s"'`,)<|]+
+        | ~/[^\s"'`,)<|]+
         | [A-Za-z]:(?:\\\\[\w.-]|\\(?:Users\b|[\w.-]+\\)|/[\w.-]+/)[^\s"'`,)]*
         | \\\\\\\\?[\w.-]+\\\\[^\s"'`,)]+
-    )"""
+    )""".replace("ROOTS", "|".join(ROOTS)),
+)
 """POSIX, home, Windows and network paths. Text that is about paths is found as well: it is better asked than leaked."""
+HOME = (("/home/", "/users/", "/root/"), r"/(?:home|Users|root)/[\w.-]{2,}")
+"""A home in a file that is not text, where nothing says where a path begins."""
 
 
 @dataclass(frozen=True)
@@ -93,47 +124,17 @@ def _matches(file: Path, pattern: str) -> bool:
     return len(file.parts) == pattern.count("/") + 1 and file.match(pattern)
 
 
-def stage_files(source: Path, target: Path, files: list[Path]) -> None:
+def read_json(file: Path) -> Any:
     """
-    Put `files` into `target`: weights as hard links where the disk allows, text with local paths shortened.
+    What a JSON file holds; `{}` if it is not there.
 
-    A recipe, a run's record and results name data and models by their places on this machine. Such a place means nothing
-    elsewhere, so only its last component is kept.
+    Raises:
+        ValueError: it cannot be read; it is named.
     """
-    for file in files:
-        place = target / file
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if file.name in ("recipe.yaml", "run.json") or file.match("results*.json"):
-            place.write_text(_shortened(source / file), "utf-8")
-            continue
-        original = (source / file).resolve()
-        try:
-            os.link(original, place)
-        except OSError:  # another file system
-            shutil.copy2(original, place)
-
-
-def _shortened(file: Path) -> str:
-    """A record of the run whose paths are cut to their last component."""
-    text = file.read_text("utf-8")
     try:
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({' '.join(str(error).split())}). Mend it, or take it away."
-        ) from None
-
-    def shorten(value):
-        if isinstance(value, dict):
-            return {shorten(key): shorten(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [shorten(item) for item in value]
-        if isinstance(value, str) and (os.path.isabs(value) or re.match(r"[A-Za-z]:[\\/]|\.{1,2}[\\/]|~", value)):
-            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-        return value
-
-    content = shorten(content)
-    return json.dumps(content, indent=2) + "\n" if file.suffix == ".json" else yaml.safe_dump(content, sort_keys=False)
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}). Mend it, or take it away.") from None
 
 
 def find_problems(folder: str | os.PathLike) -> list[Problem]:
@@ -150,33 +151,119 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
     folder = Path(folder)
     problems = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
-        name = path.relative_to(folder).as_posix()
+        name, ending = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.is_symlink():
             problems.append(Problem(name, 0, "is a link; publish the file itself."))
-        elif path.suffix in PICKLES:
+        elif ending in PICKLES or _begins_as_a_pickle(path):
             problems.append(Problem(name, 0, "can hold a pickle, which runs code when loaded; save as safetensors."))
-        elif path.suffix in TEXT_ENDINGS:
-            with open(path, encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, start=1):
-                    problems += _problems_in_line(line, name, number)
-        elif path.suffix == ".safetensors":
+        elif ending == ".safetensors":
             problems += _problems_in_safetensors(path, name)
+        elif ending == ".parquet":
+            problems += _problems_in_parquet(path, name)
+        elif ending in TEXT_ENDINGS:
+            problems += _problems_in_lines(path, name)
         else:
             with open(path, "rb") as file:
-                text = file.read(SEARCHED_BYTES).decode("latin-1")
-            problems += _secrets(text, name, 0)
+                problems += _problems_in_text(_decoded(file.read(SEARCHED_BYTES)), name, 0, HOME)
     return problems
 
 
-def _secrets(text: str, name: str, number: int) -> list[Problem]:
-    found = (what for what, pattern in SECRETS.items() if re.search(pattern, text))
-    return [Problem(name, number, f"holds what looks like {what}; remove it, and revoke it.") for what in found]
+def link_problems(folder: str | os.PathLike, kind: str) -> list[Problem]:
+    """
+    Links among the files that would be published that lead out of the folder, or nowhere. Those of the Hub's cache, where
+    each file is a link to a blob beside the snapshots, are none.
+
+    Args:
+        folder (`str` or `os.PathLike`), kind (`str`):
+            As in [`select_files`].
+    """
+    folder = Path(folder).resolve()
+    inside = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
+    below = {pattern.split("/")[0] for pattern in PUBLISHED[kind] if "/" in pattern}
+    problems = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_symlink() or not (
+            any(_matches(name, pattern) for pattern in PUBLISHED[kind]) or str(name) in below
+        ):
+            continue
+        place = path.resolve()
+        if not path.exists():
+            problems.append(Problem(name.as_posix(), 0, "is a link to a file that is not there."))
+        elif not path.is_file():
+            problems.append(Problem(name.as_posix(), 0, "is a link to a folder; put the folder itself here."))
+        elif not any(place.is_relative_to(root) for root in inside):
+            problems.append(Problem(name.as_posix(), 0, f"is a link out of this folder ({place}); put the file here."))
+    return problems
 
 
-def _problems_in_line(line: str, name: str, number: int) -> list[Problem]:
-    problems = _secrets(line, name, number)
-    if name not in ("tokenizer.json", "vocab.json"):  # their pieces are text, not places
-        if found := re.search(LOCAL_PATH, line):
+def missing_files(folder: Path, kind: str) -> list[Problem]:
+    """Files without which a publication (`full`, `adapter`, `projector` or `dataset`) cannot be used."""
+    if kind == "dataset":
+        has_card = (folder / "README.md").is_file()
+        return (
+            [] if has_card else [Problem("README.md", 0, "is missing; say what the data is and under which licence.")]
+        )
+    needed = {"full": ["config.json"], "adapter": ["adapter_config.json"], "projector": ["projector_config.json"]}[
+        kind
+    ]
+    if kind != "projector":
+        needed += ["processor_config.json"]
+    problems = [
+        Problem(name, 0, "is missing; save the processor beside the weights (processor.save_pretrained).")
+        for name in needed
+        if not (folder / name).is_file()
+    ]
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(read_json(index).get("weight_map", {}).values())
+        lost = sorted(name for name in named if not (folder / name).is_file())
+        problems += [
+            Problem(index.name, 0, f"names {name}, which is not there; save the model again.") for name in lost
+        ]
+    if not any(folder.glob("*.safetensors")):
+        problems.append(Problem("*.safetensors", 0, "there are no weights; save them as safetensors."))
+    if kind == "full" and not any(folder.glob("chat_template*")):
+        problems.append(
+            Problem("chat_template.jinja", 0, "is missing; the model does not know how questions are asked.")
+        )
+    return problems
+
+
+def _begins_as_a_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8).startswith(PICKLE_BEGINNINGS)
+
+
+def _decoded(content: bytes) -> str:
+    """For the search: UTF-16, which is what PowerShell writes, reads as its letters; so does JSON's `\\/`."""
+    return content.replace(b"\0", b"").decode("utf-8", "replace").replace("\\/", "/")
+
+
+def _problems_in_lines(path: Path, name: str) -> list[Problem]:
+    problems, number = [], 0
+    with open(path, "rb") as file:
+        while lines := file.readlines(CHUNK_BYTES):
+            if _problems_in_text(_decoded(b"".join(lines)), name, 0):
+                for offset, line in enumerate(lines, start=1):
+                    problems += _problems_in_text(_decoded(line), name, number + offset)
+            number += len(lines)
+    return problems
+
+
+def _problems_in_text(
+    text: str, name: str, number: int, local_path: tuple[tuple[str, ...], str] = LOCAL_PATH
+) -> list[Problem]:
+    lower = text.lower()
+
+    def search(hints: tuple[str, ...], pattern: str) -> re.Match | None:
+        return re.search(pattern, text, re.MULTILINE) if any(hint in lower for hint in hints) else None
+
+    problems = []
+    secret = next((what for what, looks in SECRETS.items() if search(*looks)), None)
+    if secret is not None:
+        problems.append(Problem(name, number, f"holds what looks like {secret}; remove it, and revoke it."))
+    if name not in ("tokenizer.json", "vocab.json", "tokenizer.model"):  # their pieces are text, not places
+        if found := search(*local_path):
             message = f"names a place on this machine ({found[0]}); name it by its Hub name."
             problems.append(Problem(name, number, message))
     return problems
@@ -189,7 +276,41 @@ def _problems_in_safetensors(path: Path, name: str) -> list[Problem]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         return [Problem(name, 0, f"is damaged or cut short ({error}); save or copy it again.")]
-    return _problems_in_line(json.dumps(metadata), name, 0)
+    return _problems_in_text(json.dumps(metadata), name, 0)
 
 
-__all__ = ["Problem", "find_problems", "select_files", "stage_files"]
+def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
+    """The first problem of each kind in its text columns and its footer; pictures in it are not looked into."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: dict[str, Problem] = {}
+    try:
+        with pq.ParquetFile(path) as file:
+            texts = [value.decode("utf-8", "replace") for value in (file.metadata.metadata or {}).values()]
+            for group in range(file.num_row_groups):
+                for column in file.read_row_group(group).columns:
+                    texts += _strings(column.combine_chunks())
+                for text in texts:
+                    for problem in _problems_in_text(text.replace("\\/", "/"), name, 0):
+                        found.setdefault(problem.message.partition("(")[0], problem)
+                texts = []
+    except (pa.ArrowInvalid, OSError) as error:
+        return [Problem(name, 0, f"is damaged or cut short ({error}); write or copy it again.")]
+    return list(found.values())
+
+
+def _strings(values) -> Iterator[str]:
+    """Every text in an Arrow array, however deep."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(values.type):
+        for part in values.flatten():
+            yield from _strings(part)
+    elif pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        yield from _strings(values.flatten())
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        yield from (text for text in values.to_pylist() if text)
+
+
+__all__ = ["Problem", "find_problems", "link_problems", "missing_files", "read_json", "select_files"]

@@ -9,6 +9,8 @@ from typing import Any
 import jinja2
 import yaml
 
+from .files import read_json
+
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -63,11 +65,11 @@ def render_model_card(
         `str`
     """
     folder = Path(folder)
-    run = _read_json(folder / "run.json")
+    run = read_json(folder / "run.json")
     recipe_file = folder / "recipe.yaml"
     recipe = recipe_file.read_text("utf-8") if recipe_file.is_file() else None
     settings = yaml.safe_load(recipe) if recipe else {}
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     base_models = base_models or _base_models(config, settings)
     datasets = datasets or _datasets(run)
     evaluation = _evaluation(folder)
@@ -89,7 +91,7 @@ def render_model_card(
         recipe=recipe.strip() if recipe else None,
         data_line=_data_line(run),
         hardware=_hardware(run, settings),
-        duration=_duration(_read_json(folder / "trainer_state.json"), _read_json(folder / "all_results.json")),
+        duration=_duration(read_json(folder / "trainer_state.json"), read_json(folder / "all_results.json")),
         versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
         pictures={file.name: text for pattern, text in PICTURES.items() for file in sorted(folder.glob(pattern))},
         evaluation=evaluation,
@@ -177,7 +179,7 @@ def _summary(kind: str, settings: dict, base_models: list[str] | None) -> str:
 
 def _architecture(folder: Path, kind: str) -> dict[str, str]:
     """Parts of the model, one line each."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     parts = {}
     if config:
         vision, text = config.get("vision_config", {}), config.get("text_config", {})
@@ -195,7 +197,7 @@ def _architecture(folder: Path, kind: str) -> dict[str, str]:
         )
         parts["image tokens"] = f"{config.get('image_seq_length')} per picture"
     if kind == "adapter":
-        adapter = _read_json(folder / "adapter_config.json")
+        adapter = read_json(folder / "adapter_config.json")
         parts["adapter"] = (
             f"LoRA, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
             f"{', DoRA' if adapter.get('use_dora') else ''}{', rsLoRA' if adapter.get('use_rslora') else ''}"
@@ -246,7 +248,7 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
     whole benchmark, so that it may stand in the Hub's index."""
     rows = []
     for file in sorted(folder.glob("results*.json")):
-        results = _read_json(file)
+        results = read_json(file)
         benchmark, samples = results.get("benchmark"), results.get("samples") or {}
         whole = results.get("complete", True)
         for metric, score in (results.get("scores") or {}).items():
@@ -269,10 +271,6 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 __all__ = ["render_model_card"]

@@ -1,24 +1,21 @@
 """Publish a model or a data set: gather, check, write the card, push. Nothing leaves before every check has passed."""
 
 import glob
-import json
 import logging
 import os
-import re
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, hf_api
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
-from .files import Problem, find_problems, select_files, stage_files
+from .files import Problem, find_problems, link_problems, missing_files, read_json, select_files
 from .model_card import HUB_NAME, render_model_card
+from .staging import drop_local_names, finish_data_card, name_base, stage_files, stage_results
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +100,7 @@ def gather(
     kind, source, form = _kind(source)
     base = (base_models or [None])[0]
     if kind in BASE_FILES and base is None:
-        base = json.loads((source / BASE_FILES[kind]).read_text("utf-8")).get("base_model_name_or_path") or "nothing"
+        base = read_json(source / BASE_FILES[kind]).get("base_model_name_or_path") or "nothing"
         if not HUB_NAME.fullmatch(base) or os.path.isdir(base):
             raise ValueError(
                 f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}, which others do not have. "
@@ -111,6 +108,8 @@ def gather(
             )
         base_models = [base]
     published, left_out = select_files(source, form)
+    problems = link_problems(source, form)
+    linked = {problem.file for problem in problems}
 
     if folder.resolve() == source or source in folder.resolve().parents:
         raise ValueError(f"{folder} lies in {source}, which is being published. Choose another folder.")
@@ -120,14 +119,13 @@ def gather(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.touch()
-    stage_files(source, folder, published)
-    for path in results or []:
-        _stage_results(Path(path), folder)
+    stage_files(source, folder, [file for file in published if file.as_posix() not in linked])
+    _stage_all_results(results or [], folder)
     if kind in BASE_FILES:
-        _name_base(folder / BASE_FILES[kind], base)
-    _remove_local_names(folder)
+        name_base(folder / BASE_FILES[kind], base)
+    drop_local_names(folder)
     if kind == "dataset":
-        _finish_data_card(folder, repo, license)
+        finish_data_card(folder / "README.md", repo, license)
     else:
         card = render_model_card(
             folder,
@@ -152,7 +150,7 @@ def gather(
         folder=folder,
         files=files,
         left_out=[str(file) for file in left_out],
-        problems=find_problems(folder) + _missing_files(folder, kind),
+        problems=problems + find_problems(folder) + missing_files(folder, kind),
         source=source,
     )
 
@@ -190,7 +188,8 @@ def push(
         `str`: where it is.
 
     Raises:
-        ValueError: the publication has problems; the repository is public and should be private; a tag is taken.
+        ValueError: the publication has problems; the repository is public and should be private; a tag is taken; the Hub
+            does not take something, and says what.
         PermissionError: there is no token, or it may not write there.
         OSError: the upload broke off.
     """
@@ -204,7 +203,7 @@ def push(
     try:
         _check_repository(api, publication, private, revision, tags or [])
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):  # such as a pull request, which is there
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
         commit = api.upload_folder(
             repo_id=repo,
@@ -228,6 +227,9 @@ def push(
                 f"The Hub refused {publication.repo} ({status}): log in with a token that may write there "
                 "(`hf auth login`), and check the owner's name."
             ) from None
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            said = " ".join((error.server_message or str(error)).split())
+            raise ValueError(f"The Hub does not take {publication.repo} as it is ({status}: {said}).") from None
         raise OSError(f"The upload broke off ({status or error}). Run the same command again: it goes on.") from None
     except (OSError, HTTP_ERROR) as error:
         raise OSError(f"The upload broke off ({error}). Run the same command again: it goes on.") from None
@@ -263,6 +265,17 @@ def _kind(source: Path) -> tuple[str, Path, str]:
     )
 
 
+def _stage_all_results(paths: list[str | os.PathLike], folder: Path) -> None:
+    staged: dict[str, str | os.PathLike] = {}
+    for path in paths:
+        name = stage_results(Path(path), folder)
+        if name in staged:
+            raise ValueError(
+                f"{path} and {staged[name]} are of the same benchmark; a card has room for one. Give one."
+            )
+        staged[name] = path
+
+
 def _check_repository(
     api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
 ) -> None:
@@ -292,110 +305,6 @@ def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: st
     there = api.list_repo_files(repo, revision=revision, repo_type=publication.repo_type)
     stale = [name for name in there if "/" not in name and name.endswith(WEIGHT_ENDINGS)]
     return [glob.escape(name) for name in stale if name not in publication.files]
-
-
-def _stage_results(path: Path, folder: Path) -> None:
-    """`results.json` of an evaluation, and its plot, under names that several benchmarks can share a folder with."""
-    file = path / "results.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
-    benchmark = json.loads(file.read_text("utf-8")).get("benchmark")
-    if not benchmark:
-        raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
-    name = "results-" + re.sub(r"[^A-Za-z0-9]+", "-", benchmark).strip("-").lower()
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copyfile(file, Path(scratch, f"{name}.json"))
-        stage_files(Path(scratch), folder, [Path(f"{name}.json")])
-    if (plot := file.with_name("results.png")).is_file():
-        shutil.copyfile(plot, folder / f"{name}.png")
-
-
-def _finish_data_card(folder: Path, repo: str, license: str | None) -> None:
-    """The data set's own card, with its licence and its name on the Hub."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return
-    text = card.read_text("utf-8").replace("PATH OR REPOSITORY", repo)
-    front = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") and text.count("---\n") > 1 else {}
-    body = text.split("---\n", 2)[2] if front else text
-    if license:
-        front = {"license": license} | {key: value for key, value in front.items() if key != "license"}
-    if "configs" not in front and (folder / "instruct.json").is_file():
-        front["configs"] = [{"config_name": "default", "data_files": "instruct.json"}]
-    card.unlink()
-    card.write_text(f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}", "utf-8")
-
-
-def _name_base(file: Path, base: str) -> None:
-    """Write the base model's Hub name into a copy of an adapter's configuration (the copy may be a hard link)."""
-    config = json.loads(file.read_text("utf-8"))
-    config["base_model_name_or_path"] = base
-    file.unlink()
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _remove_local_names(folder: Path) -> None:
-    """Drop the place a model was loaded from, which transformers and tokenizers note in their files."""
-    for file in [
-        *folder.glob("config.json"),
-        *folder.glob("tokenizer_config.json"),
-        *folder.glob("trainer_state.json"),
-    ]:
-        content = json.loads(file.read_text("utf-8"))
-        if file.name == "trainer_state.json":
-            best = content.get("best_model_checkpoint")
-            changed = bool(best)
-            if best:
-                content["best_model_checkpoint"] = Path(best).name
-        else:
-            changed = _drop_paths(content)
-        if changed:
-            file.unlink()
-            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _drop_paths(content: dict) -> bool:
-    changed = False
-    for key in ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"):
-        if os.path.isabs(str(content.get(key, ""))):
-            del content[key]
-            changed = True
-    for value in content.values():
-        if isinstance(value, dict):
-            changed = _drop_paths(value) or changed
-    return changed
-
-
-def _missing_files(folder: Path, kind: str) -> list[Problem]:
-    """Files without which the publication cannot be used by its one-line example."""
-    if kind == "dataset":
-        has_card = (folder / "README.md").is_file()
-        return (
-            [] if has_card else [Problem("README.md", 0, "is missing; say what the data is and under which licence.")]
-        )
-    needed = {"full": ["config.json"], "adapter": ["adapter_config.json"], "projector": ["projector_config.json"]}[
-        kind
-    ]
-    if kind != "projector":
-        needed += ["processor_config.json"]
-    problems = [
-        Problem(name, 0, "is missing; save the processor beside the weights (processor.save_pretrained).")
-        for name in needed
-        if not (folder / name).is_file()
-    ]
-    for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        lost = sorted(name for name in named if not (folder / name).is_file())
-        problems += [
-            Problem(index.name, 0, f"names {name}, which is not there; save the model again.") for name in lost
-        ]
-    if not any(folder.glob("*.safetensors")):
-        problems.append(Problem("*.safetensors", 0, "there are no weights; save them as safetensors."))
-    if kind == "full" and not any(folder.glob("chat_template*")):
-        problems.append(
-            Problem("chat_template.jinja", 0, "is missing; the model does not know how questions are asked.")
-        )
-    return problems
 
 
 __all__ = ["Publication", "gather", "push"]

@@ -1,11 +1,16 @@
 """Publishing to a server on this machine that speaks the Hub's API, with failures in the middle."""
 
+import importlib
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -66,6 +71,12 @@ def model_folder(tmp_path, bare_model):
 
 def safetensors(metadata: dict) -> bytes:
     return save({"x": torch.zeros(1)}, metadata=metadata)
+
+
+def parquet(**columns) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
 
 
 def cut_weights(folder):
@@ -271,6 +282,10 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = {"base_model_name_or_path": str(model_folder), "r": 8, "lora_alpha": 16, "peft_type": "LORA"}
+    config["auto_mapping"] = {
+        "base_model_class": "LlavaForConditionalGeneration",
+        "parent_library": "modeling_llava.x",
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
     (adapter / "processor_config.json").write_text("{}")
@@ -280,6 +295,8 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
     assert publication.kind == "adapter" and publication.problems == []
     staged = json.loads((publication.folder / "adapter_config.json").read_text())
     assert staged["base_model_name_or_path"] == "org/base"
+    library = importlib.import_module(staged["auto_mapping"]["parent_library"])  # as PEFT's AutoPeftModel does
+    assert library.LlavaForConditionalGeneration.__module__.startswith("transformers.")
     assert json.loads((adapter / "adapter_config.json").read_text()) == config
     card = (publication.folder / "README.md").read_text()
     assert "base_model_relation: adapter" in card and "rank 8, alpha 16" in card
@@ -288,7 +305,7 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
 def test_a_data_set_is_published_as_one(hub, tmp_path):
     folder = tmp_path / "data-set"
     (folder / "data").mkdir(parents=True)
-    (folder / "data" / "train.parquet").write_bytes(b"PAR1")
+    (folder / "data" / "train.parquet").write_bytes(parquet(text=["A dog."]))
     (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Data\n")
     (folder / "ledger.jsonl").write_text("{}\n")
     push(gather(folder, "tester/data"), endpoint=hub.url)
@@ -315,7 +332,7 @@ def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
     assert 'load_dataset("tester/data")' in body and (run / "README.md").read_text() == card
 
     (run / "dataset" / "data").mkdir(parents=True)
-    (run / "dataset" / "data" / "train-00000.parquet").write_bytes(b"PAR1")
+    (run / "dataset" / "data" / "train-00000.parquet").write_bytes(parquet(text=["A dog."]))
     problems = gather(run, "tester/data").problems
     assert [str(problem) for problem in problems] == [
         "README.md: is missing; say what the data is and under which licence."
@@ -325,6 +342,67 @@ def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
     assert publication.folder == tmp_path / "run-to-publish"
     push(publication, endpoint=hub.url)
     assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train-00000.parquet"}
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, model_folder):
+    (tmp_path / "diary.json").write_text('{"dear": "diary"}')
+    (model_folder / "results-mine.json").symlink_to(tmp_path / "diary.json")
+    (model_folder / "vocab.json").symlink_to("nowhere")
+    (model_folder / "special_tokens_map.json").symlink_to("added_tokens.json")
+    (model_folder / "added_tokens.json").write_text("{}")
+    publication = gather(model_folder, "tester/my-llava")
+    assert [str(problem) for problem in publication.problems] == [
+        f"results-mine.json: is a link out of this folder ({tmp_path / 'diary.json'}); put the file here.",
+        "vocab.json: is a link to a file that is not there.",
+    ]
+    assert "results-mine.json" not in publication.files and "special_tokens_map.json" in publication.files
+
+
+def test_a_folder_of_the_hubs_cache_is_published_though_its_files_are_links(tmp_path, model_folder):
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(model_folder, cached / "blobs")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    for file in (cached / "blobs").iterdir():
+        (cached / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert gather(cached / "snapshots" / "abc", "tester/x", tmp_path / "out").problems == []
+
+
+def test_what_was_gathered_can_be_edited_without_changing_the_model(model_folder):
+    before = (model_folder / "generation_config.json").read_text()
+    publication = gather(model_folder, "tester/my-llava")
+    with open(publication.folder / "generation_config.json", "a") as file:
+        file.write(" ")
+    assert (model_folder / "generation_config.json").read_text() == before
+    assert (publication.folder / "model.safetensors").samefile(model_folder / "model.safetensors")
+
+
+def test_places_within_a_line_of_the_recipe_are_shortened_too(model_folder):
+    lines = ["vqa --questions /home/me/q.jsonl --images ~/my/pics --limit 200", "pope --questions owner/name"]
+    recipe = {"model": "../start", "benchmarks": lines, "image_folder": "/data/my pictures", "lora_target": r"a\.b/.*"}
+    (model_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    publication = gather(model_folder, "tester/my-llava")
+    assert publication.problems == []
+    assert yaml.safe_load((publication.folder / "recipe.yaml").read_text()) == {
+        "model": "start",
+        "benchmarks": ["vqa --questions q.jsonl --images pics --limit 200", "pope --questions owner/name"],
+        "image_folder": "my pictures",
+        "lora_target": r"a\.b/.*",
+    }
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "recipe.yaml", "trainer_state.json"])
+@pytest.mark.parametrize("content", [b"{ cut", "{}".encode("utf-16")])
+def test_a_record_that_cannot_be_read_is_named(model_folder, name, content):
+    (model_folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        gather(model_folder, "tester/my-llava")
+
+
+def test_what_the_hub_does_not_take_is_not_called_an_interruption(hub, model_folder):
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next("POST", "/commit/", "400")
+    with pytest.raises(ValueError, match=r"does not take tester/my-llava as it is \(400: .*injected"):
+        push(publication, endpoint=hub.url)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +497,8 @@ def test_results_of_evaluations_stand_in_card_and_index(tmp_path, model_folder):
         ("ScienceQA", "average", 0.8984),
         ("ScienceQA", "unparsed", 3),
     }
+    with pytest.raises(ValueError, match="are of the same benchmark"):
+        gather(model_folder, "tester/my-llava", results=[whole, whole])
     with pytest.raises(FileNotFoundError, match="holds no results.json"):
         gather(model_folder, "tester/my-llava", results=[tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="names no benchmark"):
@@ -475,6 +555,20 @@ def test_card_promises_no_runtime_that_cannot_run_the_model(model_folder, fields
         ("added_tokens.json", b'{"a": "~/models/llava"}', "a place on this machine"),
         ("added_tokens.json", b'{"a": "C:/Users/me"}', "a place on this machine"),
         ("added_tokens.json", b'{"a": "Q:\\nWhat? https://huggingface.co/data/x"}', None),
+        ("added_tokens.json", b'{"a": "\\/home\\/me\\/x"}', "a place on this machine (/home/me/x)"),
+        ("README.md", b"|/home/me/x|", "(/home/me/x)"),
+        ("README.md", b"user@example.org, https://example.org:8000/a@b, sk-learn, eyJust, key: value", None),
+        ("README.md", b"git clone https://me:hunter22@example.org/x", "a password in a URL"),
+        ("recipe.yaml", b"aws_secret_access_key: wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "an AWS secret"),
+        ("recipe.yaml", b"hub_token: abcdefghij0123456789", "a key"),
+        ("results.json", '{"key": "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}'.encode("utf-16"), "Hugging Face token"),
+        ("model.gguf", b"GGUF\x0c\0\0\0\0/home/someone/llava\x05\0", "a place on this machine (/home/someone"),
+        ("LICENSE", pickle.dumps({"a": 1}), "can hold a pickle"),
+        ("weights.BIN", b"x", "can hold a pickle"),
+        ("data.parquet", parquet(text=["fine", "hf_" + "a" * 30]), "Hugging Face token"),
+        ("data.parquet", parquet(rows=[[{"value": "see /home/someone/x"}]]), "a place on this machine"),
+        ("data.parquet", parquet(text=["fine"], image=[b"hf_" + b"a" * 30]), None),
+        ("data.parquet", parquet(text=["fine"])[:-9], "data.parquet: is damaged or cut short"),
     ],
 )
 def test_every_kind_of_file_is_searched(tmp_path, name, content, message):

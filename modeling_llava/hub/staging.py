@@ -1,0 +1,164 @@
+"""Puts what is published into a folder of its own, without what means nothing, or too much, elsewhere."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .files import read_json
+
+
+LINKED = (".safetensors", ".gguf", ".parquet")
+"""Endings of large files, which nobody edits: gathered as hard links. Everything else is a copy that may be changed."""
+
+STOCK_MODULE = "transformers.models.llava.modeling_llava"
+
+PLACE = r"""(?<![\w:/.\\])(?:~|[A-Za-z]:(?=[\\/])|\.{1,2}(?=[\\/]))?[\\/](?:[^\s"'\\/]+[\\/])*([^\s"'\\/]+)[\\/]?"""
+"""A path in a line of words, such as a recipe's `benchmarks`; its last component is the group."""
+
+
+def stage_files(source: Path, target: Path, files: list[Path]) -> None:
+    """
+    Put `files` into `target`: weights as hard links where the disk allows, records of the run with local paths shortened.
+
+    A recipe, a run's record and results name data and models by their places on this machine. Such a place means nothing
+    elsewhere, so only its last component is kept.
+
+    Raises:
+        ValueError: a record cannot be read.
+    """
+    for file in files:
+        place = target / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        original = (source / file).resolve()
+        if file.name in ("recipe.yaml", "run.json") or file.match("results*.json"):
+            place.write_text(_shortened(source / file), "utf-8")
+        elif file.suffix not in LINKED:
+            shutil.copyfile(original, place)
+        else:
+            try:
+                os.link(original, place)
+            except OSError:  # another file system
+                shutil.copyfile(original, place)
+
+
+def _shortened(file: Path) -> str:
+    """A record of the run whose paths are cut to their last component."""
+
+    is_prose = file.name.startswith("results")  # a path among words was meant to be read: whoever publishes is asked
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {shorten(key): shorten(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shorten(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if os.path.isabs(value) or re.match(r"(?:[A-Za-z]:|\.{1,2}|~)[\\/]", value):  # one path, with spaces in it
+            if not re.search(r"\s[\\/~-]", value):
+                return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return value if is_prose else re.sub(PLACE, r"\1", value)
+
+    if file.suffix == ".json":
+        return json.dumps(shorten(read_json(file)), indent=2) + "\n"
+    try:
+        return yaml.safe_dump(shorten(yaml.safe_load(file.read_text("utf-8"))), sort_keys=False)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({' '.join(str(error).split())}). Mend it, or take it away."
+        ) from None
+
+
+def stage_results(path: Path, folder: Path) -> str:
+    """
+    `results.json` of an evaluation, and its plot, under names that several benchmarks can share a folder with.
+
+    Returns:
+        `str`: the name of its file.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no results, or they are not of `llava eval`.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
+    results = read_json(file)
+    benchmark = results.get("benchmark") if isinstance(results, dict) else None
+    if not benchmark:
+        raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
+    name = "results-" + re.sub(r"[^A-Za-z0-9]+", "-", benchmark).strip("-").lower()
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(file, Path(scratch, f"{name}.json"))
+        stage_files(Path(scratch), folder, [Path(f"{name}.json")])
+    if (plot := file.with_name("results.png")).is_file():
+        shutil.copyfile(plot, folder / f"{name}.png")
+    return f"{name}.json"
+
+
+def finish_data_card(card: Path, repo: str, license: str | None) -> None:
+    """
+    The data set's own card, with its licence and its name on the Hub.
+
+    Raises:
+        ValueError: what stands between its first two lines of `---` is not YAML's `key: value`.
+    """
+    if not card.is_file():
+        return
+    text = card.read_text("utf-8", errors="replace").replace("PATH OR REPOSITORY", repo)
+    front, body = {}, text
+    if text.startswith("---\n") and text.count("---\n") > 1:
+        _, written, body = text.split("---\n", 2)
+        try:
+            front = yaml.safe_load(written) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{card.name}: its head is not YAML ({' '.join(str(error).split())}).") from None
+        if not isinstance(front, dict):
+            raise ValueError(f"{card.name}: its head is a {type(front).__name__}; it must be lines of `key: value`.")
+    if license:
+        front = {"license": license} | {key: value for key, value in front.items() if key != "license"}
+    if "configs" not in front and card.with_name("instruct.json").is_file():
+        front["configs"] = [{"config_name": "default", "data_files": "instruct.json"}]
+    card.write_text(f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}", "utf-8")
+
+
+def name_base(file: Path, base: str) -> None:
+    """
+    Write the base model's Hub name into an adapter's or a projector's configuration, and the stock class where PEFT's
+    `AutoPeftModel` would import ours, which others need not have.
+    """
+    config = read_json(file)
+    config["base_model_name_or_path"] = base
+    mapping = config.get("auto_mapping")
+    if mapping and str(mapping.get("parent_library")).startswith("modeling_llava"):
+        mapping["parent_library"] = STOCK_MODULE
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def drop_local_names(folder: Path) -> None:
+    """Drop the place a model was loaded from, which transformers and tokenizers note in their files."""
+    for name in ("config.json", "tokenizer_config.json", "trainer_state.json"):
+        if (file := folder / name).is_file() and _drop_paths(content := read_json(file)):
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _drop_paths(content: dict) -> bool:
+    changed = False
+    if best := content.get("best_model_checkpoint"):
+        content["best_model_checkpoint"] = re.split(r"[\\/]", best)[-1]
+        changed = True
+    for key in ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"):
+        if re.match(r"/|~|[A-Za-z]:[\\/]|\\\\", str(content.get(key, ""))):
+            del content[key]
+            changed = True
+    for value in content.values():
+        if isinstance(value, dict):
+            changed = _drop_paths(value) or changed
+    return changed
+
+
+__all__ = ["drop_local_names", "finish_data_card", "name_base", "stage_files", "stage_results"]
