@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 
 from .data import _LazyParser
+from .eval_common import tokens_of
 
 
 SUBCOMMANDS: dict[str, str] = {
@@ -66,7 +67,7 @@ def slice_of(line: str, out: str):
         if getattr(args, option, None) != parser.get_default(option):
             raise ValueError(f"benchmarks: {line!r}: --{option.replace('_', '-')} has no place in a training run.")
     benchmark = module.make_benchmark(args).first(args.limit)
-    return replace(benchmark, max_new_tokens=args.max_new_tokens or benchmark.max_new_tokens)
+    return replace(benchmark, max_new_tokens=tokens_of(args, benchmark))
 
 
 class _RaisingParser(argparse.ArgumentParser):

@@ -22,7 +22,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     model = parser.add_argument_group("the model")
     model.add_argument("--adapter", metavar="DIR", help="an adapter to put on MODEL")
     model.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub")
-    model.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: %(default)s)")
+    model.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: %(default)s"
+    )
     model.add_argument(
         "--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the accelerator, if there is one)"
     )
@@ -100,11 +102,17 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     from ..evaluation.results import describe_model
 
     benchmark = benchmark.first(args.limit)
-    decoding = {"max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens}
+    decoding = {"max_new_tokens": tokens_of(args, benchmark)}
     if args.temperature is not None:
         decoding |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+        if args.temperature <= 0:
+            raise ValueError(
+                f"--temperature must be above 0, got {args.temperature:g}. Without it answers are greedy."
+            )
     elif args.top_p is not None:
         raise ValueError("--top-p is used with --temperature; greedy answers draw nothing.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
     shard = Shard.parse(args.shard)
     model = describe_model(args.model, args.revision, args.adapter)
     model |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "system": args.system}
@@ -137,6 +145,15 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
         decoding=decoding,
         partial=args.partial,
     )
+
+
+def tokens_of(args: argparse.Namespace, benchmark) -> int:
+    """How long an answer may be: --max-new-tokens, or what the benchmark says."""
+    if args.max_new_tokens is None:
+        return benchmark.max_new_tokens
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    return args.max_new_tokens
 
 
 def _device(args: argparse.Namespace, shard) -> str | None:

@@ -180,7 +180,7 @@ def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
 def check_samples(samples: list[dict]) -> None:
     """
     Raises:
-        ValueError: there are no samples, or two have the same id.
+        ValueError: there are no samples, two have the same id, or one has text that is no text.
     """
     if not samples:
         raise ValueError("There is no sample to evaluate.")
@@ -189,6 +189,13 @@ def check_samples(samples: list[dict]) -> None:
         if sample["id"] in seen:
             raise ValueError(f"Two samples have the id {sample['id']!r}.")
         seen.add(sample["id"])
+        try:
+            json.dumps([sample["id"], sample.get("messages")], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"sample {sample['id']!r} has half a character in its text (a lone surrogate, as where a text was cut in "
+                "the middle of an emoji). Mend the text."
+            ) from None
 
 
 def check_images(samples: list[dict], folder: str | os.PathLike | None) -> None:

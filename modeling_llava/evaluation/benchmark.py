@@ -54,6 +54,13 @@ class Benchmark:
         return replace(self, samples=self.samples[:limit], total=self.whole, settings=settings)
 
 
+def question_sample(sample_id: str, image: str, text: str, instruction: str | None = None) -> dict:
+    """A question about one image as [`LlavaPredictor.answer_many`] takes it; an instruction stands on a line of its own."""
+    text = f"{text}\n{instruction}" if instruction else text
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return {"id": sample_id, "messages": [{"role": "user", "content": content}], "images": [image]}
+
+
 def evaluate(
     benchmark: Benchmark,
     make_predictor: Callable[[], object],
@@ -136,4 +143,4 @@ def evaluate_in_memory(
     return benchmark.score({answer.id: answer.text for answer in answers})
 
 
-__all__ = ["Benchmark", "evaluate", "evaluate_in_memory"]
+__all__ = ["Benchmark", "evaluate", "evaluate_in_memory", "question_sample"]

@@ -8,14 +8,13 @@ Differs from COCO's evaluation: that one tokenizes with a Java program. Here wor
 without punctuation; BLEU is sacrebleu's, lower case, tokenization 13a. Compare values among runs of this command only.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .benchmark import Benchmark
-from .results import Scored, hash_file, interval_of, read_jsonl
+from .benchmark import Benchmark, question_sample
+from .results import Scored, hash_files, interval_of, read_json, read_jsonl
 
 
 QUESTION = "Describe the picture in one short sentence."
@@ -35,18 +34,21 @@ def read_captions(annotations: str | os.PathLike) -> list[dict]:
             texts = row.get("captions")
             if not isinstance(row.get("image"), str) or not isinstance(texts, list) or not texts:
                 raise ValueError(f"{path}, row {number}, is not {{'image', 'captions': […]}}: {', '.join(row)}.")
-            captions[row["image"]] = texts
+            captions.setdefault(row["image"], []).extend(texts)
     else:
+        content, captions = read_json(path), {}
         try:
-            content = json.loads(path.read_text("utf-8"))
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            captions = {}
+            names = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}
             for annotation in content["annotations"]:
                 captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a COCO captions file ({error!r}).") from None
-    if not all(isinstance(text, str) and text.strip() for texts in captions.values() for text in texts):
-        raise ValueError(f"{path} has a caption that is empty or not text.")
+    for image, texts in captions.items():
+        for text in texts:
+            if not isinstance(text, str) or not words_of(text):
+                raise ValueError(
+                    f"{path}: the image {image!r} has a caption that is not text, or has no word: {text!r}."
+                )
     return [{"id": image, "image": image, "captions": texts} for image, texts in captions.items()]
 
 
@@ -58,19 +60,11 @@ def make_benchmark(
     files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
     """Captioning as a [`Benchmark`]."""
-    samples = [
-        {
-            "id": image["id"],
-            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            "images": [image["image"]],
-        }
-        for image in images
-    ]
     return Benchmark(
         name="captions",
-        samples=samples,
+        samples=[question_sample(image["id"], image["image"], question) for image in images],
         score=lambda answers: score(images, answers),
-        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        data={"files": hash_files(files)},
         settings={"question": question},
         image_folder=os.fspath(image_folder),
         max_new_tokens=64,
@@ -117,7 +111,7 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
     bleu = sacrebleu.corpus_bleu([answers[image["id"]] for image in answered], columns, lowercase=True)
     metrics = {
         # CIDEr weighs words by how rare they are among the images: for a single image it says nothing.
-        "cider": interval_of([row["score"] for row in rows if row["score"] is not None]),
+        "cider": interval_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
         "bleu4": {"value": bleu.score, "interval": None, "count": len(rows)},
     }
     versions = {"sacrebleu": sacrebleu.__version__, "tokenization": "13a, lower case"}

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from ..endpoint import Budget, ChatModel, RunSettings, Task
 from .asking import Asked, ask_all
-from .benchmark import Benchmark
+from .benchmark import Benchmark, question_sample
 from .judge import accept_review, parse_scores, review_task, rule_for, rules_hash
 from .published import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
-from .results import Scored, hash_file, interval_of, read_jsonl
+from .results import Scored, hash_files, id_of, interval_of, read_jsonl, text_of
 
 
 REFERENCE_INSTRUCTION = (
@@ -71,16 +71,16 @@ def read_questions(
     context_of: dict[str, tuple[str, bool]] = {}
     for number, row in enumerate(read_jsonl(contexts), 1):
         place = f"{contexts}, row {number},"
-        context_of[_text(row, "image", place)] = _context(row, place)
+        context_of[text_of(row, "image", place)] = _context(row, place)
     reference_of: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(references) if references is not None else [], 1):
-        reference_of[_id(row, f"{references}, row {number},")] = _text(row, "text", f"{references}, row {number},")
+        reference_of[id_of(row, f"{references}, row {number},")] = text_of(row, "text", f"{references}, row {number},")
 
     read: dict[str, Question] = {}
     for number, row in enumerate(read_jsonl(questions), 1):
         place = f"{questions}, row {number},"
-        question_id = _id(row, place)
-        image, category, text = (_text(row, key, place) for key in ("image", "category", "text"))
+        question_id = id_of(row, place)
+        image, category, text = (text_of(row, key, place) for key in ("image", "category", "text"))
         if image not in context_of:
             raise ValueError(f"{place} has the image {image!r}, for which {contexts} has no context.")
         if references is not None and question_id not in reference_of:
@@ -131,19 +131,11 @@ def make_benchmark(
     questions: list[Question], image_folder: str | os.PathLike, score, files: Sequence[str | os.PathLike] = ()
 ) -> Benchmark:
     """The questions as a [`Benchmark`]; `score` is what the judge says of the answers."""
-    samples = [
-        {
-            "id": question.id,
-            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
-            "images": [question.image],
-        }
-        for question in questions
-    ]
     return Benchmark(
         name="llava-bench-coco" if questions[0].has_boxes else "llava-bench-in-the-wild",
-        samples=samples,
+        samples=[question_sample(question.id, question.image, question.text) for question in questions],
         score=score,
-        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        data={"files": hash_files(files)},
         image_folder=os.fspath(image_folder),
         max_new_tokens=1024,
     )
@@ -352,19 +344,6 @@ def _context(row: dict, place: str) -> tuple[str, bool]:
     except (KeyError, TypeError):
         raise ValueError(f"{place} has instances that are not of the form {{'category', 'bbox'}}.") from None
     return "\n".join(captions) + "\n\n" + "\n".join(boxes), True
-
-
-def _text(row: dict, key: str, place: str) -> str:
-    if not isinstance(row.get(key), str):
-        what = f"has {key} = {row[key]!r}, which is not text" if key in row else f"has no {key!r}"
-        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
-    return row[key]
-
-
-def _id(row: dict, place: str) -> str:
-    if not isinstance(row.get("question_id"), (int, str)):
-        raise ValueError(f"{place} has no 'question_id'; its fields are {', '.join(row)}.")
-    return str(row["question_id"])
 
 
 __all__ = [

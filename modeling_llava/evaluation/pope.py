@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .benchmark import Benchmark
-from .results import Scored, hash_file, interval_of, read_jsonl
+from .benchmark import Benchmark, question_sample
+from .results import Scored, hash_files, id_of, interval_of, read_jsonl, scores_by_group, text_of
 
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -34,20 +34,17 @@ def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
         of_file = next((name for name in CATEGORIES if name in Path(path).stem.lower()), None)
         for number, row in enumerate(read_jsonl(path), 1):
             place = f"{path}, row {number},"
-            for key in ("image", "text", "label"):
-                if not isinstance(row.get(key), str):
-                    raise ValueError(f"{place} has no text {key!r}; its fields are {', '.join(row)}.")
-            label, category = row["label"].strip().lower(), row.get("category") or of_file
+            image, text, label = (text_of(row, key, place) for key in ("image", "text", "label"))
+            category = text_of(row, "category", place) if row.get("category") else of_file
+            label = label.strip().lower()
             if label not in ("yes", "no"):
                 raise ValueError(f"{place} has the label {row['label']!r}; it must be yes or no.")
             if category is None:
                 raise ValueError(
                     f"{place} has no category, and the file's name has none of {', '.join(CATEGORIES)} in it."
                 )
-            name = f"{category}/{row.get('question_id', number)}"
-            questions.append(
-                {"id": name, "image": row["image"], "text": row["text"], "label": label, "category": category}
-            )
+            name = f"{category}/{id_of(row, place) if 'question_id' in row else number}"
+            questions.append({"id": name, "image": image, "text": text, "label": label, "category": category})
     return questions
 
 
@@ -72,23 +69,11 @@ def make_benchmark(
     files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
     """POPE as a [`Benchmark`]."""
-
-    def text(question):
-        return question["text"] + (f"\n{instruction}" if instruction else "")
-
-    samples = [
-        {
-            "id": question["id"],
-            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text(question)}]}],
-            "images": [question["image"]],
-        }
-        for question in questions
-    ]
     return Benchmark(
         name="pope",
-        samples=samples,
+        samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
         score=lambda answers: score(questions, answers),
-        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        data={"files": hash_files(files)},
         settings={"instruction": instruction, "answer_rule": ANSWER_RULE},
         image_folder=os.fspath(image_folder),
         max_new_tokens=16,
@@ -117,12 +102,7 @@ def score(questions: list[dict], answers: dict[str, str]) -> Scored:
                 "groups": [question["category"], "all"],
             }
         )
-    metrics = {}
-    for category in [*dict.fromkeys(question["category"] for question in questions), "all"]:
-        suffix = "" if category == "all" else f"/{category}"
-        counted = [row for row in rows if category in row["groups"]]
-        for name, metric in _table(counted).items():
-            metrics[f"{name}{suffix}"] = metric
+    metrics = scores_by_group(rows, (question["category"] for question in questions), _table)
     return Scored(rows, metrics, "accuracy", {"unparsed": sum(row["said"] is None for row in rows)})
 
 

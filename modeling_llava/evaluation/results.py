@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 RESULTS_NAME, SAMPLES_NAME = "results.json", "samples.jsonl"
 _REQUIRED = ("schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores")
 _MIB = 2**20
+_BOM = b"\xef\xbb\xbf"  # which Windows' editors put in front
 
 
 @dataclass
@@ -58,17 +59,42 @@ class Scored:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def interval_of(scores: Sequence[float], out_of: Sequence[float] | None = None) -> dict:
-    """A metric: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples."""
+def interval_of(scores: Sequence[float], out_of: Sequence[float] | None = None, is_share: bool = True) -> dict:
+    """
+    A metric: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples.
+
+    Args:
+        scores, out_of: Of each sample; `out_of` is 1 by default.
+        is_share (`bool`, defaults to `True`): The metric cannot be above 100 %.
+    """
     total = len(scores) if out_of is None else sum(out_of)
     if not total:
         return {"value": None, "interval": None, "count": len(scores)}
-    bounds = interval(scores, out_of)
+    bounds = interval(scores, out_of if is_share or out_of else [1.0] * len(scores))
     return {
         "value": 100 * sum(scores) / total,
         "interval": None if bounds is None else [100 * bound for bound in bounds],
         "count": len(scores),
     }
+
+
+def scores_by_group(
+    rows: Sequence[dict], groups: Iterable[str], table: Callable[[list[dict]], dict[str, dict]]
+) -> dict[str, dict]:
+    """
+    The scores of `table` for each group as `score/group`, then for all as `score`.
+
+    Args:
+        rows (`Sequence[dict]`): With `groups`, as in `samples.jsonl`; all have the group `"all"`.
+        groups (`Iterable[str]`): In the order of the table; also those that no row has.
+        table (`Callable`): From rows to scores by name.
+    """
+    scores = {}
+    for group in [*dict.fromkeys(groups), "all"]:
+        suffix = "" if group == "all" else f"/{group}"
+        for name, score in table([row for row in rows if group in row["groups"]]).items():
+            scores[f"{name}{suffix}"] = score
+    return scores
 
 
 def make_results(
@@ -150,18 +176,65 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
         ValueError: a line that is not a JSON object; it is named.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}, is not a JSON object: {line.strip()[:80]}")
-            rows.append(row)
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(_BOM).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}, is not a JSON object: {line.decode().strip()[:80]}")
+        rows.append(row)
     return rows
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """
+    The content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; it is named.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().removeprefix(_BOM))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def id_of(row: dict, place: str) -> str:
+    """
+    The `question_id` of a row.
+
+    Args:
+        row (`dict`)
+        place (`str`): File and number of the row, for the error.
+
+    Raises:
+        ValueError: there is none, or it is neither a number nor text.
+    """
+    found = row.get("question_id")
+    if not isinstance(found, (int, str)) or isinstance(found, bool):
+        what = (
+            f"has the question_id {found!r}, which is neither number nor text"
+            if "question_id" in row
+            else "has no 'question_id'"
+        )
+        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
+    return str(found)
+
+
+def text_of(row: dict, key: str, place: str) -> str:
+    """
+    A text of a row.
+
+    Raises:
+        ValueError: there is none, or it is empty or not text.
+    """
+    if not isinstance(row.get(key), str) or not row[key].strip():
+        what = f"has {key} = {row[key]!r}, which is no text" if key in row else f"has no {key!r}"
+        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
+    return row[key]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -183,6 +256,11 @@ def hash_file(path: str | os.PathLike) -> str:
         while block := file.read(_MIB):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_files(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
+    """The hashes of files, by name."""
+    return {Path(path).name: hash_file(path) for path in paths}
 
 
 def hash_json(value: Any) -> str:
@@ -256,11 +334,16 @@ __all__ = [
     "describe_model",
     "fingerprint",
     "hash_file",
+    "hash_files",
     "hash_json",
+    "id_of",
     "interval_of",
     "make_results",
+    "read_json",
     "read_jsonl",
     "read_results",
+    "scores_by_group",
+    "text_of",
     "versions",
     "write_results",
     "write_text",

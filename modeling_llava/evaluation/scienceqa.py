@@ -5,7 +5,6 @@ Official files: `problems.json` (`{id: {question, choices, answer, hint, image, 
 skill, lecture, solution, split}}`), `pid_splits.json` (`{split: [id, …]}`) and `images/<split>/<id>/image.png`.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from typing import Any
 
 from .benchmark import Benchmark
 from .published import SCIENCEQA_COLUMNS
-from .results import Scored, hash_file, interval_of
+from .results import Scored, hash_files, interval_of, read_json
 from .scienceqa_answers import ANSWER_RULE, find_letter
 
 
@@ -74,7 +73,7 @@ def read_problems(
             with a missing or wrong field. Each names the file and the problem.
         FileNotFoundError: a file or, all at once, images that are not there.
     """
-    by_id, split_ids = _read_json(problems), _read_json(splits)
+    by_id, split_ids = read_json(problems), read_json(splits)
     if not isinstance(split_ids, dict) or not all(isinstance(ids, list) for ids in split_ids.values()):
         raise ValueError(f"{splits} is not a splits file: it must be {{split: [id, …]}}.")
     if not isinstance(by_id, dict) or not all(isinstance(row, dict) for row in by_id.values()):
@@ -238,7 +237,7 @@ def make_benchmark(
         samples=[to_sample(problem, order, direct) for problem in problems],
         score=lambda answers: score(problems, answers),
         data={
-            "files": {Path(file).name: hash_file(file) for file in files},
+            "files": hash_files(files),
             "split": ", ".join(sorted({problem.split for problem in problems})),
         },
         settings={"order": "direct" if direct else order, "answer_rule": ANSWER_RULE},
@@ -257,14 +256,6 @@ def tabulate(rows: list[dict]) -> Scored:
     statuses = [row["status"] for row in rows]
     counts = {status: statuses.count(status) for status in ("unparsed", "invalid_letter")}
     return Scored(rows, metrics, "accuracy", counts)
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _problem(problem_id: str, row: dict, source: str) -> Problem:

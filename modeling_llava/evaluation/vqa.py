@@ -6,15 +6,13 @@ Questions are the official pair of files (`{"questions": [{"question_id", "image
 "question" | "text", "answers": […] | "answer", "category"}`.
 """
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-from .benchmark import Benchmark
-from .results import Scored, hash_file, interval_of, read_jsonl
+from .benchmark import Benchmark, question_sample
+from .results import Scored, hash_files, id_of, interval_of, read_json, read_jsonl, scores_by_group, text_of
 
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -88,20 +86,29 @@ def read_questions(
     """
     if annotations is None:
         return [_row(row, f"{questions}, row {number},") for number, row in enumerate(read_jsonl(questions), 1)]
-    annotation_of = {}
+    answers_of = {}
     for number, row in enumerate(_official(annotations, "annotations"), 1):
-        _require(row, ("question_id", "answers"), f"{annotations}, annotation {number},")
-        annotation_of[row["question_id"]] = row
+        place = f"{annotations}, annotation {number},"
+        answers = row.get("answers")
+        if isinstance(answers, list):
+            answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+        answers_of[id_of(row, place)] = {"answers": _answers(answers, row, place), "category": row.get("answer_type")}
     read = []
     for number, row in enumerate(_official(questions, "questions"), 1):
         place = f"{questions}, question {number},"
-        _require(row, ("question_id", "image_id", "question"), place)
-        if row["question_id"] not in annotation_of:
-            raise ValueError(f"{place} has the question_id {row['question_id']}, which {annotations} does not have.")
-        annotation = annotation_of[row["question_id"]]
-        answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in annotation["answers"]]
-        named = {"image": image_name.format(image_id=row["image_id"]), "answers": answers}
-        read.append(_row({**row, **named, "category": annotation.get("answer_type")}, place))
+        question_id = id_of(row, place)
+        if question_id not in answers_of:
+            raise ValueError(f"{place} has the question_id {question_id}, which {annotations} does not have.")
+        if "image_id" not in row:
+            raise ValueError(f"{place} has no 'image_id'; its fields are {', '.join(row)}.")
+        try:
+            image = image_name.format(image_id=row["image_id"])
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{place} has the image_id {row['image_id']!r}, of which the image name {image_name!r} makes no name "
+                f"({error!r}). A name is like COCO_val2014_{{image_id:012d}}.jpg."
+            ) from None
+        read.append(_row({**row, **answers_of[question_id], "image": image}, place))
     return read
 
 
@@ -113,23 +120,11 @@ def make_benchmark(
     files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
     """Questions with short answers as a [`Benchmark`]."""
-
-    def text(question):
-        return question["text"] + (f"\n{instruction}" if instruction else "")
-
-    samples = [
-        {
-            "id": question["id"],
-            "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text(question)}]}],
-            "images": [question["image"]],
-        }
-        for question in questions
-    ]
     return Benchmark(
         name="vqa",
-        samples=samples,
+        samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
         score=lambda answers: score(questions, answers),
-        data={"files": {Path(file).name: hash_file(file) for file in files}},
+        data={"files": hash_files(files)},
         settings={"instruction": instruction},
         image_folder=os.fspath(image_folder),
         max_new_tokens=16,
@@ -154,49 +149,42 @@ def score(questions: list[dict], answers: dict[str, str]) -> Scored:
                 "groups": [*([question["category"]] if question["category"] else []), "all"],
             }
         )
-    metrics = {}
-    for category in [*dict.fromkeys(question["category"] for question in questions if question["category"]), "all"]:
-        suffix = "" if category == "all" else f"/{category}"
-        counted = [row for row in rows if category in row["groups"]]
-        metrics[f"accuracy{suffix}"] = interval_of([row["score"] for row in counted])
-        metrics[f"exact_match{suffix}"] = interval_of([row["exact"] for row in counted])
+
+    def table(some):
+        return {
+            "accuracy": interval_of([row["score"] for row in some]),
+            "exact_match": interval_of([row["exact"] for row in some]),
+        }
+
+    metrics = scores_by_group(rows, (question["category"] for question in questions if question["category"]), table)
     return Scored(rows, metrics, "accuracy", {"empty": sum(not normalise(row["answer"]) for row in rows)})
 
 
 def _official(path: str | os.PathLike, key: str) -> list[dict]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise ValueError(f"{path} is not an official file: it has no list {key!r}.")
-    return content[key]
-
-
-def _require(row: dict, keys: Sequence[str], place: str) -> None:
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise ValueError(f"{place} has no {', '.join(missing)}; its fields are {', '.join(row)}.")
+    content = read_json(path)
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not an official file: it has no list {key!r} of objects.")
+    return rows
 
 
 def _row(row: dict, place: str) -> dict:
-    text = row.get("question", row.get("text"))
-    answers = row.get("answers", [row["answer"]] if "answer" in row else None)
-    if not isinstance(text, str) or not isinstance(row.get("image"), str):
-        raise ValueError(f"{place} has no text 'question' or no 'image'; its fields are {', '.join(row)}.")
+    category = row.get("category")
+    return {
+        "id": id_of(row, place),
+        "image": text_of(row, "image", place),
+        "text": text_of(row, "question" if "question" in row or "text" not in row else "text", place),
+        "answers": _answers(row.get("answers", [row["answer"]] if "answer" in row else None), row, place),
+        "category": category if category is None else text_of(row, "category", place),
+    }
+
+
+def _answers(answers, row: dict, place: str) -> list[str]:
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(
-            f"{place} has no 'answers', a list of texts, and no 'answer'; its fields are {', '.join(row)}."
+            f"{place} has no 'answers', a list of texts, and no 'answer', a text; its fields are {', '.join(row)}."
         )
-    _require(row, ("question_id",), place)
-    return {
-        "id": str(row["question_id"]),
-        "image": row["image"],
-        "text": text,
-        "answers": answers,
-        "category": row.get("category"),
-    }
+    return answers
 
 
 __all__ = ["INSTRUCTION", "make_benchmark", "normalise", "read_questions", "score", "soft_accuracy"]

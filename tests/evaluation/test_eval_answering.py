@@ -115,6 +115,8 @@ def test_samples_and_images_are_checked_first(tmp_path):
         check_samples([])
     with pytest.raises(ValueError, match="Two samples have the id '1'"):
         check_samples([{"id": "1"}, {"id": "1"}])
+    with pytest.raises(ValueError, match="sample '1' has half a character in its text"):
+        check_samples([{"id": "1", "messages": [user_turn("cut \ud83d")], "images": []}])
     picture(0).save(tmp_path / "0.png")
     with pytest.raises(FileNotFoundError, match=r"4 of 5 images are not there in .*: 1.png, 2.png, 3.png, …"):
         check_images(samples_of(20, images=5), tmp_path)

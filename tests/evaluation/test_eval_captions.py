@@ -42,6 +42,8 @@ def test_cider_by_hand():
     scored = score(images, {"0.png": "red cat", "1.png": "something else"})
     assert scored.rows[0]["score"] == pytest.approx(10 * 0.5 / 4)
     assert scored.rows[1]["score"] == 0.0
+    # CIDEr is no share: that it is 0 for all says nothing of others, as it would for wrong answers.
+    assert score(images, {"0.png": "one", "1.png": "other"}).scores["cider"]["interval"] == [0.0, 0.0]
     # One word longer: the same cosine, over √3 words, times exp(−1 / (2 · 6²)).
     scored = score(images, {"0.png": "red big cat", "1.png": "something else"})
     cosine = 1 / (math.sqrt(3) * math.sqrt(2)) * math.exp(-1 / 72)
@@ -73,13 +75,24 @@ def test_forms_of_annotations(tmp_path):
     ]
     (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": ["A cat."]}))
     assert read_captions(tmp_path / "c.jsonl")[0]["captions"] == ["A cat."]
-    for text in ("[]", "{", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}'):
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(ValueError, match="c.json is not JSON"):
+        read_captions(tmp_path / "c.json")
+    for text in (
+        "[]",
+        '{"images": [{"id": 1, "file_name": 7}], "annotations": []}',
+        '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}',
+    ):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json is not a COCO captions file"):
             read_captions(tmp_path / "c.json")
-    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": [""]}))
-    with pytest.raises(ValueError, match="a caption that is empty"):
-        read_captions(tmp_path / "c.jsonl")
+    rows = [{"image": "a.jpg", "captions": [text]} for text in ("A cat.", "One cat.")]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_captions(tmp_path / "c.jsonl")[0]["captions"] == ["A cat.", "One cat."]
+    for text in ("", "…", 3):
+        (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": [text]}))
+        with pytest.raises(ValueError, match="'a.jpg' has a caption that is not text, or has no word"):
+            read_captions(tmp_path / "c.jsonl")
 
 
 def test_command(tmp_path, model_folder):

@@ -86,7 +86,7 @@ def test_in_the_wild_contexts_have_a_description(bench):
     [
         ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, row 7, has no 'category'"),
         ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "row 7, has no 'text'"),
-        ("questions", {"question_id": 9, "image": 3, "text": "x", "category": "c"}, "image = 3, which is not text"),
+        ("questions", {"question_id": 9, "image": 3, "text": "x", "category": "c"}, "image = 3, which is no text"),
         ("questions", {"image": "0.png", "text": "x", "category": "c"}, "row 7, has no 'question_id'"),
         (
             "questions",

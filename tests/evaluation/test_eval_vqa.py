@@ -1,6 +1,7 @@
 """VQA's soft accuracy and exact match, by hand."""
 
 import json
+import re
 
 import pytest
 from tiny_predictor import picture
@@ -85,23 +86,49 @@ def test_official_files(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"annotations": []}))
     with pytest.raises(ValueError, match="question 1, has the question_id 7, which .*a.json does not have"):
         read_questions(tmp_path / "q.json", tmp_path / "a.json")
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ValueError, match="a.json is not an official file"):
-        read_questions(tmp_path / "q.json", tmp_path / "a.json")
+    with pytest.raises(
+        ValueError, match="question 1, has the image_id 42, of which the image name '{id}.jpg' makes no"
+    ):
+        (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
+        read_questions(tmp_path / "q.json", tmp_path / "a.json", "{id}.jpg")
+    for wrong, message in (
+        ([], "a.json is not an official file"),
+        ({"annotations": ["x"]}, "a.json is not an official file"),
+        ({"annotations": [{**annotation, "answers": None}]}, "annotation 1, has no 'answers'"),
+        ({"annotations": [{**annotation, "answers": [{"a": 1}]}]}, "annotation 1, has no 'answers'"),
+        ({"annotations": [{**annotation, "question_id": [7]}]}, r"annotation 1, has the question_id \[7\]"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            read_questions(tmp_path / "q.json", tmp_path / "a.json")
+
+
+def test_files_of_windows_editors_are_read(tmp_path):
+    """With a byte order mark and CR LF."""
+    row = {"question_id": 1, "image": "a.png", "question": "What?", "answer": "cat"}
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\r\n")
+    assert read_questions(tmp_path / "q.jsonl")[0]["answers"] == ["cat"]
+    (tmp_path / "q.jsonl").write_bytes('{"question": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="q.jsonl, line 1, is not JSON"):
+        read_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": None}, "no text 'question'"),
+        ({"question": None}, "question = None, which is no text"),
+        ({"question": " "}, "question = ' ', which is no text"),
+        ({"image": ["a.png", "b.png"]}, "image = ['a.png', 'b.png'], which is no text"),
         ({"answers": []}, "no 'answers'"),
         ({"answers": [1]}, "no 'answers'"),
+        ({"question_id": None}, "the question_id None, which is neither number nor text"),
+        ({"category": 3}, "category = 3, which is no text"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
     row = {"question_id": 1, "image": "a.png", "question": "What?", "answers": ["cat"], **change}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=f"q.jsonl, row 1, has {message}"):
+    with pytest.raises(ValueError, match=re.escape(f"q.jsonl, row 1, has {message}")):
         read_questions(tmp_path / "q.jsonl")
 
 
@@ -114,3 +141,4 @@ def test_command(tmp_path, model_folder):
     assert main(["eval", "vqa", str(model_folder), *map(str, arguments)]) == 0
     results, rows = read_results(tmp_path / "out")
     assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
+    assert main(["eval", "vqa", str(model_folder), *map(str, arguments), "--max-new-tokens", "0"]) == 2
