@@ -1,6 +1,7 @@
 """The model card, filled from what a run left beside its weights. What is not known is said to be unknown."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -74,6 +75,7 @@ def render_model_card(
     datasets = datasets or _datasets(run)
     evaluation = _evaluation(folder)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of a table
     environment.filters["quoted"] = lambda text: json.dumps(str(text), ensure_ascii=False)  # a YAML string too
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=repo.split("/")[-1],
@@ -254,23 +256,28 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
         for metric, score in (results.get("scores") or {}).items():
             interval = score.get("interval") if isinstance(score, dict) else None
             value = score.get("value", score.get("mean")) if isinstance(score, dict) else score
-            if not benchmark or not isinstance(value, int | float) or isinstance(value, bool):
+            if not benchmark or not _is_number(value):
                 continue
+            has_interval = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
             count = score.get("count") if isinstance(score, dict) else None
             rows.append(
                 {
                     "dataset": benchmark,
-                    "dataset_type": re.sub(r"[^a-z0-9]+", "-", benchmark.lower()).strip("-"),
+                    "dataset_type": re.sub(r"\W+", "-", benchmark.lower()).strip("-") or "benchmark",
                     "metric": metric,
-                    "metric_type": re.sub(r"[^a-z0-9]+", "_", metric.lower()).strip("_"),
+                    "metric_type": re.sub(r"\W+", "_", metric.lower()).strip("_") or "metric",
                     "value": round(value, 4),
-                    "interval": f"{interval[0]:.2f} – {interval[1]:.2f}" if interval else "",
+                    "interval": f"{interval[0]:.2f} – {interval[1]:.2f}" if has_interval else "",
                     "count": f"{count:,}" if count is not None else "",
                     "part": "" if whole else f" ({samples.get('scored', 0):,} of {samples.get('total', 0):,} samples)",
                     "whole": whole,
                 }
             )
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 __all__ = ["render_model_card"]

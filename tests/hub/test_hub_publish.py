@@ -505,6 +505,23 @@ def test_results_of_evaluations_stand_in_card_and_index(tmp_path, model_folder):
         gather(model_folder, "tester/my-llava", results=[model_folder / "run.json"])
 
 
+def test_odd_names_and_values_give_an_index_that_the_hub_can_read(tmp_path):
+    scores = {
+        "精度": 0.5,
+        "nothing": float("nan"),
+        "x|y": {"mean": 2.5, "interval": [None, None]},
+        "!": 3,
+        "yes": True,
+    }
+    (tmp_path / "results.json").write_text(json.dumps({"benchmark": 'A "B": #测试 |', "scores": scores}))
+    card = render_model_card(tmp_path, "tester/x", kind="full", license="no", language="no", base_models=['o/"b'])
+    data = ModelCard(card).data
+    assert (data.license, data.language, data.base_model) == ("no", ["no"], ['o/"b'])
+    index = {(entry.dataset_type, entry.metric_type, entry.metric_value) for entry in data.eval_results}
+    assert index == {("a-b-测试", "精度", 0.5), ("a-b-测试", "x_y", 2.5), ("a-b-测试", "metric", 3)}
+    assert 'A "B": #测试 \\| | x\\|y | 2.5 |' in card
+
+
 def test_base_models_and_data_are_those_of_the_run(model_folder):
     (model_folder / "recipe.yaml").write_text("model: owner/base-7b\nadapter: none\nprecision: bf16\n")
     sources = [{"name": "owner/instruct", "sha256": None}, {"name": "/home/someone/more.json", "sha256": "ab" * 32}]
