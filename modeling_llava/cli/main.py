@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        goes_on = args.command in ("quickstart", "train", "eval", "data")
+        print(f"\nstopped{'; the same command goes on where it was' if goes_on else ''}", file=sys.stderr)
         return 130
     except Exception as error:
         from .errors import one_line
