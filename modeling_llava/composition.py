@@ -27,7 +27,7 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
     Positions that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
 
     Raises:
-        ValueError: the tower is not a transformer over square patches of a fixed image size.
+        ValueError: the tower is not a transformer over square patches of a fixed image size, or takes more than pixels.
     """
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
@@ -38,7 +38,13 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         tower = AutoModel.from_config(vision_config)
         pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), image_size, image_size)
-        positions = tower(pixels, output_hidden_states=True).hidden_states[-1].shape[1]
+        try:
+            positions = tower(pixels, output_hidden_states=True).hidden_states[-1].shape[1]
+        except TypeError as error:
+            raise ValueError(
+                f"The vision tower ({vision_config.model_type}) wants more than pixel_values ({error}), and LLaVA gives it "
+                "no more. Choose one that takes images of one size, such as CLIP's or SigLIP's."
+            ) from error
     return positions - count_image_tokens(image_size, image_size, patch_size, 0, "full")
 
 
@@ -164,10 +170,12 @@ def _assemble(model_class, config, vision_tower, causal_lm):
 @torch.no_grad()
 def _check_head(model, causal_lm):
     """The language model alone and inside LLaVA must give the same logits, before its vocabulary grows."""
-    # 8 ordinary ids; a head that scales or caps its logits shows on any input
+    # 8 ordinary ids; a head that scales its logits shows on any input, one that caps them on large ones
     ids = torch.arange(8, device=causal_lm.device)[None] % causal_lm.config.vocab_size
     ids[ids == model.config.image_token_id] = 0
-    ours, theirs = model(input_ids=ids).logits.float(), causal_lm(input_ids=ids).logits.float()
+    enlarging = model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.float() * 1e3)
+    ours, theirs = model(input_ids=ids).logits, causal_lm(input_ids=ids).logits.float()
+    enlarging.remove()
     difference = (ours - theirs).abs().max().item()
     if difference > 1e-2 * max(theirs.abs().max().item(), 1.0):
         raise ValueError(

@@ -137,7 +137,12 @@ def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
 @pytest.mark.parametrize(
     "language, overrides, message",
     [
-        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 0.05, "pad_token_id": 0}, "scaling or capping"),
+        (
+            "gemma2",
+            {"head_dim": 16, "pad_token_id": 0},
+            "scaling or capping",
+        ),  # capped at 30, far from random weights'
+        ("cohere", {"bos_token_id": 1, "eos_token_id": 2}, "scaling or capping"),
         ("phi", {}, "bias"),
     ],
 )
@@ -145,6 +150,12 @@ def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden,
     text = save_language_model(tmp_path / "language", golden, language, **overrides)
     with pytest.raises(ValueError, match=message):
         LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
+
+
+def test_a_tower_that_takes_more_than_pixels_is_refused():
+    config = tiny_vision_config("siglip2_vision_model", num_patches=4)
+    with pytest.raises(ValueError, match="siglip2_vision_model.* wants more than pixel_values .*spatial_shapes"):
+        count_additional_image_tokens(config)
 
 
 def test_wrong_names_are_one_clear_error(tmp_path, golden):
