@@ -13,7 +13,9 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
-from .shared_prefix import Decode, Prefill, Prefix, RowCache, shared_prefix_implementation, supports_shared_prefix
+from ..data.labels import answer_stop
+from .prefix_cache import Prefix, RowCache
+from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
 from .unread import last_layer_for, without_later_layers
 
 
@@ -21,6 +23,21 @@ logger = logging.get_logger(__name__)
 
 MAX_PREFILL_TOKENS = 4096
 """Tokens of prompts that one forward pass takes at most (a longer prompt goes alone): bounds its memory."""
+
+_GENERATE_ONLY = {
+    "bad_words_ids": [],
+    "begin_suppress_tokens": [],
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "sequence_bias": {},
+    "suppress_tokens": [],
+}
+"""What a generation configuration may ask of greedy answers beyond [`DecodingSettings`], and the value that asks nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,36 @@ class DecodingSettings:
             raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
+
+
+def default_settings(model, processor) -> DecodingSettings:
+    """What the model's generation configuration and the chat template say about the end of an answer."""
+    tokenizer, generation = processor.tokenizer, model.generation_config
+    end = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+    end = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
+    stop_strings = ()
+    try:
+        stop = answer_stop(processor)
+    except ValueError as error:  # a foreign template: the end token has to do
+        logger.info("Answers end with the end token only: %s", error)
+    else:
+        stop = stop.strip() or stop
+        stop_id = tokenizer.get_added_vocab().get(stop)
+        if stop_id is not None:
+            end = sorted({*end, stop_id})
+        elif stop and stop not in map(tokenizer.decode, end):
+            stop_strings = (stop,)
+    ignored = [name for name, off in _GENERATE_ONLY.items() if getattr(generation, name, None) not in (None, off)]
+    if ignored:
+        logger.warning(
+            f"The model's generation configuration sets {', '.join(ignored)}, which LlavaPredictor does not follow: its "
+            "answers may be others than those of generate."
+        )
+    return DecodingSettings(
+        end_token_ids=tuple(end),
+        stop_strings=stop_strings,
+        repetition_penalty=generation.repetition_penalty or 1.0,
+    )
 
 
 @dataclass(eq=False)
@@ -328,4 +375,4 @@ def _remove_finished(active: list[Row], cache: RowCache) -> None:
         active.pop()
 
 
-__all__ = ["Decoder", "DecodingSettings", "Row"]
+__all__ = ["Decoder", "DecodingSettings", "Row", "default_settings"]

@@ -5,24 +5,16 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any
 
 from PIL import Image
-from transformers.utils import logging
 
 from ..data.images import image_key, load_image
-from ..data.labels import answer_stop
 from ..data.schema import BadSampleError
-from .decoding import Decoder, DecodingSettings, Row
+from .benchmark_rows import encode_pictures, rows_of_samples
+from .decoding import Decoder, DecodingSettings, Row, default_settings
+from .prefix_cache import Prefix, join, match_chain
 from .prompts import encode_prompt
-from .shared_prefix import Prefix, common_length, join, match_chain
-
-
-logger = logging.get_logger(__name__)
-
-WINDOW_BATCHES = 8
-"""So many batches of samples are looked at together, to group them by image and to order them by length."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class LlavaPredictor:
         self.system = system
         self.max_cached_images, self.max_cached_bytes = max_cached_images, max_cached_bytes
         self.decoder = Decoder(model, processor.tokenizer)
-        self.settings = settings or _default_settings(self.decoder.model, processor)
+        self.settings = settings or default_settings(self.decoder.model, processor)
         self._cache: OrderedDict[tuple, _EncodedImages] = OrderedDict()
         self.reset()
 
@@ -157,7 +149,7 @@ class LlavaPredictor:
             except BadSampleError as error:  # "has the image …"
                 raise ValueError(f"set_image: the question {error.message}") from None
             if encoded is None:
-                encoded = _EncodedImages(self._encode(pictures))
+                encoded = _EncodedImages(encode_pictures(pictures, self.decoder, self.processor))
                 self._cover(encoded, encode_prompt(self._messages([("?", None)], len(references)), self.processor))
             self._cache[key] = encoded
             self._cache.move_to_end(key)
@@ -275,55 +267,18 @@ class LlavaPredictor:
             ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
         """
         settings = self._settings(settings)
-        rows = self._benchmark_rows(iter(samples), batch_size, image_folder, template_variables or {})
+        rows = rows_of_samples(
+            iter(samples),
+            self.decoder,
+            self.processor,
+            system=self.system,
+            batch_size=batch_size,
+            image_folder=image_folder,
+            template_variables=template_variables or {},
+        )
         for row in self.decoder.run(rows, settings, batch_size):
             if row.finish_reason is not None:
                 yield Answer(row.id, self._text(row, settings), len(row.tokens), row.finish_reason)
-
-    def _benchmark_rows(self, samples, batch_size, image_folder, template_variables) -> Iterator[Row]:
-        while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
-            groups: dict[tuple, list[tuple[dict, list[int]]]] = {}
-            for sample in window:
-                _check_sample(sample)
-                system = [] if self.system is None else [{"role": "system", "content": [_text_item(self.system)]}]
-                own_system = sample["messages"][0]["role"] == "system"
-                messages = sample["messages"] if own_system else [*system, *sample["messages"]]
-                ids = encode_prompt(messages, self.processor, **template_variables)
-                # A sample without an image shares nothing: a group of its own.
-                key = tuple(map(image_key, sample["images"])) or (id(sample),)
-                groups.setdefault(key, []).append((sample, ids))
-            # The longest first: the first batch makes the buffers as large as they will ever be.
-            ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
-            for some in _batches(ordered, batch_size):
-                yield from self._rows_of_groups(some, image_folder)
-
-    def _rows_of_groups(self, groups, image_folder) -> Iterator[Row]:
-        pictures = [
-            [load_image(reference, image_folder, str(group[0][0]["id"])) for reference in group[0][0]["images"]]
-            for group in groups
-        ]
-        features = iter(self._encode([picture for some in pictures for picture in some]))
-        for group, some in zip(groups, pictures):
-            own_features = list(islice(features, len(some)))
-            prefix = self._group_prefix([ids for _, ids in group], own_features)
-            for sample, ids in group:
-                yield Row(sample["id"], ids, prefix, [] if prefix else own_features)
-
-    def _group_prefix(self, prompts: list[list[int]], features) -> Prefix | None:
-        """What all prompts of a group begin with, if that holds their images and is worth a pass of its own."""
-        if len(prompts) < 2 or not features or not self.decoder.shares_prefixes:
-            return None
-        first = prompts[0]
-        length = min(min(common_length(first, ids) for ids in prompts), min(map(len, prompts)) - 1)
-        if self.processor.image_token_id in first[length:]:
-            return None
-        return self.decoder.build_prefix(first[:length], features)
-
-    def _encode(self, pictures: list[Image.Image]) -> list:
-        if not pictures:
-            return []
-        pixel_values = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return self.decoder.encode_images(pixel_values)
 
     def _cover(self, encoded: _EncodedImages, ids: list[int]) -> None:
         """Makes sure that the keys and values of a prompt's images, and of what stands before them, are there."""
@@ -382,30 +337,6 @@ class LlavaPredictor:
             self._cache.popitem(last=False)
 
 
-def _default_settings(model, processor) -> DecodingSettings:
-    """What the model's generation configuration and the chat template say about the end of an answer."""
-    tokenizer, generation = processor.tokenizer, model.generation_config
-    end = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    end = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
-    stop_strings = ()
-    try:
-        stop = answer_stop(processor)
-    except ValueError as error:  # a foreign template: the end token has to do
-        logger.info("Answers end with the end token only: %s", error)
-    else:
-        stop = stop.strip() or stop
-        stop_id = tokenizer.get_added_vocab().get(stop)
-        if stop_id is not None:
-            end = sorted({*end, stop_id})
-        elif stop and stop not in map(tokenizer.decode, end):
-            stop_strings = (stop,)
-    return DecodingSettings(
-        end_token_ids=tuple(end),
-        stop_strings=stop_strings,
-        repetition_penalty=generation.repetition_penalty or 1.0,
-    )
-
-
 def _content_key(reference: Any) -> tuple:
     """Equal for the same picture: a file that has not changed, or the same pixels, upright and in RGB."""
     if isinstance(reference, Mapping) and reference.get("bytes") is None:
@@ -421,34 +352,6 @@ def _content_key(reference: Any) -> tuple:
 
 def _text_item(text: str) -> dict:
     return {"type": "text", "text": text}
-
-
-def _check_sample(sample: dict) -> None:
-    missing = [key for key in ("id", "messages", "images") if key not in sample]
-    if missing:
-        raise ValueError(f"A sample has no {', '.join(missing)}; its keys are {', '.join(map(str, sample))}.")
-    if not sample["messages"]:
-        raise ValueError(f"sample {sample['id']!r} has no message; nothing is asked.")
-    for message in sample["messages"]:
-        if not isinstance(message["content"], list):
-            raise ValueError(
-                f"sample {sample['id']!r} has a message whose content is a {type(message['content']).__name__}; give a list "
-                'of {"type": "image"} and {"type": "text", "text": …}.'
-            )
-    num_items = sum(item["type"] == "image" for message in sample["messages"] for item in message["content"])
-    if num_items != len(sample["images"]):
-        raise ValueError(
-            f"sample {sample['id']!r} has {num_items} image items in its messages but {len(sample['images'])} images."
-        )
-    if sample["messages"][-1]["role"] != "user":
-        raise ValueError(
-            f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."
-        )
-
-
-def _batches(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 __all__ = ["Answer", "LlavaPredictor"]

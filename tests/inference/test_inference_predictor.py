@@ -5,10 +5,12 @@ import torch
 from PIL import Image
 from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
+from modeling_llava.inference import decoding
 from modeling_llava.inference.decoding import Decoder, DecodingSettings, Row
 from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference.prefix_cache import Prefix, match_chain
 from modeling_llava.inference.prompts import encode_prompt
-from modeling_llava.inference.shared_prefix import Prefix, match_chain, partial_attention
+from modeling_llava.inference.shared_prefix import partial_attention
 
 
 QUESTIONS = [
@@ -334,6 +336,19 @@ def test_repetition_penalty_of_the_generation_configuration_is_kept(processor):
     assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
 
 
+def test_what_generate_would_do_beyond_the_settings_is_said(processor, monkeypatch):
+    model = tiny_llava(processor)
+    said = []
+    monkeypatch.setattr(decoding.logger, "warning", said.append)
+    LlavaPredictor(model, processor)
+    model.generation_config.num_beams = 1
+    LlavaPredictor(model, processor)
+    assert not said
+    model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 4, 2
+    LlavaPredictor(model, processor)
+    assert len(said) == 1 and "sets no_repeat_ngram_size, num_beams, which LlavaPredictor does not follow" in said[0]
+
+
 def test_sampling_depends_on_seed_and_row_only(predictor):
     predictor.set_image(picture(1))
     settings = {"do_sample": True, "temperature": 2.0, "top_k": 50, "top_p": 0.95, "max_new_tokens": 8}
@@ -573,8 +588,6 @@ def test_prefix_is_matched_by_the_ids_of_the_whole_prompt():
 
 
 def test_long_prompts_are_computed_in_pieces(model, processor, monkeypatch):
-    from modeling_llava.inference import decoding
-
     samples = samples_of([([seed], QUESTIONS[seed % 5] * (1 + seed % 3)) for seed in range(9)])
     predictor = LlavaPredictor(model, processor)
     expected = {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)}
