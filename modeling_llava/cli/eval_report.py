@@ -29,11 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.report import attach, compare, markdown, model_index, plot, read_runs
+    from ..evaluation.report import attach, compare, markdown, model_index, plot, published_for, read_runs
     from ..evaluation.results import write_text
 
     runs = read_runs(args.runs, args.labels)
     comparisons = compare(runs)
+    unknown = [row for row in args.published if not any(row in published_for(c["benchmark"]) for c in comparisons)]
+    if unknown:
+        known = sorted({row for comparison in comparisons for row in published_for(comparison["benchmark"])})
+        raise ValueError(
+            f"--published: there is no row {', '.join(map(repr, unknown))}; "
+            + (f"there are {', '.join(known)}." if known else "none is known for these benchmarks.")
+        )
     text = markdown(comparisons)
     print(text)
     if args.out:

@@ -156,6 +156,8 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     missing = [key for key in _REQUIRED if not isinstance(results, dict) or key not in results]
+    if not missing and not isinstance(results["schema_version"], int):
+        missing = ["schema_version that is a number"]
     if missing:
         raise ValueError(f"{file} is no result of an evaluation: it has no {', '.join(missing)}.")
     if results["schema_version"] > SCHEMA_VERSION:

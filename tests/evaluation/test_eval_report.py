@@ -64,6 +64,9 @@ def test_results_that_cannot_be_read_say_why(tmp_path):
     (folder / "results.json").write_text(json.dumps({**content, "schema_version": 2}))
     with pytest.raises(ValueError, match="schema version 2, this package knows up to 1"):
         read_results(folder)
+    (folder / "results.json").write_text(json.dumps({**content, "schema_version": "1"}))
+    with pytest.raises(ValueError, match="no schema_version that is a number"):
+        read_results(folder)
     (folder / "results.json").write_text(json.dumps(content))
     (folder / "samples.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="samples.jsonl, which"):
@@ -156,6 +159,8 @@ def test_command_writes_table_json_and_plots(tmp_path, capsys):
     content = json.loads((out / "report.json").read_text())
     assert content["model_index"]["after"][0]["results"][0]["metrics"][0]["value"] == 75.0
     assert (out / "scienceqa.png").stat().st_size > 5000
+    assert main(["eval", "report", *map(str, runs), "--published", "LLaVA-13b"]) == 2
+    assert "no row 'LLaVA-13b'; there are GPT-3.5" in capsys.readouterr().err
     assert main(["eval", "report", str(tmp_path / "nowhere")]) == 2
     assert "results.json is not there" in capsys.readouterr().err
 
