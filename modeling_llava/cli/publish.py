@@ -3,7 +3,18 @@
 import argparse
 
 
+EPILOG = """\
+examples:
+  llava publish runs/my-merged my-name/my-llava --dry-run
+  llava publish runs/my my-name/my-llava --merge --results runs/vqa --license llama2 --private
+  llava publish runs/data my-name/my-instructions --license cc-by-4.0
+Log in first: `hf auth login`. A broken-off upload goes on with the same command.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
     parser.add_argument(
         "model", help="folder of a full model, an adapter, a projector, or a data set or run of the data engine"
     )
@@ -68,8 +79,10 @@ def run(args: argparse.Namespace) -> int:
         console.print(table)
         if publication.left_out:
             console.print(f"Stays here: {', '.join(publication.left_out)}")
-        for problem in publication.problems:
+        for problem in publication.problems[:20]:
             console.print(f"problem: {problem}", style="red")
+        if len(publication.problems) > 20:
+            console.print(f"… and {len(publication.problems) - 20:,} more", style="red")
         if publication.problems:
             raise ValueError(f"{len(publication.problems)} problem(s) stand against publishing; nothing was sent.")
         if publication.kind == "full":
