@@ -174,8 +174,15 @@ def _check_head(model, causal_lm):
     ids = torch.arange(8, device=causal_lm.device)[None] % causal_lm.config.vocab_size
     ids[ids == model.config.image_token_id] = 0
     enlarging = model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.float() * 1e3)
-    ours, theirs = model(input_ids=ids).logits, causal_lm(input_ids=ids).logits.float()
-    enlarging.remove()
+    try:
+        ours, theirs = model(input_ids=ids).logits, causal_lm(input_ids=ids).logits.float()
+    except AttributeError as error:  # a state-space model without a cache, a head that cannot be taken off
+        raise ValueError(
+            f"{type(causal_lm).__name__} cannot be the language model of a llava checkpoint, neither here nor in stock "
+            f"transformers ({error}). Choose another language model."
+        ) from error
+    finally:
+        enlarging.remove()
     difference = (ours - theirs).abs().max().item()
     if difference > 1e-2 * max(theirs.abs().max().item(), 1.0):
         raise ValueError(

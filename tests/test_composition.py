@@ -144,6 +144,11 @@ def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
         ),  # capped at 30, far from random weights'
         ("cohere", {"bos_token_id": 1, "eos_token_id": 2}, "scaling or capping"),
         ("phi", {}, "bias"),
+        (
+            "mamba",
+            {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            "cannot be the language model of a llava",
+        ),
     ],
 )
 def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden, language, overrides, message):

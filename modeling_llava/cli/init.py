@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from ..processing_llava import num_image_tokens
 
     console = Console()
-    out = Path(args.out)
+    out = Path(os.path.abspath(args.out))
+    if out == Path.cwd():
+        raise ValueError("The folder to write cannot be the current one: name a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty. Choose another folder.")
     console.print(f"Composing {args.vision} and {args.language} …")
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     table.add_row("vocabulary", f"{model.lm_head.weight.shape[0]:,}", f"<image> is {model.config.image_token_id}")
     console.print(table)
     console.print(
-        f"The projector knows nothing yet. Next: llava train pretrain model={out} data=captions.json image_folder=images "
+        f"The projector knows nothing yet. Next: llava train pretrain model={args.out} data=captions.json image_folder=images "
         "output_dir=pretrain",
         soft_wrap=True,
     )

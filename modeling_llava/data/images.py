@@ -18,6 +18,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 # A picture this long would take gigabytes once it is padded to a square or resized by its shorter side.
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
+_LONGEST_PATH = 4_096  # characters: what file systems allow
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
@@ -118,13 +119,20 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
             raise BadSampleError(sample_id, CORRUPT_IMAGE, f"has the image {name}, which is empty (0 bytes).")
         return io.BytesIO(reference), name
     if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
+        what = f"reference of type {type(reference).__name__}" if reference != "" else "path of no characters"
         raise BadSampleError(
             sample_id,
             BAD_ROW,
-            f"has an image reference of type {type(reference).__name__}: give a path, a PIL image, bytes, or "
-            "{'bytes': …, 'path': …}.",
+            f"has an image {what}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
         )
     name = repr(os.fspath(reference))
+    if name.startswith("'data:") or len(name) > _LONGEST_PATH:
+        raise BadSampleError(
+            sample_id,
+            BAD_ROW,
+            f"has the image {name[:40]}…, {len(name) - 2:,} characters that are no path. If they are the image itself, in "
+            "base64, give its bytes: base64.b64decode(text), without what stands before a comma.",
+        )
     if "://" in os.fspath(reference):
         return _fetch(os.fspath(reference), path is not None, image_folder, sample_id), name
     path = os.fspath(reference)

@@ -63,6 +63,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(parts, tmp_path, capsys, chang
     assert not (tmp_path / "llava").exists()
 
 
+def test_the_current_folder_is_not_replaced(parts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["init", *parts, "."]) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
 def test_a_folder_with_something_in_it_is_not_touched(parts, tmp_path, capsys):
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava" / "precious.txt").write_text("x")

@@ -289,6 +289,12 @@ def test_random_damage_is_a_picture_or_a_named_error():
 def test_unknown_reference():
     with pytest.raises(BadSampleError, match="image reference of type int"):
         load_image(3, sample_id="s")
+    for text in ("data:image/png;base64,iVBORw0KGgo=", "iVBORw0K" * 1_000):
+        with pytest.raises(BadSampleError, match="characters that are no path.*base64.b64decode") as info:
+            load_image(text, sample_id="s")
+        assert len(str(info.value)) < 300
+    with pytest.raises(BadSampleError, match="image path of no characters"):
+        load_image("", sample_id="s")
     with pytest.raises(BadSampleError, match="image reference of type NoneType"):
         load_image({"bytes": None, "path": None}, sample_id="s")
 
