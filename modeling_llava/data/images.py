@@ -129,9 +129,9 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
     if name.startswith("'data:") or len(name) > _LONGEST_PATH:
         raise BadSampleError(
             sample_id,
-            BAD_ROW,
-            f"has the image {name[:40]}…, {len(name) - 2:,} characters that are no path. If they are the image itself, in "
-            "base64, give its bytes: base64.b64decode(text), without what stands before a comma.",
+            MISSING_IMAGE,
+            f"has the image {name[:40]}…, which cannot be opened: these {len(name) - 2:,} characters are no path. If they "
+            "are the image itself, in base64, give its bytes: base64.b64decode(text), without what stands before a comma.",
         )
     if "://" in os.fspath(reference):
         return _fetch(os.fspath(reference), path is not None, image_folder, sample_id), name

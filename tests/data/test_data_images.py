@@ -290,7 +290,7 @@ def test_unknown_reference():
     with pytest.raises(BadSampleError, match="image reference of type int"):
         load_image(3, sample_id="s")
     for text in ("data:image/png;base64,iVBORw0KGgo=", "iVBORw0K" * 1_000):
-        with pytest.raises(BadSampleError, match="characters that are no path.*base64.b64decode") as info:
+        with pytest.raises(BadSampleError, match="characters are no path.*base64.b64decode") as info:
             load_image(text, sample_id="s")
         assert len(str(info.value)) < 300
     with pytest.raises(BadSampleError, match="image path of no characters"):
