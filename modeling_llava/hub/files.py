@@ -81,7 +81,7 @@ LOCAL_PATH = (
     )""".replace("ROOTS", "|".join(ROOTS)),
 )
 """POSIX, home, Windows and network paths. Text that is about paths is found as well: it is better asked than leaked."""
-HOME = (("/home/", "/users/", "/root/"), r"/(?:home|Users|root)/[\w.-]{2,}")
+HOME = (tuple(f"/{root}/" for root in ("home", "users", "root")), r"/(?:home|Users|root)/[\w.-]{2,}")
 """A home in a file that is not text, where nothing says where a path begins."""
 
 
