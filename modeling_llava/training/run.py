@@ -41,6 +41,7 @@ from .run_record import (
     record_data,
     why_incomplete,
 )
+from .sharding import is_sharded_checkpoint
 from .stages import cast_weights
 from .trainer import LlavaTrainer
 
@@ -125,6 +126,8 @@ def train(
             )
             trainer.restore_result(checkpoint)
         else:
+            if checkpoint is not None:
+                _check_sharding(trainer, checkpoint)
             output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             metrics |= output.metrics
             _save_metrics(trainer, "train", output.metrics)
@@ -324,6 +327,18 @@ def _is_finished(trainer: LlavaTrainer, checkpoint: Path) -> bool:
         return True
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def _check_sharding(trainer: LlavaTrainer, checkpoint: Path) -> None:
+    """Raise ValueError unless a checkpoint is of this run's kind; the number of processes does not matter."""
+    is_sharded = is_sharded_checkpoint(checkpoint)
+    if trainer.is_deepspeed_enabled or is_sharded == trainer.saves_shards:
+        return
+    was, now = ("in shards, by FSDP2", "is not sharded") if is_sharded else ("in one piece", "is sharded by FSDP2")
+    raise ValueError(
+        f"{checkpoint} was written {was}, and this run {now}: its optimizer's state cannot be read. Launch it as it was "
+        "launched before (the number of processes may be another; FSDP2 takes one too), or choose another output_dir."
+    )
 
 
 def _report_drops(trainer: LlavaTrainer) -> None:

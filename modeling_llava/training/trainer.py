@@ -88,6 +88,8 @@ class LlavaTrainer(Trainer):
     ):
         if not isinstance(args, LlavaTrainingArguments):
             raise TypeError(f"LlavaTrainer takes LlavaTrainingArguments, not {type(args).__name__}.")
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("precision=fp16 needs a GPU. On the CPU set precision=fp32, or bf16 (auto takes fp32).")
         # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
         self._use_cache = vars(model.config).get("use_cache", _ABSENT)
         model = prepare_model(model, args)
@@ -243,7 +245,7 @@ class LlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
-        if not self._saves_shards:
+        if not self.saves_shards:
             super().save_model(output_dir, _internal_call)
         elif _internal_call:  # a checkpoint: its weights come with the optimizer
             self._save_companions(Path(output_dir))
@@ -254,7 +256,8 @@ class LlavaTrainer(Trainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @property
-    def _saves_shards(self) -> bool:
+    def saves_shards(self) -> bool:
+        """Whether each process writes its own part of a checkpoint (FSDP2)."""
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _save_companions(self, folder: Path) -> None:
@@ -271,7 +274,7 @@ class LlavaTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with disk_errors_explained(output_dir):
-            if not self._saves_shards:
+            if not self.saves_shards:
                 return super()._save_optimizer_and_scheduler(output_dir)
             sharding.save_shards(self.model, output_dir, self.args)
             save_fsdp_optimizer(

@@ -269,3 +269,13 @@ def test_a_full_disk_under_the_tokenizer_is_reported(base_model, tmp_path):
                 tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_sharded_checkpoint_is_refused_where_the_run_is_not_sharded(settings, tmp_path):
+    settings |= {"stage": "pretrain", "save_steps": 1}
+    train(settings)
+    for shards in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (tmp_path / "run" / "checkpoint-2" / shards).mkdir()
+        (tmp_path / "run" / "checkpoint-2" / shards / ".metadata").touch()
+    with pytest.raises(ValueError, match="checkpoint-2 was written in shards, by FSDP2, and this run is not sharded"):
+        train({**settings, "max_steps": 3})

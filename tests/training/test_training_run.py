@@ -367,6 +367,9 @@ def test_users_mistakes_are_one_clear_error(settings, tmp_path):
         train({**settings, "model": str(tmp_path / "empty")})
     with pytest.raises(ValueError, match="not the output folder of a pretrain run"):
         train({**settings, "projector": str(tmp_path / "empty")})
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="precision=fp16 needs a GPU"):
+            train({**settings, "precision": "fp16"})
 
 
 def test_a_projector_of_another_model_is_refused(settings, base_model, tmp_path, quiet):
