@@ -48,6 +48,13 @@ def run(args: argparse.Namespace) -> int:
     from ..data.preview import render_sample
     from ..data.schema import summarize_drops
 
+    for name, value, least in (
+        ("-n", args.number, 1),
+        ("--start", args.start, 0),
+        ("--max-length", args.max_length, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}: at least {least} is needed.")
     processor = AutoProcessor.from_pretrained(args.processor)
     if args.chat_template is not None:
         from ..templating import load_chat_template
@@ -70,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
         indices = [index for index in range(len(dataset)) if dataset[index]["id"] in wanted]
         missing = wanted - {dataset[index]["id"] for index in indices}
         if missing:
-            raise ValueError(f"there is no usable sample with the id {', '.join(sorted(missing))}.")
+            dropped = (
+                f" ({summarize_drops(dataset.dropped)}: `llava data check` lists them)" if dataset.dropped else ""
+            )
+            raise ValueError(f"there is no usable sample with the id {', '.join(sorted(missing))}{dropped}.")
     elif args.random:
         indices = random.Random(args.seed).sample(range(len(dataset)), min(args.number, len(dataset)))
     else:

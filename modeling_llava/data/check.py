@@ -81,6 +81,8 @@ def check_data(
         raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} samples: at least 1 is needed.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length is {max_length} tokens: at least 1 is needed.")
     parts = open_sources(source, split, False, config_name)
     places = _places(parts, show_progress)
     if not len(places):

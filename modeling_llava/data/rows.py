@@ -122,6 +122,11 @@ class JsonRows:
         index = 0
         for number, line in enumerate(file, start=1):
             if line.strip():
+                if index == 0 and line.strip() == b"{":
+                    raise ValueError(
+                        f"{self.path} is one JSON object over several lines: give a list of conversations, or one "
+                        "conversation per line."
+                    )
                 try:
                     row = json.loads(line) if wanted(index) else None
                 except ValueError as error:

@@ -138,6 +138,9 @@ def test_preview_of_an_unknown_id_or_start(data, model, capsys):
     assert main([*arguments, "--id", "s9"]) == 2 and main([*arguments, "--start", "9"]) == 2
     error = capsys.readouterr().err
     assert "no usable sample with the id s9" in error and "--start is 9 but there are 3 samples" in error
+    for option in ("-n", "--start", "--max-length"):
+        assert main([*arguments, option, "-1"]) == 2
+        assert f"{option} is -1: at least " in capsys.readouterr().err
 
 
 def test_help_imports_no_sub_command(capsys):

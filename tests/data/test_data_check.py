@@ -246,6 +246,8 @@ def test_wrong_arguments(folder, processor):
         check(folder, write(folder, []), processor)
     with pytest.raises(ValueError, match="batch_size is 0"):
         check(folder, good_rows(), processor, batch_size=0)
+    with pytest.raises(ValueError, match="max_length is -1"):
+        check(folder, good_rows(), processor, max_length=-1)
     (folder / "cut.json").write_text(json.dumps(good_rows())[:-10])
     with pytest.raises(ValueError, match="cut.json .*in row 5"):
         check(folder, folder / "cut.json", processor)

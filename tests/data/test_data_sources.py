@@ -100,6 +100,7 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
         ('[{"a": tru}]', "row 0"),
         ("", "is empty"),
         ("[]", "holds no usable sample"),
+        ('{\n  "data": []\n}', "one JSON object over several lines"),
     ],
 )
 def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
