@@ -63,7 +63,7 @@ setup(
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["modeling_llava", "modeling_llava.*"]), "modeling_llava.conversion"],
     package_dir={"modeling_llava.conversion": "conversion"},
     package_data={

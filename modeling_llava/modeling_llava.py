@@ -18,7 +18,11 @@ from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
@@ -27,6 +31,7 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
+from .constants import CACHE
 from .loss import causal_language_model_loss
 
 
@@ -38,7 +43,7 @@ class LlavaModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The language model's output, before the head.
-        past_key_values (`Cache`, *optional*):
+        past_key_values (`Cache`, *optional*; called `cache` since transformers 5.24):
             Keys and values of the positions so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*), attentions (`tuple[torch.Tensor]`, *optional*):
             The language model's, one per layer.
@@ -50,7 +55,7 @@ class LlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class LlavaCausalLMOutputWithPast(ModelOutput):
+class LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Output of [`LlavaForConditionalGeneration`].
 
@@ -63,11 +68,6 @@ class LlavaCausalLMOutputWithPast(ModelOutput):
             As in [`LlavaModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -143,7 +143,7 @@ class LlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -321,6 +321,7 @@ class LlavaModel(LlavaPreTrainedModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
@@ -335,6 +336,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Give pixel_values or mm_encoder_outputs (images that are encoded already), not both.")
 
+        past_key_values = cache if past_key_values is None else past_key_values
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -369,13 +371,13 @@ class LlavaModel(LlavaPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -412,10 +414,11 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         """As in transformers, but the assistant of an assisted generation sees the images too."""
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        is_prompt = past_key_values is not None and past_key_values.get_seq_length() == 0
+        past = kwargs.get(CACHE)
+        is_prompt = past is not None and past.get_seq_length() == 0
         if is_prompt and not is_first_iteration and image_outputs is not None:
             # An assistant, which transformers leaves without what the answering model made of the images. Features of
             # another width say nothing here, so it drafts as if it had seen nothing.
@@ -423,9 +426,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             if image_outputs.pooler_output[0].shape[-1] != width:
                 blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
                 kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         if kwargs.get(
@@ -465,6 +466,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         label_smoothing: float = 0.0,
         shift_labels: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
@@ -477,8 +479,8 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
                 1 for tokens, 0 for padding. Absent for packed samples.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions; in a pack they restart at 0 with each sample.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of earlier positions.
+            past_key_values, cache (`Cache`, *optional*):
+                Keys and values of earlier positions; transformers has called them `cache` since 5.24.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`; image positions are found by the image token's embedding.
             vision_feature_layer, vision_feature_select_strategy, image_sizes, image_indices:
@@ -521,7 +523,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -545,7 +547,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -13,6 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
+from ..constants import CACHE
 from ..data.labels import answer_stop
 from .prefix_cache import Prefix, RowCache
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
@@ -300,7 +301,7 @@ class Decoder:
             embeds = self._embed(row)[None]
             _forget_lengths(self.language_model)
             while row.finish_reason is None:
-                outputs = self.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+                outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
                 embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))

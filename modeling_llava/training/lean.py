@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..constants import CACHE
 from ..onednn import linear
 
 
@@ -145,11 +146,10 @@ def _rotate(states, cos, sin, inverse=False):
     return turned
 
 
-def _lean_attention(
-    self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-):
-    if past_key_values is not None or position_embeddings is None:
-        arguments = {"position_embeddings": position_embeddings, "past_key_values": past_key_values, **kwargs}
+def _lean_attention(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    past = kwargs.pop(CACHE, None)
+    if past is not None or position_embeddings is None:
+        arguments = {"position_embeddings": position_embeddings, CACHE: past, **kwargs}
         return type(self).forward(self, hidden_states, attention_mask=attention_mask, **arguments)
     shape = hidden_states.shape[:-1]
     query, key, value = (
