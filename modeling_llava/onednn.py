@@ -15,11 +15,14 @@ resumed run repeats itself bit for bit.
 """
 
 import functools
+import os
 from types import MethodType
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .constants import ONEDNN_CACHES
 
 
 MIN_MULTIPLICATIONS = 2**22
@@ -29,6 +32,8 @@ MIN_MULTIPLICATIONS = 2**22
 @functools.cache
 def is_available() -> bool:
     """Whether this PyTorch has the operator that is used here, and it computes what it should: it is tried."""
+    for name, value in ONEDNN_CACHES.items():
+        os.environ.setdefault(name, value)
     try:
         with torch.inference_mode(False), torch.no_grad():
             generator = torch.Generator().manual_seed(0)

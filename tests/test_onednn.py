@@ -1,10 +1,16 @@
 """Linear layers by oneDNN against PyTorch's own, in float64 where rounding counts."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from torch import nn
 
 from modeling_llava import onednn
+from modeling_llava.constants import ONEDNN_CACHES
 from modeling_llava.onednn import linear, use_onednn
 
 
@@ -105,3 +111,24 @@ def test_the_rows_that_a_layer_keeps_do_not_change_when_its_input_is_written_to(
     copy += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_memory_does_not_grow_with_the_number_of_different_lengths():
+    script = """
+    import psutil, torch
+    from modeling_llava.onednn import use_onednn
+
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, m) for n, m in ((192, 512), (512, 256), (256, 192))))
+    assert use_onednn(model) == 3
+    process, grown = psutil.Process(), []
+    with torch.no_grad():
+        for length in range(300, 620, 2):
+            model(torch.zeros(length, 192))
+            grown.append(process.memory_info().rss)
+    print((grown[-1] - grown[30]) / 2**20)
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ONEDNN_CACHES}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    grown = float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert grown < 60, f"{grown:.0f} MiB for 130 lengths"
