@@ -233,16 +233,19 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
     """
     Copies results beside the weights they are of, as `results-<benchmark>.json`, where `llava publish` finds them.
 
+    Nothing is copied unless all of them fit.
+
     Raises:
         FileNotFoundError: the folder is not there.
-        ValueError: results of less than the whole benchmark, or of other weights than those in the folder.
+        ValueError: results of less than the whole benchmark, of other weights than those in the folder, or two of one
+            benchmark: they would have one name, and a card could not tell them apart.
     """
     from .results import fingerprint
 
     folder = Path(model_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; results are put beside a model's weights.")
-    written = []
+    sources: dict[Path, str | os.PathLike] = {}  # by target
     for path in paths:
         results, _ = read_results(path)
         model = results["model"]
@@ -254,11 +257,16 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
         of_these = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
         if of_these and fingerprint(folder) not in of_these:
             raise ValueError(f"{path} is of other weights ({model['name']}) than those in {folder}.")
-        source = Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
         target = folder / f"results-{results['benchmark']}.json"
-        shutil.copyfile(source, target)
-        written.append(target)
-    return written
+        if target in sources:
+            raise ValueError(
+                f"{sources[target]} and {path} are both results of {results['benchmark']}; beside the weights there is "
+                f"one of each benchmark ({target.name}). Attach one of them: give it alone."
+            )
+        sources[target] = path
+    for target, path in sources.items():
+        shutil.copyfile(Path(path) / RESULTS_NAME if Path(path).is_dir() else path, target)
+    return list(sources)
 
 
 __all__ = ["Run", "attach", "compare", "markdown", "model_index", "plot", "published_for", "read_runs"]

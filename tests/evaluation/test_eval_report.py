@@ -213,6 +213,17 @@ def test_results_are_attached_to_their_weights_only(tmp_path):
         attach([run], tmp_path / "nowhere")
 
 
+def test_two_results_of_one_benchmark_are_not_attached_over_each_other(tmp_path, capsys):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    runs = [write_run(tmp_path / name, [1.0, 0.0], name.partition("-")[0]) for name in ("vqa", "scienceqa", "vqa-hot")]
+    assert main(["eval", "report", *map(str, runs), "--attach", str(weights)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{runs[0]} and {runs[2]} are both results of vqa" in line
+    assert list(weights.iterdir()) == []
+    assert len(attach(runs[:2], weights)) == 2
+
+
 def test_attached_results_reach_the_model_card(tmp_path, model_folder):
     import shutil
 
