@@ -106,6 +106,21 @@ def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> st
     return json.loads(Path(config_file).read_text("utf-8")).get("revision")
 
 
+def name_stock_class(adapter_config: dict) -> bool:
+    """
+    In an adapter's configuration, name the stock class where PEFT wrote ours: its `AutoPeftModel` imports what stands
+    there, and whoever loads the adapter need not have this package.
+
+    Returns:
+        `bool`: whether something was changed.
+    """
+    mapping = adapter_config.get("auto_mapping")
+    if not mapping or str(mapping.get("parent_library")).partition(".")[0] != "modeling_llava":
+        return False
+    mapping["parent_library"] = "transformers.models.llava.modeling_llava"
+    return True
+
+
 def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
     """Whether the folder or Hub repository holds a processor of its own."""
     return file_of(os.fspath(path), "processor_config.json", revision) is not None
@@ -357,6 +372,7 @@ __all__ = [
     "load_adapter_for_inference",
     "load_full_weights",
     "load_projector",
+    "name_stock_class",
     "save_projector",
     "saved_tensors",
     "weight_files",

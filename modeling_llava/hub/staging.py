@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
+from ..checkpoints import name_stock_class
 from .files import read_json
 
 
 LINKED = (".safetensors", ".gguf", ".parquet")
 """Endings of large files, which nobody edits: gathered as hard links. Everything else is a copy that may be changed."""
-
-STOCK_MODULE = "transformers.models.llava.modeling_llava"
 
 PLACE = r"""(?<![\w:/.\\])(?:~|[A-Za-z]:(?=[\\/])|\.{1,2}(?=[\\/]))?[\\/](?:[^\s"'\\/]+[\\/])*([^\s"'\\/]+)[\\/]?"""
 """A path in a line of words, such as a recipe's `benchmarks`; its last component is the group."""
@@ -128,14 +127,12 @@ def finish_data_card(card: Path, repo: str, license: str | None) -> None:
 
 def name_base(file: Path, base: str) -> None:
     """
-    Write the base model's Hub name into an adapter's or a projector's configuration, and the stock class where PEFT's
-    `AutoPeftModel` would import ours, which others need not have.
+    Write the base model's Hub name into an adapter's or a projector's configuration, and the stock class where an
+    adapter that PEFT itself saved names ours.
     """
     config = read_json(file)
     config["base_model_name_or_path"] = base
-    mapping = config.get("auto_mapping")
-    if mapping and str(mapping.get("parent_library")).startswith("modeling_llava"):
-        mapping["parent_library"] = STOCK_MODULE
+    name_stock_class(config)
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

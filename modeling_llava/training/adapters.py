@@ -10,6 +10,7 @@ The low-rank matrices are found by a regular expression on `language_model`: tar
 usual way, would also hit the attention of a CLIP tower.
 """
 
+import json
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints import DORA_MAGNITUDE, base_name_to_record
+from ..checkpoints import DORA_MAGNITUDE, base_name_to_record, name_stock_class
 from .arguments import LlavaTrainingArguments
 from .stages import unused_tower_parameters
 
@@ -148,6 +149,18 @@ def prepare_adapter(peft_model: nn.Module, args: LlavaTrainingArguments) -> None
             parameter.requires_grad_(False)
 
 
+def finish_adapter_folder(folder: str | Path) -> None:
+    """In an adapter as PEFT saved it: the stock class for `AutoPeftModel`, and DoRA's magnitudes for transformers."""
+    file = Path(folder) / "adapter_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    if name_stock_class(config):
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
+        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        os.replace(beside, file)
+    if config.get("use_dora"):
+        write_dora_keys_for_transformers(folder)
+
+
 def write_dora_keys_for_transformers(folder: str | Path) -> None:
     """
     Rename DoRA's magnitudes in a saved adapter from `….lora_magnitude_vector` to `….lora_magnitude_vector.weight`.
@@ -166,9 +179,9 @@ def write_dora_keys_for_transformers(folder: str | Path) -> None:
 
 __all__ = [
     "add_adapter",
+    "finish_adapter_folder",
     "load_adapter",
     "lora_config",
     "lora_target_pattern",
     "prepare_adapter",
-    "write_dora_keys_for_transformers",
 ]

@@ -28,7 +28,7 @@ from ..data.packing import PackedDataset
 from ..data.sampler import GroupedSampler
 from ..onednn import use_onednn
 from . import sharding
-from .adapters import write_dora_keys_for_transformers
+from .adapters import finish_adapter_folder
 from .arguments import LlavaTrainingArguments
 from .batches import arrange, data_seed, even, grouped_sampler, shares_by_itself
 from .lean import make_lean
@@ -303,8 +303,8 @@ class LlavaTrainer(Trainer):
                 super()._save(str(folder), state_dict)
             finally:
                 _set_or_remove(config, "use_cache", in_training)
-            if self.args.use_dora:
-                write_dora_keys_for_transformers(folder)
+            if self.args.adapter != "none":
+                finish_adapter_folder(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""

@@ -125,6 +125,25 @@ KINDS = {
 }
 
 
+def test_adapter_folder_names_the_stock_class(base, tmp_path):
+    """`AutoPeftModel` imports the class that an adapter names; here it must not find ours."""
+    trainer = train(base, tmp_path / "adapter", steps=1)
+    torch.save(logits(trainer.model), tmp_path / "expected.pt")
+    torch.save(tiny_batch(), tmp_path / "batch.pt")
+    script = """
+import sys, torch
+sys.modules["modeling_llava"] = None
+from peft import AutoPeftModel
+model = AutoPeftModel.from_pretrained("adapter").eval()
+assert type(model.get_base_model()).__module__ == "transformers.models.llava.modeling_llava"
+batch = {name: value for name, value in torch.load("batch.pt").items() if name != "labels"}
+with torch.no_grad():
+    assert (model(**batch).logits - torch.load("expected.pt")).abs().max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_adapter_folders_load_in_plain_peft_and_in_plain_transformers(base, tmp_path):
     """On the stock class, in a process that never imports us: the same logits as the trained model."""
