@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
@@ -57,12 +57,7 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
         ValueError: the folder holds nothing that can be loaded.
     """
     path = os.fspath(path)
-    if not os.path.isdir(path):
-        # No LLaVA on the Hub has a name without an owner, and a typed path should not wait for the Hub.
-        if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-            raise FileNotFoundError(
-                f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
-            )
+    _require_folder_or_hub_name(path)
     if find_adapter_config_file(path, revision=revision) is not None:
         return "adapter"
     if file_of(path, PROJECTOR_CONFIG_NAME, revision) is not None:
@@ -73,6 +68,35 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
             f"It holds: {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
         )
     return "full"
+
+
+def _require_folder_or_hub_name(path: str) -> None:
+    """No LLaVA on the Hub has a name without an owner, and a typed path should not wait for the Hub."""
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
+        )
+
+
+def load_processor(path: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
+    """
+    The processor of a model, by its folder or Hub name.
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
+        ValueError: the folder holds no processor.
+    """
+    path = os.fspath(path)
+    _require_folder_or_hub_name(path)
+    names = ("processor_config.json", "preprocessor_config.json")  # the second alone in older folders
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in names):
+        raise ValueError(
+            f"{path!r} holds no processor: it has neither {' nor '.join(names)}. It holds: "
+            f"{', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
+        )
+    return AutoProcessor.from_pretrained(path, revision=revision)
 
 
 def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
@@ -371,6 +395,7 @@ __all__ = [
     "is_quantised",
     "load_adapter_for_inference",
     "load_full_weights",
+    "load_processor",
     "load_projector",
     "name_stock_class",
     "save_projector",

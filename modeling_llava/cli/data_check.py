@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     processor = None
     if args.processor is not None:
-        from transformers import AutoProcessor
+        from ..checkpoints import load_processor
 
-        processor = AutoProcessor.from_pretrained(args.processor)
+        processor = load_processor(args.processor)
     try:
         report = check_data(
             args.source if len(args.source) > 1 else args.source[0],

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
     from rich.text import Text
-    from transformers import AutoProcessor
 
+    from ..checkpoints import load_processor
     from ..constants import IGNORE_INDEX
     from ..data import LlavaDataCollator, load_conversations
     from ..data.preview import render_sample
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if value < least:
             raise ValueError(f"{name} is {value}: at least {least} is needed.")
-    processor = AutoProcessor.from_pretrained(args.processor)
+    processor = load_processor(args.processor)
     if args.chat_template is not None:
         from ..templating import load_chat_template
 

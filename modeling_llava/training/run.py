@@ -12,7 +12,6 @@ import torch
 import yaml
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     EarlyStoppingCallback,
     PreTrainedModel,
     ProcessorMixin,
@@ -27,6 +26,7 @@ from ..checkpoints import (
     checkpoint_kind,
     four_bit_config,
     has_processor,
+    load_processor,
     load_projector,
 )
 from .adapters import load_adapter
@@ -207,8 +207,8 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
         revision = base_revision_of(args.model, revision)
 
     own = args.model if has_processor(args.model, args.model_revision) else base
-    processor = AutoProcessor.from_pretrained(
-        args.processor or own, revision=args.model_revision if own == args.model and not args.processor else None
+    processor = load_processor(
+        args.processor or own, args.model_revision if own == args.model and not args.processor else None
     )
     if args.chat_template is not None:
         from ..processing_llava import load_chat_template

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 
@@ -81,7 +82,9 @@ def test_check_as_json_prints_json_alone(data, model, capsys):
     ("arguments", "words"),
     [
         (["check", "missing.json"], "there is no file or folder 'missing.json'"),
-        (["preview", "missing.json", "--processor", "/no/model"], "/no/model"),
+        (["preview", "missing.json", "--processor", "/no/model"], "'/no/model' is neither a folder nor the name"),
+        (["check", "missing.json", "--processor", "nope"], "'nope' is neither a folder nor the name"),
+        (["check", "missing.json", "--processor", os.path.dirname(__file__)], "holds no processor: it has neither"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, capsys):
