@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 OUT ?= quickstart
 # Two test processes on two cores, one thread each: tiny models gain nothing from more threads.
 WORKERS ?= 2
+# More for pytest: make test ARGS="tests/data -x"
+ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .PHONY: install quickstart test test-slow style quality bench clean
@@ -37,10 +39,10 @@ quickstart: install
 	$(BIN)/llava quickstart --out $(OUT)
 
 test: install
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.installed-slow
-	$(PYTEST) -n $(WORKERS) -v -m slow
+	$(PYTEST) -n $(WORKERS) -v -m slow $(ARGS)
 
 style: install
 	$(BIN)/ruff check --fix .
