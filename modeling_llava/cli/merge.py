@@ -22,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
     from ..training import merge_adapter
     from ..training.merge import four_bits_of
 
+    trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None
     print(
         f"reading the base of {args.adapter} in 16 bit and folding the adapter in (as long as reading the model takes)"
     )
     output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
-    if not args.as_trained and four_bits_of(args.adapter, args.revision) is not None:
+    if trained_in_4_bits and not args.as_trained:
         print(
             "The adapter was trained beside 4-bit weights and is now on 16-bit ones, which it has not seen. If the answers "
             "have become worse, merge with --as-trained."

@@ -98,6 +98,8 @@ def train(
     if args.output_is_default:
         raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
     checkpoint = _checkpoint_to_resume(args)
+    if checkpoint is not None:
+        _check_trained_parts(args, checkpoint)
     train_dataset, eval_dataset = load_datasets(args)  # first: a mistyped path should not cost the loading of a model
     set_seed(args.seed)  # before the adapter's matrices are drawn
     model, processor = load_model_and_processor(args)
@@ -350,12 +352,36 @@ def _report_drops(trainer: LlavaTrainer) -> None:
         logger.warning("While training: %s. `llava data check` lists every such sample.", summarize_drops(dropped))
 
 
+TRAINED_PARTS = ("stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_vision_tower")
+"""Settings that decide which weights there are to train: a checkpoint written with others holds no state for them."""
+
+
+def _check_trained_parts(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Raise ValueError where the weights of a checkpoint cannot be those of this run, before a model is loaded."""
+    before, now = _recipe_of(checkpoint), args.to_recipe()
+    changed = [
+        f"{name} {before[name]!r} → {now.get(name)!r}"
+        for name in TRAINED_PARTS
+        if name in before and before[name] != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} cannot be gone on from: this run trains other weights ({'; '.join(changed)}). Give the settings "
+            "back, or choose another output_dir."
+        )
+
+
+def _recipe_of(checkpoint: Path) -> dict:
+    # not `read_recipe`: a setting that another version of this package had is no reason not to go on
+    file = checkpoint / RECIPE_NAME
+    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+
+
 def _report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:
     """Say which settings differ from those with which the checkpoint was written."""
-    if args.process_index != 0 or not (checkpoint / RECIPE_NAME).is_file():
+    before, now = _recipe_of(checkpoint), args.to_recipe()
+    if args.process_index != 0 or not before:
         return
-    # not `read_recipe`: a setting that another version of this package had is no reason not to go on
-    before, now = yaml.safe_load((checkpoint / RECIPE_NAME).read_text("utf-8")), args.to_recipe()
     changed = [
         f"{name} {before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -295,6 +295,7 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
     second = run(further)
     assert second.kind == "adapter"
     assert not torch.equal(logits_of_folder(second.output_dir, settings), logits_of_folder(first.output_dir, settings))
+    further["output_dir"] = str(tmp_path / "third")  # without a checkpoint, which would not fit either
     with pytest.raises(ValueError, match="Set adapter=lora"):
         run({**further, "adapter": "none"})
     with pytest.raises(ValueError, match="Set train_vision_tower=false"):

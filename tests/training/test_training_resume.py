@@ -215,6 +215,18 @@ def test_resume_settings(settings, tmp_path, caplog):
     assert "a_setting_of_another_version 1 → None" in message
 
 
+@pytest.mark.parametrize(
+    "change", [{"lora_r": 2}, {"train_vision_tower": True}, {"use_dora": True}, {"lora_target": r".*q_proj"}]
+)
+def test_a_checkpoint_of_other_trained_weights_is_named_before_a_model_is_loaded(settings, monkeypatch, change):
+    settings = {**settings, "adapter": "lora", "lora_r": 4, "save_steps": 1, "max_steps": 1}
+    train(settings)
+    monkeypatch.setattr("modeling_llava.training.run.load_model_and_processor", lambda args: pytest.fail("loaded"))
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be gone on from.*\({name} .*another output_dir"):
+        train({**settings, **change, "max_steps": 2})
+
+
 @pytest.mark.parametrize("limit", [100_000, 1_000_000], ids=["weights", "optimizer"])
 def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(settings, tmp_path, limit):
     """No file can grow above the limit: of 0.85 MB weights, or of the 1.3 MB of the optimizer."""
