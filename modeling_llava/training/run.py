@@ -97,6 +97,7 @@ def train(
     args = _arguments(recipe, overrides)
     if args.output_is_default:
         raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
+    base_and_adapter(args)  # its errors say more than what a checkpoint of another run would
     checkpoint = _checkpoint_to_resume(args)
     if checkpoint is not None:
         _check_trained_parts(args, checkpoint)
@@ -179,21 +180,17 @@ def save_result(trainer: LlavaTrainer) -> None:
     trainer.save_model()
 
 
-def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
+def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str | None]:
     """
-    The model of a run, with the pretrain run's projector and the adapter to be trained further where they are asked
-    for, and its processor.
-
-    Weights come in the dtype of their file: trained ones become float32 later, without a loss on the way.
+    Where the weights of a run lie: the full model, its revision, and the adapter that is trained further, if any.
 
     Raises:
-        ValueError: `model` is a pretrain run's output or an adapter that the settings do not fit.
-        FileNotFoundError: `model` or `projector` does not exist.
+        ValueError: `model` is not set, is a pretrain run's output, or an adapter that the settings do not fit.
+        FileNotFoundError: `model` does not exist.
     """
     if args.model is None:
         raise ValueError("model is not set. Give a LLaVA folder or Hub name, such as llava-hf/llava-1.5-7b-hf.")
     kind = checkpoint_kind(args.model, args.model_revision)
-    adapter_path, base, revision = None, args.model, args.model_revision
     if kind == "projector":
         raise ValueError(
             f"model={args.model} is the output of a pretrain run: a projector. "
@@ -205,9 +202,26 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
                 f"model={args.model} is an adapter, but adapter=none. Set adapter=lora or qlora to train it further, "
                 "or make a full model of it first (llava merge)."
             )
-        adapter_path, base = args.model, base_model_of(args.model, revision)
-        revision = base_revision_of(args.model, revision)
+        return (
+            base_model_of(args.model, args.model_revision),
+            base_revision_of(args.model, args.model_revision),
+            args.model,
+        )
+    return args.model, args.model_revision, None
 
+
+def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    The model of a run, with the pretrain run's projector and the adapter to be trained further where they are asked
+    for, and its processor.
+
+    Weights come in the dtype of their file: trained ones become float32 later, without a loss on the way.
+
+    Raises:
+        ValueError: `model` is a pretrain run's output or an adapter that the settings do not fit.
+        FileNotFoundError: `model` or `projector` does not exist.
+    """
+    base, revision, adapter_path = base_and_adapter(args)
     own = args.model if has_processor(args.model, args.model_revision) else base
     processor = load_processor(
         args.processor or own, args.model_revision if own == args.model and not args.processor else None
