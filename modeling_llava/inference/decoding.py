@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation import (
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import logging
 
 from ..constants import CACHE
@@ -32,8 +39,6 @@ _GENERATE_ONLY = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "min_length": 0,
-    "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0,
     "num_beams": 1,
     "sequence_bias": {},
     "suppress_tokens": [],
@@ -51,6 +56,8 @@ class DecodingSettings:
         do_sample (`bool`, defaults to `False`): Draw tokens rather than take the likeliest.
         temperature, top_k, top_p: As in transformers' `GenerationConfig`; used with `do_sample`.
         repetition_penalty (`float`, defaults to 1.0): As in `GenerationConfig`; over prompt and answer.
+        no_repeat_ngram_size (`int`, defaults to 0): As in `GenerationConfig`; over prompt and answer.
+        min_new_tokens (`int`, defaults to 0): Tokens of an answer before an end token may come.
         seed (`int`, defaults to 0):
             With `do_sample`. Every row draws from a generator of its own, made of the seed and the row's id: an answer
             does not depend on what else is in the batch, nor on where an interrupted run went on.
@@ -68,6 +75,8 @@ class DecodingSettings:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     end_token_ids: tuple[int, ...] = ()
@@ -85,10 +94,20 @@ class DecodingSettings:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none.")
+        for name in ("no_repeat_ngram_size", "min_new_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number, at least 0, got {value!r}; 0 is none.")
         if isinstance(self.end_token_ids, int):
             raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest, whatever came before."""
+        changed = self.repetition_penalty != 1.0 or self.no_repeat_ngram_size or self.min_new_tokens
+        return not (self.do_sample or changed)
 
 
 def default_settings(model, processor) -> DecodingSettings:
@@ -118,6 +137,8 @@ def default_settings(model, processor) -> DecodingSettings:
         end_token_ids=tuple(end),
         stop_strings=stop_strings,
         repetition_penalty=generation.repetition_penalty or 1.0,
+        no_repeat_ngram_size=generation.no_repeat_ngram_size or 0,
+        min_new_tokens=generation.min_new_tokens or 0,
     )
 
 
@@ -247,7 +268,7 @@ class Decoder:
             cache.reserve(max(lengths) + 1)
 
             def write(layer, index, keys, values, slots=slots):
-                cache_keys, cache_values = cache.buffers(layer, keys[None])
+                cache_keys, cache_values = cache.buffers(layer, keys[None], values[None])
                 cache_keys[slots[index], :, : keys.shape[1]] = keys
                 cache_values[slots[index], :, : values.shape[1]] = values
 
@@ -310,7 +331,7 @@ class Decoder:
     def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
         """Gives each row its next token. logits `[num_rows, vocab_size]`."""
         logits = logits.float()
-        if not settings.do_sample and settings.repetition_penalty == 1.0:
+        if settings.takes_likeliest:
             tokens = logits.argmax(dim=-1).tolist()
         else:
             tokens = [_draw(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.cpu())]
@@ -347,6 +368,11 @@ def _draw(row: Row, logits: torch.Tensor, settings: DecodingSettings) -> int:
     steps = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.no_repeat_ngram_size:
+        steps.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
+    if settings.min_new_tokens and settings.end_token_ids:
+        end = list(settings.end_token_ids)
+        steps.append(MinNewTokensLengthLogitsProcessor(len(row.ids), settings.min_new_tokens, end))
     if settings.do_sample:
         if settings.temperature != 1.0:
             steps.append(TemperatureLogitsWarper(settings.temperature))

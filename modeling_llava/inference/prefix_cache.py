@@ -112,9 +112,12 @@ class RowCache:
         if length > self.capacity:
             self.capacity = max(length, self.capacity + max(MIN_GROWTH, self.capacity // 4))
 
-    def buffers(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values, with the reserved capacity. `like [1, num_kv_heads, _, head_dim]`."""
-        for tensors in (self.keys, self.values):
+    def buffers(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The layer's keys and values, with the reserved capacity. `key`, `value` `[1, num_kv_heads, _, head_dim]`, where
+        values may have another head_dim than keys (latent attention).
+        """
+        for tensors, like in ((self.keys, key), (self.values, value)):
             old = tensors[layer]
             if old is not None and old.shape[2] >= self.capacity:
                 continue

@@ -129,7 +129,7 @@ class Decode:
 
     def attend(self, layer, query, key, value, scaling, window):
         # query [1, num_heads, num_rows, head_dim], key and value [1, num_kv_heads, num_rows, head_dim]
-        keys, values = self.rows.buffers(layer, key)
+        keys, values = self.rows.buffers(layer, key, value)
         keys[self.slots, :, self.columns] = key[0].transpose(0, 1)
         values[self.slots, :, self.columns] = value[0].transpose(0, 1)
         num_rows, num_kv_heads = len(self.slots), key.shape[1]
@@ -238,16 +238,34 @@ def _causal_attention(query, key, value, scaling, window):
     )
 
 
+class _CannotShare(RuntimeError):
+    """A language model whose attention needs more than `shared_prefix_attention` gives."""
+
+
+class _Reached(Exception):
+    """A [`_Probe`] came to the second layer."""
+
+
+class _Probe:
+    """A step that ends the pass in the second layer's attention: little is computed."""
+
+    layer = None
+
+    def attend(self, layer, query, key, value, scaling, window):
+        if self.layer is None:
+            self.layer = layer
+            return query.new_zeros((*query.shape[:3], value.shape[-1]))
+        raise _CannotShare("a layer attends twice") if layer == self.layer else _Reached
+
+
 def shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, llava_step=None, **kwargs
 ):
     """An attention function of transformers that does what the step object says (see the module's text)."""
     if llava_step is None:
-        raise RuntimeError(
-            f"{type(module).__name__} does not hand its keyword arguments on to its attention function."
-        )
+        raise _CannotShare("keyword arguments are not handed on to the attention function")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise RuntimeError(f"{type(module).__name__} does more to its scores than scale them.")
+        raise _CannotShare("scores are more than scaled")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = llava_step.attend(module.layer_idx, query, key, value, scaling, sliding_window)
     return output.transpose(1, 2).contiguous(), None  # [1, num_tokens, num_heads, head_dim]
@@ -282,7 +300,26 @@ def supports_shared_prefix(language_model) -> bool:
         and not capped
         and not sinks
         and not _rope_types(config) & {"dynamic", "longrope"}  # their angles go by the longest row of a pass
+        and _hands_on_steps(language_model)
     )
+
+
+@torch.inference_mode()
+def _hands_on_steps(language_model) -> bool:
+    """Whether each layer calls the attention function once, with the step; tried with one token."""
+    embedding, probe = language_model.get_input_embeddings().weight, _Probe()
+    token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
+    try:
+        with shared_prefix_implementation(language_model.config):
+            language_model(
+                inputs_embeds=token, position_ids=position, attention_mask=None, use_cache=False, llava_step=probe
+            )
+    except _Reached:
+        return True
+    except (_CannotShare, TypeError):  # TypeError: no keyword arguments beyond its own
+        return False
+    return probe.layer is not None  # a single layer; or attention that was chosen when the model was built
 
 
 def _rope_types(config) -> set[str]:

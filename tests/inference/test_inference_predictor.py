@@ -317,6 +317,8 @@ def test_bad_input_is_refused_with_a_reason(predictor, tmp_path):
         predictor.ask("a", end_token_ids=2)
     with pytest.raises(ValueError, match="repetition_penalty"):
         predictor.ask("a", repetition_penalty=0.0)
+    with pytest.raises(ValueError, match="min_new_tokens must be a whole number, at least 0, got -1"):
+        predictor.ask("a", min_new_tokens=-1)
     with pytest.raises(ValueError, match="top_p"):
         predictor.ask("a", do_sample=True, top_p=0.0)
     with pytest.raises(ValueError, match="stop_strings"):
@@ -327,13 +329,24 @@ def test_bad_input_is_refused_with_a_reason(predictor, tmp_path):
         LlavaPredictor(predictor.model, processor).set_image(picture(1))
 
 
-def test_repetition_penalty_of_the_generation_configuration_is_kept(processor):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 9, "eos_token_id": list(range(259, 600))},
+        {"min_new_tokens": 5, "no_repeat_ngram_size": 2, "repetition_penalty": 0.6},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_what_the_generation_configuration_asks_of_greedy_answers_is_kept(changes, processor):
     model = tiny_llava(processor)
-    model.generation_config.repetition_penalty = 1.7
+    free = [generated(model, processor, [user_turn(question, [picture(1)])]) for question in QUESTIONS]
+    model.generation_config.update(**changes)
     predictor = LlavaPredictor(model, processor)
     predictor.set_image(picture(1))
     expected = [generated(model, processor, [user_turn(question, [picture(1)])]) for question in QUESTIONS]
-    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected != free
 
 
 def test_what_generate_would_do_beyond_the_settings_is_said(processor, monkeypatch):
@@ -344,9 +357,9 @@ def test_what_generate_would_do_beyond_the_settings_is_said(processor, monkeypat
     model.generation_config.num_beams = 1
     LlavaPredictor(model, processor)
     assert not said
-    model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 4, 2
+    model.generation_config.num_beams, model.generation_config.suppress_tokens = 4, [2]
     LlavaPredictor(model, processor)
-    assert len(said) == 1 and "sets no_repeat_ngram_size, num_beams, which LlavaPredictor does not follow" in said[0]
+    assert len(said) == 1 and "sets num_beams, suppress_tokens, which LlavaPredictor does not follow" in said[0]
 
 
 def test_sampling_depends_on_seed_and_row_only(predictor):
@@ -646,8 +659,15 @@ def test_the_same_values_under_another_palette_or_orientation_are_another_pictur
             "sliding_window": 8,
             "pad_token_id": 0,
         },
+        {"model_type": "nemotron"},
+        {"model_type": "diffllama"},
     ],
-    ids=["angles that go by the longest row", "attention sinks"],
+    ids=[
+        "angles that go by the longest row",
+        "attention sinks",
+        "keyword arguments that end in a layer",
+        "two attentions in a layer",
+    ],
 )
 def test_language_models_whose_keys_or_scores_depend_on_more_are_not_shared(text, processor):
     model = tiny_llava(processor, **text)
@@ -678,8 +698,11 @@ def test_angles_that_grow_with_the_prompt_do_not_stay_for_the_next_one(processor
 
 @pytest.mark.parametrize("text", [{"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16},
                                   {"model_type": "mistral", "sliding_window": 3},
-                                  {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}],
-                         ids=["gemma3", "mistral, a window of three", "yarn"])  # fmt: skip
+                                  {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+                                  {"model_type": "deepseek_v2", "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 12,
+                                   "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "num_key_value_heads": 4,
+                                   "first_k_dense_replace": 2}],
+                         ids=["gemma3", "mistral, a window of three", "yarn", "values narrower than keys"])  # fmt: skip
 def test_more_language_models_that_share(text, processor):
     model = tiny_llava(processor, **{"pad_token_id": 0, **text})
     predictor = LlavaPredictor(model, processor)
