@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
-        goes_on = args.command in ("quickstart", "train", "eval", "data")
+        goes_on = args.command in ("quickstart", "train", "eval", "data", "publish")
         print(f"\nstopped{'; the same command goes on where it was' if goes_on else ''}", file=sys.stderr)
         return 130
     except Exception as error:

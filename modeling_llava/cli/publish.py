@@ -51,10 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from ..hub.publish import gather, push
+    from ..hub.publish import check_names, gather, push
 
     console = Console(markup=False, highlight=False, soft_wrap=True)  # names and answers may have brackets
     source = Path(args.model)
+    check_names(args.repo, *(args.base_model or []), *(args.dataset or []))  # before a merge, which takes minutes
     for path in args.results or []:
         warn_of_other_weights(console, path, source)
     with contextlib.ExitStack() as stack:
@@ -134,13 +135,13 @@ def say_who_runs_it(console, folder) -> None:
 
 def warn_of_other_weights(console, results, source) -> None:
     """Results carry a fingerprint of what was evaluated; say it where that is not what is published."""
-    import json
     from pathlib import Path
 
     from ..evaluation.results import fingerprint
+    from ..hub.files import read_record
 
     file = Path(results, "results.json") if Path(results).is_dir() else Path(results)
-    about = json.loads(file.read_text("utf-8")).get("model", {}) if file.is_file() else {}
+    about = read_record(file).get("model") or {}
     evaluated = [about[key] for key in ("fingerprint", "adapter_fingerprint") if about.get(key)]
     if source.is_dir() and evaluated and fingerprint(source) not in evaluated:
         console.print(

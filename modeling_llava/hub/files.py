@@ -1,5 +1,6 @@
 """Which files of a folder are published, and what must not be in them: pickles, secrets, paths of this machine."""
 
+import codecs
 import json
 import os
 import re
@@ -31,6 +32,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".
 
 PICKLE_BEGINNINGS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
 """And how such files begin, whatever they are called: pickles, what `torch.save` writes, arrays."""
+ARCHIVE_BEGINNINGS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd", b"Rar!")
+"""How gzip, bzip2, xz, 7z, zstd and rar begin: what lies in them cannot be searched."""
 
 TEXT_ENDINGS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".jinja", ".txt", "")
 SEARCHED_BYTES = 16 * 2**20
@@ -57,7 +60,7 @@ SECRETS = {
     "a password in a URL": (("://",), r"\b[a-z][a-z0-9+]*://[^\s/:@\"'<>]+:[^\s/:@\"'<>]{3,}@[\w.-]"),
     "a key": (
         ("key", "secret", "token"),
-        r"""(?i)(?:api_?key|secret(?:_?key)?|(?:access|auth|hub)_?token)["']?\s*[:=]\s*["']?"""
+        r"""(?i)(?:api[_-]?key|secret(?:[_-]?key)?|(?:access|auth|hub)[_-]?token)["']?\s*[:=]\s*["']?"""
         r"(?=[\w+/.-]*\d)[\w+/.-]{20,}",
     ),
 }  # fmt: skip
@@ -124,17 +127,22 @@ def _matches(file: Path, pattern: str) -> bool:
     return len(file.parts) == pattern.count("/") + 1 and file.match(pattern)
 
 
-def read_json(file: Path) -> Any:
+def read_record(file: Path) -> dict[str, Any]:
     """
-    What a JSON file holds; `{}` if it is not there.
+    The object in a JSON file; `{}` if it is not there.
 
     Raises:
-        ValueError: it cannot be read; it is named.
+        ValueError: it cannot be read, or holds something else; it is named.
     """
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{file} cannot be read as JSON ({error}). Mend it, or take it away.") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} cannot be read: it holds a {type(content).__name__}, not {{…}}. Mend it, or take it away."
+        )
+    return content
 
 
 def find_problems(folder: str | os.PathLike) -> list[Problem]:
@@ -154,13 +162,15 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
         name, ending = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.is_symlink():
             problems.append(Problem(name, 0, "is a link; publish the file itself."))
-        elif ending in PICKLES or _begins_as_a_pickle(path):
+        elif ending in PICKLES or _beginning(path).startswith(PICKLE_BEGINNINGS):
             problems.append(Problem(name, 0, "can hold a pickle, which runs code when loaded; save as safetensors."))
+        elif _is_archive(path):
+            problems.append(Problem(name, 0, "is an archive, which is not looked into; unpack it, or take it away."))
         elif ending == ".safetensors":
             problems += _problems_in_safetensors(path, name)
         elif ending == ".parquet":
             problems += _problems_in_parquet(path, name)
-        elif ending in TEXT_ENDINGS:
+        elif ending in TEXT_ENDINGS or _is_text(path):
             problems += _problems_in_lines(path, name)
         else:
             with open(path, "rb") as file:
@@ -215,7 +225,7 @@ def missing_files(folder: Path, kind: str) -> list[Problem]:
         if not (folder / name).is_file()
     ]
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(read_json(index).get("weight_map", {}).values())
+        named = set(read_record(index).get("weight_map", {}).values())
         lost = sorted(name for name in named if not (folder / name).is_file())
         problems += [
             Problem(index.name, 0, f"names {name}, which is not there; save the model again.") for name in lost
@@ -229,9 +239,23 @@ def missing_files(folder: Path, kind: str) -> list[Problem]:
     return problems
 
 
-def _begins_as_a_pickle(path: Path) -> bool:
+def _beginning(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(8).startswith(PICKLE_BEGINNINGS)
+        return file.read(4096)
+
+
+def _is_archive(path: Path) -> bool:
+    beginning = _beginning(path)
+    return beginning.startswith(ARCHIVE_BEGINNINGS) or beginning[257:262] == b"ustar"
+
+
+def _is_text(path: Path) -> bool:
+    """A notebook, for one; not by its ending, of which there are too many."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(beginning := _beginning(path))  # may end within a letter
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in beginning
 
 
 def _decoded(content: bytes) -> str:
@@ -270,10 +294,10 @@ def _problems_in_text(
 
 
 def _problems_in_safetensors(path: Path, name: str) -> list[Problem]:
-    """Whether the file is whole, and what its header says beside the tensors. No tensor is read."""
+    """Whether the file is whole, and what its header says beside the tensors, and their names. No tensor is read."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = [file.metadata() or {}, *file.keys()]
     except (SafetensorError, OSError) as error:
         return [Problem(name, 0, f"is damaged or cut short ({error}); save or copy it again.")]
     return _problems_in_text(json.dumps(metadata), name, 0)
@@ -288,6 +312,7 @@ def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
     try:
         with pq.ParquetFile(path) as file:
             texts = [value.decode("utf-8", "replace") for value in (file.metadata.metadata or {}).values()]
+            texts += file.schema_arrow.names
             for group in range(file.num_row_groups):
                 for column in file.read_row_group(group).columns:
                     texts += _strings(column.combine_chunks())
@@ -304,13 +329,19 @@ def _strings(values) -> Iterator[str]:
     """Every text in an Arrow array, however deep."""
     import pyarrow as pa
 
-    if pa.types.is_struct(values.type):
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        yield from _strings(values.dictionary)
+    elif pa.types.is_map(kind):
+        yield from _strings(values.keys)
+        yield from _strings(values.items)
+    elif pa.types.is_struct(kind):
         for part in values.flatten():
             yield from _strings(part)
-    elif pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    elif pa.types.is_nested(kind):  # lists of every make
         yield from _strings(values.flatten())
-    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         yield from (text for text in values.to_pylist() if text)
 
 
-__all__ = ["Problem", "find_problems", "link_problems", "missing_files", "read_json", "select_files"]
+__all__ = ["Problem", "find_problems", "link_problems", "missing_files", "read_record", "select_files"]

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from .files import read_json
+from .files import read_record
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -66,11 +66,11 @@ def render_model_card(
         `str`
     """
     folder = Path(folder)
-    run = read_json(folder / "run.json")
+    run = read_record(folder / "run.json")
     recipe_file = folder / "recipe.yaml"
     recipe = recipe_file.read_text("utf-8") if recipe_file.is_file() else None
-    settings = yaml.safe_load(recipe) if recipe else {}
-    config = read_json(folder / "config.json")
+    settings = (yaml.safe_load(recipe) if recipe else None) or {}
+    config = read_record(folder / "config.json")
     base_models = base_models or _base_models(config, settings)
     datasets = datasets or _datasets(run)
     evaluation = _evaluation(folder)
@@ -90,11 +90,11 @@ def render_model_card(
         language=language,
         summary=summary or _summary(kind, settings, base_models),
         architecture=_architecture(folder, kind),
-        recipe=recipe.strip() if recipe else None,
+        recipe=recipe.strip() if settings else None,
         data_line=_data_line(run),
         hardware=_hardware(run, settings),
-        duration=_duration(read_json(folder / "trainer_state.json"), read_json(folder / "all_results.json")),
-        versions=", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
+        duration=_duration(read_record(folder / "trainer_state.json"), read_record(folder / "all_results.json")),
+        versions=", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items()),
         pictures={file.name: text for pattern, text in PICTURES.items() for file in sorted(folder.glob(pattern))},
         evaluation=evaluation,
         model_index=[row for row in evaluation if row["whole"]],
@@ -109,8 +109,13 @@ def _base_models(config: dict, settings: dict) -> list[str]:
 
 
 def _datasets(run: dict) -> list[str]:
-    sources = run.get("data", {}).get("sources", [])
-    return [source["name"] for source in sources if not source.get("sha256") and _is_hub_name(source["name"])]
+    return [name for name, sha256 in _sources(run) if not sha256 and _is_hub_name(name)]
+
+
+def _sources(run: dict) -> list[tuple[str, str | None]]:
+    """Name, and SHA-256 of a local file, of each source of the training data."""
+    sources = (run.get("data") or {}).get("sources") or []
+    return [(str(source.get("name")), source.get("sha256")) for source in sources if isinstance(source, dict)]
 
 
 def _is_hub_name(name: Any) -> bool:
@@ -181,7 +186,7 @@ def _summary(kind: str, settings: dict, base_models: list[str] | None) -> str:
 
 def _architecture(folder: Path, kind: str) -> dict[str, str]:
     """Parts of the model, one line each."""
-    config = read_json(folder / "config.json")
+    config = read_record(folder / "config.json")
     parts = {}
     if config:
         vision, text = config.get("vision_config", {}), config.get("text_config", {})
@@ -199,7 +204,7 @@ def _architecture(folder: Path, kind: str) -> dict[str, str]:
         )
         parts["image tokens"] = f"{config.get('image_seq_length')} per picture"
     if kind == "adapter":
-        adapter = read_json(folder / "adapter_config.json")
+        adapter = read_record(folder / "adapter_config.json")
         parts["adapter"] = (
             f"LoRA, rank {adapter.get('r')}, alpha {adapter.get('lora_alpha')}"
             f"{', DoRA' if adapter.get('use_dora') else ''}{', rsLoRA' if adapter.get('use_rslora') else ''}"
@@ -207,16 +212,16 @@ def _architecture(folder: Path, kind: str) -> dict[str, str]:
         whole = adapter.get("modules_to_save") or []
         if whole:
             parts["trained in full"] = ", ".join(name.split(".")[-1] for name in whole)
-    weights = [file for pattern in ("*.safetensors",) for file in folder.glob(pattern)]
-    parts["files"] = f"{sum(file.stat().st_size for file in weights) / 2**20:,.1f} MiB of safetensors"
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    parts["files"] = f"{size / 2**20:,.1f} MiB of safetensors"
     return parts
 
 
 def _data_line(run: dict) -> str:
-    data = run.get("data", {})
+    data = run.get("data") or {}
     sources = ", ".join(
-        f"`{Path(source['name']).name}`" + (f" (SHA-256 {source['sha256'][:12]}…)" if source.get("sha256") else "")
-        for source in data.get("sources", [])
+        f"`{Path(name).name if sha256 else name}`" + (f" (SHA-256 {sha256[:12]}…)" if sha256 else "")
+        for name, sha256 in _sources(run)
     )
     count = f", {data['num_samples']:,} samples" if "num_samples" in data else ""
     return f"{sources or 'not recorded'}{count}."
@@ -250,13 +255,15 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
     whole benchmark, so that it may stand in the Hub's index."""
     rows = []
     for file in sorted(folder.glob("results*.json")):
-        results = read_json(file)
+        results = read_record(file)
         benchmark, samples = results.get("benchmark"), results.get("samples") or {}
         whole = results.get("complete", True)
-        for metric, score in (results.get("scores") or {}).items():
+        if not isinstance(benchmark, str) or not isinstance(results.get("scores"), dict):  # not of `llava eval`
+            continue
+        for metric, score in results["scores"].items():
             interval = score.get("interval") if isinstance(score, dict) else None
             value = score.get("value", score.get("mean")) if isinstance(score, dict) else score
-            if not benchmark or not _is_number(value):
+            if not _is_number(value):
                 continue
             has_interval = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
             count = score.get("count") if isinstance(score, dict) else None
@@ -268,7 +275,7 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
                     "metric_type": re.sub(r"\W+", "_", metric.lower()).strip("_") or "metric",
                     "value": round(value, 4),
                     "interval": f"{interval[0]:.2f} – {interval[1]:.2f}" if has_interval else "",
-                    "count": f"{count:,}" if count is not None else "",
+                    "count": f"{count:,}" if _is_number(count) else "",
                     "part": "" if whole else f" ({samples.get('scored', 0):,} of {samples.get('total', 0):,} samples)",
                     "whole": whole,
                 }

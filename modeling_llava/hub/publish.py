@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
-from .files import Problem, find_problems, link_problems, missing_files, read_json, select_files
+from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files
 from .model_card import HUB_NAME, render_model_card
 from .staging import drop_local_names, finish_data_card, name_base, stage_files, stage_results
 
@@ -91,16 +92,13 @@ def gather(
     source = Path(source).resolve()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder. Give the folder of a model, an adapter or a data set.")
-    try:
-        validate_repo_id(repo)
-    except ValueError as error:
-        raise ValueError(f"{repo!r} is not a name on the Hub: give owner/name. ({error})") from None
+    check_names(repo, *(base_models or []), *(datasets or []))
     repo = _with_owner(repo)
-    folder = Path(folder) if folder is not None else source.with_name(f"{source.name}-to-publish")
+    folder = Path(folder).resolve() if folder is not None else source.with_name(f"{source.name}-to-publish")
     kind, source, form = _kind(source)
     base = (base_models or [None])[0]
     if kind in BASE_FILES and base is None:
-        base = read_json(source / BASE_FILES[kind]).get("base_model_name_or_path") or "nothing"
+        base = read_record(source / BASE_FILES[kind]).get("base_model_name_or_path") or "nothing"
         if not HUB_NAME.fullmatch(base) or os.path.isdir(base):
             raise ValueError(
                 f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}, which others do not have. "
@@ -111,11 +109,15 @@ def gather(
     problems = link_problems(source, form)
     linked = {problem.file for problem in problems}
 
-    if folder.resolve() == source or source in folder.resolve().parents:
+    if folder == source or source in folder.parents:
         raise ValueError(f"{folder} lies in {source}, which is being published. Choose another folder.")
     marker = folder / ".gathered-by-llava-publish"
     if folder.exists() and any(folder.iterdir()) and not marker.is_file():
         raise ValueError(f"{folder} exists and was not made by this command. Choose another folder.")
+    if folder in source.parents:
+        raise ValueError(
+            f"{source}, which is being published, lies in {folder}, which is made anew. Choose another folder."
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.touch()
@@ -155,6 +157,18 @@ def gather(
     )
 
 
+def check_names(*names: str) -> None:
+    """
+    Raises:
+        ValueError: one of `names` is not the form of a name on the Hub.
+    """
+    for name in names:
+        try:
+            validate_repo_id(name)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is not a name on the Hub: give owner/name. ({error})") from None
+
+
 def push(
     publication: Publication,
     *,
@@ -178,7 +192,8 @@ def push(
         revision (`str`, *optional*):
             Branch to push to; it is created from `main` if absent.
         tags (`list[str]`, *optional*):
-            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before anything is sent.
+            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before anything is sent; one
+            of the latest commit is left where it is, with an error if this push makes another.
         message (`str`, *optional*):
             The commit's first line.
         endpoint (`str`, *optional*):
@@ -200,8 +215,11 @@ def push(
         )
     api = HfApi(endpoint=endpoint)
     kind: dict[str, Any] = {"repo_type": publication.repo_type}
+    for name in [*([] if revision is None else [revision]), *(tags or [])]:
+        if re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
+            raise ValueError(f"{name!r} cannot be the name of a branch or a tag. Choose another, such as v1.0.")
     try:
-        _check_repository(api, publication, private, revision, tags or [])
+        held = _check_repository(api, publication, private, revision, tags or [])
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
         if revision is not None and not revision.startswith("refs/"):  # such as a pull request, which is there
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
@@ -214,6 +232,10 @@ def push(
             delete_patterns=_stale_weights(api, repo, publication, revision),
             **kind,
         )
+        if moved := sorted(tag for tag, at in held.items() if at != commit.oid):
+            raise ValueError(
+                f"The files were sent, but {repo} has the tag {moved[0]!r} already, of the commit before. Choose another."
+            )
         for tag in tags or []:
             api.create_tag(repo, tag=tag, revision=revision, exist_ok=True, **kind)
     except LocalTokenNotFoundError:
@@ -222,19 +244,28 @@ def push(
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
+        said = " ".join((error.server_message or str(error)).split())
         if status in (401, 403):
             raise PermissionError(
-                f"The Hub refused {publication.repo} ({status}): log in with a token that may write there "
+                f"The Hub refused {publication.repo} ({status}: {said}): log in with a token that may write there "
                 "(`hf auth login`), and check the owner's name."
             ) from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            said = " ".join((error.server_message or str(error)).split())
             raise ValueError(f"The Hub does not take {publication.repo} as it is ({status}: {said}).") from None
-        raise OSError(f"The upload broke off ({status or error}). Run the same command again: it goes on.") from None
+        raise _broke_off("too many requests: wait a while" if status == 429 else str(status or error)) from None
     except (OSError, HTTP_ERROR) as error:
-        raise OSError(f"The upload broke off ({error}). Run the same command again: it goes on.") from None
+        raise _broke_off(str(error)) from None
+    except RuntimeError as error:  # of a large file: the Hub's storage, which is not asked with the token
+        if not isinstance(error.__cause__, (OSError, HTTP_ERROR)):
+            raise
+        response = getattr(error.__cause__, "response", None)
+        raise _broke_off(f"{error} {error.__cause__ if response is None else response.status_code}") from None
     publication.url = str(commit.commit_url).split("/commit/")[0]
     return publication.url
+
+
+def _broke_off(why: str) -> OSError:
+    return OSError(f"The upload broke off ({' '.join(why.split())}). Run the same command again: it goes on.")
 
 
 def _with_owner(repo: str) -> str:
@@ -278,24 +309,32 @@ def _stage_all_results(paths: list[str | os.PathLike], folder: Path) -> None:
 
 def _check_repository(
     api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
-) -> None:
-    """What would go wrong silently in a repository that is there already."""
+) -> dict[str, str]:
+    """
+    What would go wrong silently in a repository that is there already.
+
+    Returns:
+        `dict[str, str]`: those of `tags` that are there, with their commit, which is the latest.
+    """
     kind: dict[str, Any] = {"repo_type": publication.repo_type}
     try:
         info = api.repo_info(publication.repo, **kind)
     except RepositoryNotFoundError:
-        return
+        return {}
     if private and info.private is False:
         raise ValueError(
             f"{publication.repo} is there already and public: --private makes new repositories private only. Make it "
             "private in its settings first, or choose another name."
         )
-    if tags:
-        refs = api.list_repo_refs(publication.repo, **kind)
-        head = {branch.name: branch.target_commit for branch in refs.branches}.get(revision or "main")
-        for tag in refs.tags:
-            if tag.name in tags and tag.target_commit != head:
-                raise ValueError(f"{publication.repo} has a tag {tag.name!r}, of an older commit. Choose another tag.")
+    if not tags:
+        return {}
+    refs = api.list_repo_refs(publication.repo, **kind)
+    head = {branch.name: branch.target_commit for branch in refs.branches}.get(revision or "main")
+    held = {tag.name: tag.target_commit for tag in refs.tags if tag.name in tags}
+    for tag, commit in held.items():
+        if commit != head:
+            raise ValueError(f"{publication.repo} has a tag {tag!r}, of an older commit. Choose another tag.")
+    return held
 
 
 def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: str | None) -> list[str]:
@@ -307,4 +346,4 @@ def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: st
     return [glob.escape(name) for name in stale if name not in publication.files]
 
 
-__all__ = ["Publication", "gather", "push"]
+__all__ = ["Publication", "check_names", "gather", "push"]

@@ -11,8 +11,14 @@ from typing import Any
 import yaml
 
 from ..checkpoints import name_stock_class
-from .files import read_json
+from .files import read_record
 
+
+RECORDS = (
+    "config.json", "tokenizer_config.json", "trainer_state.json", "all_results.json", "adapter_config.json",
+    "projector_config.json",
+)  # fmt: skip
+"""What the card is written from, beside the run's own record: read before it is copied, so that an error names the source."""
 
 LINKED = (".safetensors", ".gguf", ".parquet")
 """Endings of large files, which nobody edits: gathered as hard links. Everything else is a copy that may be changed."""
@@ -35,6 +41,8 @@ def stage_files(source: Path, target: Path, files: list[Path]) -> None:
         place = target / file
         place.parent.mkdir(parents=True, exist_ok=True)
         original = (source / file).resolve()
+        if file.name in RECORDS:
+            read_record(source / file)
         if file.name in ("recipe.yaml", "run.json") or file.match("results*.json"):
             place.write_text(_shortened(source / file), "utf-8")
         elif file.suffix not in LINKED:
@@ -64,9 +72,12 @@ def _shortened(file: Path) -> str:
         return value if is_prose else re.sub(PLACE, r"\1", value)
 
     if file.suffix == ".json":
-        return json.dumps(shorten(read_json(file)), indent=2) + "\n"
+        return json.dumps(shorten(read_record(file)), indent=2) + "\n"
     try:
-        return yaml.safe_dump(shorten(yaml.safe_load(file.read_text("utf-8"))), sort_keys=False)
+        content = yaml.safe_load(file.read_text("utf-8")) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} where lines of `key: value` should be")
+        return yaml.safe_dump(shorten(content), sort_keys=False)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{file} cannot be read ({' '.join(str(error).split())}). Mend it, or take it away."
@@ -86,9 +97,8 @@ def stage_results(path: Path, folder: Path) -> str:
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
-    results = read_json(file)
-    benchmark = results.get("benchmark") if isinstance(results, dict) else None
-    if not benchmark:
+    benchmark = read_record(file).get("benchmark")
+    if not isinstance(benchmark, str) or not benchmark:
         raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
     name = "results-" + re.sub(r"[^A-Za-z0-9]+", "-", benchmark).strip("-").lower()
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,12 +118,12 @@ def finish_data_card(card: Path, repo: str, license: str | None) -> None:
     """
     if not card.is_file():
         return
-    text = card.read_text("utf-8", errors="replace").replace("PATH OR REPOSITORY", repo)
+    text = card.read_text("utf-8-sig", errors="replace").replace("PATH OR REPOSITORY", repo)
     front, body = {}, text
-    if text.startswith("---\n") and text.count("---\n") > 1:
-        _, written, body = text.split("---\n", 2)
+    if head := re.match(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", text, re.DOTALL | re.MULTILINE):
+        body = text[head.end() :]
         try:
-            front = yaml.safe_load(written) or {}
+            front = yaml.safe_load(head[1]) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{card.name}: its head is not YAML ({' '.join(str(error).split())}).") from None
         if not isinstance(front, dict):
@@ -130,7 +140,7 @@ def name_base(file: Path, base: str) -> None:
     Write the base model's Hub name into an adapter's or a projector's configuration, and the stock class where an
     adapter that PEFT itself saved names ours.
     """
-    config = read_json(file)
+    config = read_record(file)
     config["base_model_name_or_path"] = base
     name_stock_class(config)
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -139,7 +149,7 @@ def name_base(file: Path, base: str) -> None:
 def drop_local_names(folder: Path) -> None:
     """Drop the place a model was loaded from, which transformers and tokenizers note in their files."""
     for name in ("config.json", "tokenizer_config.json", "trainer_state.json"):
-        if (file := folder / name).is_file() and _drop_paths(content := read_json(file)):
+        if (file := folder / name).is_file() and _drop_paths(content := read_record(file)):
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

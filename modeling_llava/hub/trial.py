@@ -19,17 +19,23 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
         `str`: the answer, whatever it is.
 
     Raises:
-        ValueError: the processor writes another number of image tokens than the model has features.
+        ValueError: the processor writes another number of image tokens than the model has features; or an adapter's base
+            is no longer where it was.
     """
     from transformers import AutoProcessor, pipeline
 
-    from ..checkpoints import checkpoint_kind
+    from ..checkpoints import base_model_of, checkpoint_kind
     from ..processing_llava import num_image_tokens
 
     kind = checkpoint_kind(folder)
     if kind == "projector":
         return "(a projector alone is not asked)"
     path = os.fspath(source if kind == "adapter" and source is not None else folder)
+    if kind == "adapter":
+        try:
+            base_model_of(path)
+        except ValueError as error:
+            raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
     processor = AutoProcessor.from_pretrained(os.fspath(folder))
     pipe = pipeline("image-text-to-text", model=path, processor=processor)
     expected, actual = pipe.model.config.image_seq_length, num_image_tokens(processor)

@@ -1,9 +1,11 @@
 """Publishing to a server on this machine that speaks the Hub's API, with failures in the middle."""
 
+import gzip
 import importlib
 import io
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +27,11 @@ from modeling_llava.cli.main import main
 from modeling_llava.hub.files import find_problems, select_files
 from modeling_llava.hub.model_card import render_model_card
 from modeling_llava.hub.publish import gather, push
+from modeling_llava.hub.staging import finish_data_card
 
 
 TOKEN = "hf_" + "t" * 30
+SECRET = "hf_" + "a" * 30
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +216,18 @@ def test_a_cut_connection_while_weights_are_sent_is_survived(hub, model_folder):
     assert sent == (model_folder / "model.safetensors").read_bytes()
 
 
+def test_a_storage_that_refuses_a_large_file_is_one_clear_error(hub, model_folder):
+    """huggingface_hub raises a `RuntimeError` there; and it is not about the token."""
+    publication = gather(model_folder, "tester/my-llava")
+    hub.fail_next("PUT", "/lfs-storage/", "403")
+    with pytest.raises(
+        OSError, match=r"The upload broke off \(.*model.safetensors.* 403\). Run the same command again"
+    ):
+        push(publication, endpoint=hub.url)
+    push(publication, endpoint=hub.url)
+    assert "model.safetensors" in hub.files("tester/my-llava")
+
+
 def test_a_token_that_may_not_write_is_one_clear_error_without_the_token(hub, model_folder):
     publication = gather(model_folder, "tester/my-llava")
     hub.fail_next("POST", "/repos/create", "403")
@@ -247,8 +263,16 @@ def test_a_tag_of_an_older_commit_is_refused_before_anything_is_sent(hub, model_
     push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, tags=["v1"])  # the same again: nothing to do
     push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url)
     before = dict(hub.files("tester/my-llava"))
+    push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url, tags=["v2"])
+    with pytest.raises(ValueError, match="files were sent, but tester/my-llava has the tag 'v2' already"):
+        push(gather(model_folder, "tester/my-llava", summary="More."), endpoint=hub.url, tags=["v2", "v3"])
+    assert set(hub.repositories["model", "tester/my-llava"]["tags"]) == {"v1", "v2"}
+    before = dict(hub.files("tester/my-llava"))
     with pytest.raises(ValueError, match="has a tag 'v1', of an older commit"):
         push(gather(model_folder, "tester/my-llava", summary="A third."), endpoint=hub.url, tags=["v1"])
+    for name in ("two words", "a..b", "", "-x"):
+        with pytest.raises(ValueError, match="cannot be the name of a branch or a tag"):
+            push(gather(model_folder, "tester/my-llava", summary="A fourth."), endpoint=hub.url, tags=[name])
     assert hub.files("tester/my-llava") == before
 
 
@@ -391,11 +415,19 @@ def test_places_within_a_line_of_the_recipe_are_shortened_too(model_folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "recipe.yaml", "trainer_state.json"])
-@pytest.mark.parametrize("content", [b"{ cut", "{}".encode("utf-16")])
+@pytest.mark.parametrize("content", [b"{ cut", b"[1]", "{}".encode("utf-16")])
 def test_a_record_that_cannot_be_read_is_named(model_folder, name, content):
+    """The one in the model's folder, not its copy, which the next try would replace."""
     (model_folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+    with pytest.raises(ValueError, match=f"{model_folder / name} cannot be read"):
         gather(model_folder, "tester/my-llava")
+
+
+@pytest.mark.parametrize("content", ["", "~", "# nothing"])
+def test_an_empty_recipe_is_no_recipe(model_folder, content):
+    (model_folder / "recipe.yaml").write_text(content)
+    (model_folder / "run.json").write_text('{"data": null, "versions": null}')
+    assert gather(model_folder, "tester/my-llava").problems == []
 
 
 def test_what_the_hub_does_not_take_is_not_called_an_interruption(hub, model_folder):
@@ -430,6 +462,48 @@ def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
         gather(model_folder, "tester/x", tmp_path)
     with pytest.raises(ValueError, match="is being published"):
         gather(model_folder, "tester/x", model_folder / "inside")
+    with pytest.raises(ValueError, match="'/home/me/base' is not a name on the Hub"):
+        gather(model_folder, "tester/x", base_models=["/home/me/base"])
+    gathered = gather(model_folder, "tester/x", tmp_path / "out").folder
+    inside = shutil.copytree(model_folder, gathered / "copy")
+    with pytest.raises(ValueError, match="which is being published, lies in .*, which is made anew"):
+        gather(inside, "tester/x", gathered)
+    assert (inside / "config.json").is_file()
+
+
+def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, model_folder, capsys):
+    def said(*words):
+        assert main(["publish", *map(str, words), "--dry-run"]) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "cut.json").write_text("{ cut")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "cut.json cannot be read" in said(model_folder, "tester/x", "--results", tmp_path / "cut.json")
+    assert "list.json cannot be read" in said(model_folder, "tester/x", "--results", tmp_path / "list.json")
+    assert "'a/b/c' is not a name on the Hub" in said(model_folder, "a/b/c", "--merge")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(safetensors({}))
+    (adapter / "processor_config.json").write_text("{}")
+    message = said(adapter, "tester/x", "--base-model", "owner/base")
+    assert "was trained on /gone/base, which is not there" in message and "--no-run" in message
+
+
+@pytest.mark.parametrize(
+    "card, body",
+    [
+        ("\ufeff---\nlicense: mit\n---\n# Data\n", "# Data\n"),
+        ("---\r\nlicense: mit\r\n---\r\n# Data\r\n", "# Data\n"),
+        ("---\nlicense: mit\npretty_name: a---\n---", ""),
+        ("# Data\n---\na: b\n---\n", "# Data\n---\na: b\n---\n"),
+    ],
+)
+def test_a_data_card_has_one_head(tmp_path, card, body):
+    (tmp_path / "README.md").write_bytes(card.encode())
+    finish_data_card(tmp_path / "README.md", "tester/data", "apache-2.0")
+    head, rest = re.fullmatch(r"---\n(.*?)^---\n(.*)", (tmp_path / "README.md").read_text(), re.S | re.M).groups()
+    assert yaml.safe_load(head)["license"] == "apache-2.0" and rest == body
 
 
 def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_path, model_folder, capsys):
@@ -586,6 +660,22 @@ def test_card_promises_no_runtime_that_cannot_run_the_model(model_folder, fields
         ("data.parquet", parquet(rows=[[{"value": "see /home/someone/x"}]]), "a place on this machine"),
         ("data.parquet", parquet(text=["fine"], image=[b"hf_" + b"a" * 30]), None),
         ("data.parquet", parquet(text=["fine"])[:-9], "data.parquet: is damaged or cut short"),
+        ("data.parquet", parquet(text=pa.array([SECRET]).dictionary_encode()), "Hugging Face token"),
+        (
+            "data.parquet",
+            parquet(text=pa.array([[("k", SECRET)]], pa.map_(pa.string(), pa.string()))),
+            "Hugging Face token",
+        ),
+        ("data.parquet", parquet(text=pa.array([["k", SECRET]], pa.list_(pa.string(), 2))), "Hugging Face token"),
+        ("data.parquet", parquet(**{SECRET: ["fine"]}), "Hugging Face token"),
+        ("model-x.safetensors", save({"/home/someone/x": torch.zeros(1)}), "a place on this machine"),
+        (
+            "images.ipynb",
+            '{"source": "open(\'/mnt/me/pictures\')  # \N{BLACK HEART SUIT}"}'.encode(),
+            "(/mnt/me/pictures)",
+        ),
+        ("LICENSE.gz", gzip.compress(SECRET.encode()), "is an archive"),
+        ("LICENSE", b"x-api-key: abcdefghij0123456789", "a key"),
     ],
 )
 def test_every_kind_of_file_is_searched(tmp_path, name, content, message):
