@@ -9,17 +9,17 @@ ANSWER_RULE = (
     "the same letter. Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong."
 )
 
-_LETTER = r"[\"'*(\u201c]*([A-Z])"
+_LETTER = r"[\"'`*([\u201c]*([A-Z])"
 _STATED = re.compile(
     rf"""
-    \b(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\s+is\s?:?\s*(?:(?:option|choice)\s+)?{_LETTER}
-    (?: [)*\u201d]                      # (B)  **B**
-      | [.,;:!?"'\u3002](?!\w\.|(?<=')\w)    # B.  but not A.M., nor D'oh
+    \b(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\s+is\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
+    (?: [])*`\u201d]                    # (B)  **B**
+      | [.,;:!?"'\u2026\u3002\uff0c](?!\w\.|(?<=')\w)    # B.  but not A.M., nor D'oh
       | \s*$
       | (?<![AI])(?=\s)                 # "The answer is a dog" names no choice
-      | (?=\s[(\u2013\u2014-])            # A (Ohio)
+      | (?=\s(?:[(\u2013\u2014-]|because\b|since\b))    # A (Ohio)
     )
-    | ^[\s#*]*(?:(?:correct|final)\s+)?answer\s*:\s*{_LETTER}[)*.\s]*$
+    | ^[ #*]{{0,9}}(?:the\s)?(?:(?:correct|final)\s)?answer\*{{0,2}}\s?:\*{{0,2}}\s?{_LETTER}(?:[])*`.\s]*$|[.:)]\*{{0,2}}\s)
     """,
     re.I | re.M | re.X,
 )
@@ -30,7 +30,7 @@ _SEVERAL = re.compile(
     """,
     re.X,
 )
-_WHOLE = re.compile(r"(?:(?:answer|option)\s*:?\s*)?[\"'*(\u201c]*([A-Z])[)*\"'.:\u201d]{0,3}", re.I)
+_WHOLE = re.compile(rf"(?:(?:answer|option)\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:\u201d]{{0,3}}", re.I)
 _BEGINNING = re.compile(r"^\s*(?:(?:answer|option)\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M)
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 

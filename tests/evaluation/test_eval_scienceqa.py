@@ -63,6 +63,15 @@ def problems_of(science, split="test"):
         ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
         ("B\nbecause it is", 3, 1),
         ("**B**", 3, 1),
+        ("[B]", 3, 1),
+        ("It attracts.\n**Answer:** B", 3, 1),
+        ("It attracts.\n**Answer**: (B) Ohio", 3, 1),
+        ("It attracts.\nThe answer: B. Ohio", 3, 1),
+        ("**The correct answer is:** C", 3, 2),
+        ("The answer is `C`.", 3, 2),
+        ("The answer is C…", 3, 2),
+        ("The answer is B\uff0cfor it attracts", 3, 1),
+        ("The answer is A because it attracts.", 3, 0),
         # not read
         ("The answer is B or C.", 3, None),
         ("The answer is (B) or (C).", 3, None),
@@ -73,6 +82,9 @@ def problems_of(science, split="test"):
         ("The answer is D'oh", 4, None),
         ("The answer is A.M.", 3, None),
         ("Answer: A\nAnswer: B", 3, None),
+        ("Ohio.\nAnswer: A. one\nAnswer: B. two", 3, None),
+        ("Ohio.\nAnswer: A or B", 3, None),
+        ("Ohio.\nAnswer: A dog", 3, None),
         ("A. one\nB. two\nC. three", 3, None),
         ("(A) one (B) two (C) three", 3, None),
         ("A\nB\nC", 3, None),
@@ -102,7 +114,13 @@ def test_an_invalid_letter_is_told_from_an_unreadable_answer():
 
 def test_long_answers_are_parsed_at_once():
     """A model that goes on repeating itself; patterns that try every way would take minutes here."""
-    for text in ("The answer is B" + " " * 100_000, "\n" * 100_000, "The answer is " * 20_000, "A. one\n" * 20_000):
+    for text in (
+        "The answer is B" + " " * 100_000,
+        "\n" * 100_000,
+        "The answer is " * 20_000,
+        "A. one\n" * 20_000,
+        "\n*#" * 40_000,
+    ):
         parse_answer(text, 4)
 
 
