@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published rows to draw in the plots, such as LLaVA-13B",
     )
     parser.add_argument(
-        "--attach", metavar="MODEL", help="put the results beside these weights, for the model card of `llava publish`"
+        "--attach",
+        metavar="MODEL",
+        help="put those of the results that are of these weights beside them, for the model card of `llava publish`",
     )
 
 
@@ -55,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
             plot(comparison, out / f"{comparison['benchmark']}.png", args.published)
         print(f"written: {out / 'report.md'}, report.json and {len(comparisons)} plots", file=sys.stderr)
     if args.attach:
-        for path in attach(args.runs, args.attach):
+        attached = attach(args.runs, args.attach)
+        for path in attached:
             print(f"written: {path}; `llava publish` puts it into the model card", file=sys.stderr)
+        if others := len(runs) - len(attached):
+            print(f"not attached: {others} of {len(runs)} runs, which are of other weights", file=sys.stderr)
     return 0

@@ -233,30 +233,38 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
     """
     Copies results beside the weights they are of, as `results-<benchmark>.json`, where `llava publish` finds them.
 
-    Nothing is copied unless all of them fit.
+    Runs of other weights, such as the baseline of a comparison, are left out; where runs tell their weights, so are those
+    that do not (of a model on the Hub). Nothing is copied unless all others fit.
 
     Raises:
         FileNotFoundError: the folder is not there.
-        ValueError: results of less than the whole benchmark, of other weights than those in the folder, or two of one
-            benchmark: they would have one name, and a card could not tell them apart.
+        ValueError: no run is of the weights in the folder; results of less than the whole benchmark, or two of one benchmark:
+            they would have one name, and a card could not tell them apart.
     """
     from .results import fingerprint
 
     folder = Path(model_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; results are put beside a model's weights.")
-    sources: dict[Path, str | os.PathLike] = {}  # by target
+    weights, of_these, of_unknown, of_others = fingerprint(folder), [], [], []
     for path in paths:
         results, _ = read_results(path)
         model = results["model"]
+        known = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
+        (of_unknown if not known else of_these if weights in known else of_others).append((path, results))
+    if not of_these and of_others:
+        path, results = of_others[0]
+        raise ValueError(
+            f"{path} is of other weights ({results['model']['name']}) than those in {folder}"
+            + (f", and none of the {len(paths)} runs is of those." if len(paths) > 1 else ".")
+        )
+    sources: dict[Path, str | os.PathLike] = {}  # by target
+    for path, results in of_these or of_unknown:
         if not results["complete"]:
             raise ValueError(
                 f"{path} is of {results['samples']['scored']} of {results['samples']['total']} samples; a model card shows "
                 "whole benchmarks only."
             )
-        of_these = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
-        if of_these and fingerprint(folder) not in of_these:
-            raise ValueError(f"{path} is of other weights ({model['name']}) than those in {folder}.")
         target = folder / f"results-{results['benchmark']}.json"
         if target in sources:
             raise ValueError(

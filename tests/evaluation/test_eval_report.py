@@ -213,6 +213,28 @@ def test_results_are_attached_to_their_weights_only(tmp_path):
         attach([run], tmp_path / "nowhere")
 
 
+def test_a_baseline_is_compared_and_not_attached(tmp_path, capsys):
+    weights, before = tmp_path / "weights", tmp_path / "before"
+    for folder, content in ((weights, b"1"), (before, b"2")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+    mine = write_run(tmp_path / "mine", [1.0, 1.0], "scienceqa", model=describe_model(str(weights)))
+    baseline = write_run(tmp_path / "baseline", [0.0, 1.0], "scienceqa", total=9, model=describe_model(str(before)))
+    hub = write_run(tmp_path / "hub", [0.0, 0.0], "scienceqa", model=describe_model("owner/name"))
+    runs = list(map(str, (baseline, mine, hub)))
+    assert main(["eval", "report", *runs, "--attach", str(weights)]) == 0
+    said = capsys.readouterr()
+    assert "mine less baseline: +50.00 points" in said.out
+    assert "not attached: 2 of 3 runs, which are of other weights" in said.err
+    attached = json.loads((weights / "results-scienceqa.json").read_text())
+    assert attached["model"]["fingerprint"] == fingerprint(weights)
+    (weights / "results-scienceqa.json").unlink()
+    (weights / "model.safetensors").write_bytes(b"3")
+    assert main(["eval", "report", *runs, "--attach", str(weights)]) == 2
+    assert "and none of the 3 runs is of those" in capsys.readouterr().err
+    assert not (weights / "results-scienceqa.json").exists()
+
+
 def test_two_results_of_one_benchmark_are_not_attached_over_each_other(tmp_path, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()
