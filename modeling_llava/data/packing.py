@@ -163,6 +163,9 @@ class PackedDataset(torch.utils.data.Dataset):
         return [self.dataset[index] for index in self.plan[pack]]
 
 
+_END = object()
+
+
 class PackedStream(torch.utils.data.IterableDataset):
     """
     Packs from a stream, with a look-ahead of `look_ahead` samples and no more.
@@ -181,12 +184,9 @@ class PackedStream(torch.utils.data.IterableDataset):
             Most positions of a pack.
         look_ahead (`int`, *optional*, defaults to 256):
             Samples that are held at a time.
-        repeat (`bool`, *optional*, defaults to `False`):
-            Begin again, with the stream's next epoch, when it ends. Distributed training needs it: the parts of the
-            processes are not equally long, and a process that ended would leave the others waiting.
 
     Raises:
-        ValueError: a sample is longer than `capacity`.
+        ValueError: a sample is longer than `capacity`, or a stream that is resumed ends before the place to go on from.
     """
 
     def __init__(
@@ -195,7 +195,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         length_of: Callable[[Any], int],
         capacity: int,
         look_ahead: int = 256,
-        repeat: bool = False,
     ):
         if look_ahead < 1:
             raise ValueError(f"look_ahead={look_ahead} samples: at least 1 is needed.")
@@ -203,7 +202,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.length_of = length_of
         self.capacity = capacity
         self.look_ahead = look_ahead
-        self.repeat = repeat
         self._epoch = 0
         self._resumed: dict | None = None
         self._reset()
@@ -245,24 +243,14 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._resumed = state
 
     def __iter__(self) -> Iterator[list]:
-        source = self._begin()
-        while True:
-            for sample in source:
-                self._read += 1
-                length = self.length_of(sample)
-                if length:
-                    self._add(length, sample)
-                # One more than is waited for: a pack is given before the look-ahead grows beyond its bound.
-                if len(self._samples) > self.look_ahead:
-                    yield self._pop_pack()
-            if not self.repeat:
-                break
-            if not self._read:
-                raise ValueError("The stream is empty: there is nothing to repeat.")
-            # The samples that wait are packed with those of the next epoch: nothing is lost between the two.
-            self._read = 0
-            self.set_epoch(self._epoch + 1)
-            source = iter(self.stream)
+        for sample in self._begin():
+            self._read += 1
+            length = self.length_of(sample)
+            if length:
+                self._add(length, sample)
+            # One more than is waited for: a pack is given before the look-ahead grows beyond its bound.
+            if len(self._samples) > self.look_ahead:
+                yield self._pop_pack()
         while self._samples:
             yield self._pop_pack()
 
@@ -280,8 +268,12 @@ class PackedStream(torch.utils.data.IterableDataset):
             self._read = state["read"]
             return iter(self.stream)
         source = iter(self.stream)
-        for _ in range(state["read"]):
-            next(source)
+        for number in range(state["read"]):
+            if next(source, _END) is _END:
+                raise ValueError(
+                    f"{state['read']} samples of the stream were read when its state was kept, but now it ends after "
+                    f"{number}. Resume with the data, processes and workers of before."
+                )
         self._read = state["read"]
         return source
 

@@ -3,10 +3,11 @@ Raw rows of one source, by index or in a stream.
 
 Every class here has the same three ways in: `rows[index]`, `scan()` (every row once, without touching image bytes; it
 comes first) and `stream(share, seed, epoch)`. The last two give a row that cannot be read as a [`BadSampleError`]; the
-first raises it. `identity()` is equal as long as the data is the same.
+first raises it. `count()` is the number of rows, and `identity()` is equal as long as the data is the same.
 """
 
 import codecs
+import copy
 import inspect
 import json
 import os
@@ -24,11 +25,22 @@ _CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
 
 
 class Share:
-    """The part of the rows that one worker of one process takes: those with `row % count == number`."""
+    """
+    The part of the rows that one worker of one process takes: of all that were read so far, in all sources and epochs,
+    every `count`-th. Epochs that do not come out even are made up for in the next ones: no share falls behind.
+    """
 
     def __init__(self, rank: int, world_size: int, worker: int, num_workers: int):
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.worker, self.num_workers = rank, world_size, worker, num_workers
         self.number, self.count = rank * num_workers + worker, world_size * num_workers
+        self.first = self.number
+        """Of the rows that come next, the first one that is in the share; the others are the `count`-th after it."""
+
+    def behind(self, num_rows: int) -> "Share":
+        """The share in what follows `num_rows` rows that were shared out already."""
+        share = copy.copy(self)
+        share.first = (self.number - num_rows) % self.count
+        return share
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -43,6 +55,9 @@ class ListRows:
     def identity(self) -> str:
         return uuid.uuid4().hex  # what is in memory cannot be known again
 
+    def count(self) -> int:
+        return len(self.rows)
+
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
 
@@ -50,7 +65,7 @@ class ListRows:
         return iter(self.rows)
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        for index in range(share.number, len(self.rows), share.count):
+        for index in range(share.first, len(self.rows), share.count):
             yield index, self.rows[index]
 
 
@@ -63,6 +78,7 @@ class JsonRows:
     def __init__(self, path: Path):
         self.path = path
         self._spans = None  # [num_rows, (first byte, bytes)]
+        self._count = None  # rows, once they were read through
         self._broken = {}  # row → error
         self._file = self._pid = None
 
@@ -92,15 +108,22 @@ class JsonRows:
                 self._broken[len(spans)] = row
             spans.append((start, length))
             yield row
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        self._spans, self._count = np.array(spans, dtype=np.int64).reshape(-1, 2), len(spans)
+
+    def count(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self._rows(lambda index: False))
+        return self._count
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
         def is_ours(index):
-            return index % share.count == share.number
+            return index % share.count == share.first
 
+        index = -1
         for index, (_, _, row) in enumerate(self._rows(is_ours)):
             if is_ours(index):
                 yield index, row
+        self._count = index + 1
 
     def _rows(self, wanted) -> Iterator[tuple[int, int, Any]]:
         """`(first byte, bytes, row)` of each row. A line that `wanted(index)` refuses is not parsed."""
@@ -200,6 +223,9 @@ class ArrowRows:
     def identity(self) -> str:
         return self.dataset._fingerprint
 
+    def count(self) -> int:
+        return len(self.dataset)
+
     def __getitem__(self, index: int) -> dict:
         return self.dataset[index].to_pylist()[0]
 
@@ -226,7 +252,7 @@ class ArrowRows:
             yield from rows
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
-        for index in range(share.number, len(self.dataset), share.count):
+        for index in range(share.first, len(self.dataset), share.count):
             yield index, self[index]
 
 
@@ -235,6 +261,9 @@ class StreamedRows:
 
     def __init__(self, dataset):
         self.dataset = dataset.decode(False) if dataset.features else dataset
+
+    def count(self) -> int:
+        return 0  # not known; they are not shared out by their number
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int | str, dict]]:
         from datasets.distributed import split_dataset_by_node
@@ -249,6 +278,8 @@ class StreamedRows:
             dataset = dataset.shuffle(seed=seed, buffer_size=1, **one_by_one)
             dataset.set_epoch(epoch)
         if share.world_size > 1:
+            # Parts that are not equally long go round from epoch to epoch, so that no process falls behind.
+            share = Share((share.rank + epoch) % share.world_size, share.world_size, share.worker, share.num_workers)
             dataset = split_dataset_by_node(dataset, share.rank, share.world_size)
         # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by share.
         prefix = f"{share}:" if share.count > 1 else ""

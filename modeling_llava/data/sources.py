@@ -4,6 +4,7 @@ From files, `datasets` objects and Hub names to conversations: random access, or
 Images stay undecoded references here; what a row holds is said in `schema.py`, how a reference is read in `images.py`.
 """
 
+import copy
 import logging
 import os
 import random
@@ -72,7 +73,7 @@ def load_conversations(
         seed (`int`, defaults to 0): Of that draw, together with the epoch.
         rank, world_size (`int`, defaults to 0 and 1):
             Streaming only: this process and the number of processes to share the rows with. Leave them as they are
-            where something else shares the rows out, as `Trainer` and `accelerate` do.
+            where something else shares the rows out, as `LlavaTrainer` and `accelerate` do.
 
     Raises:
         BadSampleError: A row is wrong and `on_bad_sample="raise"`.
@@ -206,9 +207,10 @@ class ConversationDataset(torch.utils.data.Dataset):
 class ConversationStream(torch.utils.data.IterableDataset):
     """
     Conversations one after the other, without holding them. The rows are shared among the processes (`rank`,
-    `world_size`) and among the workers of a `DataLoader`, and no row is given to two of them.
+    `world_size`) and among the workers of a `DataLoader`; in an epoch each row is given to exactly one of them.
 
-    A JSON file is read through by everyone, and each takes every n-th row; a `datasets` stream is shared by its shards.
+    A JSON file is read through by everyone, and each takes every n-th row, counted on from epoch to epoch; a `datasets`
+    stream is shared by its shards.
 
     Attributes:
         dropped (`dict[str, int]`): Rows dropped so far, by reason, in all workers of this process.
@@ -228,8 +230,17 @@ class ConversationStream(torch.utils.data.IterableDataset):
         return self._dropped.as_dict()
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the order of the shuffle buffer, and of the shards of `datasets` streams, for this epoch."""
+        """
+        The order of the shuffle buffer and of the shards of `datasets` streams is drawn for each epoch, and rows that
+        do not come out even among processes and workers go to others of them.
+        """
         self._epoch = epoch
+
+    def shared_by(self, rank: int, world_size: int) -> "ConversationStream":
+        """The same stream, of which process `rank` takes its part."""
+        stream = copy.copy(self)
+        stream._rank, stream._world_size = rank, world_size
+        return stream
 
     def __iter__(self) -> Iterator[Conversation]:
         info = torch.utils.data.get_worker_info()
@@ -242,8 +253,11 @@ class ConversationStream(torch.utils.data.IterableDataset):
         return samples
 
     def _samples(self, share: "Share") -> Iterator[Conversation]:
+        is_shared = share.count > 1
+        before = self._epoch * sum(rows.count() for rows, _, _ in self._parts) if is_shared and self._epoch else 0
         for rows, type_name, what in self._parts:
-            for index, row in rows.stream(share, self._seed if self._shuffle_buffer else None, self._epoch):
+            part = share.behind(before)
+            for index, row in rows.stream(part, self._seed if self._shuffle_buffer else None, self._epoch):
                 try:
                     if isinstance(row, BadSampleError):
                         raise row
@@ -255,6 +269,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
                     continue
                 if self._types is None or conversation["type"] in self._types:
                     yield conversation
+            before += rows.count() if is_shared else 0
 
 
 def _shuffled(samples: Iterator, size: int, rng: random.Random) -> Iterator:

@@ -1,13 +1,14 @@
 """How samples become batches: padded or packed, grouped by length, shared among processes."""
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from tqdm import tqdm
 
 from ..data.collator import NOTHING, LlavaDataCollator
@@ -24,27 +25,34 @@ logger = logging.getLogger(__name__)
 
 class EndlessStream(IterableDataset):
     """
-    A stream that begins its next epoch when it ends. The shares of several processes are not equally long, and a process
-    without a batch would leave the others waiting.
+    A stream that begins its next epoch when it ends, after every row has been given once. The shares of processes and
+    workers are not equally long, and one that ended would leave the others waiting; and a run that resumes counts
+    batches from its beginning, whatever the epoch.
     """
 
-    def __init__(self, stream: Iterable):
+    def __init__(self, stream: ConversationStream | PackedStream, world_size: int = 1):
         self.stream = stream
+        self.world_size = world_size
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator:
-        while True:
-            is_empty = True
+        worker = get_worker_info()
+        shares = self.world_size * (worker.num_workers if worker else 1)
+        num_empty = 0
+        for epoch in itertools.count(self._epoch):
+            self.stream.set_epoch(epoch)
+            num_empty += 1
             for sample in self.stream:
-                is_empty = False
+                num_empty = 0
                 yield sample
-            if is_empty:
+            if num_empty < shares:  # with fewer rows than shares, each has its turn within so many epochs
+                continue
+            if worker is None or worker.id == 0:
                 raise ValueError("This process's share of the streamed data is empty. Use fewer processes or workers.")
-            self.set_epoch(self._epoch + 1)
+            return  # a worker too many: a `datasets` stream is shared by its shards
 
 
 class EvenDataset(Dataset):
@@ -75,12 +83,12 @@ def even(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
 
 def shares_by_itself(dataset: Any) -> bool:
     """Whether a stream gives each process its own rows already, so that accelerate must not share them again."""
-    return isinstance(dataset, ConversationStream | PackedStream | EndlessStream)
+    return isinstance(dataset, EndlessStream)
 
 
 def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
     """
-    The training data as the run takes it: in packs for `packing=full`, endless where processes share a stream.
+    The training data as the run takes it: in packs for `packing=full`, a stream shared out and without an end.
 
     Args:
         dataset: Conversations, by index or as a stream.
@@ -91,10 +99,11 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
         BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
     """
     if isinstance(dataset, ConversationStream):
+        dataset = dataset.shared_by(args.process_index, args.world_size)
         if args.packing == "full":
             measure = _DroppingMeasure(_measure_of(collator, args), args)
-            return PackedStream(dataset, measure, args.pack_length or args.max_length, repeat=True)
-        return EndlessStream(dataset) if args.world_size > 1 else dataset
+            dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
+        return EndlessStream(dataset, args.world_size)
     if args.packing != "full" or isinstance(dataset, PackedDataset | IterableDataset):
         return dataset
 

@@ -271,8 +271,6 @@ def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
         streaming=args.streaming,
         shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
         seed=seed,
-        rank=args.process_index if args.streaming else 0,
-        world_size=args.world_size if args.streaming else 1,
         **reading,
     )
     if args.only_types is not None and not args.streaming:

@@ -1,0 +1,131 @@
+"""Streamed training data: each row once in an epoch, for every number of processes and workers, packed or not."""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from modeling_llava.data.packing import PackedStream
+from modeling_llava.data.sources import load_conversations
+from modeling_llava.training import train
+from modeling_llava.training.batches import EndlessStream
+
+
+def rows(number, first=0):
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A picture."}]
+    return [{"id": str(i), "messages": messages, "images": []} for i in range(first, first + number)]
+
+
+class Marked(torch.utils.data.IterableDataset):
+    """Rows of a stream with their epoch: `(epoch, id)`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self):
+        return ((self.epoch, row["id"]) for row in self.stream)
+
+
+def source_of(kind, number, tmp_path):
+    from datasets import Dataset
+
+    if kind == "list":
+        return rows(number)
+    if kind == "shards":
+        return Dataset.from_list(rows(number)).to_iterable_dataset(num_shards=min(3, number))
+    paths = [tmp_path / "a.json", tmp_path / "b.jsonl"]
+    paths[0].write_text(json.dumps(rows(number // 2)))
+    paths[1].write_text("\n".join(json.dumps(row) for row in rows(number - number // 2, number // 2)))
+    return [str(path) for path in paths]
+
+
+def shares(source, world_size, num_workers, look_ahead, shuffle_buffer):
+    """What each process gets, one pack, or one row as a pack of its own, after the other."""
+    for rank in range(world_size):
+        stream = Marked(
+            load_conversations(source, streaming=True, shuffle_buffer=shuffle_buffer).shared_by(rank, world_size)
+        )
+        if look_ahead:
+            stream = PackedStream(stream, length_of, capacity=10, look_ahead=look_ahead)
+        loader = DataLoader(EndlessStream(stream, world_size), batch_size=1, num_workers=num_workers, collate_fn=list)
+        yield iter(loader)
+
+
+def length_of(marked):
+    return 2 + int(marked[1]) * 3 % 5
+
+
+SHARED_OUT = [
+    ("list", 11, 1, 0), ("list", 7, 3, 0), ("list", 2, 4, 0), ("files", 11, 2, 0), ("files", 9, 1, 2),
+    ("files", 7, 2, 2), ("list", 2, 1, 3), ("shards", 7, 2, 0), ("shards", 5, 1, 4),
+]  # fmt: skip
+FORMS = [(None, 0), (256, 4), (None, 4), (3, 0)]  # look-ahead of packs, shuffle buffer
+CASES = [(*case, *form) for case in SHARED_OUT for form in FORMS[: 2 if case[3] else 4]]  # starting workers takes time
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("kind, number, world_size, num_workers, look_ahead, shuffle_buffer", CASES)
+def test_each_row_is_given_once_in_an_epoch(
+    kind, number, world_size, num_workers, look_ahead, shuffle_buffer, tmp_path
+):
+    source = source_of(kind, number, tmp_path)
+    given = Counter()
+    for share in shares(source, world_size, num_workers, look_ahead, shuffle_buffer):
+        for batch in itertools.islice(share, 6 * number):
+            given.update(batch[0] if look_ahead else batch)
+    for epoch in range(4):  # all shares are beyond these
+        assert {i: given[epoch, i] for i in map(str, range(number))} == dict.fromkeys(map(str, range(number)), 1)
+    assert max(given.values()) == 1
+
+
+@pytest.mark.parametrize("number, world_size", [(11, 2), (9, 8), (3, 4), (8, 4)])
+def test_no_process_falls_behind_in_the_epochs(number, world_size, tmp_path):
+    source = source_of("files", number, tmp_path)
+    all_shares = list(shares(source, world_size, 0, None, 0))
+    given = Counter()
+    for step in range(1, 40):
+        for share in all_shares:
+            given.update(row for _, row in next(share))
+        times = [given[str(i)] for i in range(number)]
+        assert max(times) - min(times) <= 1 and sum(times) == step * world_size
+
+
+def test_rows_that_go_on_in_an_epoch_named_by_hand_are_shared_out_alike(tmp_path):
+    source = source_of("files", 11, tmp_path)
+    found = []
+    for rank in range(3):
+        stream = load_conversations(source, streaming=True, rank=rank, world_size=3)
+        stream.set_epoch(5)  # without having read the epochs before
+        found.append([row["id"] for row in stream])
+    assert sorted(itertools.chain(*found), key=int) == [str(i) for i in range(11)]
+    assert [len(share) for share in found] == [3, 4, 4]  # 5 · 11 rows before these: the next one is process 1's
+
+
+def test_an_empty_stream_is_said():
+    stream = load_conversations(rows(4), streaming=True, types=["complex"])
+    with pytest.raises(ValueError, match="share of the streamed data is empty"):
+        next(iter(EndlessStream(stream.shared_by(1, 2), 2)))
+
+
+@pytest.mark.parametrize("packing", ["none", "full"])
+def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, settings, tmp_path):
+    common = {
+        **settings, "streaming": True, "shuffle_buffer": 5, "packing": packing, "max_steps": 9, "save_steps": 8,
+        "per_device_train_batch_size": 4,  # an epoch is six steps, or one
+    }  # fmt: skip
+
+    def train_in(folder, **changes):
+        console = Console(file=open(tmp_path / "console.txt", "w"))
+        result = train({**common, "output_dir": str(tmp_path / folder), **changes}, console=console)
+        return [entry["loss"] for entry in result.log_history if "loss" in entry]
+
+    whole = train_in("whole")
+    assert train_in("again", resume=str(tmp_path / "whole" / "checkpoint-8")) == whole
