@@ -71,7 +71,7 @@ THOUGHTS_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 """Ends what a reasoning model writes for itself; where the chat template opens it in the prompt, its beginning is absent."""
 UNENDED_THOUGHTS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
-STOPS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>|<end_of_turn>|<eos>))+\Z")
+STOPS = re.compile(r"(?:(?:<\|\w+\|>|</s>|<end_of_turn>|<eos>)\s*)+\Z")
 """Stop tokens that an endpoint with a wrong chat template hands through."""
 OPENING = re.compile(
     r"""\A(?:(?:sure|certainly|of\ course|absolutely|okay)\b[^\n:]*
@@ -81,7 +81,7 @@ OPENING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 CLOSING = re.compile(
-    r"\n\s*(?:I hope (?:this|that) helps|(?:Please )?let me know if|(?:Please )?feel free to|Would you like me to)\b[^\n]*\Z",
+    r"\n[ \t]*(?:I hope (?:this|that) helps|(?:Please )?let me know if|(?:Please )?feel free to|Would you like me to)\b[^\n]*\Z",
     re.IGNORECASE,
 )
 INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
@@ -100,12 +100,13 @@ def unwrap(text: str) -> str:
 
 HEADER = re.compile(
     r"""^[ \t]*(?:\#{1,6}[ \t]*)?(?:\d+[.)][ \t]*|[-*•][ \t]+(?=[*_]{0,2}(?:question|answer)))?[*_]{0,2}
-    (?: (question|answer|q|a)[ \t]*\d*[*_]{0,2}[ \t]*[:：][ \t]*[*_]{0,2}[ \t]*
-      | (question|answer)[ \t]*\d*[*_]{0,2}[ \t]*$ )""",
+    (?: (question|answer|q|a)[ \t]{0,4}\d*[*_]{0,2}[ \t]{0,4}[:：][ \t]*[*_]{0,2}[ \t]*
+      | (question|answer)[ \t]{0,4}\d*[*_]{0,2}[ \t]*$ )""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 SEPARATOR = re.compile(r"^[ \t]*(?:={2,}|-{3,}|\*{3,})[ \t]*$", re.MULTILINE)
-SEPARATOR_IN_LINE = re.compile(r"[ \t]*={3,}\s*(?=[*_]{0,2}(?:question|answer)\b|\Z)", re.IGNORECASE)
+# Small models repeat one character to the end: no pattern may try each beginning of a run with each of its ends.
+SEPARATOR_IN_LINE = re.compile(r"(?<!=)={3,}(?!=)\s*(?=[*_]{0,2}(?:question|answer)\b|\Z)", re.IGNORECASE)
 
 
 def parse_turns(text: str) -> list[Turn]:

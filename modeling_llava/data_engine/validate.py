@@ -46,7 +46,7 @@ SOURCE = re.compile(
     | \bimage(?:'s)?\s+captions?\b
     | ^captions?\s*:
     | \bcaptions?\s+(?:\d|mentions?|provides?|says?|states?|describes?|suggests?|indicates?|tells?|provided|given|above|does|do)
-    | \b(?:in|from|by|per|to|on)\s+(?:the|its|a)\s+captions?\b
+    | \b(?:in|from|by|per|to|on)\s+(?:the|its|a)\s+captions?\b(?!\s+(?:on|under|below|beneath)\b)
     | \bbounding[\s-]?(?:box(?:es)?|regions?|rectangles?)\b
     | \bbbox(?:es)?\b
     | \b(?:object|detection|annotated|given|provided)\s+box(?:es)?\b
@@ -62,7 +62,7 @@ SOURCE = re.compile(
     | \b(?:the|this|all|any|your|on|to|from|by|per|in|with)\s+(?:provided|given)\s+(?:\w+\s+)?(?:descriptions?|information|details|text|data|sentences?)\b
     | \bthe\s+(?:information|details|text|context)\s+(?:provided|given)\b(?!\s+(?:by|on|at|in|to|for)\b)
     | \benough\s+(?:information|details|context)\s+(?:is\s+|was\s+)?(?:provided|given)\b
-    | \b(?:is|are|was|were)(?:\s+not|n't)\s+(?:\w+\s+)?(?:mentioned|specified)\b
+    | \b(?:is|are|was|were)(?:\s+not|n't)\s+(?:\w+\s+)?(?:mentioned|specified)\b(?!\s+on\b)
     | \b(?:mentioned|specified|stated|described)\s+in\s+the\s+(?:\w+\s+)?(?:context|text|information|data)\b(?!\s+(?:on|of)\b)
     | \b(?:on|to|from|with|by|per|in)\s+the\s+(?:\w+\s+)?(?:description|information|details|text|data)\s+(?:that\s+(?:is|was)\s+)?(?:provided|given|above|available)\b
       (?!\s+(?:by|on|at|in\s+the\s+(?:image|photo|picture|scene)))
@@ -98,11 +98,11 @@ SOURCE_WORDS += ("x1", "x2", "y1", "y2")
 
 REFUSAL = re.compile(
     r"""
-      \A\W*(?:answer\W+)?sorry\b
+      \A\W*(?:answer\W+)?sorry\b(?!-)
     | \bI(?:'m|\s+am)\s+(?:(?:so|very|really)\s+)?sorry\b
     | \bI(?:'m|\s+am)\s+afraid\s*,?\s+(?:but|that|I)\b
     | \bI\s+apologi[sz]e\b
-    | \bas\s+an?\s+(?:AI|artificial\s+intelligence|(?:large\s+)?language\s+model|text[- ]based)\b
+    | \bas\s+an?\s+(?:(?:AI|artificial\s+intelligence)(?=\s*,|\s+I\b|(?:\s+\w+){1,2}\s*(?:,|I\b))|(?:AI\s+)?(?:large\s+)?language\s+model\b|text[- ]based\b)
     | \bI(?:'m|\s+am)\s+(?:just\s+|only\s+)?an?\s+(?:AI|(?:large\s+)?language\s+model|text[- ]based)\b
     | \b(?:I\s+(?:can(?:no|')t|can\s+not|(?:am\s+|was\s+)?(?:unable|not\s+able)\s+to|(?:won't|will\s+not)\s+be\s+able\s+to|(?:do\s+not|don't)\s+have\s+the\s+ability\s+to)|I'm\s+(?:unable|not\s+able)\s+to)\s+
       (?:actually\s+|directly\s+|really\s+)?
@@ -128,9 +128,15 @@ REFUSAL_WORDS += ("provided", "attached", "given", "uploaded")
 """Each alternative of `REFUSAL` holds one of these."""
 
 
+QUOTED = re.compile(
+    r"""(?<=[\w:,]\ )(?: '(?:[^'\n]|(?<=\w)'(?=\w)){1,80}'(?!\w) | ["“][^"”\n]{1,80}["”] )""", re.VERBOSE
+)
+"""What a sign, a card or a speech bubble says, after the words that say so."""
+
+
 def refusal_in(text: str) -> str | None:
-    """Where a text refuses to answer; `None` if it does not."""
-    text = _straight(text)
+    """Where a text refuses to answer; `None` if it does not. What it quotes is said by the picture."""
+    text = QUOTED.sub("", _straight(text))
     lower = " ".join(text.lower().split())
     found = REFUSAL.search(text) if any(word in lower for word in REFUSAL_WORDS) else None
     return found[0] if found else None
@@ -167,11 +173,14 @@ def normalise(text: str) -> str:
     return " ".join(WORD.findall(text))
 
 
+PLACE_WORDS = frozenset("of in on at to for from by with as".split())
+"""What an answer to "Where …?" may consist of."""
+WHERE = re.compile(r"\b(?:where|position(?:ed)?|located|location|placed|relation|relative)\b", re.IGNORECASE)
 # Words that carry no content of their own when an answer is compared with its question.
 FUNCTION_WORDS = frozenset(
     """a an the this that these those it its there here is are was were be been being am do does did has have had can could
     may might must shall should will would what which who whom whose where when why how of in on at to for from by with as and
-    but if than then so very just also some any one they them their he she his her him we you your i my me us our not image
+    but if than then so very just also some any they them their he she his her him we you your i my me us our not image
     photo picture scene shown visible seen see color colour kind type""".split()
 )
 YES_NO = re.compile(r"^\W*(?:yes|no|not|none|nobody|nothing|it is not|there (?:is|are) no)\b", re.IGNORECASE)
@@ -188,8 +197,9 @@ def gives_answer_away(question: str, answer: str) -> bool:
     """
     if YES_NO.match(answer) or YES_NO_QUESTION.match(question) or re.search(r"\bor\b", question, re.IGNORECASE):
         return False
-    asked = set(normalise(question).split())
-    said = [word for word in normalise(answer).split() if word not in FUNCTION_WORDS]
+    asked = set(normalise(question).replace("in relation to", "").split())
+    empty = FUNCTION_WORDS - PLACE_WORDS if WHERE.search(question) else FUNCTION_WORDS
+    said = [word for word in normalise(answer).split() if word not in empty]
     return bool(said) and all(word in asked for word in said)
 
 
@@ -212,12 +222,11 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     bare = unwrap(text)
     if UNENDED_THOUGHTS.search(bare):
         raise Rejection("cut" if finish_reason == "length" else "no_parse", "thoughts without an end")
-    refused = refusal_in(bare)
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
         # What is not in the form because it refuses, or because it was cut, says so.
-        if rejection.reason == "no_parse" and refused:
+        if rejection.reason == "no_parse" and (refused := refusal_in(bare)):
             raise Rejection("refusal", refused) from None
         if finish_reason == "length":
             raise Rejection("cut") from None
@@ -230,8 +239,9 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
                 raise Rejection("image_marker", found[0])
             if found := mention_of_source(part):
                 raise Rejection("mentions_source", found)
-    if refused:
-        raise Rejection("refusal", refused)
+    for _, answer in turns:  # a question may well be "Can you provide …?"
+        if refused := refusal_in(answer):
+            raise Rejection("refusal", refused)
     if settings.language and not looks_like("\n".join(part for turn in turns for part in turn), settings.language):
         raise Rejection("wrong_language", settings.language)
     _check_lengths(turns, kind, settings)

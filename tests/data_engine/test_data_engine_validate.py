@@ -133,6 +133,7 @@ REJECTED = [
         block(("Where is the cat?", "On a mat."), ("Where is the CAT ?", "There.")),
     ),
     ("gives_answer_away", "conversation", block(("What color is the red hydrant?", "The hydrant is red."))),
+    ("gives_answer_away", "conversation", block(("Where is the cat on the mat?", "The cat is on the mat."))),
     (
         "gives_answer_away",
         "complex",
@@ -179,6 +180,11 @@ def test_a_reply_that_the_endpoint_cut_or_withheld_is_rejected_as_that():
             block(("What is a description of the job?", "A waiter brings food, from the menu to the table.")),
         ),
         ("conversation", block(("What is the score?", "The score is 0.5 to 1."))),
+        ("conversation", block(("Can you provide some details about the man's attire?", "He wears a blue suit."))),
+        ("conversation", block(("Could you share what she holds?", "She holds a red umbrella."))),
+        ("conversation", block(("Where is the cat in relation to the couch?", "The cat is on the couch."))),
+        ("conversation", block(("Where is the dog, seen from the car?", "The dog is in the car."))),
+        ("conversation", block(("How many sheep are there?", "There is one sheep."))),
         ("detail", LONG + " A lunch box and two boxes of fruit stand on a table."),
     ],
 )
@@ -284,6 +290,8 @@ SPEAKS_OF_THE_PICTURE = [
     "A boxer stands in a ring; boxing is a sport.",
     "The bookshelf holds text books (3 of them).",
     "From the information available at the stop, the bus comes soon.",
+    "The name is not specified on the tag.",
+    "The text in the caption below the photo of the newspaper is French.",
 ]
 REFUSES = [
     "I'm sorry, but I can't see the image.",
@@ -294,6 +302,10 @@ REFUSES = [
     "I'm not able to provide a description.",
     "As an AI, I have no eyes.",
     "As a large language model I only read text.",
+    "As an AI language model, I only read text.",
+    "As an AI assistant, I only read text.",
+    "As an AI I only read text.",
+    "\"I'm sorry, but I can't help with that.\"",
     "I don't have access to the photo.",
     "I do not have direct access to images.",
     "No image was provided.",
@@ -326,6 +338,11 @@ DOES_NOT_REFUSE = [
     "The robot is an AI assistant toy.",
     "The sign says 'Please share the road'.",
     "Without seeing the road, the driver goes slowly.",
+    "The speech bubble says 'I can't see what you mean'.",
+    'The card reads "I am sorry for your loss".',
+    "The sign reads: “Sorry, I cannot help”.",
+    "The billboard praises a phone with an assistant that serves as an AI companion.",
+    "Sorry-looking shoes lie next to the dog.",
 ]
 
 
@@ -389,3 +406,10 @@ def test_short_texts_and_names_are_not_rejected_for_their_language():
 )
 def test_words_are_counted(text, words):
     assert count_words(text) == words
+
+
+@pytest.mark.parametrize("run", ["=", " ", "\n", "\t", "-", "*", "#", "a ", "\n \n", "<|a", ">"])
+def test_a_reply_that_repeats_one_character_to_its_end_is_judged_as_fast_as_any(run):
+    # A pattern that is quadratic in such a run takes minutes for this one, and the event loop waits for it.
+    for text in ("Question:\na" + run * (60_000 // len(run)) + "b>", run * (60_000 // len(run))):
+        assert reason_of(text) in {"no_parse", "empty", "too_long", "image_marker", None}
