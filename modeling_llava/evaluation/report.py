@@ -94,13 +94,16 @@ def compare(runs: Sequence[Run]) -> list[dict]:
 
 
 def _difference(first: Run, second: Run) -> dict:
-    """Of the primary score, over the samples that both have."""
-    scored = {row["id"]: (row["score"], row.get("out_of", 1.0)) for row in first.rows if row["score"] is not None}
-    pairs = [
-        (scored[row["id"]], (row["score"], row.get("out_of", 1.0)))
-        for row in second.rows
-        if row["score"] is not None and row["id"] in scored
-    ]
+    """Of the primary score, over the samples that both have: the same id, and the same question where both tell it."""
+    scored = {row["id"]: row for row in first.rows if row["score"] is not None}
+    pairs = []
+    for row in second.rows:
+        other = scored.get(row["id"])
+        if row["score"] is None or other is None:
+            continue
+        if "question" in row and row["question"] != other.get("question", row["question"]):
+            continue  # another data set that counts from 1 as well
+        pairs.append([(one["score"], one.get("out_of", 1.0)) for one in (other, row)])
     difference = {"from": first.label, "to": second.label, "samples": len(pairs)}
     if not pairs:
         return {**difference, "difference": None, "note": "no sample in common"}

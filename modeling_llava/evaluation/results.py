@@ -4,7 +4,7 @@
     {
       "schema_version": 1,
       "benchmark": "scienceqa",
-      "model": {"name", "revision", "fingerprint", "adapter"},
+      "model": {"name", "revision", "adapter", "fingerprint" or "commit"},
       "data": {"files": {name: sha256}, "split", …},
       "settings": {…},                                  how answers were made and scored
       "versions": {…}, "machine": …, "created": …,
@@ -273,16 +273,33 @@ def hash_json(value: Any) -> str:
 def describe_model(path: str, revision: str | None = None, adapter: str | None = None) -> dict:
     """
     Which weights were evaluated. Of a folder: its name and a fingerprint, a SHA-256 over names, sizes and the first and
-    last MiB of the configuration and weight files (the whole of 14 GB would take a minute). Of a Hub name: the revision.
+    last MiB of the configuration and weight files (the whole of 14 GB would take a minute). Of a Hub name: the revision
+    and its commit.
     """
     described: dict[str, Any] = {"name": path, "revision": revision, "adapter": adapter}
     if Path(path).is_dir():
         described["name"] = Path(path).resolve().name
         described["fingerprint"] = fingerprint(path)
+    elif commit := _commit_of(path, revision):
+        described["commit"] = commit
     if adapter is not None and Path(adapter).is_dir():
         described["adapter"] = Path(adapter).resolve().name
         described["adapter_fingerprint"] = fingerprint(adapter)
+    elif adapter is not None and (commit := _commit_of(adapter)):
+        described["adapter_commit"] = commit
     return described
+
+
+def _commit_of(name: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub repository's revision; `None` where neither the Hub nor the cache can tell."""
+    from transformers.utils.hub import extract_commit_hash
+
+    from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, file_of
+
+    kind = checkpoint_kind(name, revision)
+    names = {"adapter": "adapter_config.json", "projector": PROJECTOR_CONFIG_NAME}
+    file = file_of(name, names.get(kind, "config.json"), revision)
+    return extract_commit_hash(file, None) if file else None
 
 
 def fingerprint(folder: str | os.PathLike) -> str:

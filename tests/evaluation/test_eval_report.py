@@ -86,6 +86,27 @@ def test_fingerprint_tells_weights_apart_and_names_no_path(tmp_path):
     assert describe_model("owner/name", "main") == {"name": "owner/name", "revision": "main", "adapter": None}
 
 
+def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
+    """The main branch moves; a folder of answers begun before and gone on with after would be of two models."""
+    from transformers.utils import hub
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789" * 4
+    for name, file in (("me--base", "config.json"), ("me--lora", "adapter_config.json")):
+        folder = tmp_path / f"models--{name}"
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / file).write_text("{}")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+    assert describe_model("me/base", adapter="me/lora") == {
+        "name": "me/base",
+        "revision": None,
+        "adapter": "me/lora",
+        "commit": commit,
+        "adapter_commit": commit,
+    }
+
+
 def test_runs_are_compared_with_paired_differences(tmp_path):
     baseline = write_run(tmp_path / "before", [0.0] * 30 + [1.0] * 30)
     better = write_run(tmp_path / "after", [1.0] * 10 + [0.0] * 20 + [1.0] * 30)
@@ -97,6 +118,20 @@ def test_runs_are_compared_with_paired_differences(tmp_path):
     text = markdown([comparison])
     assert "| before | 50.00 (" in text and "after less before: +16.67 points" in text
     assert "unparsed: 2" in text and "other" not in text
+
+
+def test_samples_of_another_data_set_are_no_pairs(tmp_path):
+    """Two data sets of short answers may both count their questions from 0."""
+    runs = [
+        write_run(tmp_path / "a", [1.0, 0.0, 1.0]),
+        write_run(tmp_path / "b", [1.0, 1.0, 0.0], data={"prompts": "q"}),
+    ]
+    for folder, questions in zip(runs, ("xyz", "xvw")):
+        rows = read_results(folder)[1]
+        lines = [json.dumps({**row, "question": question}) for row, question in zip(rows, questions)]
+        (folder / "samples.jsonl").write_text("\n".join(lines))
+    (difference,) = compare(read_runs(runs))[0]["differences"]
+    assert difference["samples"] == 1 and "the data differ" in difference["note"]
 
 
 def test_benchmarks_are_not_mixed_and_published_rows_stand_beside(tmp_path):
