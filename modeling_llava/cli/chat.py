@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
     from .chat_terminal import Terminal
 
     settings = {"max_new_tokens": args.max_new_tokens}
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}.")
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    elif args.temperature < 0:
-        raise ValueError(f"--temperature must be 0 or more, got {args.temperature}.")
     elif args.top_p is not None or args.top_k is not None:
         raise ValueError("--top-p and --top-k draw an answer, so they need --temperature above 0, such as 0.7.")
     DecodingSettings(**settings)  # a mistake is found before the model is loaded, and so is a wrong path

@@ -41,12 +41,14 @@ class Terminal:
 
     def __init__(self, chat: Chat, name: str, remember: bool = True):
         self.chat, self.name = chat, name
-        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         self.conversations: list[Conversation] = [chat.conversation]
-        self.saved: Path | None = None
+        self.saved: set[Path] = set()
         self.failed = False
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # an answer may hold what the terminal's encoding has not
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if hasattr(
+                stream, "reconfigure"
+            ):  # an answer may hold what the terminal's encoding has not, a question anything
                 stream.reconfigure(errors="replace")
         self.read_line = _line_reader(remember) if self.interactive else None
         self.colour = self.interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -60,9 +62,13 @@ class Terminal:
         elif not self.guarded(lambda: self.show(pictures)):
             return 1
         if not self.interactive:
-            for line in sys.stdin:
-                if not self.handle(line.strip()):
-                    break
+            try:
+                for line in sys.stdin or ():
+                    if not self.handle(line.strip()):
+                        break
+            except BrokenPipeError:  # whoever read the answers has left; Python would complain once more as it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 1
             return 1 if self.failed else 0
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-C twice, or while the first is being answered
             interrupted = False
@@ -82,9 +88,9 @@ class Terminal:
 
     def handle(self, line: str) -> bool:
         """One line: a command, pictures, or a question. Returns whether the chat goes on."""
-        if line in ("/quit", "/exit", "/q"):
-            return False
         command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit", "/q"):
+            return False
         actions: dict[str, Callable[[str], None]] = {
             "/image": self.image,
             "/reset": lambda rest: self.reset(),
@@ -106,6 +112,8 @@ class Terminal:
         """Runs an action; a mistake is one line, and the chat goes on."""
         try:
             action()
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             self.complain(" ".join(str(error).split()))
             return False
@@ -150,10 +158,14 @@ class Terminal:
         if len(names) != 1:
             raise ValueError("Where to? /save FILE, such as /save chat.md or /save chat.json.")
         path = Path(names[0]).expanduser()
-        if path.exists() and path != self.saved:
+        if path.exists() and path.resolve() not in self.saved:
             raise ValueError(f"{path} exists and is not of this chat. Choose another name.")
-        self.saved = save_transcript(self.conversations, path, self.name)
-        self.note(f"Written: {self.saved}")
+        try:
+            save_transcript(self.conversations, path, self.name)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror or error}.") from None
+        self.saved.add(path.resolve())
+        self.note(f"Written: {path}")
 
     def help(self) -> None:
         width = max(len(f"{name} {what}") for name, (what, _) in COMMANDS.items())

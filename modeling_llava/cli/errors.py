@@ -1,11 +1,18 @@
 """What went wrong, in one line for a person: errors of other packages that say it in their own way."""
 
+import os
+
+
 OUT_OF_MEMORY = {
     "train": "Take a smaller per_device_train_batch_size (global_batch_size stays as it is), a smaller max_length, or a "
     "qlora preset: `llava estimate RECIPE --gpu GIB` says what fits. The same command goes on from the last checkpoint.",
     "eval": "Take a smaller --batch-size, or --load-in-4bit. The same command goes on where it stopped.",
 }
 LESS_MEMORY = "Take --load-in-4bit where the command has it, a smaller model, or end what else uses the memory."
+NO_HUB = (
+    "Nothing of that name lies here ({}) or in the Hub's cache, and the Hub does not answer: check the name, and whether "
+    "this machine is on the network."
+)
 NO_GPU = "torch finds no GPU that it can use here: `llava doctor` says what there is. On the CPU: --device cpu."
 
 
@@ -23,13 +30,17 @@ def one_line(error: Exception, command: str) -> str | None:
     if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or "can't allocate memory" in text:
         first = text.partition(". ")[0].removesuffix(".")
         return f"Out of memory{f' ({first})' if first else ''}. {OUT_OF_MEMORY.get(command, LESS_MEMORY)}"
-    if "Torch not compiled with CUDA" in text or "Found no NVIDIA driver" in text:
+    if "couldn't connect to 'http" in text:
+        return NO_HUB.format(os.getcwd())
+    if "Torch not compiled with CUDA" in text or "Found no NVIDIA driver" in text or "invalid device ordinal" in text:
         return NO_GPU
     if type(error).__name__ == "SafetensorError":
         return f"A file of weights is damaged or cut off ({text}): copy or download the model again."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}."
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+    if isinstance(error, OSError):  # transformers' are of many lines
+        return text
+    if isinstance(error, (ValueError, TypeError, ImportError)):
         return str(error)
     if modules & {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}:
         return f"No answer from the other side ({text}). Is this machine on the network? HF_HUB_OFFLINE=1 uses what lies here."

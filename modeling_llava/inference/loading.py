@@ -55,7 +55,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor the form of a Hub name.
-        ValueError: the folder holds no model, its base is gone, or `adapter` is given beside an adapter folder.
+        ValueError: the folder holds no model, its base is gone, `adapter` is given beside an adapter folder, or `device` is
+            none.
         ImportError: `load_in_4bit` without bitsandbytes.
     """
     path = os.fspath(path)
@@ -71,7 +72,10 @@ def load_model(
     elif kind != "full" and base is None:
         base, base_revision = base_model_of(path, revision), base_revision_of(path, revision)
 
-    device = torch.device(device) if device is not None else default_device()
+    try:
+        device = torch.device(device) if device is not None else default_device()
+    except RuntimeError:
+        raise ValueError(f"{device!r} is no device that torch knows: give cpu, cuda, cuda:1 or mps.") from None
     settings = {"dtype": dtype, "device_map": {"": device}}
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation

@@ -102,6 +102,8 @@ def read_picture(reference: str) -> Picture:
     Raises:
         ValueError: it is not there, not a picture, damaged, too large, or cannot be downloaded; in one line.
     """
+    if "://" in reference and not is_url(reference):
+        raise ValueError(f"{reference} is neither a path nor an http(s) URL.")
     try:
         return Picture(reference, load_image(_download(reference) if is_url(reference) else reference))
     except BadSampleError as error:

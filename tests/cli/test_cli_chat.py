@@ -8,6 +8,7 @@ import math
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 
@@ -73,11 +74,16 @@ def test_a_script_gets_answers_on_stdout_and_all_else_on_stderr(script, folder, 
 def test_commands(script, folder, tmp_path, model_and_processor):
     image = folder.parent / "1.png"
     lines = ["What is it?", "/retry", "/reset", "What is it?", "/image", "/image none", "What is it?", "/help"]
-    lines += [f"/save {tmp_path}/chat.json", f"/save {tmp_path}/chat.json", "/quit", "never asked"]
+    lines += [
+        f"/save {tmp_path}/{name}"
+        for name in ("chat.json", "chat.md", "chat.json", "../" + tmp_path.name + "/chat.md")
+    ]
+    lines += ["/quit now", "never asked"]
     code, out, err = script(lines, [folder, "--image", image, *ASK])
     a = answer(model_and_processor, "What is it?", [picture(1)])
     assert code == 0 and out == [a, a, a, answer(model_and_processor, "What is it?", [])]
     assert "A new conversation. About" in err and "About no picture." in err and "/save FILE" in err
+    assert err.count("Written: ") == 4
     rows = json.loads((tmp_path / "chat.json").read_text())
     assert [len(row["messages"]) for row in rows] == [2, 2, 2]
     assert [row["images"] for row in rows] == [[str(image)], [str(image)], []]
@@ -94,16 +100,36 @@ def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_pat
         "/save",
         f"/save {tmp_path}/precious.md",
         "/retry",
+        "/image ftp://example.org/a.png",
     ]
-    code, out, err = script([*lines, "What is it?"], [folder, "--image", image, *ASK])
+    after = [f"/save {tmp_path}/nowhere/chat.md"]
+    code, out, err = script([*lines, "What is it?", *after], [folder, "--image", image, *ASK])
     assert code == 1 and out == [answer(model_and_processor, "What is it?", [picture(1)])]
     mistakes = [line for line in err.splitlines() if not line.startswith(("Loading", "Ready", "About", "8 tokens"))]
     begins = ["nowhere.png is not there", f"{tmp_path}/cut.jpg ", "There is no command /nonsense", "Where to?"]
     begins += [f"{tmp_path}/precious.md exists", "Nothing was asked yet"]
+    begins += [
+        "ftp://example.org/a.png is neither a path nor",
+        f"{tmp_path}/nowhere/chat.md cannot be written: No such",
+    ]
     mistakes = [line for line in mistakes if line and "Loading weights" not in line]
     assert [line[: len(begin)] for line, begin in zip(mistakes, begins)] == begins and len(mistakes) == len(begins)
     assert f"Still about {image}" in mistakes[0]
     assert (tmp_path / "precious.md").read_text() == "mine"
+
+
+def test_questions_of_any_bytes_no_questions_and_a_reader_who_leaves(folder, monkeypatch, capsys):
+    """As `printf '\\xff' | llava chat`, `llava chat <&-` and `… | head -1` are."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"What \xff is it?\n" * 3), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["chat", str(folder), *ASK]) == 0 and len(capsys.readouterr().out.splitlines()) == 3
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(folder), *ASK]) == 0
+    command = (
+        f"yes 'What?' | head -40 | {sys.executable} -m modeling_llava.cli.main chat {folder} {' '.join(ASK)} | head -1"
+    )
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert len(ended.stdout.splitlines()) == 1 and "roken" not in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -112,6 +138,8 @@ def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_pat
         (["/nowhere/model"], "neither a folder nor the name"),
         (["MODEL", "--image", "nowhere.png"], "nowhere.png is not there"),
         (["MODEL", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["MODEL", "--temperature", "nan"], "--temperature must be 0 or more"),
+        (["MODEL", "--device", "gpu"], "'gpu' is no device that torch knows"),
         (["MODEL", "--top-p", "0.9"], "need --temperature above 0"),
         (["MODEL", "--temperature", "1", "--top-p", "3"], "top_p must be"),
         (["MODEL", "--max-new-tokens", "0"], "at least 1, got 0"),

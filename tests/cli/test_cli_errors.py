@@ -69,6 +69,10 @@ def test_no_network_is_one_line():
     httpx = pytest.importorskip("httpx")
     error = httpx.ConnectError("[Errno -2] Name or service not known")
     assert one_line(error, "publish").startswith("No answer from the other side ([Errno -2] Name")
+    error = OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't\nfind them")
+    assert f"Nothing of that name lies here ({os.getcwd()}) or in the Hub's cache" in one_line(error, "chat")
+    error = OSError("a/b is not a local folder\nIf this is a private repository")
+    assert one_line(error, "chat") == "a/b is not a local folder If this is a private repository"
 
 
 def test_a_missing_file_is_named_without_its_number(tmp_path):
