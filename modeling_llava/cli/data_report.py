@@ -39,6 +39,8 @@ def output_settings(args: argparse.Namespace, folder: Path):
     repeats = args.question_repeats
     if repeats != "all" and not (repeats.isdigit() and int(repeats) > 0):
         raise ValueError(f"--question-repeats is {repeats}; it is a number from 1 up, or 'all'.")
+    if args.samples < 0:
+        raise ValueError(f"--samples is {args.samples}; it is a number of samples, 0 for no page.")
     drop = folder / "drop.json"
     return OutputSettings(
         question_repeats=None if repeats == "all" else int(repeats),

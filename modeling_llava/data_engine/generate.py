@@ -307,7 +307,7 @@ def total_cost(ledger: Ledger, prices: Prices) -> float:
 
 
 def check_images(folder: RunFolder, images: str | Path | None, limit: int | None) -> Path | None:
-    """The image folder, if at least one of the first hundred images lies in it.
+    """The image folder, if at least one image of the run lies in it.
 
     Raises:
         ValueError: none does.
@@ -318,13 +318,16 @@ def check_images(folder: RunFolder, images: str | Path | None, limit: int | None
     images = Path(images)
     if not images.is_dir():
         raise OSError(f"The image folder {images} is absent.")
-    first = [context.image for context in folder.contexts(min(limit or 100, 100))]
-    if not any(find_image(images, name) for name in first):
-        raise ValueError(
-            f"None of the first {len(first)} images lies in {images}: '{images / first[0]}' is absent. Is --images the "
-            "folder to which the file names in the captions are relative?"
-        )
-    return images
+    first, number = "", 0
+    for context in folder.contexts(limit):
+        if find_image(images, context.image):
+            return images
+        first = first or context.image
+        number += 1
+    raise ValueError(
+        f"None of the {number:,} images lies in {images}: '{images / first}' is absent. Is --images the folder to which "
+        "the file names in the captions are relative?"
+    )
 
 
 class _Bar:

@@ -94,13 +94,13 @@ def thumbnail(images: Path | None, name: str) -> str:
     path = find_image(images, name) if images is not None else None
     if path is None:
         return ""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # JPEG: decodes no larger than needed
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers put it
         logger.warning("The report lacks the picture %s: %s", path, error)
         return ""
     small.thumbnail((THUMBNAIL, THUMBNAIL))

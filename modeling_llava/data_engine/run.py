@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 import uuid
@@ -61,8 +62,13 @@ class GenerateConfig:
             raise ValueError(f"types are {', '.join(self.types) or 'empty'}; choose out of {', '.join(FOLDERS)}.")
         if len(set(self.types)) < len(self.types):
             raise ValueError(f"types are {', '.join(self.types)}: one is named twice.")
-        if len(self.mix) != len(FOLDERS) or min(self.mix) < 0 or not any(self.shares.values()):
+        finite = all(0 <= number < math.inf for number in self.mix)
+        if len(self.mix) != len(FOLDERS) or not finite or not any(self.shares.values()):
             raise ValueError(f"mix is {self.mix}; it is three numbers, conversation : detail : complex, not all zero.")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it is 0 or more.")
+        if self.max_boxes is not None and self.max_boxes < 0:
+            raise ValueError(f"max_boxes is {self.max_boxes}; it is a number of boxes.")
         if self.max_reply_tokens < 1:
             raise ValueError(f"max_reply_tokens is {self.max_reply_tokens}; a reply needs at least one token.")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .chat import EndpointFault, Reply
 from .ledger import Ledger
-from .limits import Budget
+from .limits import BATCH_PRICE, Budget
 from .openai_model import OpenAIModel, parse_completion, translate_status
 from .task import ATTEMPTS, Task, Verdict, reply_event, resume_attempt
 
@@ -109,7 +109,7 @@ def write_batch(
         attempt = 1 + len(state.replies)
         task = resume_attempt(task, ledger)
         estimate = budget.estimate(task.messages, task.max_tokens)
-        if not budget.hold(estimate):
+        if not budget.hold(estimate, BATCH_PRICE):
             summary.message = "The budget does not have the next request; the rest is left for later."
             break
         request = task.request_id(run_id, model.name, attempt)

@@ -1,5 +1,6 @@
 """Limits of requests and tokens per minute, back-off, and the budget. No I/O and no waiting of its own."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ class TokenBucket:
     """
 
     def __init__(self, per_minute: float, capacity: float = 1.0, clock: Callable[[], float] = time.monotonic):
-        if per_minute <= 0:
+        if not per_minute > 0:
             raise ValueError(f"A limit of {per_minute:g} per minute lets nothing through; leave it out for no limit.")
         self.rate = per_minute / 60.0
         self.capacity = capacity
@@ -53,7 +54,7 @@ class Backoff:
     """How long to wait before a request is sent again, and how often it is.
 
     Attributes:
-        attempts: Most times one request is sent in one run while others succeed.
+        attempts: Most times one request is sent in one run; limits and an unreachable endpoint do not count.
         first: Seconds before the second time; doubled each time.
         longest: Most seconds between two times.
         patience: Seconds without a single success after which the run gives up on the endpoint.
@@ -65,7 +66,7 @@ class Backoff:
     patience: float = 600.0
 
     def __post_init__(self):
-        if self.attempts < 1 or self.first < 0 or self.longest < self.first or self.patience <= 0:
+        if self.attempts < 1 or self.first < 0 or self.longest < self.first or not self.patience > 0:
             raise ValueError(f"Back-off needs attempts ≥ 1, 0 ≤ first ≤ longest and patience > 0, not {self}.")
 
     def seconds(self, sent: int, rng: random.Random) -> float:
@@ -80,6 +81,12 @@ class Prices:
 
     prompt: float = 0.0
     completion: float = 0.0
+
+    def __post_init__(self):
+        if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
+            raise ValueError(
+                f"Prices are dollars per million tokens, 0 or more; not {self.prompt} and {self.completion}."
+            )
 
     def cost(self, usage: Usage, factor: float = 1.0) -> float:
         """Dollars for `usage`, times `factor` (a batch costs half)."""
@@ -119,9 +126,9 @@ class Budget:
         characters = sum(len(message["content"]) for message in messages)
         return Usage(round(characters * self.ratio) + 4 * len(messages), max_tokens)
 
-    def hold(self, estimate: Usage) -> bool:
-        """Sets `estimate` aside; `False`, and nothing set aside, if the budget does not have it."""
-        tokens, cost = estimate.total_tokens, self.prices.cost(estimate)
+    def hold(self, estimate: Usage, factor: float = 1.0) -> bool:
+        """Sets `estimate` aside, at `factor` times its price; `False`, and nothing set aside, if the budget does not have it."""
+        tokens, cost = estimate.total_tokens, self.prices.cost(estimate, factor)
         if self.max_tokens is not None and self.tokens + self.held_tokens + tokens > self.max_tokens:
             return False
         if self.max_cost is not None and self.cost + self.held_cost + cost > self.max_cost:

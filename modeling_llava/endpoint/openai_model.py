@@ -53,6 +53,8 @@ class OpenAIModel:
             raise ValueError(f"The endpoint's address is {base_url!r}; it begins with http:// or https://.")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("The key (OPENAI_API_KEY) holds a line break or a letter that no key has; copy it anew.")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout:g} s; a reply takes longer.")
         if api_key is None and base_url is None:
             raise ValueError("No key for OpenAI: set OPENAI_API_KEY, or give another endpoint by --base-url.")
         self.name = name
@@ -162,6 +164,8 @@ def parse_completion(body: Any) -> Reply:
         return Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
+        if isinstance(body, dict) and body.get("error"):  # some routers say so with status 200
+            what = " ".join(str(body["error"]).split())[:300]
         raise PassingFault("malformed", f"the reply is no chat completion ({what})", maybe_paid=True) from None
 
 

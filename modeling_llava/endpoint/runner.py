@@ -56,6 +56,9 @@ class RunSettings:
     def __post_init__(self):
         if self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}; at least one request must be in flight.")
+        for limit in (self.requests_per_minute, self.tokens_per_minute):
+            if limit is not None:
+                TokenBucket(limit)  # says what is wrong with it
 
 
 @dataclass
@@ -126,17 +129,23 @@ class _Run:
         return not self.stopping.is_set()
 
     async def wait_for_limits(self, estimate: Usage) -> bool:
-        """Waits for the limits and for a pause that the endpoint asked for; `False` if the run was stopped."""
-        waits = []
-        if self.requests:
-            waits.append(self.requests.take())
-        if self.tokens:
-            waits.append(self.tokens.take(estimate.total_tokens))
-        if not await self.pause(max(waits, default=0.0)):
-            return False
-        while (wait := self.not_before - time.monotonic()) > 0:
-            if not await self.pause(wait):
-                return False
+        """Waits for a pause that the endpoint asked for and for the limits; `False` if the run was stopped.
+
+        A place in the limits that comes up while the endpoint rests is lost, and another one taken afterwards: else all
+        who had one would go at once when the pause ends.
+        """
+        while not self.stopping.is_set():
+            if (rest := self.not_before - time.monotonic()) > 0:
+                await self.pause(rest)
+                continue
+            waits = []
+            if self.requests:
+                waits.append(self.requests.take())
+            if self.tokens:
+                waits.append(self.tokens.take(estimate.total_tokens))
+            await self.pause(max(waits, default=0.0))
+            if self.not_before <= time.monotonic():
+                break
         return not self.stopping.is_set()
 
     async def hold(self, estimate: Usage) -> bool:
@@ -214,9 +223,11 @@ class _Run:
         failed = 0
         while True:
             estimate = self.budget.estimate(task.messages, task.max_tokens)
-            if not await self.wait_for_limits(estimate):
-                return None, estimate
+            # The budget first: who waited for it would come late to his place in the limits, beside the next one's.
             if not await self.hold(estimate):
+                return None, estimate
+            if not await self.wait_for_limits(estimate):
+                self.release(estimate)
                 return None, estimate
             tokens = [estimate.prompt_tokens, estimate.completion_tokens]
             self.ledger.append({"event": "sent", **head, "tokens": tokens})
@@ -269,7 +280,7 @@ class _Run:
             )
             return False
         # A limit or an unreachable endpoint is no fault of the request: it is borne as long as the run has patience.
-        if fault.kind not in {"429", "connection", "503"} and failed >= backoff.attempts:
+        if fault.kind not in {"429", "connection", "502", "503"} and failed >= backoff.attempts:
             return False
         return await self.pause(wait)
 

@@ -97,6 +97,14 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
         (["--base-url", "localhost:8000"], "begins with http:// or https://"),
         (["--limit", "0"], "--limit is 0"),
         (["--question-repeats", "0"], "--question-repeats is 0"),
+        (["--samples", "-1"], "--samples is -1"),
+        (["--requests-per-minute", "0"], "lets nothing through"),
+        (["--timeout", "0"], "timeout is 0 s"),
+        (["--price-in", "-1"], "0 or more"),
+        (["--mix", "nan:1:1"], "three numbers"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--max-boxes", "-1"], "max_boxes is -1"),
+        (["--patience", "nan"], "patience > 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(files, capsys, more, message):

@@ -234,7 +234,7 @@ def test_images_that_are_absent_are_not_asked_for(tmp_path, images):
 def test_an_image_folder_without_any_of_the_images_is_named_before_anything_is_asked(tmp_path, images):
     model = Responder()
     elsewhere = [Context("a", "train2017/a.jpg", ("x",))]
-    with pytest.raises(ValueError, match="None of the first 1 images lies in .*relative"):
+    with pytest.raises(ValueError, match="None of the 1 images lies in .*relative"):
         generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=images, output=BARE)
     with pytest.raises(OSError, match="image folder .* is absent"):
         generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=tmp_path / "no", output=BARE)

@@ -6,6 +6,7 @@ from modeling_llava.endpoint import (
     Budget,
     Ledger,
     OpenAIModel,
+    Prices,
     Reply,
     Task,
     Usage,
@@ -92,6 +93,14 @@ def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_p
     assert second.files[0].name == "batch-001.jsonl"
     again = [json.loads(line) for line in second.files[0].read_text().splitlines()]
     assert [line["body"]["messages"][-1]["content"] for line in again] == ["Longer, please.", "thing 2", "thing 3"]
+
+
+def test_a_budget_in_dollars_takes_requests_in_a_batch_at_half_their_price(tmp_path, model):
+    prices = Prices(0, 1000)  # 50 tokens a reply at most: 5 cents live, 2.5 cents in a batch
+    with Ledger(tmp_path / "l") as ledger:
+        first = write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_cost=0.08, prices=prices))
+        again = write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_cost=0.08, prices=prices))
+    assert first.requests == 3 and "budget" in first.message and again.requests == 0
 
 
 def test_results_read_twice_count_once(tmp_path, model):

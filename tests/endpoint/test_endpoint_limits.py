@@ -3,7 +3,7 @@ from email.utils import formatdate
 
 import pytest
 
-from modeling_llava.endpoint import Backoff, Budget, Prices, TokenBucket, Usage
+from modeling_llava.endpoint import Backoff, Budget, Prices, RunSettings, TokenBucket, Usage
 from modeling_llava.endpoint.openai_model import parse_completion, parse_retry_after, translate_status
 
 
@@ -54,6 +54,15 @@ def test_bucket_is_given_back_what_was_not_used():
 def test_bucket_refuses_a_limit_that_lets_nothing_through():
     with pytest.raises(ValueError, match="leave it out for no limit"):
         TokenBucket(0)
+    for limits in ({"requests_per_minute": 0}, {"tokens_per_minute": -1}, {"requests_per_minute": float("nan")}):
+        with pytest.raises(ValueError, match="leave it out for no limit"):
+            RunSettings(**limits)
+
+
+@pytest.mark.parametrize("prices", [(-1, 0), (0, float("nan")), (float("inf"), 0)])
+def test_prices_that_would_let_a_budget_grow_are_refused(prices):
+    with pytest.raises(ValueError, match="0 or more"):
+        Prices(*prices)
 
 
 def test_budget_holds_back_what_requests_in_flight_may_use():
@@ -138,3 +147,10 @@ def test_what_is_no_completion_is_a_passing_fault(body):
     with pytest.raises(PassingFault) as caught:
         parse_completion(body)
     assert caught.value.kind == "malformed" and caught.value.maybe_paid
+
+
+def test_an_error_that_comes_with_status_200_is_said_in_its_own_words():
+    from modeling_llava.endpoint import PassingFault
+
+    with pytest.raises(PassingFault, match="upstream is overloaded"):
+        parse_completion({"error": {"message": "upstream is overloaded", "code": 502}})

@@ -247,6 +247,19 @@ def test_retry_after_holds_back_every_request(tmp_path):
     assert sum(t - times[0] < 0.5 for t in times) <= 4
 
 
+def test_limits_are_kept_after_a_pause_that_the_endpoint_asked_for(tmp_path):
+    times = []
+
+    def script(messages):
+        times.append(time.monotonic())
+        return PassingFault("429", "slow down", retry_after=0.5) if len(times) == 1 else "fine"
+
+    with Ledger(tmp_path / "l") as ledger:
+        run_tasks(tasks(17), Scripted(script), ledger, settings=RunSettings(17, 1200, backoff=QUICK))
+    # Those who waited while the endpoint rested do not go all at once: 17 more requests, 50 ms from one to the next.
+    assert len(times) == 18 and times[-1] - times[0] >= 0.5 + 16 * 0.05 - 0.01
+
+
 def test_an_endpoint_that_asks_to_wait_longer_than_patience_ends_the_run(tmp_path):
     model = Scripted(lambda messages: PassingFault("429", "daily limit", retry_after=7200))
     with Ledger(tmp_path / "l") as ledger:
