@@ -198,7 +198,8 @@ class LlavaPredictor:
     def stream(self, question: str, *, keep_history: bool = False, **settings) -> Iterator[str]:
         """
         As [`ask`] with one question; yields the answer's text piece by piece, as it grows. With `keep_history` the turn
-        is kept once the last piece has been taken; an answer that is broken off leaves the conversation as it was.
+        is kept once the last piece has been taken; an answer that is broken off, or outlived by a new conversation, leaves
+        the conversation as it was.
 
         What was streamed, its number of tokens and why it ended are in `last_answer` afterwards.
         """
@@ -213,9 +214,9 @@ class LlavaPredictor:
         turns = [*self.history, (question, None)] if keep_history else [(question, None)]
         row = self._row(turns, 0, self._past if keep_history else None)
         row.keep = keep_history
-        return row, self._pieces(row, question, self._settings(settings))
+        return row, self._pieces(row, question, self._settings(settings), self.history)
 
-    def _pieces(self, row: Row, question: str, settings: DecodingSettings) -> Iterator[str]:
+    def _pieces(self, row: Row, question: str, settings: DecodingSettings, history: list) -> Iterator[str]:
         shown = ""
         try:
             for _ in self.decoder.run([row], settings, batch_size=1):
@@ -231,7 +232,7 @@ class LlavaPredictor:
                     shown = text
         finally:
             self.last_answer = Answer(row.id, shown, len(row.tokens), row.finish_reason or "broken off")
-        if row.keep:
+        if row.keep and self.history is history:  # no new conversation was begun meanwhile
             self.history.append((question, self._text(row, settings)))
             self._past = join(row.kept) if row.kept else None
 

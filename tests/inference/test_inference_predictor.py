@@ -242,6 +242,19 @@ def test_stream_gives_the_answer_in_pieces(predictor):
     assert predictor.history == []
 
 
+@pytest.mark.parametrize("begin_anew", ["set_image", "forget_history", "reset"])
+def test_stream_that_ends_after_a_new_conversation_was_begun_is_no_part_of_it(begin_anew, predictor, model, processor):
+    predictor.set_image(picture(1))
+    outlived = predictor.stream(QUESTIONS[0], keep_history=True, max_new_tokens=6)
+    first = next(outlived)
+    getattr(predictor, begin_anew)(*[picture(2)] * (begin_anew == "set_image"))
+    assert first + "".join(outlived) == generated(model, processor, [user_turn(QUESTIONS[0], [picture(1)])], 6)
+    assert predictor.history == []
+    predictor.set_image(picture(2))
+    expected = generated(model, processor, [user_turn(QUESTIONS[2], [picture(2)])], 8)
+    assert predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=8) == expected
+
+
 def test_stream_never_shows_a_stop_string_or_half_a_character(predictor):
     predictor.set_image(picture(2))
     whole = predictor.ask(QUESTIONS[0], max_new_tokens=20)
@@ -259,7 +272,7 @@ def test_stream_never_shows_a_stop_string_or_half_a_character(predictor):
             yield row
 
     predictor.decoder.run = say
-    assert list(predictor._pieces(row, "", predictor.settings)) == ["\N{CAT FACE}", "\N{CAT FACE}"]
+    assert list(predictor._pieces(row, "", predictor.settings, [])) == ["\N{CAT FACE}", "\N{CAT FACE}"]
 
 
 def test_images_set_again_are_found_and_the_oldest_are_dropped(model, processor, tmp_path):
