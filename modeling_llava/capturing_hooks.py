@@ -32,7 +32,7 @@ def install_capturing_hooks(model: PreTrainedModel) -> None:
 def without_capturing_hooks(module: nn.Module) -> nn.Module:
     """`module` itself if nothing in it is hooked, else a shallow copy, with the same tensors, that is not."""
     children = {name: child and without_capturing_hooks(child) for name, child in module._modules.items()}
-    hooks = OrderedDict((i, hook) for i, hook in module._forward_hooks.items() if not _is_capturing(hook))
+    hooks = OrderedDict((i, hook) for i, hook in module._forward_hooks.items() if not is_capturing(hook))
     unchanged = len(hooks) == len(module._forward_hooks) and _FLAG not in module.__dict__
     if unchanged and all(child is module._modules[name] for name, child in children.items()):
         return module
@@ -42,8 +42,9 @@ def without_capturing_hooks(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _is_capturing(hook) -> bool:
+def is_capturing(hook) -> bool:
+    """Whether a forward hook is one of these."""
     return getattr(hook, "__qualname__", "").startswith(f"{install_output_capuring_hook.__name__}.<locals>")
 
 
-__all__ = ["install_capturing_hooks", "without_capturing_hooks"]
+__all__ = ["install_capturing_hooks", "is_capturing", "without_capturing_hooks"]

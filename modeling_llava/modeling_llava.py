@@ -6,10 +6,12 @@ LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuni
 
 Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock
 `llava` checkpoint. What differs is the work per step, not the result: see `loss.py` (the head sees supervised
-positions only) and `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once).
+positions only), `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once) and
+`later_layers.py` (layers of the tower that nothing reads are not computed).
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 
@@ -32,6 +34,7 @@ from transformers.utils.output_capturing import select_hidden_states
 from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
+from .later_layers import without_later_layers
 from .loss import causal_language_model_loss
 
 
@@ -277,6 +280,16 @@ class LlavaModel(LlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _later_tower_layers_skipped(self, feature_layer: int | list[int] | None):
+        """
+        In training nothing of the tower is read but its features. (At other times several threads may use the model, and
+        the one that calls `get_image_features` is to have all of them.)
+        """
+        if not self.training or torch.compiler.is_compiling():
+            return nullcontext()
+        feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        return without_later_layers(self.vision_tower, feature_layer, unless_awaited=True)
+
     def _image_path_is_awaited(self, past_key_values: Cache | None) -> bool:
         """Whether other processes wait for this one's part, or the loss would have nothing to be differentiated by."""
         several = _is_one_of_several_processes()
@@ -342,14 +355,15 @@ class LlavaModel(LlavaPreTrainedModel):
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image_outputs = self.get_image_features(
-                pixel_values=pixel_values,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                image_sizes=image_sizes,
-                image_indices=image_indices,
-                return_dict=True,
-            )
+            with self._later_tower_layers_skipped(vision_feature_layer):
+                image_outputs = self.get_image_features(
+                    pixel_values=pixel_values,
+                    vision_feature_layer=vision_feature_layer,
+                    vision_feature_select_strategy=vision_feature_select_strategy,
+                    image_sizes=image_sizes,
+                    image_indices=image_indices,
+                    return_dict=True,
+                )
 
         image_features = None
         if image_outputs is not None:

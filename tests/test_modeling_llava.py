@@ -425,6 +425,51 @@ def test_batch_without_any_image_equals_the_language_model_alone():
     torch.testing.assert_close(model(**batch).logits, alone)
 
 
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_in_training_the_tower_ends_with_the_selected_layer_unless_someone_takes_part_in_later_ones(tower):
+    vision = tiny_vision_config(tower, num_hidden_layers=4)
+    strategy = "full" if tower == "siglip_vision_model" else "default"
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(tiny_config(vision=vision, vision_feature_select_strategy=strategy))
+    batch = tiny_batch()
+    layers = model.model.vision_tower.encoder.layers
+    computed = []
+    for number, layer in enumerate(layers):
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, number=number, forward=forward: (computed.append(number), forward(x))[1]
+
+    def step(feature_layer=None):
+        computed.clear()
+        model.zero_grad()
+        loss = model(**batch, vision_feature_layer=feature_layer).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss, gradients, list(computed)
+
+    # whoever takes part gets what they always got
+    model.train()
+    assert step()[2] == [0, 1, 2, 3]
+    model.model.vision_tower.requires_grad_(False)
+    hook = layers[3].self_attn.register_forward_hook(lambda *_: None)
+    loss, gradients, ran = step()
+    assert ran == [0, 1, 2, 3]
+    hook.remove()
+
+    skipped_loss, skipped_gradients, ran = step()
+    assert ran == [0, 1, 2] and torch.equal(loss, skipped_loss)
+    assert gradients.keys() == skipped_gradients.keys()
+    assert all(torch.equal(gradient, skipped_gradients[name]) for name, gradient in gradients.items())
+    assert step(-1)[2] == [0, 1, 2, 3] and step(1)[2] == [0]
+    layers[:3].requires_grad_(True)  # `train_vision_tower` freezes what is behind the features
+    _, gradients, ran = step()
+    assert ran == [0, 1, 2] and "model.vision_tower.encoder.layers.0.mlp.fc1.weight" in gradients
+
+    assert len(model.get_image_features(batch["pixel_values"], output_hidden_states=True).hidden_states) == 5
+    assert not any("forward" in vars(layer) for layer in layers)
+    model.eval()(**batch)
+    assert computed[-4:] == [0, 1, 2, 3]
+
+
 def test_frozen_tower_builds_no_graph_and_trained_one_does():
     model = LlavaForConditionalGeneration(tiny_config()).train()
     outputs = []

@@ -22,9 +22,10 @@ from transformers.utils import logging
 
 from ..constants import CACHE
 from ..data.labels import answer_stop
+from ..later_layers import without_later_layers
 from .prefix_cache import Prefix, RowCache
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
-from .unread import last_layer_for, without_later_layers
+from .unread import last_layer_for
 
 
 logger = logging.get_logger(__name__)

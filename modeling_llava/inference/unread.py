@@ -1,8 +1,6 @@
 """
-What nobody reads is not computed.
-
-A prompt's last layer gives its keys and values to the cache, and of its output only the last token's is read; image features
-are the output of a layer before the tower's last one.
+What nobody reads is not computed: a prompt's last layer gives its keys and values to the cache, and of its output only
+the last token's is read.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -41,31 +39,4 @@ def last_layer_for(language_model, tokens: torch.Tensor, num_tokens: int):
         yield
 
 
-@contextmanager
-def without_later_layers(vision_tower, feature_layer: int | list[int]):
-    """
-    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same.
-
-    Args:
-        vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
-        feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
-    """
-    encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
-    layers = list(getattr(encoder, "layers", []))
-    selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
-    later = [layer for layer in layers[last:] if "forward" not in vars(layer)]
-    try:
-        for layer in later:
-            layer.forward = _hand_on
-        yield
-    finally:
-        for layer in later:
-            del layer.forward
-
-
-def _hand_on(hidden_states, *args, **kwargs):
-    return hidden_states
-
-
-__all__ = ["last_layer_for", "without_later_layers"]
+__all__ = ["last_layer_for"]

@@ -6,7 +6,8 @@ from tiny_predictor import picture, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava.inference.predictor import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
-from modeling_llava.inference.unread import last_layer_for, without_later_layers
+from modeling_llava.inference.unread import last_layer_for
+from modeling_llava.later_layers import without_later_layers
 
 
 @pytest.fixture(scope="module")

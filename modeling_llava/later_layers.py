@@ -1,0 +1,51 @@
+"""
+The vision tower's layers after the one whose output is selected (LLaVA takes the last but one): nothing reads what they
+give, so they need not be computed.
+"""
+
+from contextlib import contextmanager
+
+from torch import nn
+
+from .capturing_hooks import is_capturing
+
+
+@contextmanager
+def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int], unless_awaited: bool = False):
+    """
+    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same.
+
+    Args:
+        vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
+        feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
+        unless_awaited (`bool`, *optional*, defaults to `False`):
+            Leave layers alone in whose computation something takes part: a trained parameter, or a hook, be it
+            somebody's own or that of an engine that shares the weights out.
+    """
+    encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
+    layers = list(getattr(encoder, "layers", []))
+    selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
+    later = [layer for layer in layers[last:] if "forward" not in vars(layer)]
+    if unless_awaited and any(_is_awaited(module) for layer in later for module in layer.modules()):
+        later = []
+    try:
+        for layer in later:
+            layer.forward = _hand_on
+        yield
+    finally:
+        for layer in later:
+            del layer.forward
+
+
+def _is_awaited(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    parameters = module.parameters(recurse=False)
+    return any(not is_capturing(hook) for hook in hooks) or any(p.requires_grad for p in parameters)
+
+
+def _hand_on(hidden_states, *args, **kwargs):
+    return hidden_states
+
+
+__all__ = ["without_later_layers"]
