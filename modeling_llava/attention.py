@@ -50,6 +50,9 @@ class DeferredMask:
     `cu_seq_lens_q`. For a pack that mask is `[T, T]`: here its construction is put off, and for packs never happens.
     """
 
+    is_refused = False
+    """Whether a pack's mask is an error: set while a model is tried."""
+
     def __init__(self, arguments: dict):
         self.arguments = arguments
         self.mask = None
@@ -58,6 +61,11 @@ class DeferredMask:
         """The mask of stock `sdpa`, `[batch_size, 1, T, T]`, the same object for every layer."""
         if self.arguments is not None:
             if not self.arguments["allow_is_causal_skip"] and not self.arguments.get("allow_is_bidirectional_skip"):
+                if self.is_refused:
+                    raise ValueError(
+                        "the language model does not hand cu_seq_lens_q to its attention layers, so that a pack would "
+                        "need a mask of all positions × all positions. Do not pack."
+                    )
                 logger.warning_once(
                     "position_ids restart inside a row, but no cu_seq_lens_q came with them: a dense mask of "
                     f"{self.arguments['q_length']}² positions is built. Pass on everything that the collator returned."
@@ -403,6 +411,10 @@ def packs_leak(language_model: PreTrainedModel) -> float:
     How much the samples of a pack influence each other in this language model, as a relative error: two short random
     samples are computed packed and one by one. 0 but for rounding where packing is right; about 1 where state passes
     between samples by another way than attention (Mamba, linear attention), or the lengths are ignored.
+
+    Raises:
+        ValueError: the model's attention does not know what packs need, or is not handed their lengths (StableLM): the
+            mask of the whole pack would be built.
     """
     embedding = language_model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
@@ -415,11 +427,14 @@ def packs_leak(language_model: PreTrainedModel) -> float:
     was_training = language_model.training
     language_model.eval()
     try:
+        DeferredMask.is_refused = True
         together = language_model(input_ids=ids, use_cache=False, **packed).last_hidden_state
+        DeferredMask.is_refused = False
         apart = [
             language_model(input_ids=part, use_cache=False).last_hidden_state for part in (ids[:, :7], ids[:, 7:])
         ]
     finally:
+        DeferredMask.is_refused = False
         language_model.train(was_training)
     apart = torch.cat(apart, dim=1).float()
     return ((together.float() - apart)[:, 7:].norm() / apart[:, 7:].norm()).item()

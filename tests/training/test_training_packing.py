@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.attention import VARLEN, packs_leak
+from modeling_llava.attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
@@ -238,6 +238,19 @@ def test_a_language_model_whose_attention_packs_do_not_know_is_padded(settings):
     assert args.packing == "none" and model.model.language_model.config._attn_implementation == before
     args.packing = "full"
     with pytest.raises(ValueError, match="does not know softcap, which Gemma2Attention asks for. Set packing=none"):
+        resolve_packing(model, args)
+
+
+def test_a_language_model_that_keeps_the_lengths_from_its_attention_is_padded(settings):
+    """StableLM: its packs would be right, by a mask of the whole row."""
+    model = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config("stablelm")))
+    args = LlavaTrainingArguments(**settings)
+    resolve_packing(model, args)
+    assert args.packing == "none" and not DeferredMask.is_refused
+    args.packing = "batch"
+    with pytest.raises(
+        ValueError, match="does not hand cu_seq_lens_q to its attention layers.*positions. Set packing"
+    ):
         resolve_packing(model, args)
 
 
