@@ -108,11 +108,12 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
     most = max((len(image["captions"]) for image in answered), default=0)
     # sacrebleu takes the first references of all, then the second, …; None where an image has fewer.
     columns = [[dict(enumerate(image["captions"])).get(number) for image in answered] for number in range(most)]
-    bleu = sacrebleu.corpus_bleu([answers[image["id"]] for image in answered], columns, lowercase=True)
+    said = [answers[image["id"]] for image in answered]
+    bleu = sacrebleu.corpus_bleu(said, columns, lowercase=True).score if said else None
     metrics = {
         # CIDEr weighs words by how rare they are among the images: for a single image it says nothing.
         "cider": interval_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
-        "bleu4": {"value": bleu.score, "interval": None, "count": len(rows)},
+        "bleu4": {"value": bleu, "interval": None, "count": len(rows)},
     }
     versions = {"sacrebleu": sacrebleu.__version__, "tokenization": "13a, lower case"}
     empty = sum(not words_of(row["answer"]) for row in rows)

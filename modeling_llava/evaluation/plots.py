@@ -91,7 +91,7 @@ def plot_bars(
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22 if subtitle else 10)
         if subtitle:
             axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=QUIET, fontsize=9)
-        if len(names) > 1:
+        if len(names) > 1 and axes.containers:  # nothing to name where nothing could be scored
             figure.legend(
                 loc="outside lower left", ncols=min(4, len(names)), frameon=False, labelcolor=INK, fontsize=9
             )

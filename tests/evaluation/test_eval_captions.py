@@ -56,6 +56,8 @@ def test_bleu_by_hand():
     scored = score(images[:1], {"0.png": "the cat sat on mat"})
     assert scored.scores["bleu4"]["value"] == pytest.approx(100 * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     assert scored.scores["cider"]["value"] is None  # says nothing of a single image
+    nothing = score(images, {})  # --partial before the first answer
+    assert [metric["value"] for metric in nothing.scores.values()] == [None, None] and nothing.rows == []
 
 
 def test_images_with_different_numbers_of_captions():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from modeling_llava.cli.main import main
-from modeling_llava.evaluation.report import attach, compare, markdown, model_index, read_runs
+from modeling_llava.evaluation.report import attach, compare, markdown, model_index, plot, read_runs
 from modeling_llava.evaluation.results import (
     SCHEMA_VERSION,
     Scored,
@@ -212,6 +212,14 @@ def test_plot_is_a_picture_with_bars(tmp_path):
     for colour in COLOURS[:2]:
         assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours
     assert list(tmp_path.iterdir()) == [tmp_path / "p.png"]
+
+
+def test_runs_without_any_score_are_drawn_and_told(tmp_path, recwarn):
+    """A judge that answers nonsense to all."""
+    (comparison,) = compare(read_runs([write_run(tmp_path / name, [None, None]) for name in "ab"]))
+    plot(comparison, tmp_path / "none.png")
+    assert not recwarn.list
+    assert "a: 0 of 2 samples scored" in markdown([comparison])
 
 
 def test_model_index_has_the_form_of_the_hub(tmp_path):
