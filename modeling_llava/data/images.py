@@ -15,6 +15,7 @@ from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSam
 
 
 _ORIENTATION = 0x0112  # EXIF tag
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 # A picture this long would take gigabytes once it is padded to a square or resized by its shorter side.
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
@@ -74,8 +75,8 @@ def read_image_size(
     """
     `(width, height)` in pixels from the file's header, before the EXIF orientation; nothing is decoded.
 
-    A JPEG without its end marker is decoded after all, since it is most likely cut off. Arguments and errors as in
-    [`load_image`].
+    A JPEG or PNG without its end marker is decoded after all, since it is most likely cut off. Arguments and errors as
+    in [`load_image`].
     """
     source, name = _locate(reference, image_folder, sample_id, follow_symlinks)
     if isinstance(source, Image.Image):
@@ -84,7 +85,7 @@ def read_image_size(
         with Image.open(source) as image:
             _check_size(image)
             size = image.size
-            if image.format == "JPEG" and not _ends_as_jpeg(source):
+            if image.format in _END_MARKERS and not _ends_with(source, _END_MARKERS[image.format]):
                 image.load()
             return size
     except MemoryError:
@@ -136,8 +137,14 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
     if "://" in os.fspath(reference):
         return _fetch(os.fspath(reference), path is not None, image_folder, sample_id), name
     path = os.fspath(reference)
-    if "\0" in path:
-        raise BadSampleError(sample_id, MISSING_IMAGE, f"has the image {name}, whose name holds a null byte.")
+    try:
+        is_path = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # half of an emoji, which JSON can write
+        is_path = False
+    if not is_path:
+        raise BadSampleError(
+            sample_id, MISSING_IMAGE, f"has the image {name}, whose name holds a null byte or half of a character."
+        )
     if image_folder is not None:
         path = _inside(path, os.fspath(image_folder), sample_id, follow_symlinks)
     _require_file(path, name, image_folder, sample_id)
@@ -235,13 +242,13 @@ def _first_bytes(source: Any) -> bytes:
         return file.read(24)
 
 
-def _ends_as_jpeg(source: Any) -> bool:
+def _ends_with(source: Any, marker: bytes) -> bool:
     """Whether the end marker is among the last bytes; cameras and editors write a few more after it."""
     if isinstance(source, io.BytesIO):
-        return b"\xff\xd9" in source.getvalue()[-4096:]
+        return marker in source.getvalue()[-4096:]
     with open(source, "rb") as file:
         file.seek(max(0, os.path.getsize(source) - 4096))
-        return b"\xff\xd9" in file.read()
+        return marker in file.read()
 
 
 def _check_size(image: Image.Image) -> None:

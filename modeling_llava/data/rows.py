@@ -128,7 +128,10 @@ class JsonRows:
     def _rows(self, wanted) -> Iterator[tuple[int, int, Any]]:
         """`(first byte, bytes, row)` of each row. A line that `wanted(index)` refuses is not parsed."""
         with open(self.path, "rb") as file:
-            start = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+            mark = file.read(3)
+            if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{self.path} is written in UTF-16: save it as UTF-8.")
+            start = 3 if mark == codecs.BOM_UTF8 else 0
             file.seek(start)
             head = file.read(1)
             while head.isspace():
@@ -137,7 +140,14 @@ class JsonRows:
                 raise ValueError(f"{self.path} is empty: it holds no conversation.")
             file.seek(start)
             if head == b"[":
-                yield from self._array(file, start)
+                try:
+                    yield from self._array(file, start)
+                except UnicodeDecodeError as error:
+                    place = file.tell() - len(error.object) + error.start
+                    found = error.object[error.start : error.start + 1]
+                    raise ValueError(
+                        f"{self.path} is not UTF-8: byte {place} is {found!r}. Save it as UTF-8."
+                    ) from None
             else:
                 yield from self._lines(file, start, wanted)
 
@@ -152,7 +162,7 @@ class JsonRows:
                     )
                 try:
                     row = json.loads(line) if wanted(index) else None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     row = BadSampleError(str(index), BAD_ROW, f"is not JSON (line {number} of {self.path}): {error}.")
                 yield start, len(line), row
                 index += 1
@@ -189,12 +199,15 @@ class JsonRows:
                     row, end = decode(text, position)
                     if end < len(text) or ended:  # a number at the end of the window could go on
                         break
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or [[[[…
                     # Only an error that more text could mend is worth reading on for.
-                    is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
+                    reason = getattr(error, "msg", error)
+                    is_cut = isinstance(error, json.JSONDecodeError) and (
+                        error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
+                    )
                     if ended or not is_cut:
                         raise ValueError(
-                            f"{self.path} is not valid JSON in row {index}, which starts at byte {start}: {error.msg}. "
+                            f"{self.path} is not valid JSON in row {index}, which starts at byte {start}: {reason}. "
                             "Is the file cut off, or are two files joined?"
                         ) from error
                 chunk = file.read(max(_CHUNK, len(text)))

@@ -326,7 +326,10 @@ def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> C
             f"marks {slots} image{'' if slots == 1 else 's'} in its user turns but comes with {len(images)}: write one "
             f"{IMAGE_TOKEN} (or one image item) for each image.",
         )
-    return {"id": sample_id, "messages": messages, "images": images, "type": None if type is None else str(type)}
+    type = None if type is None else str(type)
+    if type is not None and _SURROGATE.search(type):
+        raise BadSampleError(sample_id, BAD_ROW, f"has the type {type!r}, with half of a character. Take it out.")
+    return {"id": sample_id, "messages": messages, "images": images, "type": type}
 
 
 def _short(value: Any) -> str:

@@ -187,6 +187,9 @@ def test_missing_file(tmp_path):
     noise().save(tmp_path / "a.png")
     fails(MISSING_IMAGE, "There is 'a.png' instead.", "a.jpg", tmp_path)
     fails(MISSING_IMAGE, "null byte", "a\0.jpg", tmp_path)
+    fails(MISSING_IMAGE, "half of a character", "\ud83d.jpg", tmp_path)
+    with pytest.raises(BadSampleError, match="half of a character"):
+        read_image_size("\ud83d.jpg", None, "s")
     fails(MISSING_IMAGE, "cannot be opened", "a" * 5000, tmp_path)
     fails(MISSING_IMAGE, "a URL: download", "https://example.com/a.jpg", tmp_path)
 
@@ -232,6 +235,8 @@ def test_truncated_png(tmp_path):
     data = encoded(noise(200, 200))
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
     fails(CORRUPT_IMAGE, "cut off", "a.png", tmp_path)
+    with pytest.raises(BadSampleError, match="a.png"):  # found from the header too, as in a JPEG
+        read_image_size("a.png", tmp_path, "s")
 
 
 def test_zero_bytes(tmp_path):

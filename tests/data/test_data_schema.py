@@ -133,6 +133,7 @@ BAD_ROWS = [
     ({**llava_row("<image>", "A."), "image": 5}, BAD_ROW, "has the image 5: give a path"),
     ({**llava_row("<image>", "A."), "image": [None]}, BAD_ROW, "has the image None: give a path"),
     (llava_row("<image>\nHi \ud83d", "A."), BAD_ROW, "half of a character, in turn 0"),
+    ({**llava_row("<image>", "A."), "type": "\ud83d"}, BAD_ROW, "with half of a character"),
     ({"id": "s", "conversations": [{"from": "human"}]}, BAD_ROW, "turn 0"),
     ({"id": "s", "conversations": [{"from": "human", "value": None}]}, BAD_ROW, "turn 0"),
     ({"id": "s", "conversations": "Hi"}, BAD_ROW, "no list of 'conversations'"),

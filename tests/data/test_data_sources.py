@@ -101,10 +101,14 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
         ("", "is empty"),
         ("[]", "holds no usable sample"),
         ('{\n  "data": []\n}', "one JSON object over several lines"),
+        (b'[{"id": "caf\xe9"}]', r"is not UTF-8: byte 12 is b'\xe9'"),
+        ("[]".encode("utf-16"), "written in UTF-16"),
+        ("[" + "[" * 100_000, "row 0, which starts at byte 1: maximum recursion"),
+        ("[1" + "0" * 5000 + "]", "row 0, which starts at byte 1: Exceeds the limit"),
     ],
 )
 def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
-    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match="a.json") as caught:
         load_conversations(tmp_path / "a.json", on_bad_sample="drop")
     assert words in str(caught.value)
@@ -112,11 +116,11 @@ def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
 
 def test_broken_line_is_a_bad_row(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [llava_row(0), llava_row(1)])
-    path.write_text(path.read_text() + '{"id": \n' + json.dumps(llava_row(3)))
+    path.write_text(path.read_text() + '{"id": \n' + json.dumps(llava_row(3)) + "\n" + '{"a":' * 100_000)
     with pytest.raises(BadSampleError, match="sample '2' is not JSON .line 3 of"):
         load_conversations(path)
     dataset = load_conversations(path, on_bad_sample="drop")
-    assert ids(dataset) == ["s0", "s1", "s3"] and dataset.dropped == {BAD_ROW: 1}
+    assert ids(dataset) == ["s0", "s1", "s3"] and dataset.dropped == {BAD_ROW: 2}
 
 
 def test_missing_ids_are_row_numbers_that_dropping_does_not_shift(tmp_path):
