@@ -121,6 +121,11 @@ class Budget:
         self.held_tokens = 0
         self.held_cost = 0.0
 
+    @property
+    def limited(self) -> bool:
+        """Whether it has an end."""
+        return self.max_tokens is not None or self.max_cost is not None
+
     def estimate(self, messages: list[Message], max_tokens: int) -> Usage:
         """The most that a request is expected to use, in tokens."""
         characters = sum(len(message["content"]) for message in messages)

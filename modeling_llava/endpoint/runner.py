@@ -110,6 +110,7 @@ class _Run:
         self.not_before = 0.0
         self.last_success = time.monotonic()
         self.answered = 0
+        self.held = 0  # requests for which the budget has set something aside
         self.released = asyncio.Event()
 
     def stop(self, why: str, message: str) -> None:
@@ -148,23 +149,28 @@ class _Run:
                 break
         return not self.stopping.is_set()
 
-    async def hold(self, estimate: Usage) -> bool:
-        """Sets `estimate` aside in the budget; `False` if it does not have it or the run was stopped.
+    async def hold(self, task: Task) -> Usage | None:
+        """Sets aside in the budget what a task may use; `None` if it does not have it or the run was stopped.
 
-        Replies in flight mostly use less than is held for them: the budget has an end only when none is in flight.
+        Replies in flight mostly use less than is held for them: the budget has an end only when none is in flight. And
+        what a prompt takes is learned from replies: under a budget each one lets one more request go at the same time
+        (1, 2, 4, … in flight), so that an estimate that is too low is seen before all go by it.
         """
         while not self.stopping.is_set():
-            if self.budget.hold(estimate):
-                return True
+            estimate = self.budget.estimate(task.messages, task.max_tokens)
+            if (self.held <= self.answered or not self.budget.limited) and self.budget.hold(estimate):
+                self.held += 1
+                return estimate
             if not self.budget.held_tokens:
                 self.stop("budget", _budget_message(self.budget, estimate))
-                return False
+                break
             self.released.clear()
             await self.released.wait()
-        return False
+        return None
 
     def release(self, estimate: Usage) -> None:
         self.budget.release(estimate)
+        self.held -= 1
         self.released.set()
 
     async def work(self, tasks: Iterator[Task]) -> None:
@@ -188,9 +194,10 @@ class _Run:
             task = resume_attempt(task, self.ledger)
         while True:
             request = task.request_id(self.run_id, self.model.name, attempt)
-            reply, estimate = await self.ask(task, request, attempt)
-            if reply is None:
+            answered = await self.ask(task, request, attempt)
+            if answered is None:
                 return
+            reply, estimate = answered
             verdict = self.judge(task, reply)
             final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
             # Synced together with the line of the next request, which waits for that.
@@ -214,7 +221,7 @@ class _Run:
                 return
             task, attempt = task.again(reply.text, verdict.tell), attempt + 1
 
-    async def ask(self, task: Task, request: str, attempt: int) -> tuple[Reply | None, Usage]:
+    async def ask(self, task: Task, request: str, attempt: int) -> tuple[Reply, Usage] | None:
         """One reply, through limits, budget and faults; the budget holds what was estimated for it.
 
         `None`: the task stays open (the run stops, the endpoint refuses it, or it failed too often).
@@ -222,13 +229,13 @@ class _Run:
         head = {"task": task.id, "request": request, "attempt": attempt}
         failed = 0
         while True:
-            estimate = self.budget.estimate(task.messages, task.max_tokens)
             # The budget first: who waited for it would come late to his place in the limits, beside the next one's.
-            if not await self.hold(estimate):
-                return None, estimate
+            estimate = await self.hold(task)
+            if estimate is None:
+                return None
             if not await self.wait_for_limits(estimate):
                 self.release(estimate)
-                return None, estimate
+                return None
             tokens = [estimate.prompt_tokens, estimate.completion_tokens]
             self.ledger.append({"event": "sent", **head, "tokens": tokens})
             await self.ledger.synced()
@@ -249,7 +256,7 @@ class _Run:
                 failed += 1
                 if not await self.bear(error, failed):
                     self.summary.given_up[error.kind] += 1
-                    return None, estimate
+                    return None
                 continue
             self.answered += 1
             self.last_success = time.monotonic()

@@ -358,6 +358,19 @@ def rejecting(task, reply):
     return Verdict()
 
 
+def test_a_budget_is_kept_where_prompts_take_far_more_tokens_than_expected(tmp_path):
+    def script(messages):
+        characters = sum(len(message["content"]) for message in messages)
+        return Reply("fine", usage=Usage(2 * characters, 100))  # seven times the first estimate
+
+    long = [Task(f"t{i}", [{"role": "user", "content": "字" * 1000}], max_tokens=100) for i in range(200)]
+    with Ledger(tmp_path / "l") as ledger:
+        model = Scripted(script, seconds=0.005)
+        summary = run_tasks(long, model, ledger, settings=RunSettings(64), budget=Budget(max_tokens=100_000))
+        assert summary.stopped == "budget" and 95_000 < ledger.used.total_tokens <= 100_000
+    assert model.most_in_flight > 10  # 1, 2, 4, … at once
+
+
 def test_a_rejected_reply_is_asked_for_once_more_with_the_reason(tmp_path):
     script = lambda messages: "good" if len(messages) == 4 else "bad"  # noqa: E731
     model = Scripted(script)
