@@ -70,23 +70,37 @@ class AnswerFolder:
         identity (`dict`): What the answers depend on: benchmark, model, data, settings. JSON.
 
     Raises:
-        ValueError: the folder holds another run; the message names what is different.
+        ValueError: the folder holds answers of another run, or a process is at one; the message names what is different.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: dict):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.identity = json.loads(json.dumps(identity))  # as it will be read again
+        self._claim()
+
+    def _claim(self) -> None:
+        """The folder is this run's if it is nobody's: without an answer, and no process is at it."""
         run_file = self.folder / RUN_NAME
-        identity = json.loads(json.dumps(identity))  # as it will be read again
         with _locked(self.folder / f".{RUN_NAME}.lock", wait=True):
-            if not run_file.is_file():
-                write_text(run_file, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+            if not run_file.is_file() or not self._is_begun():
+                write_text(run_file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n")
             before = json.loads(run_file.read_text("utf-8"))
-        if different := _differences(before, identity):
+        if different := _differences(before, self.identity):
             raise ValueError(
                 f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "
                 "the folder."
             )
+
+    def _is_begun(self) -> bool:
+        for path in self.folder.iterdir():
+            if _ANSWER_FILES.fullmatch(path.name) and path.stat().st_size:
+                return True
+            if _ANSWER_FILES.fullmatch(path.name[1:].removesuffix(".lock")):
+                with _locked(path) as is_free:
+                    if not is_free:
+                        return True
+        return False
 
     def answers(self) -> dict[str, dict]:
         """All answers so far, of every shard, by id. A line that a kill cut off is left out."""
@@ -150,6 +164,7 @@ class AnswerFolder:
                     f"{self.folder}: another process is at {part} now. Wait for it, stop it, or give another --out. "
                     "Processes share a run with --shard 1/2 and --shard 2/2."
                 )
+            self._claim()  # before this lock, a run with other settings may have found nobody here
             yield
 
     def scoring(self) -> contextlib.AbstractContextManager[bool]:

@@ -6,7 +6,8 @@ An order is written as the ScienceQA paper writes it: what is given, a hyphen, w
 choices, A answer, L lecture, E explanation. `QCM-LEA` reasons first, `QCM-ALE` answers first; `QCM-LEPA` is LLaVA's own
 form with a heading for each part. Orders with L or E before the hyphen give away the reasons (an upper bound).
 
-Differs from the original: its `AL` learned the explanation and its `AE` the lecture. Here letters mean what they say.
+Differs from the original: its `AL` learned the explanation and its `AE` the lecture (here letters mean what they say), and
+an answer without reasons began with a blank.
 """
 
 from collections.abc import Iterable, Iterator

@@ -78,9 +78,17 @@ def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
 
 
 def test_folder_keeps_to_one_run(tmp_path):
-    AnswerFolder(tmp_path, {"model": {"name": "a", "fingerprint": "1"}, "settings": {"limit": 3}})
-    with pytest.raises(ValueError, match='another run: model.name was "a", is "b"; settings.limit was 3, is null'):
-        AnswerFolder(tmp_path, {"model": {"name": "b", "fingerprint": "1"}, "settings": {}})
+    one = {"model": {"name": "a", "fingerprint": "1"}, "settings": {"limit": 3}}
+    other = {"model": {"name": "b", "fingerprint": "1"}, "settings": {}}
+    first, second = AnswerFolder(tmp_path, one), AnswerFolder(tmp_path, other)  # nothing was answered yet
+    refused = pytest.raises(ValueError, match='another run: model.name was "b", is "a"; settings.limit was null, is 3')
+    with second.hold(Shard(1, 2)), refused:  # it is loading the model
+        AnswerFolder(tmp_path, one)
+    with second.hold(Shard(1, 2)), refused, first.hold(Shard(0, 2)):
+        pass
+    AnswerFolder(tmp_path, other).run(samples_of(2), Shard(1, 2), answer_all, progress=False)
+    with refused:
+        AnswerFolder(tmp_path, one)
 
 
 def test_shards_part_the_samples_and_keep_images_together():
