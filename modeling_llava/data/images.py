@@ -120,7 +120,8 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
             raise BadSampleError(sample_id, CORRUPT_IMAGE, f"has the image {name}, which is empty (0 bytes).")
         return io.BytesIO(reference), name
     if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
-        what = f"reference of type {type(reference).__name__}" if reference != "" else "path of no characters"
+        is_text = isinstance(reference, str)
+        what = "path of no characters" if is_text else f"reference of type {type(reference).__name__}"
         raise BadSampleError(
             sample_id,
             BAD_ROW,

@@ -1,5 +1,6 @@
 """`LlavaPredictor` against `generate`: the same answers from a prefix that is computed once and never copied."""
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -309,6 +310,8 @@ def test_bad_input_is_refused_with_a_reason(predictor, tmp_path):
     predictor.set_image(picture(1))
     with pytest.raises(ValueError, match="nowhere.png"):
         predictor.set_image([picture(2), str(tmp_path / "nowhere.png")])
+    with pytest.raises(ValueError, match="of type ndarray: give a path, a PIL image, bytes"):
+        predictor.set_image(numpy.zeros((4, 4, 3), numpy.uint8))
     assert predictor.ask("What?", max_new_tokens=2)  # the image set before
     with pytest.raises(ValueError, match="one question"):
         predictor.ask(["a", "b"], keep_history=True)
