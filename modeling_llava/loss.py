@@ -109,10 +109,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if ctx.grads is None:
+            raise RuntimeError(
+                "Trying to backward through the loss a second time: its gradients, computed in the forward pass, are gone "
+                "after the first. Compute the loss again."
+            )
         grads = [
             None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes)
         ]
-        ctx.grads = None  # scaled in place: a second backward would be wrong, and fails here
+        ctx.grads = None  # scaled in place, they would be wrong in a second backward pass
         return *grads, None, None, None
 
 

@@ -87,6 +87,14 @@ def test_loss_is_scaled_by_what_stands_behind_it(small_chunks):
     torch.testing.assert_close(thrice, 3 * once)
 
 
+def test_a_second_backward_pass_says_why_it_cannot_be():
+    hidden, head, labels = example()
+    loss = causal_language_model_loss(hidden, labels, head)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time.*Compute the loss again"):
+        loss.backward()
+
+
 def test_bfloat16_head_gradient_is_summed_in_float32(small_chunks):
     hidden, head, labels = example(torch.bfloat16)
     exact_hidden = hidden.detach().float().requires_grad_()
