@@ -243,7 +243,12 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     where = f"{where}, sample '{name}'"
     size = _size(row.get("width"), row.get("height"), where)
     boxes = []
-    for item in row.get("boxes", row.get("instances")) or ():
+    items = row.get("boxes", row.get("instances")) or ()
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(
+            f"{where}: 'boxes' is {items!r}, not a list of {{'category': name, 'bbox': [x1, y1, x2, y2]}}."
+        )
+    for item in items:
         try:
             category, corners, crowd = item["category"], _corners(item["bbox"]), item.get("iscrowd")
             if not category.strip():
@@ -402,12 +407,12 @@ def read_contexts(
         yield context
         if limit is not None and counts.contexts >= limit:
             break
-    if boxes_by_image and not matched:
+    if boxes_by_image is not None and not matched:
         logger.warning(
-            "No image of %s has a box in %s: '%s' stands there. Both files name images by the same file names.",
+            "No image of %s has a box in %s: %s. Both files name images by the same file names.",
             captions,
             boxes,
-            next(iter(boxes_by_image)),
+            f"'{next(iter(boxes_by_image))}' stands there" if boxes_by_image else "it holds none",
         )
     lost = sum(counts.dropped[reason] for reason in ("no_size", "outside", "tiny", "empty", "inverted", "not_finite"))
     if lost > counts.boxes:

@@ -68,6 +68,8 @@ class _Reader:
             except json.JSONDecodeError as error:
                 if self.done:
                     raise self.broken(error.msg) from None
+            except RecursionError:
+                raise self.broken("it is nested too deeply") from None
             self.read_more()
             self.chunk *= 2
 
@@ -102,8 +104,11 @@ def iterate_json(path: str | Path) -> Iterator[tuple[str, Any]]:
                     yield key, reader.value()
                 if reader.peek() != "}":
                     reader.expect(",")
+            reader.position += 1
         else:
             raise reader.broken("it begins with neither '[' nor '{'")
+        if reader.peek():
+            raise reader.broken(f"{reader.peek()!r} stands after its end")
 
 
 def _items(reader: _Reader) -> Iterator[Any]:
@@ -128,6 +133,8 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}, is not JSON: {error.msg}.") from None
+                except RecursionError:
+                    raise ValueError(f"{path}, line {number}, is nested too deeply.") from None
 
 
 def first_character(path: str | Path) -> str:
@@ -143,10 +150,11 @@ def is_lines(path: str | Path) -> bool:
     """Whether a file is JSONL: by its name, or because its first line is a whole object and a second one follows."""
     if Path(path).suffix.lower() in {".jsonl", ".ndjson"}:
         return True
-    if Path(path).suffix.lower() == ".json" or first_character(path) != "{":
+    if first_character(path) != "{":
         return False
     with _open(path) as file:
+        line = file.readline(CHUNK_CHARACTERS)  # a COCO file is one line of hundreds of megabytes
         try:
-            return isinstance(json.loads(file.readline()), dict) and bool(file.readline().strip())
-        except json.JSONDecodeError:
+            return isinstance(json.loads(line), dict) and bool(file.readline(CHUNK_CHARACTERS).strip())
+        except (json.JSONDecodeError, RecursionError):
             return False

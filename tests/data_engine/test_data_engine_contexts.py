@@ -349,3 +349,41 @@ def test_coco_is_read_within_memory_of_what_is_kept(tmp_path, monkeypatch):
 def test_context_keeps_corners_exactly(tmp_path):
     context = Context("a", "a.jpg", ("x",), (Box("c", (1 / 3, 0.0, 2 / 3, 1.0)),))
     assert next(read_contexts(write(tmp_path / "c.jsonl", [context.to_dict()]))) == context
+
+
+def test_rows_in_a_file_named_json_are_read_as_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"image": "a.jpg", "captions": ["x"]}\n{"image": "b.jpg", "captions": ["y"]}\n')
+    assert [context.id for context in read_contexts(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"image": "a.jpg", "captions": ["x"]}][{"image": "b.jpg", "captions": ["y"]}]', "stands after its end"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_would_be_lost_behind_the_end_of_an_array_is_named(tmp_path, text, message):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_contexts(path))
+
+
+@pytest.mark.parametrize("boxes", [5, {"category": "a", "bbox": [0, 0, 1, 1]}])
+def test_boxes_that_are_no_list_are_named(tmp_path, boxes):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a.jpg", "captions": ["x"], "boxes": boxes}))
+    with pytest.raises(ValueError, match="line 1, sample 'a': 'boxes' is .*, not a list"):
+        list(read_contexts(path))
+
+
+def test_a_file_of_boxes_that_holds_none_is_said(tmp_path, caplog):
+    image = {"id": 1, "file_name": "a.jpg", "width": 10, "height": 10}
+    (tmp_path / "c.json").write_text(
+        json.dumps({"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]})
+    )
+    (tmp_path / "b.json").write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1}]}))
+    assert len(list(read_contexts(tmp_path / "c.json", tmp_path / "b.json"))) == 1
+    assert "it holds none" in caplog.text
