@@ -14,6 +14,13 @@ from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
 
 
 GOLDEN = Path(__file__).parent / "golden"
+QUESTIONS = [
+    "What is this?",
+    "How many people are in the picture, and what do all of them wear on their heads?",
+    "Why?",
+    "  Is it   indented?\n",
+    "Describe the weather.",
+]
 
 
 def tiny_processor(template="vicuna_v1", side=28):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from PIL import Image
-from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import assistant_turn, generated, picture, user_turn
 
 from modeling_llava.data import load_conversations
 from modeling_llava.inference.chat import Chat, save_transcript
@@ -16,16 +16,6 @@ from modeling_llava.inference.predictor import LlavaPredictor
 
 
 QUESTIONS = ["What is this?", "Why is it so?", "And the one on the left?"]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    return tiny_llava(processor)
 
 
 @pytest.fixture

@@ -1,0 +1,139 @@
+"""Whole benchmarks through `LlavaPredictor.answer_many`: the answers of `generate`, whatever the batch."""
+
+import pytest
+from tiny_predictor import QUESTIONS, assistant_turn, generated, picture, user_turn
+
+from modeling_llava.inference import decoding
+from modeling_llava.inference.decoding import Decoder
+from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference.prompts import encode_prompt
+
+
+def samples_of(specification):
+    """(image seeds, question) → samples; a conversation before the question where it is a list."""
+    samples = []
+    for number, (seeds, question) in enumerate(specification):
+        images = [picture(seed) for seed in seeds]
+        messages = [user_turn(question, [None] * len(images))]
+        messages[0]["content"] = [
+            {"type": "image"} if item["type"] == "image" else item for item in messages[0]["content"]
+        ]
+        samples.append({"id": f"s{number}", "messages": messages, "images": images})
+    return samples
+
+
+def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, tmp_path):
+    specification = [
+        ([1], QUESTIONS[0]),
+        ([], QUESTIONS[1]),
+        ([2], QUESTIONS[1] * 3),
+        ([1], QUESTIONS[2]),
+        ([3, 4], QUESTIONS[4]),
+        ([], QUESTIONS[2]),
+        ([1], QUESTIONS[1]),
+        ([5], QUESTIONS[4]),
+        ([2], QUESTIONS[2]),
+        ([3, 4], QUESTIONS[0]),
+        ([6], QUESTIONS[3]),
+    ]
+    for seed in range(1, 7):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    samples = samples_of(specification)
+    for sample, (seeds, _) in zip(samples, specification):
+        sample["images"] = [f"{seed}.png" for seed in seeds]
+    expected = {
+        f"s{number}": generated(model, processor, [user_turn(question, [picture(seed) for seed in seeds])], 9)
+        for number, (seeds, question) in enumerate(specification)
+    }
+    predictor = LlavaPredictor(model, processor)
+    passes = []
+    encode = predictor.decoder.encode_images
+    predictor.decoder.encode_images = lambda pixels: passes.append(len(pixels)) or encode(pixels)
+    for batch_size in (1, 3, 8, 64):
+        answers = list(
+            predictor.answer_many(iter(samples), batch_size=batch_size, image_folder=tmp_path, max_new_tokens=9)
+        )
+        assert {answer.id: answer.text for answer in answers} == expected
+        assert len(answers) == len(samples)
+    assert passes[-1] == 6  # six pictures in all, each encoded once
+
+
+def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
+    """Rows that end early make room: the answers stay what they are."""
+    samples = samples_of([([seed], QUESTIONS[seed % 5]) for seed in range(13)])
+    predictor = LlavaPredictor(model, processor)
+    free = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30)}
+    stops = (free["s2"].text[4:6], free["s5"].text[10:12])
+    expected = {}
+    for number in range(13):
+        cut = free[f"s{number}"].text
+        for stop in stops:
+            cut = cut.split(stop)[0].strip()
+        expected[f"s{number}"] = cut
+    answers = list(predictor.answer_many(samples, batch_size=4, max_new_tokens=30, stop_strings=stops))
+    assert {answer.id: answer.text for answer in answers} == expected
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    assert all(answer.num_tokens == 30 for answer in answers if answer.finish_reason == "length")
+
+
+def test_benchmark_row_that_ends_before_the_others_makes_room(model, processor):
+    """The last row moves into its place; the others go on as if nothing had been."""
+    samples = samples_of([([seed], QUESTIONS[seed]) for seed in range(4)])
+    predictor = LlavaPredictor(model, processor)
+    free = {answer.id: answer.text for answer in predictor.answer_many(samples, max_new_tokens=30)}
+    early, others = free["s0"], [free[f"s{number}"] for number in (1, 2, 3)]
+    stops = [early[i : i + n] for n in (1, 2, 3, 4) for i in range(len(early) // 2)]
+    stop = next(stop for stop in stops if stop.strip() == stop and not any(stop in other for other in others))
+    answers = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30, stop_strings=(stop,))}
+    assert [answers[f"s{number}"].finish_reason for number in range(4)] == ["stop", "length", "length", "length"]
+    assert {name: answers[name].text for name in ("s1", "s2", "s3")} == {
+        name: free[name] for name in ("s1", "s2", "s3")
+    }
+
+
+def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
+    predictor = LlavaPredictor(model, processor)
+    good = samples_of([([1], "a")])[0]
+    for change, message in (
+        ({"images": ["gone.png"]}, "sample 's0' .*gone.png"),
+        ({"messages": []}, "sample 's0' has no message"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "sample 's0' has a message whose content is a str"),
+        ({"images": []}, "sample 's0' has 1 image items in its messages but 0 images"),
+        ({"messages": [*good["messages"], assistant_turn("x")]}, "sample 's0' ends with the assistant"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(predictor.answer_many([{**good, **change}], image_folder=tmp_path))
+    with pytest.raises(ValueError, match="no messages"):
+        list(predictor.answer_many([{"id": 1, "images": []}]))
+    with pytest.raises(ValueError, match="batch_size"):
+        next(predictor.answer_many([good], batch_size=0))
+
+
+def test_benchmark_reads_its_samples_as_it_goes(model, processor):
+    """A stream without an end is no problem: nothing is collected."""
+    predictor = LlavaPredictor(model, processor)
+    read = []
+
+    def endless():
+        number = 0
+        while True:
+            read.append(number)
+            yield {"id": number, "messages": [user_turn("What?")], "images": []}
+            number += 1
+
+    answers = predictor.answer_many(endless(), batch_size=2, max_new_tokens=2)
+    first = [next(answers).id for _ in range(40)]
+    assert len(set(first)) == 40 and len(read) <= 40 + 2 * 16 + 2
+
+
+def test_long_prompts_are_computed_in_pieces(model, processor, monkeypatch):
+    samples = samples_of([([seed], QUESTIONS[seed % 5] * (1 + seed % 3)) for seed in range(9)])
+    predictor = LlavaPredictor(model, processor)
+    expected = {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)}
+    sizes = []
+    forward = Decoder._forward
+    monkeypatch.setattr(Decoder, "_forward", lambda self, e, s: sizes.append(e.shape[1]) or forward(self, e, s))
+    monkeypatch.setattr(decoding, "MAX_PREFILL_TOKENS", 200)
+    assert {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)} == expected
+    longest = max(len(encode_prompt(sample["messages"], processor)) for sample in samples)
+    assert max(sizes) <= max(200, longest)

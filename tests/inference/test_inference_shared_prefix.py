@@ -1,0 +1,45 @@
+"""The parts of attention over a shared prefix."""
+
+import torch
+
+from modeling_llava.inference.prefix_cache import Prefix, match_chain
+from modeling_llava.inference.shared_prefix import partial_attention
+
+
+def test_prefix_in_several_parts_is_one_softmax():
+    query, key, value = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
+    mask = torch.rand(5, 11) > 0.4
+    mask[:, 7] = True
+    mask[2, :7] = False  # nothing of the first part is seen
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    first = partial_attention(query, key[:, :, :7], value[:, :, :7], mask[:, :7], 0.3)
+    second = partial_attention(query, key[:, :, 7:], value[:, :, 7:], mask[:, 7:], 0.3)
+    total = torch.logaddexp(first[1], second[1])
+    merged = first[0] * (first[1] - total).exp() + second[0] * (second[1] - total).exp()
+    torch.testing.assert_close(merged, whole)
+    assert torch.isneginf(first[1][:, :, 2]).all()
+
+
+def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
+    from modeling_llava.inference import shared_prefix
+
+    query, key, value = torch.randn(2, 50, 8), torch.randn(2, 40, 8), torch.randn(2, 40, 8)
+    whole = partial_attention(query, key, value, None, 0.3)
+    sizes = []
+    matmul = torch.matmul
+    monkeypatch.setattr(shared_prefix.torch, "matmul", lambda a, b: sizes.append((a @ b).numel()) or matmul(a, b))
+    monkeypatch.setattr(shared_prefix, "MAX_SCORES", 800)
+    pieces = partial_attention(query, key, value, None, 0.3)
+    assert max(sizes) <= 800
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_prefix_is_matched_by_the_ids_of_the_whole_prompt():
+    image = Prefix([1, 5, 9, 9, 9], keys=[torch.randn(1, 5, 2)], values=[torch.randn(1, 5, 2)])
+    turns = Prefix([7, 8, 6], 5, image, [torch.randn(1, 3, 2)], [torch.randn(1, 3, 2)])
+    assert match_chain(turns, [1, 5, 9, 9, 9, 7, 8, 6, 2]) is turns
+    cut = match_chain(turns, [1, 5, 9, 9, 9, 7, 3, 6, 2])  # the second answer is cut into other tokens
+    assert cut.ids == [7] and cut.parent is image and cut.end == 6
+    assert cut.keys[0].data_ptr() == turns.keys[0].data_ptr()
+    assert match_chain(turns, [1, 5, 9, 9, 9]).end == 4  # one token is left over, to ask with
+    assert match_chain(turns, [2, 5]) is None and match_chain(None, [1]) is None
