@@ -59,7 +59,13 @@ def make_benchmark(
     question: str = QUESTION,
     files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
-    """Captioning as a [`Benchmark`]."""
+    """
+    Captioning as a [`Benchmark`].
+
+    Raises:
+        ImportError: `pycocoevalcap` or `sacrebleu` is not installed; said before hours of answers are made.
+    """
+    _scorers()
     return Benchmark(
         name="captions",
         samples=[question_sample(image["id"], image["image"], question) for image in images],
@@ -83,13 +89,7 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
     Raises:
         ImportError: `pycocoevalcap` or `sacrebleu` is not installed.
     """
-    try:
-        import sacrebleu
-        from pycocoevalcap.cider.cider import Cider
-    except ImportError as error:
-        raise ImportError(
-            "Captions are scored with pycocoevalcap and sacrebleu: pip install 'modeling-llava[eval]'"
-        ) from error
+    Cider, sacrebleu = _scorers()
     answered = [image for image in images if image["id"] in answers]
     references = {image["id"]: [words_of(caption) for caption in image["captions"]] for image in answered}
     candidates = {image["id"]: [words_of(answers[image["id"]])] for image in answered}
@@ -118,6 +118,17 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
     versions = {"sacrebleu": sacrebleu.__version__, "tokenization": "13a, lower case"}
     empty = sum(not words_of(row["answer"]) for row in rows)
     return Scored(rows, metrics, "cider", {"empty": empty}, {"bleu": versions})
+
+
+def _scorers():
+    try:
+        import sacrebleu
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError as error:
+        raise ImportError(
+            "Captions are scored with pycocoevalcap and sacrebleu: pip install 'modeling-llava[eval]'"
+        ) from error
+    return Cider, sacrebleu
 
 
 __all__ = ["QUESTION", "make_benchmark", "read_captions", "score", "words_of"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 from tiny_predictor import picture
@@ -95,6 +96,16 @@ def test_forms_of_annotations(tmp_path):
         (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": [text]}))
         with pytest.raises(ValueError, match="'a.jpg' has a caption that is not text, or has no word"):
             read_captions(tmp_path / "c.jsonl")
+
+
+def test_what_is_not_installed_is_said_before_anything_is_answered(tmp_path, model_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "0.png", "captions": ["A cat."]}))
+    arguments = ["--annotations", tmp_path / "c.jsonl", "--images", tmp_path, "--out", tmp_path / "out"]
+    assert main(["eval", "captions", str(model_folder), *map(str, arguments)]) != 0
+    assert "pip install 'modeling-llava[eval]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_command(tmp_path, model_folder):

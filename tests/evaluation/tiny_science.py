@@ -1,4 +1,6 @@
-"""A problem in the form of ScienceQA's `problems.json`."""
+"""Problems in the form of ScienceQA's `problems.json`."""
+
+from modeling_llava.evaluation.scienceqa import read_problems
 
 
 def science_problem(number, split="test", **changes):
@@ -20,3 +22,7 @@ def science_problem(number, split="test", **changes):
         "split": split,
     }
     return {**problem, **changes}
+
+
+def problems_of(science, split="test"):
+    return read_problems(science / "problems.json", science / "pid_splits.json", split, science / "images")

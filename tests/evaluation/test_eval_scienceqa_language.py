@@ -1,0 +1,108 @@
+"""ScienceQA with a language-only model: alone by worked examples, as a complement, and as the judge."""
+
+import pytest
+from tiny_science import problems_of, science_problem
+
+from modeling_llava.endpoint import PassingFault, RunSettings
+from modeling_llava.endpoint.limits import Backoff
+from modeling_llava.evaluation.scienceqa import (
+    question_text,
+    read_hub_problems,
+)
+from modeling_llava.evaluation.scienceqa_language import (
+    choose_shots,
+    complement,
+    judge_tasks,
+    judged,
+    language_tasks,
+    score_with_language_model,
+)
+
+
+def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
+    train, test = problems_of(science, "train"), problems_of(science)
+    shots = choose_shots(train, 2)
+    assert all(shot.image is None and shot.solution for shot in shots) and shots == choose_shots(train, 2)
+    task = language_tasks(test, shots)[0]
+    assert [message["role"] for message in task.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert task.messages[2]["content"].endswith(f"The answer is {shots[0].letter}.")
+    assert task.messages[-1]["content"] == question_text(test[0]) and task.temperature == 0.0
+    with pytest.raises(ValueError, match="5 worked examples are needed"):
+        choose_shots(train, 5)
+
+
+def test_ensembles_by_hand(science, tmp_path, scripted):
+    """
+    Of eight problems LLaVA is right in 1–5. The language model answers 1, 2 right, 3 wrong, 4 not at all, 6 right, 7 not
+    at all, 5 and 8 wrong. The judge takes the language model's side, but for 3, and says nothing of use about 5.
+    """
+    test = problems_of(science)
+    right = {p.id: f"The answer is {p.letter}." for p in test}
+    wrong = {p.id: f"The answer is {'AB'[1 - p.answer]}." for p in test}
+    own = {p.id: (right if int(p.id) <= 5 else wrong)[p.id] for p in test}
+    language = {p.id: (right if p.id in "126" else wrong)[p.id] for p in test} | {"4": "There is no picture.", "7": ""}
+    verdict = {p.id: language[p.id] for p in test} | {"3": right["3"], "5": "Hm."}
+
+    def answer(messages):
+        (number,) = [n for n in right if f"Which is number {n}?" in messages[-1]["content"]]
+        return (verdict if "Assistant 1" in messages[-1]["content"] else language)[number]
+
+    model = scripted(answer)
+    scored = score_with_language_model(
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+    )
+    right_in = {name: {row["id"] for row in s.rows if row["score"]} for name, s in scored.items()}
+    assert right_in["language"] == {"1", "2", "6"}
+    assert right_in["complement"] == {"1", "2", "6", "4"}  # where it says nothing, LLaVA answers: 4 right, 7 wrong
+    # They differ in 3, 4, 5, 6, 7 (in 8 both say the same): 3 and 6 the judge gets right; 4, 5 and 7 keep LLaVA's.
+    assert right_in["judge"] == {"1", "2", "3", "4", "5", "6"}
+    assert scored["judge"].counts["judged"] == 5 and scored["judge"].counts["verdict_unparsed"] == 3
+    assert scored["language"].counts["unparsed"] == 2
+    assert scored["language"].scores["accuracy"]["value"] == 37.5
+    assert len(model.asked) == 8 + 5
+    shown = [messages[-1]["content"] for messages in model.asked[8:]]
+    assert all(own[n] in text and (language[n] or "(no answer)") in text for n, text in zip("34567", sorted(shown)))
+
+    again = score_with_language_model(
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+    )
+    assert len(model.asked) == 13 and again["judge"].scores == scored["judge"].scores  # nothing is paid twice
+
+
+def test_ensemble_rules():
+    problem = read_hub_problems([science_problem(1)], "test")[0]
+    assert complement(problem, "The answer is A.", "no idea") == "The answer is A."
+    assert complement(problem, "The answer is A.", "B") == "B"
+    assert complement(problem, "The answer is A.", "E") == "The answer is A."
+    assert judged(problem, "A", "B", None) == "A" and judged(problem, "A", "B", "B.") == "B."
+    assert not judge_tasks([problem], {problem.id: "B"}, {problem.id: "The answer is B."})
+    assert judge_tasks([problem], {problem.id: "?"}, {problem.id: "?"})  # neither has answered: they are not the same
+
+
+def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
+    test, shots = problems_of(science), choose_shots(problems_of(science, "train"))
+    own = {p.id: "A" for p in test}
+    settings = RunSettings(concurrency=1, backoff=Backoff(attempts=1, first=0.0, longest=0.01, patience=0.05))
+    replies = iter(["The answer is A."] * 3)
+
+    def answer(messages):
+        return next(replies, None) or PassingFault("connection", "connection refused")
+
+    def run(partial=False):
+        return score_with_language_model(
+            test, own, scripted(answer), tmp_path, shots=shots, settings=settings, partial=partial, progress=False
+        )
+
+    with pytest.raises(ConnectionError, match="5 of 8 questions have no reply.*run the same command again"):
+        run()
+    scored = run(partial=True)
+    assert scored["language"].scores["accuracy"]["count"] == 3 and scored["language"].more["no_reply"] == 5
+    replies = iter(["The answer is A."] * 100)
+    assert run()["language"].scores["accuracy"]["count"] == 8
