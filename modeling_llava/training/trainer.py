@@ -33,6 +33,7 @@ from .arguments import LlavaTrainingArguments
 from .batches import arrange, data_seed, even, grouped_sampler, shares_by_itself
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
+from .noise import NoiseBySample
 from .preparation import core_model, is_peft, prepare_model, resolve_packing
 from .progress import SpeedCallback
 from .run_record import disk_errors_explained, write_run_record
@@ -51,6 +52,7 @@ class LlavaTrainer(Trainer):
     - freezes what the stage freezes, and adds the adapter (unless `model` is PEFT-wrapped already);
     - a learning rate per component;
     - packs samples instead of padding them, groups them by length and modality, and shares streams among processes;
+    - `neftune_noise_alpha` is scaled by the length of each sample of a pack;
     - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
     - an evaluation of the loss alone builds no logits;
     - a checkpoint holds the processor with its chat template; in the stage `pretrain` it holds what is trained, and
@@ -115,6 +117,9 @@ class LlavaTrainer(Trainer):
             sharding.configure(self.accelerator, self.model, args)
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
+        if self.neftune_noise_alpha is not None and args.packing != "none":
+            self.add_callback(NoiseBySample(self.neftune_noise_alpha))
+            self.neftune_noise_alpha = None
         core = core_model(self.model)
         parameters = inspect.signature(core.forward).parameters
         self._model_skips_logits = "skip_logits" in parameters

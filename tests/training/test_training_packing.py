@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 from tiny import tiny_config, tiny_text_config
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.neftune import activate_neftune
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -17,6 +18,7 @@ from modeling_llava.attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.noise import NoiseBySample
 from modeling_llava.training.preparation import core_model, prepare_model, resolve_packing
 from modeling_llava.training.run import load_datasets, load_model_and_processor
 
@@ -263,6 +265,41 @@ def test_settings_that_contradict_are_refused(settings):
     ]:
         with pytest.raises(ValueError, match=match):
             LlavaTrainingArguments(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_neftune_gives_each_sample_of_a_pack_the_noise_that_it_gets_alone(settings, instructions, adapter):
+    """Against transformers' own hook, on each sample by itself."""
+    trainer = trainer_for(settings, neftune_noise_alpha=5.0, adapter=adapter)
+    model, samples = trainer.model, samples_with_everything(instructions)
+    (noise,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, NoiseBySample)]
+    seen, embedding = [], model.get_input_embeddings()
+
+    def embed(packed):
+        for pack in packed:
+            seen.clear()
+            torch.manual_seed(0)
+            model(**trainer.data_collator([pack]))
+            yield seen[0] - embedding.weight[trainer.data_collator([pack])["input_ids"]]
+
+    noise.on_train_begin(None, None, None, model=model)
+    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.train()
+    (together,) = embed([samples])
+    noise.on_train_end(None, None, None)
+    hook.remove()
+    theirs = activate_neftune(core_model(model), 5.0)
+    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    alone = list(embed([[sample] for sample in samples]))
+    theirs.remove()
+    for mine, other in zip(together.split([part.shape[1] for part in alone], dim=1), alone, strict=True):
+        bound = 5.0 / (mine.shape[1] * mine.shape[2]) ** 0.5
+        assert 0.9 * bound < mine.abs().max() <= 1.001 * bound  # the most of many uniform draws
+        assert 0.9 * bound < other.abs().max() <= 1.001 * bound
+    first = alone[0].shape[1]
+    torch.testing.assert_close(together[:, :first], alone[0], atol=1e-6, rtol=1e-4)  # drawn alike
+    hook.remove()
+    assert not noise.hooks and not embedding._forward_hooks
 
 
 # Grouping
