@@ -60,7 +60,9 @@ def describe_output(output) -> None:
             "`llava data report RUN --question-repeats all` keeps them"
         )
     if output.missing_images:
-        print(f"{output.missing_images:,} samples are not in the `datasets` folder: their images are gone")
+        print(
+            f"{output.missing_images:,} samples are not in the `datasets` folder: their images are gone or cannot be read"
+        )
     for note in output.notes:
         print(note)
     for path in output.files:

@@ -98,6 +98,12 @@ def _coco_rows(path: Path) -> Iterator[CaptionRow]:
         yield _caption_row({"id": name, "image": images[image_id], "caption": caption}, f"{path}, caption {name}")
 
 
+def check_target(source: str | Path, target: str | Path) -> None:
+    """Raises a `ValueError` where what is written would take the place of what is read."""
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"{target} is both read and written, and its captions would be lost; give another OUT.")
+
+
 @dataclass
 class ExpandSummary:
     """What `expand_captions` wrote.
@@ -140,6 +146,7 @@ def expand_captions(
         raise ValueError(f"style is '{style}'; it is one of {', '.join(STYLES)}.")
     if style == "plain" and questions is not None:
         raise ValueError("style 'plain' asks no question; leave the file of questions out.")
+    check_target(source, target)
     choices: tuple[str, ...] = ()
     if style != "plain":
         choices = load_questions(questions or {"brief": BRIEF_QUESTIONS, "detailed": DETAILED_QUESTIONS}[style])
@@ -231,6 +238,7 @@ def filter_captions(
         ImportError: spaCy, its model, or Ray is absent.
     """
     settings = settings or ConceptSettings()
+    check_target(source, target)
     target = Path(target)
     folder = Path(phrases) if phrases is not None else target.with_name(target.stem + ".phrases")
     texts = (caption for row in read_captions(source) for caption in row.captions)

@@ -6,6 +6,7 @@ it can be made again at any time and holds every sample once.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -21,6 +22,8 @@ from .run import RunFolder
 from .samples import OutputSettings, OutputSummary, Sample, find_image, kept_samples, rejected_replies
 from .validate import count_words
 
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 500_000_000
 ROWS_PER_GROUP = 100
@@ -68,6 +71,10 @@ def write_output(
     if settings.parquet and images is not None and summary.samples:
         samples = kept_samples(folder, ledger, settings, OutputSummary(), limit=limit)
         write_dataset(samples, images, folder.path / "dataset", summary, names)
+    if not summary.fingerprint and (folder.path / "dataset").exists():
+        summary.notes.append(
+            f"{folder.path / 'dataset'} is of an earlier call: it may hold other samples than instruct.json does now."
+        )
     if summary.samples:
         if settings.card:
             write_card(folder, ledger, settings, summary, limit)
@@ -127,12 +134,13 @@ def write_dataset(
             writer.close()
             writer, size = None, 0
 
+    last, data = None, None  # the samples of an image come one after the other
     for sample in samples:
-        path = find_image(images, sample.context.image)
-        if path is None:
+        if sample.context.image != last:
+            last, data = sample.context.image, _read_picture(images, sample.context.image)
+        if data is None:
             summary.missing_images += 1
             continue
-        data = path.read_bytes()
         fingerprint.update(json.dumps(sample.llava_row(), ensure_ascii=False).encode())
         fingerprint.update(data)
         picture = {"bytes": data, "path": Path(sample.context.image).name}
@@ -150,6 +158,21 @@ def write_dataset(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(unnamed, target)
     summary.files.append(target)
+
+
+def _read_picture(images: Path, name: str) -> bytes | None:
+    """An image as it lies in the image folder; `None` if it is absent, or no image by what it begins with."""
+    from PIL import Image
+
+    path = find_image(images, name)
+    if path is None:
+        return None
+    try:
+        Image.open(path).close()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers put it
+        logger.warning("The datasets folder lacks the picture %s: %s", path, error)
+        return None
+    return path.read_bytes()
 
 
 @contextmanager

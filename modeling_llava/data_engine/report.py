@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def write_report(
         return kept_samples(folder, ledger, settings, OutputSummary(), limit=limit)
 
     chosen = choose_samples([(sample.id, sample.type) for sample in all_samples()], settings.report_samples)
-    cards = [_card(sample, images) for sample in all_samples() if sample.id in chosen]
+    picture = lru_cache(maxsize=1)(thumbnail)  # the samples of an image come one after the other
+    cards = [_card(sample, picture(images, sample.context.image)) for sample in all_samples() if sample.id in chosen]
     path = folder.path / "report.html"
     write_atomically(path, _page(folder, summary, cards))
     summary.files.append(path)
@@ -109,9 +111,8 @@ def thumbnail(images: Path | None, name: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _card(sample: Sample, images: Path | None) -> str:
+def _card(sample: Sample, source: str) -> str:
     name, kind = html.escape(sample.id, quote=True), html.escape(sample.type)
-    source = thumbnail(images, sample.context.image)
     picture = f'<img src="{source}" alt="">' if source else f"<p class=none>{html.escape(sample.context.image)}</p>"
     turns = "".join(
         f"<p class=q>{html.escape(question)}</p><p class=a>{html.escape(answer)}</p>"

@@ -90,7 +90,7 @@ class OutputSummary:
         emptied: Samples left out because no turn was left.
         dropped: Samples left out by hand.
         rejected: Replies rejected, by type and reason.
-        missing_images: Samples left out of the `datasets` folder because their image is gone.
+        missing_images: Samples left out of the `datasets` folder because their image is gone or is none.
         fingerprint: Of the content of the `datasets` folder; empty where none was written.
         files: Files written.
         notes: What could not be written, and why.

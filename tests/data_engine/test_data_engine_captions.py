@@ -289,3 +289,12 @@ def test_ray_chooses_the_same_rows_bit_for_bit(spacy_model, tmp_path, monkeypatc
             assert one == two and one.capped > 3 and 0 < one.chosen < 700
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize("make", [expand_captions, filter_captions])
+def test_a_file_of_captions_is_not_written_over_itself(tmp_path, make):
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"image": "a.jpg", "caption": "a cat"}\n')
+    with pytest.raises(ValueError, match="both read and written"):
+        make(path, tmp_path / "." / "captions.jsonl")
+    assert path.read_text() == '{"image": "a.jpg", "caption": "a cat"}\n'

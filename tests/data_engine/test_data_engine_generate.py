@@ -286,6 +286,23 @@ def test_datasets_cache_does_not_give_the_rows_of_another_run(tmp_path, images):
         assert data["id"][:] == [f"{i:03d}:detail" for i in range(number)]
 
 
+def test_a_file_that_is_no_picture_is_left_out_of_the_datasets_folder_and_said(tmp_path, images, caplog):
+    from datasets import load_dataset
+
+    (images / "001.png").write_bytes(b"<html>404</html>")
+    out = tmp_path / "run"
+    settings = OutputSettings(card=False)
+    found = generate(out, Responder(), ALL, contexts=contexts(3), images=images, output=settings).output
+    data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(data) == 6 and found.missing_images == 3 and len(rows_of(out)) == 9
+    assert len({row["images"][0].size for row in data}) == 2  # every picture decodes
+    assert caplog.text.count("lacks the picture") == 2  # once for the folder, once for the report, not once a sample
+    folder = open_run(out)
+    with Ledger(out / "ledger.jsonl") as ledger:
+        again = write_output(folder, ledger, images=images, settings=BARE)
+    assert "is of an earlier call" in again.notes[0]
+
+
 def test_card_says_what_the_ledger_says(whole_run):
     out, summary = whole_run
     text = (out / "dataset" / "README.md").read_text("utf-8")
