@@ -40,6 +40,24 @@ def curve(history, key):
     return [entry[key] for entry in history if key in entry]
 
 
+def test_a_stream_gives_two_processes_what_it_gives_one_beyond_its_first_epoch(settings, tmp_path):
+    """Eleven rows, four a step: in the second epoch the rows go to the other process, and to the same steps."""
+    rows = json.loads(Path(settings["data"]).read_text())[:11]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings |= {
+        "data": str(tmp_path / "rows.json"), "streaming": True, "shuffle_buffer": 0, "max_steps": 7, "save_steps": 4,
+        "per_device_train_batch_size": 1, "global_batch_size": 4, "optim": "adamw_torch", "save_total_limit": None,
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    one = train(str(recipe), [f"output_dir={tmp_path / 'one'}"])
+    two = launch("ddp", recipe, f"output_dir={tmp_path / 'two'}")
+    assert curve(two["log_history"], "loss") == pytest.approx(curve(one.log_history, "loss"), rel=1e-4)
+    middle = f"resume={tmp_path / 'two' / 'checkpoint-4'}"
+    again = launch("ddp", recipe, f"output_dir={tmp_path / 'again'}", middle)
+    assert curve(again["log_history"], "loss") == curve(two["log_history"], "loss")
+
+
 @pytest.mark.parametrize(
     ("engine", "packing"), [("ddp", "none"), ("ddp", "batch"), ("fsdp2", "none"), ("fsdp2", "batch")]
 )
