@@ -1,6 +1,7 @@
 """`llava web MODEL`: talk to a model in the browser."""
 
 import argparse
+import os
 
 
 EPILOG = """\
@@ -45,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from ..inference.web.sessions import Sessions
     from .chat import load_from_arguments
 
-    if args.max_new_tokens < 1 or args.people < 1 or args.max_upload_mb <= 0:
-        raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0.")
+    if args.max_new_tokens < 1 or args.people < 1 or not 0 < args.max_upload_mb < 1e6:
+        raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0 (and a picture below a TB).")
+    require_address(args.host, args.port)
     limits = Limits(
         upload_bytes=int(args.max_upload_mb * 2**20), new_tokens=args.max_new_tokens, answers_at_once=args.people
     )
@@ -73,8 +75,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def require_address(host: str, port: int | None) -> None:
+    """
+    Gradio would load the model first, and then try a hundred ports at an address that is not this machine's.
+
+    Raises:
+        ValueError: nothing can listen there.
+    """
+    import socket
+
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"--port must be 1 to 65535, got {port}.")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host or None, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            if os.name != "nt":  # there it would share a port that is taken
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        at = f"--host {host}" + (f" --port {port}" if port else "")
+        mend = (
+            "Choose another port, or leave --port out: the first free one is taken."
+            if port
+            else "Is it this machine's?"
+        )
+        raise ValueError(f"{at}: {error.strerror or error}. {mend}") from None
+
+
 def _title(model: str) -> str:
     """What visitors read: a Hub name as it is, of a folder its last part, not where it lies."""
-    import os
-
     return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model

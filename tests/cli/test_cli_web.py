@@ -55,12 +55,25 @@ def square(colour):
         (["/nowhere/model"], "neither a folder nor the name"),
         (["MODEL", "--people", "0"], "must be above 0"),
         (["MODEL", "--examples", "/nowhere"], "/nowhere holds no pictures"),
+        (["MODEL", "--max-upload-mb", "inf"], "must be above 0"),
+        (["MODEL", "--port", "0"], "--port must be 1 to 65535, got 0"),
+        (["MODEL", "--port", "99999"], "--port must be 1 to 65535, got 99999"),
+        (["MODEL", "--host", "nowhere.invalid"], "--host nowhere.invalid: "),
+        (["MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1: "),
     ],
 )
 def test_a_wrong_argument_is_one_line(folder, arguments, message, capsys):
     assert main(["web", *(str(folder) if word == "MODEL" else word for word in arguments)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llava web: error:") and message in error
+
+
+def test_a_port_that_is_taken_is_one_line_before_a_model_is_loaded(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["web", str(folder), "--port", port]) == 2
+    said = capsys.readouterr().err
+    assert f"--port {port}: Address already in use. Choose another port" in said and "Loading" not in said
 
 
 def test_visitors_read_a_folders_name_and_not_where_it_lies(folder):

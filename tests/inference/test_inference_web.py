@@ -177,6 +177,7 @@ def test_guard_passes_on_what_the_page_needs(guard, tmp_path):
         ("/gradio_api/file=/etc/passwd", "GET", 403),
         ("/gradio_api/file=SERVED/../secret", "GET", 403),
         ("/gradio_api/file=SERVED/link", "GET", 403),
+        ("/gradio_api/file=SERVED/\0", "GET", 403),
         ("/gradio_api/file=SERVED-other/a.png", "GET", 403),
         ("/gradio_api/file=http://169.254.169.254/latest", "GET", 403),
         ("/gradio_api/file=a.png", "GET", 403),
@@ -214,6 +215,20 @@ def test_guard_lets_events_name_uploads_only(guard, tmp_path):
     assert status(guard, "/gradio_api/queue/join", "POST", b"{", content_length="1")[0] == 400
     long = b"{" + b" " * 2**21  # longer than it says
     assert status(guard, "/gradio_api/queue/join", "POST", long, content_length="9")[0] == 413
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_gradio_stumbles_over_is_one_line_on_the_terminal(guard, begun, caplog):
+    async def application(scope, receive, send):
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise KeyError(999)
+
+    guard.app = application
+    body = b'{"fn_index": 999}'
+    found, _ = status(guard, "/gradio_api/queue/join", "POST", body, content_length=str(len(body)))
+    assert found == (200 if begun else 400)
+    assert caplog.messages == ["POST '/gradio_api/queue/join' failed: KeyError: 999"]
 
 
 def test_guard_refuses_long_requests_other_names_and_websockets(guard):

@@ -32,10 +32,12 @@ def collect_examples(source: str | os.PathLike | None, folder: str | os.PathLike
         pictures = {"balls.png": _balls(), "house.png": _house()}
         questions = {"balls.png": "How many balls are there, and what colour are they?"}
     else:
+        if not Path(source).is_dir():
+            raise ValueError(f"{source} holds no pictures: it is not a folder.")
         names = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:MAX_EXAMPLES]
         if not names:
             raise ValueError(f"{source} holds no pictures ({', '.join(SUFFIXES)}).")
-        pictures = {f"{path.stem}.png": read_picture(str(path)).image for path in names}
+        pictures = {f"{path.name}.png": read_picture(str(path)).image for path in names}
         questions = {}
     place = Path(folder, "examples")
     place.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,13 @@ Here only what the page uses passes; everything else does not exist.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+
+logger = logging.getLogger(__name__)
 
 _API = "/gradio_api/"
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt")
@@ -70,19 +73,27 @@ class Guard:
         if refusal is None and scope["method"] == "POST" and scope["path"] != UPLOAD:
             receive, refusal = await self._read(receive)
         if refusal is not None:
-            status, text = refusal
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            return await send({"type": "http.response.body", "body": text.encode()})
+            return await _refuse(send, *refusal)
+        begun = False
 
         async def send_with_headers(message):
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 names = {name for name, _ in HEADERS}
                 own = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
                 message = {**message, "headers": [*own, *HEADERS]}
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:  # Gradio's, about what no page of ours sends: a line on the terminal, not a hundred
+            what = " ".join(str(error).split())[:200]
+            logger.warning("%s %.80r failed: %s: %s", scope["method"], scope["path"], type(error).__name__, what)
+            if begun:
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await _refuse(send, 400, "That cannot be answered.")
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -137,9 +148,15 @@ class Guard:
 
     def _may_serve(self, name: str) -> bool:
         """Whether it is a file in the folder, by its real place."""
-        if not os.path.isabs(name):
+        if not os.path.isabs(name) or "\0" in name:
             return False
         return os.path.realpath(name).startswith(self.folder + os.sep)
+
+
+async def _refuse(send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 def _places(value: Any) -> Iterator[Any]:
