@@ -51,7 +51,10 @@ class EndlessStream(IterableDataset):
             if num_empty < shares:  # with fewer rows than shares, each has its turn within so many epochs
                 continue
             if worker is None or worker.id == 0:
-                raise ValueError("This process's share of the streamed data is empty. Use fewer processes or workers.")
+                raise ValueError(
+                    "This process's share of the streamed data holds no sample that can be used: either there are too "
+                    "few rows (use fewer processes or workers), or all were left out (`llava data check` says why)."
+                )
             return  # a worker too many: a `datasets` stream is shared by its shards
 
 

@@ -111,8 +111,11 @@ def test_rows_that_go_on_in_an_epoch_named_by_hand_are_shared_out_alike(tmp_path
 
 def test_an_empty_stream_is_said():
     stream = load_conversations(rows(4), streaming=True, types=["complex"])
-    with pytest.raises(ValueError, match="share of the streamed data is empty"):
+    with pytest.raises(ValueError, match="share of the streamed data holds no sample"):
         next(iter(EndlessStream(stream.shared_by(1, 2), 2)))
+    none_fits = PackedStream(load_conversations(rows(4), streaming=True), lambda row: 0, capacity=10)
+    with pytest.raises(ValueError, match="all were left out"):
+        next(iter(EndlessStream(none_fits)))
 
 
 @pytest.mark.parametrize("packing", ["none", "full"])
