@@ -98,7 +98,7 @@ def asking_options(args: argparse.Namespace) -> dict:
 def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     """Answers and scores a benchmark with the model of the arguments; `None` if other shards are still at it."""
     from ..checkpoints import checkpoint_kind
-    from ..evaluation.answering import Shard
+    from ..evaluation.answering import Shard, check_images
     from ..evaluation.benchmark import evaluate
     from ..evaluation.results import describe_model
 
@@ -115,7 +115,8 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
     shard = Shard.parse(args.shard)
-    checkpoint_kind(args.model, args.revision)  # a wrong name is said before anything is written
+    check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked, and anything is written
+    checkpoint_kind(args.model, args.revision)
     model = describe_model(args.model, args.revision, args.adapter)
     model |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "system": args.system}
     print(

@@ -67,8 +67,8 @@ class LlavaPredictor:
             Images whose keys and values are kept for when they are set again; those not used for longest go first. The
             present image is kept whatever it takes. 7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
         settings ([`DecodingSettings`], *optional*):
-            How answers are chosen; by default greedy, at most 512 tokens, with end tokens and repetition penalty of the
-            model's generation configuration. Any field can be given anew with each question.
+            How answers are chosen; by default greedy, at most 512 tokens, with the end tokens and what else the model's
+            generation configuration asks of greedy answers. Any field can be given anew with each question.
 
     Example:
 
