@@ -106,6 +106,7 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
         if args.packing == "full":
             measure = _DroppingMeasure(_measure_of(collator, args), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
+    if isinstance(dataset, ConversationStream | PackedStream):
         return EndlessStream(dataset, args.world_size)
     if args.packing != "full" or isinstance(dataset, PackedDataset | IterableDataset):
         return dataset
