@@ -124,7 +124,9 @@ class LlavaTrainingArguments(TrainingArguments):
     eval_size: float | None = _setting(
         None, "Hold out this share (below 1) or number of samples of `data` for evaluation, drawn by `data_seed`."
     )
-    streaming: bool = _setting(False, "Read `data` while training, without loading it; needs max_steps.")
+    streaming: bool = _setting(
+        False, "Read `data` while training, over and over, without loading it; needs max_steps."
+    )
     shuffle_buffer: int = _setting(10_000, "streaming: samples held back, from which the next is drawn at random.")
     max_samples: int | None = _setting(None, "Use only this many samples of `data`, drawn by `data_seed`.")
     only_types: list[str] | None = _setting(
@@ -279,6 +281,12 @@ class LlavaTrainingArguments(TrainingArguments):
                     raise ValueError(f"{name} needs the whole of the data before training. Set streaming=false.")
             if self.max_steps <= 0:
                 raise ValueError("streaming=true: the number of samples is not known. Set max_steps.")
+            for name in ("save", "eval", "logging"):
+                if getattr(self, f"{name}_strategy") == "epoch":
+                    logger.warning(
+                        f"{name}_strategy=epoch, but streaming=true: the one end that is known is that of the run. Set "
+                        f"{name}_strategy=steps and {name}_steps."
+                    )
         if self.type_weights is not None:
             weights = self.type_weights
             if not isinstance(weights, dict) or not all(

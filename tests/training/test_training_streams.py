@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
-from modeling_llava.training import train
+from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.batches import EndlessStream
 
 
@@ -116,6 +116,13 @@ def test_an_empty_stream_is_said():
     none_fits = PackedStream(load_conversations(rows(4), streaming=True), lambda row: 0, capacity=10)
     with pytest.raises(ValueError, match="all were left out"):
         next(iter(EndlessStream(none_fits)))
+
+
+def test_what_is_to_be_done_at_the_end_of_an_epoch_is_warned_of(settings, caplog):
+    LlavaTrainingArguments(**settings, streaming=True)
+    assert not caplog.records
+    LlavaTrainingArguments(**settings, streaming=True, save_strategy="epoch")
+    assert "Set save_strategy=steps and save_steps" in caplog.text and "eval_strategy" not in caplog.text
 
 
 @pytest.mark.parametrize("packing", ["none", "full"])
