@@ -157,6 +157,8 @@ def parse_completion(body: Any) -> Reply:
         if text is None:
             # Content filters and OpenAI's `refusal` leave the content empty.
             text = message.get("refusal") or ""
+        if isinstance(text, list):  # parts, as some servers give them; thoughts are parts of another type
+            text = "".join(part["text"] for part in text if part["type"] == "text")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
         # Half a surrogate pair, which JSON can escape, is no text that can be written.

@@ -149,6 +149,11 @@ def test_what_is_no_completion_is_a_passing_fault(body):
     assert caught.value.kind == "malformed" and caught.value.maybe_paid
 
 
+def test_a_reply_in_parts_is_their_text():
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A "}, {"type": "text", "text": "cat."}]
+    assert parse_completion({"choices": [{"message": {"content": parts}}]}).text == "A cat."
+
+
 def test_an_error_that_comes_with_status_200_is_said_in_its_own_words():
     from modeling_llava.endpoint import PassingFault
 
