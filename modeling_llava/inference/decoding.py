@@ -181,9 +181,17 @@ class Decoder:
     Args:
         model ([`LlavaForConditionalGeneration`], stock or ours, or a `PeftModel` around it)
         tokenizer: For stop strings.
+
+    Raises:
+        ValueError: an adapter of virtual tokens (prompt tuning).
     """
 
     def __init__(self, model, tokenizer):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"LlavaPredictor cannot put the virtual tokens of a {type(model.active_peft_config).__name__} before its "
+                "prompts. Ask such a model with generate."
+            )
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.language_model = self.model.model.language_model
         self.tokenizer = tokenizer

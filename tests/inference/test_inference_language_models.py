@@ -141,6 +141,14 @@ def test_lora_adapter_as_peft_model_and_as_loaded_adapter(processor, tmp_path):
     assert predictor.ask(QUESTIONS, max_new_tokens=8) == answers
 
 
+def test_virtual_tokens_of_prompt_tuning_are_refused_instead_of_left_out(model, processor):
+    from peft import PromptTuningConfig, get_peft_model
+
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="virtual tokens of a PromptTuningConfig"):
+        LlavaPredictor(tuned, processor)
+
+
 @pytest.mark.slow
 def test_four_bit_weights(processor, tmp_path):
     from modeling_llava.inference.loading import load_model
