@@ -220,9 +220,7 @@ def test_a_storage_that_refuses_a_large_file_is_one_clear_error(hub, model_folde
     """huggingface_hub raises a `RuntimeError` there; and it is not about the token."""
     publication = gather(model_folder, "tester/my-llava")
     hub.fail_next("PUT", "/lfs-storage/", "403")
-    with pytest.raises(
-        OSError, match=r"The upload broke off \(.*uploading .* 403\). Run the same command again"
-    ):
+    with pytest.raises(OSError, match=r"The upload broke off \(.*uploading .* 403\). Run the same command again"):
         push(publication, endpoint=hub.url)
     push(publication, endpoint=hub.url)
     assert "model.safetensors" in hub.files("tester/my-llava")
