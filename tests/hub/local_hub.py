@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlparse
 
 
+TOKEN = "hf_" + "t" * 30
 LARGE_SUFFIXES = (".safetensors", ".parquet", ".model", ".png", ".gguf")
 
 

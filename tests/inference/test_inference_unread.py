@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-from tiny_predictor import picture, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import picture, user_turn
 
 from modeling_llava.inference.predictor import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
 from modeling_llava.inference.unread import last_layer_for
 from modeling_llava.later_layers import without_later_layers
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    return tiny_llava(processor)
 
 
 @torch.inference_mode()

@@ -1,0 +1,164 @@
+"""What of a folder is published, and what is found in it that must not be."""
+
+import gzip
+import json
+import pickle
+import shutil
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save
+from small_files import parquet, safetensors
+
+from modeling_llava.hub.files import find_problems, select_files
+from modeling_llava.hub.publish import gather, push
+
+
+SECRET = "hf_" + "a" * 30
+
+
+def cut_weights(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-7])
+
+
+def name_lost_shard(folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("results_notes.json", '{"key": "hf_' + "a" * 34 + '"}', "Hugging Face token"),
+        ("results_notes.json", '{"key": "sk-' + "a" * 40 + '"}', "OpenAI key"),
+        ("results_notes.json", '{"note": "see /home/someone/notes"}', "a place on this machine"),
+        ("results_notes.json", '{"note": "see C:\\\\\\\\Users\\\\\\\\me"}', "a place on this machine"),
+    ],
+)
+def test_secrets_and_local_paths_stop_the_push(hub, model_folder, name, content, message):
+    (model_folder / name).write_text(content)
+    publication = gather(model_folder, "tester/my-llava")
+    assert len(publication.problems) == 1
+    assert message in str(publication.problems[0]) and str(publication.problems[0]).startswith(name)
+    assert "a" * 34 not in str(publication.problems[0])
+    with pytest.raises(ValueError, match="1 problem"):
+        push(publication, endpoint=hub.url)
+    assert hub.requests == []
+
+
+def test_pickles_optimizer_state_and_checkpoints_stay(model_folder):
+    (model_folder / "optimizer.pt").write_bytes(b"x")
+    (model_folder / "pytorch_model.bin").write_bytes(b"x")
+    (model_folder / "checkpoint-10").mkdir()
+    (model_folder / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
+    publication = gather(model_folder, "tester/my-llava")
+    assert not any(name.endswith((".pt", ".bin")) or "checkpoint-10" in name for name in publication.files)
+    assert "optimizer.pt" in publication.left_out and "pytorch_model.bin" in publication.left_out
+
+
+def test_a_pickle_that_got_in_is_a_problem(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    assert [str(problem) for problem in find_problems(tmp_path)][0].startswith("weights.bin: can hold a pickle")
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, model_folder):
+    (tmp_path / "diary.json").write_text('{"dear": "diary"}')
+    (model_folder / "results-mine.json").symlink_to(tmp_path / "diary.json")
+    (model_folder / "vocab.json").symlink_to("nowhere")
+    (model_folder / "special_tokens_map.json").symlink_to("added_tokens.json")
+    (model_folder / "added_tokens.json").write_text("{}")
+    publication = gather(model_folder, "tester/my-llava")
+    assert [str(problem) for problem in publication.problems] == [
+        f"results-mine.json: is a link out of this folder ({tmp_path / 'diary.json'}); put the file here.",
+        "vocab.json: is a link to a file that is not there.",
+    ]
+    assert "results-mine.json" not in publication.files and "special_tokens_map.json" in publication.files
+
+
+def test_a_folder_of_the_hubs_cache_is_published_though_its_files_are_links(tmp_path, model_folder):
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(model_folder, cached / "blobs")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    for file in (cached / "blobs").iterdir():
+        (cached / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert gather(cached / "snapshots" / "abc", "tester/x", tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: is missing"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
+        (cut_weights, "model.safetensors: is damaged or cut short"),
+        (name_lost_shard, "model.safetensors.index.json: names model-00002-of-00002.safetensors, which is not there"),
+    ],
+)
+def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
+    spoil(model_folder)
+    publication = gather(model_folder, "tester/my-llava")
+    assert message in "\n".join(map(str, publication.problems))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model-x.safetensors", safetensors({"note": "/home/someone/run"}), "a place on this machine"),
+        ("answers.png", b"\x89PNG" + b"tEXtComment hf_" + b"a" * 34 + b"\0", "Hugging Face token"),
+        ("LICENSE", b"see file:///home/someone/licence", "a place on this machine"),
+        ("vocab.json", b'{"key": "AIza' + b"a" * 35 + b'"}', "Google key"),
+        ("added_tokens.json", b'{"a": "~/models/llava"}', "a place on this machine"),
+        ("added_tokens.json", b'{"a": "C:/Users/me"}', "a place on this machine"),
+        ("added_tokens.json", b'{"a": "Q:\\nWhat? https://huggingface.co/data/x"}', None),
+        ("added_tokens.json", b'{"a": "\\/home\\/me\\/x"}', "a place on this machine (/home/me/x)"),
+        ("README.md", b"|/home/me/x|", "(/home/me/x)"),
+        ("README.md", b"user@example.org, https://example.org:8000/a@b, sk-learn, eyJust, key: value", None),
+        ("README.md", b"git clone https://me:hunter22@example.org/x", "a password in a URL"),
+        ("recipe.yaml", b"aws_secret_access_key: wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "an AWS secret"),
+        ("recipe.yaml", b"hub_token: abcdefghij0123456789", "a key"),
+        ("results.json", '{"key": "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}'.encode("utf-16"), "Hugging Face token"),
+        ("model.gguf", b"GGUF\x0c\0\0\0\0/home/someone/llava\x05\0", "a place on this machine (/home/someone"),
+        ("LICENSE", pickle.dumps({"a": 1}), "can hold a pickle"),
+        ("weights.BIN", b"x", "can hold a pickle"),
+        ("data.parquet", parquet(text=["fine", "hf_" + "a" * 30]), "Hugging Face token"),
+        ("data.parquet", parquet(rows=[[{"value": "see /home/someone/x"}]]), "a place on this machine"),
+        ("data.parquet", parquet(text=["fine"], image=[b"hf_" + b"a" * 30]), None),
+        ("data.parquet", parquet(text=["fine"])[:-9], "data.parquet: is damaged or cut short"),
+        ("data.parquet", parquet(text=pa.array([SECRET]).dictionary_encode()), "Hugging Face token"),
+        (
+            "data.parquet",
+            parquet(text=pa.array([[("k", SECRET)]], pa.map_(pa.string(), pa.string()))),
+            "Hugging Face token",
+        ),
+        ("data.parquet", parquet(text=pa.array([["k", SECRET]], pa.list_(pa.string(), 2))), "Hugging Face token"),
+        ("data.parquet", parquet(**{SECRET: ["fine"]}), "Hugging Face token"),
+        ("model-x.safetensors", save({"/home/someone/x": torch.zeros(1)}), "a place on this machine"),
+        (
+            "images.ipynb",
+            '{"source": "open(\'/mnt/me/pictures\')  # \N{BLACK HEART SUIT}"}'.encode(),
+            "(/mnt/me/pictures)",
+        ),
+        ("LICENSE.gz", gzip.compress(SECRET.encode()), "is an archive"),
+        ("LICENSE", b"x-api-key: abcdefghij0123456789", "a key"),
+    ],
+)
+def test_every_kind_of_file_is_searched(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    problems = [str(problem) for problem in find_problems(tmp_path)]
+    assert len(problems) == (message is not None) and all(message in problem for problem in problems), problems
+
+
+def test_selection_takes_models_files_only_from_the_top(tmp_path):
+    for name in (
+        "config.json",
+        "runs/events.json",
+        "model-00001-of-00002.safetensors",
+        ".cache/config.json",
+        "notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    published, left = select_files(tmp_path, "model")
+    assert [str(p) for p in published] == ["config.json", "model-00001-of-00002.safetensors"]
+    assert [str(p) for p in left] == ["notes.txt", "runs/events.json"]
