@@ -105,9 +105,10 @@ def parse_answer(text: str, num_choices: int) -> int | None:
 
     The rule, the first that applies:
 
-    1. "The answer is X" anywhere, or a line "Answer: X" or "Answer: X. …". Several such statements must name the same letter, and none may
-       name two ("B or C"). The letter may stand in parentheses, quotes or asterisks and is followed by the end, a line break
-       or a punctuation mark; a letter other than A and I also by a blank ("The answer is a dog" names no choice).
+    1. "The answer is X" anywhere, or a line "Answer: X" or "Answer: X. …". Several such statements must name the same
+       letter, and none may name two ("B or C"). The letter may stand in brackets, quotes, backticks or asterisks and is
+       followed by the end, a line break, a punctuation mark or "because"; a letter other than A and I also by a blank
+       ("The answer is a dog" names no choice).
     2. The whole answer, or its first line, is a letter: "B", "(B)", "B.".
     3. It begins with a letter and a mark: "B. Ohio", "(B) Ohio", "B: Ohio"; also after "Answer:" or "Option". A list of
        choices ("A. … B. …", a line each, or "(A) … (B) …") names none of them.

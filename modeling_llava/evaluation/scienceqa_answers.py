@@ -4,8 +4,8 @@ import re
 
 
 ANSWER_RULE = (
-    '"The answer is X" anywhere, or a line "Answer: X"; several such statements must name the same letter, and none may name '
-    'two ("B or C"). Else an answer, or its first line, that is a letter; else lines that begin with "X." or "(X)", all with '
+    '"The answer is X" anywhere, or a line "Answer: X" or "Answer: X. …"; several such statements must name the same letter, '
+    'and none may name two ("B or C"). Else an answer, or its first line, that is a letter; else lines that begin with "X." or "(X)", all with '
     "the same letter. Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong."
 )
 

@@ -19,6 +19,7 @@ class NoiseBySample(TrainerCallback):
         self.hooks = []
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
+        self._remove_hooks()  # of a training that was broken off: noise would be added twice
         core = core_model(model)
         self.hooks = [
             # not on `core` itself, whose forward PEFT calls without its hooks
@@ -27,6 +28,9 @@ class NoiseBySample(TrainerCallback):
         ]
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._remove_hooks()
+
+    def _remove_hooks(self):
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

@@ -386,7 +386,7 @@ def _check_trained_parts(args: LlavaTrainingArguments, checkpoint: Path) -> None
 def _recipe_of(checkpoint: Path) -> dict:
     # not `read_recipe`: a setting that another version of this package had is no reason not to go on
     file = checkpoint / RECIPE_NAME
-    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
 
 
 def _report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:

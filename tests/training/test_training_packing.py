@@ -282,6 +282,7 @@ def test_neftune_gives_each_sample_of_a_pack_the_noise_that_it_gets_alone(settin
             model(**trainer.data_collator([pack]))
             yield seen[0] - embedding.weight[trainer.data_collator([pack])["input_ids"]]
 
+    noise.on_train_begin(None, None, None, model=model)  # a training that was broken off
     noise.on_train_begin(None, None, None, model=model)
     hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     model.train()

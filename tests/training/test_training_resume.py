@@ -213,6 +213,8 @@ def test_resume_settings(settings, tmp_path, caplog):
     message = next(r.message for r in caplog.records if "other settings" in r.message)
     assert "learning_rate 0.001 → 0.0005" in message and "max_steps 2 → 3" in message
     assert "a_setting_of_another_version 1 → None" in message
+    (tmp_path / "run" / "checkpoint-3" / "recipe.yaml").write_text("# taken out by hand\n")
+    assert train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 4}).global_step == 4
 
 
 @pytest.mark.parametrize(
