@@ -35,7 +35,7 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
         yield
     finally:
         for layer in later:
-            del layer.forward
+            vars(layer).pop("forward", None)  # another thread's call may have been first
 
 
 def _is_awaited(module: nn.Module) -> bool:

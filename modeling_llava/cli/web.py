@@ -57,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
         examples = collect_examples(args.examples, folder)
         import_gradio(folder)  # a missing package is said before minutes of loading
         model, processor = load_from_arguments(args)
-        lock = threading.Lock()
         predictor = {"system": args.system, "max_cached_images": 1}
-        sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor), lock=lock), args.people)
+        sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor)), args.people)
         page = build_page(sessions, processor, folder, title=_title(args.model), examples=examples, limits=limits)
         url = launch(page, folder, args.host, args.port, args.open)
         if args.host not in ("127.0.0.1", "localhost", "::1"):

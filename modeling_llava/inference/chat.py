@@ -1,6 +1,5 @@
 """A conversation about pictures as a person has it: stop an answer, ask again, begin anew, keep what was said."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,9 +52,7 @@ class Chat:
     One person's conversation over a [`LlavaPredictor`]. Pictures are encoded once and stay encoded over all turns.
 
     Args:
-        predictor ([`LlavaPredictor`]): This chat's own; several may share a model.
-        lock (context manager, *optional*):
-            Held while the model computes, a token at a time: chats that share a model in threads take turns.
+        predictor ([`LlavaPredictor`]): This chat's own; several may share a model, and take turns in threads.
         seed (`int`, *optional*): Of the first sampled answer; each further one takes the next. Random by default.
         settings: Fields of [`~modeling_llava.inference.DecodingSettings`] for every answer.
     """
@@ -65,12 +61,11 @@ class Chat:
         self,
         predictor: LlavaPredictor,
         *,
-        lock: AbstractContextManager | None = None,
         seed: int | None = None,
         **settings,
     ):
         self.predictor, self.settings = predictor, settings
-        self.lock = lock or contextlib.nullcontext()
+        self._predicting = threading.Lock()  # a predictor is for one thread at a time
         self.seeds = itertools.count(random.randrange(2**31) if seed is None else seed)
         self.conversation = Conversation()
         self.statistics: Statistics | None = None
@@ -91,7 +86,7 @@ class Chat:
 
     def show(self, pictures: list[Picture]) -> None:
         """Begins a conversation about these pictures (none: about text alone), and encodes them."""
-        with self.lock:
+        with self._predicting:
             self.predictor.set_image([picture.image for picture in pictures])
             self.encoded = True
         self.conversation = Conversation(list(pictures))
@@ -102,7 +97,7 @@ class Chat:
 
     def release(self) -> None:
         """Frees what the predictor holds; the conversation goes on all the same, its pictures are encoded again."""
-        with self.lock:
+        with self._predicting:
             self.predictor.reset()
             self.encoded = False
 
@@ -143,7 +138,7 @@ class Chat:
         answer, first, prompt_tokens, stream = "", None, 0, None
         predictor.last_answer = None
         try:
-            with self.lock:
+            with self._predicting:
                 if not self.encoded:
                     predictor.set_image([picture.image for picture in conversation.pictures])
                     self.encoded = True
@@ -152,7 +147,7 @@ class Chat:
                 settings = self._fit(prompt_tokens, {"seed": next(self.seeds), **settings})
                 stream = predictor.stream(question, keep_history=True, **settings)
             while not self._stop:
-                with self.lock:
+                with self._predicting:
                     piece = next(stream, None)
                 if piece is None:
                     break

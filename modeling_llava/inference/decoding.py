@@ -25,6 +25,7 @@ from ..data.labels import answer_stop
 from ..later_layers import without_later_layers
 from .prefix_cache import Prefix, RowCache
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
+from .turns import turns_of
 from .unread import last_layer_for
 
 
@@ -176,7 +177,7 @@ class Row:
 
 class Decoder:
     """
-    Runs a LLaVA over rows.
+    Runs a LLaVA over rows. Decoders of one model in threads take turns (`turns_of`).
 
     Args:
         model ([`LlavaForConditionalGeneration`], stock or ours, or a `PeftModel` around it)
@@ -193,10 +194,12 @@ class Decoder:
                 "prompts. Ask such a model with generate."
             )
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.turns = turns_of(self.model)
         self.language_model = self.model.model.language_model
         self.tokenizer = tokenizer
         self.num_layers = self.language_model.config.num_hidden_layers
-        self.shares_prefixes = supports_shared_prefix(self.language_model)
+        with self.turns:
+            self.shares_prefixes = supports_shared_prefix(self.language_model)
         if not self.shares_prefixes:
             logger.warning(
                 f"{type(self.language_model).__name__} has layers whose keys and values cannot be shared between questions: "
@@ -212,7 +215,7 @@ class Decoder:
         """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
         tower = self.model.model.vision_tower
         pixel_values = pixel_values.to(tower.device, tower.dtype)
-        with without_later_layers(tower, self.model.config.vision_feature_layer):
+        with self.turns, without_later_layers(tower, self.model.config.vision_feature_layer):
             return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
     @torch.inference_mode()
@@ -226,7 +229,8 @@ class Decoder:
 
         step = Prefill([len(ids)], [None], write, self.device)
         embeds = self._embed(Row("the prefix", prefix.ids, features=features))[None]
-        with last_layer_for(self.language_model, torch.tensor([len(ids) - 1], device=self.device), len(ids)):
+        last = torch.tensor([len(ids) - 1], device=self.device)
+        with self.turns, last_layer_for(self.language_model, last, len(ids)):
             self._forward(embeds, step)
         return prefix
 
@@ -284,7 +288,7 @@ class Decoder:
             step = Prefill(lengths, [row.prefix for row in some], write, self.device)
             embeds = torch.cat([self._embed(row) for row in some])[None]
             last = torch.tensor([end - 1 for _, end in step.spans], device=self.device)
-            with last_layer_for(self.language_model, last, embeds.shape[1]):
+            with self.turns, last_layer_for(self.language_model, last, embeds.shape[1]):
                 hidden = self._forward(embeds, step)
             self._choose(self.model.lm_head(hidden[0, last]), some, settings)
 
@@ -298,7 +302,7 @@ class Decoder:
 
     def _forward(self, embeds: torch.Tensor, step: Prefill | Decode) -> torch.Tensor:
         # embeds [1, num_tokens, hidden]
-        with shared_prefix_implementation(self.language_model.config):
+        with self.turns, shared_prefix_implementation(self.language_model.config):
             outputs = self.language_model(
                 inputs_embeds=embeds,
                 position_ids=step.positions[None],
@@ -331,7 +335,8 @@ class Decoder:
             embeds = self._embed(row)[None]
             _forget_lengths(self.language_model)
             while row.finish_reason is None:
-                outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+                with self.turns:
+                    outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
                 embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))

@@ -54,7 +54,9 @@ class LlavaPredictor:
     values are shared by all questions, in one batch or one after the other, and never copied. Greedy answers are those
     of `generate`, token for token (float32).
 
-    The model is put into `eval()`; its weights are not touched. One thread at a time.
+    The model is put into `eval()`; its weights are not touched. A predictor is for one thread at a time; predictors over
+    one model may be in threads, where they take turns, token by token (what else uses the model meanwhile holds
+    [`~modeling_llava.inference.turns.turns_of`] it).
 
     Args:
         model ([`LlavaForConditionalGeneration`]):

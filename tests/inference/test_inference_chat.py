@@ -134,8 +134,7 @@ def test_conversation_longer_than_the_model_is_refused_and_answers_end_before(ch
 
 
 def test_chats_that_share_a_model_in_threads_do_not_mix(model, processor):
-    lock = threading.Lock()
-    chats = [Chat(LlavaPredictor(model, processor), lock=lock, max_new_tokens=30) for _ in range(3)]
+    chats = [Chat(LlavaPredictor(model, processor), max_new_tokens=30) for _ in range(3)]
     answers: list[list[str]] = [[] for _ in chats]
 
     def talk(number):

@@ -43,8 +43,7 @@ def model(processor):
 
 @pytest.fixture(scope="module")
 def make_chat(model, processor):
-    lock = threading.Lock()
-    return lambda: Chat(LlavaPredictor(model, processor), lock=lock)
+    return lambda: Chat(LlavaPredictor(model, processor))
 
 
 def expected(model, processor, question, image, earlier=(), length=12):

@@ -66,7 +66,7 @@ class Sessions:
     and their picture is encoded again with their next question.
 
     Args:
-        make_chat (`Callable[[], Chat]`): Makes a tab's chat. They share a model, so they share a lock.
+        make_chat (`Callable[[], Chat]`): Makes a tab's chat.
         max_encoded (`int`, defaults to 4): Tabs whose pictures stay encoded (7B in 16 bits: 0.3 GB each, and more as they
             talk).
         max_sessions (`int`, defaults to 256): Tabs that are remembered at all.
