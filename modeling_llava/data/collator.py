@@ -14,14 +14,11 @@ from ..processing_llava import num_image_tokens
 from .images import image_key, load_image
 from .labels import conversation_length, encode_conversation
 from .packing import pack_sequences
-from .schema import TOO_LONG, BadSampleError, Conversation, DropCounter
+from .schema import NOTHING, TOO_LONG, BadSampleError, Conversation, DropCounter
 
 
 GIVE_UP_AFTER = 64
 """Samples: when so many have been dropped and not one could be used, the data or a setting is wrong."""
-
-NOTHING: Conversation = {"id": "nothing", "messages": [], "images": []}
-"""Stands in a batch for a sample that is not there, where processes must have equally many: nothing is learnt from it."""
 
 
 class LlavaDataCollator:

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,38 @@ _CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
 
 class Share:
     """
-    The part of the rows that one worker of one process takes: of all that were read so far, in all sources and epochs,
-    every `count`-th. Epochs that do not come out even are made up for in the next ones: no share falls behind.
+    The part of the rows that one worker of one process takes. All rows of all sources and epochs, one behind the other,
+    are dealt out in rounds: a round gives each share one row. So no share falls behind, whether epochs come out even or
+    not; and since each round begins at another share, none gets all the long, the bad, or the text-only rows of data in
+    which they recur at intervals.
     """
 
     def __init__(self, rank: int, world_size: int, worker: int, num_workers: int):
         self.rank, self.world_size, self.worker, self.num_workers = rank, world_size, worker, num_workers
         self.number, self.count = rank * num_workers + worker, world_size * num_workers
-        self.first = self.number
-        """Of the rows that come next, the first one that is in the share; the others are the `count`-th after it."""
+        self.before = 0
+        """Rows that were dealt out already; the next one has the index 0."""
 
     def behind(self, num_rows: int) -> "Share":
-        """The share in what follows `num_rows` rows that were shared out already."""
+        """The share in what follows `num_rows` rows that were dealt out already."""
         share = copy.copy(self)
-        share.first = (self.number - num_rows) % self.count
+        share.before = num_rows
         return share
+
+    def takes(self, index: int) -> bool:
+        """Whether row `index` is in the share."""
+        round_, place = divmod(self.before + index, self.count)
+        return (place + self._turn(round_)) % self.count == self.number
+
+    def indices(self, num_rows: int) -> Iterator[int]:
+        """Those of the next `num_rows` rows that are in the share."""
+        for round_ in range(self.before // self.count, -(-(self.before + num_rows) // self.count)):
+            index = round_ * self.count + (self.number - self._turn(round_)) % self.count - self.before
+            if 0 <= index < num_rows:
+                yield index
+
+    def _turn(self, round_: int) -> int:
+        return zlib.crc32(b"%d" % round_) % self.count
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -65,7 +83,7 @@ class ListRows:
         return iter(self.rows)
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        for index in range(share.first, len(self.rows), share.count):
+        for index in share.indices(len(self.rows)):
             yield index, self.rows[index]
 
 
@@ -116,12 +134,9 @@ class JsonRows:
         return self._count
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        def is_ours(index):
-            return index % share.count == share.first
-
         index = -1
-        for index, (_, _, row) in enumerate(self._rows(is_ours)):
-            if is_ours(index):
+        for index, (_, _, row) in enumerate(self._rows(share.takes)):
+            if share.takes(index):
                 yield index, row
         self._count = index + 1
 
@@ -265,7 +280,7 @@ class ArrowRows:
             yield from rows
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
-        for index in range(share.first, len(self.dataset), share.count):
+        for index in share.indices(len(self.dataset)):
             yield index, self[index]
 
 

@@ -72,6 +72,10 @@ class Conversation(TypedDict):
     type: str | None
 
 
+NOTHING: Conversation = {"id": "nothing", "messages": [], "images": []}
+"""Stands for a sample that is not there, where processes must have equally many: nothing is learnt from it."""
+
+
 class BadSampleError(ValueError):
     """
     A sample that cannot be used.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .rows import ArrowRows, JsonRows, ListRows, Share, StreamedRows
 from .schema import (
+    NOTHING,
     OUTSIDE_IMAGE,
     BadSampleError,
     Conversation,
@@ -209,8 +210,8 @@ class ConversationStream(torch.utils.data.IterableDataset):
     Conversations one after the other, without holding them. The rows are shared among the processes (`rank`,
     `world_size`) and among the workers of a `DataLoader`; in an epoch each row is given to exactly one of them.
 
-    A JSON file is read through by everyone, and each takes every n-th row, counted on from epoch to epoch; a `datasets`
-    stream is shared by its shards.
+    A JSON file is read through by everyone, and each takes one row of every n, counted on from epoch to epoch; a
+    `datasets` stream is shared by its shards.
 
     Attributes:
         dropped (`dict[str, int]`): Rows dropped so far, by reason, in all workers of this process.
@@ -223,6 +224,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
         self._types = types
         self._shuffle_buffer, self._seed, self._epoch = shuffle_buffer, seed, 0
         self._rank, self._world_size = rank, world_size
+        self._keeps_places = False
         self._dropped = DropCounter()
 
     @property
@@ -236,10 +238,15 @@ class ConversationStream(torch.utils.data.IterableDataset):
         """
         self._epoch = epoch
 
-    def shared_by(self, rank: int, world_size: int) -> "ConversationStream":
-        """The same stream, of which process `rank` takes its part."""
+    def shared_by(self, rank: int, world_size: int, keep_places: bool = False) -> "ConversationStream":
+        """
+        The same stream, of which process `rank` takes its part.
+
+        With `keep_places` a row that is dropped leaves [`NOTHING`] in its place: processes that drop unequally many
+        would otherwise be in different epochs.
+        """
         stream = copy.copy(self)
-        stream._rank, stream._world_size = rank, world_size
+        stream._rank, stream._world_size, stream._keeps_places = rank, world_size, keep_places
         return stream
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -266,6 +273,8 @@ class ConversationStream(torch.utils.data.IterableDataset):
                     if not self._drop:
                         raise
                     self._dropped.add(error, what)
+                    if self._keeps_places:
+                        yield NOTHING
                     continue
                 if self._types is None or conversation["type"] in self._types:
                     yield conversation

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from tqdm import tqdm
 
-from ..data.collator import NOTHING, LlavaDataCollator
+from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
 from ..data.sampler import GroupedSampler
-from ..data.schema import TOO_LONG, BadSampleError, summarize_drops
+from ..data.schema import NOTHING, TOO_LONG, BadSampleError, summarize_drops
 from ..data.sources import ConversationStream
 from .arguments import LlavaTrainingArguments
 from .mixture import TypeMixtureSampler
@@ -41,14 +41,19 @@ class EndlessStream(IterableDataset):
     def __iter__(self) -> Iterator:
         worker = get_worker_info()
         shares = self.world_size * (worker.num_workers if worker else 1)
-        num_empty = 0
+        num_empty, held_back = 0, 0
         for epoch in itertools.count(self._epoch):
             self.stream.set_epoch(epoch)
             num_empty += 1
             for sample in self.stream:
+                if sample is NOTHING and num_empty:  # perhaps there is nothing else
+                    held_back += 1
+                    continue
                 num_empty = 0
+                yield from itertools.repeat(NOTHING, held_back)
+                held_back = 0
                 yield sample
-            if num_empty < shares:  # with fewer rows than shares, each has its turn within so many epochs
+            if num_empty <= 2 * shares:  # with fewer rows than shares, each has its turn within so many epochs
                 continue
             if worker is None or worker.id == 0:
                 raise ValueError(
@@ -102,7 +107,7 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
         BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
     """
     if isinstance(dataset, ConversationStream):
-        dataset = dataset.shared_by(args.process_index, args.world_size)
+        dataset = dataset.shared_by(args.process_index, args.world_size, keep_places=True)
         if args.packing == "full":
             measure = _DroppingMeasure(_measure_of(collator, args), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
@@ -207,6 +212,8 @@ class _DroppingMeasure:
         self.args = args
 
     def __call__(self, conversation: Any) -> int:
+        if conversation is NOTHING:
+            return 0
         try:
             return self.measure(conversation)
         except BadSampleError as error:
