@@ -41,7 +41,7 @@ class ControlTokens:
     """
     The control tokens of one tokenizer: its special tokens and the image token. Other added tokens are ordinary words.
 
-    Get one by [`ControlTokens.of`], which keeps it for as long as the tokenizer lives and is not extended.
+    Get one by [`ControlTokens.of`], which keeps it for as long as the tokenizer lives and its tokens stay the same.
 
     Attributes:
         ids (`dict[str, int]`): Ids of the control tokens, by their text.
@@ -86,9 +86,10 @@ class ControlTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> "ControlTokens":
-        """The control tokens of `tokenizer`, computed once."""
-        state = (len(tokenizer), image_token)
+        """The control tokens of `tokenizer`, computed once, and again when they have changed."""
         cached = _CACHE.get(tokenizer)
+        adds = repr(getattr(getattr(tokenizer, "_tokenizer", None), "post_processor", None))
+        state = (len(tokenizer), image_token, tuple(tokenizer.all_special_ids), adds)
         if cached is None or cached[0] != state:
             cached = _CACHE[tokenizer] = (state, cls(tokenizer, image_token))
         return cached[1]

@@ -439,6 +439,29 @@ def test_tokens_added_later_are_seen():
     assert processor.tokenizer.convert_tokens_to_ids("<new>") not in ids  # typed by a user, so still text
 
 
+def test_a_word_that_becomes_special_later_is_a_control_token():
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens(["<word>"])
+    word, typed = processor.tokenizer.convert_tokens_to_ids("<word>"), [user("<word>"), assistant("x")]
+    assert word in encode_conversation(typed, processor)["input_ids"]
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<word>"]})
+    assert word not in encode_conversation(typed, processor)["input_ids"]
+
+
+@pytest.mark.parametrize("setting, value", [("add_bos_token", False), ("add_eos_token", True)])
+def test_what_the_tokenizer_adds_is_followed_when_it_is_changed(setting, value):
+    processor = tiny_processor(template="vicuna_v0")  # ends with no token of its own
+    conversations = [[user(question), assistant("x")] for question in ("a", "a </s>")]
+    for messages in conversations:
+        assert encode_conversation(messages, processor)["input_ids"][0] == 1
+        processor.apply_chat_template(messages, tokenize=True)
+    setattr(processor.tokenizer, setting, value)
+    for messages in conversations:
+        ids = encode_conversation(messages, processor)["input_ids"].tolist()
+        assert ids == processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
+        assert [ids[0] == 1, ids[-1] == 2] == [False, value]  # transformers gives up one for the other
+
+
 def test_image_wrap_gives_the_originals_ids_without_legacy(tmp_path):
     # The original tokenized the text after an image on its own, so it began with a space; `legacy=False` adds none.
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny_spm.model").read_bytes())
