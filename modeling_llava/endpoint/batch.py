@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .chat import EndpointFault, Reply
+from .chat import EndpointFault, Reply, RequestFault
 from .ledger import Ledger
 from .limits import BATCH_PRICE, Budget
 from .openai_model import OpenAIModel, parse_completion, translate_status
-from .task import ATTEMPTS, Task, Verdict, reply_event, resume_attempt
+from .refusals import Refusals
+from .task import ATTEMPTS, Task, Verdict, refusal_event, reply_event, resume_attempt
 
 
 MAX_REQUESTS = 50_000
@@ -34,7 +35,8 @@ class BatchSummary:
         accepted: Results accepted.
         rejected: Results rejected for good.
         again: Results rejected that are asked for once more, live or by the next batch.
-        faults: Results without a reply (`batch_expired`, `"400"`, …), by kind; asked for again.
+        faults: Results without a reply (`batch_expired`, `"500"`, …), by kind; asked for again.
+        refused: Tasks whose request the endpoint refuses while it answers others; settled as rejected.
         waiting: Tasks that still wait in a batch.
         unknown: Results that belong to no waiting task (read before, or of another run).
         message: Why writing stopped early, if it did.
@@ -46,6 +48,7 @@ class BatchSummary:
     rejected: int = 0
     again: int = 0
     faults: Counter = field(default_factory=Counter)
+    refused: int = 0
     waiting: int = 0
     unknown: int = 0
     message: str = ""
@@ -143,7 +146,8 @@ def read_batch(
 
     Args:
         tasks: The tasks of the run, in order; those that wait in a batch are looked up in the files.
-        paths: Output and error files as the endpoint gives them.
+        paths: Output and error files as the endpoint gives them; those of one batch together, since what is refused in the
+            one is refused for good where the other has replies.
         ledger: Open for writing.
         judge: Judges each reply, as in `run_tasks`.
 
@@ -155,6 +159,7 @@ def read_batch(
     where = _index(paths)
     known = len(where)
     events: list[dict[str, Any]] = []
+    refusals = Refusals(ledger)
     for task in tasks:
         state = ledger.state(task.id)
         if state.batched is None:
@@ -173,9 +178,14 @@ def read_batch(
             reply = _reply(result)
         except EndpointFault as fault:
             event = {"event": "fault", "task": task.id, "request": state.batched, "attempt": attempt}
-            events.append({**event, "kind": fault.kind, "message": str(fault)[:500], "maybe_paid": fault.maybe_paid})
+            event |= {"kind": fault.kind, "message": str(fault)[:500], "maybe_paid": fault.maybe_paid}
+            if isinstance(fault, RequestFault):
+                refusals.add(task, state.batched, attempt, fault)
+                event["refused"] = True
+            events.append(event)
             summary.faults[fault.kind] += 1
         else:
+            refusals.answered = True
             verdict = judge(task, reply)
             final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
             events.append(reply_event(task, state.batched, attempt, reply, verdict, final, batch=True))
@@ -185,6 +195,11 @@ def read_batch(
         if len(events) >= 1000:
             ledger.append_now(events)
             events = []
+    for one in refusals.reply() if refusals.answered else refusals.end():
+        events.append(refusal_event(one.task, one.request, one.attempt, one.fault, batch=True))
+        summary.faults[one.fault.kind] -= 1
+        summary.refused += 1
+    summary.faults = +summary.faults
     ledger.append_now(events)
     summary.unknown = len(where)
     summary.requests = known - summary.unknown

@@ -9,7 +9,9 @@ It is the only state of a run. Everything else (which request is next, what was 
 {"event": "batch", "task": …, "request": …, "attempt": 1, "tokens": [612, 1024], "file": …}
 ```
 
-`reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A process that dies while
+`reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A task whose request is
+refused for good ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a reply.
+ A process that dies while
 it writes leaves a torn last line; the next one begins a new line, and torn lines are counted and passed over.
 """
 
@@ -35,15 +37,17 @@ class TaskState:
         final: Whether it is settled.
         accepted: Whether its last reply was accepted.
         batched: Request id under which it waits in a batch file, if it does.
+        refused: Whether the endpoint refused a request of it (`RequestFault`).
     """
 
-    __slots__ = ("replies", "final", "accepted", "batched")
+    __slots__ = ("replies", "final", "accepted", "batched", "refused")
 
     def __init__(self) -> None:
         self.replies: tuple[int, ...] = ()
         self.final = False
         self.accepted = False
         self.batched: str | None = None
+        self.refused = False
 
 
 @dataclass
@@ -54,7 +58,7 @@ class LedgerCounts:
         requests: Requests sent, each sending counted.
         replies: Replies received.
         accepted: Replies accepted.
-        rejected: Replies rejected, by reason.
+        rejected: Replies rejected, and tasks refused for good, by reason.
         faults: Requests that got no usable reply, by kind.
         maybe_paid: Faults after which the endpoint may have billed (time-outs, cut or broken replies).
         unknown: Requests that were in flight when a process died: neither reply nor fault is known.
@@ -189,6 +193,7 @@ class Ledger:
             estimate = self._open_requests.pop(request, None) or batched or [0, 0]
             state.batched = None
             if kind == "fault":
+                state.refused |= bool(event.get("refused"))
                 counts.faults[event["kind"]] += 1
                 if event.get("maybe_paid"):
                     counts.maybe_paid += 1
@@ -200,11 +205,13 @@ class Ledger:
         counts = self.counts
         state.replies += (position,)
         state.final, state.accepted = event["final"], event["reason"] is None
-        counts.replies += 1
         if event["reason"] is None:
             counts.accepted += 1
         else:
             counts.rejected[event["reason"]] += 1
+        if event.get("refused"):
+            return
+        counts.replies += 1
         if event["usage"] is None:
             counts.missing_usage += 1
         _add(counts.used_in_batch if event.get("batch") else counts.used, event["usage"] or estimate)

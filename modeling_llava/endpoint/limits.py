@@ -98,8 +98,9 @@ class Budget:
 
     What a request may use at most is set aside before it is sent and replaced by what it used when the reply is there;
     so many requests at once cannot overdraw together. Tokens of a prompt are known only afterwards: they are estimated
-    from its characters by the largest ratio seen so far (at first `TOKENS_PER_CHARACTER`). The budget can be overdrawn
-    by no more than the error of that estimate for the requests in flight.
+    from its characters by the largest ratio seen so far (`TOKENS_PER_CHARACTER` at least). The budget can be overdrawn by
+    no more than the error of that estimate for the requests in flight, by which prompts differ from all those before; a
+    run's first request goes alone and is held with `most`, which no tokenizer of bytes or characters passes.
 
     Args:
         max_tokens: Most tokens, prompts and replies together; `None` for no limit.
@@ -108,6 +109,7 @@ class Budget:
     """
 
     TOKENS_PER_CHARACTER = 0.3
+    TEMPLATE_TOKENS = 32
 
     def __init__(self, max_tokens: int | None = None, max_cost: float | None = None, prices: Prices | None = None):
         if max_cost is not None and (prices is None or prices.prompt + prices.completion <= 0):
@@ -130,6 +132,20 @@ class Budget:
         """The most that a request is expected to use, in tokens."""
         characters = sum(len(message["content"]) for message in messages)
         return Usage(round(characters * self.ratio) + 4 * len(messages), max_tokens)
+
+    def most(self, messages: list[Message], max_tokens: int) -> Usage:
+        """What a request can use at most, in tokens: a token for each byte, and what a chat template may add."""
+        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        return Usage(size + self.TEMPLATE_TOKENS * len(messages), max_tokens)
+
+    def message(self, estimate: Usage) -> str:
+        """Why a request is not sent, for a person."""
+        parts = []
+        if self.max_tokens is not None:
+            parts.append(f"{self.tokens:,} of {self.max_tokens:,} tokens are used")
+        if self.max_cost is not None:
+            parts.append(f"${self.cost:.4f} of ${self.max_cost:.2f} are spent")
+        return f"The budget does not have the next request (up to {estimate.total_tokens:,} tokens): {' and '.join(parts)}."
 
     def hold(self, estimate: Usage, factor: float = 1.0) -> bool:
         """Sets `estimate` aside, at `factor` times its price; `False`, and nothing set aside, if the budget does not have it."""

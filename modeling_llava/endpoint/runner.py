@@ -10,6 +10,8 @@ What is guaranteed, and what cannot be:
   twice. For one that does not, those that it had answered, or goes on to answer, are paid a second time; they are counted
   (`LedgerCounts.unknown`) and the budget counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
 * A task is settled by one ledger line, so it is settled once; what is made from the ledger holds it once.
+* A request that the endpoint refuses (too long, filtered) while it answers others settles its task as rejected: it would be
+  refused each time. Where it answers none it may be the settings, and the tasks stay open.
 """
 
 import asyncio
@@ -26,13 +28,11 @@ from typing import Any
 from .chat import ChatModel, FatalFault, PassingFault, Reply, RequestFault, Usage
 from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
-from .task import ATTEMPTS, Task, Verdict, accept_all, reply_event, resume_attempt
+from .refusals import Refusal, Refusals
+from .task import ATTEMPTS, Task, Verdict, accept_all, refusal_event, reply_event, resume_attempt
 
 
 logger = logging.getLogger(__name__)
-
-REFUSALS_BEFORE_STOP = 5
-"""So many requests refused (HTTP 400) before the first reply stop the run: it is the settings, not the requests."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class RunSummary:
         stopped: `"done"` (every task was looked at), `"interrupt"`, `"budget"` or `"endpoint"`.
         message: Why it stopped, for a person.
         accepted: Tasks settled with an accepted reply.
-        rejected: Tasks settled with a rejected one.
+        rejected: Tasks settled with a rejected one, or whose request the endpoint refuses while it answers others.
         skipped: Tasks that were settled before.
         batched: Tasks that wait in a batch file.
         given_up: Tasks left open after faults; the next run asks them again.
@@ -110,6 +110,8 @@ class _Run:
         self.not_before = 0.0
         self.last_success = time.monotonic()
         self.answered = 0
+        self.refusals = Refusals(ledger)
+        self.busy = 0  # tasks that are being asked
         self.held = 0  # requests for which the budget has set something aside
         self.released = asyncio.Event()
 
@@ -153,16 +155,19 @@ class _Run:
         """Sets aside in the budget what a task may use; `None` if it does not have it or the run was stopped.
 
         Replies in flight mostly use less than is held for them: the budget has an end only when none is in flight. And
-        what a prompt takes is learned from replies: under a budget each one lets one more request go at the same time
-        (1, 2, 4, … in flight), so that an estimate that is too low is seen before all go by it.
+        what a prompt takes is learned from replies: under a budget the first request is held with the most that it can
+        take, and each reply lets one more go at the same time (1, 2, 4, … in flight), so that an estimate that is too low
+        is seen before all go by it.
         """
         while not self.stopping.is_set():
-            estimate = self.budget.estimate(task.messages, task.max_tokens)
+            known = self.answered or not self.budget.limited
+            expected = self.budget.estimate if known else self.budget.most
+            estimate = expected(task.messages, task.max_tokens)
             if (self.held <= self.answered or not self.budget.limited) and self.budget.hold(estimate):
                 self.held += 1
                 return estimate
             if not self.budget.held_tokens:
-                self.stop("budget", _budget_message(self.budget, estimate))
+                self.stop("budget", self.budget.message(estimate))
                 break
             self.released.clear()
             await self.released.wait()
@@ -183,8 +188,44 @@ class _Run:
                 self.summary.skipped += 1
             elif state.batched:
                 self.summary.batched += 1
+            elif not await self.others_are_answered():
+                return
             else:
+                self.busy += 1
                 await self.settle(task)
+                self.busy -= 1
+                self.released.set()
+
+    async def others_are_answered(self) -> bool:
+        """Where many requests were refused since the last reply, waits for those under way: replies take longer than
+        refusals. `False` if the run was stopped, be it because none of them was answered either."""
+        while self.refusals.too_many and not self.stopping.is_set():
+            if not self.busy:
+                self.stop("endpoint", self.refusals.message())
+                break
+            self.released.clear()
+            await self.released.wait()
+        return not self.stopping.is_set()
+
+    def settle_refused(self, refusals: list[Refusal]) -> None:
+        for one in refusals:
+            self.ledger.append(refusal_event(one.task, one.request, one.attempt, one.fault))
+            self.settled(one.task, False)
+
+    def end(self) -> None:
+        """Settles or leaves open what was refused since the last reply."""
+        if self.refusals.too_many:
+            self.stop("endpoint", self.refusals.message())
+        self.settle_refused(self.refusals.end())
+        self.summary.given_up.update(one.fault.kind for one in self.refusals.open)
+
+    def settled(self, task: Task, accepted: bool) -> None:
+        if accepted:
+            self.summary.accepted += 1
+        else:
+            self.summary.rejected += 1
+        if self.on_settled:
+            self.on_settled(task, accepted)
 
     async def settle(self, task: Task) -> None:
         """Asks until the task is settled, or leaves it open."""
@@ -210,14 +251,8 @@ class _Run:
             if self.tokens:
                 self.tokens.give_back(estimate.total_tokens - used.total_tokens)
             if final:
-                if verdict.reason is None:
-                    self.summary.accepted += 1
-                else:
-                    self.summary.rejected += 1
-                if self.on_settled:
-                    self.on_settled(task, verdict.reason is None)
-                return
-            if self.stopping.is_set():
+                self.settled(task, verdict.reason is None)
+            if final or self.stopping.is_set():
                 return
             task, attempt = task.again(reply.text, verdict.tell), attempt + 1
 
@@ -249,10 +284,15 @@ class _Run:
                 )
             except (PassingFault, RequestFault, FatalFault) as error:
                 fault = {"kind": error.kind, "message": str(error)[:500], "maybe_paid": error.maybe_paid}
+                if refused := isinstance(error, RequestFault):
+                    self.refusals.add(task, request, attempt, error)
+                    fault["refused"] = True
                 self.ledger.append({"event": "fault", **head, **fault})
                 if error.maybe_paid:
                     self.budget.spend(estimate)
                 self.release(estimate)
+                if refused:
+                    return None
                 failed += 1
                 if not await self.bear(error, failed):
                     self.summary.given_up[error.kind] += 1
@@ -260,6 +300,7 @@ class _Run:
                 continue
             self.answered += 1
             self.last_success = time.monotonic()
+            self.settle_refused(self.refusals.reply())
             return reply, estimate
 
     async def bear(self, fault: Exception, failed: int) -> bool:
@@ -267,13 +308,6 @@ class _Run:
         backoff = self.settings.backoff
         if isinstance(fault, FatalFault):
             self.stop("endpoint", f"The endpoint refuses every request ({fault.kind}): {fault}")
-            return False
-        if isinstance(fault, RequestFault):
-            refused = sum(self.summary.given_up.values()) + 1
-            if self.answered == 0 and refused >= REFUSALS_BEFORE_STOP:
-                self.stop(
-                    "endpoint", f"The first {refused} requests were all refused, the last with {fault.kind}: {fault}"
-                )
             return False
         silent = time.monotonic() - self.last_success
         wait = backoff.seconds(failed, self.rng)
@@ -290,17 +324,6 @@ class _Run:
         if fault.kind not in {"429", "connection", "502", "503"} and failed >= backoff.attempts:
             return False
         return await self.pause(wait)
-
-
-def _budget_message(budget: Budget, estimate: Usage) -> str:
-    parts = []
-    if budget.max_tokens is not None:
-        parts.append(f"{budget.tokens:,} of {budget.max_tokens:,} tokens are used")
-    if budget.max_cost is not None:
-        parts.append(f"${budget.cost:.4f} of ${budget.max_cost:.2f} are spent")
-    return (
-        f"The budget does not have the next request (up to {estimate.total_tokens:,} tokens): {' and '.join(parts)}."
-    )
 
 
 async def run_tasks_async(
@@ -326,6 +349,7 @@ async def run_tasks_async(
     workers = [asyncio.create_task(run.work(iterator)) for _ in range(settings.concurrency)]
     try:
         await asyncio.gather(*workers)
+        run.end()
     finally:
         for worker in workers:
             worker.cancel()

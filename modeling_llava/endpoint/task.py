@@ -8,12 +8,15 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .chat import Message, Reply
+from .chat import EndpointFault, Message, Reply, Usage
 from .ledger import Ledger
 
 
 ATTEMPTS = 2
 """A rejected reply is asked for once more, with the reason told to the model."""
+
+REFUSED = "refused_by_endpoint"
+"""Reason under which a task is settled whose request the endpoint refuses while it answers others."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ def reply_event(
         "final": final,
         **more,
     }
+
+
+def refusal_event(task: Task, request: str, attempt: int, fault: EndpointFault, **more: Any) -> dict[str, Any]:
+    """The ledger's line that settles a task whose request is refused: a rejected reply without a text."""
+    reply, verdict = Reply("", usage=Usage(0, 0)), Verdict(REFUSED, f"{fault.kind}: {fault}"[:500])
+    return reply_event(task, request, attempt, reply, verdict, final=True, refused=True, **more)
 
 
 def resume_attempt(task: Task, ledger: Ledger) -> Task:

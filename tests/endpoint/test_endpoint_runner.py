@@ -23,7 +23,6 @@ from modeling_llava.endpoint import (
     PassingFault,
     Prices,
     Reply,
-    RequestFault,
     RunSettings,
     Task,
     Usage,
@@ -305,24 +304,6 @@ def test_a_wrong_key_at_a_real_endpoint_is_one_message(tmp_path):
     with FaultServer(reply=refuse) as server, Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(10), OpenAIModel("m", base_url=server.url), ledger, settings=RunSettings(1))
     assert summary.message == "The endpoint refuses every request (401): Incorrect API key"
-
-
-def test_one_refused_request_is_left_open_and_the_others_go_on(tmp_path):
-    script = lambda messages: RequestFault("400", "too long") if messages[-1]["content"] == "thing 3." else "fine"  # noqa: E731
-    with Ledger(tmp_path / "l") as ledger:
-        summary = run_tasks(tasks(10), Scripted(script), ledger, settings=RunSettings(1))
-        assert (summary.accepted, summary.given_up) == (9, {"400": 1})
-        assert not ledger.state("t3").final
-    with Ledger(tmp_path / "l") as ledger:
-        assert run_tasks(tasks(10), Scripted(), ledger).accepted == 1
-
-
-def test_settings_that_every_request_is_refused_for_stop_the_run(tmp_path):
-    script = lambda messages: RequestFault("400", "use max_completion_tokens")  # noqa: E731
-    with Ledger(tmp_path / "l") as ledger:
-        summary = run_tasks(tasks(1000), Scripted(script), ledger, settings=RunSettings(2))
-    assert summary.stopped == "endpoint" and "max_completion_tokens" in summary.message
-    assert ledger.counts.requests <= 7
 
 
 def test_a_request_that_always_fails_is_given_up_and_asked_again_by_the_next_run(tmp_path):

@@ -1,0 +1,82 @@
+"""Requests that an endpoint refuses (HTTP 400, 413, 422: too long, filtered): is it the request, or are it the settings?
+
+Sent again, such a request would be refused again. Where the endpoint answers others, its task is settled as rejected. Where
+it answers none it may be the settings: then the tasks stay open, and many of them stop the run.
+"""
+
+from dataclasses import dataclass
+
+from .chat import RequestFault
+from .ledger import Ledger
+from .task import Task
+
+
+BEFORE_REPLY, IN_A_ROW = 5, 25
+"""So many refusals before a run's first reply, or later without one between them, are too many."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A refused request.
+
+    Attributes:
+        task, request, attempt: What was asked.
+        fault: What the endpoint said.
+        again: Whether an earlier run has had a request of this task refused.
+    """
+
+    task: Task
+    request: str
+    attempt: int
+    fault: RequestFault
+    again: bool
+
+
+class Refusals:
+    """What was refused since a run's last reply.
+
+    Args:
+        ledger: Of the run.
+    """
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+        self.open: list[Refusal] = []
+        self.answered = False
+
+    def add(self, task: Task, request: str, attempt: int, fault: RequestFault) -> None:
+        """Takes a refusal that the ledger does not hold yet."""
+        self.open.append(Refusal(task, request, attempt, fault, self.ledger.state(task.id).refused))
+
+    @property
+    def too_many(self) -> bool:
+        return len(self.open) >= (IN_A_ROW if self.answered else BEFORE_REPLY)
+
+    def message(self) -> str:
+        """What too many of them mean, for a person."""
+        since = " since the last reply" if self.answered else ""
+        fault = self.open[-1].fault
+        return (
+            f"{len(self.open)} requests were refused and none was answered{since}; the last with {fault.kind}: {fault}"
+        )
+
+    def reply(self) -> list[Refusal]:
+        """Called with a reply to another request: returns what is refused for good."""
+        self.answered = True
+        settled, self.open = self.open, []
+        return settled
+
+    def end(self) -> list[Refusal]:
+        """Called when nothing more is asked: returns what is refused for good; the rest stays in `open`.
+
+        In a run without any reply that is what an earlier run had refused too, if the ledger holds replies to others: else
+        the last few tasks would be asked by every run.
+        """
+        if self.too_many:
+            return []
+        settled = [one for one in self.open if self.answered or (one.again and self.ledger.counts.replies)]
+        self.open = [one for one in self.open if one not in settled]
+        return settled
+
+
+__all__ = ["BEFORE_REPLY", "IN_A_ROW", "Refusal", "Refusals"]
