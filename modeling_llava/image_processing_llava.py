@@ -243,6 +243,11 @@ def _resize_rgb(
     target_height, target_width = (
         (padded_height, padded_width) if size is None else _target_size(padded_height, padded_width, size)
     )
+    if not (target_height and target_width):
+        raise ValueError(
+            f"A picture of {width}×{height} pixels would have {target_width}×{target_height} after the resize, none: it is "
+            f"too long and thin for size={dict(size)}."
+        )
     resample = PILImageResampling.BILINEAR if resample is None else resample
 
     left, kept = 0, target_width

@@ -277,6 +277,13 @@ def test_unknown_size_names_the_choices():
         LlavaImageProcessor(size={"longest_edge": 30})(noise(40, 30))
 
 
+@pytest.mark.parametrize("width, height, target", [(1, 100, "0×20"), (100, 1, "20×0")])
+def test_a_picture_of_which_the_resize_would_leave_nothing_is_named(width, height, target):
+    processor = LlavaImageProcessor(size={"max_height": 20, "max_width": 20}, do_center_crop=False)
+    with pytest.raises(ValueError, match=f"{width}×{height} pixels would have {target}"):
+        processor(noise(width, height))
+
+
 @pytest.mark.slow
 def test_works_where_torchvision_cannot_be_imported(tmp_path):
     code = (
