@@ -11,7 +11,9 @@ import torch
 from transformers import TrainerCallback
 
 from ..data.images import load_image
+from ..data.schema import NOTHING
 from ..inference import LlavaPredictor
+from ..training.batches import EvenDataset
 from .callback import running_arithmetic, unwrap
 from .llava_bench_page import thumbnail_of
 from .results import write_text
@@ -107,8 +109,10 @@ def write_page(path: Path, title: str, samples: Sequence[dict], answers: Sequenc
 
 
 def _spread(dataset: Any, number: int) -> list[dict]:
+    if isinstance(dataset, EvenDataset):  # of several processes
+        dataset = dataset.dataset
     if not hasattr(dataset, "__len__"):  # a stream
-        return list(islice(dataset, number))
+        return [sample for sample in islice(dataset, number) if sample is not NOTHING]
     number = min(number, len(dataset))
     return [dataset[i * len(dataset) // number] for i in range(number)]
 

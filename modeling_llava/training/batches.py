@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class EndlessStream(IterableDataset):
     batches from its beginning, whatever the epoch.
     """
 
-    def __init__(self, stream: ConversationStream | PackedStream, world_size: int = 1):
+    def __init__(self, stream: Iterable, world_size: int = 1):
         self.stream = stream
         self.world_size = world_size
         self._epoch = 0
@@ -43,7 +43,7 @@ class EndlessStream(IterableDataset):
         shares = self.world_size * (worker.num_workers if worker else 1)
         num_empty, held_back = 0, 0
         for epoch in itertools.count(self._epoch):
-            self.stream.set_epoch(epoch)
+            _set_epoch(self.stream, epoch)
             num_empty += 1
             for sample in self.stream:
                 if sample is NOTHING and num_empty:  # perhaps there is nothing else
@@ -80,18 +80,44 @@ class EvenDataset(Dataset):
         return self.dataset[index] if index < len(self.dataset) else NOTHING
 
 
+class EvenStream(IterableDataset):
+    """
+    A process's part of a stream that knows of no processes: everyone reads it through, and takes one sample of each
+    round. Who finds none left in the last round takes nothing, so that all have equally many.
+    """
+
+    def __init__(self, stream: Iterable, rank: int, world_size: int):
+        self.stream = stream
+        self.rank = rank
+        self.world_size = world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        _set_epoch(self.stream, epoch)
+
+    def __iter__(self) -> Iterator:
+        stream = iter(self.stream)
+        while samples := list(itertools.islice(stream, self.world_size)):
+            yield samples[self.rank] if self.rank < len(samples) else NOTHING
+
+
+def _set_epoch(stream: Any, epoch: int) -> None:
+    if hasattr(stream, "set_epoch"):
+        stream.set_epoch(epoch)
+
+
 def even(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
-    """Evaluation data that comes out even on all processes; one process, and other collators, take it as it is."""
-    if isinstance(dataset, dict):
-        return {name: even(part, collator, args) for name, part in dataset.items()}
-    if args.world_size == 1 or not isinstance(collator, LlavaDataCollator) or not hasattr(dataset, "__len__"):
+    """Evaluation data that comes out even on all processes; other collators than ours take it as it is."""
+    if not isinstance(collator, LlavaDataCollator):
         return dataset
-    return EvenDataset(dataset, args.world_size * args.eval_batch_size)
+    if isinstance(dataset, IterableDataset):
+        stream = dataset.shared_by(0, 1) if isinstance(dataset, ConversationStream) else dataset
+        return EvenStream(stream, args.process_index, args.world_size)
+    return dataset if args.world_size == 1 else EvenDataset(dataset, args.world_size * args.eval_batch_size)
 
 
 def shares_by_itself(dataset: Any) -> bool:
     """Whether a stream gives each process its own rows already, so that accelerate must not share them again."""
-    return isinstance(dataset, EndlessStream)
+    return isinstance(dataset, EndlessStream | EvenStream)
 
 
 def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
@@ -106,14 +132,18 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
     Raises:
         BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
     """
-    if isinstance(dataset, ConversationStream):
-        dataset = dataset.shared_by(args.process_index, args.world_size, keep_places=True)
-        if args.packing == "full":
+    if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, ConversationStream):
+            dataset = dataset.shared_by(args.process_index, args.world_size, keep_places=True)
+        elif not isinstance(collator, LlavaDataCollator):
+            return dataset
+        elif not isinstance(dataset, PackedStream):
+            dataset = EvenStream(dataset, args.process_index, args.world_size)
+        if args.packing == "full" and not isinstance(dataset, PackedStream):
             measure = _DroppingMeasure(_measure_of(collator, args), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
-    if isinstance(dataset, ConversationStream | PackedStream):
         return EndlessStream(dataset, args.world_size)
-    if args.packing != "full" or isinstance(dataset, PackedDataset | IterableDataset):
+    if args.packing != "full" or isinstance(dataset, PackedDataset):
         return dataset
 
     lengths, kept = usable_lengths(dataset, collator, args)
@@ -273,4 +303,13 @@ def _measure_all(dataset: Any, measure: Callable[[Any], int], args: LlavaTrainin
     return everything
 
 
-__all__ = ["EndlessStream", "EvenDataset", "arrange", "even", "grouped_sampler", "shares_by_itself", "usable_lengths"]
+__all__ = [
+    "EndlessStream",
+    "EvenDataset",
+    "EvenStream",
+    "arrange",
+    "even",
+    "grouped_sampler",
+    "shares_by_itself",
+    "usable_lengths",
+]

@@ -107,7 +107,7 @@ class LlavaTrainer(Trainer):
             args=args,
             data_collator=data_collator,
             train_dataset=None if train_dataset is None else arrange(train_dataset, data_collator, args),
-            eval_dataset=even(eval_dataset, data_collator, args),
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
@@ -166,18 +166,24 @@ class LlavaTrainer(Trainer):
 
     _grouped_sampler: GroupedSampler | None = None
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; a stream that gives each process its own rows is not shared out a second time."""
-        if not shares_by_itself(self.train_dataset):
-            return super().get_train_dataloader()
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> torch.utils.data.DataLoader:
+        """As in `Trainer`, but what is evaluated comes out even, and a stream that is shared out already is left so."""
+        if description == "Evaluation" or not (is_training or hasattr(dataset, "__len__")):
+            dataset = even(dataset, self.data_collator, self.args)
+        if not shares_by_itself(dataset):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         loader = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
+            dataset,
+            batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
+            persistent_workers=is_training and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
         )
         return prepare_data_loader(
             loader,

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
-from modeling_llava.training import LlavaTrainingArguments, train
-from modeling_llava.training.batches import EndlessStream
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.batches import EndlessStream, EvenStream
+from modeling_llava.training.run import load_model_and_processor
 
 
 def rows(number, first=0):
@@ -167,3 +168,34 @@ def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, setti
 
     whole = train_in("whole")
     assert train_in("again", resume=str(tmp_path / "whole" / "checkpoint-8")) == whole
+
+
+@pytest.mark.parametrize("number, world_size", [(7, 3), (2, 4), (8, 2)])
+def test_a_stream_that_is_evaluated_comes_out_even_on_all_processes(number, world_size):
+    stream = load_conversations(rows(number), streaming=True)
+    found = [[row["id"] for row in EvenStream(stream, rank, world_size)] for rank in range(world_size)]
+    assert {len(share) for share in found} == {-(-number // world_size)}
+    in_turn = [share[i] for i in range(len(found[0])) for share in found]
+    assert in_turn == [str(i) for i in range(number)] + ["nothing"] * (-number % world_size)
+
+
+class OwnStream(torch.utils.data.IterableDataset):
+    """Conversations from anywhere: a stream that is none of ours, and comes to an end."""
+
+    def __init__(self, source, folder):
+        self.source, self.folder = source, folder
+
+    def __iter__(self):
+        return iter(load_conversations(self.source, self.folder))
+
+
+@pytest.mark.parametrize("packing", ["batch", "full"])
+def test_any_stream_is_trained_on_and_evaluated(packing, settings):
+    args = LlavaTrainingArguments(**{**settings, "packing": packing, "max_steps": 8, "per_device_train_batch_size": 8})
+    model, processor = load_model_and_processor(args)
+    source, folder = settings["data"], settings["image_folder"]
+    own, known = OwnStream(source, folder), load_conversations(source, folder)
+    trainer = LlavaTrainer(model, args, train_dataset=own, eval_dataset=own, processing_class=processor)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate(known)["eval_loss"], rel=1e-6)
+    trainer.train()  # beyond the stream's end
+    assert trainer.state.global_step == 8 and "loss" in trainer.state.log_history[-2]

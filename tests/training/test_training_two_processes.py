@@ -24,38 +24,80 @@ CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
 
 def launch(engine, recipe, *overrides, processes=2):
     """`llava train` in two processes (or so many), with a configuration of `examples/accelerate`."""
+    run_in_processes(engine, processes, "-m", "modeling_llava.cli.main", "train", str(recipe), *overrides)
+    return json.loads((Path(overrides[0].partition("=")[2]) / "trainer_state.json").read_text())
+
+
+def run_in_processes(engine, processes, *command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--config_file", str(CONFIGURATIONS / f"{engine}.yaml"), "--main_process_port", str(port)]
-    command = [*launcher, "-m", "modeling_llava.cli.main", "train", str(recipe), *overrides]
     # A rank that waits for another one for ever ends here
-    done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, timeout=240)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((Path(overrides[0].partition("=")[2]) / "trainer_state.json").read_text())
+    return done.stdout
 
 
 def curve(history, key):
     return [entry[key] for entry in history if key in entry]
 
 
-def test_a_stream_gives_two_processes_what_it_gives_one_beyond_its_first_epoch(settings, tmp_path):
-    """Eleven rows, four a step: in the second epoch the rows go to the other process, and to the same steps."""
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_stream_gives_two_processes_what_it_gives_one_beyond_its_first_epoch(settings, tmp_path, engine):
+    """
+    Eleven rows, four a step: in the second epoch the rows go to the other process, and to the same steps. Every other
+    row of the first eight has no answer, and is left out: no process is ahead by it.
+    """
     rows = json.loads(Path(settings["data"]).read_text())[:11]
+    for row in rows[1:8:2]:
+        row["conversations"] = row["conversations"][:1]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     settings |= {
         "data": str(tmp_path / "rows.json"), "streaming": True, "shuffle_buffer": 0, "max_steps": 7, "save_steps": 4,
         "per_device_train_batch_size": 1, "global_batch_size": 4, "optim": "adamw_torch", "save_total_limit": None,
+        "on_bad_sample": "drop",
     }  # fmt: skip
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     one = train(str(recipe), [f"output_dir={tmp_path / 'one'}"])
-    two = launch("ddp", recipe, f"output_dir={tmp_path / 'two'}")
+    two = launch(engine, recipe, f"output_dir={tmp_path / 'two'}")
     assert curve(two["log_history"], "loss") == pytest.approx(curve(one.log_history, "loss"), rel=1e-4)
     middle = f"resume={tmp_path / 'two' / 'checkpoint-4'}"
-    again = launch("ddp", recipe, f"output_dir={tmp_path / 'again'}", middle)
+    again = launch(engine, recipe, f"output_dir={tmp_path / 'again'}", middle)
     assert curve(again["log_history"], "loss") == curve(two["log_history"], "loss")
+
+
+EVALUATE = """
+import json, sys
+from modeling_llava.data import load_conversations
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
+from modeling_llava.training.run import load_model_and_processor
+
+settings = json.loads(sys.argv[1])
+args = LlavaTrainingArguments(**settings)
+rows = json.load(open(args.data))[:11]
+rows[4]["conversations"].pop()
+stream = load_conversations(rows, args.image_folder, streaming=True, on_bad_sample="drop")
+known = load_conversations(rows, args.image_folder, on_bad_sample="drop")
+model, processor = load_model_and_processor(args)
+trainer = LlavaTrainer(model, args, train_dataset=stream, eval_dataset=stream, processing_class=processor)
+trainer.train()
+found = [trainer.evaluate()["eval_loss"], trainer.evaluate(known)["eval_loss"]]
+if args.process_index == 0:
+    print("found", json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("engine, workers", [("ddp", 0), ("fsdp2", 2)])
+def test_a_stream_is_evaluated_by_two_processes_as_by_one(settings, tmp_path, engine, workers):
+    """Ten rows that can be used, in batches of two: the last round leaves both processes with nothing."""
+    (tmp_path / "evaluate.py").write_text(EVALUATE)
+    settings |= {"per_device_eval_batch_size": 2, "dataloader_num_workers": workers, "optim": "adamw_torch"}
+    said = run_in_processes(engine, 2, str(tmp_path / "evaluate.py"), json.dumps(settings))
+    streamed, known = json.loads(said.rpartition("found ")[2].splitlines()[0])
+    assert streamed == pytest.approx(known, rel=1e-6)
 
 
 @pytest.mark.parametrize(
