@@ -183,11 +183,11 @@ def describe(args: argparse.Namespace, summary) -> int:
         f"{run.skipped:,} were settled before"
     )
     if counts.rejected:
-        from ..data_engine.replies import REASONS
+        from ..data_engine.replies import LEFT_OUT
 
         print("rejected so far, with first attempts:")
         for reason, number in counts.rejected.most_common():
-            print(f"  {number:7,}  {REASONS[reason]}")
+            print(f"  {number:7,}  {LEFT_OUT[reason]}")
     if counts.faults:
         faults = ", ".join(f"{number:,} × {kind}" for kind, number in counts.faults.most_common())
         print(f"faults of the endpoint, borne: {faults}")
@@ -211,7 +211,7 @@ def describe(args: argparse.Namespace, summary) -> int:
     if run.stopped != "done":
         print(f"stopped: {run.message} The same command goes on.", file=sys.stderr)
         return {"interrupt": 130, "budget": 3}.get(run.stopped, 1)
-    if summary.output:
+    if summary.output and summary.output.samples:
         print(f"look at {Path(args.out) / 'report.html'}; train on {Path(args.out) / 'instruct.json'}")
     return 0 if not run.given_up else 1
 
@@ -286,7 +286,7 @@ def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
     )
     print(
         f"{read.requests:,} results read: {read.accepted:,} accepted, {read.rejected:,} rejected for good, "
-        f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply; {read.unknown:,} belong to no "
+        f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply, {read.refused:,} refused; {read.unknown:,} belong to no "
         f"waiting request, {read.waiting:,} requests still wait"
     )
     if read.faults:

@@ -70,7 +70,9 @@ def make_benchmark(args: argparse.Namespace):
         if args.references is None:
             print(f"asking {args.reference_model} for the reference answers", file=sys.stderr)
             model = make_chat_model(args, args.reference_model)
-            asked = llava_bench.ask_references(asked, model, out / "judge", **asking_options(args))
+            asked = llava_bench.ask_references(
+                asked, model, out / "judge", partial=args.partial, **asking_options(args)
+            )
         print(f"asking {args.judge}; Ctrl-C and the same command again goes on", file=sys.stderr)
         reviews = llava_bench.judge_answers(
             asked, answers, judge, out / "judge", how, partial=args.partial, **asking_options(args)

@@ -11,7 +11,7 @@ from ..endpoint import BATCH_PRICE, Ledger
 from .contexts import REASONS as CONTEXT_REASONS
 from .noun_phrases import DEFAULT_MODEL, load_spacy
 from .plots import plot_lengths, plot_verbs
-from .replies import REASONS
+from .replies import LEFT_OUT
 from .run import RunFolder, write_atomically
 from .samples import OutputSettings, OutputSummary, kept_samples
 
@@ -161,8 +161,8 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
     ]
     kinds = settings["types"]
     reasons = [
-        [REASONS[reason], *[about["rejected"].get(kind, {}).get(reason, 0) for kind in kinds]]
-        for reason in REASONS
+        [LEFT_OUT[reason], *[about["rejected"].get(kind, {}).get(reason, 0) for kind in kinds]]
+        for reason in LEFT_OUT
         if any(about["rejected"].get(kind, {}).get(reason) for kind in kinds)
     ]
     reasons.append(["question that repeats another", *[about["near_duplicates"].get(kind, 0) for kind in kinds]])

@@ -48,7 +48,7 @@ class GenerateSummary:
 
     Attributes:
         run: How the asking ended.
-        output: What was written, `None` while nothing is accepted.
+        output: What was written, `None` while nothing is accepted or rejected.
         tasks: Tasks of the run so far as it was looked at, by type.
         missing_images: Images that are not in the image folder; they were not asked for.
         ledger: The ledger's sums over all runs.
@@ -294,7 +294,7 @@ def finish(
         folder.about["images"] = str(images)
     folder.save()
     written = None
-    if ledger.counts.accepted:
+    if ledger.counts.accepted or ledger.counts.rejected:
         written = write_output(folder, ledger, images=images, limit=limit, settings=output)
     return GenerateSummary(summary, written, plan.tasks, plan.missing_images, ledger.counts, cost)
 
@@ -381,7 +381,7 @@ def batch_in(
     with Ledger(folder.path / "ledger.jsonl") as ledger:
         plan = Plan(folder, ledger)
         read = read_batch(plan, results, ledger, judge=judge)
-        summary = RunSummary(accepted=read.accepted, rejected=read.rejected, batched=read.waiting)
+        summary = RunSummary(accepted=read.accepted, rejected=read.rejected + read.refused, batched=read.waiting)
         return read, finish(folder, ledger, summary, plan, images, limit, prices, output)
 
 

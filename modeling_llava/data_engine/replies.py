@@ -6,6 +6,8 @@ is taken off here; what cannot is a `Rejection`.
 
 import re
 
+from ..endpoint import REFUSED
+
 
 Turn = tuple[str, str]
 """A question and its answer. In a description the question is empty: it is drawn from a list."""
@@ -24,7 +26,10 @@ REASONS: dict[str, str] = {
     "duplicate_questions": "asks the same question twice",
     "gives_answer_away": "a question holds its own answer",
 }
-"""Reasons to reject a reply, in the order in which they are looked for."""
+"""Reasons to reject a reply, in the order in which they are looked for; `Rejection` is one of these."""
+
+LEFT_OUT = {**REASONS, REFUSED: "no reply: the endpoint refuses the request (too long, filtered)"}
+"""Reasons why a task is settled without data, as cards and reports name them."""
 
 TELL: dict[str, str] = {
     "no_parse": "Your last reply was not in the required form. Write 'Question:' on a line of its own, then the question, "

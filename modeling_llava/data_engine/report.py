@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
-from .replies import REASONS
+from .replies import LEFT_OUT
 from .run import RunFolder, write_atomically
 from .samples import OutputSettings, OutputSummary, Sample, find_image, kept_samples
 
@@ -145,7 +145,7 @@ def _page(folder: RunFolder, summary: OutputSummary, cards: list[str]) -> str:
     for reasons in summary.rejected.values():
         for reason, number in reasons.items():
             rejected[reason] = rejected.get(reason, 0) + number
-    left_out = [(REASONS[reason], rejected[reason]) for reason in REASONS if reason in rejected]
+    left_out = [(LEFT_OUT[reason], rejected[reason]) for reason in LEFT_OUT if reason in rejected]
     left_out.append(("question that repeats another", summary.near_duplicates.total()))
     total = summary.samples.total()
     filters = "".join(f'<label><input type=checkbox checked data-filter="{k}"> {k}</label> ' for k in kinds)

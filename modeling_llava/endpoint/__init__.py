@@ -9,7 +9,7 @@ from .ledger import Ledger, LedgerCounts, TaskState
 from .limits import BATCH_PRICE, Backoff, Budget, Prices, TokenBucket
 from .openai_model import OpenAIModel
 from .runner import RunSettings, RunSummary, run_tasks, run_tasks_async
-from .task import Task, Verdict
+from .task import REFUSED, Task, Verdict
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "OpenAIModel",
     "PassingFault",
     "Prices",
+    "REFUSED",
     "Reply",
     "RequestFault",
     "RunSettings",

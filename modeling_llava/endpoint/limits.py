@@ -138,14 +138,15 @@ class Budget:
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
         return Usage(size + self.TEMPLATE_TOKENS * len(messages), max_tokens)
 
-    def message(self, estimate: Usage) -> str:
-        """Why a request is not sent, for a person."""
+    def message(self, needed: Usage, known: bool) -> str:
+        """Why a request that needs so much is not sent, for a person; `known`: by `estimate`, not by `most`."""
         parts = []
         if self.max_tokens is not None:
             parts.append(f"{self.tokens:,} of {self.max_tokens:,} tokens are used")
         if self.max_cost is not None:
             parts.append(f"${self.cost:.4f} of ${self.max_cost:.2f} are spent")
-        return f"The budget does not have the next request (up to {estimate.total_tokens:,} tokens): {' and '.join(parts)}."
+        how = "" if known else ", with a token for each byte of the prompt until a reply has shown better"
+        return f"The budget does not have the next request (up to {needed.total_tokens:,} tokens{how}): {' and '.join(parts)}."
 
     def hold(self, estimate: Usage, factor: float = 1.0) -> bool:
         """Sets `estimate` aside, at `factor` times its price; `False`, and nothing set aside, if the budget does not have it."""

@@ -167,7 +167,7 @@ class _Run:
                 self.held += 1
                 return estimate
             if not self.budget.held_tokens:
-                self.stop("budget", self.budget.message(estimate))
+                self.stop("budget", self.budget.message(estimate, known))
                 break
             self.released.clear()
             await self.released.wait()

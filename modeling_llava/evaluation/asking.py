@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..endpoint import Budget, ChatModel, Ledger, Reply, RunSettings, Task, Verdict, run_tasks
+from ..endpoint import REFUSED, Budget, ChatModel, Ledger, Reply, RunSettings, Task, Verdict, run_tasks
 from .results import hash_json
 
 
@@ -20,8 +20,9 @@ class Asked:
 
     Attributes:
         replies (`dict[str, str]`): Accepted replies by the task's id.
-        rejected (`dict[str, str]`): Replies that were refused for good, by the task's id.
-        reasons (`Counter`): Why they were refused.
+        rejected (`dict[str, str]`): Replies that were rejected for good, by the task's id.
+        reasons (`Counter`): Why they were rejected.
+        refused (`dict[str, str]`): Tasks whose request the endpoint refuses (too long, filtered) and its words; settled.
         models (`list[str]`): The names that the endpoint gave for what answered.
         open (`int`): Tasks without any reply; asked again by the next run.
         message (`str`): Why tasks are open, if they are.
@@ -30,19 +31,30 @@ class Asked:
     replies: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     reasons: Counter = field(default_factory=Counter)
+    refused: dict[str, str] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     open: int = 0
     message: str = ""
 
-    def require_all(self, total: int, what: str, where: Path) -> None:
+    def require_all(self, total: int, what: str, where: Path, *, refused_too: bool = False) -> None:
         """
+        Args:
+            refused_too (`bool`): Refused requests count as missing as well; else they are the caller's to count.
+
         Raises:
             ConnectionError: tasks are open. What was answered is kept.
+            ValueError: requests are refused, which asking again does not change.
         """
         if self.open:
             raise ConnectionError(
                 f"{self.open} of {total} {what} have no reply. {self.message} What was answered is kept in {where}: run "
                 "the same command again to go on, or add --partial to score without them."
+            )
+        if self.refused and refused_too:
+            task, said = next(iter(self.refused.items()))
+            raise ValueError(
+                f"{len(self.refused)} of {total} {what} are refused by the endpoint, '{task}' for one ({said}). Add --partial "
+                "to score without them."
             )
 
 
@@ -100,12 +112,15 @@ def ask_all(
             if not state.final:
                 asked.open += 1
                 continue
-            event = ledger.reply_at(state.replies[-1])
+            event, task_id = ledger.reply_at(state.replies[-1]), asked_ids[task.id]
+            if event["reason"] == REFUSED:
+                asked.refused[task_id] = event["detail"]
+                continue
             models.add(event["model"] or model.name)
             if event["reason"] is None:
-                asked.replies[asked_ids[task.id]] = event["text"]
+                asked.replies[task_id] = event["text"]
             else:
-                asked.rejected[asked_ids[task.id]] = event["text"]
+                asked.rejected[task_id] = event["text"]
                 asked.reasons[event["reason"]] += 1
         asked.models = sorted(models)
     return asked

@@ -13,7 +13,7 @@ All are JSONL.
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -102,13 +102,16 @@ def ask_references(
     *,
     settings: RunSettings | None = None,
     budget: Budget | None = None,
+    partial: bool = False,
     progress: bool = True,
 ) -> list[Question]:
     """
-    The questions with the answers of a language-only model, which sees captions and boxes in place of the picture.
+    The questions with the answers of a language-only model, which sees captions and boxes in place of the picture. With
+    `partial` those without a reply have the reference `None`.
 
     Raises:
-        ConnectionError: questions without a reply.
+        ConnectionError: questions without a reply, and `partial` is off.
+        ValueError: questions that the endpoint refuses, and `partial` is off.
     """
     tasks = [
         Task(
@@ -123,8 +126,9 @@ def ask_references(
         for question in questions
     ]
     asked = ask_all(tasks, model, folder, "references", settings=settings, budget=budget, progress=progress)
-    asked.require_all(len(tasks), "questions", folder)
-    return [Question(**{**question.__dict__, "reference": asked.replies[question.id]}) for question in questions]
+    if not partial:
+        asked.require_all(len(tasks), "questions", folder, refused_too=True)
+    return [replace(question, reference=asked.replies.get(question.id)) for question in questions]
 
 
 def make_benchmark(
@@ -203,11 +207,13 @@ def judge_answers(
 
     Raises:
         ConnectionError: reviews without a reply, and `partial` is off.
-        ValueError: a question has no reference answer.
+        ValueError: a question has no reference answer, and `partial` is off.
     """
     keys, tasks = {}, []
     for question in questions:
         if question.id not in answers:
+            continue
+        if question.reference is None and partial:
             continue
         if question.reference is None:
             raise ValueError(

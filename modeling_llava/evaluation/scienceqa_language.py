@@ -106,23 +106,25 @@ def score_with_language_model(
         folder (`Path`): Where the ledgers go.
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model itself by default.
-        partial (`bool`): Score without the problems that the endpoint left without a reply.
+        partial (`bool`): Score without the problems that the endpoint left without a reply, or refuses.
 
     Returns:
         `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`. All three are over the same problems.
 
     Raises:
         ConnectionError: problems without a reply, and `partial` is off.
+        ValueError: problems that the endpoint refuses, and `partial` is off.
     """
     problems = [problem for problem in problems if problem.id in own]
 
     def ask(tasks: list[Task], who: ChatModel, name: str) -> Asked:
         asked = ask_all(tasks, who, folder, name, settings=settings, budget=budget, progress=progress)
         if not partial:
-            asked.require_all(len(tasks), "questions", folder)
+            asked.require_all(len(tasks), "questions", folder, refused_too=True)
         return asked
 
     language = ask(language_tasks(problems, shots), model, "language-model")
+    no_reply = len(problems) - len(language.replies)
     problems = [problem for problem in problems if problem.id in language.replies]
     differing = judge_tasks(problems, own, language.replies)
     verdicts = ask(differing, judge or model, "judge")
@@ -140,7 +142,7 @@ def score_with_language_model(
     for name, text_of in texts.items():
         rows = [_row(problem, text_of(problem)) for problem in problems]
         scored[name] = tabulate(rows)
-        scored[name].more = {"answered_by": language.models, "no_reply": language.open + len(undecided)}
+        scored[name].more = {"answered_by": language.models, "no_reply": no_reply + len(undecided)}
     num_choices = {problem.id: len(problem.choices) for problem in problems}
     unread = sum(
         parse_answer(text, num_choices[problem_id]) is None

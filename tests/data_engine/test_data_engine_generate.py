@@ -15,7 +15,7 @@ from modeling_llava.data_engine.prompts import DEFAULT_PROMPTS
 from modeling_llava.data_engine.report import choose_samples, read_drop_list
 from modeling_llava.data_engine.run import GenerateConfig, open_run
 from modeling_llava.data_engine.samples import OutputSettings
-from modeling_llava.endpoint import Ledger, OpenAIModel, Prices, Reply, RunSettings, Usage
+from modeling_llava.endpoint import Ledger, OpenAIModel, Prices, Reply, RequestFault, RunSettings, Usage
 
 
 BARE = OutputSettings(parquet=False, card=False, report_samples=0)
@@ -191,6 +191,32 @@ def test_rejected_replies_are_retried_with_the_reason_counted_and_kept(tmp_path)
     assert summary.output.rejected == {"complex": {"refusal": 1, "no_parse": 2}}
     retries = [messages for messages in model.asked if "last reply" in messages[-1]["content"]]
     assert len(retries) == 2 and any("refused" in messages[-1]["content"] for messages in retries)
+
+
+def test_what_the_endpoint_refuses_is_kept_and_counted_as_rejected(tmp_path):
+    def reply(messages):
+        if "number 1 " in messages[-1]["content"]:
+            raise RequestFault("400", "Your prompt was filtered")
+        return answer(messages)
+
+    out, settings = tmp_path / "run", OutputSettings(parquet=False)
+    config = GenerateConfig("scripted", types=("complex",))
+    for more in (0, 3):  # the second time nothing is asked
+        summary = generate(out, Responder(reply), config, contexts=contexts(4), output=settings)
+        assert summary.run.skipped == more + bool(more) and not summary.run.given_up
+    assert [row["id"] for row in rows_of(out)] == ["000:complex", "002:complex", "003:complex"]
+    row = {"id": "001:complex", "type": "complex", "attempt": 1, "reason": "refused_by_endpoint"}
+    assert rejected_of(out) == [{**row, "detail": "400: Your prompt was filtered", "reply": ""}]
+    for file in ("README.md", "report.html"):
+        assert "the endpoint refuses the request" in (out / file).read_text()
+    figures = json.loads((out / "summary.json").read_text())
+    assert (figures["requests"], figures["replies"], figures["faults"]) == (4, 3, {"400": 1})
+
+
+def test_replies_are_kept_where_none_was_accepted(tmp_path):
+    out = tmp_path / "run"
+    summary = generate(out, Responder(lambda _: "Nothing of use."), ALL, contexts=contexts(2), output=OutputSettings())
+    assert summary.run.accepted == 0 and len(rejected_of(out)) == summary.run.rejected * 2 == 12 and rows_of(out) == []
 
 
 def test_near_duplicate_questions_are_removed_across_the_set_and_kept_on_request(tmp_path):

@@ -9,8 +9,16 @@ from local_serve import Serve, smollm2_folder
 from tiny_predictor import picture
 
 from modeling_llava.cli.main import main
-from modeling_llava.evaluation.judge import parse_scores
-from modeling_llava.evaluation.llava_bench import ask_references, published_rows, read_questions
+from modeling_llava.endpoint import RequestFault
+from modeling_llava.evaluation.judge import parse_scores, read_rules
+from modeling_llava.evaluation.llava_bench import (
+    JudgeSettings,
+    ask_references,
+    judge_answers,
+    published_rows,
+    read_questions,
+    score,
+)
 from modeling_llava.evaluation.published import LLAVA_BENCH_COCO
 from modeling_llava.evaluation.results import read_results
 
@@ -127,6 +135,35 @@ def test_reference_answers_are_asked_for_with_the_context(bench, scripted, tmp_p
     questions = ask_references(read_questions(*files_of(bench, None)), model, tmp_path / "judge", progress=False)
     assert questions[2].reference == "I see it: Question 2?"
     assert model.asked[0][1]["content"].startswith("Picture 0.\nA cat.\n\ncat: [0.1, 0.2, 0.3, 0.4]\n\nQuestion")
+
+
+def test_a_question_that_the_reference_model_refuses_is_named_and_without_a_score_by_partial(
+    bench, scripted, tmp_path
+):
+    refuse = lambda messages: RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"  # noqa: E731
+    model, questions = scripted(refuse), read_questions(*files_of(bench, None))
+    with pytest.raises(ValueError, match="1 of 6 questions are refused by the endpoint, '2' for one .400: filtered"):
+        ask_references(questions, model, tmp_path / "judge", progress=False)
+    asked = ask_references(questions, model, tmp_path / "judge", partial=True, progress=False)
+    assert [question.reference for question in asked] == ["8 6"] * 2 + [None] + ["8 6"] * 3 and len(model.asked) == 6
+    how, answers = JudgeSettings(read_rules()), {question.id: "An answer." for question in asked}
+    reviews = judge_answers(asked, answers, model, tmp_path / "judge", how, partial=True, progress=False)
+    counts = score(asked, answers, reviews, model, how).counts
+    assert (counts["questions_without_score"], counts["reviews_without_reply"], counts["reviews"]) == (1, 1, 6)
+
+
+def test_a_review_that_the_judge_refuses_is_counted_as_without_reply_and_never_asked_again(bench, scripted, tmp_path):
+    refuse = lambda messages: RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"  # noqa: E731
+    model, questions = scripted(refuse), read_questions(*files_of(bench))
+    how, answers = JudgeSettings(read_rules()), {question.id: "An answer." for question in questions}
+    for _ in range(2):
+        reviews = judge_answers(questions, answers, model, tmp_path / "judge", how, progress=False)
+        scored = score(questions, answers, reviews, model, how)
+        counts = scored.counts
+        assert (counts["reviews_with_scores"], counts["reviews_without_scores"]) == (5, 0)
+        assert (counts["reviews_without_reply"], counts["questions_without_score"]) == (1, 1)
+        assert scored.scores["relative"]["value"] == pytest.approx(75)
+    assert len(model.asked) == 6
 
 
 def run_cli(bench, model_folder, out, url, *more, references=True):

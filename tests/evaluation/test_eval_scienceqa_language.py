@@ -3,7 +3,7 @@
 import pytest
 from tiny_science import problems_of, science_problem
 
-from modeling_llava.endpoint import PassingFault, RunSettings
+from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
 from modeling_llava.endpoint.limits import Backoff
 from modeling_llava.evaluation.scienceqa import (
     question_text,
@@ -106,3 +106,28 @@ def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
     assert scored["language"].scores["accuracy"]["count"] == 3 and scored["language"].more["no_reply"] == 5
     replies = iter(["The answer is A."] * 100)
     assert run()["language"].scores["accuracy"]["count"] == 8
+
+
+def test_problems_that_the_endpoint_refuses_are_named_and_left_out_by_partial(science, tmp_path, scripted):
+    test, shots = problems_of(science), choose_shots(problems_of(science, "train"))
+    own = {p.id: "A" for p in test}
+
+    def answer(messages):
+        filtered = "Which is number 3?" in messages[-1]["content"]
+        return RequestFault("400", "filtered") if filtered else "The answer is A."
+
+    def run(**more):
+        model = scripted(answer)
+        return model, lambda: score_with_language_model(
+            test, own, model, tmp_path, shots=shots, progress=False, **more
+        )
+
+    for _ in range(2):  # it is settled: the same command does not ask again
+        model, ask = run()
+        with pytest.raises(
+            ValueError, match=r"1 of 8 questions are refused by the endpoint, '3' .*400: filtered.*--partial"
+        ):
+            ask()
+    assert model.asked == []
+    scored = run(partial=True)[1]()
+    assert scored["language"].scores["accuracy"]["count"] == 7 and scored["language"].more["no_reply"] == 1
