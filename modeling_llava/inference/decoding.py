@@ -194,7 +194,6 @@ class Decoder:
                 "prompts. Ask such a model with generate."
             )
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.turns = turns_of(self.model)
         self.language_model = self.model.model.language_model
         self.tokenizer = tokenizer
         self.num_layers = self.language_model.config.num_hidden_layers
@@ -205,6 +204,11 @@ class Decoder:
                 f"{type(self.language_model).__name__} has layers whose keys and values cannot be shared between questions: "
                 "images are encoded once, but each prompt is computed anew, one at a time."
             )
+
+    @property
+    def turns(self):
+        """The model's lock; looked up each time, for a lock can be neither copied nor pickled."""
+        return turns_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -333,14 +337,14 @@ class Decoder:
         for row in rows:
             cache = DynamicCache(config=self.language_model.config)
             embeds = self._embed(row)[None]
-            _forget_lengths(self.language_model)
             while row.finish_reason is None:
                 with self.turns:
+                    _forget_lengths(self.language_model)  # of what another decoder answered meanwhile
                     outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+                    _forget_lengths(self.language_model)
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
                 embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))
-            _forget_lengths(self.language_model)
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
         """Gives each row its next token. logits `[num_rows, vocab_size]`."""

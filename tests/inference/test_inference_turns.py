@@ -1,5 +1,7 @@
 """Predictors over one model, in threads: while one computes, the model is not the others' to use."""
 
+import copy
+import itertools
 import threading
 
 import pytest
@@ -84,3 +86,60 @@ def test_an_adapter_and_its_base_take_turns_too(model, processor):
     with torch.device("meta"):
         other = tiny_llava(processor)
     assert turns_of(other) is not turns_of(model)
+
+
+def test_answers_that_grow_side_by_side_do_not_lend_each_other_their_angles(processor):
+    """Angles that go by the longest row so far belong to the model: the other answer's must not stay for the next token."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = tiny_llava(processor, max_position_embeddings=24, rope_parameters=rope)
+    questions = [f"{QUESTIONS[1]} " * 3, QUESTIONS[1]]
+    expected = [generated(model, processor, [user_turn(question, [picture(1)])], 8) for question in questions[::-1]]
+    streams = []
+    for question in questions[::-1]:
+        predictor = LlavaPredictor(model, processor)
+        assert not predictor.decoder.shares_prefixes
+        predictor.set_image(picture(1))
+        streams.append(predictor.stream(question, max_new_tokens=8))
+    answers = ["", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        answers = [answer + piece for answer, piece in zip(answers, pieces)]
+    assert answers == expected
+
+
+def test_a_predictor_can_be_copied_with_its_model(model, processor):
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    answer = predictor.ask(QUESTIONS[0], max_new_tokens=4)
+    copied = copy.deepcopy(predictor)
+    assert copied.model is not model and turns_of(copied.model) is not turns_of(model)
+    assert copied.ask(QUESTIONS[0], max_new_tokens=4) == answer
+
+
+def test_an_answer_closed_or_broken_by_an_error_in_a_thread_leaves_the_turn_to_others(model, processor):
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    answer = predictor.ask(QUESTIONS[0], max_new_tokens=4)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    def broken():
+        stream = predictor.stream(QUESTIONS[0])
+        next(stream)
+        hook = model.model.language_model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            next(stream)
+        hook.remove()
+        begun.append(predictor.stream(QUESTIONS[0]))
+        next(begun[0])
+
+    begun: list = []
+    thread = threading.Thread(target=broken)
+    thread.start()
+    thread.join(20)
+    begun.pop().close()  # begun in a thread that has ended
+    assert predictor.last_answer.finish_reason == "broken off"
+    assert turns_of(model).acquire(timeout=5)
+    turns_of(model).release()
+    assert predictor.ask(QUESTIONS[0], max_new_tokens=4) == answer
+    assert generated(model, processor, [user_turn(QUESTIONS[0], [picture(1)])], 4) == answer
