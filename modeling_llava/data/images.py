@@ -105,13 +105,18 @@ def image_key(reference: Any) -> tuple:
     return "object", id(reference)
 
 
+def is_no_path(reference: str) -> bool:
+    """Whether a text in an image's place is a URL, the image itself in base64, or nothing."""
+    return not reference or "://" in reference or reference.startswith("data:")
+
+
 def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> tuple[Any, str]:
     """What Pillow can open, and the image's name for errors."""
     if isinstance(reference, Image.Image):
         return reference, f"given as a PIL image ({reference.mode})"
-    path = None
+    path = keys = None
     if isinstance(reference, Mapping):
-        path, reference = reference.get("path"), reference.get("bytes")
+        keys, path, reference = list(reference), reference.get("path"), reference.get("bytes")
         if reference is None:
             reference = path
     if isinstance(reference, (bytes, bytearray, memoryview)):
@@ -120,15 +125,18 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
             raise BadSampleError(sample_id, CORRUPT_IMAGE, f"has the image {name}, which is empty (0 bytes).")
         return io.BytesIO(reference), name
     if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
-        is_text = isinstance(reference, str)
-        what = "path of no characters" if is_text else f"reference of type {type(reference).__name__}"
+        what = f"reference of type {type(reference).__name__}"
+        if isinstance(reference, str):
+            what = "path of no characters"
+        elif keys is not None:
+            what = f"with neither 'bytes' nor 'path' (its keys are {keys})"
         raise BadSampleError(
             sample_id,
             BAD_ROW,
             f"has an image {what}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
         )
     name = repr(os.fspath(reference))
-    if name.startswith("'data:") or len(name) > _LONGEST_PATH:
+    if os.fspath(reference).startswith("data:") or len(name) > _LONGEST_PATH:
         raise BadSampleError(
             sample_id,
             MISSING_IMAGE,
@@ -308,4 +316,4 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
-__all__ = ["image_key", "load_image", "read_image_size"]
+__all__ = ["image_key", "is_no_path", "load_image", "read_image_size"]

@@ -23,6 +23,14 @@ from .schema import BAD_ROW, BadSampleError
 
 
 _CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
+_NO_TEXT = {
+    b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
+    b"PK\x03\x04": "a zip archive: unpack it first (unzip)",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first (unzstd)",
+    b"\xfd7zX": "an xz archive: unpack it first (unxz)",
+    b"PAR1": "a parquet file: name it .parquet",
+}
+"""What a file named as JSON may be instead, by its first bytes."""
 
 
 class Share:
@@ -143,10 +151,13 @@ class JsonRows:
     def _rows(self, wanted) -> Iterator[tuple[int, int, Any]]:
         """`(first byte, bytes, row)` of each row. A line that `wanted(index)` refuses is not parsed."""
         with open(self.path, "rb") as file:
-            mark = file.read(3)
+            mark = file.read(4)
+            packed = next((kind for head, kind in _NO_TEXT.items() if mark.startswith(head)), None)
+            if packed is not None:
+                raise ValueError(f"{self.path} is no JSON but {packed}.")
             if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ValueError(f"{self.path} is written in UTF-16: save it as UTF-8.")
-            start = 3 if mark == codecs.BOM_UTF8 else 0
+            start = 3 if mark.startswith(codecs.BOM_UTF8) else 0
             file.seek(start)
             head = file.read(1)
             while head.isspace():
@@ -259,24 +270,25 @@ class ArrowRows:
 
     def scan(self) -> Iterator[dict]:
         """All rows, with a placeholder for each image, so that no image bytes are touched."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
         for table in self.dataset.iter(batch_size=1000):
-            counts = {}
+            placeholders = {}
             for name in {"image", "images"} & set(table.column_names):
                 column = table.column(name)
-                if pa.types.is_struct(column.type):
-                    counts[name] = column.is_valid().cast(pa.int32()).to_pylist()
-                elif _is_list(column.type) and pa.types.is_struct(column.type.value_type):
-                    counts[name] = pc.list_value_length(column).to_pylist()
+                if _holds_bytes(column.type):
+                    placeholders[name] = _placeholders(column)
+                elif _is_list(column.type) and _holds_bytes(column.type.value_type):
+                    images = iter(_placeholders(pc.list_flatten(column)))
+                    lengths = pc.list_value_length(column).to_pylist()
+                    placeholders[name] = [[next(images) for _ in range(length or 0)] for length in lengths]
                 else:
                     continue
                 table = table.drop_columns([name])
             rows = table.to_pylist()
-            for name, column in counts.items():
-                for row, count in zip(rows, column):
-                    row[name] = [{"bytes": None, "path": None}] * (count or 0)
+            for name, column in placeholders.items():
+                for row, placeholder in zip(rows, column):
+                    row[name] = placeholder
             yield from rows
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
@@ -313,6 +325,17 @@ class StreamedRows:
         prefix = f"{share}:" if share.count > 1 else ""
         for index, row in enumerate(dataset):
             yield f"{prefix}{index}", row
+
+
+def _holds_bytes(arrow_type) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_struct(arrow_type) or pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
+
+
+def _placeholders(column) -> list[dict | None]:
+    """One for each image; `None` stays `None`."""
+    return [{"bytes": None, "path": None} if valid else None for valid in column.is_valid().to_pylist()]
 
 
 def _is_list(arrow_type) -> bool:

@@ -138,7 +138,8 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
     Read a row of the HF form: `{"messages": [{"role", "content": str | list}], "images": list}`.
 
     A content that is a list holds its images as items, and `<image>` in its texts is text. Contents that are strings,
-    in a row that has images and no image item, mark images by `<image>`, as LLaVA rows do.
+    in a row that has images and no image item, mark images by `<image>`, as LLaVA rows do. Where the row has no `images`,
+    each image item holds its own, as `apply_chat_template` takes it: `{"type": "image", "image" | "path" | "url": …}`.
 
     Args:
         row (`Mapping`): The row.
@@ -152,7 +153,7 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
     turns = row.get("messages")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'messages': its keys are {sorted(row)}.")
-    images = _images(row, sample_id)
+    images, own = _images(row, sample_id), []
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
@@ -163,7 +164,8 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
         if isinstance(content, str):
             content = _cut(content) if images and role == "user" else _text(content)
         elif isinstance(content, Sequence):
-            content = [_item(item, role, number, sample_id) for item in content]
+            items, content = content, [_item(item, role, number, sample_id) for item in content]
+            own += [_image_of(item) for item, kept in zip(items, content) if kept["type"] == "image"]
         else:
             raise BadSampleError(
                 sample_id,
@@ -171,6 +173,7 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
                 f"has a message {number} whose content is neither text nor a list: {_short(content)}.",
             )
         messages.append({"role": role, "content": content})
+    images = images or [image for image in own if image is not None]
     return _checked(sample_id, messages, images, row.get("type") or type)
 
 
@@ -244,12 +247,12 @@ def _role(name: Any, sample_id: str) -> str:
 
 def _images(row: Mapping, sample_id: str) -> list:
     """The image references of a row, from `images` or `image`, one or many; none where they are null or empty."""
-    if row.get("image") and row.get("images"):
+    given = [row[name] for name in ("image", "images") if row.get(name) is not None]
+    given = [value if _is_list(value) else [value] for value in given if not (isinstance(value, str) and not value)]
+    given = [images for images in given if images]
+    if len(given) > 1:
         raise BadSampleError(sample_id, BAD_ROW, "has both 'image' and 'images': keep one of them.")
-    images = row.get("images") if row.get("images") is not None else row.get("image")
-    if images is None or (isinstance(images, (str, Sequence)) and len(images) == 0):
-        return []
-    images = list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+    images = list(given[0]) if given else []
     for image in images:
         if image is None or isinstance(image, (int, float)):
             raise BadSampleError(
@@ -258,6 +261,10 @@ def _images(row: Mapping, sample_id: str) -> list:
                 f"has the image {_short(image)}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
             )
     return images
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def _text(value: str) -> list[dict]:
@@ -296,6 +303,11 @@ def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
     raise BadSampleError(
         sample_id, BAD_ROW, f"has an item in message {number} that is neither an image nor a text: {_short(item)}."
     )
+
+
+def _image_of(item: Mapping) -> Any:
+    """The image that an item holds itself, if it does."""
+    return next((item[name] for name in ("image", "path", "url") if item.get(name) is not None), None)
 
 
 def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> Conversation:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .images import is_no_path
 from .rows import ArrowRows, JsonRows, ListRows, Share, StreamedRows
 from .schema import (
     NOTHING,
@@ -94,6 +95,8 @@ def load_conversations(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} but there are {world_size} processes, numbered from 0.")
     parts = open_sources(source, split, streaming, config_name, revision)
+    if isinstance(types, str):
+        types = [types]
     folder = None if image_folder is None else os.path.abspath(image_folder)
     if streaming:
         return ConversationStream(parts, folder, on_bad_sample, types, shuffle_buffer, seed, rank, world_size)
@@ -127,7 +130,7 @@ class RowReader:
         return conversation
 
     def _joined(self, image: Any, sample_id: str) -> Any:
-        if not isinstance(image, (str, os.PathLike)):
+        if not isinstance(image, (str, os.PathLike)) or is_no_path(os.fspath(image)):
             return image
         path = os.path.normpath(os.path.join(self.folder, image))
         if os.path.commonpath([path, self.folder]) != self.folder:
@@ -337,14 +340,18 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(path))
             return _open(loaded, split, streaming, config_name, revision)
-        if next(path.rglob("*.parquet"), None) is None:
+        files = list(path.rglob("*.parquet"))
+        for file in files:
+            _require_parquet(file)
+        if not files:
             raise ValueError(
                 f"the folder {str(path)!r} holds neither parquet files nor a dataset written by save_to_disk: name the "
                 "JSON file itself."
             )
         return _open(_load_dataset(str(path), split, streaming), split, streaming, config_name, revision)
     if path.is_file():
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
+            _require_parquet(path)
             loaded = _load_dataset("parquet", "train", streaming, data_files=str(path))
             return _open(loaded, split, streaming, config_name, revision)
         return JsonRows(path)
@@ -353,6 +360,18 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         raise FileNotFoundError(f"there is no file or folder {name!r} (looked in {os.getcwd()!r}).")
     loaded = _load_dataset(name, split, streaming, name=config_name, revision=revision)
     return _open(loaded, split, streaming, config_name, revision)
+
+
+def _require_parquet(path: Path) -> None:
+    """Arrow's own error for another or a cut file does not name it."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+        file.seek(max(0, os.path.getsize(path) - 4))
+        tail = file.read()
+    if head != b"PAR1":
+        raise ValueError(f"{path} is no parquet file: it begins with {head!r}, not with b'PAR1'.")
+    if tail != b"PAR1":
+        raise ValueError(f"{path} is cut off: it ends with {tail!r}, not with b'PAR1'. Copy or download it again.")
 
 
 def _load_dataset(path: str, split: str, streaming: bool, **kwargs):

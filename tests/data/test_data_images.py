@@ -300,7 +300,7 @@ def test_unknown_reference():
         assert len(str(info.value)) < 300
     with pytest.raises(BadSampleError, match="image path of no characters"):
         load_image("", sample_id="s")
-    with pytest.raises(BadSampleError, match="image reference of type NoneType"):
+    with pytest.raises(BadSampleError, match=r"neither 'bytes' nor 'path' .its keys are \['bytes', 'path'\]"):
         load_image({"bytes": None, "path": None}, sample_id="s")
 
 

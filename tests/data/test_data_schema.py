@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,27 @@ def test_messages_row_with_items_after_arrow():
     assert conversation["messages"][1]["content"] == [IMAGE, text("A <image>?")]
     assert conversation["images"] == [{"bytes": b"x", "path": None}] and conversation["id"] == "3"
     assert from_row(row) == conversation
+
+
+def test_items_may_hold_their_images_where_the_row_holds_none():
+    places = [{"image": b"abc"}, {"path": "a.jpg", "image": None}, {"url": "https://x.org/a.jpg"}]
+    items = [{"type": "image", "text": None, **place} for place in places]
+    messages = [{"role": "user", "content": [*items, text("Compare.")]}, {"role": "assistant", "content": "Fine."}]
+    conversation = from_messages_row({"messages": messages})
+    assert conversation["images"] == [b"abc", "a.jpg", "https://x.org/a.jpg"]
+    assert conversation["messages"][0]["content"] == [IMAGE, IMAGE, IMAGE, text("Compare.")]
+    assert from_messages_row({"messages": messages, "images": ["1", "2", "3"]})["images"] == ["1", "2", "3"]
+    del items[1]["path"]
+    with pytest.raises(BadSampleError, match="marks 3 images in its user turns but comes with 2"):
+        from_messages_row({"messages": [{"role": "user", "content": items}, messages[1]]})
+
+
+@pytest.mark.parametrize("image", [bytearray(b"abc"), memoryview(b"abc"), np.zeros((2, 2, 3))])
+def test_one_image_of_any_type_is_one_image(image):
+    assert from_llava_row(llava_row("<image>", "A.", image=None, images=image))["images"][0] is image
+    with pytest.raises(BadSampleError, match="both 'image' and 'images'"):
+        from_llava_row({**llava_row("<image>", "A."), "images": image})
+    assert from_llava_row({**llava_row("<image>", "A."), "images": []})["images"] == ["a.jpg"]
 
 
 def test_messages_row_with_strings_marks_images_as_llava_does():

@@ -1,8 +1,11 @@
+import io
 import json
 import pickle
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -12,6 +15,7 @@ from torch.utils.data import DataLoader
 from modeling_llava.data import BadSampleError, ConversationDataset, ConversationStream, load_conversations
 from modeling_llava.data import rows as rows_module
 from modeling_llava.data.images import load_image
+from modeling_llava.data.rows import ArrowRows
 from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER
 
 
@@ -105,6 +109,8 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
         ("[]".encode("utf-16"), "written in UTF-16"),
         ("[" + "[" * 100_000, "row 0, which starts at byte 1: maximum recursion"),
         ("[1" + "0" * 5000 + "]", "row 0, which starts at byte 1: Exceeds the limit"),
+        (b"\x1f\x8b\x08\x00", "is no JSON but a gzip archive"),
+        (b"PAR1....PAR1", "is no JSON but a parquet file"),
     ],
 )
 def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
@@ -174,6 +180,16 @@ def test_paths_that_leave_the_image_folder_are_bad_samples(tmp_path):
     assert ids(dataset) == ["s2"] and sum(dataset.dropped.values()) == 2
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [("https://x.org/a.jpg", "a URL: download"), ("data:image/png;base64,iVBO", "base64"), ("", "no characters")],
+)
+def test_what_is_no_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
+    sample = load_conversations([llava_row(0, image=[image])], tmp_path)[0]
+    with pytest.raises(BadSampleError, match=f"sample 's0' has .*{message}"):
+        load_image(sample["images"][0], tmp_path, sample["id"])
+
+
 # datasets
 
 
@@ -238,6 +254,36 @@ def test_one_image_column():
     assert dataset[1]["messages"][0]["content"] == [{"type": "text", "text": "Hi <image>."}]
 
 
+@pytest.mark.parametrize("form", ["struct", "binary", "items"])
+def test_images_in_parquet_are_found_without_reading_them(form, tmp_path):
+    data = io.BytesIO()
+    PILImage.new("RGB", (8, 6), (9, 9, 9)).save(data, "PNG")
+    image = data.getvalue() if form == "binary" else {"bytes": data.getvalue(), "path": None}
+    rows = [hf_row(number, image) for number in range(3)]
+    rows[1]["images"] = [None]
+    if form == "items":  # as apply_chat_template takes them
+        for row in rows:
+            row["messages"][0]["content"][0]["image"] = row.pop("images")[0]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.PARQUET")
+    dataset = load_conversations(tmp_path / "a.PARQUET", on_bad_sample="drop")
+    assert ids(dataset) == ["s0", "s2"] and sum(dataset.dropped.values()) == 1  # at once, not when it is asked for
+    assert load_image(dataset[1]["images"][0]).getpixel((0, 0)) == (9, 9, 9)
+    if form != "items":
+        scanned = next(iter(ArrowRows(Dataset.from_list(rows)).scan()))
+        assert scanned["images"] == [{"bytes": None, "path": None}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"id": 1}', "begins with b'{\"id'"), (b"PAR1" + b"x" * 9, "is cut off: it ends with b'xxxx'")],
+)
+def test_a_file_that_is_no_whole_parquet_is_named(content, message, tmp_path):
+    (tmp_path / "b.parquet").write_bytes(content)
+    for source in (tmp_path, tmp_path / "b.parquet"):
+        with pytest.raises(ValueError, match=f"b.parquet .*{message}"):
+            load_conversations(source)
+
+
 # Several sources, types, selection
 
 
@@ -251,6 +297,7 @@ def test_sources_by_type(tmp_path):
     assert ids(dataset) == ["s0", "s1", "s1", "s2"]
     assert ids(load_conversations(paths, types=["complex"])) == ["s1", "s2"]
     assert len(load_conversations(list(map(str, paths.values())))) == 4
+    assert ids(load_conversations([llava_row(0, type="detail"), llava_row(1)], types="detail")) == ["s0"]
     with pytest.raises(ValueError, match="holds no usable sample of the types .'conversation'"):
         load_conversations(paths, types=["conversation"])
     assert ids(load_conversations(paths, types=["complex"], streaming=True)) == ["s1", "s2"]
