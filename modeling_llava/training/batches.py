@@ -63,6 +63,27 @@ class EndlessStream(IterableDataset):
             return  # a worker too many: a `datasets` stream is shared by its shards
 
 
+class SkimmingCollator:
+    """
+    A collator that leaves the first `num_batches` batches empty: a stream that is resumed is read up to where it stopped,
+    but no image is opened and nothing tokenized for what `Trainer` throws away.
+    """
+
+    def __init__(self, collator: Callable[[list], dict]):
+        self.collator = collator
+        self.skim(0)
+
+    def skim(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self._made = 0  # in this process or worker
+
+    def __call__(self, examples: list) -> dict:
+        worker = get_worker_info()
+        number = self._made * worker.num_workers + worker.id if worker else self._made  # workers take turns
+        self._made += 1
+        return self.collator(examples) if number >= self.num_batches else {}
+
+
 class EvenDataset(Dataset):
     """
     The samples of a dataset, then nothing, until there are as many as the processes' batches take. Accelerate would
@@ -307,6 +328,7 @@ __all__ = [
     "EndlessStream",
     "EvenDataset",
     "EvenStream",
+    "SkimmingCollator",
     "arrange",
     "even",
     "grouped_sampler",

@@ -30,7 +30,7 @@ from ..onednn import use_onednn
 from . import sharding
 from .adapters import finish_adapter_folder
 from .arguments import LlavaTrainingArguments
-from .batches import arrange, data_seed, even, grouped_sampler, shares_by_itself
+from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
 from .noise import NoiseBySample
@@ -174,10 +174,15 @@ class LlavaTrainer(Trainer):
             dataset = even(dataset, self.data_collator, self.args)
         if not shares_by_itself(dataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        collator = self.data_collator
+        if is_training and self.args.dataloader_in_order:
+            collator = SkimmingCollator(collator)
+            self.pop_callback(_SkimOnResume)
+            self.add_callback(_SkimOnResume(collator))
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_size=batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=is_training and self.args.dataloader_persistent_workers,
@@ -415,6 +420,16 @@ class _EpochOfSampler(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _SkimOnResume(TrainerCallback):
+    """Tells the collator of a stream how many batches were trained on already, and will be skipped."""
+
+    def __init__(self, collator: SkimmingCollator):
+        self.collator = collator
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.collator.skim(0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps)
 
 
 __all__ = ["LlavaTrainer", "default_collator"]

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from modeling_llava.data.collator import LlavaDataCollator
 from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
@@ -154,11 +155,12 @@ def test_what_is_to_be_done_at_the_end_of_an_epoch_is_warned_of(settings, caplog
     assert "Set save_strategy=steps and save_steps" in caplog.text and "eval_strategy" not in caplog.text
 
 
-@pytest.mark.parametrize("packing", ["none", "full"])
-def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, settings, tmp_path):
+@pytest.mark.parametrize("packing, workers", [("none", 0), ("full", 0), ("batch", 2)])
+def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, workers, settings, tmp_path, monkeypatch):
     common = {
         **settings, "streaming": True, "shuffle_buffer": 5, "packing": packing, "max_steps": 9, "save_steps": 8,
-        "per_device_train_batch_size": 4,  # an epoch is six steps, or one
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,  # an epoch is three steps, or fewer
+        "dataloader_num_workers": workers,
     }  # fmt: skip
 
     def train_in(folder, **changes):
@@ -167,7 +169,11 @@ def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, setti
         return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
     whole = train_in("whole")
+    made = []
+    encode_all = LlavaDataCollator.encode_all
+    monkeypatch.setattr(LlavaDataCollator, "encode_all", lambda *args: made.append(1) or encode_all(*args))
     assert train_in("again", resume=str(tmp_path / "whole" / "checkpoint-8")) == whole
+    assert len(made) == (0 if workers else 3)  # those of one step, and one ahead: nothing is opened to be thrown away
 
 
 @pytest.mark.parametrize("number, world_size", [(7, 3), (2, 4), (8, 2)])
