@@ -15,7 +15,7 @@ from typing import Any
 from .chat import EndpointFault, Reply, RequestFault
 from .ledger import Ledger
 from .limits import BATCH_PRICE, Budget
-from .openai_model import OpenAIModel, parse_completion, translate_status
+from .openai_model import OpenAIModel, error_words, parse_completion, translate_status
 from .refusals import Refusals
 from .task import ATTEMPTS, Task, Verdict, refusal_event, reply_event, resume_attempt
 
@@ -270,8 +270,7 @@ def _reply(result: dict[str, Any]) -> Reply:
         return parse_completion(response.get("body"))
     if status is not None:
         body = response.get("body")
-        error = body.get("error") if isinstance(body, dict) else None
-        raise translate_status(status, str(error.get("message", "") if isinstance(error, dict) else error or ""))
+        raise translate_status(status, error_words(body.get("error") or body if isinstance(body, dict) else body))
     error = error if isinstance(error, dict) else {"message": error}
     raise EndpointFault(str(error.get("code") or "batch"), str(error.get("message") or "no response"))
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from typing import Any
 
 from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
@@ -11,6 +12,7 @@ from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, Reque
 
 logger = logging.getLogger(__name__)
 
+ERROR_STATUSES = frozenset(map(str, range(400, 600)))
 LENGTH_PARAMETERS = ("max_tokens", "max_completion_tokens")
 
 
@@ -125,7 +127,7 @@ class OpenAIModel:
             raise translate_error(error) from error
         try:
             return parse_completion(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise PassingFault("malformed", f"the reply is no JSON: {error}", maybe_paid=True) from None
 
     async def close(self) -> None:
@@ -149,7 +151,11 @@ def parse_completion(body: Any) -> Reply:
 
     Raises:
         PassingFault: the body has no choice with a message (kind `"malformed"`).
+        EndpointFault: it holds an error in its place (some routers say so with status 200).
     """
+    error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
+    if isinstance(error, dict) and str(error.get("code")) in ERROR_STATUSES:
+        raise translate_status(int(error["code"]), error_words(error))
     try:
         choice = body["choices"][0]
         message = choice["message"]
@@ -158,16 +164,16 @@ def parse_completion(body: Any) -> Reply:
             # Content filters and OpenAI's `refusal` leave the content empty.
             text = message.get("refusal") or ""
         if isinstance(text, list):  # parts, as some servers give them; thoughts are parts of another type
-            text = "".join(part["text"] for part in text if part["type"] == "text")
+            parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in text]
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
         # Half a surrogate pair, which JSON can escape, is no text that can be written.
         text = text.encode("utf-8", "replace").decode()
         return Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(body, dict) and body.get("error"):  # some routers say so with status 200
-            what = " ".join(str(body["error"]).split())[:300]
+    except (KeyError, IndexError, TypeError, AttributeError) as odd:
+        what = f"{type(odd).__name__}: {odd}"
+        what = error_words(error) or what
         raise PassingFault("malformed", f"the reply is no chat completion ({what})", maybe_paid=True) from None
 
 
@@ -186,15 +192,18 @@ def translate_error(error: Exception) -> EndpointFault:
 
     openai = _import_openai()
     if isinstance(error, openai.APIStatusError):
-        return translate_status(error.status_code, _message(error), error.response.headers, getattr(error, "code", ""))
+        words = error_words(error.body) or error.message
+        code = getattr(error, "code", None) or getattr(error, "type", None)
+        return translate_status(error.status_code, words, error.response.headers, code)
     # What aiohttp said: the client takes a connection that was cut for one that was never made.
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, aiohttp.ClientError):
         cause = cause.__cause__
-    message = f"{type(cause or error).__name__}: {cause or error}"
+    said = cause or error.__cause__ or error
+    message = f"{type(said).__name__}: {said}"
     if isinstance(cause, aiohttp.ServerTimeoutError):
         return PassingFault("timeout", message, maybe_paid=not isinstance(cause, aiohttp.ConnectionTimeoutError))
-    if isinstance(cause, aiohttp.InvalidURL):
+    if isinstance(cause, aiohttp.InvalidURL) or type(said).__name__ == "TooManyRedirects":  # httpx's, of any version
         return FatalFault("address", message)
     if isinstance(cause, aiohttp.ClientConnectorCertificateError):
         return FatalFault("certificate", message)
@@ -212,14 +221,20 @@ def translate_status(status: int, message: str, headers: Any = None, code: str |
         return FatalFault("quota", message)
     if status in {408, 409, 425, 429} or status >= 500:
         return PassingFault(kind, message, retry_after=parse_retry_after(headers or {}))
-    if status in {401, 402, 403, 404, 405}:
+    if status in {401, 402, 404, 405} or 300 <= status < 400:
         return FatalFault(kind, message)
-    return RequestFault(kind, message)
+    return RequestFault(kind, message)  # 403 too: so a router says that its filter took exception to the prompt
 
 
-def _message(error: Any) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    return " ".join(str(body.get("message") or error.message or error).split())[:500]
+def error_words(error: Any) -> str:
+    """What an endpoint says in the body of an error: its message, or the body itself; empty if there is none."""
+    said = error.get("message") or error if isinstance(error, dict) else error
+    if not said:
+        return ""
+    text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    if text.lstrip().startswith("<"):  # a proxy's page
+        text = re.sub(r"<[^>]*>", " ", text[:5000])
+    return " ".join(text.split())[:500]
 
 
 def parse_retry_after(headers: Any) -> float | None:

@@ -126,6 +126,9 @@ def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date():
         (404, "", "FatalFault"),
         (400, "", "RequestFault"),
         (413, "", "RequestFault"),
+        (403, "", "RequestFault"),
+        (529, "", "PassingFault"),
+        (302, "", "FatalFault"),
     ],
 )
 def test_statuses_say_what_may_be_done_about_them(status, code, name):
@@ -150,7 +153,7 @@ def test_what_is_no_completion_is_a_passing_fault(body):
 
 
 def test_a_reply_in_parts_is_their_text():
-    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A "}, {"type": "text", "text": "cat."}]
+    parts = [{"type": "thinking", "thinking": []}, "A ", {"type": "text", "text": "cat."}]
     assert parse_completion({"choices": [{"message": {"content": parts}}]}).text == "A cat."
 
 
@@ -159,3 +162,67 @@ def test_an_error_that_comes_with_status_200_is_said_in_its_own_words():
 
     with pytest.raises(PassingFault, match="upstream is overloaded"):
         parse_completion({"error": {"message": "upstream is overloaded", "code": 502}})
+
+
+@pytest.mark.parametrize(
+    "code, name, kind",
+    [
+        (429, "PassingFault", "429"),
+        ("400", "RequestFault", "400"),
+        (401, "FatalFault", "401"),
+        ("server_error", "PassingFault", "malformed"),
+        (None, "PassingFault", "malformed"),
+        (7, "PassingFault", "malformed"),
+        ([], "PassingFault", "malformed"),
+    ],
+)
+def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, name, kind):
+    from modeling_llava.endpoint import EndpointFault
+
+    with pytest.raises(EndpointFault, match="the reason") as caught:
+        parse_completion({"error": {"message": "the reason", "code": code}, "choices": None})
+    assert (type(caught.value).__name__, caught.value.kind) == (name, kind)
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (422, {"detail": [{"loc": ["body"], "msg": "no such field"}]}, "no such field"),
+        (400, {"error": "the model is loading"}, "the model is loading"),
+        (400, {"error": {"message": "too  long"}}, "too long"),
+        (400, [{"error": {"message": "in a list"}}], "in a list"),
+        (400, "<html><body><h1>Bad request</h1> of a proxy</body></html>", "^Bad request of a proxy$"),
+        (400, "", "400"),
+    ],
+)
+def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, body, words):
+    import asyncio
+
+    from fault_server import FaultServer
+
+    from modeling_llava.endpoint import OpenAIModel, RequestFault
+
+    async def ask(url):
+        model = OpenAIModel("m", base_url=url)
+        try:
+            await model.complete([{"role": "user", "content": "?"}], max_tokens=1)
+        finally:
+            await model.close()
+
+    with FaultServer(reply=lambda messages: (status, body)) as server, pytest.raises(RequestFault, match=words):
+        asyncio.run(ask(server.url))
+
+
+def test_a_number_of_thousands_of_digits_is_a_broken_reply():
+    import asyncio
+
+    from modeling_llava.endpoint import OpenAIModel, PassingFault
+
+    class Client:
+        async def post(self, *args, **options):
+            return '{"usage": {"prompt_tokens": ' + "9" * 6000 + "}}"
+
+    model = OpenAIModel("m", base_url="http://localhost:1/v1")
+    model._connect = Client
+    with pytest.raises(PassingFault, match="no JSON"):
+        asyncio.run(model.complete([{"role": "user", "content": "?"}], max_tokens=1))
