@@ -12,7 +12,7 @@ from typing import Any
 
 from ..constants import IMAGE_TOKEN
 from .concepts import ConceptSettings, Phrases, count_phrases, make_chooser
-from .contexts import clean_caption, coco_item, coco_name, stray_annotation
+from .contexts import coco_item, coco_name, one_line, stray_annotation, writable
 from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts
@@ -72,10 +72,10 @@ def _caption_row(row: Any, where: str) -> CaptionRow:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where} has no 'caption' (a text), 'captions' (a list of texts) or 'conversations'.")
-    cleaned = tuple(text for text in map(clean_caption, captions) if text)
-    name = row.get("id")
-    name = str(PurePosixPath(row["image"]).with_suffix("")) if name is None else str(name)
-    return CaptionRow(name, row["image"], cleaned, row)
+    cleaned = tuple(text for text in map(one_line, captions) if text)
+    image, name = writable(row["image"]), row.get("id")
+    name = str(PurePosixPath(image).with_suffix("")) if name is None else writable(str(name))
+    return CaptionRow(name, image, cleaned, row)
 
 
 def _coco_rows(path: Path) -> Iterator[CaptionRow]:

@@ -177,7 +177,7 @@ def clean_box(
     # COCO's own rounding reaches over the edge by hundredths of a pixel; only what shows in three decimals is counted.
     counts.clipped += max(abs(a - b) for a, b in zip(exact, inside)) > 0.5 * 10**-DECIMALS
     counts.boxes += 1
-    return Box(" ".join(category.split()), tuple(value + 0.0 for value in inside))  # no -0.0
+    return Box(one_line(category), tuple(value + 0.0 for value in inside))  # no -0.0
 
 
 def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
@@ -195,16 +195,21 @@ def _corners(values: Any) -> list[float]:
     return numbers
 
 
-def clean_caption(caption: str) -> str:
-    """A caption on one line. Half a surrogate pair, which JSON can escape, is no text that can be written or sent."""
-    return " ".join(caption.split()).encode("utf-8", "replace").decode()
+def one_line(text: str) -> str:
+    """A caption or a category on one line."""
+    return writable(" ".join(text.split()))
+
+
+def writable(text: str) -> str:
+    """Half a surrogate pair, which JSON can escape, is no text that can be written or sent: it becomes a `?`."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[str, ...]:
     captions = [captions] if isinstance(captions, str) else captions or ()
     if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where}: {captions!r} are no captions; they are a list of texts.")
-    cleaned = [clean_caption(caption) for caption in captions]
+    cleaned = [one_line(caption) for caption in captions]
     if empty := cleaned.count(""):
         counts.dropped["empty_caption"] += empty
     return tuple(caption for caption in cleaned if caption)
@@ -216,7 +221,7 @@ def _size(width: Any, height: Any, where: str) -> tuple[float, float] | None:
         return None
     try:
         size = float(width), float(height)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = (math.nan, math.nan)
     if not all(math.isfinite(value) and value > 0 for value in size):
         raise ValueError(f"{where}: width {width!r} and height {height!r} are not the size of an image in pixels.")
@@ -238,8 +243,8 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     """
     if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
         raise ValueError(f"{where} has no 'image'. A context is one object {{image, captions, boxes}} per line.")
-    name = row.get("id")
-    name = str(PurePosixPath(row["image"]).with_suffix("")) if name is None else str(name)
+    image, name = writable(row["image"]), row.get("id")
+    name = str(PurePosixPath(image).with_suffix("")) if name is None else writable(str(name))
     where = f"{where}, sample '{name}'"
     size = _size(row.get("width"), row.get("height"), where)
     boxes = []
@@ -253,7 +258,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
             category, corners, crowd = item["category"], _corners(item["bbox"]), item.get("iscrowd")
             if not category.strip():
                 raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise ValueError(f"{where}: box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}.") from None
         if size is None and math.isfinite(sum(corners)) and max(map(abs, corners)) > LARGEST_FRACTION and not crowd:
             counts.dropped["no_size"] += 1
@@ -262,7 +267,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
         box = clean_box(category, corners, counts, width=width, height=height, crowd=bool(crowd))
         boxes += [box] if box else []
     captions = _clean_captions(row.get("captions", row.get("caption")), where, counts)
-    return Context(name, row["image"], captions, _largest_first(boxes))
+    return Context(name, image, captions, _largest_first(boxes))
 
 
 @contextmanager
@@ -272,7 +277,7 @@ def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
         if not isinstance(item, dict):
             raise TypeError("it is no object")
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{error} is absent" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
 
@@ -281,7 +286,7 @@ def coco_name(item: dict[str, Any], key: str) -> str:
     """`item[key]`, if it is a name."""
     if not isinstance(item[key], str) or not item[key].strip():
         raise ValueError(f"'{key}' is no name")
-    return item[key]
+    return writable(item[key])
 
 
 def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
@@ -428,8 +433,10 @@ def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
     images, _, annotations = _coco_images(path)
     for image_id in annotations.keys() - images.keys():
         raise stray_annotation(path, "caption", image_id, images)
+    stems = Counter(str(PurePosixPath(name).with_suffix("")) for name in {name for name, _, _ in images.values()})
     for image_id, (name, _, _) in images.items():
         stem = str(PurePosixPath(name).with_suffix(""))
+        stem = stem if stems[stem] == 1 else name  # 1.jpg and 1.png are two
         found = annotations.get(image_id, ())
         if any(isinstance(item, tuple) for item in found):
             raise ValueError(

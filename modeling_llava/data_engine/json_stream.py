@@ -68,6 +68,8 @@ class _Reader:
             except json.JSONDecodeError as error:
                 if self.done:
                     raise self.broken(error.msg) from None
+            except ValueError as error:  # a number of thousands of digits
+                raise self.broken(str(error)) from None
             except RecursionError:
                 raise self.broken("it is nested too deeply") from None
             self.read_more()
@@ -131,8 +133,9 @@ def iterate_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}, is not JSON: {error.msg}.") from None
+                except ValueError as error:
+                    what = getattr(error, "msg", error)  # without: a number of thousands of digits
+                    raise ValueError(f"{path}, line {number}, is not JSON: {what}.") from None
                 except RecursionError:
                     raise ValueError(f"{path}, line {number}, is nested too deeply.") from None
 
@@ -147,7 +150,8 @@ def first_character(path: str | Path) -> str:
 
 
 def is_lines(path: str | Path) -> bool:
-    """Whether a file is JSONL: by its name, or because its first line is a whole object and a second one follows."""
+    """Whether a file is JSONL: by its name, or because its first line is a whole object and a second one follows, or is a
+    sample's (a COCO file has `images`, not an `image`)."""
     if Path(path).suffix.lower() in {".jsonl", ".ndjson"}:
         return True
     if first_character(path) != "{":
@@ -155,6 +159,7 @@ def is_lines(path: str | Path) -> bool:
     with _open(path) as file:
         line = file.readline(CHUNK_CHARACTERS)  # a COCO file is one line of hundreds of megabytes
         try:
-            return isinstance(json.loads(line), dict) and bool(file.readline(CHUNK_CHARACTERS).strip())
-        except (json.JSONDecodeError, RecursionError):
+            row = json.loads(line)
+            return isinstance(row, dict) and ("image" in row or bool(file.readline(CHUNK_CHARACTERS).strip()))
+        except (ValueError, RecursionError):
             return False

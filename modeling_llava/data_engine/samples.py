@@ -1,6 +1,7 @@
 """The samples of a data set as they follow from the ledger: which are kept, which are left out, and why."""
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -188,7 +189,7 @@ def rejected_replies(folder: RunFolder, ledger: Ledger, limit: int | None = None
 
 def find_image(images: Path, name: str) -> Path | None:
     """The file of an image; `None` if it is absent or would lie outside the image folder."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if PurePosixPath(name).is_absolute() or ".." in re.split(r"[/\\]", name):
         return None
     path = images / name
     return path if path.is_file() else None

@@ -114,6 +114,14 @@ def test_coco_captions_of_another_form_are_named(tmp_path, document, message):
         expand_captions(source, tmp_path / "out.json")
 
 
+@pytest.mark.parametrize("style", ["brief", "plain"])
+def test_names_with_half_a_surrogate_pair_are_expanded_all_the_same(tmp_path, style):
+    (tmp_path / "in.json").write_text(r'[{"id": "x\ud800", "image": "a\ud800.jpg", "caption": "a cat"}]')
+    expand_captions(tmp_path / "in.json", tmp_path / "out.json", style=style)
+    (row,) = json.loads((tmp_path / "out.json").read_bytes())
+    assert (row["id"], row["image"]) == ("x?", "a?.jpg")
+
+
 def test_captions_that_mark_an_image_are_left_out_and_half_an_emoji_is_written(tmp_path):
     rows = [{"image": "a.jpg", "captions": ["a \ud83d cat", "an <image> of a cat"]}]
     (tmp_path / "in.json").write_text(json.dumps(rows))

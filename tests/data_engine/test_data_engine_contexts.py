@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from modeling_llava.data_engine import json_stream
 from modeling_llava.data_engine.contexts import Box, Context, ContextCounts, clean_box, read_contexts
+from modeling_llava.data_engine.samples import find_image
 
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -387,3 +388,41 @@ def test_a_file_of_boxes_that_holds_none_is_said(tmp_path, caplog):
     (tmp_path / "b.json").write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1}]}))
     assert len(list(read_contexts(tmp_path / "c.json", tmp_path / "b.json"))) == 1
     assert "it holds none" in caplog.text
+
+
+def test_names_with_half_a_surrogate_pair_can_be_written_and_asked_about(tmp_path):
+    """JSON can escape what UTF-8 cannot hold; one such name in 100,000 would stop a run without naming it."""
+    (tmp_path / "rows.json").write_text(
+        r'{"id": "\ud800", "image": "a\ud800.jpg", "captions": ["x"], "boxes": [{"category": "c\udc00", "bbox": [0,0,1,1]}]}'
+    )
+    (tmp_path / "coco.json").write_text(
+        r'{"images": [{"id": 1, "file_name": "a\ud800.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}'
+    )
+    rows = [*read_contexts(tmp_path / "rows.json"), *read_contexts(tmp_path / "coco.json")]
+    assert [(row.id, row.image) for row in rows] == [("?", "a?.jpg"), ("a?", "a?.jpg")]
+    assert rows[0].box_text == "c?: [0.0, 0.0, 1.0, 1.0]"
+    json.dumps([row.to_dict() for row in rows], ensure_ascii=False).encode()
+
+
+def test_images_of_coco_that_differ_in_their_ending_alone_are_two(tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(("a.jpg", "a.png", "b.jpg"))]
+    captions = [{"id": i, "image_id": i, "caption": "x"} for i in range(3)]
+    contexts = read_contexts(write(tmp_path / "c.json", {"images": images, "annotations": captions}))
+    assert [context.id for context in contexts] == ["a.jpg", "a.png", "b"]
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl"])
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000])
+def test_numbers_beyond_all_bounds_are_said_with_their_file(tmp_path, name, value):
+    row = f'{{"image": "a.jpg", "captions": ["x"], "boxes": [{{"category": "c", "bbox": [0, 0, {value}, 1]}}]}}'
+    (tmp_path / name).write_text(f"{row}\n{row}\n")
+    with pytest.raises(ValueError, match=f"{name}"):
+        list(read_contexts(tmp_path / name))
+
+
+def test_image_names_cannot_leave_the_image_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "images" / "..\\secret.png").write_bytes(b"x")  # a way out on Windows
+    for name in ("../secret.png", "..\\secret.png", "a/../../secret.png", str(tmp_path / "secret.png"), "a\0b", ""):
+        assert find_image(tmp_path / "images", name) is None
