@@ -11,13 +11,14 @@ positions only), `get_image_features` (a frozen tower builds no graph, a repeate
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
@@ -137,6 +138,19 @@ def _is_shared_out(module: nn.Module) -> bool:
 def _is_one_of_several_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_beginning(cache: Cache | None) -> bool:
+    """Whether no position came before. A cache is not asked while compiling: a static one's length is a tensor."""
+    return cache is None or (not torch.compiler.is_compiling() and bool(cache.get_seq_length() == 0))
+
+
+def _check(condition: torch.Tensor, message: str | Callable[[], str]) -> None:
+    """Raise a `ValueError` unless `condition` holds. A compiled graph is not broken for it, and has a plainer error."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, "Image features and image tokens do not match.")
+    else:
+        torch_compilable_check(condition, message)
 
 
 class LlavaPreTrainedModel(PreTrainedModel):
@@ -270,7 +284,7 @@ class LlavaModel(LlavaPreTrainedModel):
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         num_positions = mask.sum()
-        torch_compilable_check(
+        _check(
             num_positions * inputs_embeds.shape[-1] == image_features.numel(),
             lambda: (
                 f"Image features and image tokens do not match: the batch has {int(num_positions)} image tokens but its "
@@ -371,8 +385,8 @@ class LlavaModel(LlavaPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            torch_compilable_check(
+        elif input_ids is not None and input_ids.shape[1] > 1 and _is_beginning(past_key_values):
+            _check(
                 (input_ids != self.config.image_token_id).all(),
                 "Image features and image tokens do not match: the text has image tokens, but there are no "
                 "pixel_values. Pass on everything that the processor returned.",
@@ -428,19 +442,22 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """As in transformers, but the assistant of an assisted generation sees the images too."""
         image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         past = kwargs.get(CACHE)
-        is_prompt = past is not None and past.get_seq_length() == 0
-        if is_prompt and not is_first_iteration and image_outputs is not None:
+        is_later_prompt = not is_first_iteration and isinstance(past, DynamicCache) and past.get_seq_length() == 0
+        if is_later_prompt and image_outputs is not None:
             # An assistant, which transformers leaves without what the answering model made of the images. Features of
             # another width say nothing here, so it drafts as if it had seen nothing.
             is_first_iteration, width = True, self.config.text_config.hidden_size
             if image_outputs.pooler_output[0].shape[-1] != width:
                 blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
                 kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        # transformers looks for `inputs_embeds` in the signature, and refuses them in `generate` where it is not there.
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         if kwargs.get(

@@ -222,6 +222,22 @@ def test_forward_compiles_without_graph_breaks():
         expected = model(**batch)
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.loss, expected.loss)
+    batch["pixel_values"] = batch["pixel_values"][:2]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Image features and image tokens do not match"):
+        compiled(**batch)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_nothing_is_read_from_the_device_in_a_compiled_step():
+    # Reading a value is what breaks a graph, where it may break; `generate` compiles its steps with a static cache.
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    assert torch._dynamo.explain(model)(**batch).graph_break_count == 0
+    cache = StaticCache(config=model.config.text_config, max_cache_len=32)
+    model(**without_labels(batch), past_key_values=cache)
+    step = {"input_ids": batch["input_ids"][:, -1:], "position_ids": torch.tensor([[24]]), "past_key_values": cache}
+    assert torch._dynamo.explain(model)(**step).graph_break_count == 0
 
 
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
@@ -304,6 +320,21 @@ def test_embeddings_in_place_of_ids_give_the_same_logits():
     expected = model(**batch).logits
     embeds = model.get_input_embeddings()(batch.pop("input_ids"))
     torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_embeddings_in_place_of_ids_are_answered_as_stock_answers(tmp_path, with_ids):
+    stock, ours = same_pair(tmp_path)
+    batch = without_labels(tiny_batch((1, 1)))
+    ids = batch.pop("input_ids")
+    batch["attention_mask"] = torch.ones_like(ids)
+    if with_ids:
+        batch["input_ids"] = ids
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    answers = [
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **batch, **settings) for model in (ours, stock)
+    ]
+    assert torch.equal(*answers) and answers[0].shape[1] == 6 + with_ids * ids.shape[1]
 
 
 def test_images_encoded_beforehand_give_the_same_logits():
