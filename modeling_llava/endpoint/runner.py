@@ -15,24 +15,20 @@ What is guaranteed, and what cannot be:
 """
 
 import asyncio
-import logging
 import random
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from .blocking import gentle_interrupt, run_blocking
 from .chat import ChatModel, FatalFault, PassingFault, Reply, RequestFault, Usage
 from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
 from .refusals import Refusal, Refusals
 from .task import ATTEMPTS, Task, Verdict, accept_all, refusal_event, reply_event, resume_attempt
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,14 +89,15 @@ class _Run:
         self,
         model: ChatModel,
         ledger: Ledger,
-        run_id: str,
-        judge: Callable[[Task, Reply], Verdict],
-        settings: RunSettings,
-        budget: Budget,
-        on_settled: Callable[[Task, bool], None] | None,
+        run_id: str = "",
+        judge: Callable[[Task, Reply], Verdict] = accept_all,
+        settings: RunSettings | None = None,
+        budget: Budget | None = None,
+        on_settled: Callable[[Task, bool], None] | None = None,
     ):
         self.model, self.ledger, self.run_id, self.judge = model, ledger, run_id, judge
-        self.settings, self.budget, self.on_settled = settings, budget, on_settled
+        self.settings, self.budget, self.on_settled = settings or RunSettings(), budget or Budget(), on_settled
+        settings = self.settings
         self.summary = RunSummary()
         self.stopping = asyncio.Event()
         self.rng = random.Random(settings.seed)
@@ -121,6 +118,29 @@ class _Run:
             self.summary.stopped, self.summary.message = why, message
             self.stopping.set()
             self.released.set()
+
+    def interrupt(self) -> None:
+        self.stop("interrupt", "Interrupted; what was in flight is finished and kept.")
+
+    async def all(self, tasks: Iterable[Task]) -> RunSummary:
+        """Brings every task to its end, or as far as it comes."""
+        self.ledger.charge(self.budget)
+        start = time.monotonic()
+        iterator = iter(tasks)
+        workers = [asyncio.create_task(self.work(iterator)) for _ in range(self.settings.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+            self.end()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            close = getattr(self.model, "close", None)
+            if close is not None:
+                await close()
+            await self.ledger.synced()
+        self.summary.seconds = time.monotonic() - start
+        return self.summary
 
     async def pause(self, seconds: float) -> bool:
         """Waits; `False` if the run was stopped meanwhile."""
@@ -327,6 +347,15 @@ class _Run:
 
 
 async def run_tasks_async(
+    tasks: Iterable[Task], model: ChatModel, ledger: Ledger, *, handle_interrupt: bool = False, **options: Any
+) -> RunSummary:
+    """`run_tasks` inside a running event loop."""
+    run = _Run(model, ledger, **options)
+    with gentle_interrupt(run.interrupt) if handle_interrupt else nullcontext():
+        return await run.all(tasks)
+
+
+def run_tasks(
     tasks: Iterable[Task],
     model: ChatModel,
     ledger: Ledger,
@@ -338,52 +367,6 @@ async def run_tasks_async(
     on_settled: Callable[[Task, bool], None] | None = None,
     handle_interrupt: bool = False,
 ) -> RunSummary:
-    """`run_tasks` inside a running event loop."""
-    settings = settings or RunSettings()
-    budget = budget or Budget()
-    ledger.charge(budget)
-    run = _Run(model, ledger, run_id, judge, settings, budget, on_settled)
-    undo = _interruptible(run) if handle_interrupt else None
-    start = time.monotonic()
-    iterator = iter(tasks)
-    workers = [asyncio.create_task(run.work(iterator)) for _ in range(settings.concurrency)]
-    try:
-        await asyncio.gather(*workers)
-        run.end()
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-        if undo:
-            undo()
-        close = getattr(model, "close", None)
-        if close is not None:
-            await close()
-        await ledger.synced()
-    run.summary.seconds = time.monotonic() - start
-    return run.summary
-
-
-def _interruptible(run: _Run) -> Callable[[], None] | None:
-    """The first Ctrl-C stops the run gently; the second one at once. Returns what undoes it."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    loop = asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupted(*_: Any) -> None:
-        if run.stopping.is_set():
-            signal.signal(signal.SIGINT, before)
-            signal.raise_signal(signal.SIGINT)
-            return
-        logger.warning("Stopping: requests in flight are finished first. Ctrl-C again stops at once.")
-        loop.call_soon_threadsafe(run.stop, "interrupt", "Interrupted; what was in flight is finished and kept.")
-
-    signal.signal(signal.SIGINT, interrupted)
-    return lambda: signal.signal(signal.SIGINT, before)
-
-
-def run_tasks(tasks: Iterable[Task], model: ChatModel, ledger: Ledger, **options: Any) -> RunSummary:
     """Asks every task that is not settled in `ledger`; resumes by being called again.
 
     Tasks are drawn from `tasks` one by one as workers become free, so memory does not grow with their number.
@@ -403,22 +386,10 @@ def run_tasks(tasks: Iterable[Task], model: ChatModel, ledger: Ledger, **options
         What was done and why it stopped. Faults of the endpoint do not raise: the work so far is kept, and the summary
         says what happened.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(run_tasks_async(tasks, model, ledger, **options))
-    # Inside a notebook's loop: a loop of our own in a thread.
-    result: list[Any] = []
+    run = _Run(model, ledger, run_id, judge, settings, budget, on_settled)
 
-    def inside() -> None:
-        try:
-            result.append(asyncio.run(run_tasks_async(tasks, model, ledger, **options)))
-        except BaseException as error:
-            result.append(error)
+    async def main() -> RunSummary:
+        with gentle_interrupt(run.interrupt) if handle_interrupt else nullcontext():
+            return await run.all(tasks)
 
-    thread = threading.Thread(target=inside)
-    thread.start()
-    thread.join()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+    return run_blocking(main, run.interrupt, raise_interrupt=not handle_interrupt)

@@ -435,6 +435,38 @@ def test_run_works_inside_a_running_event_loop(tmp_path):
     assert asyncio.run(own()).accepted == 3
 
 
+@pytest.mark.parametrize("handle, times", [(True, 1), (False, 1), (True, 2)])
+def test_a_notebooks_stop_button_leaves_nothing_running_behind_it(tmp_path, handle, times):
+    """The run has a loop in a thread there, which would go on asking, and paying, after the cell was stopped."""
+    model = Scripted(seconds=0.3 if times == 1 else 30)
+
+    def stop_button():
+        for _ in range(times):
+            while not model.in_flight:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    async def notebook():
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as notebooks have it
+        threading.Thread(target=stop_button).start()
+        try:
+            with Ledger(tmp_path / "l") as ledger:
+                return run_tasks(tasks(1000), model, ledger, settings=RunSettings(4), handle_interrupt=handle)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    threads = threading.active_count()
+    if (handle, times) == (True, 1):
+        assert asyncio.run(notebook()).stopped == "interrupt"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(notebook())
+    assert threading.active_count() == threads and len(model.asked) <= 8
+    with Ledger(tmp_path / "l", write=False) as ledger:  # what was in flight was waited for, or is known to be unknown
+        assert (ledger.counts.accepted, ledger.counts.unknown) == ((4, 0) if times == 1 else (0, 4))
+
+
 INTERRUPTED = """
 import sys, types
 sys.path.insert(0, {tests!r})
