@@ -98,6 +98,7 @@ class Ledger:
 
     Raises:
         OSError: another process holds the ledger.
+        ValueError: a line is whole, but none of a ledger's.
     """
 
     def __init__(self, path: str | Path, *, write: bool = True):
@@ -151,16 +152,22 @@ class Ledger:
             return
         with open(self.path, "rb") as file:
             position, line = 0, b""
-            for line in file:
+            for number, line in enumerate(file, 1):
                 try:
                     event = json.loads(line)
                     known = isinstance(event, dict) and "event" in event
-                except ValueError:
+                except (ValueError, RecursionError):
                     known = False
-                if known:
-                    self._follow(event, position)
-                else:
-                    self.counts.torn += 1
+                try:
+                    if known:
+                        self._follow(event, position)
+                    else:
+                        self.counts.torn += 1
+                except (KeyError, TypeError, IndexError) as error:
+                    raise ValueError(
+                        f"{self.path}, line {number}, is whole but no event of a run ({error!r}). Was the file edited? Take "
+                        "the line out to go on; what it stood for is asked again."
+                    ) from None
                 position += len(line)
             self._end = position
         self.counts.unknown += len(self._open_requests)

@@ -151,3 +151,30 @@ def test_a_reply_without_usage_counts_as_estimated(tmp_path):
     with Ledger(tmp_path / "l.jsonl") as ledger:
         ledger.append_now([sent("a", "1", tokens=(70, 30)), reply("a", "1", usage=None)])
         assert ledger.counts.missing_usage == 1 and ledger.counts.used == [70, 30]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "sent"},
+        {"event": "reply", "task": "a", "request": "r"},
+        {"event": "fault", "task": "a", "request": "r"},
+        {"event": "sent", "task": ["a"], "request": "r", "tokens": [1, 2]},
+        {"event": "reply", "task": "a", "request": "r", "reason": None, "final": True, "usage": [1]},
+        {"event": ["sent"]},
+    ],
+)
+def test_a_line_that_was_edited_is_named(tmp_path, line):
+    good = {"event": "sent", "task": "a", "request": "r", "attempt": 1, "tokens": [1, 2]}
+    (tmp_path / "l").write_text("".join(json.dumps(event) + "\n" for event in (good, line, good)))
+    with pytest.raises(ValueError, match="l, line 2, is whole but no event of a run"):
+        Ledger(tmp_path / "l")
+    with pytest.raises(ValueError):  # the lock was let go of
+        Ledger(tmp_path / "l")
+
+
+def test_lines_of_another_version_and_ruins_are_passed_over(tmp_path):
+    lines = [b'{"event": "future", "x": 1}', b"[" * 100_000, b"9" * 5000, b"\0" * 4096, b"\xff", b"{}", b"null"]
+    (tmp_path / "l").write_bytes(b"\n".join(lines) + b"\n")
+    with Ledger(tmp_path / "l") as ledger:
+        assert ledger.counts.torn == 6 and not ledger.tasks
