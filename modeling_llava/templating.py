@@ -1,7 +1,9 @@
 """Chat templates: the original's conversation formats, and any language model's own with the image token put in."""
 
 import functools
+import os
 import re
+import threading
 from pathlib import Path
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -93,6 +95,27 @@ def insert_image_token(
     return changed
 
 
+def render_with_spans(messages: list[dict], chat_template: str, **variables) -> tuple[str, list[tuple[int, int]]]:
+    """
+    A conversation as text, and the spans of characters that its template marks with `{% generation %}`.
+
+    transformers keeps the spans of a rendering in the compiled template, which all threads share: one thread at a time
+    renders here, by a text of the template that nothing else renders.
+    """
+    with _ONE_AT_A_TIME:
+        texts, spans = render_jinja_template(
+            [messages], chat_template="{{ '' }}" + chat_template, return_assistant_tokens_mask=True, **variables
+        )
+    return texts[0], spans[0]
+
+
+_ONE_AT_A_TIME = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a worker that is forked while another thread renders would wait for ever
+    os.register_at_fork(
+        before=_ONE_AT_A_TIME.acquire, after_in_parent=_ONE_AT_A_TIME.release, after_in_child=_ONE_AT_A_TIME.release
+    )
+
+
 @functools.lru_cache
 def has_generation_marks(chat_template: str) -> bool:
     """Whether a template marks what the assistant writes with `{% generation %}`."""
@@ -114,4 +137,4 @@ def _set_image(template: str, image_token: str, image_wrap: tuple[str, str] | No
     return template.replace(_IMAGE_LINE, f"{{%- set image = '{image}' -%}}")
 
 
-__all__ = ["CHAT_TEMPLATES", "has_generation_marks", "insert_image_token", "load_chat_template"]
+__all__ = ["CHAT_TEMPLATES", "has_generation_marks", "insert_image_token", "load_chat_template", "render_with_spans"]

@@ -46,7 +46,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..constants import IGNORE_INDEX
 from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens as tokens_per_image
-from ..templating import CHAT_TEMPLATES, has_generation_marks
+from ..templating import CHAT_TEMPLATES, has_generation_marks, render_with_spans
 from .schema import BAD_MARKERS, BAD_ROLES, BAD_ROW, NOTHING_SUPERVISED, TOO_LONG, BadSampleError
 
 
@@ -305,13 +305,13 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
     (messages,), marks = control.mark(messages)
     if not messages:
         raise _bad(sample_id, BAD_ROW, "has no messages.")
-    variables = {**processor.tokenizer.special_tokens_map, "chat_template": template}
+    variables = dict(processor.tokenizer.special_tokens_map)
     if keep_image_order:
         variables["keep_image_order"] = True
     try:
         if has_generation_marks(template):
-            texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)
-            return texts[0], spans[0], marks
+            return *render_with_spans(messages, template, **variables), marks
+        variables["chat_template"] = template
         return *_find_answers(messages, control, variables, sample_id), marks
     except jinja2.TemplateError as error:
         raise _bad(sample_id, BAD_ROLES, f"does not fit the chat template: {error}") from error

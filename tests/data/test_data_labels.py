@@ -1,5 +1,7 @@
 import copy
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sentencepiece
@@ -437,6 +439,23 @@ def test_tokens_added_later_are_seen():
     processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
     ids = encode_conversation([user("<new>"), assistant("x")], processor)["input_ids"].tolist()
     assert processor.tokenizer.convert_tokens_to_ids("<new>") not in ids  # typed by a user, so still text
+
+
+def test_threads_do_not_share_the_spans_of_a_rendering(processors):
+    processor, switching = processors["vicuna_v1"], sys.getswitchinterval()
+    conversations = [[user("What is it? " * i), assistant("A cat. " * (i + 1))] for i in range(8)]
+    expected = [encode_conversation(messages, processor)["labels"].tolist() for messages in conversations]
+
+    def work(messages):
+        processor.apply_chat_template(messages)
+        return encode_conversation(messages, processor)["labels"].tolist()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(work, conversations * 20)) == expected * 20
+    finally:
+        sys.setswitchinterval(switching)
 
 
 def test_a_word_that_becomes_special_later_is_a_control_token():
