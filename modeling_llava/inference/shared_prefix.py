@@ -242,20 +242,15 @@ class _CannotShare(RuntimeError):
     """A language model whose attention needs more than `shared_prefix_attention` gives."""
 
 
-class _Reached(Exception):
-    """A [`_Probe`] came to the second layer."""
-
-
 class _Probe:
-    """A step that ends the pass in the second layer's attention: little is computed."""
+    """A step that notes which layers attend, in their order."""
 
-    layer = None
+    def __init__(self):
+        self.layers = []
 
     def attend(self, layer, query, key, value, scaling, window):
-        if self.layer is None:
-            self.layer = layer
-            return query.new_zeros((*query.shape[:3], value.shape[-1]))
-        raise _CannotShare("a layer attends twice") if layer == self.layer else _Reached
+        self.layers.append(layer)
+        return query.new_zeros((*query.shape[:3], value.shape[-1]))
 
 
 def shared_prefix_attention(
@@ -315,11 +310,10 @@ def _hands_on_steps(language_model) -> bool:
             language_model(
                 inputs_embeds=token, position_ids=position, attention_mask=None, use_cache=False, llava_step=probe
             )
-    except _Reached:
-        return True
     except (_CannotShare, TypeError):  # TypeError: no keyword arguments beyond its own
         return False
-    return probe.layer is not None  # a single layer; or attention that was chosen when the model was built
+    # Others: attention that was chosen when the model was built, that is computed twice, layers that are gone through again.
+    return probe.layers == list(range(language_model.config.num_hidden_layers))
 
 
 def _rope_types(config) -> set[str]:

@@ -84,12 +84,14 @@ def test_language_model_that_cannot_share_is_answered_all_the_same(processor, ca
         },
         {"model_type": "nemotron"},
         {"model_type": "diffllama"},
+        {"model_type": "hrm_text", "head_dim": 16, "num_key_value_heads": 4, "pad_token_id": 0},
     ],
     ids=[
         "angles that go by the longest row",
         "attention sinks",
         "keyword arguments that end in a layer",
         "two attentions in a layer",
+        "layers that are gone through again",
     ],
 )
 def test_language_models_whose_keys_or_scores_depend_on_more_are_not_shared(text, processor):
