@@ -41,7 +41,9 @@ def one_line(error: Exception, command: str) -> str | None:
     if isinstance(error, OSError):  # transformers' are of many lines
         return text
     if isinstance(error, (ValueError, TypeError, ImportError)):
-        return str(error)
+        # A DataLoader makes the error of a worker anew, behind the worker's traceback
+        in_worker = str(error).startswith("Caught ") and "Original Traceback" in text
+        return str(error).strip().rpartition(f"\n{type(error).__name__}: ")[2] if in_worker else str(error)
     if modules & {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"}:
         return f"No answer from the other side ({text}). Is this machine on the network? HF_HUB_OFFLINE=1 uses what lies here."
     return None

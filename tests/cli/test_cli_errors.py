@@ -39,6 +39,16 @@ def test_a_real_lack_of_memory_is_told_with_what_to_take_instead():
     assert one_line(MemoryError(), "merge").startswith("Out of memory. Take")
 
 
+def test_an_error_of_a_worker_is_the_workers_last_line():
+    def broken(examples):
+        raise ValueError("sample 'a' is wrong: mend it.")
+
+    loader = torch.utils.data.DataLoader([1], num_workers=1, collate_fn=broken)
+    with pytest.raises(ValueError) as caught:
+        next(iter(loader))
+    assert "Traceback" in str(caught.value) and one_line(caught.value, "train") == "sample 'a' is wrong: mend it."
+
+
 def test_a_gpu_that_is_not_there_is_one_line(folder, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
