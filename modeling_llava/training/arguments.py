@@ -193,6 +193,12 @@ class LlavaTrainingArguments(TrainingArguments):
         "'vqa --questions q.jsonl --images val2014 --limit 200'. Their scores are metrics (eval_vqa_accuracy).",
     )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs; below 1 a share."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the loss before in place of one that is not finite. Otherwise such a loss ends the run."
+        },
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
@@ -212,7 +218,7 @@ class LlavaTrainingArguments(TrainingArguments):
         for setting in fields(self):
             choices = setting.metadata.get("choices")
             value = getattr(self, setting.name)
-            if choices and setting.metadata.get("group") == "llava" and value not in choices:
+            if choices and value not in choices and value != setting.default:
                 raise ValueError(f"{setting.name}={value!r} is not one of {', '.join(map(str, choices))}.")
         if not _has_accelerator():
             # Not told so, transformers starts several processes as so many single ones, which all write one folder.
@@ -268,6 +274,11 @@ class LlavaTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"pack_length={self.pack_length} needs packing=full (it is {self.packing}) and at least "
                 f"max_length={self.max_length} positions. Leave it out, or change these."
+            )
+        if self.train_sampling_strategy == "batch_rebalance" and self.data is not None:
+            raise ValueError(
+                "train_sampling_strategy=batch_rebalance needs lengths beside the samples, which conversations do not have. "
+                "Take group_by_length, which measures them and gives processes nearly equal work, or packing=full."
             )
         groups = self.train_sampling_strategy == "group_by_length"
         if self.group_by_modality and not groups:

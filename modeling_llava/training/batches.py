@@ -164,11 +164,27 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
             measure = _DroppingMeasure(_measure_of(collator, args), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
         return EndlessStream(dataset, args.world_size)
-    if args.packing != "full" or isinstance(dataset, PackedDataset):
-        return dataset
+    if args.packing == "full" and not isinstance(dataset, PackedDataset):
+        dataset = _packed(dataset, collator, args)
+    needed = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < needed:
+        what = "packs" if isinstance(dataset, PackedDataset) else "samples"
+        raise ValueError(
+            f"{len(dataset)} {what} do not fill a batch of {args.train_batch_size} on each of {args.world_size} "
+            "process(es), and dataloader_drop_last leaves out what does not. Set it to false, or "
+            "per_device_train_batch_size lower."
+        )
+    return dataset
 
+
+def _packed(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> PackedDataset:
     lengths, kept = usable_lengths(dataset, collator, args)
     chosen = np.flatnonzero(kept)
+    if not len(chosen):
+        raise ValueError(
+            f"none of the {len(dataset)} samples can be used: there is nothing to pack. The lines above, or "
+            "`llava data check`, say why."
+        )
     if args.type_weights is not None:
         # The draw of the first epoch; packs keep their samples in the epochs after it.
         drawn = np.array(list(TypeMixtureSampler.from_dataset(dataset, args.type_weights, data_seed(args))))

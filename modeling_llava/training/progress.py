@@ -27,6 +27,7 @@ class SpeedCallback(TrainerCallback):
         self.micro_batch_positions = micro_batch_positions
         self._step_began = self._run_began = None
         self._first_step = 0
+        self.num_batches = self.total_supervised = 0  # of this process since training began; a tensor of positions
         self._clear()
 
     def _clear(self) -> None:
@@ -36,6 +37,7 @@ class SpeedCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._run_began, self._first_step = time.perf_counter(), state.global_step
+        self.num_batches = self.total_supervised = 0
         self._clear()
 
     def begin_step(self) -> None:
@@ -49,7 +51,10 @@ class SpeedCallback(TrainerCallback):
             return
         boundaries, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
         self._samples += ids.shape[0] if boundaries is None else boundaries.numel() - 1
-        self._supervised = self._supervised + (labels[..., 1:] != IGNORE_INDEX).sum()
+        self.num_batches += 1
+        supervised = (labels[..., 1:] != IGNORE_INDEX).sum()
+        self._supervised = self._supervised + supervised
+        self.total_supervised = self.total_supervised + supervised
         self._filled = self._filled + (ids.numel() if mask is None else mask.sum())
         self._positions += self.micro_batch_positions or ids.numel()
 

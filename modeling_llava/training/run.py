@@ -97,6 +97,8 @@ def train(
     args = _arguments(recipe, overrides)
     if args.output_is_default:
         raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
+    _check_reporting(args)
+    _check_metric(args, callbacks)
     base_and_adapter(args)  # its errors say more than what a checkpoint of another run would
     checkpoint = _checkpoint_to_resume(args)
     if checkpoint is not None:
@@ -352,6 +354,28 @@ def _check_sharding(trainer: LlavaTrainer, checkpoint: Path) -> None:
     raise ValueError(
         f"{checkpoint} was written {was}, and this run {now}: its optimizer's state cannot be read. Launch it as it was "
         "launched before (the number of processes may be another; FSDP2 takes one too), or choose another output_dir."
+    )
+
+
+def _check_reporting(args: LlavaTrainingArguments) -> None:
+    """Raise ImportError where a package of `report_to` is not installed; `Trainer` would say so behind the model."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"report_to={','.join(args.report_to)}: {error} Or set report_to=none.") from error
+
+
+def _check_metric(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> None:
+    """Raise ValueError for a metric that no evaluation gives, not after the first one. Callbacks may add some."""
+    metric = args.metric_for_best_model
+    if metric is None or metric.removeprefix("eval_") == "loss" or args.benchmarks or callbacks:
+        return
+    raise ValueError(
+        f"metric_for_best_model={metric}, but an evaluation gives the loss alone. Set metric_for_best_model=loss, or "
+        "benchmarks, whose scores are metrics."
     )
 
 

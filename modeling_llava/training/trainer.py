@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..checkpoints import (
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampler import GroupedSampler
+from ..data.schema import summarize_drops
 from ..onednn import use_onednn
 from . import sharding
 from .adapters import finish_adapter_folder
@@ -36,7 +38,7 @@ from .mixture import TypeMixtureSampler
 from .noise import NoiseBySample
 from .preparation import core_model, is_peft, prepare_model, resolve_packing
 from .progress import SpeedCallback
-from .run_record import disk_errors_explained, write_run_record
+from .run_record import disk_errors_explained, find_resumable_checkpoint, write_run_record
 from .stages import optimizer_groups
 
 
@@ -166,6 +168,10 @@ class LlavaTrainer(Trainer):
 
     _grouped_sampler: GroupedSampler | None = None
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        """In order: `Trainer` groups an evaluation as it groups training, by lengths that conversations do not have yet."""
+        return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
+
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> torch.utils.data.DataLoader:
@@ -207,7 +213,14 @@ class LlavaTrainer(Trainer):
         return batches, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`; beside the training loss stands how fast it goes (see [`SpeedCallback`])."""
+        """
+        As in `Trainer`; beside the training loss stands how fast it goes (see [`SpeedCallback`]).
+
+        Raises:
+            ValueError: the loss is not finite. (With fp16 that may pass: such a step is left out, and the scale lowered.)
+        """
+        if not math.isfinite(logs.get("loss", 0.0)) and self.args.precision != "fp16":
+            raise self._diverged(f"the loss is {logs['loss']}")
         speed = self._speed.report(self.state, self.args.world_size) if "loss" in logs else {}
         super().log({**logs, **speed}, start_time)
 
@@ -260,6 +273,7 @@ class LlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
+        self._check_weights()
         if not self.saves_shards:
             super().save_model(output_dir, _internal_call)
         elif _internal_call:  # a checkpoint: its weights come with the optimizer
@@ -269,6 +283,34 @@ class LlavaTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _check_weights(self) -> None:
+        """
+        Raise ValueError where nothing was learnt so far, or weights are not finite: a checkpoint of them would be gone on
+        from, and take the place of one that is worth it.
+        """
+        if not self._speed.num_batches:
+            return
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
+        counts = torch.tensor([int(self._speed.total_supervised), len(broken)], device=self.args.device)
+        supervised, num_broken = self.accelerator.reduce(counts, reduction="sum").tolist()
+        if num_broken:
+            raise self._diverged(f"weights are not finite{f' ({broken[0]})' if broken else ''}")
+        if not supervised:
+            dropped = getattr(self.data_collator, "dropped", None)
+            raise ValueError(
+                f"nothing was learnt in {self.state.global_step} optimizer steps, so nothing is written: no sample could be "
+                f"used. {summarize_drops(dropped) + '. ' if dropped else ''}`llava data check` says why."
+            )
+
+    def _diverged(self, what: str) -> ValueError:
+        last = find_resumable_checkpoint(self.args.output_dir)
+        kept = f"{last} is the last complete checkpoint" if last else "there is no complete checkpoint yet"
+        return ValueError(
+            f"at step {self.state.global_step} {what}: the run has diverged, and nothing more is written; {kept}. Give the "
+            f"same command with a lower learning_rate (it is {self.args.learning_rate:g}), which goes on from there, or "
+            "begin anew in another output_dir."
+        )
 
     @property
     def saves_shards(self) -> bool:
@@ -345,6 +387,21 @@ class LlavaTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in `Trainer`, but learning rates and weight decay are this run's, and not those of the run that stopped."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        groups, names = self.optimizer.param_groups, ("initial_lr", "weight_decay")
+        settings = [{name: group[name] for name in names if name in group} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        for number, (group, ours) in enumerate(zip(self.optimizer.param_groups, settings)):
+            loaded, rate = group.get("initial_lr"), ours.get("initial_lr")
+            group.update(ours)
+            if rate != loaded and loaded and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                group["lr"] *= rate / loaded
+                scheduler.base_lrs[number], scheduler._last_lr[number] = rate, group["lr"]
+
     def _load_best_model(self) -> None:
         if sharding.is_sharded_checkpoint(self.state.best_model_checkpoint):
             sharding.load_shards(self.model, self.state.best_model_checkpoint, self.args)
@@ -383,6 +440,12 @@ def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, mo
         share_images="image_indices" in inspect.signature(model.forward).parameters,
         packing=args.packing in ("batch", "full"),
     )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    """Whether all of a parameter is, or this process's part of a sharded one."""
+    part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return bool(part.isfinite().all())
 
 
 _ABSENT = object()

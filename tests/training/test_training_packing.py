@@ -173,7 +173,7 @@ def test_samples_that_are_too_long_are_said_before_training(settings, quiet, cap
     settings = {**settings, "packing": "full", "max_length": 60}
     with pytest.raises(ValueError, match="max_length is 60"):
         train(settings, console=quiet)
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError):
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="none of the 24 samples can be used"):
         train({**settings, "overflow": "drop", "max_length": 5}, console=quiet)
     with caplog.at_level(logging.WARNING):
         train({**settings, "overflow": "drop", "output_dir": settings["output_dir"] + "2"}, console=quiet)
@@ -311,6 +311,7 @@ def test_grouped_batches_are_of_one_modality_and_come_back_after_a_resume(settin
         **settings, "train_sampling_strategy": "group_by_length", "group_by_modality": True, "packing": "none",
         "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 4, "save_total_limit": None,
     }  # fmt: skip
+    evaluated = {"eval_data": str(instructions), "eval_strategy": "steps", "eval_steps": 5}
     trainer = trainer_for(grouped)
     has_image = {row["id"]: "image" in row for row in json.loads(instructions.read_text())}
     order = list(trainer._get_train_sampler())
@@ -318,7 +319,7 @@ def test_grouped_batches_are_of_one_modality_and_come_back_after_a_resume(settin
     assert sorted(i for batch in batches for i in batch) == sorted(has_image)
     assert sum(len({has_image[i] for i in batch}) == 1 for batch in batches) >= 5  # 20 with an image, 4 without
 
-    whole = train({**grouped, "output_dir": str(tmp_path / "whole")}, console=quiet)
+    whole = train({**grouped, **evaluated, "output_dir": str(tmp_path / "whole")}, console=quiet)
     for checkpoint in ("checkpoint-4", "checkpoint-8"):  # within the first epoch (6 steps) and the second
         again = train(
             {**grouped, "resume": str(tmp_path / "whole" / checkpoint), "output_dir": str(tmp_path / checkpoint)},

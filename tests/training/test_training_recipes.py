@@ -154,6 +154,8 @@ def test_every_setting_has_a_help_text():
         ({"max_length": 0}, "at least 1"),
         ({"lora_dropout": 1.0}, r"not in \[0, 1\)"),
         ({"overflow": "cut"}, "error, drop, truncate_text"),
+        ({"train_sampling_strategy": "grouped"}, "not one of random, sequential, group_by_length"),
+        ({"train_sampling_strategy": "batch_rebalance", "data": "a.json"}, "Take group_by_length"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"learning_rate": -1e-4}, "below 0"),
         ({"num_train_epochs": 0}, "above 0"),

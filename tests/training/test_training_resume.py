@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from modeling_llava.training import train
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.run import load_datasets, load_model_and_processor
 from modeling_llava.training.run_record import (
     checkpoint_folders,
     disk_errors_explained,
@@ -215,6 +216,32 @@ def test_resume_settings(settings, tmp_path, caplog):
     assert "a_setting_of_another_version 1 → None" in message
     (tmp_path / "run" / "checkpoint-3" / "recipe.yaml").write_text("# taken out by hand\n")
     assert train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 4}).global_step == 4
+
+
+def test_a_resumed_run_takes_its_own_learning_rates_and_weight_decay(settings, tmp_path):
+    """PyTorch's states hold both, and what was changed had no effect."""
+    settings |= {
+        "stage": "pretrain",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    train(settings)
+    kept = {"learning_rate": 1e-3}
+    changed = {"learning_rate": 1e-5, "weight_decay": 0.5}
+    rates, decay = {}, {}
+    for name, own in (("kept", kept), ("changed", changed)):
+        args = LlavaTrainingArguments(**{**settings, **own, "output_dir": str(tmp_path / name)})
+        model, processor = load_model_and_processor(args)
+        data = load_datasets(args)[0]
+        trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        rates[name] = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+        decay[name] = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert rates["kept"] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert rates["changed"] == pytest.approx([1e-3, 7.5e-4, 5e-6, 2.5e-6])
+    assert decay == {"kept": {0.0}, "changed": {0.0, 0.5}}
 
 
 @pytest.mark.parametrize(

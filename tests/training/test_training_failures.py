@@ -1,0 +1,73 @@
+"""Runs that can come to nothing: said before the model is loaded where that can be, and never written as a result."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from modeling_llava.training import train
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    return Console(file=open(tmp_path / "console.txt", "w"))
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr("modeling_llava.training.run.load_model_and_processor", lambda args: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"logging_steps": 1}, "the loss is nan"),
+        ({"logging_steps": 50, "stage": "pretrain"}, r"weights are not finite \(model.multi_modal_projector"),
+    ],
+)
+def test_a_run_that_diverges_ends_and_its_last_good_checkpoint_stays(settings, tmp_path, part, what, quiet):
+    """At a rate of 1e30 the weights of step 2 are not finite; the loss was logged as 0, and the run ended as if well."""
+    settings |= {
+        "max_steps": 6,
+        "warmup_steps": 0,
+        "learning_rate": 1e30,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        **part,
+    }
+    with pytest.raises(ValueError, match=rf"at step 2 {what}.*checkpoint-1 is the last.*a lower learning_rate"):
+        train(settings, console=quiet)
+    written = sorted(path.name for path in Path(settings["output_dir"]).iterdir() if path.suffix != ".png")
+    assert written == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("form", [{}, {"streaming": True}])
+def test_a_run_that_learnt_nothing_writes_nothing_that_could_be_gone_on_from(settings, form, quiet):
+    settings |= {"max_length": 5, "overflow": "drop", "preview_samples": 0, **form}
+    with pytest.raises(ValueError, match=r"nothing was learnt in 2 .* samples dropped: . too long"):
+        train(settings, console=quiet)
+    train({**settings, "max_length": 256}, console=quiet)
+    history = json.loads((Path(settings["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["step"] == 1 and history[0]["loss"] > 1
+
+
+def test_batches_that_the_data_does_not_fill_are_said(settings):
+    for packing, what in (("none", "24 samples"), ("full", r"\d packs")):
+        few = {**settings, "packing": packing, "per_device_train_batch_size": 25, "dataloader_drop_last": True}
+        with pytest.raises(ValueError, match=f"{what} do not fill a batch of 25"):
+            train(few)
+
+
+def test_a_metric_that_no_evaluation_gives_is_said_first(settings, no_model):
+    settings |= {"eval_size": 4, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    for wish in ({"load_best_model_at_end": True}, {"early_stopping_patience": 2}):
+        with pytest.raises(ValueError, match="metric_for_best_model=accuracy, but .* the loss alone"):
+            train({**settings, **wish, "metric_for_best_model": "accuracy"})
+
+
+def test_a_reporter_that_is_not_installed_is_said_first(settings, no_model):
+    absent = next(name for name in ("wandb", "swanlab", "trackio") if find_spec(name) is None)
+    with pytest.raises(ImportError, match=f"report_to={absent}: .* installed.* Or set report_to=none"):
+        train({**settings, "report_to": absent})
