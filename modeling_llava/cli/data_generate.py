@@ -209,10 +209,12 @@ def describe(args: argparse.Namespace, summary) -> int:
         left = ", ".join(f"{number:,} × {kind}" for kind, number in run.given_up.most_common())
         print(f"{run.given_up.total():,} requests are left open ({left}); the same command asks them again")
     if run.stopped != "done":
-        print(f"stopped: {run.message} The same command goes on.", file=sys.stderr)
+        print(f"stopped: {run.message.rstrip('.')}. The same command goes on.", file=sys.stderr)
         return {"interrupt": 130, "budget": 3}.get(run.stopped, 1)
     if summary.output and summary.output.samples:
-        print(f"look at {Path(args.out) / 'report.html'}; train on {Path(args.out) / 'instruct.json'}")
+        page = Path(args.out) / "report.html"
+        look = f"look at {page}; " if page in summary.output.files else ""
+        print(f"{look}train on {Path(args.out) / 'instruct.json'}")
     return 0 if not run.given_up else 1
 
 

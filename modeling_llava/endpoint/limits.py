@@ -112,6 +112,9 @@ class Budget:
     TEMPLATE_TOKENS = 32
 
     def __init__(self, max_tokens: int | None = None, max_cost: float | None = None, prices: Prices | None = None):
+        for name, most in (("tokens", max_tokens), ("dollars", max_cost)):
+            if most is not None and not most > 0:
+                raise ValueError(f"A budget of {most} {name} has no request; leave it out for no limit.")
         if max_cost is not None and (prices is None or prices.prompt + prices.completion <= 0):
             raise ValueError(
                 "A budget in dollars needs the model's prices per million tokens: give --price-in and --price-out."

@@ -89,6 +89,8 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
     "more, message",
     [
         (["--max-cost", "5"], "give --price-in and --price-out"),
+        (["--max-cost", "nan", "--price-in", "1"], "A budget of nan dollars"),
+        (["--max-tokens", "0"], "A budget of 0 tokens"),
         (["--mix", "58-23-77"], "--mix is 58-23-77"),
         (["--types", "poem"], "types are poem; choose out of conversation, detail, complex"),
         (["--language", "tlh"], "'tlh' is no language that can be told"),

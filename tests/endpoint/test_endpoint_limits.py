@@ -83,6 +83,14 @@ def test_budget_in_dollars_counts_prompts_and_replies_by_their_prices():
     assert not budget.hold(Usage(1, 0))
 
 
+@pytest.mark.parametrize(
+    "budget", [{"max_tokens": 0}, {"max_tokens": -1}, {"max_cost": float("nan")}, {"max_cost": -1.0}]
+)
+def test_a_budget_that_would_never_or_always_end_is_refused(budget):
+    with pytest.raises(ValueError, match="leave it out"):
+        Budget(**budget, prices=Prices(1.0, 1.0))
+
+
 def test_budget_in_dollars_without_prices_is_refused():
     with pytest.raises(ValueError, match="--price-in and --price-out"):
         Budget(max_cost=5.0)
