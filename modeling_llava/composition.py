@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .configuration_llava import LlavaConfig, count_image_tokens
+from .constants import CACHE
 from .tokenization_llava import add_image_token, load_tokenizer
 
 
@@ -175,7 +176,8 @@ def _check_head(model, causal_lm):
     ids[ids == model.config.image_token_id] = 0
     enlarging = model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.float() * 1e3)
     try:
-        ours, theirs = model(input_ids=ids).logits, causal_lm(input_ids=ids).logits.float()
+        ours, alone = model(input_ids=ids).logits, causal_lm(input_ids=ids)
+        theirs, _ = alone.logits.float(), getattr(alone, CACHE)  # which stock's LLaVA reads, be it None
     except AttributeError as error:  # a state-space model without a cache, a head that cannot be taken off
         raise ValueError(
             f"{type(causal_lm).__name__} cannot be the language model of a llava checkpoint, neither here nor in stock "

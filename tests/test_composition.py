@@ -149,6 +149,7 @@ def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
             {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
             "cannot be the language model of a llava",
         ),
+        ("openai-gpt", {"n_positions": 64}, "cannot be the language model of a llava"),  # no cache, which stock reads
     ],
 )
 def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden, language, overrides, message):
