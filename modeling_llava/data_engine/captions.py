@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..constants import IMAGE_TOKEN
+from .coco import coco_item, coco_name, one_line, stray_annotation, writable
 from .concepts import ConceptSettings, Phrases, count_phrases, make_chooser
-from .contexts import coco_item, coco_name, one_line, stray_annotation, writable
 from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts

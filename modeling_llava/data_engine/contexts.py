@@ -16,11 +16,11 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .coco import corners_of, one_line, read_coco, stray_annotation, writable
 from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 
 
@@ -185,26 +185,6 @@ def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
     return tuple(sorted(boxes, key=lambda box: -round(box.area, 12)))
 
 
-def _corners(values: Any) -> list[float]:
-    """Four numbers; `null`, as some writers put NaN into JSON, is NaN, and no numbers at all are an empty box."""
-    numbers = [
-        math.nan if value is None else float(value) for value in ([0.0] * 4 if values in (None, []) else values)
-    ]
-    if len(numbers) != 4:
-        raise ValueError(f"'bbox' has {len(numbers)} numbers, not 4")
-    return numbers
-
-
-def one_line(text: str) -> str:
-    """A caption or a category on one line."""
-    return writable(" ".join(text.split()))
-
-
-def writable(text: str) -> str:
-    """Half a surrogate pair, which JSON can escape, is no text that can be written or sent: it becomes a `?`."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[str, ...]:
     captions = [captions] if isinstance(captions, str) else captions or ()
     if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
@@ -255,7 +235,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
         )
     for item in items:
         try:
-            category, corners, crowd = item["category"], _corners(item["bbox"]), item.get("iscrowd")
+            category, corners, crowd = item["category"], corners_of(item["bbox"]), item.get("iscrowd")
             if not category.strip():
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
@@ -270,61 +250,8 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     return Context(name, image, captions, _largest_first(boxes))
 
 
-@contextmanager
-def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
-    """What is wrong with an item of a COCO file is said with the file and the item."""
-    try:
-        if not isinstance(item, dict):
-            raise TypeError("it is no object")
-        yield
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        what = f"{error} is absent" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
-
-
-def coco_name(item: dict[str, Any], key: str) -> str:
-    """`item[key]`, if it is a name."""
-    if not isinstance(item[key], str) or not item[key].strip():
-        raise ValueError(f"'{key}' is no name")
-    return writable(item[key])
-
-
-def _coco_images(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
-    """`images` by id as `(file name, width, height)`, `categories` by id, annotations by image id, of a COCO file.
-
-    Of an annotation only what a context needs is held: the caption, or the category and the corners.
-    """
-    images: dict[Any, tuple[str, Any, Any]] = {}
-    categories: dict[Any, str] = {}
-    annotations: dict[Any, list] = {}
-    for key, item in iterate_json(path):
-        if key not in {"images", "categories", "annotations"}:
-            continue
-        with coco_item(path, key, item):
-            if key == "images":
-                images[item["id"]] = (coco_name(item, "file_name"), item.get("width"), item.get("height"))
-            elif key == "categories":
-                categories[item["id"]] = coco_name(item, "name")
-            elif "caption" in item:
-                annotations.setdefault(item["image_id"], []).append(item["caption"])
-            elif "bbox" in item:
-                box = (item["category_id"], *_corners(item["bbox"]), bool(item.get("iscrowd", 0)))
-                annotations.setdefault(item["image_id"], []).append(box)
-    if not images:
-        raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
-    return images, categories, annotations
-
-
-def stray_annotation(path: Path, what: str, image_id: Any, images: dict[Any, Any]) -> ValueError:
-    """An annotation of an image that is not there; the ids are shown as they are written, for 1 is not "1"."""
-    return ValueError(
-        f"{path}: a {what} belongs to image {image_id!r}, which is not among its {len(images):,} 'images' "
-        f"({next(iter(images))!r}, …). Was the list of images cut? Cut the annotations by the same ids."
-    )
-
-
 def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
-    images, categories, annotations = _coco_images(path)
+    images, categories, annotations = read_coco(path)
     boxes = {}
     for image_id, found in annotations.items():
         if image_id not in images:
@@ -430,7 +357,7 @@ def read_contexts(
 
 
 def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
-    images, _, annotations = _coco_images(path)
+    images, _, annotations = read_coco(path)
     for image_id in annotations.keys() - images.keys():
         raise stray_annotation(path, "caption", image_id, images)
     stems = Counter(str(PurePosixPath(name).with_suffix("")) for name in {name for name, _, _ in images.values()})
