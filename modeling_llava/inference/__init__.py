@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .decoding import DecodingSettings
+    from .decoding_settings import DecodingSettings
     from .loading import load_model
     from .predictor import Answer, LlavaPredictor
 
 _MODULES = {
     "Answer": "predictor",
-    "DecodingSettings": "decoding",
+    "DecodingSettings": "decoding_settings",
     "LlavaPredictor": "predictor",
     "load_model": "loading",
 }

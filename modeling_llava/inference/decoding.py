@@ -3,26 +3,17 @@ From prompts to answers, many rows at a time: rows that share an image share its
 without padding, a finished row leaves and the next one takes its place.
 """
 
-import hashlib
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
-from transformers.generation import (
-    MinNewTokensLengthLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..constants import CACHE
-from ..data.labels import answer_stop
 from ..later_layers import without_later_layers
+from .decoding_settings import DecodingSettings, draw_token
 from .prefix_cache import Prefix, RowCache
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
 from .turns import turns_of
@@ -33,115 +24,6 @@ logger = logging.get_logger(__name__)
 
 MAX_PREFILL_TOKENS = 4096
 """Tokens of prompts that one forward pass takes at most (a longer prompt goes alone): bounds its memory."""
-
-_GENERATE_ONLY = {
-    "bad_words_ids": [],
-    "begin_suppress_tokens": [],
-    "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_length": 0,
-    "num_beams": 1,
-    "sequence_bias": {},
-    "suppress_tokens": [],
-}
-"""What a generation configuration may ask of greedy answers beyond [`DecodingSettings`], and the value that asks nothing."""
-
-
-@dataclass(frozen=True)
-class DecodingSettings:
-    """
-    How answers are chosen. The default is greedy.
-
-    Args:
-        max_new_tokens (`int`, defaults to 512): Tokens of an answer at most, its end token included.
-        do_sample (`bool`, defaults to `False`): Draw tokens rather than take the likeliest.
-        temperature, top_k, top_p: As in transformers' `GenerationConfig`; used with `do_sample`.
-        repetition_penalty (`float`, defaults to 1.0): As in `GenerationConfig`; over prompt and answer.
-        no_repeat_ngram_size (`int`, defaults to 0): As in `GenerationConfig`; over prompt and answer.
-        min_new_tokens (`int`, defaults to 0): Tokens of an answer before an end token may come.
-        seed (`int`, defaults to 0):
-            With `do_sample`. Every row draws from a generator of its own, made of the seed and the row's id: an answer
-            does not depend on what else is in the batch, nor on where an interrupted run went on.
-        stop_strings (`tuple[str, ...]`): An answer ends before the first of them, for models whose turns do not end
-            with an end token (`###` of LLaVA v0).
-        end_token_ids (`tuple[int, ...]`): An answer ends with one of these.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    max_new_tokens: int = 512
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
-    seed: int = 0
-    stop_strings: tuple[str, ...] = ()
-    end_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {self.max_new_tokens!r}.")
-        if self.do_sample and not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}. For greedy answers: do_sample=False."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none.")
-        for name in ("no_repeat_ngram_size", "min_new_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number, at least 0, got {value!r}; 0 is none.")
-        if isinstance(self.end_token_ids, int):
-            raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
-            raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether each token is the likeliest, whatever came before."""
-        changed = self.repetition_penalty != 1.0 or self.no_repeat_ngram_size or self.min_new_tokens
-        return not (self.do_sample or changed)
-
-
-def default_settings(model, processor) -> DecodingSettings:
-    """What the model's generation configuration and the chat template say about the end of an answer."""
-    tokenizer, generation = processor.tokenizer, model.generation_config
-    end = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-    end = [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
-    stop_strings = ()
-    try:
-        stop = answer_stop(processor)
-    except ValueError as error:  # a foreign template: the end token has to do
-        logger.info("Answers end with the end token only: %s", error)
-    else:
-        stop = stop.strip() or stop
-        stop_id = tokenizer.get_added_vocab().get(stop)
-        if stop_id is not None:
-            end = sorted({*end, stop_id})
-        elif stop and stop not in map(tokenizer.decode, end):
-            stop_strings = (stop,)
-    ignored = [name for name, off in _GENERATE_ONLY.items() if getattr(generation, name, None) not in (None, off)]
-    if ignored:
-        logger.warning(
-            f"The model's generation configuration sets {', '.join(ignored)}, which LlavaPredictor does not follow: its "
-            "answers may be others than those of generate."
-        )
-    return DecodingSettings(
-        end_token_ids=tuple(end),
-        stop_strings=stop_strings,
-        repetition_penalty=generation.repetition_penalty or 1.0,
-        no_repeat_ngram_size=generation.no_repeat_ngram_size or 0,
-        min_new_tokens=generation.min_new_tokens or 0,
-    )
 
 
 @dataclass(eq=False)
@@ -352,7 +234,7 @@ class Decoder:
         if settings.takes_likeliest:
             tokens = logits.argmax(dim=-1).tolist()
         else:
-            tokens = [_draw(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.cpu())]
+            tokens = [draw_token(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.cpu())]
         for row, token in zip(rows, tokens):
             row.tokens.append(token)
             if token in settings.end_token_ids or self._stopped_by_text(row, settings.stop_strings):
@@ -381,32 +263,6 @@ def _forget_lengths(language_model) -> None:
             module(token.float(), token, **({} if kind is None else {"layer_type": kind}))  # a sequence of one token
 
 
-def _draw(row: Row, logits: torch.Tensor, settings: DecodingSettings) -> int:
-    # logits [1, vocab_size], on the CPU: the same draw on every device
-    steps = LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.no_repeat_ngram_size:
-        steps.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
-    if settings.min_new_tokens and settings.end_token_ids:
-        end = list(settings.end_token_ids)
-        steps.append(MinNewTokensLengthLogitsProcessor(len(row.ids), settings.min_new_tokens, end))
-    if settings.do_sample:
-        if settings.temperature != 1.0:
-            steps.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k is not None:
-            steps.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1:
-            steps.append(TopPLogitsWarper(settings.top_p))
-    scores = steps(torch.tensor([row.ids + row.tokens]), logits)
-    if not settings.do_sample:
-        return int(scores.argmax())
-    if row.generator is None:
-        digest = hashlib.sha256(f"{settings.seed}/{row.id}".encode()).digest()
-        row.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=row.generator))
-
-
 @torch.inference_mode()
 def _remove_finished(active: list[Row], cache: RowCache) -> None:
     for index in reversed(range(len(active))):
@@ -420,4 +276,4 @@ def _remove_finished(active: list[Row], cache: RowCache) -> None:
         active.pop()
 
 
-__all__ = ["Decoder", "DecodingSettings", "Row", "default_settings"]
+__all__ = ["Decoder", "Row"]

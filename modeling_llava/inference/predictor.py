@@ -12,7 +12,8 @@ from PIL import Image
 from ..data.images import image_key, load_image
 from ..data.schema import BadSampleError
 from .benchmark_rows import encode_pictures, rows_of_samples
-from .decoding import Decoder, DecodingSettings, Row, default_settings
+from .decoding import Decoder, Row
+from .decoding_settings import DecodingSettings, default_settings
 from .prefix_cache import Prefix, join, match_chain
 from .prompts import encode_prompt
 

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from tiny_predictor import QUESTIONS, assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
-from modeling_llava.inference import decoding
-from modeling_llava.inference.decoding import DecodingSettings, Row
+from modeling_llava.inference import decoding_settings
+from modeling_llava.inference.decoding import Row
+from modeling_llava.inference.decoding_settings import DecodingSettings
 from modeling_llava.inference.predictor import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
 
@@ -312,7 +313,7 @@ def test_what_the_generation_configuration_asks_of_greedy_answers_is_kept(change
 def test_what_generate_would_do_beyond_the_settings_is_said(processor, monkeypatch):
     model = tiny_llava(processor)
     said = []
-    monkeypatch.setattr(decoding.logger, "warning", said.append)
+    monkeypatch.setattr(decoding_settings.logger, "warning", said.append)
     LlavaPredictor(model, processor)
     model.generation_config.num_beams = 1
     LlavaPredictor(model, processor)
