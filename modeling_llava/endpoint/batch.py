@@ -74,7 +74,8 @@ def write_batch(
         ledger: Open for writing.
         folder: Where the files go.
         run_id: As in `run_tasks`.
-        budget: Writing stops before the request that it does not have.
+        budget: Writing stops before the request that it does not have. A batch has no reply to learn from: prompts count
+            by `Budget.TOKENS_PER_CHARACTER`, and the budget can be overdrawn by the error of that estimate.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
