@@ -18,8 +18,10 @@ from ..checkpoints import (
     four_bit_config,
     has_processor,
     is_quantised,
+    load_processor,
     load_projector,
 )
+from ..damage import explained
 from .adapters import LANGUAGE_MODEL
 
 
@@ -67,9 +69,13 @@ def merge_adapter(
         ValueError: `adapter` is a full model already; the base holds 4-bit weights; `output` is not empty; `as_trained`
             for an adapter that was not trained beside 4-bit weights.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     kind = checkpoint_kind(adapter, revision)
+    if kind == "full" and file_of(adapter, "config.json", revision) is None:  # a Hub name that was not found
+        raise OSError(
+            f"{adapter!r} is not a folder here, and the Hub does not give it: check the name and the network."
+        )
     if kind == "full":
         raise ValueError(f"{adapter} is a full model already: there is nothing to merge.")
     output = Path(output)
@@ -86,7 +92,8 @@ def merge_adapter(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     # Training rounded the weights of the file.
     loaded_as = "auto" if as_trained else dtype
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=loaded_as, revision=base_revision)
+    with explained(base):
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=loaded_as, revision=base_revision)
     if is_quantised(model):
         raise ValueError(
             f"{base} holds 4-bit weights: merging into them would round away what was learned. Give the model in 16 "
@@ -108,7 +115,7 @@ def merge_adapter(
     if source is None:
         logger.warning("Neither %s nor %s holds a processor: %s holds the weights alone.", adapter, base, output)
     else:
-        processor = AutoProcessor.from_pretrained(source, revision=revision if source == adapter else None)
+        processor = load_processor(source, revision if source == adapter else None)
         processor.save_pretrained(output)
     for pattern in RUN_RECORD_FILES:
         for file in sorted(Path(adapter).glob(pattern)):

@@ -36,9 +36,10 @@ from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler
 from .lean import make_lean
 from .mixture import TypeMixtureSampler
 from .noise import NoiseBySample
+from .output_folder import disk_errors_explained, find_resumable_checkpoint
 from .preparation import core_model, is_peft, prepare_model, resolve_packing
 from .progress import SpeedCallback
-from .run_record import disk_errors_explained, find_resumable_checkpoint, write_run_record
+from .run_record import write_run_record
 from .stages import optimizer_groups
 
 

@@ -285,7 +285,7 @@ def test_neftune_noise_is_added_in_training_and_gone_after(base, tmp_path):
 
 
 def test_training_goes_on_from_an_adapter(settings, tmp_path):
-    from modeling_llava.training.run import load_model_and_processor
+    from modeling_llava.training.loading import load_model_and_processor
     from modeling_llava.training.run import train as run
 
     first = run({**settings, "adapter": "lora"})

@@ -1,13 +1,17 @@
 """Runs that can come to nothing: said before the model is loaded where that can be, and never written as a result."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from modeling_llava.training import train
+from modeling_llava.training import output_folder, train
 
 
 @pytest.fixture
@@ -71,3 +75,36 @@ def test_a_reporter_that_is_not_installed_is_said_first(settings, no_model):
     absent = next(name for name in ("wandb", "swanlab", "trackio") if find_spec(name) is None)
     with pytest.raises(ImportError, match=f"report_to={absent}: .* installed.* Or set report_to=none"):
         train({**settings, "report_to": absent})
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
+    settings, tmp_path, no_model, monkeypatch
+):
+    monkeypatch.setattr(output_folder, "WAIT_FOR_WORKERS", 0.3)
+    hold = (
+        "import sys, time; from modeling_llava.training.output_folder import only_run_in\n"
+        "with only_run_in(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, settings["output_dir"]], stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match="another run is at work there.*choose another output_dir"):
+            train(settings)
+        first.kill()
+    with output_folder.only_run_in(settings["output_dir"]):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_said_first_and_none_is_left(settings, tmp_path, no_model, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        train({**settings, "output_dir": str(tmp_path / "file" / "run")})
+    with pytest.raises(FileNotFoundError, match="no/such/data"):
+        train({**settings, "data": "no/such/data.json"})
+    assert not Path(settings["output_dir"]).exists()
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(output_folder.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match="Read-only file system"):
+        train(settings)

@@ -18,9 +18,9 @@ from modeling_llava.attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.loading import load_datasets, load_model_and_processor
 from modeling_llava.training.noise import NoiseBySample
 from modeling_llava.training.preparation import core_model, prepare_model, resolve_packing
-from modeling_llava.training.run import load_datasets, load_model_and_processor
 
 
 @pytest.fixture

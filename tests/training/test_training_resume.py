@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.run import load_datasets, load_model_and_processor
-from modeling_llava.training.run_record import (
+from modeling_llava.training.loading import load_datasets, load_model_and_processor
+from modeling_llava.training.output_folder import (
     checkpoint_folders,
     disk_errors_explained,
     find_resumable_checkpoint,

@@ -1,0 +1,138 @@
+"""What a run starts from: its model and processor, its training and evaluation data."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+
+from ..checkpoints import (
+    base_model_of,
+    base_revision_of,
+    checkpoint_kind,
+    four_bit_config,
+    has_processor,
+    load_processor,
+    load_projector,
+)
+from .adapters import load_adapter
+from .arguments import LlavaTrainingArguments
+
+
+def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str | None]:
+    """
+    Where the weights of a run lie: the full model, its revision, and the adapter that is trained further, if any.
+
+    Raises:
+        ValueError: `model` is not set, is a pretrain run's output, or an adapter that the settings do not fit.
+        FileNotFoundError: `model` does not exist.
+    """
+    if args.model is None:
+        raise ValueError("model is not set. Give a LLaVA folder or Hub name, such as llava-hf/llava-1.5-7b-hf.")
+    kind = checkpoint_kind(args.model, args.model_revision)
+    if kind == "projector":
+        raise ValueError(
+            f"model={args.model} is the output of a pretrain run: a projector. "
+            f"Set projector={args.model} and model={base_model_of(args.model)}."
+        )
+    if kind == "adapter":
+        if args.adapter == "none":
+            raise ValueError(
+                f"model={args.model} is an adapter, but adapter=none. Set adapter=lora or qlora to train it further, "
+                "or make a full model of it first (llava merge)."
+            )
+        return (
+            base_model_of(args.model, args.model_revision),
+            base_revision_of(args.model, args.model_revision),
+            args.model,
+        )
+    return args.model, args.model_revision, None
+
+
+def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    The model of a run, with the pretrain run's projector and the adapter to be trained further where they are asked
+    for, and its processor.
+
+    Weights come in the dtype of their file: trained ones become float32 later, without a loss on the way.
+
+    Raises:
+        ValueError: `model` is a pretrain run's output or an adapter that the settings do not fit.
+        FileNotFoundError: `model` or `projector` does not exist.
+    """
+    base, revision, adapter_path = base_and_adapter(args)
+    own = args.model if has_processor(args.model, args.model_revision) else base
+    processor = load_processor(
+        args.processor or own, args.model_revision if own == args.model and not args.processor else None
+    )
+    if args.chat_template is not None:
+        from ..processing_llava import load_chat_template
+
+        processor.chat_template = load_chat_template(args.chat_template)
+    settings: dict[str, Any] = {"dtype": "auto", "revision": revision}
+    if args.attn_implementation is not None:
+        settings["attn_implementation"] = args.attn_implementation
+    if args.adapter == "qlora":
+        settings["quantization_config"] = four_bit_config(args.compute_dtype, args.quant_type, args.double_quant)
+    if args.device.type == "cuda" and not args.fsdp and not args.deepspeed:
+        settings["device_map"] = {"": args.device}  # straight to this process's GPU: main memory may be too small
+    model = AutoModelForImageTextToText.from_pretrained(base, **settings)
+
+    if args.projector is not None:
+        replaced = load_projector(model, args.projector)
+        if args.adapter != "none" and "vision_tower" in replaced and not args.train_vision_tower:
+            raise ValueError(
+                f"projector={args.projector} brings a trained vision tower, which an adapter would not hold. Make a "
+                "full model of it first (llava merge), or set train_vision_tower=true."
+            )
+    if adapter_path is not None:
+        model = load_adapter(model, adapter_path, args, args.model_revision)
+    return model, processor
+
+
+def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
+    """
+    Training and evaluation data of a run: conversations, chosen and split as the settings say.
+
+    Raises:
+        ValueError: `data` is not set, or nothing is left of it.
+    """
+    from ..data.sources import load_conversations
+
+    if args.data is None:
+        raise ValueError("data is not set. Give a LLaVA JSON file, or a dataset with `messages` and `images`.")
+    seed = args.seed if args.data_seed is None else args.data_seed
+    reading = {"image_folder": args.image_folder, "on_bad_sample": args.on_bad_sample}
+    train_dataset = load_conversations(
+        args.data,
+        split=args.data_split,
+        types=args.only_types,
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
+        seed=seed,
+        **reading,
+    )
+    if args.only_types is not None and not args.streaming:
+        absent = sorted(set(args.only_types) - set(train_dataset.types))
+        if absent:
+            raise ValueError(f"only_types names {', '.join(absent)}, but no sample of {args.data} has that type.")
+    if args.max_samples is not None and args.max_samples < len(train_dataset):
+        train_dataset = train_dataset.select(_shuffled(len(train_dataset), seed)[: args.max_samples])
+    eval_dataset = None
+    if args.eval_data is not None:
+        eval_dataset = load_conversations(args.eval_data, split=args.data_split, types=args.only_types, **reading)
+    elif args.eval_size is not None:
+        total = len(train_dataset)
+        held_out = round(args.eval_size * total) if args.eval_size < 1 else int(args.eval_size)
+        if not 0 < held_out < total:
+            raise ValueError(f"eval_size={args.eval_size} holds out {held_out} of {total} samples. Choose another.")
+        order = _shuffled(total, seed)
+        eval_dataset = train_dataset.select(sorted(order[:held_out]))
+        train_dataset = train_dataset.select(sorted(order[held_out:]))
+    return train_dataset, eval_dataset
+
+
+def _shuffled(total: int, seed: int) -> list[int]:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+__all__ = ["base_and_adapter", "load_datasets", "load_model_and_processor"]
