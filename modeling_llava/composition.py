@@ -28,7 +28,8 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
     Positions that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
 
     Raises:
-        ValueError: the tower is not a transformer over square patches of a fixed image size, or takes more than pixels.
+        ValueError: the tower has no fixed image size and square patches, takes more than pixels, or merges or drops
+            patches.
     """
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
@@ -37,16 +38,25 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
             "LLaVA needs a tower with one square image size and patch size, such as CLIP's or SigLIP's."
         )
     with torch.device("meta"):
-        tower = AutoModel.from_config(vision_config)
         pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), image_size, image_size)
         try:
-            positions = tower(pixels, output_hidden_states=True).hidden_states[-1].shape[1]
-        except TypeError as error:
+            tower = AutoModel.from_config(vision_config)
+            shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The vision tower ({vision_config.model_type}) wants more than pixel_values ({error}), and LLaVA gives it "
-                "no more. Choose one that takes images of one size, such as CLIP's or SigLIP's."
+                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone "
+                f"({str(error).splitlines()[0]}), and LLaVA gives it no more. Choose one that takes images of one size, such "
+                "as CLIP's or SigLIP's."
             ) from error
-    return positions - count_image_tokens(image_size, image_size, patch_size, 0, "full")
+    patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
+    shape = next(iter(shapes))  # [1, positions, hidden]
+    if len(shapes) > 1 or len(shape) != 3 or shape[1] < patches:
+        raise ValueError(
+            f"The vision tower ({vision_config.model_type}) does not keep one position for each of its {patches} patches: "
+            f"its layers give {', '.join(str(list(shape)) for shape in sorted(shapes))}. Choose one that does, such as CLIP's "
+            "or SigLIP's."
+        )
+    return shape[1] - patches
 
 
 def compose(

@@ -158,9 +158,16 @@ def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden,
         LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
 
 
+@pytest.mark.parametrize("tower, shapes", [("vit_mae", r"\[1, 2, 32\]"), ("convnext", r"\[1, 8, 7, 7\]")])
+def test_a_tower_without_a_position_for_each_patch_is_refused(tower, shapes):
+    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 4} if tower == "convnext" else {}
+    with pytest.raises(ValueError, match=f"{tower}. does not keep one position for each .* patches: .*{shapes}"):
+        count_additional_image_tokens(tiny_vision_config(tower, **sizes))
+
+
 def test_a_tower_that_takes_more_than_pixels_is_refused():
     config = tiny_vision_config("siglip2_vision_model", num_patches=4)
-    with pytest.raises(ValueError, match="siglip2_vision_model.* wants more than pixel_values .*spatial_shapes"):
+    with pytest.raises(ValueError, match="siglip2_vision_model.* on pixel_values alone .*spatial_shapes"):
         count_additional_image_tokens(config)
 
 
