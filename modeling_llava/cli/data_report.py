@@ -90,5 +90,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{folder.path} holds no accepted reply yet")
         return 1
     describe_output(output)
-    print(f"look at {folder.path / 'report.html'} in a browser")
+    if (page := folder.path / "report.html") in output.files:
+        print(f"look at {page} in a browser")
     return 0

@@ -1,7 +1,6 @@
 """Ask a language model behind an endpoint many things, and say plainly how many it did not answer."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ class Asked:
     Attributes:
         replies (`dict[str, str]`): Accepted replies by the task's id.
         rejected (`dict[str, str]`): Replies that were rejected for good, by the task's id.
-        reasons (`Counter`): Why they were rejected.
         refused (`dict[str, str]`): Tasks whose request the endpoint refuses (too long, filtered) and its words; settled.
         models (`list[str]`): The names that the endpoint gave for what answered.
         open (`int`): Tasks without any reply; asked again by the next run.
@@ -30,7 +28,6 @@ class Asked:
 
     replies: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    reasons: Counter = field(default_factory=Counter)
     refused: dict[str, str] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     open: int = 0
@@ -121,7 +118,6 @@ def ask_all(
                 asked.replies[task_id] = event["text"]
             else:
                 asked.rejected[task_id] = event["text"]
-                asked.reasons[event["reason"]] += 1
         asked.models = sorted(models)
     return asked
 
