@@ -196,7 +196,7 @@ def read_batch(
         if len(events) >= 1000:
             ledger.append_now(events)
             events = []
-    for one in refusals.reply() if refusals.answered else refusals.end():
+    for one in refusals.reply() if refusals.answered else ():
         events.append(refusal_event(one.task, one.request, one.attempt, one.fault, batch=True))
         summary.faults[one.fault.kind] -= 1
         summary.refused += 1

@@ -1,9 +1,11 @@
 """Requests that an endpoint refuses (HTTP 400, 413, 422: too long, filtered): is it the request, or are it the settings?
 
 Sent again, such a request would be refused again. Where the endpoint answers others, its task is settled as rejected. Where
-it answers none it may be the settings: then the tasks stay open, and many of them stop the run.
+it answers none it may be the settings: then the tasks stay open, and many of them stop the run. The next run asks others
+first, so that it comes further however many stand together.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .chat import RequestFault
@@ -12,7 +14,8 @@ from .task import Task
 
 
 BEFORE_REPLY, IN_A_ROW = 5, 25
-"""So many refusals before a run's first reply, or later without one between them, are too many."""
+"""So many refusals before a run's first reply, or later without one between them, are too many; those of tasks that an
+earlier run has had refused do not count."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,20 @@ class Refusals:
         """Takes a refusal that the ledger does not hold yet."""
         self.open.append(Refusal(task, request, attempt, fault, self.ledger.state(task.id).refused))
 
+    def last(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The tasks, with those at the end that an earlier run has had refused."""
+        refused = []
+        for task in tasks:
+            state = self.ledger.state(task.id)
+            if state.refused and not state.final:
+                refused.append(task)
+            else:
+                yield task
+        yield from refused
+
     @property
     def too_many(self) -> bool:
-        return len(self.open) >= (IN_A_ROW if self.answered else BEFORE_REPLY)
+        return sum(not one.again for one in self.open) >= (IN_A_ROW if self.answered else BEFORE_REPLY)
 
     def message(self) -> str:
         """What too many of them mean, for a person."""
@@ -70,7 +84,7 @@ class Refusals:
         """Called when nothing more is asked: returns what is refused for good; the rest stays in `open`.
 
         In a run without any reply that is what an earlier run had refused too, if the ledger holds replies to others: else
-        the last few tasks would be asked by every run.
+        the last tasks would be asked by every run.
         """
         if self.too_many:
             return []
