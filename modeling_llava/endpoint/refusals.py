@@ -1,4 +1,4 @@
-"""Requests that an endpoint refuses (HTTP 400, 413, 422: too long, filtered): is it the request, or are it the settings?
+"""Requests that an endpoint refuses (HTTP 400, 413, 422: too long, filtered): is it the request or the settings?
 
 Sent again, such a request would be refused again. Where the endpoint answers others, its task is settled as rejected. Where
 it answers none it may be the settings: then the tasks stay open, and many of them stop the run. The next run asks others
@@ -51,7 +51,7 @@ class Refusals:
         """Takes a refusal that the ledger does not hold yet."""
         self.open.append(Refusal(task, request, attempt, fault, self.ledger.state(task.id).refused))
 
-    def last(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def put_last(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks, with those at the end that an earlier run has had refused."""
         refused = []
         for task in tasks:
@@ -88,8 +88,11 @@ class Refusals:
         """
         if self.too_many:
             return []
-        settled = [one for one in self.open if self.answered or (one.again and self.ledger.counts.replies)]
-        self.open = [one for one in self.open if one not in settled]
+        settled, kept = [], []
+        for one in self.open:
+            for_good = self.answered or (one.again and self.ledger.counts.replies)
+            (settled if for_good else kept).append(one)
+        self.open = kept
         return settled
 
 

@@ -126,7 +126,7 @@ class _Run:
         """Brings every task to its end, or as far as it comes."""
         self.ledger.charge(self.budget)
         start = time.monotonic()
-        iterator = self.refusals.last(tasks)
+        iterator = self.refusals.put_last(tasks)
         workers = [asyncio.create_task(self.work(iterator)) for _ in range(self.settings.concurrency)]
         try:
             await asyncio.gather(*workers)
