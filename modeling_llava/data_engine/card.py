@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..endpoint import BATCH_PRICE, Ledger
+from ..endpoint import BATCH_PRICE, REFUSED, Ledger
 from .contexts import REASONS as CONTEXT_REASONS
 from .noun_phrases import DEFAULT_MODEL, load_spacy
 from .plots import plot_lengths, plot_verbs
@@ -166,6 +166,7 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
         if any(about["rejected"].get(kind, {}).get(reason) for kind in kinds)
     ]
     reasons.append(["question that repeats another", *[about["near_duplicates"].get(kind, 0) for kind in kinds]])
+    refused = any(REFUSED in counts for counts in about["rejected"].values())
     mix = " : ".join(f"{number:g}" for number in settings["mix"])
     tokens = about["tokens"]
     spent = [["prompt tokens", tokens["prompt"]], ["reply tokens", tokens["completion"]]]
@@ -235,7 +236,8 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
             "",
             "### Rejected",
             "",
-            "Every rejected reply was asked for once more with the reason; both are kept in `rejected.jsonl`.",
+            "Every rejected reply was asked for once more with the reason; both are kept in `rejected.jsonl`."
+            + (" What the endpoint refused to answer stands there too." if refused else ""),
             "",
             table(["reason", *kinds], reasons),
             "",

@@ -209,6 +209,7 @@ def test_what_the_endpoint_refuses_is_kept_and_counted_as_rejected(tmp_path):
     assert rejected_of(out) == [{**row, "detail": "400: Your prompt was filtered", "reply": ""}]
     for file in ("README.md", "report.html"):
         assert "the endpoint refuses the request" in (out / file).read_text()
+    assert "What the endpoint refused to answer stands there too." in (out / "README.md").read_text()
     figures = json.loads((out / "summary.json").read_text())
     assert (figures["requests"], figures["replies"], figures["faults"]) == (4, 3, {"400": 1})
 
