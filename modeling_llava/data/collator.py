@@ -14,7 +14,14 @@ from ..processing_llava import num_image_tokens
 from .images import image_key, load_image
 from .labels import conversation_length, encode_conversation
 from .packing import pack_sequences
-from .schema import NOTHING, TOO_LONG, BadSampleError, Conversation, DropCounter
+from .schema import (
+    NOTHING,
+    TOO_LONG,
+    BadSampleError,
+    Conversation,
+    DropCounter,
+    require_an_image_for_each_place,
+)
 
 
 GIVE_UP_AFTER = 64
@@ -253,7 +260,9 @@ class LlavaDataCollator:
 
     def encode(self, conversation: Conversation) -> dict[str, Any]:
         """Tokens, labels and image keys of one conversation. No image is opened."""
-        sample_id = _id(conversation)
+        sample_id, images = _id(conversation), conversation.get("images")
+        images = [] if images is None else images
+        require_an_image_for_each_place(sample_id, conversation["messages"], images)
         encoded = encode_conversation(
             self._arranged(conversation),
             self.processor,
@@ -264,7 +273,7 @@ class LlavaDataCollator:
         )
         if encoded is None:
             raise BadSampleError(sample_id, TOO_LONG, f"has more tokens than max_length={self.max_length}.")
-        return {"id": sample_id, "keys": [image_key(image) for image in conversation.get("images") or ()], **encoded}
+        return {"id": sample_id, "keys": [image_key(image) for image in images], **encoded}
 
     @property
     def _keeps_order(self) -> bool:

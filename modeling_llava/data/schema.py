@@ -334,18 +334,31 @@ def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> C
             raise BadSampleError(
                 sample_id, EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it."
             )
-    slots = sum(item["type"] == "image" for message in messages for item in message["content"])
-    if slots != len(images):
-        raise BadSampleError(
-            sample_id,
-            BAD_MARKERS,
-            f"marks {slots} image{'' if slots == 1 else 's'} in its user turns but comes with {len(images)}: write one "
-            f"{IMAGE_TOKEN} (or one image item) for each image.",
-        )
+    require_an_image_for_each_place(sample_id, messages, images)
     type = None if type is None else str(type)
     if type is not None and _SURROGATE.search(type):
         raise BadSampleError(sample_id, BAD_ROW, f"has the type {type!r}, with half of a character. Take it out.")
     return {"id": sample_id, "messages": messages, "images": images, "type": type}
+
+
+def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping], images: Any) -> None:
+    """
+    Raises:
+        BadSampleError: `images` is no list, or not as long as the messages have places for images.
+    """
+    if not _is_list(images):
+        raise BadSampleError(sample_id, BAD_ROW, f"has images that are no list but {_short(images)}.")
+    contents = [message.get("content") or () for message in messages]
+    places = sum(
+        item.get("type") != "text" for content in contents if not isinstance(content, str) for item in content
+    )
+    if places != len(images):
+        raise BadSampleError(
+            sample_id,
+            BAD_MARKERS,
+            f"marks {places} image{'' if places == 1 else 's'} in its user turns but comes with {len(images)}: write one "
+            f"{IMAGE_TOKEN} (or one image item) for each image.",
+        )
 
 
 def _short(value: Any) -> str:

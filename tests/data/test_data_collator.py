@@ -235,6 +235,27 @@ def test_truncation_that_would_cut_an_image_or_every_answer_is_a_bad_sample(proc
     assert collator.dropped == {TOO_LONG: 1, NOTHING_SUPERVISED: 1}
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([], "marks 1 image in its user turns but comes with 0"),
+        (None, "marks 1 image in its user turns but comes with 0"),
+        ([Image.new("RGB", (42, 42))] * 2, "marks 1 image in its user turns but comes with 2"),
+        (Image.new("RGB", (42, 42)), "images that are no list"),
+    ],
+)
+def test_images_that_do_not_match_their_places_are_a_bad_sample(processor, images, message, packing):
+    # Made by hand: load_conversations gives no such sample. Without any image in the batch the model would be the first
+    # to say it, and not whose they are.
+    wrong = {**conversation("s-1", "<image>", "A.", image="a.jpg"), "images": images}
+    with pytest.raises(BadSampleError, match=f"sample 's-1' .*{message}"):
+        LlavaDataCollator(processor, packing=packing)([wrong])
+    collator = LlavaDataCollator(processor, on_bad_sample="drop", packing=packing)
+    collator([wrong, conversation("s-2", "Hi.", "A.")])
+    assert sum(collator.dropped.values()) == 1
+
+
 def test_image_processor_that_disagrees_with_the_settings_is_named(processor, pictures):
     images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, size={"height": 42, "width": 42})
     wrong = StockProcessor(images, processor.tokenizer, 14, "default", processor.chat_template, "<image>", 1)
