@@ -55,7 +55,7 @@ def parse_yes_no(text: str) -> str | None:
     Differs from the original script, which took everything that is not "no" for "yes".
     """
     sentence = re.split(r"[.!?\n]", text.strip().lower().replace("\u2019", "'"), maxsplit=1)[0]
-    words = set(re.findall(r"[a-z']+", sentence))
+    words = {word.strip("'") for word in re.findall(r"[a-z']+", sentence)}
     if words & {"no", "not"} or any(word.endswith("n't") for word in words):
         return "no"
     return "yes" if "yes" in words else None

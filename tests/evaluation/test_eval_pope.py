@@ -26,6 +26,8 @@ from modeling_llava.evaluation.results import read_results
         ("Note the dog", None),
         ("maybe\nyes", None),
         ("yesterday", None),
+        ("'Yes'.", "yes"),
+        ("The answer is 'no'", "no"),
     ],
 )
 def test_yes_and_no_are_parsed_by_the_stated_rule(text, said):
