@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..training.estimate import Settings, estimate, fits, propose
     from ..training.recipes import read_recipe
-    from ..training.shapes import find_config, shapes_of
+    from ..training.shapes import LIKE_LLAMA, find_config, shapes_of
 
     recipe = read_recipe(args.recipe, args.overrides)
     if not recipe.get("model"):
@@ -62,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
         "against measurements on the CPU (within 15 %), on a GPU not yet.",
         soft_wrap=True,
     )
+    if shapes.text_type not in LIKE_LLAMA:
+        console.print(
+            f"The language model is of the type {shapes.text_type}, and estimated as a Llama of its sizes. It may take more: "
+            "a Gemma 2, whose attention keeps every score, took twice as much of activations.",
+            soft_wrap=True,
+        )
     seconds = _seconds(args, recipe)
     if seconds is not None:
         console.print(f"Wall time: {seconds}", soft_wrap=True)

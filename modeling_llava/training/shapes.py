@@ -44,6 +44,12 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+LIKE_LLAMA = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Language models whose layers are a Llama's in all that takes memory: the estimate was held against each."""
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Sizes that decide about memory and time. Lengths in positions, images in pixels."""
@@ -165,6 +171,12 @@ def shapes_of(config: dict[str, Any]) -> Shapes:
             raise ValueError(
                 f"{name} of the type {kind!r} does not say {', '.join(missing)}, so nothing can be estimated."
             )
+    experts = next((key for key in _EXPERTS if (text.get(key) or 0) > 1), "moe" if "moe" in text_type else None)
+    if experts is not None or text_type == "mixtral":  # a configuration may leave out what is its type's default
+        raise ValueError(
+            f"text_config of the type {text_type!r} is a mixture of experts ({experts or text_type}): its weights are not "
+            "counted here, so nothing can be estimated."
+        )
     heads = text["num_attention_heads"]
     image_size, patch_size = _side(vision["image_size"]), _side(vision["patch_size"])
     additional = 1 if vision_type == "clip_vision_model" else 0
@@ -248,4 +260,4 @@ def _cached(model: str, revision: str | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-__all__ = ["Shapes", "find_config", "shapes_of"]
+__all__ = ["LIKE_LLAMA", "Shapes", "find_config", "shapes_of"]

@@ -40,6 +40,30 @@ def test_a_mistake_is_one_line(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ({"model_type": "mixtral"}, 2, "mixture of experts (mixtral): its weights are not counted"),
+        ({"model_type": "qwen2_moe", "num_experts": 60}, 2, "mixture of experts (num_experts)"),
+        ({"model_type": "gemma2"}, 0, "of the type gemma2, and estimated as a Llama"),
+        ({"model_type": "phi3"}, 0, "trained parameters"),
+    ],
+)
+def test_a_language_model_that_is_no_llama_is_said(text, code, words, tmp_path, capsys):
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {**sizes, **text}}))
+    assert main(["estimate", "lora", f"model={tmp_path}"]) == code
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+    assert ("estimated as a Llama" in printed.out) == (text["model_type"] == "gemma2")
+
+
 def test_it_answers_in_two_seconds_without_importing_pytorch():
     program = (
         "import sys; sys.argv[0] = 'llava'; from modeling_llava.cli.main import main; "
