@@ -372,6 +372,17 @@ class LlavaTrainer(Trainer):
                 shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(self.args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def push_to_hub(self, *args, **kwargs):
+        """As in `Trainer`; what was trained lies in the output folder, and an upload that fails says so."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            folder, repo = self.args.output_dir, self.hub_model_id
+            raise OSError(
+                f"the result lies in {folder}, but could not be uploaded to {repo}: {' '.join(str(error).split())} Give the "
+                f"same command again, which uploads and does not train again, or llava publish {folder} {repo}."
+            ) from error
+
     def restore_result(self, checkpoint: str | os.PathLike) -> None:
         """Take over weights and state from the last checkpoint of a finished run, as if it had just ended."""
         self._load_from_checkpoint(str(checkpoint))

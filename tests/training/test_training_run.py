@@ -320,6 +320,22 @@ def test_push_to_hub_is_passed_through(settings, kind, monkeypatch, quiet):
         assert not any(b"hf_secret" in content for content in upload["files"].values())
 
 
+def test_an_upload_that_fails_at_the_end_loses_nothing_and_is_made_up_for(settings, monkeypatch, quiet):
+    import transformers.trainer as trainer_module
+
+    hub = FakeHub()
+    monkeypatch.setattr(trainer_module, "hf_api", lambda: hub)
+    settings |= {"push_to_hub": True, "hub_model_id": "me/mine", "stage": "pretrain", "hub_strategy": "end"}
+    with monkeypatch.context() as broken:
+        broken.setattr(hub, "upload_folder", lambda **kwargs: (_ for _ in ()).throw(ConnectionError("no route")))
+        with pytest.raises(OSError, match="lies in .* not be uploaded to me/mine: no route .*same command again"):
+            train(settings, console=quiet)
+    assert checkpoint_kind(settings["output_dir"]) == "projector"
+    again = train(settings, console=quiet)
+    assert again.resumed_from.name == "checkpoint-2"  # the end: nothing is trained
+    assert "projector.safetensors" in hub.uploaded[-1]["files"]
+
+
 def test_types_can_be_chosen_and_weighted(settings, instructions):
     def types(**changes):
         args = LlavaTrainingArguments(**{**settings, **changes})
