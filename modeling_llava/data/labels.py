@@ -47,7 +47,15 @@ from ..constants import IGNORE_INDEX
 from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens as tokens_per_image
 from ..templating import CHAT_TEMPLATES, has_generation_marks, render_with_spans
-from .schema import BAD_MARKERS, BAD_ROLES, BAD_ROW, NOTHING_SUPERVISED, TOO_LONG, BadSampleError
+from .schema import (
+    BAD_MARKERS,
+    BAD_ROLES,
+    BAD_ROW,
+    NOTHING_SUPERVISED,
+    TOO_LONG,
+    BadSampleError,
+    count_images,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -258,12 +266,7 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
         last = bisect_left(offsets, end, key=_start_of)
         if first < last:
             supervised.append((first + len(prefix), last + len(prefix)))
-    num_images = sum(
-        item.get("type") in ("image", "image_url")
-        for message in messages
-        if not isinstance(message.get("content"), str)
-        for item in message.get("content") or ()
-    )
+    num_images = count_images(messages)
     num_slots = ids.count(control.image_token_id)
     if num_slots != num_images:
         raise _bad(

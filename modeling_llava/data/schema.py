@@ -341,6 +341,17 @@ def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> C
     return {"id": sample_id, "messages": messages, "images": images, "type": type}
 
 
+def count_images(messages: Sequence[Mapping]) -> int:
+    """Content items that are images."""
+    contents = [message.get("content") or () for message in messages]
+    return sum(
+        item.get("type") in ("image", "image_url")
+        for content in contents
+        if not isinstance(content, str)
+        for item in content
+    )
+
+
 def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping], images: Any) -> None:
     """
     Raises:
@@ -348,10 +359,7 @@ def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping],
     """
     if not _is_list(images):
         raise BadSampleError(sample_id, BAD_ROW, f"has images that are no list but {_short(images)}.")
-    contents = [message.get("content") or () for message in messages]
-    places = sum(
-        item.get("type") != "text" for content in contents if not isinstance(content, str) for item in content
-    )
+    places = count_images(messages)
     if places != len(images):
         raise BadSampleError(
             sample_id,
