@@ -9,6 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME
 from modeling_llava.configuration_llava import LlavaConfig
+from modeling_llava.damage import what_is_broken
 
 from .folders import check_has_tokenizer, local_folder, read_config
 from .keymaps import Entry, Sizes, canonical_hf_key, drop_derived, key_table, match_keys, rename_all
@@ -75,6 +76,8 @@ def read_hf(source: str | Path) -> HfCheckpoint:
     if "quantization_config" in fields:
         raise ValueError(f"{folder} is quantised; give the 16-bit checkpoint from which it was made.")
     check_has_tokenizer(folder)
+    if reason := what_is_broken(folder, weights=False):
+        raise ValueError(reason)
     config = LlavaConfig.from_pretrained(folder)
     if not isinstance(config.text_config, (LlamaConfig, MistralConfig)):
         raise ValueError(

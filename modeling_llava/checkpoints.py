@@ -22,6 +22,8 @@ from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, Pro
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
+from .damage import explained, has_tokenizer, what_is_broken
+
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
 PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
@@ -86,7 +88,7 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
-        ValueError: the folder holds no processor.
+        ValueError: the folder holds no processor, or a damaged one.
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
@@ -96,7 +98,10 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
             f"{path!r} holds no processor: it has neither {' nor '.join(names)}. It holds: "
             f"{', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
         )
-    return AutoProcessor.from_pretrained(path, revision=revision)
+    if os.path.isdir(path) and not has_tokenizer(path):
+        raise ValueError(what_is_broken(path, weights=False))
+    with explained(path, weights=False):
+        return AutoProcessor.from_pretrained(path, revision=revision)
 
 
 def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:

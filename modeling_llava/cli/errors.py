@@ -1,6 +1,9 @@
 """What went wrong, in one line for a person: errors of other packages that say it in their own way."""
 
+import argparse
+import difflib
 import os
+import re
 
 
 OUT_OF_MEMORY = {
@@ -13,6 +16,9 @@ NO_HUB = (
     "Nothing of that name lies here ({}) or in the Hub's cache, and the Hub does not answer: check the name, and whether "
     "this machine is on the network."
 )
+OFFLINE = " HF_HUB_OFFLINE is set, so it was not asked."
+KINDS = {"ImageTextToText": "a LLaVA", "CausalLM": "a language model"}
+"""What transformers' Auto classes load → what a person calls it."""
 NO_GPU = "torch finds no GPU that it can use here: `llava doctor` says what there is. On the CPU: --device cpu."
 
 
@@ -31,7 +37,13 @@ def one_line(error: Exception, command: str) -> str | None:
         first = text.partition(". ")[0].removesuffix(".")
         return f"Out of memory{f' ({first})' if first else ''}. {OUT_OF_MEMORY.get(command, LESS_MEMORY)}"
     if "couldn't connect to 'http" in text:
-        return NO_HUB.format(os.getcwd())
+        return NO_HUB.format(os.getcwd()) + (OFFLINE if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else "")
+    if found := re.match(
+        r"Unrecognized configuration class <class '[\w.]*?\.?(\w+)Config'>.*AutoModelFor(\w+)\.", text
+    ):
+        return f"{found[1]} is the wrong kind of model here: {KINDS.get(found[2], found[2])} is needed (config.json, model_type)."
+    if "jinja2" in modules:
+        return f"The chat template cannot be used ({text}): mend chat_template.jinja in the model's folder."
     if "Torch not compiled with CUDA" in text or "Found no NVIDIA driver" in text or "invalid device ordinal" in text:
         return NO_GPU
     if type(error).__name__ == "SafetensorError":
@@ -49,4 +61,21 @@ def one_line(error: Exception, command: str) -> str | None:
     return None
 
 
-__all__ = ["one_line"]
+def unknown_words(unknown: list[str], parser: argparse.ArgumentParser, argv: list[str]) -> str:
+    """What to tell about words that no option or argument takes: the option that was probably meant."""
+    options: list[str] = []
+    for word in argv:  # down to the parser of `llava data check`, say
+        below = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+        parser = below.get(word, parser)
+    options = [option for action in parser._actions for option in action.option_strings]
+    word = unknown[0].partition("=")[0]
+    if not word.startswith("-"):
+        return f"{unknown[0]!r} is one word too many. A path with spaces stands in quotes; {parser.prog} --help says more."
+    close = difflib.get_close_matches(word, options, 1)
+    mean = f" Did you mean {close[0]}?" if close else f" {parser.prog} --help lists them."
+    if "=" not in word and "key=value" in parser.format_usage():
+        mean = f" Settings are given as key=value: {word.lstrip('-').replace('-', '_')}=…"
+    return f"there is no option {word}.{mean}"
+
+
+__all__ = ["one_line", "unknown_words"]

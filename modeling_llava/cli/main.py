@@ -55,7 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if word in COMMANDS), None)
-    args = build_parser(command).parse_args(argv)
+    parser = build_parser(command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        from .errors import unknown_words
+
+        parser.exit(2, f"llava {args.command}: error: {unknown_words(unknown, parser, argv)}\n")
     if not os.environ.get("LLAVA_DEBUG"):  # what other packages tell their programmers, and no user can mend
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -73,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         goes_on = args.command in ("quickstart", "train", "eval", "data", "publish")
         print(f"\nstopped{'; the same command goes on where it was' if goes_on else ''}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has read enough; Python would complain once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         from .errors import one_line
 

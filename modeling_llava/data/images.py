@@ -20,6 +20,14 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
 _LONGEST_PATH = 4_096  # characters: what file systems allow
+_OTHER_FORMATS = {
+    b"%PDF": "a PDF",
+    b"<svg": "a drawing (SVG)",
+    b"ftyphei": "HEIC",
+    b"ftypmif1": "HEIC",
+    b"PK\x03\x04": "an archive",
+}
+"""What a file that Pillow does not open has among its first bytes → what it is."""
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
@@ -233,10 +241,13 @@ def _unreadable(error: Exception, source: Any, name: str, sample_id: str) -> Bad
     elif isinstance(error, UnidentifiedImageError):
         head = _first_bytes(source)
         what = f"is not an image: it begins with {head!r}"
-        if head.lstrip()[:1] == b"<":
+        kind = next((kind for mark, kind in _OTHER_FORMATS.items() if mark in head), None)
+        if kind is not None:
+            what += f". That is {kind}: save it as PNG or JPEG"
+        elif head.lstrip()[:1] == b"<":
             what += ". That looks like a web page saved in the image's place: download it again"
     elif isinstance(error, PermissionError):
-        what = "this user may not read"
+        what = "may not be read by this user"
     elif "truncated" in str(error) or isinstance(error, (EOFError,)):
         what = f"is cut off ({error}): copy or download it again"
     else:

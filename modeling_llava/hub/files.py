@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..damage import has_tokenizer
+
 
 PUBLISHED = {
     "model": (
@@ -224,6 +226,9 @@ def missing_files(folder: Path, kind: str) -> list[Problem]:
         for name in needed
         if not (folder / name).is_file()
     ]
+    if kind == "full" and not has_tokenizer(folder):
+        message = "is missing; copy the language model's tokenizer files there."
+        problems.append(Problem("tokenizer.json", 0, message))
     for index in folder.glob("*.safetensors.index.json"):
         named = set(read_record(index).get("weight_map", {}).values())
         lost = sorted(name for name in named if not (folder / name).is_file())

@@ -22,9 +22,9 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
         ValueError: the processor writes another number of image tokens than the model has features; or an adapter's base
             is no longer where it was.
     """
-    from transformers import AutoProcessor, pipeline
+    from transformers import pipeline
 
-    from ..checkpoints import base_model_of, checkpoint_kind
+    from ..checkpoints import base_model_of, checkpoint_kind, load_processor
     from ..processing_llava import num_image_tokens
 
     kind = checkpoint_kind(folder)
@@ -36,7 +36,7 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
             base_model_of(path)
         except ValueError as error:
             raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
-    processor = AutoProcessor.from_pretrained(os.fspath(folder))
+    processor = load_processor(folder)
     pipe = pipeline("image-text-to-text", model=path, processor=processor)
     expected, actual = pipe.model.config.image_seq_length, num_image_tokens(processor)
     if expected != actual:

@@ -146,7 +146,7 @@ class Chat:
                 prompt_tokens = predictor.prompt_length(question, keep_history=True)
                 settings = self._fit(prompt_tokens, {"seed": next(self.seeds), **settings})
                 stream = predictor.stream(question, keep_history=True, **settings)
-            while not self._stop:
+            while not self._stop and self.conversation is conversation:  # a stop may come before the answer begins
                 with self._predicting:
                     piece = next(stream, None)
                 if piece is None:

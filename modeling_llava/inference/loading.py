@@ -3,7 +3,7 @@
 import os
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from ..checkpoints import (
     base_model_of,
@@ -13,8 +13,10 @@ from ..checkpoints import (
     four_bit_config,
     has_processor,
     load_adapter_for_inference,
+    load_processor,
     load_projector,
 )
+from ..damage import explained
 
 
 def load_model(
@@ -84,17 +86,19 @@ def load_model(
         settings["quantization_config"] = four_bit_config(compute_dtype)
         settings["dtype"] = compute_dtype
 
-    model = AutoModelForImageTextToText.from_pretrained(
-        base or path, revision=revision if base is None else base_revision, **settings
-    )
-    if kind == "adapter":
-        load_adapter_for_inference(model, path, revision)
-    elif kind == "projector":
-        load_projector(model, path, revision)
+    with explained(base or path):
+        model = AutoModelForImageTextToText.from_pretrained(
+            base or path, revision=revision if base is None else base_revision, **settings
+        )
+    with explained(path):
+        if kind == "adapter":
+            load_adapter_for_inference(model, path, revision)
+        elif kind == "projector":
+            load_projector(model, path, revision)
     if load_in_4bit:
         forbid_inference_packing(model)
     source = path if base is None or has_processor(path, revision) else base
-    processor = AutoProcessor.from_pretrained(source, revision=revision if source == path else None)
+    processor = load_processor(source, revision if source == path else None)
     return model.eval(), processor
 
 

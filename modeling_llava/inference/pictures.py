@@ -102,6 +102,9 @@ def read_picture(reference: str) -> Picture:
     Raises:
         ValueError: it is not there, not a picture, damaged, too large, or cannot be downloaded; in one line.
     """
+    reference = reference if is_url(reference) else _clean(reference)
+    if not reference.strip():
+        raise ValueError("A picture's path is empty.")
     if "://" in reference and not is_url(reference):
         raise ValueError(f"{reference} is neither a path nor an http(s) URL.")
     try:

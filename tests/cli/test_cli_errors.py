@@ -143,3 +143,97 @@ def test_importing_us_over_an_old_transformers_says_so_first(tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert "ImportError: modeling_llava needs transformers ≥ 5.23, 4.57.1 is installed" in done.stderr
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
+
+
+def holding(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "breaking, said",
+    [
+        (
+            without("tokenizer.json", "tokenizer.model"),
+            "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy",
+        ),
+        (without("model.safetensors"), "broken holds no weights (model.safetensors). It holds: "),
+        (holding("tokenizer.json", '{"a":'), "broken/tokenizer.json is not JSON (Expecting value"),
+        (holding("config.json", '{"a":'), "broken/config.json is not JSON (Expecting value"),
+        (holding("model.safetensors", "<html>"), "broken/model.safetensors is damaged or cut off ("),
+        (
+            holding("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"),
+            "is Git LFS's pointer to the file",
+        ),
+        (
+            holding("config.json", '{"model_type": "llama"}'),
+            "says model_type 'llama'. A LLaVA is made of it by llava init",
+        ),
+        (holding("config.json", '{"model_type": "bert2"}'), "is no LLaVA: its config.json says model_type 'bert2'."),
+        (
+            holding("config.json", '{"model_type": "llava_llama", "mm_vision_tower": "x"}'),
+            "is in the original LLaVA's form: llava convert ",
+        ),
+        (
+            holding("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+            "names model-00001-of-00002.safetensors, which is not there",
+        ),
+    ],
+)
+def test_a_broken_folder_is_named_by_its_broken_file(breaking, said, folder, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    breaking(broken)
+    if said.startswith("names"):
+        (broken / "model.safetensors").unlink()
+    assert main(["chat", str(broken)]) == 2
+    line = last_line(capsys, "chat")
+    assert said in line and len(line.splitlines()) == 1
+
+
+def test_what_training_and_conversion_read_is_named_as_well(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "my.json").write_text("[]")
+    for command in (
+        ["data", "check", str(tmp_path / "my.json"), "--processor", str(tmp_path / "broken")],
+        ["convert", str(tmp_path / "broken"), str(tmp_path / "out"), "--to", "original"],
+    ):
+        assert main(command) == 2
+        assert "broken/tokenizer.json is not JSON" in last_line(capsys, command[0])
+
+
+def test_a_broken_chat_template_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken" / "chat_template.jinja").write_text("{% if %}")
+    picture(0).save(tmp_path / "a.png")
+    assert main(["chat", str(tmp_path / "broken"), "--image", str(tmp_path / "a.png")]) == 2
+    assert "The chat template cannot be used (Expected an expression" in last_line(capsys, "chat")
+
+
+def test_the_wrong_kind_of_model_is_not_answered_by_a_list_of_all_kinds():
+    from transformers import AutoModelForCausalLM, CLIPConfig
+
+    with pytest.raises(ValueError) as caught:
+        AutoModelForCausalLM.from_config(CLIPConfig())
+    assert one_line(caught.value, "init").startswith(
+        "CLIP is the wrong kind of model here: a language model is needed"
+    )
+
+
+def test_offline_mode_is_said_where_it_is_the_reason(monkeypatch):
+    error = OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert one_line(error, "chat").endswith("HF_HUB_OFFLINE is set, so it was not asked.")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert "HF_HUB_OFFLINE" not in one_line(error, "chat")
+
+
+def test_merging_a_name_that_the_hub_does_not_give_is_not_called_a_full_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("modeling_llava.checkpoints.cached_file", lambda *args, **kwargs: None)
+    monkeypatch.setattr("modeling_llava.checkpoints.find_adapter_config_file", lambda *args, **kwargs: None)
+    assert main(["merge", "owner/nothing", str(tmp_path / "out")]) == 2
+    assert "'owner/nothing' is not a folder here, and the Hub does not give it" in last_line(capsys, "merge")

@@ -54,3 +54,34 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run", interrupted)
     assert main(["doctor"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("chat model --imgae a.jpg", "llava chat: error: there is no option --imgae. Did you mean --image?"),
+        ("data check my.json --imagefolder x", "llava data: error: there is no option --imagefolder. Did you mean --image-folder?"),
+        ("train qlora --learning_rate 3", "llava train: error: there is no option --learning_rate. Settings are given as key=value: learning_rate=…"),
+        ("publish model me/my llava", "llava publish: error: 'llava' is one word too many. A path with spaces stands in quotes;"),
+        ("doctor --frobnicate", "llava doctor: error: there is no option --frobnicate. llava doctor --help lists them."),
+    ],
+)  # fmt: skip
+def test_a_word_that_nothing_takes_is_answered_by_what_was_meant(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(said) and len(err.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_word(tmp_path):
+    """`llava estimate … | head -1`"""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\nfrom modeling_llava.cli import doctor, main\n"
+         "def run(args):\n    for _ in range(100_000):\n        print('line', flush=True)\n"
+         "doctor.run = run\nsys.exit(main.main(['doctor']))"],
+        stdout=(pipe := subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)).stdin,
+        stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    pipe.stdin.close()
+    pipe.wait()
+    assert done.returncode == 1 and done.stderr == ""

@@ -57,6 +57,15 @@ def test_pickles_optimizer_state_and_checkpoints_stay(model_folder):
     assert "optimizer.pt" in publication.left_out and "pytorch_model.bin" in publication.left_out
 
 
+def test_a_model_without_its_tokenizer_is_not_published(model_folder):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (model_folder / name).unlink(missing_ok=True)
+    publication = gather(model_folder, "tester/my-llava")
+    assert [str(problem) for problem in publication.problems] == [
+        "tokenizer.json: is missing; copy the language model's tokenizer files there."
+    ]
+
+
 def test_a_pickle_that_got_in_is_a_problem(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     assert [str(problem) for problem in find_problems(tmp_path)][0].startswith("weights.bin: can hold a pickle")
