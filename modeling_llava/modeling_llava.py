@@ -249,7 +249,9 @@ class LlavaModel(LlavaPreTrainedModel):
         if image_sizes is not None:  # the tower packed the images into one row
             patches = torch.as_tensor(image_sizes, device=features.device) // self.vision_tower.patch_size
             features = torch.split(features.squeeze(0), patches.prod(dim=-1).tolist())
-        if image_indices is not None:
+        if image_indices is not None and image_sizes is None:
+            features = features.index_select(0, image_indices.to(features.device))
+        elif image_indices is not None:
             features = [features[i] for i in image_indices.tolist()]
         outputs.pooler_output = list(features)
         return outputs

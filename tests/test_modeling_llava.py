@@ -234,6 +234,8 @@ def test_nothing_is_read_from_the_device_in_a_compiled_step():
     model = LlavaForConditionalGeneration(tiny_config()).eval()
     batch = tiny_batch()
     assert torch._dynamo.explain(model)(**batch).graph_break_count == 0
+    shared = {"pixel_values": batch["pixel_values"][:2], "image_indices": torch.tensor([0, 1, 0])}
+    assert torch._dynamo.explain(model)(**{**batch, **shared}).graph_break_count == 0
     cache = StaticCache(config=model.config.text_config, max_cache_len=32)
     model(**without_labels(batch), past_key_values=cache)
     step = {"input_ids": batch["input_ids"][:, -1:], "position_ids": torch.tensor([[24]]), "past_key_values": cache}
