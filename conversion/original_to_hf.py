@@ -245,6 +245,13 @@ def make_processor(original: Original, chat_template: str | None = None) -> Llav
     missing = [token for token in wanted if token not in tokenizer.get_vocab()]
     if missing:  # the original adds them when it loads such a checkpoint
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    for mark in filter(None, marks):
+        if tokenizer.get_vocab()[mark] >= original.sizes.vocabulary:
+            raise ValueError(
+                f"{original.folder} puts {mark} around images (mm_use_im_start_end), which is token "
+                f"{tokenizer.get_vocab()[mark]}, but its embedding has {original.sizes.vocabulary} rows, none for it. Is the "
+                "tokenizer another model's? Where images were trained without the marks, set mm_use_im_start_end to false."
+            )
     add_image_token(tokenizer)
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
         # The original tokenizes what follows an image on its own, which puts a space in front of it.

@@ -13,6 +13,7 @@ Nothing is decided by a folder's name.
 
 import logging
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -221,7 +222,8 @@ def _check_is_original(config: dict, folder: Path) -> None:
 
 def read_text_config(config: dict) -> PreTrainedConfig:
     """The language model's configuration, out of an original LLaVA's."""
-    fields = {name: value for name, value in config.items() if not NOT_TEXT_FIELDS.fullmatch(name)}
+    # a copy: transformers writes into the `rope_scaling` that it is given, and the original's readers take two fields there
+    fields = {name: deepcopy(value) for name, value in config.items() if not NOT_TEXT_FIELDS.fullmatch(name)}
     fields.setdefault("tie_word_embeddings", False)
     return _build(LANGUAGE_MODELS[config["model_type"]], fields, "the checkpoint's config.json")
 

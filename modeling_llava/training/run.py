@@ -66,8 +66,8 @@ def train(
         [`TrainResult`]
 
     Raises:
-        ValueError: settings that contradict each other, data that does not fit the model, or `output_dir` holds
-            checkpoints and `resume=never`.
+        ValueError: settings that contradict each other, data that does not fit the model, or `output_dir` is the model's
+            folder, or holds checkpoints and `resume=never`.
         FileNotFoundError: a path does not exist.
         OSError: `output_dir` cannot be written, is full, or another run is at work there.
     """
@@ -76,7 +76,8 @@ def train(
         raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
     _check_reporting(args)
     _check_metric(args, callbacks)
-    base_and_adapter(args)  # its errors say more than what a checkpoint of another run would
+    base, _, _ = base_and_adapter(args)  # its errors say more than what a checkpoint of another run would
+    _check_place(args, base)
     with only_run_in(args.output_dir) if args.process_index == 0 else nullcontext():
         return _train(args, callbacks, console)
 
@@ -174,6 +175,15 @@ def _arguments(recipe, overrides) -> LlavaTrainingArguments:
             raise ValueError("overrides change a recipe file; change the settings themselves.")
         return LlavaTrainingArguments(**recipe)
     return parse_recipe(recipe, overrides)
+
+
+def _check_place(args: LlavaTrainingArguments, base: str) -> None:
+    """Raise ValueError where the result would be written over what it is trained from."""
+    for name, place in (("model", args.model), ("model's base", base), ("projector", args.projector)):
+        if place and os.path.isdir(place) and os.path.realpath(place) == os.path.realpath(args.output_dir):
+            raise ValueError(
+                f"output_dir={args.output_dir} is the folder of the {name}, whose files the run would replace. Choose another."
+            )
 
 
 def _check_reporting(args: LlavaTrainingArguments) -> None:

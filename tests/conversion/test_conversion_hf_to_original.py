@@ -388,3 +388,13 @@ def test_our_own_deep_projector_goes_back(tmp_path):
     convert_hf_to_original(tmp_path / "saved", tmp_path / "back")
     back = original_tensors(tmp_path / "back")
     assert all(torch.equal(back[key], value) for key, value in random_projector(3).items())
+
+
+def test_longer_positions_come_back_as_the_original_reads_them(tmp_path):
+    """transformers writes into the `rope_scaling` that it is given; transformers 4.31 to 4.37 refuses more than its two fields."""
+    scaling = {"type": "linear", "factor": 2.0}
+    source = random_original(tmp_path / "source", rope_scaling=scaling)
+    convert_original_to_hf(source, tmp_path / "hf")
+    convert_hf_to_original(tmp_path / "hf", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
+    assert config["rope_scaling"] == scaling and config == json.loads((source / "config.json").read_text("utf-8"))

@@ -513,3 +513,10 @@ def test_integer_weights_are_refused(tmp_path):
     rewrite(source, lambda tensors: tensors | {key: torch.ones(96, 64, dtype=torch.int8)})
     with pytest.raises(ValueError, match=r"quantised weights cannot be converted.*up_proj\.weight' of .* is int8"):
         convert_original_to_hf(source, tmp_path / "out")
+
+
+def test_marks_around_images_without_rows_of_their_own_are_named(tmp_path):
+    source = copy_original(tmp_path / "source", mm_use_im_start_end=True)
+    with pytest.raises(ValueError, match=r"puts <im_start> around images .* rows, none for it"):
+        convert_original_to_hf(source, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

@@ -77,6 +77,14 @@ def test_a_reporter_that_is_not_installed_is_said_first(settings, no_model):
         train({**settings, "report_to": absent})
 
 
+def test_a_model_is_not_written_over_by_what_is_trained_from_it(settings, no_model):
+    before = sorted(path.name for path in Path(settings["model"]).iterdir())
+    place = Path(settings["model"]) / "." / ".." / Path(settings["model"]).name
+    with pytest.raises(ValueError, match="is the folder of the model, whose files the run would replace"):
+        train({**settings, "output_dir": str(place)})
+    assert sorted(path.name for path in Path(settings["model"]).iterdir()) == before
+
+
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
     settings, tmp_path, no_model, monkeypatch
 ):
