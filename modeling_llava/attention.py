@@ -154,7 +154,8 @@ def varlen_attention_forward(
         )
     if isinstance(attention_mask, torch.Tensor):
         raise ValueError(
-            "A pack (cu_seq_lens_q) came with an attention_mask. Leave the mask out: a pack has no padding."
+            "A pack (cu_seq_lens_q) came with an attention_mask. Leave the mask out: a pack has no padding. (If you gave "
+            "none, torch.compile made it: a compiled model takes padded batches only.)"
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
