@@ -272,7 +272,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"The bases of a recipe go in a circle: {chain}.")
     try:
         settings = yaml.load(path.read_text("utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {_one_line(error)}.") from None
     if settings is None:
         settings = {}

@@ -225,7 +225,12 @@ def find_config(model: str, revision: str | None = None) -> dict[str, Any]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text("utf-8"))
+            try:
+                return json.loads((folder / "config.json").read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder / 'config.json'} is not JSON ({error}): copy or download it again."
+                ) from None
         for name in ("adapter_config.json", "projector_config.json"):
             if (folder / name).is_file():
                 base = json.loads((folder / name).read_text("utf-8")).get("base_model_name_or_path")
