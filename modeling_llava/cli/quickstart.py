@@ -112,11 +112,13 @@ def _report(results: dict, out) -> None:
 
     scores = results["scores"]
     console = Console()
-    kinds = list(scores["with the picture"])
-    table = Table("", *kinds, title="Right answers about pictures never seen", title_justify="left")
-    for name, shares in scores.items():
-        style = "bold green" if name == "with the picture" else None
-        table.add_row(name, *(f"{shares[kind]:.0%}" if kind in shares else "–" for kind in kinds), style=style)
+    # One column for each of the five conditions: of eight kinds of questions, a terminal of 80 characters cuts the names.
+    table = Table(title="Right answers about pictures never seen", title_justify="left")
+    table.add_column("questions", no_wrap=True)
+    for name in scores:
+        table.add_column(name, justify="right", style="bold green" if name == "with the picture" else None)
+    for kind in scores["with the picture"]:
+        table.add_row(kind, *(f"{shares[kind]:.0%}" if kind in shares else "–" for shares in scores.values()))
     console.print(table)
     console.print(
         f"Held out of all training: {', '.join(results['held_out_pairs'])}. "

@@ -100,3 +100,12 @@ def test_wall_time_from_a_given_and_a_measured_throughput(tmp_path, capsys):
     assert "1.0 h for 450 steps of 16 samples" in capsys.readouterr().out
     assert main([*words, "--samples-per-second", "4"]) == 2
     assert "--samples" in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_no_json_and_a_recipe_that_is_no_text_are_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "photo.yaml").write_bytes(b"\xff\xd8\xff")
+    assert main(["estimate", "lora", f"model={tmp_path}"]) == 2
+    assert f"{tmp_path / 'config.json'} is not JSON (" in capsys.readouterr().err
+    assert main(["estimate", str(tmp_path / "photo.yaml")]) == 2
+    assert "photo.yaml is not YAML: 'utf-8' codec can't decode" in capsys.readouterr().err

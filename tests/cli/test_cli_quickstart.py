@@ -110,3 +110,15 @@ def test_the_whole_of_it_learns_to_see(tmp_path):
         assert scores[without] <= scores["majority answer"] + 0.05, scores
     assert scores["majority answer"] < 0.5
     assert results["peak_rss_bytes"] < 3e9
+
+
+def test_the_table_of_answers_is_whole_in_80_characters(tmp_path, capsys, monkeypatch):
+    from modeling_llava.cli.quickstart import _report
+
+    monkeypatch.setenv("COLUMNS", "80")
+    kinds = ["all", "place", "presence", "colour", "object", "size", "position", "reasoning"]
+    conditions = ["with the picture", "blank pictures", "pictures shuffled", "majority answer", "held-out pairs"]
+    scores = {condition: dict.fromkeys(kinds, 0.5) for condition in conditions}
+    _report({"scores": scores, "held_out_pairs": ["blue star"], "peak_rss_bytes": 1e9}, tmp_path)
+    table = capsys.readouterr().out.split("Held out")[0]
+    assert "…" not in table and all(word in table for word in [*kinds, *" ".join(conditions).split()])
