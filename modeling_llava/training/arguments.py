@@ -313,8 +313,13 @@ class LlavaTrainingArguments(TrainingArguments):
                 )
 
     def _check_run(self):
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "global_batch_size",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed.")
         for name in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
