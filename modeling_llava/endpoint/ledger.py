@@ -10,9 +10,9 @@ It is the only state of a run. Everything else (which request is next, what was 
 ```
 
 `reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A task whose request is
-refused for good ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a reply.
- A process that dies while
-it writes leaves a torn last line; the next one begins a new line, and torn lines are counted and passed over.
+refused for good ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a
+reply. A process that dies while it writes leaves a torn last line; the next one begins a new line, and torn lines are
+counted and passed over.
 """
 
 import asyncio
