@@ -126,6 +126,8 @@ def convert_original_to_hf(
     dtype = as_dtype(dtype)
     original = read_original(source, base, vision_tower)
     processor = make_processor(original, chat_template)
+    if check:
+        _check_marks(original, processor.tokenizer)
     tensors = hf_tensors(original, len(processor.tokenizer), dtype)
     config = make_config(original, processor, tensors)
     shards = plan_shards(tensors, max_shard_size)
@@ -245,13 +247,6 @@ def make_processor(original: Original, chat_template: str | None = None) -> Llav
     missing = [token for token in wanted if token not in tokenizer.get_vocab()]
     if missing:  # the original adds them when it loads such a checkpoint
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-    for mark in filter(None, marks):
-        if tokenizer.get_vocab()[mark] >= original.sizes.vocabulary:
-            raise ValueError(
-                f"{original.folder} puts {mark} around images (mm_use_im_start_end), which is token "
-                f"{tokenizer.get_vocab()[mark]}, but its embedding has {original.sizes.vocabulary} rows, none for it. Is the "
-                "tokenizer another model's? Where images were trained without the marks, set mm_use_im_start_end to false."
-            )
     add_image_token(tokenizer)
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
         # The original tokenizes what follows an image on its own, which puts a space in front of it.
@@ -267,6 +262,17 @@ def make_processor(original: Original, chat_template: str | None = None) -> Llav
         vision_feature_select_strategy=_strategy(config),
         chat_template=_chat_template(chat_template, original.text_config.model_type, marks),
     )
+
+
+def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The original gives tokens that it adds while it loads random rows: there is nothing to compare with."""
+    for mark in IMAGE_MARKS if original.config.get("mm_use_im_start_end") else ():
+        if (number := tokenizer.get_vocab()[mark]) >= original.sizes.vocabulary:
+            raise ValueError(
+                f"{original.folder} puts {mark} around images (mm_use_im_start_end), which is token {number}, but its embedding "
+                f"has {original.sizes.vocabulary} rows, none for it. Is the tokenizer another model's? Where images were "
+                "trained without marks, set mm_use_im_start_end to false; --no-check converts it as it is."
+            )
 
 
 def _chat_template(name: str | None, language_model: str, marks: tuple[str, str]) -> str:
