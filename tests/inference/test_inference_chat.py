@@ -87,6 +87,14 @@ def test_retry_that_yields_nothing_leaves_the_answer_before(chat):
         chat.retry()
 
 
+def test_an_answer_ends_with_its_conversation(chat):
+    """Also where the stop came before the answer had begun, which forgets it: as two threads of a tab can have it."""
+    stream = chat.ask(QUESTIONS[0])
+    said = next(stream)
+    chat.reset()
+    assert list(stream) == [] and chat.conversation.turns == [] and said
+
+
 def test_reset_keeps_the_picture_and_show_takes_another(chat, model, processor):
     first = "".join(chat.ask(QUESTIONS[0]))
     chat.reset()
