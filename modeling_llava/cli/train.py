@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = parse_recipe(args.recipe, args.overrides)
     is_main = settings.process_index == 0
-    if is_main:
+    if is_main and settings.model and settings.data:  # else what is missing is said next
         what = settings.stage if settings.adapter == "none" else f"{settings.stage} with {settings.adapter}"
         print(f"{what} of {settings.model} on {settings.data} → {settings.output_dir}")
     result = train(settings, callbacks=_callbacks(settings))

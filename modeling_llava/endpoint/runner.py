@@ -15,6 +15,7 @@ What is guaranteed, and what cannot be:
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -29,6 +30,9 @@ from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
 from .refusals import Refusal, Refusals
 from .task import ATTEMPTS, Task, Verdict, accept_all, refusal_event, reply_event, resume_attempt
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,6 +110,7 @@ class _Run:
         self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
         self.not_before = 0.0
         self.last_success = time.monotonic()
+        self.said = 0.0  # when a person was told that the endpoint is silent
         self.answered = 0
         self.refusals = Refusals(ledger)
         self.busy = 0  # tasks that are being asked
@@ -343,6 +348,12 @@ class _Run:
         # A limit or an unreachable endpoint is no fault of the request: it is borne as long as the run has patience.
         if fault.kind not in {"429", "connection", "502", "503"} and failed >= backoff.attempts:
             return False
+        if silent > backoff.patience / 100 and self.said < self.last_success:
+            self.said = time.monotonic()
+            logger.warning(
+                f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}). It is asked again until it "
+                f"does, for {backoff.patience:.0f} s at most; Ctrl-C stops, and what was answered is kept."
+            )
         return await self.pause(wait)
 
 

@@ -208,7 +208,7 @@ def test_endpoint_that_dies_and_comes_back_is_waited_for(tmp_path):
         assert set(server.paid.values()) == {1}
 
 
-def test_endpoint_that_stays_dead_stops_the_run_and_the_next_run_goes_on(tmp_path):
+def test_endpoint_that_stays_dead_stops_the_run_and_the_next_run_goes_on(tmp_path, caplog):
     backoff = Backoff(first=0.02, longest=0.1, patience=0.5)
     with FaultServer(latency=0.02) as server:
         model = OpenAIModel("tiny", base_url=server.url)
@@ -217,6 +217,7 @@ def test_endpoint_that_stays_dead_stops_the_run_and_the_next_run_goes_on(tmp_pat
             first = run_tasks(tasks(150), model, ledger, settings=RunSettings(4, backoff=backoff))
         assert first.stopped == "endpoint" and "no reply for" in first.message
         assert 0 < first.accepted < 150
+        assert len(caplog.messages) == 1 and "It is asked again" in caplog.text  # told while it waits, once
         server.open()
         with Ledger(tmp_path / "l") as ledger:
             second = run_tasks(tasks(150), model, ledger, settings=RunSettings(16, backoff=backoff))
