@@ -91,8 +91,10 @@ class FaultServer:
 
     def __exit__(self, *exc):
         self.die()
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def open(self):
         """Starts listening; after `die`, on the same port again."""
@@ -111,6 +113,13 @@ class FaultServer:
         for writer in list(self.connections):
             writer.transport.abort()
         self.connections.clear()
+
+    async def _cancel(self):
+        """Ends what is under way: left pending, it would be reported in the log of some later test."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _serve(self, reader, writer):
         self.connections.add(writer)
