@@ -70,7 +70,7 @@ def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | Non
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
     """Whether a tokenizer's words lie in a folder. Of `tokenizer_config.json` alone transformers 5 makes one without any."""
-    return any((Path(folder) / name).is_file() for name in (*TOKENIZERS, "vocab.txt")) or any(
+    return any((Path(folder) / name).is_file() for name in (*TOKENIZERS, "vocab.txt", "tekken.json")) or any(
         path.suffix in (".model", ".tiktoken") for path in Path(folder).iterdir()
     )
 
