@@ -42,7 +42,7 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
         try:
             tower = AutoModel.from_config(vision_config)
             shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # what towers' own code says of it
             raise ValueError(
                 f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone "
                 f"({str(error).splitlines()[0]}), and LLaVA gives it no more. Choose one that takes images of one size, such "

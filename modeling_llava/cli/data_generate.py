@@ -288,8 +288,8 @@ def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
     )
     print(
         f"{read.requests:,} results read: {read.accepted:,} accepted, {read.rejected:,} rejected for good, "
-        f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply, {read.refused:,} refused; {read.unknown:,} belong to no "
-        f"waiting request, {read.waiting:,} requests still wait"
+        f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply, {read.refused:,} refused; "
+        f"{read.unknown:,} belong to no waiting request, {read.waiting:,} requests still wait"
     )
     if read.faults:
         print("without a reply: " + ", ".join(f"{number:,} × {kind}" for kind, number in read.faults.most_common()))

@@ -1,4 +1,4 @@
-"""Requests that an endpoint refuses (HTTP 400, 413, 422: too long, filtered): is it the request or the settings?
+"""Requests that an endpoint refuses (HTTP 400, 403, 413, 422: too long, filtered): is it the request or the settings?
 
 Sent again, such a request would be refused again. Where the endpoint answers others, its task is settled as rejected. Where
 it answers none it may be the settings: then the tasks stay open, and many of them stop the run. The next run asks others

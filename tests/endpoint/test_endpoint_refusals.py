@@ -128,7 +128,9 @@ def test_a_second_attempt_that_is_refused_keeps_the_first_reply(tmp_path):
                 raise RequestFault("400", "too long")
             return await super().complete(messages, **options)
 
-    judge = lambda task, reply: Verdict("bad", "", "Again.") if task.id == "t1" else Verdict()  # noqa: E731
+    def judge(task, reply):
+        return Verdict("bad", "", "Again.") if task.id == "t1" else Verdict()
+
     done = run(tmp_path, range(3), TooLong([]), judge=judge, at_once=1)
     assert (done.accepted, done.rejected, done.given_up) == (2, 1, {})
     with Ledger(tmp_path / "l", write=False) as ledger:
@@ -151,7 +153,10 @@ def test_others_that_wait_for_a_limit_are_not_taken_for_refused(tmp_path):
 def test_a_refusal_over_http_settles_its_task(tmp_path):
     pytest.importorskip("openai")
     error = {"error": {"message": "Your prompt was filtered", "code": "content_filter"}}
-    reply = lambda messages: (400, error) if messages[0]["content"] == "3" else "fine"  # noqa: E731
+
+    def reply(messages):
+        return (400, error) if messages[0]["content"] == "3" else "fine"
+
     with FaultServer(reply=reply) as server:
         done = run(tmp_path, range(6), OpenAIModel("m", base_url=server.url))
     assert (done.accepted, done.rejected, done.stopped) == (5, 1, "done")

@@ -302,14 +302,20 @@ def test_what_no_retry_can_mend_stops_the_run_at_once(tmp_path, fault):
 
 
 def test_a_wrong_key_at_a_real_endpoint_is_one_message(tmp_path):
-    refuse = lambda messages: (401, {"error": {"message": "Incorrect API key"}})  # noqa: E731
+
+    def refuse(messages):
+        return (401, {"error": {"message": "Incorrect API key"}})
+
     with FaultServer(reply=refuse) as server, Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(10), OpenAIModel("m", base_url=server.url), ledger, settings=RunSettings(1))
     assert summary.message == "The endpoint refuses every request (401): Incorrect API key"
 
 
 def test_a_request_that_always_fails_is_given_up_and_asked_again_by_the_next_run(tmp_path):
-    script = lambda messages: PassingFault("500", "oops") if messages[-1]["content"] == "thing 3." else "fine"  # noqa: E731
+
+    def script(messages):
+        return PassingFault("500", "oops") if messages[-1]["content"] == "thing 3." else "fine"
+
     backoff = Backoff(attempts=3, first=0.001, longest=0.001)
     model = Scripted(script)
     with Ledger(tmp_path / "l") as ledger:
@@ -355,7 +361,10 @@ def test_a_budget_is_kept_where_prompts_take_far_more_tokens_than_expected(tmp_p
 
 
 def test_a_rejected_reply_is_asked_for_once_more_with_the_reason(tmp_path):
-    script = lambda messages: "good" if len(messages) == 4 else "bad"  # noqa: E731
+
+    def script(messages):
+        return "good" if len(messages) == 4 else "bad"
+
     model = Scripted(script)
     with Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(1), model, ledger, judge=rejecting)

@@ -140,7 +140,10 @@ def test_reference_answers_are_asked_for_with_the_context(bench, scripted, tmp_p
 def test_a_question_that_the_reference_model_refuses_is_named_and_without_a_score_by_partial(
     bench, scripted, tmp_path
 ):
-    refuse = lambda messages: RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"  # noqa: E731
+
+    def refuse(messages):
+        return RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"
+
     model, questions = scripted(refuse), read_questions(*files_of(bench, None))
     with pytest.raises(ValueError, match="1 of 6 questions are refused by the endpoint, '2' for one .400: filtered"):
         ask_references(questions, model, tmp_path / "judge", progress=False)
@@ -153,7 +156,10 @@ def test_a_question_that_the_reference_model_refuses_is_named_and_without_a_scor
 
 
 def test_a_review_that_the_judge_refuses_is_counted_as_without_reply_and_never_asked_again(bench, scripted, tmp_path):
-    refuse = lambda messages: RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"  # noqa: E731
+
+    def refuse(messages):
+        return RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"
+
     model, questions = scripted(refuse), read_questions(*files_of(bench))
     how, answers = JudgeSettings(read_rules()), {question.id: "An answer." for question in questions}
     for _ in range(2):
