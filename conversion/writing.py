@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from modeling_llava.locks import lock
+
 from .tensors import PIECE_BYTES, SAFETENSORS_DTYPES, FileRange, LazyTensor
 
 
@@ -333,14 +335,10 @@ class OutputFolder:
 
     def _take_lock(self) -> None:
         """Two conversions into one folder would mix their shards. The lock ends with its process."""
-        try:
-            import fcntl
-        except ImportError:  # Windows: no such lock; two conversions at once are then the user's care
+        if os.name == "nt":  # a folder with an open file in it could not be renamed: two at once are the user's care
             return
         self._lock = open(self.partial / self._lock_name, "wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(self._lock.fileno()):
             self._lock.close()
             self._lock = None
-            raise ValueError(f"Another conversion is writing {self.partial}. Wait for it to end.") from None
+            raise ValueError(f"Another conversion is writing {self.partial}. Wait for it to end.")

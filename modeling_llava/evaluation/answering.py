@@ -7,7 +7,6 @@ Answers of a whole benchmark into a folder that can be killed and gone on with, 
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..data.images import image_key
+from ..locks import lock
 from .results import hash_json, write_text
 
 
@@ -176,20 +176,7 @@ class AnswerFolder:
 def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """A lock that ends with the process, however it dies; `False` if another process has it (and `wait` is off)."""
     with open(path, "ab") as file:
-        is_mine = True
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Other errors: a file system without locks. Then it is left to the user.
-            is_mine = error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-        yield is_mine
+        yield lock(file.fileno(), wait)
 
 
 def check_samples(samples: list[dict]) -> None:

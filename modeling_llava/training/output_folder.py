@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..locks import lock
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +53,20 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """An open file that holds the folder's lock; `None` where the system or the file system has no such locks."""
+    """An open folder that is locked; `None` on Windows, which does not open folders."""
     if os.name == "nt":
         return None
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     until = time.monotonic() + WAIT_FOR_WORKERS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and time.monotonic() < until:
-                time.sleep(0.2)
-                continue
+    while not lock(descriptor):
+        if time.monotonic() > until:
             os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return None
             raise OSError(
                 f"{folder}: another run is at work there, and both would go on from, and delete, each other's checkpoints. "
                 "Wait for it, stop it, or choose another output_dir."
-            ) from None
+            )
+        time.sleep(0.2)
+    return descriptor
 
 
 @contextlib.contextmanager
