@@ -240,6 +240,12 @@ def test_nothing_is_read_from_the_device_in_a_compiled_step():
     model(**without_labels(batch), past_key_values=cache)
     step = {"input_ids": batch["input_ids"][:, -1:], "position_ids": torch.tensor([[24]]), "past_key_values": cache}
     assert torch._dynamo.explain(model)(**step).graph_break_count == 0
+    text = {
+        "input_ids": torch.tensor([[2, 3, 4]] * 2),
+        "position_ids": torch.arange(24, 27)[None],
+        "past_key_values": cache,
+    }
+    assert torch._dynamo.explain(model)(**text).graph_break_count == 0  # a further question, without an image
 
 
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
