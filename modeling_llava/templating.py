@@ -53,7 +53,7 @@ def load_chat_template(name: str, *, image_token: str = IMAGE_TOKEN, image_wrap:
     """
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"There is no chat template {name!r}; the templates are {', '.join(CHAT_TEMPLATES)}.")
-    return _set_image(_read_template(name), image_token, image_wrap)
+    return _set_image(read_template(name), image_token, image_wrap)
 
 
 def insert_image_token(
@@ -75,7 +75,7 @@ def insert_image_token(
     Raises:
         ValueError: the template does not write a user's text where it can be found again.
     """
-    changed = _set_image(_read_template("_own"), image_token, image_wrap) + chat_template
+    changed = _set_image(read_template("_own"), image_token, image_wrap) + chat_template
     probes = [
         [{"role": "user", "content": "First question"}],
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "First question"}]}],
@@ -122,8 +122,28 @@ def has_generation_marks(chat_template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
 
 
+def chat_template_of(processor) -> str:
+    """
+    A processor's chat template, or its tokenizer's; the default one of several.
+
+    Raises:
+        ValueError: neither has one.
+    """
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        raise ValueError(
+            "The processor has no chat template. Set one: processor.chat_template = "
+            f"modeling_llava.processing_llava.load_chat_template(name), with name one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    return template
+
+
 @functools.lru_cache
-def _read_template(name: str) -> str:
+def read_template(name: str) -> str:
+    """The text of a file in `chat_templates/`, with what it includes."""
+
     def included(match: re.Match) -> str:
         return (_FOLDER / match[1]).read_text("utf-8")
 
@@ -137,4 +157,12 @@ def _set_image(template: str, image_token: str, image_wrap: tuple[str, str] | No
     return template.replace(_IMAGE_LINE, f"{{%- set image = '{image}' -%}}")
 
 
-__all__ = ["CHAT_TEMPLATES", "has_generation_marks", "insert_image_token", "load_chat_template", "render_with_spans"]
+__all__ = [
+    "CHAT_TEMPLATES",
+    "chat_template_of",
+    "has_generation_marks",
+    "insert_image_token",
+    "load_chat_template",
+    "read_template",
+    "render_with_spans",
+]

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN
+from ..stops import answer_stop
 from .check_report import DataReport, Found, summarize, write_report
 from .images import image_key, load_image, read_image_size
-from .labels import answer_stop, encode_conversation
+from .labels import encode_conversation
 from .schema import TOO_LONG, BadSampleError
 from .sources import RowReader, open_sources
 
@@ -212,7 +213,7 @@ def _typed_stop(processor: ProcessorMixin) -> str | None:
     token of its own cannot be typed: `encode_conversation` reads it as text.
     """
     try:
-        stop = answer_stop(processor).strip()
+        stop = answer_stop(processor)
     except ValueError as error:
         logger.info("Not looked for: text that holds the stop of an answer. %s", error)
         return None

@@ -46,7 +46,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..constants import IGNORE_INDEX
 from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens as tokens_per_image
-from ..templating import CHAT_TEMPLATES, has_generation_marks, render_with_spans
+from ..stops import stop_is_unmarked, teaches_no_stop
+from ..templating import CHAT_TEMPLATES, chat_template_of, has_generation_marks, render_with_spans
 from .schema import (
     BAD_MARKERS,
     BAD_ROLES,
@@ -182,42 +183,20 @@ def conversation_length(
     return len(encoded.ids) - encoded.num_images + sum(_image_lengths(encoded, processor, num_image_tokens, sample_id))
 
 
-def answer_stop(processor: ProcessorMixin) -> str:
-    """
-    The text with which the processor's chat template ends an answer, such as `"</s>"` or `"\\n###"`. Where it is not
-    the tokenizer's eos token, give it to `generate` as `stop_strings=[…]`.
-    """
-    answer = "answer"
-    messages = [
-        {"role": role, "content": [{"type": "text", "text": text}]}
-        for role, text in [("user", "question"), ("assistant", answer)]
-    ]
-    control = ControlTokens.of(processor.tokenizer, processor.image_token)
-    text, spans, _ = _render(messages, processor, control, False, None)
-    start, end = spans[-1] if spans else (0, 0)
-    _, found, stop = text[start:end].partition(answer)
-    if not found:
-        raise ValueError("The chat template marks no answer with {% generation %}, so the stop is not known.")
-    return stop
-
-
 _KNOWN_TO_STOP: set[str] = set()
 
 
 def _warn_if_endless(processor) -> None:
     """Say once of a template that it teaches no stop, as that of `llava-hf/llava-1.5-7b-hf` does not."""
-    template = _template_of(processor)
+    template = chat_template_of(processor)
     if template in _KNOWN_TO_STOP:
         return
     _KNOWN_TO_STOP.add(template)
-    try:
-        stop = answer_stop(processor)
-    except ValueError:  # a template that does not take the probe; whether it takes the sample is said by the sample
-        return
-    if stop in ("", " "):
+    if teaches_no_stop(processor):
         logger.warning(
-            "The chat template supervises answers without a stop, so a model trained with it does not learn to end them. "
-            'Take one that does: processor.chat_template = load_chat_template("vicuna_v1").'
+            "The chat template ends an answer with white space alone, so a model trained with it does not learn to stop. "
+            "`llava train` puts the EOS token there (modeling_llava.stops.end_answers_with_eos); or take a template that "
+            'has it: processor.chat_template = load_chat_template("vicuna_v1").'
         )
 
 
@@ -304,7 +283,7 @@ def _image_lengths(encoded: _Encoded, processor, num_image_tokens, sample_id) ->
 
 def _render(messages, processor, control: ControlTokens, keep_image_order: bool, sample_id):
     """The conversation as text, the character spans that are supervised, and the marks in it (or `None`)."""
-    template = _template_of(processor)
+    template = chat_template_of(processor)
     (messages,), marks = control.mark(messages)
     if not messages:
         raise _bad(sample_id, BAD_ROW, "has no messages.")
@@ -313,7 +292,10 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
         variables["keep_image_order"] = True
     try:
         if has_generation_marks(template):
-            return *render_with_spans(messages, template, **variables), marks
+            text, spans = render_with_spans(messages, template, **variables)
+            if stop_is_unmarked(processor):  # the stop is learned wherever the marks end
+                spans = [(start, control.find_stop(text, end) or end) for start, end in spans]
+            return text, spans, marks
         variables["chat_template"] = template
         return *_find_answers(messages, control, variables, sample_id), marks
     except jinja2.TemplateError as error:
@@ -323,18 +305,6 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
             f"The chat template does not know content lists ({error}). It is a language model's own: put the image token "
             "into it with modeling_llava.templating.insert_image_token(template)."
         ) from error
-
-
-def _template_of(processor) -> str:
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is None:
-        raise ValueError(
-            "The processor has no chat template. Set one: processor.chat_template = "
-            f"modeling_llava.processing_llava.load_chat_template(name), with name one of {', '.join(CHAT_TEMPLATES)}."
-        )
-    return template
 
 
 def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) -> tuple[str, list[tuple[int, int]]]:
@@ -421,4 +391,4 @@ def _unused_characters(messages) -> tuple[str, str]:
     return next(free), next(free)
 
 
-__all__ = ["answer_stop", "conversation_length", "encode_conversation"]
+__all__ = ["conversation_length", "encode_conversation"]

@@ -15,7 +15,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
-from ..data.labels import answer_stop
+from ..stops import answer_stop
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,6 @@ def default_settings(model, processor) -> DecodingSettings:
     except ValueError as error:  # a foreign template: the end token has to do
         logger.info("Answers end with the end token only: %s", error)
     else:
-        stop = stop.strip() or stop
         stop_id = tokenizer.get_added_vocab().get(stop)
         if stop_id is not None:
             end = sorted({*end, stop_id})

@@ -47,7 +47,10 @@ class LlavaTrainingArguments(TrainingArguments):
     model_revision: str | None = _setting(None, "Branch, tag or commit of `model` on the Hub.")
     processor: str | None = _setting(None, "Folder or Hub name of the processor; the model's own by default.")
     chat_template: str | None = _setting(
-        None, "Name of one of our chat templates (vicuna_v1, llava_v1, plain, …); the processor's own by default."
+        None,
+        "Name of one of our chat templates (vicuna_v1, llava_v1, plain, …). By default the processor's own; where that ends an "
+        "answer with white space alone, as llava-hf/llava-1.5-7b-hf's does, finetuning puts the EOS token there. keep: the "
+        "processor's own as it is.",
     )
     projector: str | None = _setting(
         None, "Output folder of a pretrain run: its projector is put into `model` before training starts."
@@ -209,9 +212,6 @@ class LlavaTrainingArguments(TrainingArguments):
             "help": "Data-parallel: a batch of text alone does not use the projector, and must not wait for it."
         },
     )
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"help": "Inputs that the evaluation takes for labels."}
-    )
 
     def __post_init__(self):
         self._given = {setting.name: getattr(self, setting.name) for setting in fields(self)}
@@ -230,6 +230,8 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
         super().__post_init__()
+        if self.use_liger_kernel:
+            self._keep_own_loss()
         self._normalised = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if self.global_batch_size is not None:
             self._resolve_global_batch_size()
@@ -356,6 +358,17 @@ class LlavaTrainingArguments(TrainingArguments):
             # without its count of evaluations a resumed run would stop later than one that was not interrupted
             self.restore_callback_states_from_checkpoint = True
 
+    def _keep_own_loss(self):
+        """Turn off the kernel of Liger that is a forward of its own, with another loss and other outputs."""
+        config = self.liger_kernel_config or {}
+        if config.get("fused_linear_cross_entropy"):
+            raise ValueError(
+                "fused_linear_cross_entropy=true in liger_kernel_config would replace the model's forward and loss, which is "
+                "fused as well. Leave it out; use_liger_kernel=true keeps Liger's other kernels."
+            )
+        self.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+        logger.warning("use_liger_kernel=true: the loss stays the model's own (fused_linear_cross_entropy=false).")
+
     def _resolve_precision(self):
         """Turn `precision` into transformers' two switches, or take it from them where they are set."""
         switched = "bf16" if self.bf16 else "fp16" if self.fp16 else None
@@ -427,7 +440,7 @@ class LlavaTrainingArguments(TrainingArguments):
 
 # Fields that other fields decide (bf16 and fp16 ← precision), that are deprecated, or that describe the launch.
 _DERIVED = {
-    "bf16", "fp16", "local_rank", "do_train", "do_eval", "do_predict", "remove_unused_columns", "label_names",
+    "bf16", "fp16", "local_rank", "do_train", "do_eval", "do_predict", "remove_unused_columns",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
 }  # fmt: skip
 _ALWAYS_WRITTEN = {"output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "seed"}

@@ -23,6 +23,7 @@ from ..checkpoints import (
     save_projector,
 )
 from ..data.schema import summarize_drops
+from ..stops import add_generation_stop, note_generation_stop
 from . import sharding
 from .adapters import finish_adapter_folder
 from .arguments import LlavaTrainingArguments
@@ -142,7 +143,10 @@ class CheckpointingTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         else:
-            config = core_model(self.model).config
+            core = core_model(self.model)
+            config = core.config
+            if self.processing_class is not None and self.args.adapter == "none":
+                add_generation_stop(core.generation_config, self.processing_class)
             in_training = _set_or_remove(config, "use_cache", self._use_cache)
             try:
                 super()._save(str(folder), state_dict)
@@ -150,6 +154,8 @@ class CheckpointingTrainer(Trainer):
                 _set_or_remove(config, "use_cache", in_training)
             if self.args.adapter != "none":
                 finish_adapter_folder(folder)
+                if self.processing_class is not None:
+                    note_generation_stop(folder, core.generation_config, self.processing_class)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""

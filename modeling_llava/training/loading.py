@@ -1,5 +1,6 @@
 """What a run starts from: its model and processor, its training and evaluation data."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,15 +8,20 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from ..checkpoints import (
     base_model_of,
-    base_revision_of,
     checkpoint_kind,
+    find_base,
     four_bit_config,
     has_processor,
     load_processor,
     load_projector,
 )
+from ..stops import end_answers_with_eos, teaches_no_stop
+from ..templating import chat_template_of, load_chat_template
 from .adapters import load_adapter
 from .arguments import LlavaTrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str | None]:
@@ -40,11 +46,7 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
                 f"model={args.model} is an adapter, but adapter=none. Set adapter=lora or qlora to train it further, "
                 "or make a full model of it first (llava merge)."
             )
-        return (
-            base_model_of(args.model, args.model_revision),
-            base_revision_of(args.model, args.model_revision),
-            args.model,
-        )
+        return (*find_base(args.model, args.model_revision), args.model)
     return args.model, args.model_revision, None
 
 
@@ -64,10 +66,7 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
     processor = load_processor(
         args.processor or own, args.model_revision if own == args.model and not args.processor else None
     )
-    if args.chat_template is not None:
-        from ..processing_llava import load_chat_template
-
-        processor.chat_template = load_chat_template(args.chat_template)
+    _choose_chat_template(processor, args)
     settings: dict[str, Any] = {"dtype": "auto", "revision": revision}
     if args.attn_implementation is not None:
         settings["attn_implementation"] = args.attn_implementation
@@ -87,6 +86,25 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
     if adapter_path is not None:
         model = load_adapter(model, adapter_path, args, args.model_revision)
     return model, processor
+
+
+def _choose_chat_template(processor: ProcessorMixin, args: LlavaTrainingArguments) -> None:
+    """The template that is asked for; or the processor's own, whose answers end with the EOS token if nothing ends them."""
+    if args.chat_template not in (None, "keep"):
+        processor.chat_template = load_chat_template(args.chat_template)
+    elif args.chat_template is None and args.stage == "finetune" and teaches_no_stop(processor):
+        tokens = processor.tokenizer.special_tokens_map
+        try:
+            processor.chat_template = end_answers_with_eos(chat_template_of(processor), tokens)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Set chat_template=vicuna_v1, LLaVA-1.5's own, or chat_template=keep to train without a stop."
+            ) from error
+        if args.process_index == 0:
+            logger.warning(
+                f"The model's chat template ends an answer with white space, which teaches no stop: {tokens['eos_token']} "
+                "takes its place, and is saved with the result (chat_template=keep leaves it as it is)."
+            )
 
 
 def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:

@@ -11,10 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoints import (
-    base_model_of,
-    base_revision_of,
     checkpoint_kind,
     file_of,
+    find_base,
     four_bit_config,
     has_processor,
     is_quantised,
@@ -22,6 +21,7 @@ from ..checkpoints import (
     load_projector,
 )
 from ..damage import explained
+from ..stops import add_generation_stop
 from .adapters import LANGUAGE_MODEL
 
 
@@ -87,8 +87,7 @@ def merge_adapter(
             f"{adapter} was not trained beside 4-bit weights (its recipe.yaml does not say adapter: qlora): there is no "
             "rounding to repeat. Merge it without --as-trained."
         )
-    base_revision = None if base else base_revision_of(adapter, revision)
-    base = base or base_model_of(adapter, revision)
+    base, base_revision = find_base(adapter, revision, base)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     # Training rounded the weights of the file.
     loaded_as = "auto" if as_trained else dtype
@@ -108,7 +107,6 @@ def merge_adapter(
     else:
         model = _merge(model, adapter, revision)
     output.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
     source = next(
         (path for path in (adapter, base) if has_processor(path, revision if path == adapter else None)), None
     )
@@ -116,7 +114,9 @@ def merge_adapter(
         logger.warning("Neither %s nor %s holds a processor: %s holds the weights alone.", adapter, base, output)
     else:
         processor = load_processor(source, revision if source == adapter else None)
+        add_generation_stop(model.generation_config, processor)
         processor.save_pretrained(output)
+    model.save_pretrained(output)
     for pattern in RUN_RECORD_FILES:
         for file in sorted(Path(adapter).glob(pattern)):
             shutil.copyfile(file, output / file.name)

@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from ..stops import missing_stop
 from .arguments import LlavaTrainingArguments
 from .callbacks import LossCurveCallback, PreviewCallback
 from .loading import base_and_adapter, load_datasets, load_model_and_processor
 from .output_folder import disk_errors_explained, only_run_in
+from .preparation import core_model
 from .recipes import parse_recipe, write_whole
 from .resuming import check_sharding, check_trained_parts, checkpoint_to_resume, is_finished, report_changes
 from .run_record import record_data
@@ -126,6 +128,12 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
             _save_metrics(trainer, "eval", evaluated)
         save_result(trainer)
     _report_drops(trainer)
+    needed = missing_stop(core_model(trainer.model).generation_config, processor)
+    if needed and args.stage == "finetune" and args.process_index == 0:
+        logger.warning(
+            f"To end its answers, stock transformers needs {needed}, given to generate (with tokenizer=… for stop_strings): "
+            "the model's generation configuration does not say it. llava chat and llava eval know it."
+        )
     return TrainResult(
         output_dir=Path(args.output_dir),
         kind="adapter" if args.adapter != "none" else "projector" if args.stage == "pretrain" else "full",
