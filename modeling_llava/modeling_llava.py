@@ -28,15 +28,19 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
+from .checkpoints import name_stock_class_in_adapters, require_before_loading
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
 from .later_layers import without_later_layers
 from .loss import causal_language_model_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -166,6 +170,18 @@ class LlavaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers, which would fill what the checkpoint of another model lacks with random weights.
+
+        Raises:
+            ValueError: it is another model, one in the original's format, or an adapter that does not fit its base.
+        """
+        if pretrained_model_name_or_path is not None:
+            require_before_loading(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -414,6 +430,13 @@ class LlavaModel(LlavaPreTrainedModel):
         )
 
 
+class LlavaLossKwargs(TransformersKwargs, total=False):
+    """Keyword arguments of the loss. In forward's signature, `Trainer` would take every name with "label" for labels."""
+
+    label_smoothing: float
+    shift_labels: torch.LongTensor | None
+
+
 class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
     """LLaVA with its head: answers questions about images, and learns to."""
 
@@ -425,6 +448,15 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         self.model = LlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def __setattr__(self, name, value):
+        # `use_liger_kernel=True` would put Liger's own forward, with another loss, in place of that of any "llava".
+        if name == "forward" and (getattr(value, "__module__", None) or "").startswith("liger_kernel."):
+            logger.warning_once("Liger Kernel is used in the layers; forward and loss stay those of modeling_llava.")
+            return
+        if name == "peft_config":  # PEFT wraps the model
+            name_stock_class_in_adapters()
+        super().__setattr__(name, value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -497,10 +529,8 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         image_indices: torch.LongTensor | None = None,
         skip_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        label_smoothing: float = 0.0,
-        shift_labels: torch.LongTensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LlavaLossKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
         Args:
@@ -551,6 +581,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         >>> answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
         >>> processor.decode(answer, skip_special_tokens=True)
         ```"""
+        label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -572,6 +603,11 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         if labels is not None or shift_labels is not None:
             loss = causal_language_model_loss(
                 hidden_states, labels, self.lm_head, num_items_in_batch, label_smoothing, shift_labels
+            )
+        elif num_items_in_batch is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "Trainer took the labels out of the batch to compute the loss itself. With label_smoothing_factor its loss "
+                "is wrong for a llava: it does not shift the labels. Use LlavaTrainer; a compute_loss_func must shift them."
             )
         if skip_logits is None:
             skip_logits = self.training and loss is not None

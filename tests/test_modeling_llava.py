@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from types import MethodType
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import IMAGE_TOKENS, tiny_batch, tiny_config, tiny_text_config, tiny_v
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, StaticCache
 from transformers import LlavaConfig as StockConfig
 from transformers import LlavaForConditionalGeneration as StockModel
+from transformers.utils.generic import find_labels
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
@@ -447,6 +449,39 @@ def test_logits_are_built_when_asked_for_and_not_in_training():
     assert model.train()(**batch).logits is None
     assert model.train()(**batch, skip_logits=False).logits is not None
     assert model.train()(**without_labels(batch)).logits is not None
+
+
+def test_trainer_finds_the_labels_alone():
+    assert find_labels(LlavaForConditionalGeneration) == find_labels(StockModel) == ["labels"]
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "peft", "compiled"])
+def test_label_smoothing_and_shifted_labels_reach_the_loss(wrapped):
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    batch = tiny_batch()
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    if wrapped == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*\.q_proj"))
+    elif wrapped == "compiled":
+        model = torch.compile(model, fullgraph=True, backend="eager")
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    targets = batch["labels"][:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.2)
+    loss = model(**without_labels(batch), shift_labels=shifted, label_smoothing=0.2).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_liger_does_not_replace_forward_and_other_libraries_may_wrap_it():
+    model = LlavaForConditionalGeneration(tiny_config())
+    for replaced, module in ((False, "liger_kernel.transformers.model.llava"), (True, "accelerate.utils.operations")):
+
+        def forward(self, *args, **kwargs):
+            return "theirs"
+
+        forward.__module__ = module
+        model.forward = MethodType(forward, model)  # as Liger's patch of a "llava" does
+        assert (model.forward() == "theirs") is replaced if replaced else "forward" not in vars(model)
 
 
 def test_tuple_output_has_the_same_values():

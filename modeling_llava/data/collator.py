@@ -215,7 +215,7 @@ class LlavaDataCollator:
             if not isinstance(example, Mapping) or "messages" not in example:
                 raise TypeError(
                     f"example {position} of the batch is not a conversation with 'messages' and 'images', but "
-                    f"{_describe(example)}: read the data with load_conversations."
+                    f"{_describe(example)}: read the data with load_conversations, and set remove_unused_columns=False."
                 )
             try:
                 sample = self.encode(example)

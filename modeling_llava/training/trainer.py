@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampler import GroupedSampler
+from ..modeling_llava import LlavaForConditionalGeneration
 from ..onednn import use_onednn
 from . import sharding
 from .arguments import LlavaTrainingArguments
@@ -105,14 +106,12 @@ class LlavaTrainer(CheckpointingTrainer):
         if self.neftune_noise_alpha is not None and args.packing != "none":
             self.add_callback(NoiseBySample(self.neftune_noise_alpha))
             self.neftune_noise_alpha = None
-        core = core_model(self.model)
-        parameters = inspect.signature(core.forward).parameters
-        self._model_skips_logits = "skip_logits" in parameters
-        self._model_smooths_labels = "label_smoothing" in parameters
+        # Whether forward takes label_smoothing and skip_logits: ours does, stock's does not.
+        self._has_own_loss = isinstance(core_model(self.model), LlavaForConditionalGeneration)
         if self.label_smoother is not None:
             # Trainer would take the labels away from the model, and compare position t with label t.
             self.label_smoother = None
-            if not self._model_smooths_labels:
+            if not self._has_own_loss:
                 self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -210,14 +209,14 @@ class LlavaTrainer(CheckpointingTrainer):
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.args.label_smoothing_factor and self._model_smooths_labels:
+        if self.args.label_smoothing_factor and self._has_own_loss:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         if not model.training:
             num_items_in_batch = None  # an evaluation adds up by itself: the mean of the batch alone
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if prediction_loss_only and self._model_skips_logits:
+        if prediction_loss_only and self._has_own_loss:
             inputs = {**inputs, "skip_logits": True}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and inputs.get("labels") is not None:
