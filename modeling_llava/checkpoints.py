@@ -8,6 +8,7 @@ What a folder on disk (or on the Hub) holds, and how its weights get into a mode
 | `projector` | `projector_config.json` | what a pretrain run trained; the frozen weights stay where they were |
 """
 
+import functools
 import json
 import os
 import re
@@ -18,11 +19,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
-from .damage import explained, has_tokenizer, what_is_broken
+from .damage import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, what_is_broken
 
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
@@ -46,7 +54,7 @@ def component_of(parameter_name: str) -> str:
 
 def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Literal["full", "adapter", "projector"]:
     """
-    What `path` holds, by the names of its files.
+    What `path` holds, by the names and the contents of its small files.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -56,11 +64,11 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
-        ValueError: the folder holds nothing that can be loaded.
+        ValueError: it holds nothing that can be loaded, or something else ([`require_llava`]).
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
-    if find_adapter_config_file(path, revision=revision) is not None:
+    if require_llava(path, revision=revision):
         return "adapter"
     if file_of(path, PROJECTOR_CONFIG_NAME, revision) is not None:
         return "projector"
@@ -70,6 +78,123 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
             f"It holds: {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
         )
     return "full"
+
+
+def require_llava(path: str | os.PathLike, **hub) -> bool:
+    """
+    The one answer to "what is this folder?", before anything large is read: another model, a checkpoint in the original's
+    format and an adapter without weights are refused.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A folder or a Hub name.
+        hub:
+            `revision`, `cache_dir`, `token` and what else transformers' `cached_file` takes.
+
+    Returns:
+        `bool`: whether it is an adapter.
+
+    Raises:
+        ValueError: it is not a LLaVA, with the command that helps ([`other_than_llava`]).
+    """
+    path = os.fspath(path)
+    with explained(path, weights=False):
+        config_file, adapter_file = file_of(path, "config.json", **hub), find_adapter_config_file(path, **hub)
+        config, adapter = (
+            json.loads(Path(file).read_text("utf-8")) if file else None for file in (config_file, adapter_file)
+        )
+    reason = other_than_llava(path, config or {}, adapter, lambda name: file_of(path, name, **hub) is not None)
+    if reason is None and adapter is not None:
+        empty = [name for name, shape in _adapter_shapes(path, **hub).items() if 0 in shape]
+        reason = f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
+    if reason is not None:
+        raise ValueError(reason)
+    return adapter is not None
+
+
+def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
+    """The tensors of an adapter by their names in the file, `base_model.model.….lora_A.weight`."""
+    if file := file_of(path, "adapter_model.safetensors", **hub):
+        with explained(path), safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    if file := file_of(path, "adapter_model.bin", **hub):
+        with explained(path):
+            return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}
+    return {}
+
+
+def require_before_loading(path: str | os.PathLike, kwargs: dict) -> None:
+    """[`require_llava`] and [`require_adapter_fits`] for `from_pretrained(path, **kwargs)` of a model."""
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+    hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    of_adapter = dict(kwargs.get("adapter_kwargs") or {})  # Auto classes have found the base already
+    adapter = of_adapter.pop("_adapter_model_path", None)
+    if require_llava(path, **hub) and file_of(os.fspath(path), "config.json", **hub) is None:
+        adapter, of_adapter, path, hub = path, hub, base_model_of(path, hub.get("revision")), {}
+        require_llava(path)
+    if adapter is not None:
+        require_adapter_fits(os.fspath(adapter), os.fspath(path), of_adapter or hub, hub)
+
+
+def find_base(
+    path: str | os.PathLike, revision: str | None = None, base: str | None = None, base_revision: str | None = None
+) -> tuple[str, str | None]:
+    """
+    The base of an adapter or a projector, and its revision, before its weights are read.
+
+    Args:
+        path (`str` or `os.PathLike`), revision (`str`, *optional*):
+            The adapter or projector.
+        base (`str`, *optional*), base_revision (`str`, *optional*):
+            In place of the one that it names.
+
+    Raises:
+        ValueError: there is no base, it is not a LLaVA, or tensors of the adapter are not for it.
+    """
+    path = os.fspath(path)
+    if base is None:
+        base, base_revision = base_model_of(path, revision), base_revision_of(path, revision)
+    if require_llava(base, revision=base_revision):
+        raise ValueError(f"The base of {path}, {base}, is an adapter itself. Merge that first: llava merge {base} OUT")
+    require_adapter_fits(path, base, {"revision": revision}, {"revision": base_revision})
+    return base, base_revision
+
+
+def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
+    """
+    Loaders warn of tensors for which the model has no module, at most, and answer with the untouched base.
+
+    Raises:
+        ValueError: such a tensor, or one of another size.
+    """
+    shapes = _adapter_shapes(path, **hub)
+    if not shapes:
+        return
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base, **base_hub))
+    targets = {}
+    for name, tensor in (*model.state_dict().items(), *saved_tensors(model).items()):
+        targets.setdefault(_without_clip_pair(name).rpartition(".")[0], tensor.shape)
+    wrong = []
+    for name, shape in shapes.items():
+        parts = _without_clip_pair(name.removeprefix("base_model.model.")).split(".")
+        modules = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        target = next((targets[module] for module in modules if module in targets), None)
+        side = next((i for i, matrix in enumerate(("lora_B", "lora_A")) if matrix in parts), None)
+        is_vocabulary = "lm_head" in parts or "embed_tokens" in parts  # which may have grown with the adapter
+        if target is None or (side is not None and not is_vocabulary and shape[side] not in target):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"The adapter {path} is not for the base {base}: of its {len(shapes)} tensors, {len(wrong)} fit no module there "
+            f"(such as {wrong[0]}). Give the model on which it was trained with --base; an adapter of a language model "
+            f"alone, or of the original LLaVA, is converted: llava convert {path} OUT --base BASE"
+        )
+
+
+def _without_clip_pair(name: str) -> str:
+    """A CLIP tower's names had one level more in earlier versions of transformers."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def _require_folder_or_hub_name(path: str) -> None:
@@ -92,6 +217,7 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
+    require_llava(path, revision=revision)
     names = ("processor_config.json", "preprocessor_config.json")  # the second alone in older folders
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in names):
         raise ValueError(
@@ -135,19 +261,25 @@ def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> st
     return json.loads(Path(config_file).read_text("utf-8")).get("revision")
 
 
-def name_stock_class(adapter_config: dict) -> bool:
+def name_stock_class_in_adapters() -> None:
     """
-    In an adapter's configuration, name the stock class where PEFT wrote ours: its `AutoPeftModel` imports what stands
-    there, and whoever loads the adapter need not have this package.
+    From now on, PEFT names the stock class in the adapters that it saves, not ours: its `AutoPeftModel` imports what stands
+    there, and whoever loads an adapter need not have this package. Idempotent.
+    """
+    from peft import PeftConfig
 
-    Returns:
-        `bool`: whether something was changed.
-    """
-    mapping = adapter_config.get("auto_mapping")
-    if not mapping or str(mapping.get("parent_library")).partition(".")[0] != "modeling_llava":
-        return False
-    mapping["parent_library"] = "transformers.models.llava.modeling_llava"
-    return True
+    save = PeftConfig.save_pretrained
+    if hasattr(save, "__wrapped__"):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(config, save_directory, **kwargs):
+        mapping = kwargs.get("auto_mapping_dict") or {}
+        if mapping.get("parent_library", "").partition(".")[0] == "modeling_llava":
+            kwargs["auto_mapping_dict"] = {**mapping, "parent_library": "transformers.models.llava.modeling_llava"}
+        return save(config, save_directory, **kwargs)
+
+    PeftConfig.save_pretrained = save_pretrained
 
 
 def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
@@ -161,12 +293,13 @@ def base_name_to_record(model: PreTrainedModel) -> str | None:
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
-def file_of(path: str, name: str, revision: str | None = None) -> str | None:
+def file_of(path: str, name: str, revision: str | None = None, **hub) -> str | None:
     """A file of a folder or Hub repository; `None` if it is not there."""
     return cached_file(
         path,
         name,
         revision=revision,
+        **hub,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
@@ -394,6 +527,7 @@ __all__ = [
     "checkpoint_kind",
     "component_of",
     "file_of",
+    "find_base",
     "forbid_inference_packing",
     "four_bit_config",
     "has_processor",
@@ -402,7 +536,9 @@ __all__ = [
     "load_full_weights",
     "load_processor",
     "load_projector",
-    "name_stock_class",
+    "name_stock_class_in_adapters",
+    "require_before_loading",
+    "require_llava",
     "save_projector",
     "saved_tensors",
     "weight_files",

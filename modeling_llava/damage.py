@@ -1,9 +1,13 @@
-"""Why a folder cannot be loaded, in one line: which of its files is missing, damaged, or of another kind of model."""
+"""
+What a folder or a Hub repository is where it is not a LLaVA, and why a folder cannot be loaded: one line each, with the fix.
+
+[`other_than_llava`] is asked before anything large is read, [`what_is_broken`] after a load has failed.
+"""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,13 +15,95 @@ from safetensors import SafetensorError, safe_open
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+MODEL_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 JSON_FILES = (
     "config.json", "generation_config.json", *PROCESSORS, "tokenizer_config.json", "tokenizer.json", "vocab.json",
     "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "projector_config.json",
     "model.safetensors.index.json", "pytorch_model.bin.index.json",
 )  # fmt: skip
+ORIGINAL_FIELDS = ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")
+"""Of these, the config.json of a checkpoint in the original LLaVA's format has one."""
+
+ORIGINAL_TYPES = ("llava_llama", "llava", "llama", "llava_mistral", "mistral")
+"""`model_type` in the original's format (`llava`: of 2023; `llama`, `mistral`: of a projector alone) that can be converted."""
+
+SUCCESSOR_FIELDS = {
+    "image_aspect_ratio": ("pad", "square", "keep"),
+    "mm_patch_merge_type": ("flat",),
+    "mm_resampler_type": (),
+    "s2": (),
+    "use_s2": (),
+}
+"""Fields of the original's format that LLaVA's successors have → the values that v1 and v1.5 have too."""
+
+EMPTY_TENSOR = (
+    "is empty (no elements): it was saved under DeepSpeed ZeRO-3 without gathering the weights. Save it again with "
+    "stage3_gather_16bit_weights_on_model_save, or by zero_to_fp32.py."
+)
 LFS_POINTER = b"version https://git-lfs"
 AGAIN = "copy or download it again"
+
+
+def other_than_llava(
+    name: str, config: dict, adapter: dict | None = None, has: Callable[[str], bool] = lambda file: False
+) -> str | None:
+    """
+    What a folder or a Hub repository holds, if it is not a LLaVA that can be loaded, with the command that helps.
+
+    Args:
+        name (`str`): Folder or Hub name.
+        config (`dict`): Its `config.json`; `{}` without one.
+        adapter (`dict`, *optional*): Its `adapter_config.json`.
+        has (`Callable[[str], bool]`, *optional*): Whether it has a file of that name.
+
+    Returns:
+        `str`, *optional*: one sentence or two; `None` for a LLaVA, an adapter or projector of ours, and a folder without
+        any of these files.
+    """
+    if reason := unsupported(name, config):
+        return reason
+    if adapter is not None and (is_original(config) or any(map(has, NON_LORA_FILES))):
+        what, base = "a LoRA", adapter.get("base_model_name_or_path") or "BASE"
+    elif (is_original(config) or not config) and any(map(has, PROJECTOR_FILES)) and not any(map(has, MODEL_FILES)):
+        what, base = "a projector", "BASE"
+    elif is_original(config):
+        return f"{name} is a checkpoint in the original LLaVA's format. Convert it first: llava convert {name} OUT"
+    else:
+        return None
+    return f"{name} is {what} in the original LLaVA's format. Convert it first: llava convert {name} OUT --base {base}"
+
+
+def is_original(config: dict) -> bool:
+    """Whether a `config.json` is one of the original LLaVA's format."""
+    return "text_config" not in config and any(field in config for field in ORIGINAL_FIELDS)
+
+
+def unsupported(name: str, config: dict) -> str | None:
+    """Of [`other_than_llava`]: models that this package neither loads nor converts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TEXT_MODELS
+
+    kind = config.get("model_type")
+    if is_original(config):
+        for field, plain in SUCCESSOR_FIELDS.items():
+            if config.get(field) not in (None, False, *plain):
+                return (
+                    f"{name} has {field} {config[field]!r}: it is one of LLaVA's successors (such as LLaVA-NeXT 1.6, "
+                    "transformers' llava_next), which are not supported. LLaVA v1 and v1.5 are."
+                )
+        if kind not in ORIGINAL_TYPES:
+            return f"{name} is an original LLaVA of model_type {kind!r}. Those on LLaMA and Mistral are supported."
+    elif config and kind in TEXT_MODELS and "vision_config" not in config:
+        return f"{name} is a language model ({kind}). Make a LLaVA of it: llava init VISION {name} OUT"
+    elif config and kind != "llava":
+        return (
+            f"{name} is not a LLaVA v1 or v1.5: its config.json says model_type {kind!r}, which is not supported. Use "
+            "transformers' own class for it, or give a model of model_type 'llava'."
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -43,7 +129,7 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
 
 def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | None:
     """
-    The first thing that is wrong with a folder of a full model, an adapter or a projector, with its mend.
+    The first thing that is wrong with a folder of a full model, an adapter or a projector, with its fix.
 
     Args:
         folder (`str` or `os.PathLike`), weights (`bool`, *optional*, defaults to `True`): As for [`explained`].
@@ -54,11 +140,12 @@ def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | Non
     folder = Path(folder)
     there = sorted(path.name for path in folder.iterdir())
     for path in (folder / name for name in there):
-        is_read = path.name in JSON_FILES or path.suffix == ".model" or (weights and path.suffix == ".safetensors")
+        is_weights = path.suffix in (".safetensors", ".bin")
+        is_read = path.name in JSON_FILES or path.suffix == ".model" or (weights and is_weights)
         if is_read and path.is_file() and (reason := _unreadable(path)):
             return reason
     config = json.loads((folder / "config.json").read_text("utf-8")) if "config.json" in there else {}
-    if weights and (reason := _of_another_kind(folder, config) or _without_weights(folder, there)):
+    if weights and (reason := _without_weights(folder, there)):
         return reason
     if config or any(name in there for name in PROCESSORS):
         if not any(name in there for name in PROCESSORS):
@@ -86,29 +173,15 @@ def _unreadable(path: Path) -> str | None:
         if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), dict | list):
             return f"{path} holds neither an object nor a list: {AGAIN}."
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as tensors:
+                for key in tensors.keys():
+                    if 0 in tensors.get_slice(key).get_shape():
+                        return f"{path}: {key} {EMPTY_TENSOR}"
     except ValueError as error:
         return f"{path} is not JSON ({error}): {AGAIN}."
     except (SafetensorError, OSError) as error:
         return f"{path} is damaged or cut off ({error}): {AGAIN}."
     return None
-
-
-def _of_another_kind(folder: Path, config: dict) -> str | None:
-    """Models for words alone, and the original's form; other models for pictures may load in transformers' own class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FOR_WORDS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as FOR_PICTURES
-
-    kind = config.get("model_type")
-    if not config or (kind in FOR_PICTURES and "text_config" in config):
-        return None
-    if any(name in config for name in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
-        return f"{folder} is in the original LLaVA's form: llava convert {folder} OUT first."
-    if kind in FOR_PICTURES:
-        return None
-    mend = f"A LLaVA is made of it by llava init VISION {folder} OUT" if kind in FOR_WORDS else "Give a LLaVA's folder"
-    return f"{folder} is no LLaVA: its config.json says model_type {kind!r}. {mend}."
 
 
 def _without_weights(folder: Path, there: list[str]) -> str | None:
@@ -129,4 +202,4 @@ def _missing(folder: Path, names: tuple[str, ...], what: str, whose: str, there:
     )
 
 
-__all__ = ["explained", "has_tokenizer", "what_is_broken"]
+__all__ = ["explained", "has_tokenizer", "is_original", "other_than_llava", "unsupported", "what_is_broken"]

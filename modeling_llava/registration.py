@@ -5,7 +5,7 @@ It is done once, when `modeling_llava` is imported. Each step answers one way in
 past our classes, some of them without a word (measured on transformers 5.23).
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
@@ -22,6 +22,7 @@ def register_auto_classes() -> None:
     AutoConfig.register("llava", LlavaConfig, exist_ok=True)
     AutoModel.register(LlavaConfig, LlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
+    AutoModelForPreTraining.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
     # Not by AutoImageProcessor.register: it would import the stock class first, which warns that torchvision is absent.

@@ -23,9 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from ..training.merge import four_bits_of
 
     trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None
-    print(
-        f"reading the base of {args.adapter} in 16 bit and folding the adapter in (as long as reading the model takes)"
-    )
+    print(f"folding {args.adapter} into its base, read in 16 bit")
+    print("this takes about as long as reading the model")
     output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
     if trained_in_4_bits and not args.as_trained:

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from ..checkpoints import name_stock_class
 from .files import read_record
 
 
@@ -136,13 +135,9 @@ def finish_data_card(card: Path, repo: str, license: str | None) -> None:
 
 
 def name_base(file: Path, base: str) -> None:
-    """
-    Write the base model's Hub name into an adapter's or a projector's configuration, and the stock class where an
-    adapter that PEFT itself saved names ours.
-    """
+    """Write the base model's Hub name into an adapter's or a projector's configuration."""
     config = read_record(file)
     config["base_model_name_or_path"] = base
-    name_stock_class(config)
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

@@ -6,9 +6,8 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from ..checkpoints import (
-    base_model_of,
-    base_revision_of,
     checkpoint_kind,
+    find_base,
     forbid_inference_packing,
     four_bit_config,
     has_processor,
@@ -71,8 +70,8 @@ def load_model(
         base, base_revision, path, revision, kind = path, revision, os.fspath(adapter), None, "adapter"
         if checkpoint_kind(path) != "adapter":
             raise ValueError(f"adapter={path} is not an adapter folder: it has no adapter_config.json.")
-    elif kind != "full" and base is None:
-        base, base_revision = base_model_of(path, revision), base_revision_of(path, revision)
+    if kind != "full":
+        base, base_revision = find_base(path, revision, base, base_revision)
 
     try:
         device = torch.device(device) if device is not None else default_device()

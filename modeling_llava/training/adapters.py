@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints import DORA_MAGNITUDE, base_name_to_record, name_stock_class
+from ..checkpoints import DORA_MAGNITUDE, base_name_to_record
 from .arguments import LlavaTrainingArguments
 from .stages import unused_tower_parameters
 
@@ -150,14 +150,8 @@ def prepare_adapter(peft_model: nn.Module, args: LlavaTrainingArguments) -> None
 
 
 def finish_adapter_folder(folder: str | Path) -> None:
-    """In an adapter as PEFT saved it: the stock class for `AutoPeftModel`, and DoRA's magnitudes for transformers."""
-    file = Path(folder) / "adapter_config.json"
-    config = json.loads(file.read_text("utf-8"))
-    if name_stock_class(config):
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        os.replace(beside, file)
-    if config.get("use_dora"):
+    """In an adapter as PEFT saved it: DoRA's magnitudes by the names that transformers reads."""
+    if json.loads((Path(folder) / "adapter_config.json").read_text("utf-8")).get("use_dora"):
         write_dora_keys_for_transformers(folder)
 
 

@@ -1,6 +1,5 @@
 """Publishing to a server on this machine that speaks the Hub's API, with failures in the middle."""
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -168,10 +167,6 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = {"base_model_name_or_path": str(model_folder), "r": 8, "lora_alpha": 16, "peft_type": "LORA"}
-    config["auto_mapping"] = {
-        "base_model_class": "LlavaForConditionalGeneration",
-        "parent_library": "modeling_llava.x",
-    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
     (adapter / "processor_config.json").write_text("{}")
@@ -181,8 +176,6 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
     assert publication.kind == "adapter" and publication.problems == []
     staged = json.loads((publication.folder / "adapter_config.json").read_text())
     assert staged["base_model_name_or_path"] == "org/base"
-    library = importlib.import_module(staged["auto_mapping"]["parent_library"])  # as PEFT's AutoPeftModel does
-    assert library.LlavaForConditionalGeneration.__module__.startswith("transformers.")
     assert json.loads((adapter / "adapter_config.json").read_text()) == config
     card = (publication.folder / "README.md").read_text()
     assert "base_model_relation: adapter" in card and "rank 8, alpha 16" in card
