@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -43,6 +43,7 @@ class CheckpointingTrainer(Trainer):
 
     args: LlavaTrainingArguments
     data_record: dict[str, Any] | None
+    base_generation_config: GenerationConfig
     _speed: SpeedCallback
     _use_cache: Any
     """`use_cache` of the model's configuration as it was given, or `ABSENT`: `Trainer` writes its own into it."""
@@ -155,7 +156,7 @@ class CheckpointingTrainer(Trainer):
             if self.args.adapter != "none":
                 finish_adapter_folder(folder)
                 if self.processing_class is not None:
-                    note_generation_stop(folder, core.generation_config, self.processing_class)
+                    note_generation_stop(folder, self.base_generation_config, self.processing_class)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""

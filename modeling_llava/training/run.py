@@ -128,7 +128,8 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
             _save_metrics(trainer, "eval", evaluated)
         save_result(trainer)
     _report_drops(trainer)
-    needed = missing_stop(core_model(trainer.model).generation_config, processor)
+    written = trainer.base_generation_config if args.adapter != "none" else core_model(trainer.model).generation_config
+    needed = missing_stop(written, processor)
     if needed and args.stage == "finetune" and args.process_index == 0:
         logger.warning(
             f"To end its answers, stock transformers needs {needed}, given to generate (with tokenizer=… for stop_strings): "

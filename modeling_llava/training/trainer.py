@@ -1,5 +1,6 @@
 """`LlavaTrainer`: HF's `Trainer` with LLaVA's learning rates, loss, checkpoints and resuming. Its loop is untouched."""
 
+import copy
 import inspect
 import logging
 import math
@@ -79,6 +80,8 @@ class LlavaTrainer(CheckpointingTrainer):
             raise ValueError("precision=fp16 needs a GPU. On the CPU set precision=fp32, or bf16 (auto takes fp32).")
         # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
         self._use_cache = vars(model.config).get("use_cache", ABSENT)
+        # Trainer adds the tokenizer's EOS token to the model's; an adapter is loaded with its base's all the same.
+        self.base_generation_config = copy.deepcopy(core_model(model).generation_config)
         model = prepare_model(model, args)
         resolve_packing(core_model(model), args, has_own_collator=data_collator is not None)
         if args.lean and not args.torch_compile:
