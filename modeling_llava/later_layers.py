@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .capturing_hooks import is_capturing
+from .kernels.exchange import Kernel, can_exchange, exchange, original_class
 
 
 @contextmanager
@@ -26,16 +27,16 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
     layers = list(getattr(encoder, "layers", []))
     selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
-    later = [layer for layer in layers[last:] if "forward" not in vars(layer)]
+    later = [layer for layer in layers[last:] if can_exchange(layer)]
     if unless_awaited and any(_is_awaited(module) for layer in later for module in layer.modules()):
         later = []
     try:
         for layer in later:
-            layer.forward = _hand_on
+            exchange(layer, SkippedLayer)
         yield
     finally:
         for layer in later:
-            vars(layer).pop("forward", None)  # another thread's call may have been first
+            layer.__class__ = original_class(layer)  # another thread's call may have been first
 
 
 def _is_awaited(module: nn.Module) -> bool:
@@ -44,8 +45,11 @@ def _is_awaited(module: nn.Module) -> bool:
     return any(not is_capturing(hook) for hook in hooks) or any(p.requires_grad for p in parameters)
 
 
-def _hand_on(hidden_states, *args, **kwargs):
-    return hidden_states
+class SkippedLayer(Kernel):
+    prefix = "Skipped"
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
 
 
 __all__ = ["without_later_layers"]

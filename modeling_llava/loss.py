@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import onednn
 from .constants import IGNORE_INDEX
+from .kernels.exchange import Kernel, exchanged_class, original_class
 
 
 if torch.distributed.is_available():
@@ -179,7 +180,7 @@ def causal_language_model_loss(
 def _summed_loss(hidden, targets, lm_head, label_smoothing):
     # hidden [num_supervised, hidden_size], targets [num_supervised]
     lm_head = _trained_copy(lm_head)
-    is_plain = type(lm_head).forward is nn.Linear.forward
+    is_plain = original_class(lm_head).forward is nn.Linear.forward
     if is_plain and not _is_sharded(lm_head) and lm_head.weight.device == hidden.device:
         return _linear_loss(hidden, targets, lm_head, label_smoothing)
     if is_plain and _gathers_when_called(lm_head):
@@ -234,17 +235,23 @@ def _gathers_when_called(module: nn.Module) -> bool:
     return hasattr(module, "unshard") or hasattr(module.weight, "ds_id")
 
 
+class _RunsInstead(Kernel):
+    """Runs what it is given, inside of a call with all of a module's hooks."""
+
+    prefix = "Head"
+
+    def forward(self, function, *inputs):
+        return function(*inputs)
+
+
 def _call_as(module: nn.Module, function, *inputs):
     """Call `module`, with all of its hooks, but run `function` in place of its forward."""
-    before = vars(module).get("forward")
-    module.forward = function
+    before = type(module)
+    module.__class__ = exchanged_class(before, _RunsInstead)
     try:
-        return module(*inputs)
+        return module(function, *inputs)
     finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+        module.__class__ = before
 
 
 __all__ = ["causal_language_model_loss"]

@@ -16,13 +16,13 @@ resumed run repeats itself bit for bit.
 
 import functools
 import os
-from types import MethodType
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .constants import ONEDNN_CACHES
+from .kernels.exchange import Kernel, can_exchange, exchange
 
 
 MIN_MULTIPLICATIONS = 2**22
@@ -133,18 +133,24 @@ def _dequantised(weight):
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
-def _forward(self, input: torch.Tensor) -> torch.Tensor:
-    return linear(input, self.weight, self.bias)
+class OneDNNLinear(Kernel):
+    prefix = "OneDNN"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
 
 
-def _four_bit_forward(self, x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    state = getattr(self.weight, "quant_state", None)
-    is_plain = state is not None and state.dtype == torch.float32 and self.compute_dtype in (None, torch.float32)
-    is_packed = getattr(state, "packing_format_for_cpu", False)  # in place, by bitsandbytes, for inference
-    if not is_plain or is_packed or self.bias is not None or not _serves(rows, self.out_features):
-        return type(self).forward(self, x)
-    return _FourBitLinear.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
+class OneDNNLinear4bit(Kernel):
+    prefix = "OneDNN"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        state = getattr(self.weight, "quant_state", None)
+        is_plain = state is not None and state.dtype == torch.float32 and self.compute_dtype in (None, torch.float32)
+        is_packed = getattr(state, "packing_format_for_cpu", False)  # in place, by bitsandbytes, for inference
+        if not is_plain or is_packed or self.bias is not None or not _serves(rows, self.out_features):
+            return super().forward(x)
+        return _FourBitLinear.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
 
 
 def use_onednn(model: nn.Module) -> int:
@@ -161,8 +167,8 @@ def use_onednn(model: nn.Module) -> int:
     for module in model.modules() if is_available() else ():
         is_plain = type(module).forward is nn.Linear.forward and _suits(module.weight)
         is_four_bit = hasattr(module, "compute_dtype") and module.weight.device.type == "cpu"
-        if "forward" not in vars(module) and (is_plain or is_four_bit):
-            module.forward = MethodType(_forward if is_plain else _four_bit_forward, module)
+        if can_exchange(module) and (is_plain or is_four_bit):
+            exchange(module, OneDNNLinear if is_plain else OneDNNLinear4bit)
             replaced += 1
     return replaced
 

@@ -9,13 +9,12 @@ What autograd keeps of a Llama layer for the backward pass, per position (h = hi
 
 and the rotary embedding is written in five passes over queries and keys in place of ten.
 
-Modules of a language model are replaced by what they look like, whatever they are called, and only where a probe gives
-the same numbers. With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
+Modules of a language model are exchanged by what they look like, whatever they are called, and only where a probe forward
+gives the same numbers. With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
 """
 
 import logging
 from contextlib import contextmanager
-from types import MethodType
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..constants import CACHE
+from ..kernels.exchange import Kernel, can_exchange, exchange
 from ..onednn import linear
 
 
@@ -62,8 +62,11 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def _lean_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    return _RootMeanSquareNorm.apply(hidden_states, self.weight, _epsilon(self))
+class EfficientNorm(Kernel):
+    prefix = "Efficient"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _RootMeanSquareNorm.apply(hidden_states, self.weight, _epsilon(self))
 
 
 # MLPs
@@ -92,24 +95,29 @@ class _Product:
         self.gate, self.up, self.shape = gate, up, shape
 
 
-def _lean_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-    product = _GatedProduct.apply(gate, up)
-    # Under checkpointing autograd's own hooks decide what is kept; ours would keep it in spite of them.
-    if self._lean_layer[0].gradient_checkpointing or not product.requires_grad:
-        return self.down_proj(product)
-    address, gate, up = product.data_ptr(), gate.detach(), up.detach()
+class EfficientMLP(Kernel):
+    prefix = "Efficient"
+    efficient_layer: tuple[nn.Module]
+    """The decoder layer, in a tuple, so that it does not become a child."""
 
-    def pack(tensor):
-        # the input of the last layer, however that layer looks: linear, 4-bit, with low-rank matrices beside it
-        is_product = tensor.data_ptr() == address and tensor.numel() == gate.numel() and tensor.dtype == gate.dtype
-        return _Product(gate, up, tensor.shape) if is_product else tensor
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        product = _GatedProduct.apply(gate, up)
+        # Under checkpointing autograd's own hooks decide what is kept; ours would keep it in spite of them.
+        if self.efficient_layer[0].gradient_checkpointing or not product.requires_grad:
+            return self.down_proj(product)
+        address, gate, up = product.data_ptr(), gate.detach(), up.detach()
 
-    def unpack(kept):
-        return silu(kept.gate).mul_(kept.up).view(kept.shape) if isinstance(kept, _Product) else kept
+        def pack(tensor):
+            # the input of the last layer, however that layer looks: linear, 4-bit, with LoRA weights
+            is_product = tensor.data_ptr() == address and tensor.numel() == gate.numel() and tensor.dtype == gate.dtype
+            return _Product(gate, up, tensor.shape) if is_product else tensor
 
-    with saved_tensors_hooks(pack, unpack):
-        return self.down_proj(product)
+        def unpack(kept):
+            return silu(kept.gate).mul_(kept.up).view(kept.shape) if isinstance(kept, _Product) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return self.down_proj(product)
 
 
 # Attention
@@ -146,39 +154,51 @@ def _rotate(states, cos, sin, inverse=False):
     return turned
 
 
-def _lean_attention(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-    past = kwargs.pop(CACHE, None)
-    if past is not None or position_embeddings is None:
-        arguments = {"position_embeddings": position_embeddings, CACHE: past, **kwargs}
-        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **arguments)
-    shape = hidden_states.shape[:-1]
-    query, key, value = (
-        project(hidden_states).view(*shape, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    query, key = _Rotary.apply(query, key, *position_embeddings)
-    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-    dropout = self.attention_dropout if self.training else 0.0
-    states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, length, head_dim]
-    output, weights = attend(self, *states, attention_mask, **{**kwargs, **self._lean_arguments, "dropout": dropout})
-    return self.o_proj(output.reshape(*shape, -1)), weights
+class EfficientAttention(Kernel):
+    prefix = "Efficient"
+    efficient_arguments: dict
+    """What the original gives its attention function besides the states (scaling, window, …)."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        past = kwargs.pop(CACHE, None)
+        attend = ALL_ATTENTION_FUNCTIONS.get(
+            self.config._attn_implementation
+        )  # None: eager, which each model has itself
+        if past is not None or position_embeddings is None or attend is None:
+            arguments = {"position_embeddings": position_embeddings, CACHE: past, **kwargs}
+            return super().forward(hidden_states, attention_mask=attention_mask, **arguments)
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            project(hidden_states).view(*shape, -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = _Rotary.apply(query, key, *position_embeddings)
+        kwargs |= {**self.efficient_arguments, "dropout": self.attention_dropout if self.training else 0.0}
+        states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, length, head_dim]
+        output, weights = attend(self, *states, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1)), weights
 
 
-# Low-rank matrices
+# LoRA weights
 
 
-def _lean_lora(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+class EfficientLora(Kernel):
     """`base(x) + scaling · B A dropout(x)`: no float32 copy of the input, and the sum within the product."""
-    active = self.active_adapters
-    if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
-        return type(self).forward(self, x, *args, **kwargs)
-    name = active[0]
-    result = self.base_layer(x)
-    dropped = self.lora_dropout[name](x).to(result.dtype)
-    low = linear(dropped, self.lora_A[name].weight.to(result.dtype))  # [..., r]
-    high = self.lora_B[name].weight.to(result.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # all of one dtype; autocast would cast again
-        total = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), high.t(), alpha=self.scaling[name])
-    return total.view(result.shape)
+
+    prefix = "Efficient"
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        active = self.active_adapters
+        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
+            return super().forward(x, *args, **kwargs)
+        name = active[0]
+        result = self.base_layer(x)
+        dropped = self.lora_dropout[name](x).to(result.dtype)
+        low = linear(dropped, self.lora_A[name].weight.to(result.dtype))  # [..., r]
+        high = self.lora_B[name].weight.to(result.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # all of one dtype; autocast would cast again
+            total = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), high.t(), alpha=self.scaling[name])
+        return total.view(result.shape)
 
 
 # Choosing
@@ -186,14 +206,14 @@ def _lean_lora(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
 
 def make_lean(language_model: nn.Module) -> dict[str, int]:
     """
-    Replace the forward of a language model's parts, in place, where a probe shows that ours computes the same.
+    Exchange the parts of a language model, in place, where a probe forward shows that ours compute the same.
 
     Args:
         language_model (`nn.Module`):
-            The language model; its linear layers may be 4-bit or have low-rank matrices beside them.
+            The language model; its linear layers may be 4-bit or have LoRA weights.
 
     Returns:
-        `dict[str, int]`: how many were replaced of `norms`, `mlps`, `attentions` and `loras`.
+        `dict[str, int]`: how many were exchanged of `norms`, `mlps`, `attentions` and `loras`.
     """
     counts = dict.fromkeys(_KINDS, 0)
     tried: dict[tuple, dict | None] = {}
@@ -204,7 +224,7 @@ def make_lean(language_model: nn.Module) -> dict[str, int]:
     layer_of = {module: layer for layer in layers for module in layer.modules()}  # the innermost: it comes last
     for module in language_model.modules():
         kind = next((kind for kind, (looks_like, _) in _KINDS.items() if looks_like(module)), None)
-        if kind is None or "forward" in vars(module) or (kind == "mlps" and module not in layer_of):
+        if kind is None or not can_exchange(module) or (kind == "mlps" and module not in layer_of):
             continue
         key = (
             kind,
@@ -216,7 +236,7 @@ def make_lean(language_model: nn.Module) -> dict[str, int]:
             if tried[key] is None:
                 logger.info("%s is left as it is: it does not compute what its like does.", type(module).__name__)
         if tried[key] is not None:
-            _replace(module, kind, layer_of, tried[key])
+            _exchange(module, kind, layer_of, tried[key])
             counts[kind] += 1
     return counts
 
@@ -251,19 +271,19 @@ def _looks_like_lora(module: nn.Module) -> bool:
 
 
 _KINDS = {
-    "norms": (_looks_like_norm, _lean_norm),
-    "mlps": (_looks_like_gated_mlp, _lean_mlp),
-    "attentions": (_looks_like_attention, _lean_attention),
-    "loras": (_looks_like_lora, _lean_lora),
+    "norms": (_looks_like_norm, EfficientNorm),
+    "mlps": (_looks_like_gated_mlp, EfficientMLP),
+    "attentions": (_looks_like_attention, EfficientAttention),
+    "loras": (_looks_like_lora, EfficientLora),
 }
 
 
-def _replace(module: nn.Module, kind: str, layer_of: dict[nn.Module, nn.Module], arguments: dict) -> None:
+def _exchange(module: nn.Module, kind: str, layer_of: dict[nn.Module, nn.Module], arguments: dict) -> None:
     if kind == "mlps":
-        module._lean_layer = (layer_of[module],)  # in a tuple, so that it does not become a child
+        module.efficient_layer = (layer_of[module],)
     if kind == "attentions":
-        module._lean_arguments = arguments
-    module.forward = MethodType(_KINDS[kind][1], module)
+        module.efficient_arguments = arguments
+    exchange(module, _KINDS[kind][1])
 
 
 @torch.no_grad()
@@ -284,17 +304,17 @@ def _probe(module: nn.Module, kind: str, layer_of: dict, embedding: torch.Tensor
     if kind == "attentions":
         angles = torch.rand(1, 7, module.head_dim, generator=generator).to(first.device, dtype)
         inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-    was_training, recorded = module.training, {}
+    original, was_training, recorded = type(module), module.training, {}
     module.eval()  # dropout of low-rank matrices
     try:
         with _recording(getattr(module, "config", None), recorded):
             expected = _first(module(hidden, **inputs))
-            _replace(module, kind, layer_of, recorded)
+            _exchange(module, kind, layer_of, recorded)
             actual = _first(module(hidden, **inputs))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None
     finally:
-        vars(module).pop("forward", None)
+        module.__class__ = original
         module.train(was_training)
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
     is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
