@@ -31,7 +31,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     model.add_argument("--load-in-4bit", action="store_true", help="quantise the language model to NF4")
     model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's own")
     how = parser.add_argument_group("how it answers")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: %(default)s)")
+    how.add_argument(
+        "--batch-size", type=int, metavar="N", help="most answers at a time (default: as many as memory has room for)"
+    )
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the benchmark's)")
     how.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
     how.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
@@ -112,7 +114,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
             )
     elif args.top_p is not None:
         raise ValueError("--top-p is used with --temperature; greedy answers draw nothing.")
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
     shard = Shard.parse(args.shard)
     check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked, and anything is written

@@ -68,7 +68,7 @@ def evaluate(
     *,
     model: dict,
     shard: Shard | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     decoding: dict | None = None,
     partial: bool = False,
     progress: bool = True,
@@ -82,7 +82,7 @@ def evaluate(
         out (`str` or `Path`): The run's folder.
         model (`dict`): From [`describe_model`].
         shard ([`Shard`], *optional*): The part of this process. Whoever finishes last scores the whole.
-        batch_size (`int`, defaults to 8): Answers that grow at a time; no influence on them.
+        batch_size (`int`, *optional*): As in [`LlavaPredictor.answer_many`]; no influence on the answers.
         decoding (`dict`, *optional*): Fields of [`DecodingSettings`].
         partial (`bool`, defaults to `False`): Score what is there, though samples are without an answer.
 
@@ -133,7 +133,7 @@ def evaluate(
 
 
 def evaluate_in_memory(
-    benchmark: Benchmark, predictor, *, batch_size: int = 8, decoding: dict | None = None
+    benchmark: Benchmark, predictor, *, batch_size: int | None = None, decoding: dict | None = None
 ) -> Scored:
     """Answers and scores without a folder: for a slice, during training."""
     decoding = {"max_new_tokens": benchmark.max_new_tokens, **(decoding or {})}

@@ -30,7 +30,7 @@ class EvaluationCallback(TrainerCallback):
 
     Args:
         benchmarks (`Sequence[Benchmark]`): Slices: [`Benchmark.first`]`(200)`.
-        batch_size (`int`, *optional*, defaults to 8): Answers that grow at a time.
+        batch_size (`int`, *optional*): As in [`LlavaPredictor.answer_many`].
         max_new_tokens (`int`, *optional*): Of an answer; each benchmark's own by default.
 
     In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python:
@@ -45,7 +45,9 @@ class EvaluationCallback(TrainerCallback):
     >>> train("finetune.yaml", callbacks=[EvaluationCallback(slices)])
     ```"""
 
-    def __init__(self, benchmarks: Sequence[Benchmark], batch_size: int = 8, max_new_tokens: int | None = None):
+    def __init__(
+        self, benchmarks: Sequence[Benchmark], batch_size: int | None = None, max_new_tokens: int | None = None
+    ):
         self.benchmarks = list(benchmarks)
         self.batch_size = batch_size
         self.decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}

@@ -15,6 +15,9 @@ from .prompts import encode_prompt
 WINDOW_BATCHES = 8
 """So many batches of samples are looked at together, to group them by image and to order them by length."""
 
+MAX_GROUPS = 8
+"""Groups of samples whose images are encoded at one time: bounds the memory of the vision tower."""
+
 
 def rows_of_samples(
     samples: Iterator[dict],
@@ -46,8 +49,9 @@ def rows_of_samples(
             groups.setdefault(key, []).append((sample, ids))
         # The longest first: the first batch makes the buffers as large as they will ever be.
         ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
-        for start in range(0, len(ordered), batch_size):
-            yield from _rows_of_groups(ordered[start : start + batch_size], decoder, processor, image_folder)
+        step = min(batch_size, MAX_GROUPS)
+        for start in range(0, len(ordered), step):
+            yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder)
 
 
 def encode_pictures(pictures: list[Image.Image], decoder: Decoder, processor) -> list:
@@ -71,14 +75,17 @@ def _rows_of_groups(groups, decoder: Decoder, processor, image_folder) -> Iterat
 
 
 def _group_prefix(prompts: list[list[int]], features, decoder: Decoder, image_token_id: int) -> Prefix | None:
-    """What all prompts of a group begin with, if that holds their images and is worth a pass of its own."""
+    """
+    What all prompts of a group begin with, if that holds their images and is worth a pass of its own; computed when the
+    first of its rows is.
+    """
     if len(prompts) < 2 or not features or not decoder.shares_prefixes:
         return None
     first = prompts[0]
     length = min(min(common_length(first, ids) for ids in prompts), min(map(len, prompts)) - 1)
     if image_token_id in first[length:]:
         return None
-    return decoder.build_prefix(first[:length], features)
+    return Prefix(first[:length], features=features)
 
 
 def _check_sample(sample: dict) -> None:

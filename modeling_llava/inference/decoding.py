@@ -5,7 +5,6 @@ without padding, a finished row leaves and the next one takes its place.
 
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from transformers import DynamicCache
@@ -14,6 +13,7 @@ from transformers.utils import logging
 from ..constants import CACHE
 from ..later_layers import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
+from .memory import MARGIN, free_memory, key_value_bytes, pass_bytes
 from .prefix_cache import Prefix, RowCache
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
 from .turns import turns_of
@@ -24,6 +24,9 @@ logger = logging.get_logger(__name__)
 
 MAX_PREFILL_TOKENS = 4096
 """Tokens of prompts that one forward pass takes at most (a longer prompt goes alone): bounds its memory."""
+
+MAX_ROWS = {"cpu": 8}
+"""Rows at a time, as far as memory suffices, where no batch size is given: by device type, 32 on others."""
 
 
 @dataclass(eq=False)
@@ -104,44 +107,63 @@ class Decoder:
         with self.turns, without_later_layers(tower, self.model.config.vision_feature_layer):
             return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
+    @property
+    def max_rows(self) -> int:
+        """Rows that are answered at a time where no batch size is given, as far as memory suffices."""
+        return MAX_ROWS.get(self.device.type, 32)
+
     @torch.inference_mode()
-    def build_prefix(self, ids: list[int], features: list[torch.Tensor]) -> Prefix:
-        """Computes the keys and values of a prompt's first tokens."""
-        prefix = Prefix(list(ids))
+    def compute(self, prefix: Prefix) -> Prefix:
+        """Computes a prefix's keys and values, unless they are there."""
+        if prefix.keys:
+            return prefix
 
         def write(layer, row, keys, values):
             prefix.keys.append(keys.clone())
             prefix.values.append(values.clone())
 
-        step = Prefill([len(ids)], [None], write, self.device)
-        embeds = self._embed(Row("the prefix", prefix.ids, features=features))[None]
-        last = torch.tensor([len(ids) - 1], device=self.device)
-        with self.turns, last_layer_for(self.language_model, last, len(ids)):
+        num_tokens = len(prefix.ids)
+        step = Prefill([num_tokens], [None], write, self.device)
+        embeds = self._embed(Row("the prefix", prefix.ids, features=prefix.features))[None]
+        last = torch.tensor([num_tokens - 1], device=self.device)
+        with self.turns, last_layer_for(self.language_model, last, num_tokens):
             self._forward(embeds, step)
+        prefix.features = []
         return prefix
 
-    def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int = 8) -> Iterator[Row]:
+    def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int | None = None) -> Iterator[Row]:
         """
-        Answers rows, `batch_size` of them at a time. Yields a row each time it has got a token; `row.finish_reason` says
-        whether it was the last one. `rows` is read as slots become free, so it may be longer than memory.
+        Answers rows, at most `batch_size` of them at a time (by default `max_rows`), and no more than memory has room for;
+        one always is. Yields a row each time it has got a token; `row.finish_reason` says whether it was the last one.
+        `rows` is read as others finish, so it may be longer than memory.
         """
+        if batch_size is None:
+            batch_size = self.max_rows
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if not self.shares_prefixes:
             yield from self._run_unshared(rows, settings)
             return
-        pending = iter(rows)
+        pending, waiting = iter(rows), []  # waiting: a row for which there was no room
         active: list[Row] = []  # row i of the cache is active[i]
-        cache = None
-        exhausted = False
+        cache = RowCache(self.num_layers)
+        refill_at = 0
         while True:
-            # A pass over few new tokens costs as much as one over many: wait until a quarter of the slots is free.
-            free = batch_size - len(active)
-            if not exhausted and (not active or free >= max(1, batch_size // 4)):
-                new = list(islice(pending, free))
-                exhausted = len(new) < free
+            # A pass over few new tokens costs as much as one over many: wait until a quarter of the rows has finished.
+            if len(active) <= refill_at:
+                new: list[Row] = []
+                while len(active) + len(new) < batch_size:
+                    row = waiting.pop() if waiting else next(pending, None)
+                    if row is None:
+                        break
+                    if (active or new) and not self._has_room(cache, active, [*new, row], settings):
+                        waiting.append(row)
+                        break
+                    new.append(row)
+                num_rows = len(active) + len(new)
+                refill_at = num_rows - max(1, num_rows // 4)
                 if new:
-                    cache = cache or RowCache(len(new), self.num_layers)
+                    cache.fit(num_rows, _max_length([*active, *new], settings))
                     self._prefill(new, cache, settings)
                     active += new
                     yield from new
@@ -153,8 +175,24 @@ class Decoder:
             yield from active.copy()
             _remove_finished(active, cache)
 
+    def _has_room(self, cache: RowCache, active: list[Row], new: list[Row], settings: DecodingSettings) -> bool:
+        """Whether memory suffices for new rows next to the active ones, when all have grown to their full length."""
+        config, dtype = self.language_model.config, self.model.get_input_embeddings().weight.dtype
+        per_token = key_value_bytes(config, dtype)
+        num_slots, max_length = cache.shape_for(len(active) + len(new), _max_length([*active, *new], settings))
+        whole = num_slots * max_length * per_token
+        growth = whole + whole // self.num_layers - cache.nbytes  # a layer's buffers are there twice when they grow
+        prefixes = {id(row.prefix): len(row.prefix.ids) for row in new if row.prefix and not row.prefix.keys}
+        lengths = [len(row.own_ids) for row in new]
+        of_pass = max(min(sum(lengths), MAX_PREFILL_TOKENS), *lengths, *prefixes.values())
+        needed = growth + sum(prefixes.values()) * per_token + pass_bytes(config, dtype, of_pass)
+        return needed <= (1 - MARGIN) * free_memory(self.device)
+
     @torch.inference_mode()
     def _prefill(self, new: list[Row], cache: RowCache, settings: DecodingSettings) -> None:
+        for row in new:
+            if row.prefix is not None:
+                self.compute(row.prefix)
         first = 0
         while first < len(new):
             end, num_tokens = first, 0
@@ -261,6 +299,11 @@ def _forget_lengths(language_model) -> None:
         for kind in module.rope_type if isinstance(module.rope_type, dict) else [None]:
             token = torch.zeros(1, 1, dtype=torch.long, device=next(module.buffers()).device)
             module(token.float(), token, **({} if kind is None else {"layer_type": kind}))  # a sequence of one token
+
+
+def _max_length(rows: list[Row], settings: DecodingSettings) -> int:
+    """Tokens of its own that the longest row has at last."""
+    return max(len(row.own_ids) for row in rows) + settings.max_new_tokens
 
 
 @torch.inference_mode()

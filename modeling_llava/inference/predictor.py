@@ -173,7 +173,7 @@ class LlavaPredictor:
                 this question and its answer become part of it. Otherwise the question stands alone and leaves the
                 conversation as it is.
             batch_size (`int`, *optional*, defaults to 64):
-                Questions of a list answered at a time.
+                Most questions of a list answered at a time; fewer where memory has room for fewer.
             settings: Fields of [`DecodingSettings`] for this call, such as `max_new_tokens=32`.
 
         Returns:
@@ -243,7 +243,7 @@ class LlavaPredictor:
         self,
         samples: Iterable[dict],
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         image_folder: str | os.PathLike | None = None,
         template_variables: dict | None = None,
         **settings,
@@ -258,7 +258,8 @@ class LlavaPredictor:
                 `{"id", "messages", "images"}` as in [`modeling_llava.data.schema.Conversation`], a user's turn last.
                 Samples with the same image should stand near each other (within `8 · batch_size`) and refer to it by the
                 same path.
-            batch_size (`int`, *optional*, defaults to 8): Answers that grow at a time.
+            batch_size (`int`, *optional*):
+                Most answers that grow at a time; by default 32, on the CPU 8. Fewer where memory has room for fewer.
             image_folder (`str`, *optional*): What paths of images are relative to.
             template_variables (`dict`, *optional*): For the chat template.
             settings: Fields of [`DecodingSettings`].
@@ -276,7 +277,7 @@ class LlavaPredictor:
             self.decoder,
             self.processor,
             system=self.system,
-            batch_size=batch_size,
+            batch_size=self.decoder.max_rows if batch_size is None else batch_size,
             image_folder=image_folder,
             template_variables=template_variables or {},
         )
@@ -289,7 +290,7 @@ class LlavaPredictor:
         last = max(i for i, token in enumerate(ids) if token == self.processor.image_token_id)
         matched = match_chain(encoded.prefix, ids)
         if self.decoder.shares_prefixes and (matched is None or matched.end <= last):
-            encoded.prefix = self.decoder.build_prefix(ids[: last + 1], encoded.features)
+            encoded.prefix = self.decoder.compute(Prefix(ids[: last + 1], features=encoded.features))
 
     def _row(self, turns: list[tuple[str, str | None]], row_id: int, past: Prefix | None = None) -> Row:
         """The row of a conversation whose last question is to be answered; `past` are the turns' keys and values."""

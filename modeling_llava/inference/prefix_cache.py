@@ -21,7 +21,10 @@ class Prefix:
             Position of the first token: 0, or the number of tokens of all parents.
         parent (`Prefix`, *optional*):
             What stands before it. A conversation is a parent (the image) and a child (the turns so far).
-        keys, values (`list[torch.Tensor]`, one per layer, of shape `(num_kv_heads, num_tokens, head_dim)`)
+        keys, values (`list[torch.Tensor]`, one per layer, of shape `(num_kv_heads, num_tokens, head_dim)`):
+            Empty until they are computed.
+        features (`list[torch.Tensor]`):
+            Features `[num_image_tokens, hidden]` of the images among the tokens, until keys and values are computed.
     """
 
     ids: list[int]
@@ -29,6 +32,7 @@ class Prefix:
     parent: "Prefix | None" = None
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
+    features: list[torch.Tensor] = field(default_factory=list)
 
     def chain(self) -> list["Prefix"]:
         """All links, the first one first."""
@@ -81,13 +85,30 @@ class RowCache:
     `lengths[i]` tokens, at the front of slot `i`; the active rows are the first `len(lengths)` slots.
     """
 
-    def __init__(self, num_slots: int, num_layers: int):
-        self.num_slots = num_slots
+    def __init__(self, num_layers: int):
+        self.num_slots = 0
+        self.max_length = 0
+        """Most tokens that a slot will ever hold: what `capacity` grows to."""
         self.lengths: list[int] = []
         self.prefixes: list[Prefix | None] = []
         self.capacity = 0
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers, in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values) if tensor is not None)
+
+    def shape_for(self, num_rows: int, max_length: int) -> tuple[int, int]:
+        """Slots, and tokens of each, when so many rows grow to `max_length`: those of now where they suffice."""
+        suffices = num_rows <= self.num_slots and max_length <= self.max_length
+        return (self.num_slots, self.max_length) if suffices else (num_rows, max_length)
+
+    def fit(self, num_rows: int, max_length: int) -> None:
+        """Takes that shape (the tensors do when they are next written)."""
+        self.num_slots, self.max_length = self.shape_for(num_rows, max_length)
+        self.capacity = min(self.capacity, self.max_length)
 
     def add(self, length: int, prefix: Prefix | None) -> int:
         """Takes the next free slot for a row whose own tokens are about to be computed."""
@@ -110,7 +131,8 @@ class RowCache:
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens in every slot (the tensors grow when they are next written)."""
         if length > self.capacity:
-            self.capacity = max(length, self.capacity + max(MIN_GROWTH, self.capacity // 4))
+            grown = max(length, self.capacity + max(MIN_GROWTH, self.capacity // 4))
+            self.capacity = min(grown, self.max_length)
 
     def buffers(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -119,12 +141,13 @@ class RowCache:
         """
         for tensors, like in ((self.keys, key), (self.values, value)):
             old = tensors[layer]
-            if old is not None and old.shape[2] >= self.capacity:
+            if old is not None and (old.shape[0], old.shape[2]) == (self.num_slots, self.capacity):
                 continue
             shape = (self.num_slots, like.shape[1], self.capacity, like.shape[3])
             tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
             if old is not None:
-                tensors[layer][:, :, : old.shape[2]] = old
+                rows, length = min(old.shape[0], self.num_slots), min(old.shape[2], self.capacity)
+                tensors[layer][:rows, :, :length] = old[:rows, :, :length]
         return self.keys[layer], self.values[layer]
 
     def take(self, row: int, ids: list[int]) -> Prefix:
