@@ -120,10 +120,10 @@ def test_buffers_change_shape_with_the_rows_and_answers_do_not(model, processor,
 
     card.size = 10**12
     expected = [tokens([prompt])[0] for prompt in prompts]
-    card.size, card.rows, card.used = (90 + NEW_TOKENS) * BYTES_PER_TOKEN * 3 // 2, [], []
+    card.size, card.rows, card.used = (90 + NEW_TOKENS) * BYTES_PER_TOKEN * 2, [], []
     assert tokens(prompts) == expected
     assert max(card.used) <= card.size
-    assert 1 in card.rows and max(card.rows) >= 4  # the longest is alone, short ones are not
+    assert 1 in card.rows and max(card.rows) == 5  # 5 × (9 + 20) tokens, and half of it again, but not 2 × (90 + 20)
 
 
 def test_bytes_of_a_token_are_those_of_the_buffers(model, processor):
