@@ -112,12 +112,13 @@ def _table(both: list, settings, title: str):
     row("activations", [result.activations for result in both])
     row("loss", [result.loss for result in both])
     row("backward pass of one layer", [result.working for result in both])
-    row("these four at their common highest", [result.peak_of_step for result in both])
+    row("evaluation batch", [result.evaluation for result in both])
+    row("these five at their common highest", [result.peak_of_step for result in both])
     table.add_section()
     row("16-bit copies, in transit", [result.buckets for result in both])
     row("CUDA context, workspaces, fragmentation", [result.overhead for result in both])
     table.add_section()
-    row("all (the highest in place of the four)", [result.total for result in both])
+    row("all (the highest in place of the five)", [result.total for result in both])
     return table
 
 

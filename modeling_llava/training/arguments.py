@@ -202,6 +202,9 @@ class LlavaTrainingArguments(TrainingArguments):
             "help": "Log the loss before in place of one that is not finite. Otherwise such a loss ends the run."
         },
     )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples of an evaluation batch; by default those of a training batch."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
@@ -229,7 +232,17 @@ class LlavaTrainingArguments(TrainingArguments):
         self._resolve_precision()
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         super().__post_init__()
+        if (visible := super().n_gpu) > 1:
+            logger.warning(
+                "%d GPUs are visible and one process was started: it trains on %s alone. For all of them, start it with: "
+                "accelerate launch --num_processes %d -m modeling_llava.cli.main train …",
+                visible,
+                self.device,
+                visible,
+            )
         if self.use_liger_kernel:
             self._keep_own_loss()
         self._normalised = {setting.name: getattr(self, setting.name) for setting in fields(self)}
@@ -397,6 +410,11 @@ class LlavaTrainingArguments(TrainingArguments):
 
         state = without_tokens(self.__dict__)
         return state | {name: without_tokens(state[name]) for name in ("_given", "_normalised") if name in state}
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one at most. transformers takes all that it sees, and scales batch and loss by their number."""
+        return min(super().n_gpu, 1)
 
     @property
     def is_sharded(self) -> bool:

@@ -6,6 +6,7 @@ Memory and time of a run, by part, from configurations alone: nothing is loaded,
     optimizer    two moments per trained parameter (AdamW)
     activations  what autograd keeps of one micro-batch (see `lean.py`), or one layer of it with checkpointing
     loss         the head's logits, a chunk of positions at a time
+    evaluation   activations of one layer of an evaluation batch, without gradients
     device       CUDA context, libraries' workspaces, fragmentation
 
 The formulas are sums over the layers' operations, in bytes per position. On the CPU the growth is within 15 % of what is
@@ -50,6 +51,8 @@ class Settings:
     trained_dtype: str = "float32"
     double_quant: bool = True
     per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int | None = None
+    """By default the training batch, which takes more than its evaluation."""
     gradient_accumulation_steps: int = 1
     global_batch_size: int | None = None
     max_length: int = 2048
@@ -114,10 +117,12 @@ class Estimate:
     """Beside the activations, at the moment when most is needed: one layer's backward pass, or the loss."""
     loss: float = 0.0
     """The part of the loss, which comes before the layers' backward passes."""
+    evaluation: float = 0.0
+    """What an evaluation batch takes, if its size is given."""
     buckets: float = 0.0
     """16-bit copies of trained float32 weights, and what is in transit between devices."""
     peak_of_step: float = 0.0
-    """Gradients, activations and working memory at their common highest; they are not all there at the same time."""
+    """Gradients, activations and working memory, or evaluation, at their highest; they are not all there at the same time."""
     overhead: float = 0.0
     trained_parameters: int = 0
     flops_per_position: float = 0.0
@@ -189,8 +194,8 @@ def estimate(shapes: Shapes, settings: Settings) -> Estimate:
     h, m = shapes.hidden, shapes.intermediate
     at_down = ((3 if trains_lora and settings.lora_dropout else 2) * m + h) * c
     backward = positions * max(at_down, (4 * m + 2 * h) * c - of_down)
-    if settings.adapter == "qlora":
-        backward += max(inputs * outputs for inputs, outputs in shapes.linears) * c  # the matrix in 16 bit
+    dequantised = max(inputs * outputs for inputs, outputs in shapes.linears) * c if settings.adapter == "qlora" else 0
+    backward += dequantised
     if settings.activation_checkpointing:
         # a layer's input each; the first one's is counted outside of the layers
         result.activations = outside + (shapes.layers - 1) * positions * shapes.hidden * residual
@@ -216,7 +221,12 @@ def estimate(shapes: Shapes, settings: Settings) -> Estimate:
         moments.append(tied_up - done * per_kept_layer + gradients)
     # At last the gradient of the embeddings; where they are the head, that of the head has waited for it.
     moments.append(result.gradients + (head_gradient if settings.accumulates or shapes.tied else 0.0))
-    result.peak_of_step = max(moments) + pixels
+    if settings.per_device_eval_batch_size is not None:
+        # gate, up and their product; the layer's input and output, queries, keys, values, attention
+        result.evaluation = (
+            settings.per_device_eval_batch_size * settings.max_length * (3 * m + 6 * h) * c + dequantised
+        )
+    result.peak_of_step = max(max(moments) + pixels, result.evaluation)
     result.working = max(backward, result.loss)
 
     _share_out(result, shapes, settings, trained, t)
@@ -336,6 +346,8 @@ def propose(shapes: Shapes, settings: Settings, gpu_gib: float) -> dict[str, Any
     if fits(estimate(shapes, current), gpu_gib):
         return changes
     steps: list[dict[str, Any]] = []
+    if settings.per_device_eval_batch_size is not None:
+        steps.append({"per_device_eval_batch_size": 1})
     if not settings.activation_checkpointing:
         steps.append({"activation_checkpointing": True})
     batch = settings.per_device_train_batch_size

@@ -50,10 +50,6 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
     attention = args.attn_implementation
     if attention is not None and attention != VARLEN and "flash" not in attention:
         return f"attn_implementation={attention} would build a mask of all positions × all positions for a pack"
-    if args.n_gpu > 1:
-        return (
-            f"DataParallel would cut a pack among {args.n_gpu} GPUs (start with accelerate launch or torchrun instead)"
-        )
     if args.torch_compile:
         return "torch_compile would compile anew for each length of a pack"
     language_model = model.model.language_model

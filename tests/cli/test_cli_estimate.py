@@ -106,3 +106,14 @@ def test_a_configuration_that_is_no_json_and_a_recipe_that_is_no_text_are_named(
     assert f"{tmp_path / 'config.json'} is not JSON (" in capsys.readouterr().err
     assert main(["estimate", str(tmp_path / "photo.yaml")]) == 2
     assert "photo.yaml is not YAML: 'utf-8' codec can't decode" in capsys.readouterr().err
+
+
+def test_an_evaluation_batch_above_the_training_batch_is_estimated(capsys):
+    """Emulated, 7B in 4 bits: 8 × 2,048 tokens take 1.85 GiB of activations, a training batch of one 1.2."""
+    words = ["estimate", "--gpu", "6.8", "qlora-8gb", MODEL]
+    assert main(words) == 0
+    assert gib(capsys.readouterr().out, "evaluation batch") == 0
+    assert main([*words, "per_device_eval_batch_size=8"]) == 1
+    printed = capsys.readouterr().out
+    assert gib(printed, "evaluation batch") == pytest.approx(1.85, rel=0.1)
+    assert "per_device_eval_batch_size=1" in printed
