@@ -110,6 +110,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of modeling_llava has no second derivative (create_graph=True): its gradients are computed in the "
+                "forward pass. Compute a loss of your own from model(..., skip_logits=False).logits."
+            )
         if ctx.grads is None:
             raise RuntimeError(
                 "Trying to backward through the loss a second time: its gradients, computed in the forward pass, are gone "
@@ -159,7 +164,8 @@ def causal_language_model_loss(
     targets = shift_labels.reshape(-1).to(hidden_states.device)
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch_size * sequence_length, hidden_size]
 
-    if torch.compiler.is_compiling():  # choosing rows depends on the data, which would break the graph
+    # Choosing rows depends on the data, which would break a compiled graph; torch.func cannot look into our function.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         logits = lm_head(hidden_states).float()
         total = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         count = (targets != IGNORE_INDEX).sum()

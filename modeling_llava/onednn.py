@@ -136,20 +136,20 @@ def _dequantised(weight):
 class OneDNNLinear(Kernel):
     prefix = "OneDNN"
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def compute(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
 
 
 class OneDNNLinear4bit(Kernel):
     prefix = "OneDNN"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         state = getattr(self.weight, "quant_state", None)
         is_plain = state is not None and state.dtype == torch.float32 and self.compute_dtype in (None, torch.float32)
         is_packed = getattr(state, "packing_format_for_cpu", False)  # in place, by bitsandbytes, for inference
         if not is_plain or is_packed or self.bias is not None or not _serves(rows, self.out_features):
-            return super().forward(x)
+            return self.compute_plainly(x)
         return _FourBitLinear.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
 
 

@@ -1,11 +1,11 @@
 """
 Exchange a module's class for one that computes the same with less: what `print(model)` shows is what runs.
 
-A kernel is a class with a `forward` that is put before the original class, so that `super().forward` is the original's:
+A kernel is a class that is put before the original class:
 
     LlamaRMSNorm   →   EfficientLlamaRMSNorm(EfficientNorm, LlamaRMSNorm)
 
-Parameters, buffers, hooks and `isinstance` stay as they are. A pickle holds the original class, so that it is read in a process
+In training its `compute` runs, in `eval()` the original's `forward`, so that answers are the stock ones to the last bit. Parameters, buffers, hooks and `isinstance` stay as they are. A pickle holds the original class, so that it is read in a process
 without this package; copies and the replicas of `nn.DataParallel` keep the exchanged one.
 """
 
@@ -21,6 +21,13 @@ class Kernel:
     prefix: str
     """Of the name of the exchanged class."""
     original_class: type[nn.Module]
+
+    def forward(self, *args, **kwargs):
+        return self.compute(*args, **kwargs) if self.training else self.compute_plainly(*args, **kwargs)
+
+    def compute_plainly(self, *args, **kwargs):
+        """The original's `forward`, by which a kernel computes what it does not know."""
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         _, _, *rest = super().__reduce_ex__(2)

@@ -65,7 +65,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 class EfficientNorm(Kernel):
     prefix = "Efficient"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return _RootMeanSquareNorm.apply(hidden_states, self.weight, _epsilon(self))
 
 
@@ -100,7 +100,7 @@ class EfficientMLP(Kernel):
     efficient_layer: tuple[nn.Module]
     """The decoder layer, in a tuple, so that it does not become a child."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         product = _GatedProduct.apply(gate, up)
         # Under checkpointing autograd's own hooks decide what is kept; ours would keep it in spite of them.
@@ -159,14 +159,14 @@ class EfficientAttention(Kernel):
     efficient_arguments: dict
     """What the original gives its attention function besides the states (scaling, window, …)."""
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    def compute(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         past = kwargs.pop(CACHE, None)
         attend = ALL_ATTENTION_FUNCTIONS.get(
             self.config._attn_implementation
         )  # None: eager, which each model has itself
         if past is not None or position_embeddings is None or attend is None:
             arguments = {"position_embeddings": position_embeddings, CACHE: past, **kwargs}
-            return super().forward(hidden_states, attention_mask=attention_mask, **arguments)
+            return self.compute_plainly(hidden_states, attention_mask=attention_mask, **arguments)
         shape = hidden_states.shape[:-1]
         query, key, value = (
             project(hidden_states).view(*shape, -1, self.head_dim)
@@ -187,10 +187,10 @@ class EfficientLora(Kernel):
 
     prefix = "Efficient"
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         active = self.active_adapters
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
-            return super().forward(x, *args, **kwargs)
+            return self.compute_plainly(x, *args, **kwargs)
         name = active[0]
         result = self.base_layer(x)
         dropped = self.lora_dropout[name](x).to(result.dtype)
@@ -310,7 +310,7 @@ def _probe(module: nn.Module, kind: str, layer_of: dict, embedding: torch.Tensor
         with _recording(getattr(module, "config", None), recorded):
             expected = _first(module(hidden, **inputs))
             _exchange(module, kind, layer_of, recorded)
-            actual = _first(module(hidden, **inputs))
+            actual = _first(module.compute(hidden, **inputs))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None
     finally:
