@@ -15,6 +15,7 @@ from .forms import (
     build_original,
     build_tower,
     copy,
+    each_form,
     every_form,
     every_original,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "build_original",
     "build_tower",
     "copy",
+    "each_form",
     "every_form",
     "every_original",
 ]

@@ -1,0 +1,84 @@
+"""The whole way on every form that is published: load, labels, a step, save; and stock transformers on what was saved."""
+
+import json
+
+import pytest
+import torch
+from published import ANSWERS, CONVERSATION, QUESTION, build, each_form
+from tiny_predictor import picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+
+from modeling_llava.data import encode_conversation
+from modeling_llava.inference import LlavaPredictor
+from modeling_llava.training import LlavaTrainingArguments, train
+from modeling_llava.training.loading import load_model_and_processor
+
+
+NOT_YET = {"xtuner-llama3": "issue D: a llava checkpoint's template for strings is not given the image token"}
+
+
+def settings(form, folder, **changes):
+    return {
+        "model": str(build(form)), "output_dir": str(folder), "report_to": "none", "disable_tqdm": True,
+        "preview_samples": 0, **(form.train or {}), **changes,
+    }  # fmt: skip
+
+
+def answers_taught(encoded, tokenizer):
+    """The supervised stretches of a sample, decoded one by one."""
+    stretches = [[]]
+    for label in encoded["labels"].tolist():
+        if label != -100:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return tuple(tokenizer.decode(stretch) for stretch in stretches if stretch)
+
+
+@each_form(NOT_YET)
+def test_labels_are_each_answer_and_its_stop_and_prompts_are_the_published_ones(form, tmp_path):
+    _, processor = load_model_and_processor(LlavaTrainingArguments(**settings(form, tmp_path)))
+    encoded = encode_conversation(CONVERSATION, processor)
+    assert answers_taught(encoded, processor.tokenizer) == form.learnt
+    assert (encoded["input_ids"] == processor.image_token_id).sum() == form.image_tokens
+    prompt = processor.apply_chat_template(CONVERSATION[:1], add_generation_prompt=True)
+    assert form.prompt in (None, prompt)
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture(0)}, *CONVERSATION[0]["content"][1:]]}]
+    ids = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    assert encoded["input_ids"][: len(ids[0])].tolist() == ids[0]  # what is asked is what was learnt
+
+
+@pytest.fixture
+def data(tmp_path):
+    picture(1).save(tmp_path / "0.png")
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWERS[0]}]
+    row = {"id": "a", "image": "0.png", "conversations": turns}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    return {"data": str(tmp_path / "data.json"), "image_folder": str(tmp_path), "max_length": 1024}
+
+
+@each_form(NOT_YET, fast=("llava-hf", "llava-hf-2024", "interleave-qwen", "llama3", "gemma"))
+def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(form, data, tmp_path):
+    steps = {"max_steps": 1, "learning_rate": 1e-3, "precision": "fp32", "save_strategy": "no"}
+    train(settings(form, tmp_path / "run", **data, **steps))
+    stock = StockLlava.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    (stop,) = processor.tokenizer.encode(form.stop, add_special_tokens=False)
+    ends = stock.generation_config.eos_token_id
+    assert stop in (ends if isinstance(ends, list) else [ends])
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
+    assert isinstance(ours, StockLlava) is False
+    expected = stock.generate(**inputs, **greedy)
+    assert torch.equal(ours.generate(**inputs, **greedy), expected)
+    predictor = LlavaPredictor(ours, processor)
+    predictor.set_image(picture(1))
+    answer = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert predictor.ask(QUESTION, **greedy) == answer
