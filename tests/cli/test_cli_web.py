@@ -118,7 +118,7 @@ def served(model, folder, *arguments):
         yield log.read_text().split("Open ")[1].split()[0]
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 130
+        assert process.wait(240) == 130
     assert "Traceback" not in log.read_text()
     assert not list(temporary.glob("llava-web-*"))  # pictures of visitors do not stay
 

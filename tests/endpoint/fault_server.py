@@ -91,18 +91,18 @@ class FaultServer:
 
     def __exit__(self, *exc):
         self.die()
-        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join()
         self._loop.close()
 
     def open(self):
         """Starts listening; after `die`, on the same port again."""
-        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
     def die(self):
         """Stops listening and cuts every connection, as a crashed server does."""
-        asyncio.run_coroutine_threadsafe(self._die(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._die(), self._loop).result()
 
     async def _open(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024)

@@ -74,7 +74,7 @@ def served(folder):
         yield url
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(240)
 
 
 def post(url, body):
