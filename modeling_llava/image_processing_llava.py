@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import convert_to_rgb, get_resize_output_image_size, get_size_with_aspect_ratio
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -18,9 +18,12 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
+    is_valid_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .image_loading import read_image, to_rgb, upright
 
 
 # Filters whose weights fall to zero at their ends: where those fall exactly does not matter.
@@ -77,8 +80,9 @@ class LlavaImageProcessor(PilBackend):
             One value per channel, RGB, in the range after rescaling.
 
     Every one of them can be overridden in a call. A call takes one image, a list, or a list of lists (which it
-    flattens) of `PIL.Image`, `np.ndarray` or `torch.Tensor` (`[3, H, W]`, `[H, W, 3]` or a batch of them, 0..255), paths
-    or URLs, and returns a `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for
+    flattens) of `PIL.Image` (turned upright by their EXIF orientation), `np.ndarray` or `torch.Tensor` (`[3, H, W]`,
+    `[H, W, 3]`, `[H, W]` or a batch of them, 0..255), and of all that [`~modeling_llava.image_loading.read_image`] reads
+    (paths, URLs, bytes, …), and returns a `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for
     `return_tensors="pt"` or `"np"`, and a list of arrays `[3, height, width]` without it.
 
     Example:
@@ -113,6 +117,15 @@ class LlavaImageProcessor(PilBackend):
             image_processor_dict = {"do_center_crop": False, **image_processor_dict}
         return super().from_dict(image_processor_dict, **kwargs)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Images as `process_image` takes them, in the lists in which they are given; see [`read_image`]."""
+        images = image_url_or_urls
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if not is_valid_image(images):
+            return read_image(images)
+        return images[None] if getattr(images, "ndim", 3) == 2 else images  # grey, [H, W]
+
     def process_image(
         self,
         image: ImageInput,
@@ -122,14 +135,16 @@ class LlavaImageProcessor(PilBackend):
     ) -> Image.Image | np.ndarray:
         """One image as an RGB Pillow image where it is 8-bit RGB, and as an array `[channels, H, W]` where it is not."""
         if isinstance(image, Image.Image):
+            image = to_rgb(upright(image)) if do_convert_rgb else upright(image)
             if image.mode == "RGB" and "transparency" not in image.info:
                 return image
-            if do_convert_rgb:
-                # Without `return_numpy` transformers warns, so the way back to Pillow is ours.
-                return Image.fromarray(convert_to_rgb(image, return_numpy=True))
             return super().process_image(image, do_convert_rgb=False)
         if hasattr(image, "detach"):  # a torch tensor, perhaps on a GPU
             image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
+        rescaled = kwargs.get("do_rescale") and kwargs["rescale_factor"] > 1 / 256  # by a factor for 8 bits
+        if rescaled and image.dtype.kind == "u" and image.dtype.itemsize == 2 and image.max(initial=0) > 255:
+            image = (image >> 8).astype(np.uint8)
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format)
         if array.dtype == np.uint8 and array.shape[0] == 3:
             return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))

@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from modeling_llava.data import load_image
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 
 
@@ -192,11 +195,9 @@ def test_float_arrays_of_the_unit_range_are_padded_with_the_mean_in_their_range(
     np.testing.assert_allclose(pixels.pixel_values[0, :, 0, 0], 0, atol=0.02)  # the mean, normalised
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "PA", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "PA"])
 def test_other_modes_equal_stock(mode):
-    if mode == "I;16":
-        image = Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(30, 40))
-    elif mode in ("LA", "RGBA", "PA"):
+    if mode in ("LA", "RGBA", "PA"):
         rgba = noise(40, 30, channels=4)
         image = rgba if mode == "RGBA" else rgba.convert("LA") if mode == "LA" else rgba.convert("LA").convert("PA")
     else:
@@ -235,11 +236,95 @@ def test_the_image_given_is_not_changed():
     assert image.size == before.size and image.tobytes() == before.tobytes()
 
 
-def test_paths_are_read(tmp_path):
-    noise(40, 30).save(tmp_path / "a.png")
+FORMS = {
+    "opened": lambda path: Image.open(path),
+    "path": str,
+    "pathlib": lambda path: path,
+    "bytes": Path.read_bytes,
+    "bytes of datasets": lambda path: {"bytes": path.read_bytes(), "path": None},
+    "path of datasets": lambda path: {"bytes": None, "path": str(path)},
+    "file URL": Path.as_uri,
+    "data URL": lambda path: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}",
+    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "training": load_image,
+}
+"""Ways in which a person gives an image that lies in a file."""
+
+
+def assert_pixels(image, expected):
+    processor = LlavaImageProcessor(size=28, crop_size=28, do_pad=True)
+    pixels = [processor([[i, noise(5, 5)], []], return_tensors="pt").pixel_values for i in (image, expected)]
+    assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_in_any_form_is_turned_upright_as_exif_says(form, orientation, tmp_path):
+    # What a camera wrote on its side: the turn that the EXIF standard names, undone.
+    turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")
+    upright, exif = noise(40, 31), Image.Exif()
+    exif[0x0112] = orientation
+    lying = upright if orientation == 1 else upright.transpose(Image.Transpose[turns[orientation - 2]])
+    lying.save(tmp_path / "a.png", exif=exif)
+    assert_pixels(FORMS[form](tmp_path / "a.png"), upright)
+
+
+def opened(image, format):
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return Image.open(buffer)
+
+
+DEEP = np.linspace(0, 65535, 40 * 31).astype(np.uint16).reshape(31, 40)
+DEEP_IMAGES = {
+    "I;16": lambda: Image.fromarray(DEEP),
+    "I;16B": lambda: opened(Image.frombytes("I;16B", (40, 31), DEEP.astype(">u2").tobytes()), "TIFF"),
+    "I": lambda: Image.fromarray(DEEP.astype(np.int32)),
+    "F": lambda: Image.fromarray((DEEP >> 8).astype(np.float32)),
+    "array": lambda: DEEP,
+    "array of three channels": lambda: np.repeat(DEEP[..., None], 3, axis=-1),
+}
+
+
+@pytest.mark.parametrize("mode", DEEP_IMAGES)
+def test_grey_of_16_bits_keeps_its_high_byte(mode):
+    image = DEEP_IMAGES[mode]()
+    assert "array" in mode or image.mode == mode
+    assert_pixels(image, Image.fromarray((DEEP >> 8).astype(np.uint8)).convert("RGB"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_of_16_bits_that_lies_on_its_side(form, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(DEEP)).save(tmp_path / "a.png", exif=exif)
+    assert_pixels(FORMS[form](tmp_path / "a.png"), Image.fromarray((DEEP >> 8).astype(np.uint8)).convert("RGB"))
+
+
+def test_arrays_that_have_a_range_of_their_own_are_left_as_they_are():
+    processor = LlavaImageProcessor(size=28, crop_size=28, do_resize=False, do_normalize=False)
+    for settings, scale in (({"do_rescale": False}, 1), ({"rescale_factor": 1 / 65535}, 65535)):
+        pixels = processor(DEEP, return_tensors="np", **settings).pixel_values[0, 0]
+        np.testing.assert_allclose(pixels, DEEP[1:29, 6:34] / scale, rtol=1e-6)
+
+
+def test_grey_arrays_and_bfloat16_tensors_are_taken():
+    assert_pixels(np.asarray(noise(40, 30, 1)), noise(40, 30, 1).convert("RGB"))
     processor = LlavaImageProcessor(size=28, crop_size=28)
+    tensor = torch.from_numpy(np.array(noise(40, 30))).permute(2, 0, 1)
     expected = processor(noise(40, 30), return_tensors="pt").pixel_values
-    assert torch.equal(processor(str(tmp_path / "a.png"), return_tensors="pt").pixel_values, expected)
+    torch.testing.assert_close(
+        processor(tensor.bfloat16(), return_tensors="pt").pixel_values, expected, atol=0.05, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "image", ["no.png", b"no image", 3, {"bytes": None, "path": None}, "data:image/png;base64,AAA"]
+)
+def test_what_cannot_be_read_is_one_line(image):
+    with pytest.raises(ValueError, match="[Ii]mage") as caught:
+        LlavaImageProcessor()(image)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_saved_file_is_stocks(tmp_path):

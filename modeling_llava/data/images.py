@@ -1,4 +1,4 @@
-"""From an image reference to an upright RGB picture, or to one clear error that names the sample."""
+"""From a sample's image reference to an upright RGB image, or to one clear error that names the sample."""
 
 import functools
 import hashlib
@@ -8,17 +8,13 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from ..image_loading import check_size, embedded_or_path, open_upright
 from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
 
 
-_ORIENTATION = 0x0112  # EXIF tag
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
-# A picture this long would take gigabytes once it is padded to a square or resized by its shorter side.
-_LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
-_LONGEST_RATIO = 1_000
 _LONGEST_PATH = 4_096  # characters: what file systems allow
 _OTHER_FORMATS = {
     b"%PDF": "a PDF",
@@ -47,7 +43,8 @@ def load_image(
 
     Args:
         reference (`str`, `PIL.Image.Image`, `bytes` or `dict`):
-            A path, an image (left as it is), the bytes of an image file, or `{"bytes", "path"}`.
+            A path, a `file` or `data` URL, base64 text, an image (left as it is), the bytes of an image file, or
+            `{"bytes", "path"}`.
         image_folder (`str`, *optional*):
             Paths are relative to it and must not leave it, by `..`, as absolute paths, or by a symbolic link.
         sample_id (`str`, *optional*): For the error.
@@ -61,12 +58,7 @@ def load_image(
     """
     source, name = _locate(reference, image_folder, sample_id, follow_symlinks)
     try:
-        if isinstance(source, Image.Image):
-            _check_size(source)
-            return _upright_rgb(source)
-        with Image.open(source) as image:
-            _check_size(image)
-            return _upright_rgb(image)
+        return open_upright(source)
     except MemoryError:
         raise
     except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
@@ -91,7 +83,7 @@ def read_image_size(
         return source.size
     try:
         with Image.open(source) as image:
-            _check_size(image)
+            check_size(image)
             size = image.size
             if image.format in _END_MARKERS and not _ends_with(source, _END_MARKERS[image.format]):
                 image.load()
@@ -115,7 +107,7 @@ def image_key(reference: Any) -> tuple:
 
 def is_no_path(reference: str) -> bool:
     """Whether a text in an image's place is a URL, the image itself in base64, or nothing."""
-    return not reference or "://" in reference or reference.startswith("data:")
+    return not reference or "://" in reference or isinstance(embedded_or_path(reference), bytes)
 
 
 def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> tuple[Any, str]:
@@ -144,12 +136,20 @@ def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> t
             f"has an image {what}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
         )
     name = repr(os.fspath(reference))
-    if os.fspath(reference).startswith("data:") or len(name) > _LONGEST_PATH:
+    try:
+        reference = embedded_or_path(os.fspath(reference))
+    except ValueError as error:
+        raise BadSampleError(
+            sample_id, CORRUPT_IMAGE, f"has the image {name[:40]}…, which is not base64: {error}."
+        ) from None
+    if isinstance(reference, bytes):
+        return io.BytesIO(reference), f"{name[:40]}…"
+    if len(name) > _LONGEST_PATH:
         raise BadSampleError(
             sample_id,
             MISSING_IMAGE,
-            f"has the image {name[:40]}…, which cannot be opened: these {len(name) - 2:,} characters are no path. If they "
-            "are the image itself, in base64, give its bytes: base64.b64decode(text), without what stands before a comma.",
+            f"has the image {name[:40]}…, which cannot be opened: these {len(name) - 2:,} characters are neither a path "
+            "nor an image in base64.",
         )
     if "://" in os.fspath(reference):
         return _fetch(os.fspath(reference), path is not None, image_folder, sample_id), name
@@ -269,62 +269,6 @@ def _ends_with(source: Any, marker: bytes) -> bool:
     with open(source, "rb") as file:
         file.seek(max(0, os.path.getsize(source) - 4096))
         return marker in file.read()
-
-
-def _check_size(image: Image.Image) -> None:
-    short, long = sorted(image.size)
-    if not short:
-        raise ValueError(f"it has {image.width}×{image.height} pixels, none")
-    if long > _LONGEST_SIDE or long > _LONGEST_RATIO * short:
-        raise ValueError(f"{image.width}×{image.height} pixels are too long and thin to be a picture")
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if _orientation(image) > 1:
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
-
-
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1, upright, where there is none or the EXIF block cannot be read (the pixels can)."""
-    if not any(key in image.info for key in ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")):
-        if not hasattr(image, "tag_v2"):  # TIFF keeps it among its own tags
-            return 1
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the parser raises whatever the broken block makes it raise
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode == "RGB" and "transparency" not in image.info:
-        return image
-    if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floating point as `[H, W]` uint8. Pillow's own conversion would clip them."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F":
-        if not np.isfinite([low, high]).all() or low < 0 or high > 255:
-            raise ValueError(
-                f"floating-point values from {low:g} to {high:g}: 0 to 1 or 0 to 255 would have a meaning"
-            )
-        return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
-    if low < 0 or high > 65535:
-        raise ValueError(f"integer values from {low} to {high}: 0 to 65535 would have a meaning")
-    if image.mode == "I" and high <= 255 and image.format not in ("PNG", "PPM"):
-        return values.astype(np.uint8)  # a 32-bit file does not say its range; those two are of 16 bits
-    return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
 __all__ = ["image_key", "is_no_path", "load_image", "read_image_size"]

@@ -2,22 +2,17 @@
 
 import os
 import re
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
 
 from PIL import Image
 
 from ..data.images import load_image
 from ..data.schema import BadSampleError
+from ..image_loading import download
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
-MAX_DOWNLOAD_BYTES = 50 * 2**20
-DOWNLOAD_TIMEOUT = 20
-"""Seconds without a byte from the server."""
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
@@ -108,7 +103,7 @@ def read_picture(reference: str) -> Picture:
     if "://" in reference and not is_url(reference):
         raise ValueError(f"{reference} is neither a path nor an http(s) URL.")
     try:
-        return Picture(reference, load_image(_download(reference) if is_url(reference) else reference))
+        return Picture(reference, load_image(download(reference) if is_url(reference) else reference))
     except BadSampleError as error:
         raise ValueError(_about(reference, error.message)) from None
 
@@ -121,21 +116,6 @@ def _about(reference: str, message: str) -> str:
             here = f" (looked in {os.getcwd()})" if found == "is not there." and not os.path.isabs(reference) else ""
             return f"{reference} {found.rstrip('.')}{here}."
     return f"{reference}: {message}"
-
-
-def _download(url: str) -> bytes:
-    quoted = urllib.parse.quote(url, safe=":/?#[]@!$&'()*+,;=%~")  # names are typed as they are read
-    try:
-        request = urllib.request.Request(quoted, headers={"User-Agent": "modeling-llava", "Accept": "image/*,*/*"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} cannot be downloaded: the server says {error.code} ({error.reason}).") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{url} cannot be downloaded: {getattr(error, 'reason', None) or error}.") from None
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB. Download it and make it smaller.")
-    return content
 
 
 def _clean(word: str) -> str:

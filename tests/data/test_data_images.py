@@ -1,3 +1,4 @@
+import base64
 import io
 import os
 
@@ -166,6 +167,11 @@ def test_references_of_every_kind(tmp_path):
     assert_same(load_image("a.png", tmp_path), noise())
     assert_same(load_image(absolute, tmp_path), noise())
     assert_same(load_image("sub/../a.png", tmp_path), noise())
+    assert_same(load_image((tmp_path / "a.png").as_uri()), noise())
+    base64_text = base64.b64encode(data).decode()
+    for text in (base64_text, f"data:image/png;base64,{base64_text}", f"data:;base64,{base64_text}"):
+        assert_same(load_image(text), noise())
+        assert_same(load_image(text, tmp_path), noise())
     image = noise(channels=4)
     assert load_image(image).mode == "RGB" and image.mode == "RGBA"
 
@@ -294,8 +300,13 @@ def test_random_damage_is_a_picture_or_a_named_error():
 def test_unknown_reference():
     with pytest.raises(BadSampleError, match="image reference of type int"):
         load_image(3, sample_id="s")
-    for text in ("data:image/png;base64,iVBORw0KGgo=", "iVBORw0K" * 1_000):
-        with pytest.raises(BadSampleError, match="characters are no path.*base64.b64decode") as info:
+    for text in (
+        "data:image/png;base64,iVBORw0KGgo=",
+        "data:image/png;base64,iVBORw0KG",
+        "iVBORw0K" * 1_000,
+        "x" * 5_000,
+    ):
+        with pytest.raises(BadSampleError, match="sample 's' has the image ") as info:
             load_image(text, sample_id="s")
         assert len(str(info.value)) < 300
     with pytest.raises(BadSampleError, match="image path of no characters"):
