@@ -13,6 +13,7 @@ from .configuration_llava import count_image_tokens
 from .constants import IMAGE_TOKEN
 from .control_tokens import ControlTokens, Marks
 from .image_processing_llava import LlavaImageProcessor
+from .messages import plain_messages
 from .templating import CHAT_TEMPLATES, insert_image_token, load_chat_template
 from .tokenization_llava import add_image_token, load_tokenizer
 
@@ -111,8 +112,7 @@ class LlavaProcessor(ProcessorMixin):
             language (`str` or `os.PathLike`):
                 Folder or Hub name of a causal language model, or a `.gguf` file.
             chat_template (`str`, *optional*, defaults to `"vicuna_v1"`):
-                A name known to [`load_chat_template`]; `"own"` for the language model's own template with the image
-                token put in; or Jinja text.
+                As for [`choose_chat_template`].
             do_pad (`bool`, *optional*, defaults to `True`):
                 Pad a picture to a square (LLaVA-1.5) instead of cutting one out of it (LLaVA v1, the paper).
             vision_feature_select_strategy (`str`, *optional*):
@@ -134,7 +134,7 @@ class LlavaProcessor(ProcessorMixin):
         language, gguf_file = split_gguf_path(language, gguf_file)
         tokenizer = load_tokenizer(language, padding_side="left", **({"gguf_file": gguf_file} if gguf_file else {}))
         add_image_token(tokenizer)
-        tokenizer.chat_template = _choose_template(chat_template, tokenizer, image_wrap)
+        tokenizer.chat_template = choose_chat_template(chat_template, tokenizer, image_wrap)
         processor = cls(
             image_processor=_image_processor_of(vision, config.image_size, do_pad),
             tokenizer=tokenizer,
@@ -280,7 +280,8 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages, or a batch of them. Images are `{"type": "image", "image" | "path" | "url" | "base64": …}`.
+                Messages, or a batch of them, in any form that [`~modeling_llava.messages.plain_messages`] reads. Images
+                are `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that hold `None` are passed over.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
                 With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text.
                 Differs from stock, where the default is off, its ids of the surrounding text are not those of one
@@ -289,13 +290,13 @@ class LlavaProcessor(ProcessorMixin):
                 As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`,
                 `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
         """
+        conversation = plain_messages(conversation)
         processor_kwargs = dict(processor_kwargs or {})
         if tokenize and sanitize_control_tokens:
             control = ControlTokens.of(self.tokenizer, self.image_token)
             variables = {name: value for name, value in kwargs.items() if name not in _CALL_OPTIONS}
-            conversation, tools, documents, variables, marks = _mark(
-                control, conversation, tools, documents, variables
-            )
+            values, marks = control.mark(conversation, tools, documents, variables)
+            conversation, tools, documents, variables = values
             kwargs.update(variables)
             if marks is not None:
                 processor_kwargs["control_token_marks"] = marks
@@ -379,12 +380,6 @@ _INCOMPLETE = (
 )
 
 
-def _mark(control: ControlTokens, conversation, tools, documents, variables):
-    conversation = [getattr(chat, "messages", chat) for chat in getattr(conversation, "messages", conversation)]
-    values, marks = control.mark(conversation, tools, documents, variables)
-    return *values, marks
-
-
 def _count(images) -> int:
     """Images in what `images` may hold: an image, a batch of arrays, or a list of images."""
     if isinstance(images, (list, tuple)):
@@ -394,7 +389,14 @@ def _count(images) -> int:
     return 1
 
 
-def _choose_template(chat_template: str, tokenizer, image_wrap: tuple[str, str] | None) -> str:
+def choose_chat_template(chat_template: str, tokenizer, image_wrap: tuple[str, str] | None = None) -> str:
+    """
+    A chat template by name ([`load_chat_template`]), `"own"` (the tokenizer's, with the image token put in), Jinja text or
+    the file that holds it.
+    """
+    if os.path.isfile(chat_template):
+        with open(chat_template, encoding="utf-8") as file:
+            chat_template = file.read()
     if chat_template == "own":
         own = tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
@@ -436,4 +438,4 @@ def _image_processor_of(vision: str, side: int, do_pad: bool) -> LlavaImageProce
     return LlavaImageProcessor(**known, do_pad=do_pad)
 
 
-__all__ = ["LlavaProcessor", "image_size", "load_chat_template", "num_image_tokens"]
+__all__ = ["LlavaProcessor", "choose_chat_template", "image_size", "load_chat_template", "num_image_tokens"]

@@ -1,9 +1,12 @@
+import base64
 import inspect
+import io
 import json
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from golden_text import GOLDEN, tiny_processor
@@ -290,6 +293,69 @@ def test_messages_are_not_changed(processor):
     messages = [user(PICTURE, "a</s>")]
     processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert messages == [user(PICTURE, "a</s>")]
+
+
+def array(items):
+    values = np.empty(len(items), dtype=object)
+    values[:] = items
+    return values
+
+
+CONTAINERS = {"list": list, "tuple": tuple, "NumPy": array}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_messages_of_any_loader_are_the_plain_ones(processor, container, filled, number):
+    paint = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")][:number]
+    plain = [user(*paint, "What is this?"), {"role": "assistant", "content": "A lamp."}, user("Sure?")]
+    keys = dict.fromkeys(("type", "image", "url", "path", "text", "image_url"))
+
+    def given(message):
+        content = message["content"]
+        if isinstance(content, list):
+            content = CONTAINERS[container]([{**(keys if filled else {}), **item} for item in content])
+        return {**({"tool_calls": None} if filled else {}), **message, "content": content}
+
+    messages = CONTAINERS[container](list(map(given, plain)))
+    expected = processor.apply_chat_template(plain, tokenize=True, return_dict=True, return_tensors="pt")
+    for chat in (messages, CONTAINERS[container]([messages]), [messages]):
+        output = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        assert output.keys() == expected.keys()
+        assert all(torch.equal(output[key], expected[key]) for key in expected)
+    assert processor.apply_chat_template(messages) == processor.apply_chat_template(plain)
+
+
+def test_messages_of_an_arrow_table_are_the_plain_ones(processor):
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, "PNG")
+    messages = [user({"bytes": buffer.getvalue(), "path": None}, "What is this?"), user("Sure?")]
+    expected = processor.apply_chat_template(
+        [user(PICTURE, "What is this?"), user("Sure?")], tokenize=True, return_dict=True
+    )
+    column = pa.table({"messages": [messages]})["messages"]  # every item has every key there
+    for chat in (column[0], column[0].values, column.to_pandas()[0], column):
+        output = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert output["input_ids"] == expected["input_ids"]
+        np.testing.assert_array_equal(output["pixel_values"], expected["pixel_values"])
+
+
+def test_image_items_hold_their_image_under_one_of_several_keys(processor, tmp_path):
+    PICTURE.save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    items = [
+        {"type": "image", "image": PICTURE, "path": "a.png"},  # as datasets gives both
+        {"type": "image", "image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}},
+        {"type": "image", "path": tmp_path / "a.png", "image": None},
+        {"type": "image", "url": f"data:image/png;base64,{data}"},
+        {"type": "image", "base64": data},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}", "detail": None}},
+    ]
+    messages = [{"role": "user", "content": [*items, {"type": "text", "text": "What?", "image_url": None}]}]
+    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    expected = processor.image_processor(PICTURE, return_tensors="pt").pixel_values
+    assert torch.equal(output["pixel_values"], expected.expand(6, -1, -1, -1))
 
 
 def test_keep_image_order_reaches_the_template(processor):

@@ -22,6 +22,7 @@ import numpy as np
 from .schema import BAD_ROW, BadSampleError
 
 
+_JSON = "arrow.json"
 _CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
 _NO_TEXT = {
     b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
@@ -258,6 +259,7 @@ class ArrowRows:
 
     def __init__(self, dataset):
         self.dataset = dataset.with_format("arrow")
+        self._json_columns = _json_columns(dataset.features)
 
     def identity(self) -> str:
         return self.dataset._fingerprint
@@ -266,7 +268,7 @@ class ArrowRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        return self.dataset[index].to_pylist()[0]
+        return self._decoded(self.dataset[index].to_pylist()[0])
 
     def scan(self) -> Iterator[dict]:
         """All rows, with a placeholder for each image, so that no image bytes are touched."""
@@ -274,7 +276,7 @@ class ArrowRows:
 
         for table in self.dataset.iter(batch_size=1000):
             placeholders = {}
-            for name in {"image", "images"} & set(table.column_names):
+            for name in table.column_names:
                 column = table.column(name)
                 if _holds_bytes(column.type):
                     placeholders[name] = _placeholders(column)
@@ -289,11 +291,14 @@ class ArrowRows:
             for name, column in placeholders.items():
                 for row, placeholder in zip(rows, column):
                     row[name] = placeholder
-            yield from rows
+            yield from map(self._decoded, rows)
 
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
         for index in share.indices(len(self.dataset)):
             yield index, self[index]
+
+    def _decoded(self, row: dict) -> dict:
+        return _decode_json(row, self._json_columns)
 
 
 class StreamedRows:
@@ -301,6 +306,7 @@ class StreamedRows:
 
     def __init__(self, dataset):
         self.dataset = dataset.decode(False) if dataset.features else dataset
+        self._json_columns = _json_columns(dataset.features)
 
     def count(self) -> int:
         return 0  # not known; they are not shared out by their number
@@ -324,13 +330,44 @@ class StreamedRows:
         # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by share.
         prefix = f"{share}:" if share.count > 1 else ""
         for index, row in enumerate(dataset):
-            yield f"{prefix}{index}", row
+            yield f"{prefix}{index}", _decode_json(row, self._json_columns)
+
+
+def _json_columns(features) -> dict:
+    """Arrow type of each column that holds a `Json` feature, whose values are JSON texts as long as they are not decoded."""
+    types = {} if features is None else {field.name: field.type for field in features.arrow_schema}
+    return {name: arrow_type for name, arrow_type in types.items() if _JSON in str(arrow_type)}
+
+
+def _decode_json(row: dict, columns: dict) -> dict:
+    return {**row, **{name: _json_value(row[name], arrow_type) for name, arrow_type in columns.items()}}
+
+
+def _json_value(value: Any, arrow_type) -> Any:
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if getattr(arrow_type, "extension_name", None) == _JSON:
+        if not isinstance(value, str):  # a stream whose features were given may hold it decoded
+            return value
+        try:
+            decoded = json.loads(value)
+        except ValueError:  # `datasets` looks at the first five only
+            return value
+        return value if isinstance(decoded, (bool, int, float)) else decoded  # a text such as 42 is not quoted there
+    if pa.types.is_struct(arrow_type):
+        return {name: _json_value(item, arrow_type.field(name).type) for name, item in value.items()}
+    if _is_list(arrow_type):
+        return [_json_value(item, arrow_type.value_type) for item in value]
+    return value
 
 
 def _holds_bytes(arrow_type) -> bool:
     import pyarrow as pa
 
-    return pa.types.is_struct(arrow_type) or pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
+    is_image = pa.types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
+    return is_image or pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
 
 
 def _placeholders(column) -> list[dict | None]:

@@ -6,14 +6,17 @@ wrong with a row is found here, by one check, and said in one sentence that name
 """
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
+from PIL import Image
 
 from ..constants import IMAGE_TOKEN
+from ..messages import as_list, plain_messages
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ BAD_ROW = "unreadable row"
 BAD_ROLES = "roles out of order"
 EMPTY_ANSWER = "empty answer"
 BAD_MARKERS = "image markers do not match images"
+UNREAD_IMAGE = "image or video that is not read"
 MISSING_IMAGE = "missing image"
 OUTSIDE_IMAGE = "image outside the image folder"
 CORRUPT_IMAGE = "corrupt image"
@@ -33,6 +37,7 @@ REASONS = (
     BAD_ROLES,
     EMPTY_ANSWER,
     BAD_MARKERS,
+    UNREAD_IMAGE,
     MISSING_IMAGE,
     OUTSIDE_IMAGE,
     CORRUPT_IMAGE,
@@ -49,6 +54,19 @@ _ROLES = {
     "system": "system",
 }
 
+
+_OTHER_IMAGE_KEYS = (
+    *("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "imgs", "img_path"),
+    *("file_name", "picture", "pictures", "photo", "photos"),
+)
+"""Read as images where there is neither `image` nor `images`; the last line where a value looks like one."""
+_READ_KEYS = {"id", "type", "conversations", "messages", "from", "value", "role", "content"}
+_VIDEO_TOKEN = "<video>"
+_MEDIUM = re.compile(
+    r"data:(image|video)/|.*\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|m4v|mov|avi|mkv|webm)([?#].*)?\Z",
+    re.IGNORECASE,
+)
+"""A path or URL of an image or a video."""
 
 # JSON can write them, but they are no text: no tokenizer takes them.
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -105,20 +123,23 @@ def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) 
     """
     Read a row of LLaVA's JSON: `{"id", "image": str | list, "conversations": [{"from", "value"}]}`.
 
-    `<image>` marks an image in the text of a human turn of a row that has images; everywhere else it is text. How the
-    white space beside a marker is treated is said in `labels.py`.
+    `<image>` in the text of a human turn marks an image; in an answer it is text. How the white space next to a marker is
+    treated is said in `labels.py`.
 
     Args:
-        row (`Mapping`): The row. `image` (or `images`) is a path, a `PIL.Image`, a `{"bytes", "path"}`, or a list.
+        row (`Mapping`):
+            The row. `image` (or `images`, or a common name such as `image_path`) is a path, a `PIL.Image`, a
+            `{"bytes", "path"}`, or a list.
         index (`int` or `str`): The row's number (from 0), its `id` if it has none.
         type (`str`, *optional*): The type of a row that names none.
 
     Raises:
-        BadSampleError: Unknown role, roles out of order, an empty answer, or markers that do not match the images.
+        BadSampleError: Unknown role, roles out of order, an empty answer, markers that do not match the images, or an
+            image or a video under a key that is not read.
     """
     sample_id = _sample_id(row, index)
-    turns = row.get("conversations")
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    turns = plain_messages(row.get("conversations"))
+    if not isinstance(turns, list):
         raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'conversations': its keys are {sorted(row)}.")
     images = _images(row, sample_id)
     messages = []
@@ -130,6 +151,7 @@ def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) 
         role = _role(turn["from"], sample_id)
         content = _cut(turn["value"]) if images and role == "user" else _text(turn["value"])
         messages.append({"role": role, "content": content})
+    _require_all_read(sample_id, row, turns, images)
     return _checked(sample_id, messages, images, row.get("type") or type)
 
 
@@ -138,8 +160,9 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
     Read a row of the HF form: `{"messages": [{"role", "content": str | list}], "images": list}`.
 
     A content that is a list holds its images as items, and `<image>` in its texts is text. Contents that are strings,
-    in a row that has images and no image item, mark images by `<image>`, as LLaVA rows do. Where the row has no `images`,
-    each image item holds its own, as `apply_chat_template` takes it: `{"type": "image", "image" | "path" | "url": …}`.
+    in a row without an image item, mark images by `<image>`, as LLaVA rows do. Where the row has no `images`, each image
+    item holds its own, as `apply_chat_template` takes it: `{"type": "image", "image" | "path" | "url": …}`, or as OpenAI
+    does: `{"type": "image_url", "image_url": {"url": …}}`.
 
     Args:
         row (`Mapping`): The row.
@@ -150,8 +173,8 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
         BadSampleError: As [`from_llava_row`].
     """
     sample_id = _sample_id(row, index)
-    turns = row.get("messages")
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    turns = plain_messages(row.get("messages"))
+    if not isinstance(turns, list):
         raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'messages': its keys are {sorted(row)}.")
     images, own = _images(row, sample_id), []
     messages = []
@@ -163,9 +186,9 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
         role, content = _role(turn["role"], sample_id), turn["content"]
         if isinstance(content, str):
             content = _cut(content) if images and role == "user" else _text(content)
-        elif isinstance(content, Sequence):
-            items, content = content, [_item(item, role, number, sample_id) for item in content]
-            own += [_image_of(item) for item, kept in zip(items, content) if kept["type"] == "image"]
+        elif isinstance(content, list):
+            own += [item["image"] for item in content if isinstance(item, Mapping) and item.get("image") is not None]
+            content = [_item(item, role, number, sample_id) for item in content]
         else:
             raise BadSampleError(
                 sample_id,
@@ -173,7 +196,8 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
                 f"has a message {number} whose content is neither text nor a list: {_short(content)}.",
             )
         messages.append({"role": role, "content": content})
-    images = images or [image for image in own if image is not None]
+    images = images or own
+    _require_all_read(sample_id, row, turns, images)
     return _checked(sample_id, messages, images, row.get("type") or type)
 
 
@@ -246,15 +270,17 @@ def _role(name: Any, sample_id: str) -> str:
 
 
 def _images(row: Mapping, sample_id: str) -> list:
-    """The image references of a row, from `images` or `image`, one or many; none where they are null or empty."""
-    given = [row[name] for name in ("image", "images") if row.get(name) is not None]
-    given = [value if _is_list(value) else [value] for value in given if not (isinstance(value, str) and not value)]
-    given = [images for images in given if images]
-    if len(given) > 1:
-        raise BadSampleError(sample_id, BAD_ROW, "has both 'image' and 'images': keep one of them.")
-    images = list(given[0]) if given else []
+    """The image references of a row, one or many; none where they are null or empty."""
+    given = {key: _image_list(row[key]) for key in ("image", "images") if key in row}
+    if not any(given.values()):
+        others = [key for key in _OTHER_IMAGE_KEYS if key.startswith("im") or _is_medium(row.get(key))]
+        given = {key: _image_list(row[key]) for key in others if key in row}
+    keys = [key for key, images in given.items() if images]
+    if len(keys) > 1:
+        raise BadSampleError(sample_id, BAD_ROW, f"has both {keys[0]!r} and {keys[1]!r}: keep one of them.")
+    images = given[keys[0]] if keys else []
     for image in images:
-        if image is None or isinstance(image, (int, float)):
+        if isinstance(image, (int, float)):
             raise BadSampleError(
                 sample_id,
                 BAD_ROW,
@@ -263,8 +289,62 @@ def _images(row: Mapping, sample_id: str) -> list:
     return images
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+def _image_list(value: Any) -> list:
+    """Without what is absent: null, an empty text, or the NaN that pandas fills a column with."""
+    images = as_list(value)
+    if not isinstance(images, list):
+        images = [] if isinstance(images, str) and not images else [images]
+    return [image for image in images if image is not None and not (isinstance(image, float) and image != image)]
+
+
+def _is_medium(value: Any) -> bool:
+    """Whether a value is an image or a video, or names one."""
+    value = as_list(value)
+    if isinstance(value, list):
+        return any(map(_is_medium, value))
+    if isinstance(value, Mapping):
+        return "bytes" in value or _is_medium(value.get("path"))
+    if isinstance(value, str):
+        return _MEDIUM.match(value) is not None
+    return isinstance(value, (bytes, bytearray, memoryview, Image.Image, os.PathLike))
+
+
+def _require_all_read(sample_id: str, row: Mapping, turns: list[Mapping], images: list) -> None:
+    """
+    A row must not be trained on without the image that it names.
+
+    Raises:
+        BadSampleError: an image or a video under a key that is not read, or a marker in a row without images.
+    """
+    videos = [key for key in ("video", "videos") if _image_list(row.get(key))]
+    if images and not videos:
+        return
+    texts = [
+        turn.get("value", turn.get("content"))
+        for turn in turns
+        if _ROLES[turn.get("from") or turn.get("role")] != "assistant"
+    ]
+    markers = [token for token in (_VIDEO_TOKEN, IMAGE_TOKEN) if any(isinstance(t, str) and token in t for t in texts)]
+    if images and _VIDEO_TOKEN not in markers:
+        return
+    unread = videos or [
+        key for part in (row, *turns) for key, value in part.items() if key not in _READ_KEYS and _is_medium(value)
+    ]
+    if unread:
+        raise BadSampleError(
+            sample_id,
+            UNREAD_IMAGE,
+            f"names an image or a video by the key {unread[0]!r}, which is not read: give images as 'image' or 'images' of "
+            f"the row, each marked by {IMAGE_TOKEN} in its text (of a video, its frames), or take the key out.",
+        )
+    if markers:
+        raise BadSampleError(
+            sample_id,
+            BAD_MARKERS,
+            f"has {markers[0]} in its text but no image: its keys are {sorted(row)}. Give the image as 'image', several (or "
+            f"a video's frames) as 'images'. If {markers[0]} is meant as text, write the row in HF form, where it is: "
+            "{'role': 'user', 'content': [{'type': 'text', 'text': …}]}.",
+        )
 
 
 def _text(value: str) -> list[dict]:
@@ -288,7 +368,7 @@ def _cut(value: str) -> list[dict]:
 
 
 def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
-    """One item of a content list. Items that went through Arrow carry every key, with null where it does not apply."""
+    """One item of a content list."""
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
@@ -303,11 +383,6 @@ def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
     raise BadSampleError(
         sample_id, BAD_ROW, f"has an item in message {number} that is neither an image nor a text: {_short(item)}."
     )
-
-
-def _image_of(item: Mapping) -> Any:
-    """The image that an item holds itself, if it does."""
-    return next((item[name] for name in ("image", "path", "url") if item.get(name) is not None), None)
 
 
 def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> Conversation:
@@ -357,15 +432,22 @@ def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping],
     Raises:
         BadSampleError: `images` is no list, or not as long as the messages have places for images.
     """
-    if not _is_list(images):
+    if not isinstance(as_list(images), list):
         raise BadSampleError(sample_id, BAD_ROW, f"has images that are no list but {_short(images)}.")
+    texts = [message.get("content") for message in messages if message.get("role") != "assistant"]
+    if not len(images) and any(isinstance(text, str) and IMAGE_TOKEN in text for text in texts):
+        raise BadSampleError(
+            sample_id,
+            BAD_MARKERS,
+            f"has {IMAGE_TOKEN} in its text but no image: give 'images', and content items as load_conversations does.",
+        )
     places = count_images(messages)
     if places != len(images):
         raise BadSampleError(
             sample_id,
             BAD_MARKERS,
             f"marks {places} image{'' if places == 1 else 's'} in its user turns but comes with {len(images)}: write one "
-            f"{IMAGE_TOKEN} (or one image item) for each image.",
+            f"{IMAGE_TOKEN} (or one image item) for each image, and give each image in 'images' (or in its item).",
         )
 
 

@@ -76,10 +76,15 @@ def test_good_data_has_no_problem_and_right_numbers(folder, processor):
     assert report.pack_utilization == sum(lengths) / (300 * len(plan))
 
 
+def user(*texts):
+    return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+
+
 BAD = {
     "empty answer": row("e", "<image>\nQ?", " "),
     "roles out of order": row("r", "<image>\nQ?", "A.", "Again?"),
     "image markers do not match images": row("m", "Q?", "A."),
+    "image or video that is not read": row("v", "<video>\nQ?", "A.", image=None, video="0.mp4"),
     "missing image": row("x", "<image>\nQ?", "A.", image="9.jpg"),
     "corrupt image": row("c", "<image>\nQ?", "A.", image="cut.jpg"),
     "image outside the image folder": row("o", "<image>\nQ?", "A.", image="../data.json"),
@@ -90,7 +95,7 @@ BAD = {
 def test_every_kind_of_problem_is_counted_and_named(folder, processor):
     report = check(folder, [*good_rows(2), *BAD.values()], processor)
     assert not report.ok and report.problems == dict.fromkeys(BAD, 1)
-    assert (report.samples, report.usable, report.steps) == (9, 2, 1)
+    assert (report.samples, report.usable, report.steps) == (10, 2, 1)
     for reason, bad in BAD.items():
         (message,) = report.examples[reason]
         assert message.startswith(f"sample {bad['id']!r} ")
@@ -153,7 +158,7 @@ def test_stops_and_markers_that_are_text_are_notices(folder, processor):
     v0.chat_template = load_chat_template("vicuna_v0")
     rows = [
         row("hashes", "<image>\nQ?", "### Title"),
-        row("marker", "What is <image>?", "A tag.", image=None),
+        {"id": "marker", "messages": [user("What is <image>?"), {"role": "assistant", "content": "A tag."}]},
         *good_rows(1),
     ]
     kinds = {"text holds the template's stop": 1, "text-only sample holds <image>": 1}

@@ -3,12 +3,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from modeling_llava.data.schema import (
     BAD_MARKERS,
     BAD_ROLES,
     BAD_ROW,
     EMPTY_ANSWER,
+    UNREAD_IMAGE,
     BadSampleError,
     DropCounter,
     from_llava_row,
@@ -66,16 +68,92 @@ def test_text_is_kept_to_the_letter_where_there_is_no_marker():
     assert contents[1:] == [[text("  A lamp. ")], [text("    And\n\nthat?  ")], [text("A <image> tag.\n")]]
 
 
-def test_literal_marker_in_a_text_only_row_is_text():
-    conversation = from_llava_row(llava_row("What does <image> mean in HTML?", "Nothing.", image=None))
-    assert conversation["messages"][0]["content"] == [text("What does <image> mean in HTML?")]
-    assert conversation["images"] == []
+def test_literal_marker_in_the_items_of_a_text_only_row_is_text():
+    question = text("What does <image> mean in HTML?")
+    answer = {"role": "assistant", "content": "Nothing; <image> is SVG."}
+    conversation = from_row({"messages": [{"role": "user", "content": [question]}, answer]})
+    assert conversation["messages"][0]["content"] == [question] and conversation["images"] == []
 
 
-@pytest.mark.parametrize("image", [None, "", []])
-def test_null_image_is_no_image(image):
-    row = {**llava_row("Hello", "Hi.", image=None), "image": image}
+@pytest.mark.parametrize("image", [None, "", [], [None], float("nan")])
+@pytest.mark.parametrize("key", ["image", "images", "image_path", "video"])
+def test_null_image_is_no_image(key, image):
+    row = {**llava_row("Hello", "Hi.", image=None), key: image}
     assert from_llava_row(row)["images"] == []
+    row["conversations"][0]["value"] = "<image>\nHello"
+    with pytest.raises(BadSampleError, match="has <image> in its text but no image") as caught:
+        from_llava_row(row)
+    assert caught.value.reason == BAD_MARKERS
+
+
+@pytest.mark.parametrize("form", ["LLaVA", "messages"])
+@pytest.mark.parametrize("key", ["image_path", "image_file", "img", "file_name", "picture", "photo"])
+@pytest.mark.parametrize("many", [False, True])
+def test_well_known_names_of_an_image_are_read(form, key, many):
+    row = {"image": None, key: ["dir/a b.JPG"] if many else "dir/a b.JPG", "thumbnail": "other.png"}
+    if form == "LLaVA":
+        row |= llava_row("<image>\nWhat?", "A lamp.", image=None)
+    else:
+        row["messages"] = [{"role": "user", "content": [IMAGE, text("What?")]}, {"role": "assistant", "content": "A."}]
+    conversation = from_row(row)
+    assert conversation["images"] == ["dir/a b.JPG"]
+    assert conversation["messages"][0]["content"] == [IMAGE, text("What?")]
+
+
+MEDIA = {
+    "path": "a.jpg",
+    "URL": "https://x.org/a.png?width=3",
+    "data URL": "data:image/png;base64,iVBO",
+    "bytes": b"x",
+    "struct": {"bytes": None, "path": "a"},
+    "PIL": Image.new("RGB", (2, 2)),
+    "list": ["a.jpg", "b.jpg"],
+    "video": "a.mp4",
+}
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize("place", ["row", "turn"])
+@pytest.mark.parametrize("question", ["What?", "<image>\nWhat?", "<video>\nWhat?"])
+@pytest.mark.parametrize("form", ["LLaVA", "messages"])
+def test_an_image_under_a_key_that_is_not_read_is_named(form, question, place, medium):
+    row = llava_row(question, "A lamp.", image=None)
+    if form == "messages":
+        turns = [{"role": t["from"], "content": t["value"]} for t in row.pop("conversations")]
+        row["messages"] = turns
+    holder = row if place == "row" else row.get("conversations", row.get("messages"))[0]
+    holder["pic"] = MEDIA[medium]
+    with pytest.raises(BadSampleError, match="sample 's' .*'pic'.*'image' or 'images'") as caught:
+        from_row(row)
+    assert caught.value.reason == UNREAD_IMAGE
+
+
+def test_a_video_next_to_an_image_is_refused_where_the_text_refers_to_it():
+    row = llava_row("<image>\nWhat?", "A lamp.", video="clips/1")
+    assert from_row(row)["images"] == ["a.jpg"]
+    row["conversations"][0]["value"] = "<image>\n<video>\nWhat?"
+    with pytest.raises(BadSampleError, match="'video'"):
+        from_row(row)
+
+
+def test_other_columns_of_a_text_only_row_are_not_taken_for_images():
+    columns = {
+        "source": "sharegpt",
+        "url": "https://x.org/page.html",
+        "file_name": "notes.txt",
+        "picture": "A dog.",
+        "n": 3,
+    }
+    assert from_row({**llava_row("Hello", "Hi.", image=None), **columns})["images"] == []
+
+
+@pytest.mark.parametrize("url", [{"url": "data:image/png;base64,iVBO", "detail": None}, "data:image/png;base64,iVBO"])
+def test_image_url_parts_are_images(url):
+    items = [{"type": "image_url", "image_url": url, "text": None}, {**text("What?"), "image_url": None}]
+    row = {"messages": [{"role": "user", "content": items}, {"role": "assistant", "content": "A lamp."}]}
+    conversation = from_row(row)
+    assert conversation["messages"][0]["content"] == [IMAGE, text("What?")]
+    assert conversation["images"] == ["data:image/png;base64,iVBO"]
 
 
 def test_id_falls_back_to_the_row_number_and_type_is_kept():
@@ -131,7 +209,8 @@ def test_messages_row_with_strings_marks_images_as_llava_does():
         "images": ["a.jpg"],
     }
     assert from_row(row)["messages"][0]["content"] == [IMAGE, text("What?")]
-    assert from_row({**row, "images": None})["messages"][0]["content"] == [text("<image>\nWhat?")]
+    with pytest.raises(BadSampleError, match="has <image> in its text but no image"):
+        from_row({**row, "images": None})
 
 
 def test_the_row_is_not_changed():
@@ -153,7 +232,8 @@ BAD_ROWS = [
     ({"id": "s", "conversations": [{"from": ["human"], "value": "x"}]}, BAD_ROLES, "unknown role ['human']"),
     ({"id": "s", "messages": [{"role": {"a": 1}, "content": "x"}]}, BAD_ROLES, "unknown role {'a': 1}"),
     ({**llava_row("<image>", "A."), "image": 5}, BAD_ROW, "has the image 5: give a path"),
-    ({**llava_row("<image>", "A."), "image": [None]}, BAD_ROW, "has the image None: give a path"),
+    ({**llava_row("<image> <image>", "A."), "image": ["a.jpg", None]}, BAD_MARKERS, "comes with 1"),
+    ({**llava_row("<image>", "A.", image=None), "image_path": "a", "img": "b"}, BAD_ROW, "'image_path' and 'img'"),
     (llava_row("<image>\nHi \ud83d", "A."), BAD_ROW, "half of a character, in turn 0"),
     ({**llava_row("<image>", "A."), "type": "\ud83d"}, BAD_ROW, "with half of a character"),
     ({"id": "s", "conversations": [{"from": "human"}]}, BAD_ROW, "turn 0"),

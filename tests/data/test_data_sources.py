@@ -24,6 +24,13 @@ def llava_row(number, **other):
     return {"id": f"s{number}", "image": f"{number}.jpg", "conversations": turns, **other}
 
 
+def text_row(number):
+    return {
+        "id": f"t{number}",
+        "conversations": [{"from": "human", "value": f"Hi {number}."}, {"from": "gpt", "value": "Ho."}],
+    }
+
+
 def hf_row(number, image):
     messages = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": f"Q {number}?"}]},
@@ -229,7 +236,7 @@ def test_parquet_folder_and_file(parquet_folder):
 
 
 def test_llava_rows_in_a_datasets_object():
-    data = Dataset.from_list([llava_row(0, type="detail"), {**llava_row(1), "image": None, "type": None}])
+    data = Dataset.from_list([llava_row(0, type="detail"), {**text_row(1), "image": None, "type": None}])
     dataset = load_conversations(data)
     assert dataset[0]["images"] == ["0.jpg"] and dataset[1]["images"] == []
     assert dataset.types == ["detail", None] and dataset.num_images.tolist() == [1, 0]
@@ -244,14 +251,14 @@ def test_one_image_column():
     )
     picture = PILImage.new("RGB", (4, 4), (9, 9, 9))
     turns = llava_row(0)["conversations"]
-    plain = [{"from": "human", "value": "Hi <image>."}, {"from": "gpt", "value": "Ho."}]
+    plain = text_row(1)["conversations"]
     data = Dataset.from_list(
         [{"image": picture, "conversations": turns}, {"image": None, "conversations": plain}], features=features
     )
     dataset = load_conversations(data)
     assert dataset.num_images.tolist() == [1, 0]
     assert load_image(dataset[0]["images"][0]).getpixel((0, 0)) == (9, 9, 9)
-    assert dataset[1]["messages"][0]["content"] == [{"type": "text", "text": "Hi <image>."}]
+    assert dataset[1]["messages"][0]["content"] == [{"type": "text", "text": "Hi 1."}]
 
 
 @pytest.mark.parametrize("form", ["struct", "binary", "items"])
@@ -282,6 +289,103 @@ def test_a_file_that_is_no_whole_parquet_is_named(content, message, tmp_path):
     for source in (tmp_path, tmp_path / "b.parquet"):
         with pytest.raises(ValueError, match=f"b.parquet .*{message}"):
             load_conversations(source)
+
+
+# What datasets does to rows: absent keys are None, items of different keys are JSON
+
+
+JSON_ROWS = [  # items of different keys, a text that looks like JSON, and a text-only row
+    {
+        "id": "image",
+        "images": [{"bytes": b"x", "path": None}],
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "42"}]},
+        ],
+    },
+    {
+        "id": "text",
+        "images": [],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": '"Q", null?'}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "[1]"}]},
+        ],
+    },
+]
+
+
+def made_by_map(rows):
+    table = Dataset.from_dict({"row": list(range(len(rows)))})
+    return table.map(lambda item: rows[item["row"]], remove_columns="row")
+
+
+def saved(table, path):
+    table.save_to_disk(path / "saved")
+    return path / "saved"
+
+
+def as_parquet(table, path):
+    table.to_parquet(path / "a.parquet")
+    return path / "a.parquet"
+
+
+def as_json_lines(table, path):
+    table.remove_columns("images").add_column("images", [["a.png"], None]).to_json(path / "a.jsonl")
+    return path / "a.jsonl"
+
+
+def read_by_pandas(table, path):
+    rows = pq.read_table(as_parquet(table, path)).to_pandas().to_dict("records")
+    assert isinstance(rows[0]["messages"], np.ndarray) and isinstance(rows[0]["messages"][0]["content"][0], str)
+    return rows
+
+
+def streamed_parquet(table, path):
+    return datasets.load_dataset("parquet", data_files=str(as_parquet(table, path)), split="train", streaming=True)
+
+
+CONTAINERS = {
+    "map": lambda table, path: table,
+    "DatasetDict": lambda table, path: DatasetDict({"train": table}),
+    "from_generator": lambda table, path: Dataset.from_generator(lambda: iter(JSON_ROWS)),
+    "list of rows": lambda table, path: [table[0], table[1]],
+    "pandas": read_by_pandas,
+    "saved": saved,
+    "parquet": as_parquet,
+    "JSON lines": as_json_lines,
+    "stream": lambda table, path: table.to_iterable_dataset(),
+    "stream of parquet": streamed_parquet,
+    "stream of no features": lambda table, path: table.to_iterable_dataset().map(dict),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_items_of_different_keys_are_read_from_every_container(container, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = made_by_map(JSON_ROWS)
+    assert "Json" in str(table.features) or not hasattr(datasets, "Json")
+    source = CONTAINERS[container](table, tmp_path)
+    loaded = list(load_conversations(source, streaming=container.startswith("stream")))
+    assert [sample["messages"] for sample in loaded] == [row["messages"] for row in JSON_ROWS]
+    assert [len(sample["images"]) for sample in loaded] == [1, 0]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets has no Json feature before 5")
+def test_contents_that_are_texts_or_lists_are_told_apart(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": 'Say "no".'}, {"role": "assistant", "content": "42"}]},
+        {"messages": [JSON_ROWS[1]["messages"][0], {"role": "assistant", "content": '["no"'}]},
+    ]
+    table = Dataset.from_list(rows, on_mixed_types="use_json")
+    for source in (table, as_parquet(table, tmp_path)):
+        texts = [[m["content"][0]["text"] for m in sample["messages"]] for sample in load_conversations(source)]
+        assert texts == [['Say "no".', "42"], ['"Q", null?', '["no"']]
+
+
+def test_turns_written_as_json_text_are_read():
+    row = llava_row(3)
+    expected = load_conversations([row])[0]
+    assert load_conversations([{**row, "conversations": json.dumps(row["conversations"])}])[0] == expected
 
 
 # Several sources, types, selection
