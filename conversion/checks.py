@@ -18,7 +18,9 @@ from transformers.models.llava.configuration_llava import LlavaConfig as StockCo
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 from transformers.utils import logging as hf_logging
 
+from modeling_llava.composition import count_additional_image_tokens
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
+from modeling_llava.damage import other_than_llava
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 
@@ -127,8 +129,8 @@ def check_folder(
     """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
     report = CheckReport(folder)
     fields = read_json(config_file or folder / "config.json", "a checkpoint")
-    if fields.get("model_type") != "llava" or "text_config" not in fields:
-        raise ValueError(f"{folder} is no HF LLaVA (model_type {fields.get('model_type')!r}).")
+    if reason := other_than_llava(str(folder), fields):
+        raise ValueError(reason)
     config = LlavaConfig.from_dict(fields)
     weights = find_weights(folder)
     if weights is None:
@@ -198,11 +200,21 @@ def _without_progress_bars():
 
 def _check_processor(report: CheckReport, config: LlavaConfig, processor):
     """Tokens per image, the template, and the inputs for the run."""
-    vision = config.vision_config
-    additional = getattr(processor, "num_additional_image_tokens", 0)
-    expected = count_image_tokens(
-        vision.image_size, vision.image_size, vision.patch_size, additional, config.vision_feature_select_strategy
-    )
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    additional = count_additional_image_tokens(vision)
+    expected = count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, additional, strategy)
+    settings = {
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": additional,
+        "vision_feature_select_strategy": strategy,
+    }
+    for name, right in settings.items():
+        if (found := getattr(processor, name, None)) != right:
+            report.add(
+                "image tokens", "failed", f"{name} is {found!r} in the processor's files; the tower needs {right!r}"
+            )
+    if not report.is_sound:
+        return None
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -5,8 +5,9 @@ import os
 import re
 from pathlib import Path
 
+from modeling_llava.damage import PROJECTOR_FILES
 
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
-from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME
+from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME, require_llava
 from modeling_llava.configuration_llava import LlavaConfig
 from modeling_llava.damage import what_is_broken
 
@@ -63,16 +63,11 @@ def read_hf(source: str | Path) -> HfCheckpoint:
         OSError: it is not there.
     """
     folder = local_folder(source, "checkpoint")
-    if (folder / "adapter_config.json").is_file():
+    if require_llava(folder):
         raise ValueError(f"{folder} is an adapter. Fold it into its model first: llava merge {folder} OUT.")
     if (folder / PROJECTOR_CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is a projector alone. Put it into its model first: llava merge {folder} OUT.")
     fields = read_config(folder)
-    if "text_config" not in fields or fields.get("model_type") != "llava":
-        raise ValueError(
-            f"{folder} is no HF LLaVA (model_type {fields.get('model_type')!r}). An original checkpoint is converted "
-            "with --to hf first."
-        )
     if "quantization_config" in fields:
         raise ValueError(f"{folder} is quantised; give the 16-bit checkpoint from which it was made.")
     check_has_tokenizer(folder)

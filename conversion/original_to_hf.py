@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import torch
 from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -15,7 +16,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from modeling_llava import __version__
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.image_processing_llava import LlavaImageProcessor
-from modeling_llava.processing_llava import LlavaProcessor, load_chat_template
+from modeling_llava.processing_llava import LlavaProcessor, choose_chat_template
+from modeling_llava.stops import add_generation_stop
+from modeling_llava.templating import CHAT_TEMPLATES, insert_image_token
 from modeling_llava.tokenization_llava import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 
 from .checks import CheckReport, check_folder
@@ -24,7 +27,7 @@ from .hf_checkpoints import ORIGINAL_FILES, RECORD
 from .keymaps import Entry, projector_entries
 from .originals import FEATURE_STRATEGIES, Original, read_original
 from .tensors import Extended, LazyTensor, cast, in_memory
-from .vocabularies import CHAT_TEMPLATE, writes_images
+from .vocabularies import writes_images
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards
 
 
@@ -108,9 +111,8 @@ def convert_original_to_hf(
         dtype (`str` or `torch.dtype`, *optional*):
             `"float32"`, `"float16"` or `"bfloat16"`. By default every tensor keeps its own.
         chat_template (`str`, *optional*):
-            Name of one of the package's templates, or Jinja text. By default the `chat_template.jinja` of `source` if
-            it knows images (`convert_hf_to_original` writes such a one); else `vicuna_v1` (LLaVA-1.5) for LLaMA, and for
-            Mistral `llama_2` without a system message, as the original does.
+            Name of one of the package's templates, `"own"` for the tokenizer's, Jinja text or a file of it. By default as
+            [`find_chat_template`] finds it; `Conversion.notes` says which one it is.
         check (`bool`, *optional*, defaults to `True`):
             Compute logits of one image before and after, and everything else of [`check_stock_ready`].
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -125,7 +127,7 @@ def convert_original_to_hf(
     """
     dtype = as_dtype(dtype)
     original = read_original(source, base, vision_tower)
-    processor = make_processor(original, chat_template)
+    processor, template = make_processor(original, chat_template)
     if check:
         _check_marks(original, processor.tokenizer)
     tensors = hf_tensors(original, len(processor.tokenizer), dtype)
@@ -147,7 +149,7 @@ def convert_original_to_hf(
                 if not report.is_sound:
                     raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
             folder.commit()
-    return Conversion(Path(output), _notes(original, config), report)
+    return Conversion(Path(output), [template, *_notes(original, config)], report)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -237,8 +239,8 @@ def checksum(tensors: Mapping[str, LazyTensor]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_processor(original: Original, chat_template: str | None = None) -> LlavaProcessor:
-    """The processor: the tower's image processing, the tokenizer with an image token, the chat template."""
+def make_processor(original: Original, chat_template: str | None = None) -> tuple[LlavaProcessor, str]:
+    """The processor (the tower's image processing, the tokenizer, the chat template), and which template it is."""
     config = original.config
     tokenizer = load_tokenizer(original.tokenizer_folder, padding_side="left")  # for generation in batches
     marks = IMAGE_MARKS if config.get("mm_use_im_start_end") else ("", "")
@@ -251,17 +253,21 @@ def make_processor(original: Original, chat_template: str | None = None) -> Llav
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
         # The original tokenizes what follows an image on its own, which puts a space in front of it.
         marks = (marks[0], marks[1] + " ")
-    own = original.folder / CHAT_TEMPLATE
-    if chat_template is None and own.is_file() and writes_images(own.read_text("utf-8")):
-        chat_template = own.read_text("utf-8")
-    return LlavaProcessor(
+    wrap = marks if any(marks) else None
+    if chat_template is None:
+        template, which = find_chat_template(original, tokenizer, wrap)
+    else:
+        template, which = _own_or_other(chat_template, tokenizer, wrap), chat_template
+    processor = LlavaProcessor(
         image_processor=_image_processor(original),
         tokenizer=tokenizer,
         patch_size=original.vision_config.patch_size,
         num_additional_image_tokens=1,  # CLIP's class token
         vision_feature_select_strategy=_strategy(config),
-        chat_template=_chat_template(chat_template, original.text_config.model_type, marks),
+        chat_template=template,
     )
+    which = "the one given" if "{" in which else which
+    return processor, f"The chat template is {which}. Another one: --chat-template NAME, own or FILE.jinja."
 
 
 def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -275,15 +281,56 @@ def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None
             )
 
 
-def _chat_template(name: str | None, language_model: str, marks: tuple[str, str]) -> str:
-    if name is not None and "{" in name:
-        return name
-    wrap = marks if any(marks) else None
-    template = load_chat_template(name or ("llama_2" if language_model == "mistral" else "vicuna_v1"), image_wrap=wrap)
-    if name is None and language_model == "mistral":
+def find_chat_template(
+    original: Original, tokenizer: PreTrainedTokenizerBase, image_wrap: tuple[str, str] | None
+) -> tuple[str, str]:
+    """
+    The chat template with which an original checkpoint was trained, as well as its files tell, and its name with the reason.
+
+    A template that the tokenizer brings is the one of its training: Llama-3's, ChatML. That of LLaMA-2 and Mistral
+    (`[INST]`) is known to the original as `llava_llama_2`, for Mistral without a system message. Otherwise, as in the
+    original's programs, the names tell the version: of v0 (`v0`, `mmtag`; only with its linear projector), of LLaMA-2.
+    """
+    own = _own(tokenizer)
+    is_mistral = original.text_config.model_type == "mistral"
+    if own is not None and (writes_images(own) or "[INST]" not in own):
+        try:
+            return _own_or_other("own", tokenizer, image_wrap), "the tokenizer's own"
+        except (ValueError, jinja2.TemplateError):
+            logger.warning("The tokenizer's own chat template cannot take images: another one is chosen.")
+    is_v0 = re.search(r"(?<![a-z0-9])v0(?![0-9.])", original.names) and original.sizes.projector_layers == 1
+    if is_mistral:
+        name, reason = "llama_2", "for Mistral, without a system message"
+    elif own is not None and "[INST]" in own or re.search(r"llama[-_]?2\S*chat", original.names):
+        name, reason = "llama_2", "for LLaMA-2 chat"
+    elif "<|im_start|>" in tokenizer.get_vocab():
+        name, reason = "chatml", "for the tokenizer's <|im_start|>"
+    elif "mmtag" in original.names:
+        name, reason = ("v0_mmtag" if is_v0 else "v1_mmtag"), "by the checkpoint's name"
+    else:
+        name, reason = ("vicuna_v0", "of LLaVA v0, by its name") if is_v0 else ("vicuna_v1", "of LLaVA v1 and v1.5")
+    template = choose_chat_template(name, tokenizer, image_wrap)
+    if is_mistral:
         template, count = re.subn(r'\{%- set system = "[^"]*" -%\}', '{%- set system = "" -%}', template, count=1)
         assert count == 1, "the llama_2 template sets its system message in one line"
-    return template
+    return template, f"{name} ({reason})"
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _own_or_other(name: str, tokenizer: PreTrainedTokenizerBase, image_wrap: tuple[str, str] | None) -> str:
+    """A template that is asked for; a text that knows no images is made to write them."""
+    if name == "own" and (own := _own(tokenizer)) is not None and writes_images(own):
+        return own
+    template = choose_chat_template(name, tokenizer, image_wrap)
+    return (
+        template
+        if name in ("own", *CHAT_TEMPLATES) or writes_images(template)
+        else insert_image_token(template, image_wrap=image_wrap)
+    )
 
 
 def _strategy(config: dict) -> str:
@@ -346,7 +393,7 @@ def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[
 def _write_small_files(original: Original, processor: LlavaProcessor, config: LlavaConfig, folder: Path) -> None:
     """Everything but the weights and `config.json`."""
     processor.save_pretrained(folder)
-    make_generation_config(original, processor.tokenizer).save_pretrained(folder)
+    make_generation_config(original, processor).save_pretrained(folder)
     keep = folder / ORIGINAL_FILES
     keep.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
@@ -357,7 +404,7 @@ def _write_small_files(original: Original, processor: LlavaProcessor, config: Ll
             shutil.copyfile(original.folder / name, keep / name)
 
 
-def make_generation_config(original: Original, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def make_generation_config(original: Original, processor: LlavaProcessor) -> GenerationConfig:
     """How to generate: the source's file where it has one, and the tokens that begin, end and pad a text."""
     for folder in (original.folder, original.tokenizer_folder):
         if (folder / "generation_config.json").is_file():
@@ -368,5 +415,7 @@ def make_generation_config(original: Original, tokenizer: PreTrainedTokenizerBas
     if not fields.get("do_sample"):  # transformers 5 refuses to save a temperature that nothing uses
         fields = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
     fields.pop("transformers_version", None)
-    fields["pad_token_id"] = tokenizer.pad_token_id
-    return GenerationConfig(**fields)
+    fields["pad_token_id"] = processor.tokenizer.pad_token_id
+    config = GenerationConfig(**fields)
+    add_generation_stop(config, processor)
+    return config

@@ -8,10 +8,11 @@ Reading the original's checkpoints: what lies in a folder, and the whole model t
 | lora | `adapter_model.*` (and `non_lora_trainables.bin`) | base, tower |
 | projector | `mm_projector.bin` alone | base, tower |
 
-Nothing is decided by a folder's name.
+Nothing but the chat template is decided by a folder's name: the original's files say nothing of it.
 """
 
 import logging
+import os
 import re
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,13 +22,9 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from .folders import (
-    PROJECTOR_FILES,
-    check_has_tokenizer,
-    local_folder,
-    read_config,
-    read_json,
-)
+from modeling_llava.damage import NON_LORA_FILES, PROJECTOR_FILES, is_original, unsupported
+
+from .folders import check_has_tokenizer, local_folder, read_config, read_json
 from .keymaps import (
     CLIP_TEXT_SIDE,
     TOWER_PREFIXES,
@@ -47,17 +44,7 @@ from .tensors import Extended, LazyTensor, find_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-LANGUAGE_MODELS = {
-    "llava_llama": LlamaConfig,
-    "llava": LlamaConfig,  # 2023
-    "llama": LlamaConfig,  # projector-only folders
-    "llava_mistral": MistralConfig,
-    "mistral": MistralConfig,
-}
-"""`model_type` of an original configuration → its language model's configuration class."""
-
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 FEATURE_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """`mm_vision_select_feature` → `vision_feature_select_strategy`."""
 
@@ -66,15 +53,6 @@ NOT_TEXT_FIELDS = re.compile(
     r"|model_type|architectures|transformers_version|torch_dtype|dtype|_name_or_path|auto_map|quantization_config"
 )
 """Fields of an original configuration that are not the language model's."""
-
-SUCCESSOR_FIELDS = {
-    "image_aspect_ratio": ("pad", "square", "keep"),
-    "mm_patch_merge_type": ("flat",),
-    "mm_resampler_type": (),
-    "s2": (),
-    "use_s2": (),
-}
-"""Fields that LLaVA's successors have → the values with which a checkpoint is one of v1 or v1.5."""
 
 
 @dataclass
@@ -91,6 +69,8 @@ class Original:
             The original's `config.json`.
         text_config, vision_config (`PreTrainedConfig`):
             Of the language model (`vocab_size` is the embedding's rows) and the tower.
+        names (`str`):
+            All names that the checkpoint has or notes: its folder's, its base's. They tell its version, if anything does.
         sizes ([`Sizes`]):
             Of the whole.
         tensors (`dict[Entry, LazyTensor]`):
@@ -108,6 +88,7 @@ class Original:
     config: dict
     text_config: PreTrainedConfig
     vision_config: CLIPVisionConfig
+    names: str
     sizes: Sizes
     tensors: dict[Entry, LazyTensor]
     tower_inside: bool
@@ -141,6 +122,10 @@ def read_original(
     folder = local_folder(source, "checkpoint")
     files = []
     if config is None:
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} is an adapter in the HF format. Make a full model of it: llava merge {folder} OUT"
+            )
         config = read_config(folder)
         files.append(folder / "config.json")
     _check_is_original(config, folder)
@@ -182,11 +167,17 @@ def read_original(
         config=config,
         text_config=text_config,
         vision_config=vision_config,
+        names=_names(source, config.get("version"), config.get("_name_or_path"), base),
         sizes=sizes,
         tensors=matched,
         tower_inside=tower_inside,
         files=files,
     )
+
+
+def _names(*names: str | Path | None) -> str:
+    """The last part of each, in lower case: where a folder lies says nothing."""
+    return " ".join(os.path.basename(os.path.abspath(name)).lower() for name in names if name)
 
 
 def _hint(kind: str) -> str:
@@ -199,22 +190,10 @@ def _hint(kind: str) -> str:
 
 
 def _check_is_original(config: dict, folder: Path) -> None:
-    if "text_config" in config:
-        raise ValueError(f"{folder} is in the HF form already. Convert it with --to original or --to gguf.")
-    kind = config.get("model_type")
-    if kind not in LANGUAGE_MODELS:
-        raise ValueError(
-            f"{folder} has model_type {kind!r}. Converted are LLaVAs on LLaMA and Mistral: "
-            f"{', '.join(sorted(LANGUAGE_MODELS))}."
-        )
-    if not any(name in config for name in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size")):
-        raise ValueError(f"{folder} is no LLaVA: its config.json has no mm_vision_tower and no mm_projector_type.")
-    for name, plain in SUCCESSOR_FIELDS.items():
-        if config.get(name) not in (None, False, *plain):
-            raise ValueError(
-                f"{folder} has {name} {config[name]!r}: it is one of LLaVA's successors (LLaVA-NeXT, 1.6, is "
-                "transformers' llava_next), which cut or resample pictures. Converted are LLaVA v1 and v1.5."
-            )
+    if reason := unsupported(str(folder), config):
+        raise ValueError(reason)
+    if not is_original(config):
+        raise ValueError(f"{folder} is in the HF format already. Convert it with --to original or --to gguf.")
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in FEATURE_STRATEGIES:
         raise ValueError(f"{folder} has mm_vision_select_feature {feature!r}; known are 'patch' and 'cls_patch'.")
@@ -225,7 +204,8 @@ def read_text_config(config: dict) -> PreTrainedConfig:
     # a copy: transformers writes into the `rope_scaling` that it is given, and the original's readers take two fields there
     fields = {name: deepcopy(value) for name, value in config.items() if not NOT_TEXT_FIELDS.fullmatch(name)}
     fields.setdefault("tie_word_embeddings", False)
-    return _build(LANGUAGE_MODELS[config["model_type"]], fields, "the checkpoint's config.json")
+    config_class = MistralConfig if "mistral" in config["model_type"] else LlamaConfig
+    return _build(config_class, fields, "the checkpoint's config.json")
 
 
 def _build(config_class: type[PreTrainedConfig], fields: dict, origin: str) -> PreTrainedConfig:

@@ -69,7 +69,10 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
 
     for name, module in list(model.named_modules()):
         prefix = f"{name}." if name else ""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if type(module) in (
+            nn.Linear,
+            nn.Embedding,
+        ):  # of others, such as attention's own, more is used than the product
             weight = find(f"{prefix}weight")
             if isinstance(module, nn.Linear):
                 new = StreamedLinear(weight, find(f"{prefix}bias") if module.bias is not None else None)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_llava.damage import EMPTY_TENSOR, LFS_POINTER, MODEL_FILES
+
 
 PIECE_BYTES = 16 * 2**20
 """Upper bound, in bytes, of what is computed or copied at once."""
@@ -41,17 +43,6 @@ SAFETENSORS_DTYPES = {
 
 MAX_HEADER_BYTES = 100 * 2**20
 """A safetensors header beyond this many bytes is refused, as the safetensors library does."""
-
-LFS_POINTER = b"version https://git-lfs"
-"""What a file begins with in whose place `git clone` without Git LFS left a pointer."""
-
-MODEL_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-"""Where a folder's weights may lie, in the order of preference."""
 
 
 @dataclass(frozen=True)
@@ -385,8 +376,16 @@ def read_checkpoint(file: Path) -> dict[str, LazyTensor]:
 
     Raises:
         ValueError: the index is damaged, names a shard that is not there or a tensor that its shard does not hold,
-            or two shards hold the same tensor.
+            or two shards hold the same tensor; a tensor is empty.
     """
+    tensors = _read_checkpoint(file)
+    for key, tensor in tensors.items():
+        if 0 in tensor.shape:
+            raise ValueError(f"{file}: {key} {EMPTY_TENSOR}")
+    return tensors
+
+
+def _read_checkpoint(file: Path) -> dict[str, LazyTensor]:
     if file.suffix != ".json":
         return read_tensor_file(file)
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
-from .damage import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, what_is_broken
+from .damage import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, read_config, what_is_broken
 
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
@@ -98,11 +99,8 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
         ValueError: it is not a LLaVA, with the command that helps ([`other_than_llava`]).
     """
     path = os.fspath(path)
-    with explained(path, weights=False):
-        config_file, adapter_file = file_of(path, "config.json", **hub), find_adapter_config_file(path, **hub)
-        config, adapter = (
-            json.loads(Path(file).read_text("utf-8")) if file else None for file in (config_file, adapter_file)
-        )
+    config = read_config(file_of(path, "config.json", **hub))
+    adapter = read_config(find_adapter_config_file(path, **hub))
     reason = other_than_llava(path, config or {}, adapter, lambda name: file_of(path, name, **hub) is not None)
     if reason is None and adapter is not None:
         empty = [name for name, shape in _adapter_shapes(path, **hub).items() if 0 in shape]
@@ -209,7 +207,7 @@ def _require_folder_or_hub_name(path: str) -> None:
 
 def load_processor(path: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
     """
-    The processor of a model, by its folder or Hub name.
+    The processor of a model, by its folder or Hub name. What older ones lack (`patch_size`) is the model's configuration's.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
@@ -227,7 +225,15 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
     if os.path.isdir(path) and not has_tokenizer(path):
         raise ValueError(what_is_broken(path, weights=False))
     with explained(path, weights=False):
-        return AutoProcessor.from_pretrained(path, revision=revision)
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+    if getattr(processor, "patch_size", 0) is None and file_of(path, "config.json", revision) is not None:
+        from .composition import count_additional_image_tokens
+
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = count_additional_image_tokens(config.vision_config)
+    return processor
 
 
 def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
@@ -498,6 +504,18 @@ def four_bit_config(
     )
 
 
+def four_bits_of(adapter: str | os.PathLike, revision: str | None = None) -> tuple[str, bool] | None:
+    """`quant_type` and `double_quant` of an adapter's training, by the recipe next to it; `None` if it was not QLoRA."""
+    file = file_of(os.fspath(adapter), "recipe.yaml", revision)
+    try:
+        recipe = yaml.safe_load(Path(file).read_text("utf-8")) if file is not None else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML ({' '.join(str(error).split())}). Fix it, or remove it.") from None
+    if not isinstance(recipe, dict) or recipe.get("adapter") != "qlora":
+        return None
+    return recipe.get("quant_type", "nf4"), recipe.get("double_quant", True)
+
+
 def forbid_inference_packing(model: nn.Module) -> None:
     """
     Keep 4-bit weights in the layout in which they can be trained.
@@ -530,6 +548,7 @@ __all__ = [
     "find_base",
     "forbid_inference_packing",
     "four_bit_config",
+    "four_bits_of",
     "has_processor",
     "is_quantised",
     "load_adapter_for_inference",

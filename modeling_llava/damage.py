@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 MODEL_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
+"""Where a folder's weights may lie, in the order of preference."""
+
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 JSON_FILES = (
@@ -45,6 +47,8 @@ EMPTY_TENSOR = (
     "stage3_gather_16bit_weights_on_model_save, or by zero_to_fp32.py."
 )
 LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with in whose place `git clone` without Git LFS left a pointer."""
+
 AGAIN = "copy or download it again"
 
 
@@ -77,9 +81,19 @@ def other_than_llava(
     return f"{name} is {what} in the original LLaVA's format. Convert it first: llava convert {name} OUT --base {base}"
 
 
+def read_config(file: str | os.PathLike | None) -> dict | None:
+    """A small JSON file of a model's folder, `None` without one. ValueError if it cannot be read, or holds no object."""
+    if file is None:
+        return None
+    if reason := _unreadable(Path(file)):
+        raise ValueError(reason)
+    return json.loads(Path(file).read_text("utf-8"))
+
+
 def is_original(config: dict) -> bool:
     """Whether a `config.json` is one of the original LLaVA's format."""
-    return "text_config" not in config and any(field in config for field in ORIGINAL_FIELDS)
+    fields = any(field in config for field in ORIGINAL_FIELDS)
+    return "text_config" not in config and (fields or config.get("model_type") in ("llava_llama", "llava_mistral"))
 
 
 def unsupported(name: str, config: dict) -> str | None:
@@ -170,8 +184,9 @@ def _unreadable(path: Path) -> str | None:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             return f"{path} is Git LFS's pointer to the file, not the file: `git lfs pull`, or `hf download`."
     try:
-        if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), dict | list):
-            return f"{path} holds neither an object nor a list: {AGAIN}."
+        kinds = dict if path.name.endswith("config.json") else dict | list
+        if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), kinds):
+            return f"{path} holds no JSON object: {AGAIN}."
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as tensors:
                 for key in tensors.keys():
@@ -202,4 +217,12 @@ def _missing(folder: Path, names: tuple[str, ...], what: str, whose: str, there:
     )
 
 
-__all__ = ["explained", "has_tokenizer", "is_original", "other_than_llava", "unsupported", "what_is_broken"]
+__all__ = [
+    "explained",
+    "has_tokenizer",
+    "is_original",
+    "other_than_llava",
+    "read_config",
+    "unsupported",
+    "what_is_broken",
+]

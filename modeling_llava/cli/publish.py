@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", help="the Hub's identifier, such as llama2 (default for models: other)")
     parser.add_argument("--data-license", metavar="TEXT", help="licence of the training data, for the card")
-    parser.add_argument("--language", default="en", help="language of the answers (default: en)")
+    parser.add_argument("--language", default="en", help="language of the answers, by its ISO 639 code (default: en)")
     parser.add_argument("--summary", help="first paragraph of the model card")
     parser.add_argument("--revision", help="branch to push to; made from main if absent")
     parser.add_argument("--tag", action="append", metavar="TAG", help="git tag for the commit (repeatable)")
@@ -51,11 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from ..hub.publish import check_names, gather, push
+    from ..hub.card_fields import check_card_fields
+    from ..hub.publish import check_names, check_refs, gather, push
 
     console = Console(markup=False, highlight=False, soft_wrap=True)  # names and answers may have brackets
     source = Path(args.model)
-    check_names(args.repo, *(args.base_model or []), *(args.dataset or []))  # before a merge, which takes minutes
+    # before a merge, which takes minutes
+    check_names(args.repo, *(args.base_model or []), *(args.dataset or []))
+    check_card_fields(args.license, args.language)
+    check_refs(*([] if args.revision is None else [args.revision]), *(args.tag or []))
     for path in args.results or []:
         warn_of_other_weights(console, path, source)
     with contextlib.ExitStack() as stack:
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if len(publication.problems) > 20:
             console.print(f"… and {len(publication.problems) - 20:,} more", style="red")
         if publication.problems:
-            raise ValueError(f"{len(publication.problems)} problem(s) stand against publishing; nothing was sent.")
+            raise ValueError(f"{len(publication.problems)} problem(s) to fix before it can be published; nothing was sent.")
         if publication.kind == "full":
             say_who_runs_it(console, publication.folder)
         if publication.kind in ("full", "adapter") and not args.no_run:

@@ -8,6 +8,7 @@ EPILOG = """\
 examples:
   llava web llava-hf/llava-1.5-7b-hf --load-in-4bit
   llava web runs/my-adapter --examples my-pictures
+  llava web runs/my-adapter --root-path /llava --allow-host demo.example.org    behind a proxy
 Only this machine reaches the page, unless --host is given. Nothing is sent anywhere.
 """
 
@@ -24,6 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--root-path",
+        metavar="PATH",
+        help="behind a proxy: where it serves the page, such as /llava, or the whole URL",
+    )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="behind a proxy: a name by which it is called, such as demo.example.org (repeatable)",
+    )  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
     parser.add_argument("--examples", metavar="FOLDER", help="pictures to choose from (default: two drawn ones)")
     parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
@@ -60,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         predictor = {"system": args.system, "max_cached_images": 1}
         sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor)), args.people)
         page = build_page(sessions, processor, folder, title=_title(args.model), examples=examples, limits=limits)
-        url = launch(page, folder, args.host, args.port, args.open)
+        url = launch(page, folder, args.host, args.port, args.open, args.root_path, args.allow_host)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
             print(
                 "Everyone who reaches this machine can use the page: there is no password and no encryption.",

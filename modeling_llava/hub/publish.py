@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
+from .card_fields import check_card_fields
 from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files
 from .model_card import HUB_NAME, render_model_card
 from .staging import drop_local_names, finish_data_card, name_base, stage_files, stage_results
@@ -86,13 +87,14 @@ def gather(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the name is not a Hub name, the folder holds neither a model nor a data set, or an adapter's base is
+        ValueError: the name is not a Hub name, license or language are not the Hub's, the folder holds neither a model nor a data set, or an adapter's base is
             a local folder and `base_models` does not say its Hub name.
     """
     source = Path(source).resolve()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder. Give the folder of a model, an adapter or a data set.")
     check_names(repo, *(base_models or []), *(datasets or []))
+    check_card_fields(license, language)
     repo = _with_owner(repo)
     folder = Path(folder).resolve() if folder is not None else source.with_name(f"{source.name}-to-publish")
     kind, source, form = _kind(source)
@@ -169,6 +171,16 @@ def check_names(*names: str) -> None:
             raise ValueError(f"{name!r} is not a name on the Hub: give owner/name. ({error})") from None
 
 
+def check_refs(*names: str) -> None:
+    """
+    Raises:
+        ValueError: one of `names` cannot be the name of a branch or a tag.
+    """
+    for name in names:
+        if re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
+            raise ValueError(f"{name!r} cannot be the name of a branch or a tag. Choose another, such as v1.0.")
+
+
 def push(
     publication: Publication,
     *,
@@ -210,14 +222,12 @@ def push(
     """
     if publication.problems:
         raise ValueError(
-            f"{len(publication.problems)} problem(s) stand against publishing:\n"
+            f"It cannot be published as it is, {len(publication.problems)} problem(s):\n"
             + "\n".join(f"  {problem}" for problem in publication.problems)
         )
     api = HfApi(endpoint=endpoint)
     kind: dict[str, Any] = {"repo_type": publication.repo_type}
-    for name in [*([] if revision is None else [revision]), *(tags or [])]:
-        if re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
-            raise ValueError(f"{name!r} cannot be the name of a branch or a tag. Choose another, such as v1.0.")
+    check_refs(*([] if revision is None else [revision]), *(tags or []))
     try:
         held = _check_repository(api, publication, private, revision, tags or [])
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
@@ -346,4 +356,4 @@ def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: st
     return [glob.escape(name) for name in stale if name not in publication.files]
 
 
-__all__ = ["Publication", "check_names", "gather", "push"]
+__all__ = ["Publication", "check_names", "check_refs", "gather", "push"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .card_fields import check_card_fields
 from .files import read_record
 
 
@@ -129,6 +130,7 @@ def finish_data_card(card: Path, repo: str, license: str | None) -> None:
             raise ValueError(f"{card.name}: its head is a {type(front).__name__}; it must be lines of `key: value`.")
     if license:
         front = {"license": license} | {key: value for key, value in front.items() if key != "license"}
+    check_card_fields(front.get("license"), front.get("language"), f"{card.name}:")
     if "configs" not in front and card.with_name("instruct.json").is_file():
         front["configs"] = [{"config_name": "default", "data_files": "instruct.json"}]
     card.write_text(f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}", "utf-8")

@@ -170,12 +170,12 @@ def holding(name, text):
         ),
         (
             holding("config.json", '{"model_type": "llama"}'),
-            "says model_type 'llama'. A LLaVA is made of it by llava init",
+            "is a language model (llama). Make a LLaVA of it: llava init",
         ),
-        (holding("config.json", '{"model_type": "bert2"}'), "is no LLaVA: its config.json says model_type 'bert2'."),
+        (holding("config.json", '{"model_type": "bert2"}'), "its config.json says model_type 'bert2'"),
         (
             holding("config.json", '{"model_type": "llava_llama", "mm_vision_tower": "x"}'),
-            "is in the original LLaVA's form: llava convert ",
+            "in the original LLaVA's format. Convert it first: llava convert ",
         ),
         (
             holding("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conversion_cases import GOLDEN, edit_json, original_tensors, random_original, rewrite
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 
-from modeling_llava import LlavaProcessor
+from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
 from modeling_llava.conversion import check_stock_ready, convert_original_to_hf
 from modeling_llava.conversion import tensors as tensors_module
@@ -81,12 +81,21 @@ def test_keys_that_stock_transformers_does_not_find(broken, edit, message):
     assert not report.is_stock_ready and not report.is_sound
 
 
-@pytest.mark.parametrize("field", [{"image_seq_length": 10}, {"vision_feature_select_strategy": "full"}])
-def test_processor_and_model_that_disagree_about_image_tokens(broken, field):
-    edit_json(broken / "config.json", **field)
+@pytest.mark.parametrize(
+    "file, field, said",
+    [
+        ("config.json", {"image_seq_length": 10}, "the processor writes 9 for an image of 42x42 pixels"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'default'"),
+        ("processor_config.json", {"patch_size": 7}, "patch_size is 7"),
+        ("processor_config.json", {"patch_size": None}, "patch_size is None"),
+        ("processor_config.json", {"num_additional_image_tokens": 0}, "num_additional_image_tokens is 0"),
+    ],
+)
+def test_processor_and_model_that_disagree_about_image_tokens(broken, file, field, said):
+    """The tower says how many there are, whatever the processor's settings make of it."""
+    edit_json(broken / file, **field)
     report = check_stock_ready(broken)
-    assert state_of(report)["image tokens"] == "failed"
-    assert "the processor writes 9 for an image of 42x42 pixels" in report.failures()
+    assert state_of(report)["image tokens"] == "failed" and said in report.failures()
 
 
 def test_template_that_fails(broken):
@@ -162,10 +171,21 @@ def test_token_that_was_added_never_wins(tmp_path):
     assert int(logits.argmax(-1).max()) < 700
 
 
+def test_a_siglip_tower_with_its_head_is_run(tmp_path):
+    """Its attention uses more of a linear layer than the product."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**size, image_size=32, patch_size=8)
+    SiglipVisionModel(vision).save_pretrained(tmp_path / "siglip")
+    parts = str(tmp_path / "siglip"), str(GOLDEN / "llava_v15_tiny_lora" / "language_model")
+    LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(tmp_path / "llava")
+    LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(tmp_path / "llava")
+    assert check_stock_ready(tmp_path / "llava").is_stock_ready
+
+
 def test_folder_that_is_none_is_said(tmp_path, golden_hf):
     with pytest.raises(OSError, match="no config.json"):
         check_stock_ready(tmp_path)
-    with pytest.raises(ValueError, match="no HF LLaVA"):
+    with pytest.raises(ValueError, match="llava convert"):
         check_stock_ready(GOLDEN / "llava_v15_tiny")
     shutil.copyfile(golden_hf / "config.json", tmp_path / "config.json")
     with pytest.raises(ValueError, match="holds no weights"):
@@ -236,7 +256,7 @@ def test_command_writes_gguf(golden_hf, tmp_path, capsys):
         (["SRC", "OUT", "--dtype", "int3"], "dtype 'int3' is not known"),
         (["SRC", "OUT", "--max-shard-size", "big"], "'big' is not a size"),
         (["HF", "OUT", "--to", "gguf", "--dtype", "q2"], "dtype 'q2' is not a GGUF type"),
-        (["HF", "OUT"], "in the HF form already"),
+        (["HF", "OUT"], "in the HF format already"),
     ],
 )
 def test_mistake_is_one_line(golden_hf, tmp_path, capsys, words, message):

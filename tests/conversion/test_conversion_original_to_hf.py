@@ -454,7 +454,7 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'. Converted are LLaVAs on LLaMA and Mistral"),
+        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'.*LLaMA and Mistral"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*LLaVA-NeXT"),
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'.*LLaVA-NeXT"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'.*successors"),
@@ -466,7 +466,7 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
         ({"mm_vision_select_feature": "cls"}, "known are 'patch' and 'cls_patch'"),
         (
             {"mm_vision_tower": REMOVED, "mm_projector_type": REMOVED, "mm_hidden_size": REMOVED},
-            "is no LLaVA: its config.json has no mm_vision_tower",
+            "names no mm_vision_tower.*--vision-tower",
         ),
         ({"num_hidden_layers": 3}, r"9 missing: 'model\.layers\.2\.self_attn\.q_proj\.weight' \[64, 64\]"),
         ({"num_hidden_layers": 1}, r"9 not known: 'model\.layers\.1\."),
@@ -502,8 +502,69 @@ def test_folder_without_weights_says_what_it_holds(tmp_path):
         convert_original_to_hf("nowhere", tmp_path / "out")
 
 
+LLAMA3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+INST = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+V0_TURN = "### Human: <image>\nWhy?\n### Assistant:"
+V1_TURN = "USER: <image>\nWhy? ASSISTANT:"
+PLAIN_MARKS = {"mm_use_im_start_end": False, "mm_use_im_patch_token": False}
+
+
+@pytest.mark.parametrize(
+    "golden, name, own, config, prompt_ends",
+    [
+        ("llava_v15_tiny", "llava-v1.5-7b", None, {}, V1_TURN),
+        ("llava_v15_tiny", "run-v0", None, {}, V1_TURN),  # somebody's own v0: v0's projector was linear
+        ("llava_v15_tiny", "llava-v1.5-lora", None, {"_name_or_path": "/data/v0/vicuna-7b-v1.5"}, V1_TURN),
+        ("llava_v1_tiny", "LLaVA-7b-v0", None, PLAIN_MARKS, V0_TURN),
+        ("llava_v1_tiny", "mine", None, PLAIN_MARKS | {"version": "v0"}, V0_TURN),
+        ("llava_v1_tiny", "LLaVA-7b-v1-1", None, PLAIN_MARKS, V1_TURN),
+        ("llava_v15_tiny", "llava-llama-2-13b-chat", None, {}, "<</SYS>>\n\n<image>\nWhy? [/INST]"),
+        ("llava_v15_tiny", "mine", INST, {}, "<</SYS>>\n\n<image>\nWhy? [/INST]"),
+        ("llava_v15_tiny", "llava-v1.5-llama-3", LLAMA3, {}, "<image>\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("llava_v15_tiny", "mine", "{{ raise_exception('no') }}", {}, V1_TURN),
+    ],
+)  # fmt: skip
+def test_the_chat_template_is_that_of_the_checkpoints_version(tmp_path, golden, name, own, config, prompt_ends):
+    source = copy_original(tmp_path / name, golden, **config)
+    if own is not None:
+        edit_json(source / "tokenizer_config.json", chat_template=own)
+    conversion = convert_original_to_hf(source, tmp_path / "out", check=False)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    prompt = LlavaProcessor.from_pretrained(tmp_path / "out").apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt.endswith(prompt_ends)
+    assert "chat template" in conversion.notes[0] and "--chat-template" in conversion.notes[0]
+
+
+def test_a_chat_template_can_be_given_as_own_a_name_or_a_file(tmp_path):
+    source = copy_original(tmp_path / "source")
+    edit_json(source / "tokenizer_config.json", chat_template=LLAMA3)
+    (tmp_path / "images.jinja").write_text(V0_TURN.replace("Why?", "{{ messages[0]['content'][1]['text'] }}"))
+    (tmp_path / "text.jinja").write_text("{% for m in messages %}<T>{{ m['content'] }}</T>{% endfor %}")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    for given, prompt in {
+        "own": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|>",
+        "chatml": "<|im_start|>user\n<image>\nWhy?<|im_end|>\n",
+        str(tmp_path / "images.jinja"): V0_TURN,
+        str(tmp_path / "text.jinja"): "<T><image>\nWhy?</T>",  # of a language model: images are put in
+    }.items():
+        convert_original_to_hf(source, tmp_path / "out", chat_template=given, check=False, overwrite=True)
+        assert LlavaProcessor.from_pretrained(tmp_path / "out").apply_chat_template(messages).endswith(prompt)
+    with pytest.raises(ValueError, match="no chat template 'no.jinja'"):
+        convert_original_to_hf(source, tmp_path / "out", chat_template="no.jinja", overwrite=True)
+
+
+def test_tensors_emptied_by_zero3_are_named(tmp_path):
+    source = copy_original(tmp_path / "source")
+    rewrite(source, lambda tensors: tensors | {"lm_head.weight": torch.empty(0)})
+    with pytest.raises(ValueError, match="lm_head.weight is empty .*ZeRO-3"):
+        convert_original_to_hf(source, tmp_path / "out")
+
+
 def test_hf_folder_is_recognised(tmp_path, golden_hf):
-    with pytest.raises(ValueError, match="in the HF form already.*--to original"):
+    with pytest.raises(ValueError, match="in the HF format already.*--to original"):
         convert_original_to_hf(golden_hf, tmp_path / "out")
 
 

@@ -246,6 +246,62 @@ def test_guard_refuses_long_requests_other_names_and_websockets(guard):
     assert status(guard, "/", host="my-machine:7860")[0] == 200
 
 
+def proxied_guard(root_path=""):
+    seen = []
+
+    async def application(scope, receive, send):
+        seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    return Guard(application, "/nowhere", 1000, {"localhost"}, {"demo.example.org"}, root_path), seen
+
+
+def test_names_that_a_proxy_passes_on_are_let_in_and_no_others():
+    guard, _ = proxied_guard()
+    join = ["/gradio_api/queue/join", "POST", b"{}"]
+    for host in ("demo.example.org", "localhost:7860"):  # passed on, or written anew
+        for origin in ("https://demo.example.org", f"http://{host}"):
+            assert status(guard, *join, host=host, origin=origin, content_length="2")[0] == 200
+    for headers in (
+        {"host": "elsewhere.example.org"},
+        {"host": "demo.example.org.evil.org"},
+        {"origin": "https://elsewhere.example.org"},
+        {"origin": "https://demo.example.org.evil.org"},
+        {"origin": "http://localhost:3000"},  # another program's page on this machine
+        {"origin": "null"},
+    ):
+        assert status(guard, *join, content_length="2", **headers)[0] == 403, headers
+
+
+def test_a_request_may_have_the_proxys_path_before_it_or_not():
+    guard, seen = proxied_guard("/llava")
+    for path in ("/llava/config", "/config", "/llava/"):
+        assert status(guard, path)[0] == 200
+    assert seen == ["/config", "/config", "/"]
+    assert status(guard, "/llava/gradio_api/info")[0] == status(guard, "/llava2/config")[0] == 404
+
+
+def test_each_refusal_is_one_line_that_names_what_came_and_the_option(caplog):
+    guard, _ = proxied_guard()
+    for _ in range(3):
+        status(guard, "/", host="proxied.example.org")
+        status(
+            guard,
+            "/gradio_api/queue/join",
+            "POST",
+            b"{}",
+            origin="https://origin.example.org:8443",
+            content_length="2",
+        )
+        status(guard, "/docs\nforged line")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3 and not any("\n" in line for line in lines)
+    assert "--allow-host proxied.example.org" in lines[0] and "--allow-host origin.example.org" in lines[1]
+    for number in range(1000):
+        status(guard, f"/{number}")
+    assert len(caplog.records) < 300
+
+
 def test_tags_are_shown_as_text_but_code_stays_code():
     assert _plain("a <image> < b") == "a &lt;image> &lt; b"
     assert _plain("`<b>` and\n```\n<i>\n```\n<u>") == "`<b>` and\n```\n<i>\n```\n&lt;u>"

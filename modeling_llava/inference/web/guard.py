@@ -8,6 +8,7 @@ Here only what the page uses passes; everything else does not exist.
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ FILE = _API + "file="
 UPLOAD = _API + "upload"
 MAX_MESSAGE_BYTES = 2**20
 """Of a request that is not an upload."""
+MAX_REFUSALS_LOGGED = 200
+"""Each once; whoever tries names or paths by the thousand does not fill the terminal."""
 
 # The page asks no other host for anything, whatever an answer's Markdown says. Gradio's page has inline scripts.
 POLICY = "; ".join(
@@ -57,22 +60,34 @@ class Guard:
         hosts (`Iterable[str]`, *optional*):
             Names by which the server may be called. A web page elsewhere whose name has been made to lead here comes with
             its own. `None`: any.
+        proxied (`Iterable[str]`, *optional*):
+            Names under which a proxy serves the page: hosts too, and the page may say that it is of them.
+        root_path (`str`, *optional*): Where below its name the proxy serves the page; with it or without it in a request.
     """
 
-    def __init__(self, app, folder: str, max_upload_bytes: int, hosts: Iterable[str] | None = None):
-        self.app, self.max_upload_bytes = app, max_upload_bytes
+    def __init__(self, app, folder: str, max_upload_bytes: int, hosts=None, proxied: Iterable[str] = (), root_path=""):
+        self.app, self.max_upload_bytes, self.root_path = app, max_upload_bytes, root_path
         self.folder = os.path.realpath(folder)
-        self.hosts = None if hosts is None else {host.lower() for host in hosts}
+        self.proxied = {host.lower() for host in proxied}
+        self.hosts = None if hosts is None else {host.lower() for host in hosts} | self.proxied
+        self.told: set[str] = set()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
+        if self.root_path and scope["path"].startswith(f"{self.root_path}/"):
+            path = scope["path"].removeprefix(self.root_path)
+            scope = {**scope, "path": path, "raw_path": path.encode()}
         refusal = self._refusal(scope)
         if refusal is None and scope["method"] == "POST" and scope["path"] != UPLOAD:
             receive, refusal = await self._read(receive)
         if refusal is not None:
+            told = f"{scope['method']} {scope['path']!r:.80} was refused: {refusal[1]}"
+            if told not in self.told and len(self.told) < MAX_REFUSALS_LOGGED:
+                self.told.add(told)
+                logger.warning(told)
             return await _refuse(send, *refusal)
         begun = False
 
@@ -97,11 +112,16 @@ class Guard:
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.hosts is not None and _host_name(headers.get("host", "")) not in self.hosts:
-            return 403, "This server is not known by that name."
+        host = headers.get("host", "")
+        if self.hosts is not None and (name := host_name(host)) not in self.hosts:
+            return 403, f"this server is not known as {name!r:.80}. If it is by a proxy: --allow-host {name:.80}"
         origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
-            return 403, "Another site's page may not use this server."
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
+            if (name := host_name(origin)) not in self.proxied:
+                return (
+                    403,
+                    f"the page is another site's, {origin!r:.80}. If a proxy serves it: --allow-host {name:.80}",
+                )
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD"):
             if path.startswith(FILE):
@@ -169,11 +189,12 @@ def _places(value: Any) -> Iterator[Any]:
         yield from _places(item)
 
 
-def _host_name(host: str) -> str:
-    """Without the port: `localhost:7860`, `[::1]:7860`."""
+def host_name(host: str) -> str:
+    """Without the scheme, the port and the path: `localhost:7860`, `[::1]:7860`, `https://demo.example.org/llava`."""
+    host = re.sub(r"[^\w.:\[\]-]", "?", host.rpartition("://")[2].partition("/")[0])  # it is printed
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()
 
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "host_name"]

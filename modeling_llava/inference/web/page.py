@@ -3,14 +3,15 @@
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...processing_llava import num_image_tokens
 from ..chat import Chat
-from .guard import Guard
+from .guard import Guard, host_name
 from .sessions import Sessions
 
 
@@ -235,10 +236,23 @@ def build_page(
 
 
 def launch(
-    page, folder: str | os.PathLike, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
+    page,
+    folder: str | os.PathLike,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    browser: bool = False,
+    root_path: str | None = None,
+    allow_hosts: Iterable[str] = (),
 ) -> str:
     """
     Starts the server in threads of its own, behind [`Guard`].
+
+    Args:
+        page: From [`build_page`], with its `folder`.
+        host (`str`), port (`int`, *optional*): Where to listen.
+        browser (`bool`): Open the page on this machine.
+        root_path (`str`, *optional*): As for Gradio: the path, or the whole URL, at which a proxy serves the page.
+        allow_hosts (`Iterable[str]`, *optional*): Names that a proxy passes on.
 
     Returns:
         `str`: its address.
@@ -249,14 +263,26 @@ def launch(
     gr = import_gradio(folder)
     from starlette.middleware import Middleware
 
-    loopback = host in ("127.0.0.1", "localhost", "::1")
-    hosts = {"127.0.0.1", "localhost", "::1"} if loopback else None
-    guard = Middleware(Guard, folder=str(folder), max_upload_bytes=page.llava_limits.upload_bytes, hosts=hosts)
+    loopback = {"127.0.0.1", "localhost", "::1"}
+    proxied = {host_name(name) for name in allow_hosts}
+    if root_path and "://" in root_path:
+        proxied.add(host_name(root_path))
+    elif root_path:
+        root_path = f"/{root_path.strip('/')}"
+    guard = Middleware(
+        Guard,
+        folder=str(folder),
+        max_upload_bytes=page.llava_limits.upload_bytes,
+        hosts=loopback | {host} if proxied or host in loopback else None,
+        proxied=proxied,
+        root_path=urlsplit(root_path or "").path.rstrip("/"),
+    )
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from elsewhere
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
         inbrowser=browser,
+        root_path=root_path,
         share=False,
         quiet=True,
         prevent_thread_lock=True,

@@ -1,0 +1,62 @@
+"""License and language of a card: the Hub's identifiers, and what is said of others."""
+
+import pytest
+
+from modeling_llava.cli.main import main
+from modeling_llava.hub.card_fields import check_card_fields
+from modeling_llava.hub.staging import finish_data_card
+
+
+@pytest.mark.parametrize("license", [None, "apache-2.0", "llama3.1", "other", ["mit", "cc-by-4.0"]])
+@pytest.mark.parametrize("language", [None, "en", "yue", "multilingual", ["de", "fr"]])
+def test_what_the_hub_documents_is_taken(license, language):
+    check_card_fields(license, language)
+
+
+@pytest.mark.parametrize(
+    "license, right",
+    [
+        ("Apache 2.0", "apache-2.0"),
+        ("Apache-2.0", "apache-2.0"),
+        ("MIT License", "mit"),
+        ("CC BY 4.0", "cc-by-4.0"),
+        ("Llama 2", "llama2"),
+        ("GPL-3.0-only", "gpl-3.0"),
+        ("my own", "other"),
+        ("", "other"),
+    ],
+)
+def test_another_license_is_answered_by_the_identifier(license, right):
+    with pytest.raises(ValueError) as error:
+        check_card_fields(license, "en")
+    assert repr(license) in str(error.value) and right in str(error.value).replace(repr(license), "")
+
+
+@pytest.mark.parametrize(
+    "language, right", [("English", "is it en"), ("EN", "is it en"), ("pt-BR", "is it pt"), ("German", "is it de"), ("xx", "ISO 639")]
+)  # fmt: skip
+def test_another_language_is_answered_by_its_code(language, right):
+    with pytest.raises(ValueError) as error:
+        check_card_fields("mit", language)
+    assert repr(language) in str(error.value) and right in str(error.value)
+
+
+def test_a_data_sets_own_card_is_checked(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: Apache 2.0\nlanguage:\n- en\n---\n# Data\n")
+    with pytest.raises(ValueError, match=r"README.md: 'Apache 2.0'.*apache-2.0"):
+        finish_data_card(card, "me/data", None)
+    finish_data_card(card, "me/data", "mit")  # in its place
+    assert "license: mit" in card.read_text()
+
+
+def test_a_dry_run_refuses_wrong_fields_and_names_before_anything_is_gathered(tmp_path, capsys):
+    for words, said in (
+        (["--license", "Apache 2.0"], "apache-2.0"),
+        (["--language", "English"], "is it en"),
+        (["--tag", "v 1"], "'v 1'"),
+        (["--revision", "a..b"], "'a..b'"),
+    ):
+        assert main(["publish", str(tmp_path), "me/model", "--dry-run", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
