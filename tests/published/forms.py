@@ -25,13 +25,14 @@ llava-hf/llava-interleave-qwen-*-hf, xtuner/llava-llama-3-8b-v1_1-transformers a
 mmaaz60/LLaVA-7B-Lightening-v1-1, wojtab/llava-7b-v0-4bit-128g and JefferyZhan/Griffon (copies of liuhaotian's configurations),
 google/gemma-2b-it, microsoft/Phi-3-mini-4k-instruct (copies).
 
-From memory, not looked up: the language models' templates (their behaviour) and tokenizer_config.json, the sampling values of
-Llama-3's, Qwen's and Mistral's generation configurations; that the newest llava-hf tokenizer_config.json names the image token;
-bakLlava's chat template and processor files; the processor files of xtuner's repository; v0's tokenizer_config.json. Whether
-llava-hf's config.json has `image_seq_length` today is not known: both kinds are here.
+From memory, not looked up: the language models' templates (their behaviour) and tokenizer_config.json; the sampling values
+of Llama-3's, Qwen's and Mistral's generation configurations; that the newest llava-hf tokenizer_config.json names the image
+token; bakLlava's chat template and processor files; the processor files of xtuner's repository; v0's tokenizer_config.json
+and special_tokens_map.json (whose 97 bytes speak for `</s>` as its BOS token: not rebuilt here). Whether llava-hf's
+config.json has `image_seq_length` today is not known: both kinds are here.
 
-What differs from the real ones on purpose: sizes and ids, and sharded weights of a few kilobytes. Forms without `image_seq_length`
-keep 336 pixels and 576 tokens per image, its default; the others have 28 pixels and 4 tokens.
+What differs from the real ones on purpose: sizes, ids, and shards of a few kilobytes. Forms without `image_seq_length` keep
+336 pixels and 576 tokens per image, its default; the others have 28 pixels and 4 tokens.
 """
 
 import atexit
@@ -45,6 +46,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -548,20 +550,40 @@ _FIRST = {
 }  # LLaMA's first conversion, in deltas of April 2023
 
 
+def _write_projector_file(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """`mm_projector.bin` next to the whole model, as the uploads of 2023 have it."""
+    projector = {name: value for name, value in tensors.items() if "mm_projector" in name}
+    torch.save(projector, folder / "mm_projector.bin")
+
+
+def _write_llama2_chat(folder: Path) -> None:
+    """liuhaotian/llava-llama-2-13b-chat-lightning-preview."""
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    _golden(
+        "llava_v15_tiny",
+        generation,
+        _2023,
+        model_type="llava",
+        image_aspect_ratio="square",
+        mm_resampler_type=None,
+        transformers_version="4.31.0",
+    )(folder)
+    _write_projector_file(folder, load_file(folder / "model.safetensors"))
+
+
 def _write_v0_delta(folder: Path) -> None:
-    """liuhaotian/LLaVA-7b-delta-v0: `model_type` llama, the projector in a file of its own, `[PAD]` before the image's tokens."""
+    """liuhaotian/LLaVA-7b-delta-v0: `model_type` llama, the projector once more in a file, `[PAD]` before the image's tokens."""
     delta = GOLDEN / "llava_v1_tiny_delta"
     shutil.copytree(delta / "delta", folder, dirs_exist_ok=True)
     shutil.copytree(delta / "vision_tower", folder / "vision_tower")
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    projector = {name: tensors.pop(name) for name in list(tensors) if "mm_projector" in name}
+    _write_projector_file(folder, tensors)
     pad = {
         name: torch.cat([value[:700], torch.zeros(1, value.shape[1], dtype=value.dtype), value[700:]])
         for name, value in tensors.items()
         if name in ("model.embed_tokens.weight", "lm_head.weight")
     }
     torch.save({**tensors, **pad}, folder / "pytorch_model.bin")
-    torch.save(projector, folder / "mm_projector.bin")
     added = {"<im_end>": 703, "<im_patch>": 701, "<im_start>": 702, "[PAD]": 700}
     write_json(folder / "added_tokens.json", added)
     kept = (
@@ -613,8 +635,6 @@ def _write_original_llama3(folder: Path) -> None:
     for i, width in ((0, 32), (2, 64)):
         projector[f"model.mm_projector.{i}.weight"] = torch.randn(64, width) * 0.1
         projector[f"model.mm_projector.{i}.bias"] = torch.zeros(64)
-    from safetensors.torch import save_file
-
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file({**weights, **projector}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((golden / "config.json").read_text("utf-8"))
@@ -647,15 +667,7 @@ ORIGINALS: dict[str, Original] = {
             ),
             "</s>",
         ),
-        # liuhaotian/llava-llama-2-13b-chat-lightning-preview
-        Original(
-            "llama-2-chat",
-            _golden(
-                "llava_v15_tiny", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, _2023, model_type="llava",
-                image_aspect_ratio="square", mm_resampler_type=None, transformers_version="4.31.0",
-            ),
-            "</s>", "llama_2",
-        ),
+        Original("llama-2-chat", _write_llama2_chat, "</s>", "llama_2"),
         Original("llama-3", _write_original_llama3, "<|eot_id|>"),
         Original(
             "v0-delta", _write_v0_delta, "\n###", "vicuna_v0", GOLDEN / "llava_v1_tiny_delta" / "language_model",
