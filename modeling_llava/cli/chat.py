@@ -42,7 +42,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """What `chat` and `web` need to load a model of any kind."""
     parser.add_argument("--adapter", metavar="PATH", help="adapter to put on MODEL")
     parser.add_argument("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
-    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 language model: 7B in about 5 GB")
+    add_four_bit_arguments(parser)
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -53,6 +53,21 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
 
 
+def add_four_bit_arguments(parser) -> None:
+    """`load_in_4bit` is `None` where neither is given: adapters that were trained on 4 bits are loaded on them."""
+    of_base = parser.add_mutually_exclusive_group()
+    of_base.add_argument(
+        "--load-in-4bit", action="store_true", default=None, help="NF4 language model: 7B in about 5 GB"
+    )
+    of_base.add_argument(
+        "--no-4bit",
+        action="store_false",
+        dest="load_in_4bit",
+        default=None,
+        help="16 bits for an adapter that was trained on 4 bits too",
+    )
+
+
 def load_from_arguments(args: argparse.Namespace):
     """The model and its processor; how long it took is said on stderr."""
     import sys
@@ -60,6 +75,7 @@ def load_from_arguments(args: argparse.Namespace):
 
     from transformers.utils import logging
 
+    from ..checkpoints import is_quantised
     from ..inference import load_model
 
     if not sys.stderr.isatty():
@@ -68,7 +84,7 @@ def load_from_arguments(args: argparse.Namespace):
     begun = time.perf_counter()
     names = ("dtype", "device", "load_in_4bit", "adapter", "base", "revision")
     model, processor = load_model(args.model, **{name: getattr(args, name) for name in names})
-    how = "4-bit" if args.load_in_4bit else str(model.dtype).removeprefix("torch.")
+    how = "4-bit" if is_quantised(model) else str(model.dtype).removeprefix("torch.")
     print(f"Ready in {time.perf_counter() - begun:.1f} s ({model.device.type}, {how}).", file=sys.stderr)
     return model, processor
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .chat import add_four_bit_arguments
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The model, the run's folder, how answers are made."""
@@ -28,7 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     model.add_argument(
         "--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the accelerator, if there is one)"
     )
-    model.add_argument("--load-in-4bit", action="store_true", help="quantise the language model to NF4")
+    add_four_bit_arguments(model)
     model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's own")
     how = parser.add_argument_group("how it answers")
     how.add_argument(
@@ -103,6 +105,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     from ..evaluation.answering import Shard, check_images
     from ..evaluation.benchmark import evaluate
     from ..evaluation.results import describe_model
+    from ..inference.loading import choose_four_bits
 
     benchmark = benchmark.first(args.limit)
     decoding = {"max_new_tokens": tokens_of(args, benchmark)}
@@ -120,7 +123,8 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked, and anything is written
     checkpoint_kind(args.model, args.revision)
     model = describe_model(args.model, args.revision, args.adapter)
-    model |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "system": args.system}
+    four_bits = choose_four_bits(args.model, args.load_in_4bit, adapter=args.adapter, revision=args.revision)
+    model |= {"dtype": args.dtype, "load_in_4bit": four_bits, "system": args.system}
     print(
         f"{benchmark.name}: {len(benchmark.samples):,} of {benchmark.whole:,} samples, {args.model} → {args.out}"
         + (f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""),
@@ -134,7 +138,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
             args.model,
             dtype=args.dtype,
             device=_device(args, shard),
-            load_in_4bit=args.load_in_4bit,
+            load_in_4bit=four_bits,
             adapter=args.adapter,
             revision=args.revision,
         )

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..checkpoints import four_bits_of
     from ..training import merge_adapter
-    from ..training.merge import four_bits_of
 
     trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None
     print(f"folding {args.adapter} into its base, read in 16 bit")

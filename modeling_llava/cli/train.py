@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 
 
 EPILOG = """\
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if "eval_loss" in result.metrics:
         print(f"evaluation loss {result.metrics['eval_loss']:.3f}")
     print(f"written: {result.output_dir} ({result.kind})")
-    print(f"next: {_next_command(result.kind, str(result.output_dir))}")
+    print(f"next: {_next_command(result.kind, str(result.output_dir), settings.adapter)}")
     return 0
 
 
@@ -71,11 +72,13 @@ def _callbacks(settings) -> list:
     return callbacks
 
 
-def _next_command(kind: str, folder: str) -> str:
+def _next_command(kind: str, folder: str, adapter: str) -> str:
+    folder, merged = shlex.quote(folder), shlex.quote(f"{folder}-merged")
     if kind == "projector":
         return f"llava train finetune projector={folder} model=… data=… output_dir=…"
     if kind == "adapter":
-        return f"llava chat {folder}   (or: llava merge {folder} {folder}-merged)"
+        on_base = "on a 4-bit base, as trained; --no-4bit: in 16 bits; " if adapter == "qlora" else ""
+        return f"llava chat {folder}   ({on_base}or: llava merge {folder} {merged})"
     return f"llava chat {folder}"
 
 

@@ -1,15 +1,18 @@
 """Load a LLaVA for use, whatever the folder holds: a full checkpoint, an adapter, or a pretrain run's projector."""
 
+import importlib.util
 import os
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
 from ..checkpoints import (
     checkpoint_kind,
     find_base,
     forbid_inference_packing,
     four_bit_config,
+    four_bits_of,
     has_processor,
     load_adapter_for_inference,
     load_processor,
@@ -18,12 +21,15 @@ from ..checkpoints import (
 from ..damage import explained
 
 
+logger = logging.get_logger(__name__)
+
+
 def load_model(
     path: str | os.PathLike,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    load_in_4bit: bool = False,
+    load_in_4bit: bool | None = None,
     adapter: str | os.PathLike | None = None,
     base: str | None = None,
     revision: str | None = None,
@@ -40,8 +46,9 @@ def load_model(
             Of the weights that are not quantised; `"auto"` is the checkpoint's own.
         device (`str` or `torch.device`, *optional*):
             Where to put the model; by default the accelerator if there is one, else the CPU.
-        load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Quantise the language model to NF4; tower, projector and head stay in `dtype`.
+        load_in_4bit (`bool`, *optional*):
+            Quantise the language model to 4 bits, those of an adapter's training or else NF4; tower, projector and head stay
+            in `dtype`. By default an adapter that was trained on a 4-bit base is loaded on one; a line says so.
         adapter (`str` or `os.PathLike`, *optional*):
             An adapter to put on `path`, which must then be a full checkpoint.
         base (`str`, *optional*):
@@ -80,9 +87,12 @@ def load_model(
     settings = {"dtype": dtype, "device_map": {"": device}}
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation
+    if kind == "adapter":
+        load_in_4bit = choose_four_bits(path, load_in_4bit, revision=revision)
     if load_in_4bit:
-        compute_dtype = dtype if isinstance(dtype, torch.dtype) else default_dtype(device)
-        settings["quantization_config"] = four_bit_config(compute_dtype)
+        compute_dtype = default_dtype(device) if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+        of_training = four_bits_of(path, revision) if kind == "adapter" else None
+        settings["quantization_config"] = four_bit_config(compute_dtype, *(of_training or ()))
         settings["dtype"] = compute_dtype
 
     with explained(base or path):
@@ -101,6 +111,34 @@ def load_model(
     return model.eval(), processor
 
 
+def choose_four_bits(
+    path: str | os.PathLike,
+    load_in_4bit: bool | None = None,
+    *,
+    adapter: str | os.PathLike | None = None,
+    revision: str | None = None,
+) -> bool:
+    """
+    Whether [`load_model`] of these arguments quantises to 4 bits: as `load_in_4bit` says; by default where an adapter was
+    trained on a 4-bit base and bitsandbytes is installed. What is chosen then is logged.
+    """
+    if load_in_4bit is not None:
+        return load_in_4bit
+    path, revision = (os.fspath(path), revision) if adapter is None else (os.fspath(adapter), None)
+    if checkpoint_kind(path, revision) != "adapter" or four_bits_of(path, revision) is None:
+        return False
+    if importlib.util.find_spec("bitsandbytes") is None:
+        logger.warning(
+            f"{path} was trained on a 4-bit base, but bitsandbytes is not installed (pip install 'modeling-llava[qlora]'): the "
+            "base is loaded in 16 bits, which takes about three times the memory (7B: 13 GiB) and may change answers."
+        )
+        return False
+    logger.warning(
+        f"{path} was trained on a 4-bit base and is loaded on one. For 16 bits: --no-4bit (load_in_4bit=False)."
+    )
+    return True
+
+
 def default_device() -> torch.device:
     """The accelerator of this machine, or the CPU."""
     if torch.accelerator.is_available():
@@ -115,4 +153,4 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-__all__ = ["default_device", "default_dtype", "load_model"]
+__all__ = ["choose_four_bits", "default_device", "default_dtype", "load_model"]

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from ..checkpoints import (
     file_of,
     find_base,
     four_bit_config,
+    four_bits_of,
     has_processor,
     is_quantised,
     load_processor,
@@ -137,18 +137,6 @@ def _merge(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTra
     return merged
 
 
-def four_bits_of(adapter: str, revision: str | None = None) -> tuple[str, bool] | None:
-    """`quant_type` and `double_quant` of an adapter's training, by the recipe beside it; `None` if it was not QLoRA."""
-    file = file_of(adapter, "recipe.yaml", revision)
-    try:
-        recipe = yaml.safe_load(Path(file).read_text("utf-8")) if file is not None else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML ({' '.join(str(error).split())}). Mend it, or take it away.") from None
-    if not isinstance(recipe, dict) or recipe.get("adapter") != "qlora":
-        return None
-    return recipe.get("quant_type", "nf4"), recipe.get("double_quant", True)
-
-
 @torch.no_grad()
 def _round_to_four_bits(model: PreTrainedModel, quant_type: str, double_quant: bool) -> None:
     """What `four_bit_config` quantises, quantised and read back."""
@@ -161,4 +149,4 @@ def _round_to_four_bits(model: PreTrainedModel, quant_type: str, double_quant: b
         module.weight.data = dequantize_4bit(packed, state).to(module.weight.dtype)
 
 
-__all__ = ["four_bits_of", "merge_adapter"]
+__all__ = ["merge_adapter"]

@@ -1,5 +1,6 @@
 """One function and one pipeline for every kind of folder: full, merged, adapter, projector, 4-bit."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, pipeline
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.checkpoints import base_model_of, checkpoint_kind
-from modeling_llava.inference import load_model
+from modeling_llava.inference import LlavaPredictor, load_model
 from modeling_llava.training import merge_adapter, train
 
 
@@ -111,6 +112,50 @@ def test_load_in_4bit_quantises_the_language_model_alone(folders, kind):
     assert torch.corrcoef(pair)[0, 1] > 0.7
 
 
+def four_bit_layers(model):
+    return [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+
+
+def test_an_adapter_trained_on_4_bits_is_loaded_on_them_unless_told_otherwise(folders, caplog, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    recipe = folders / "qlora" / "recipe.yaml"
+    adapter = tmp_path / "fp4"
+    shutil.copytree(folders / "qlora", adapter)
+    (adapter / "recipe.yaml").write_text(
+        recipe.read_text("utf-8").replace("quant_type: nf4", "quant_type: fp4").replace("double_quant: true", "double_quant: false")
+    )  # fmt: skip
+    for path, quant_type, nested in ((folders / "qlora", "nf4", True), (adapter, "fp4", False)):
+        caplog.clear()
+        given = {"path": folders / "full", "adapter": path} if nested else {"path": path}
+        model, _ = load_model(**given, device="cpu")
+        layers = four_bit_layers(model)
+        assert layers
+        states = {(layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) for layer in layers}
+        assert states == {(quant_type, nested)}
+        assert "4-bit" in caplog.text and "--no-4bit" in caplog.text and "load_in_4bit=False" in caplog.text
+    assert LlavaPredictor.from_pretrained(folders / "qlora", device="cpu").model.is_quantized
+    caplog.clear()
+    assert not four_bit_layers(load_model(folders / "qlora", device="cpu", load_in_4bit=False)[0])
+    assert not four_bit_layers(load_model(folders / "lora", device="cpu")[0])
+    assert "4-bit" not in caplog.text
+
+
+def test_a_model_merged_from_a_4_bit_adapter_is_loaded_as_it_is(folders, tmp_path):
+    merge_adapter(str(folders / "qlora"), str(tmp_path / "merged"))
+    assert (tmp_path / "merged" / "recipe.yaml").is_file()  # it goes along, for the model card
+    assert not four_bit_layers(load_model(tmp_path / "merged", device="cpu")[0])
+
+
+def test_without_bitsandbytes_16_bits_are_loaded_and_said(folders, caplog, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest)
+    )
+    model, _ = load_model(folders / "qlora", device="cpu")
+    assert not four_bit_layers(model)
+    assert "bitsandbytes is not installed" in caplog.text and "16 bits" in caplog.text
+
+
 def test_an_adapter_on_a_model_of_choice(folders):
     given, processor = load_model(folders / "full", adapter=folders / "lora", device="cpu")
     own, _ = load_model(folders / "lora", device="cpu")
@@ -125,7 +170,7 @@ def test_an_adapter_on_a_model_of_choice(folders):
 def test_pipeline_answers(folders, kind):
     pipe = pipeline("image-text-to-text", model=str(folders / kind), device="cpu")
     answer = pipe(text=MESSAGES, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-    model, processor = load_model(folders / kind, device="cpu")
+    model, processor = load_model(folders / kind, device="cpu", load_in_4bit=False)  # as the stock pipeline
     inputs = processor.apply_chat_template(
         MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
