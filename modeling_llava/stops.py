@@ -14,6 +14,7 @@ import jinja2
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .checkpoints import base_model_of, load_processor
 from .control_tokens import ControlTokens
 from .templating import chat_template_of, has_generation_marks, read_template, render_with_spans
 
@@ -120,10 +121,27 @@ def note_generation_stop(folder: str | os.PathLike, base: GenerationConfig, proc
     config.save_pretrained(folder)
 
 
-def missing_stop(config: GenerationConfig, processor: ProcessorMixin) -> str | None:
+def needed_by_stock(folder: str | os.PathLike, kind: str) -> dict | None:
     """
-    What `generate` has to be told to end where the chat template does: `"eos_token_id=[2, 7]"` or `"stop_strings=['###']"`;
-    `None` where the generation configuration says enough.
+    What `generate` of stock transformers has to be given for the full model (`kind="full"`) or adapter in a folder, such as
+    `{"eos_token_id": [2, 7]}` or `{"stop_strings": ["###"]}`; `None` where it ends its answers by itself, or it is not known.
+    """
+    noted = os.path.isfile(os.path.join(folder, "generation_config.json"))
+    if kind == "adapter" and noted:
+        config = GenerationConfig.from_pretrained(folder)
+        return {"stop_strings": config.stop_strings} if config.stop_strings else {"eos_token_id": config.eos_token_id}
+    try:
+        processor = load_processor(folder)
+        config = GenerationConfig.from_pretrained(base_model_of(folder) if kind == "adapter" else folder)
+    except (OSError, ValueError):  # no processor; a base that is neither here nor in the Hub's cache
+        return None
+    return missing_stop(config, processor)
+
+
+def missing_stop(config: GenerationConfig, processor: ProcessorMixin) -> dict | None:
+    """
+    What `generate` has to be given to end where the chat template does, such as `{"eos_token_id": [2, 7]}` or
+    `{"stop_strings": ["###"]}` (with `tokenizer=…`); `None` where the generation configuration says enough.
     """
     try:
         stop, token = answer_stop(processor), stop_token_id(processor)
@@ -131,8 +149,8 @@ def missing_stop(config: GenerationConfig, processor: ProcessorMixin) -> str | N
         return None
     known = _eos_token_ids(config)
     if token is not None:
-        return None if token in known else f"eos_token_id={[*known, token]}"
-    return f"stop_strings={[stop]}" if stop and stop not in (config.stop_strings or ()) else None
+        return None if token in known else {"eos_token_id": [*known, token]}
+    return {"stop_strings": [stop]} if stop and stop not in (config.stop_strings or ()) else None
 
 
 def _eos_token_ids(config: GenerationConfig) -> list[int]:
@@ -211,6 +229,7 @@ __all__ = [
     "answer_stop",
     "end_answers_with_eos",
     "missing_stop",
+    "needed_by_stock",
     "note_generation_stop",
     "stop_is_unmarked",
     "stop_token_id",

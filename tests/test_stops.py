@@ -150,9 +150,9 @@ def test_without_an_eos_token_no_answer_can_end():
     [
         (2, "vicuna_v1", 2, None),
         ([7, 2], "vicuna_v1", [7, 2], None),
-        (7, "vicuna_v1", [7, 2], "eos_token_id=[7, 2]"),
-        (None, "vicuna_v1", 2, "eos_token_id=[2]"),
-        (2, "vicuna_v0", 2, "stop_strings=['###']"),
+        (7, "vicuna_v1", [7, 2], {"eos_token_id": [7, 2]}),
+        (None, "vicuna_v1", 2, {"eos_token_id": [2]}),
+        (2, "vicuna_v0", 2, {"stop_strings": ["###"]}),
         (2, PUBLISHED, 2, None),
     ],
 )

@@ -89,9 +89,17 @@ def run(args: argparse.Namespace) -> int:
         if len(publication.problems) > 20:
             console.print(f"… and {len(publication.problems) - 20:,} more", style="red")
         if publication.problems:
-            raise ValueError(f"{len(publication.problems)} problem(s) to fix before it can be published; nothing was sent.")
+            raise ValueError(
+                f"{len(publication.problems)} problem(s) to fix before it can be published; nothing was sent."
+            )
         if publication.kind == "full":
             say_who_runs_it(console, publication.folder)
+        if publication.generate_kwargs:
+            console.print(
+                f"note: to end its answers, generate of stock transformers has to be given {publication.generate_kwargs}; the "
+                "card says so.",
+                style="yellow",
+            )
         if publication.kind in ("full", "adapter") and not args.no_run:
             from ..hub.trial import ask_once
 

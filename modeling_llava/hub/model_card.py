@@ -36,6 +36,7 @@ def render_model_card(
     data_license: str | None = None,
     language: str = "en",
     summary: str | None = None,
+    generate_kwargs: dict | None = None,
 ) -> str:
     """
     A model card (Markdown with the Hub's metadata) for the model in `folder`.
@@ -61,6 +62,8 @@ def render_model_card(
             Language of the answers.
         summary (`str`, *optional*):
             First paragraph, in place of the one that is written from the facts.
+        generate_kwargs (`dict`, *optional*):
+            What `generate` has to be given to end an answer ([`modeling_llava.stops.needed_by_stock`]).
 
     Returns:
         `str`
@@ -81,6 +84,7 @@ def render_model_card(
         name=repo.split("/")[-1],
         repo=repo,
         kind=kind,
+        generate_kwargs=generate_kwargs,
         needs_us=_needs_us(config),
         runtimes=_runtimes(kind, repo, config, base_models[0] if base_models else "BASE"),
         base_models=base_models,

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
+from ..stops import needed_by_stock
 from .card_fields import check_card_fields
 from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files
 from .model_card import HUB_NAME, render_model_card
@@ -45,6 +46,8 @@ class Publication:
     problems: list[Problem] = field(default_factory=list)
     source: Path | None = None
     """What was gathered; of a run of the data engine, its data set."""
+    generate_kwargs: dict | None = None
+    """What stock's `generate` has to be given to end its answers, where the generation configuration does not say it."""
     url: str | None = None
     """Where it is, once it has been pushed."""
 
@@ -128,6 +131,7 @@ def gather(
     if kind in BASE_FILES:
         name_base(folder / BASE_FILES[kind], base)
     drop_local_names(folder)
+    generate_kwargs = needed_by_stock(source, kind) if kind in ("full", "adapter") else None
     if kind == "dataset":
         finish_data_card(folder / "README.md", repo, license)
     else:
@@ -141,6 +145,7 @@ def gather(
             data_license=data_license,
             language=language,
             summary=summary,
+            generate_kwargs=generate_kwargs,
         )
         (folder / "README.md").write_text(card, "utf-8")
     files = {
@@ -156,6 +161,7 @@ def gather(
         left_out=[str(file) for file in left_out],
         problems=problems + find_problems(folder) + missing_files(folder, kind),
         source=source,
+        generate_kwargs=generate_kwargs,
     )
 
 

@@ -132,7 +132,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
     needed = missing_stop(written, processor)
     if needed and args.stage == "finetune" and args.process_index == 0:
         logger.warning(
-            f"To end its answers, stock transformers needs {needed}, given to generate (with tokenizer=… for stop_strings): "
+            f"To end its answers, generate of stock transformers has to be given {needed} (with tokenizer=… for stop_strings): "
             "the model's generation configuration does not say it. llava chat and llava eval know it."
         )
     return TrainResult(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from local_hub import TOKEN
+from published import copy
 from small_files import parquet, safetensors, write_results
 from transformers import AutoModelForImageTextToText
 
@@ -316,3 +317,29 @@ def test_gathering_again_replaces_what_was_gathered(model_folder):
     (first.folder / "left-over.json").write_text("{}")
     second = gather(model_folder, "tester/my-llava")
     assert not (second.folder / "left-over.json").exists()
+
+
+def test_what_stock_needs_to_end_an_answer_is_said_and_stands_in_the_card(tmp_path):
+    model = copy(
+        "gemma", tmp_path / "model"
+    )  # its generation configuration knows <eos> alone, its turns end otherwise
+    stop = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
+    stop = next(token["id"] for token in stop if token["content"] == "<end_of_turn>")
+    eos = json.loads((model / "generation_config.json").read_text())["eos_token_id"]
+    publication = gather(model, "tester/gemma")
+    assert publication.generate_kwargs == {"eos_token_id": [eos, stop]}
+    assert f"ends = {{'eos_token_id': [{eos}, {stop}]}}" in (publication.folder / "README.md").read_text()
+    assert gather(copy("qwen2.5", tmp_path / "qwen"), "tester/qwen").generate_kwargs is None
+
+
+def test_an_adapters_note_of_its_stop_is_said(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(safetensors({}))
+    (adapter / "generation_config.json").write_text('{"stop_strings": ["###"]}')
+    publication = gather(adapter, "tester/adapter", base_models=["org/base"])
+    assert publication.generate_kwargs == {"stop_strings": ["###"]} and "generation_config.json" in publication.files
+    assert (
+        "{'stop_strings': ['###']} | {\"tokenizer\": pipe.tokenizer}" in (publication.folder / "README.md").read_text()
+    )
