@@ -45,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="0.7",
         help="sampling temperature, or 'default' for the endpoint's (default: %(default)s)",
     )
-    model.add_argument("--max-reply-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
+    model.add_argument(
+        "--max-reply-tokens", type=int, default=1024, help="longest reply, thoughts included (default: %(default)s)"
+    )
     model.add_argument(
         "--length-parameter",
         choices=("max_tokens", "max_completion_tokens"),
         default="max_tokens",
-        help="how the longest reply is named; reasoning models of OpenAI want the second (default: %(default)s)",
+        help="how the longest reply is named; the second is taken when the endpoint asks for it (default: %(default)s)",
     )
     model.add_argument("--send-seed", action="store_true", help="send a sampling seed with each request")
     model.add_argument("--timeout", type=float, default=120, help="seconds for one whole reply (default: %(default)g)")
@@ -208,6 +210,10 @@ def describe(args: argparse.Namespace, summary) -> int:
     if run.given_up:
         left = ", ".join(f"{number:,} × {kind}" for kind, number in run.given_up.most_common())
         print(f"{run.given_up.total():,} requests are left open ({left}); the same command asks them again")
+    if run.said and run.said.partition(": ")[2] not in run.message:
+        print(f"the endpoint said last: {run.said}")
+    if "temperature" in run.said:
+        print("--temperature default leaves the endpoint's own")
     if run.stopped != "done":
         print(f"stopped: {run.message.rstrip('.')}. The same command goes on.", file=sys.stderr)
         return {"interrupt": 130, "budget": 3}.get(run.stopped, 1)
@@ -215,11 +221,15 @@ def describe(args: argparse.Namespace, summary) -> int:
         page = Path(args.out) / "report.html"
         look = f"look at {page}; " if page in summary.output.files else ""
         print(f"{look}train on {Path(args.out) / 'instruct.json'}")
+    elif run.rejected or run.skipped:
+        print("no reply was accepted; rejected.jsonl has them with the reasons", file=sys.stderr)
+        return 1
     return 0 if not run.given_up else 1
 
 
 def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
     """Prints the estimate and a full prompt of each type."""
+    from ..data_engine.contexts import ContextCounts
     from ..data_engine.generate import estimate
 
     found = estimate(folder, images=images, limit=args.limit)
@@ -232,6 +242,8 @@ def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
     print("═" * 74)
     first = f"; the first {args.limit:,} are asked about" if args.limit and args.limit < contexts["number"] else ""
     print(f"{contexts['number']:,} images with captions, {contexts['boxes']:,} boxes{first}")
+    counts = ContextCounts(clipped=contexts["clipped"], dropped=contexts["dropped"])
+    print("".join(f"  {part}\n" for part in counts.summary().split("; ")[1:]), end="")
     if found.missing_images:
         print(f"{found.missing_images:,} images are not in {images} and are not asked for")
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in found.tasks.items())
@@ -293,8 +305,11 @@ def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
     )
     if read.faults:
         print("without a reply: " + ", ".join(f"{number:,} × {kind}" for kind, number in read.faults.most_common()))
+    if read.message:
+        print(f"the endpoint said last: {read.message}")
     if read.again or read.faults:
         print("next: --batch-out DIR writes what is to be asked again, or the command without it asks live")
     if summary.output:
         describe_output(summary.output)
-    return 0
+    answered = read.again or (summary.ledger.accepted and read.accepted + read.rejected)
+    return 1 if read.requests and not answered else 0

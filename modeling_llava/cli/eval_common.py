@@ -63,6 +63,19 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser, title: str) -> None:
     group.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="requests in flight (default: %(default)s)"
     )
+    group.add_argument(
+        "--max-reply-tokens",
+        "--review-tokens",
+        type=int,
+        metavar="N",
+        help="longest reply, thoughts included (default: the benchmark's)",
+    )
+    group.add_argument(
+        "--length-parameter",
+        choices=("max_tokens", "max_completion_tokens"),
+        default="max_tokens",
+        help="how the longest reply is named; the second is taken when the endpoint asks for it (default: %(default)s)",
+    )
     group.add_argument("--requests-per-minute", type=float, metavar="N", help="limit of requests")
     group.add_argument("--tokens-per-minute", type=float, metavar="N", help="limit of tokens")
     group.add_argument("--timeout", type=float, default=120, metavar="S", help="for one reply (default: %(default)g)")
@@ -81,11 +94,22 @@ def add_endpoint_arguments(parser: argparse.ArgumentParser, title: str) -> None:
     group.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
 
 
+def temperature(text: str) -> float | None:
+    """A temperature as an argument; `None` for `default`, the endpoint's own."""
+    return None if text == "default" else float(text)
+
+
 def make_chat_model(args: argparse.Namespace, name: str):
     """The language model `name` at the endpoint of the arguments."""
     from ..endpoint import OpenAIModel
 
-    return OpenAIModel(name, base_url=args.base_url, timeout=args.timeout)
+    return OpenAIModel(
+        name,
+        base_url=args.base_url,
+        timeout=args.timeout,
+        length_parameter=args.length_parameter,
+        optional=("temperature", "seed"),
+    )
 
 
 def asking_options(args: argparse.Namespace) -> dict:

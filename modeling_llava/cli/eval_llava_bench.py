@@ -11,6 +11,7 @@ from .eval_common import (
     evaluate_with,
     finish,
     make_chat_model,
+    temperature,
 )
 
 
@@ -43,9 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--rules", metavar="F", help="what the judge is told, in the published form (default: ours)")
     judge.add_argument("--both-orders", action="store_true", help="judge each pair twice, with the answers swapped")
     judge.add_argument("--repeats", type=int, default=1, metavar="N", help="judge everything N times (default: 1)")
-    judge.add_argument("--judge-temperature", type=float, default=0.2, metavar="T", help="default: %(default)s")
     judge.add_argument(
-        "--review-tokens", type=int, default=1024, metavar="N", help="longest review (default: %(default)s)"
+        "--judge-temperature",
+        type=temperature,
+        default=0.2,
+        metavar="T",
+        help="a number, or 'default' for the endpoint's own (default: %(default)s)",
     )
     add_endpoint_arguments(parser, "the endpoint")
 
@@ -57,9 +61,9 @@ def make_benchmark(args: argparse.Namespace):
 
     if args.references is None and args.reference_model is None:
         raise ValueError("give --references F, or --reference-model NAME to have them made.")
-    questions = llava_bench.read_questions(args.questions, args.contexts, args.references)
+    questions = llava_bench.read_questions(args.questions, args.contexts, args.references, args.images)
     how = llava_bench.JudgeSettings(
-        read_rules(args.rules), args.both_orders, args.repeats, args.judge_temperature, args.review_tokens
+        read_rules(args.rules), args.both_orders, args.repeats, args.judge_temperature, args.max_reply_tokens or 1024
     )
     for question in questions:  # a rule that is missing is found before the model is loaded
         rule_for(how.rules, question.category, question.has_boxes)
@@ -71,7 +75,7 @@ def make_benchmark(args: argparse.Namespace):
             print(f"asking {args.reference_model} for the reference answers", file=sys.stderr)
             model = make_chat_model(args, args.reference_model)
             asked = llava_bench.ask_references(
-                asked, model, out / "judge", partial=args.partial, **asking_options(args)
+                asked, model, out / "judge", max_tokens=how.max_tokens, partial=args.partial, **asking_options(args)
             )
         print(f"asking {args.judge}; Ctrl-C and the same command again goes on", file=sys.stderr)
         reviews = llava_bench.judge_answers(

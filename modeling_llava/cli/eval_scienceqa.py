@@ -153,6 +153,7 @@ def _with_language_model(args: argparse.Namespace, problems, results: dict) -> N
         Path(args.out) / "language",
         shots=examples,
         judge=judge,
+        max_tokens=args.max_reply_tokens or 512,
         partial=args.partial,
         **asking_options(args),
     )

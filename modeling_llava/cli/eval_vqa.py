@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--questions",
         required=True,
         metavar="F",
-        help="JSONL: question_id, image, question, answers or answer; or the official questions file",
+        help="JSONL: question_id, image, question, answers or answer; or the official file of VQAv2, GQA, TextVQA, VizWiz",
     )
-    data.add_argument("--annotations", metavar="F", help="the official annotations file")
+    data.add_argument("--annotations", metavar="F", help="where the answers are, if not with the questions")
     data.add_argument("--images", required=True, metavar="DIR", help="image folder")
     data.add_argument(
         "--image-name",
         metavar="F",
-        help="name of an image of the official files (default: COCO_val2014_{image_id:012d}.jpg)",
+        help="name of an image of the official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)",
     )
     data.add_argument(
         "--instruction", metavar="TEXT", help="line after the question; '' for none (default: LLaVA-1.5's)"
@@ -34,7 +34,7 @@ def make_benchmark(args: argparse.Namespace):
     """The benchmark that the arguments name, ready to be answered."""
     from ..evaluation import vqa
 
-    questions = vqa.read_questions(args.questions, args.annotations, args.image_name or vqa.COCO_IMAGE_NAME)
+    questions = vqa.read_questions(args.questions, args.annotations, args.image_name)
     instruction = vqa.INSTRUCTION if args.instruction is None else args.instruction
     files = [file for file in (args.questions, args.annotations) if file]
     return vqa.make_benchmark(questions, args.images, instruction=instruction or None, files=files)

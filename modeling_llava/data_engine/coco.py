@@ -51,7 +51,7 @@ def coco_name(item: dict[str, Any], key: str) -> str:
 def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
     """`images` by id as `(file name, width, height)`, `categories` by id, annotations by image id, of a COCO file.
 
-    Of an annotation only what a context needs is held: the caption, or the category and the corners.
+    Of an annotation only what a context needs is held: the caption, or the category and the box, or `()` without either.
     """
     images: dict[Any, tuple[str, Any, Any]] = {}
     categories: dict[Any, str] = {}
@@ -69,6 +69,8 @@ def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, st
             elif "bbox" in item:
                 box = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
                 annotations.setdefault(item["image_id"], []).append(box)
+            else:
+                annotations.setdefault(item["image_id"], []).append(())
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
     return images, categories, annotations

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 DECIMALS = 3
 LARGEST_FRACTION = 2.0
-"""A corner beyond it is no fraction that reaches over the image's edge, it is in pixels."""
+"""A corner beyond it is no fraction that reaches over the image's edge, it is in pixels. (In pixels a box within it is a
+fraction: also one whose [x1, y1, x2, y2] were read as [x, y, width, height].)"""
+FAR_OVER = 1.05
+"""Boxes that end beyond it, in widths or heights of the image, are not just drawn carelessly."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class ContextCounts:
         return "; ".join(parts)
 
 
+NOT_LOST = {"crowd", "empty_caption", "no_captions"}
 REASONS = {
     "crowd": "box around a crowd left out",
     "not_finite": "box with NaN or infinity left out",
@@ -127,6 +131,8 @@ REASONS = {
     "empty": "box without area left out",
     "tiny": "box thinner than a thousandth of the image left out",
     "outside": "box outside the image left out",
+    "no_box": "annotation without a bbox left out",
+    "fraction": "box in fractions 0..1 where pixels are expected left out",
     "no_size": "box in pixels of an image without width and height left out",
     "empty_caption": "empty caption left out",
     "no_captions": "image without captions left out",
@@ -162,6 +168,8 @@ def clean_box(
         reason = "inverted"
     elif x2 == x1 or y2 == y1:
         reason = "empty"
+    elif LARGEST_FRACTION < min(width, height) and max(map(abs, (x1, y1, x2, y2))) <= LARGEST_FRACTION:
+        reason = "fraction"
     else:
         exact = (x1 / width, y1 / height, x2 / width, y2 / height)
         inside = tuple(min(max(value, 0.0), 1.0) for value in exact)
@@ -252,7 +260,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
 
 def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
     images, categories, annotations = read_coco(path)
-    boxes = {}
+    boxes, ends, far_over = {}, 0, 0
     for image_id, found in annotations.items():
         if image_id not in images:
             raise stray_annotation(path, "box", image_id, images)
@@ -264,13 +272,26 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
         for item in found:
             if not isinstance(item, tuple):
                 raise ValueError(f"{path}: image '{name}' has an annotation without a box [x, y, width, height].")
+            if not item:
+                counts.dropped["no_box"] += 1
+                continue
             category, x, y, w, h, crowd = item
             if category not in categories:
-                raise ValueError(f"{path}: image '{name}' has category {category}, which is not in 'categories'.")
+                raise ValueError(
+                    f"{path}: image '{name}' has category {category!r}, which is not in 'categories' "
+                    f"({next(iter(categories), None)!r}, …)."
+                )
             corners = (x, y, x + w, y + h)
+            ends += 1
+            far_over += x + w > FAR_OVER * size[0] or y + h > FAR_OVER * size[1]
             box = clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
             cleaned += [box] if box else []
         boxes[name] = _largest_first([*boxes.get(name, ()), *cleaned])  # some files name one image twice
+    if far_over > ends / 2:
+        raise ValueError(
+            f"{path}: {far_over:,} of {ends:,} boxes reach far over the image's edge. COCO's bbox is [x, y, width, height] in "
+            "pixels: are these [x1, y1, x2, y2], or of images of another size?"
+        )
     return boxes
 
 
@@ -306,7 +327,7 @@ def read_contexts(
         counts: Where what was read and left out is counted.
 
     Raises:
-        ValueError: a file is not of a known form, or two samples share an id.
+        ValueError: a file is not of a known form, two samples share an id, or no image has a box of `boxes`.
         OSError: a file cannot be read.
     """
     counts = ContextCounts() if counts is None else counts
@@ -322,11 +343,12 @@ def read_contexts(
                 boxes_by_image[context.image] = boxes_by_image.get(context.image, ()) + context.boxes
             boxes_by_image = {image: _largest_first(found) for image, found in boxes_by_image.items()}
     seen: set[str] = set()
-    matched = 0
+    matched = found = 0
     for context in _coco_contexts(captions, counts) if _is_coco(captions) else _row_contexts(captions, counts):
         if boxes_by_image is not None:
             matched += context.image in boxes_by_image
             context = Context(context.id, context.image, context.captions, boxes_by_image.get(context.image, ()))
+            found += len(context.boxes)
         if not context.captions:
             counts.dropped["no_captions"] += 1
             continue
@@ -339,14 +361,15 @@ def read_contexts(
         yield context
         if limit is not None and counts.contexts >= limit:
             break
-    if boxes_by_image is not None and not matched:
-        logger.warning(
-            "No image of %s has a box in %s: %s. Both files name images by the same file names.",
-            captions,
-            boxes,
-            f"'{next(iter(boxes_by_image))}' stands there" if boxes_by_image else "it holds none",
-        )
-    lost = sum(counts.dropped[reason] for reason in ("no_size", "outside", "tiny", "empty", "inverted", "not_finite"))
+    else:
+        if boxes_by_image is not None and counts.contexts and not found:
+            names = f"it names '{next(iter(boxes_by_image), '')}', the captions '{context.image}'"
+            why = names if boxes_by_image and not matched else counts.summary()
+            raise ValueError(
+                f"No image of {captions} has a box in {boxes}: {why}. Both files name images by the same file names; to ask "
+                "by captions alone, leave the boxes out."
+            )
+    lost = sum(number for reason, number in counts.dropped.items() if reason not in NOT_LOST)
     if lost > counts.boxes:
         logger.warning(
             "%s of %s boxes are unusable. Rows without 'width' and 'height' give corners as fractions 0..1, rows with "

@@ -6,7 +6,7 @@ is taken off here; what cannot is a `Rejection`.
 
 import re
 
-from ..endpoint import REFUSED
+from ..endpoint import REFUSED, remove_thoughts
 
 
 Turn = tuple[str, str]
@@ -28,7 +28,10 @@ REASONS: dict[str, str] = {
 }
 """Reasons to reject a reply, in the order in which they are looked for; `Rejection` is one of these."""
 
-LEFT_OUT = {**REASONS, REFUSED: "no reply: the endpoint refuses the request (too long, filtered)"}
+LEFT_OUT = {
+    **REASONS,
+    REFUSED: "no reply: the endpoint refuses the request (too long, filtered) or cuts the reply before its text",
+}
 """Reasons why a task is settled without data, as cards and reports name them."""
 
 TELL: dict[str, str] = {
@@ -72,9 +75,6 @@ class Rejection(ValueError):
         return TELL[self.reason].format(detail=self.detail)
 
 
-THOUGHTS_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
-"""Ends what a reasoning model writes for itself; where the chat template opens it in the prompt, its beginning is absent."""
-UNENDED_THOUGHTS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 STOPS = re.compile(r"(?:(?:<\|\w+\|>|</s>|<end_of_turn>|<eos>)\s*)+\Z")
 """Stop tokens that an endpoint with a wrong chat template hands through."""
@@ -94,9 +94,9 @@ INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
 def unwrap(text: str) -> str:
     """A reply without what stands around it: thoughts, a code fence, stop tokens, "Sure, here is …:", "I hope this helps!"."""
-    text = INVISIBLE.sub("", text.replace("\r\n", "\n")).strip()
-    if ">" in text:  # the patterns are searched for in every reply: what they begin with is looked for first
-        text = STOPS.sub("", THOUGHTS_END.split(text)[-1]).strip()
+    text = remove_thoughts(INVISIBLE.sub("", text.replace("\r\n", "\n"))).strip()
+    if ">" in text:  # looked for first: the pattern would be searched for in every reply
+        text = STOPS.sub("", text).strip()
     text = OPENING.sub("", text)
     if text.startswith("```"):
         text = FENCE.sub(r"\1", text)

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..endpoint import Ledger
 from .contexts import Context, ContextCounts
 from .prompts import FOLDERS, Prompt, hash_prompts
 
@@ -116,7 +117,7 @@ class RunFolder:
                 for key, value in identity.items()
                 if before.get(key) != value
             ]
-            if changed and not self.asked:  # a dry run binds nobody
+            if changed and not self.is_answered():
                 self.about = None
             elif changed:
                 raise ValueError(
@@ -124,7 +125,7 @@ class RunFolder:
                     "began with, or give another --out."
                 )
         if self.about is None:
-            if self.asked:
+            if self.is_answered():
                 raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
             # The name goes into each request's id: a second run with the same prompts asks anew.
             self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
@@ -136,11 +137,16 @@ class RunFolder:
     def id(self) -> str:
         return self.about["run"]
 
-    @property
-    def asked(self) -> bool:
-        """Whether anything was asked yet: from then on settings, prompts and contexts stay as they are."""
-        ledger = self.path / "ledger.jsonl"
-        return ledger.exists() and ledger.stat().st_size > 0
+    def is_answered(self) -> bool:
+        """Whether anything was answered or waits in a batch: from then on settings, prompts and contexts stay as they are.
+
+        Raises:
+            OSError: another process asks in this folder.
+        """
+        if not (self.path / "ledger.jsonl").exists():
+            return False
+        with Ledger(self.path / "ledger.jsonl") as ledger:
+            return bool(ledger.counts.replies) or any(state.batched for state in ledger.tasks.values())
 
     def save(self) -> None:
         write_atomically(self.path / "run.json", json.dumps(self.about, indent=1, ensure_ascii=False))
@@ -174,7 +180,7 @@ class RunFolder:
         if number == 0:
             unnamed.unlink()
             raise ValueError(f"There is no context with captions: {counts.summary()}.")
-        if known and self.asked and known["sha256"] != digest.hexdigest():
+        if known and known["sha256"] != digest.hexdigest() and self.is_answered():
             unnamed.unlink()
             raise ValueError(
                 f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} contexts "

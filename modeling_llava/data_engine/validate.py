@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..constants import IMAGE_TOKEN
 from .languages import looks_like
-from .replies import UNENDED_THOUGHTS, Rejection, Turn, parse_description, parse_turns, unwrap
+from .replies import Rejection, Turn, parse_description, parse_turns, unwrap
 
 
 @dataclass(frozen=True)
@@ -217,11 +217,9 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     """
     if finish_reason == "content_filter":
         raise Rejection("filtered")
-    if not text.strip():
-        raise Rejection("empty")
     bare = unwrap(text)
-    if UNENDED_THOUGHTS.search(bare):
-        raise Rejection("cut" if finish_reason == "length" else "no_parse", "thoughts without an end")
+    if not bare:
+        raise Rejection("cut" if finish_reason == "length" else "no_parse" if text.strip() else "empty")
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:

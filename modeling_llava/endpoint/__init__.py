@@ -4,7 +4,17 @@ A leaf of the package: the data engine and the judges of the benchmarks both sta
 """
 
 from .batch import BatchSummary, forget_batch, read_batch, write_batch
-from .chat import ChatModel, EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
+from .chat import (
+    ChatModel,
+    EndpointFault,
+    FatalFault,
+    Message,
+    PassingFault,
+    Reply,
+    RequestFault,
+    Usage,
+    remove_thoughts,
+)
 from .ledger import Ledger, LedgerCounts, TaskState
 from .limits import BATCH_PRICE, Backoff, Budget, Prices, TokenBucket
 from .openai_model import OpenAIModel
@@ -38,6 +48,7 @@ __all__ = [
     "Verdict",
     "forget_batch",
     "read_batch",
+    "remove_thoughts",
     "run_tasks",
     "run_tasks_async",
     "write_batch",

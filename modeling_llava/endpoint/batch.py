@@ -39,7 +39,7 @@ class BatchSummary:
         refused: Tasks whose request the endpoint refuses while it answers others; settled as rejected.
         waiting: Tasks that still wait in a batch.
         unknown: Results that belong to no waiting task (read before, or of another run).
-        message: Why writing stopped early, if it did.
+        message: Why writing stopped early, or what the endpoint said last in place of a reply.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -185,6 +185,7 @@ def read_batch(
                 event["refused"] = True
             events.append(event)
             summary.faults[fault.kind] += 1
+            summary.message = f"{fault.kind}: {fault}"
         else:
             refusals.answered = True
             verdict = judge(task, reply)

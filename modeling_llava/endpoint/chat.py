@@ -4,6 +4,7 @@ Everything that asks a language model (the data engine, the judges of the benchm
 OpenAI-compatible servers is one; a scripted responder for tests and for `llava quickstart` is another.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -29,16 +30,36 @@ class Reply:
     """One reply of a language model.
 
     Attributes:
-        text: What the model wrote; may be empty.
+        text: What the model wrote, without its thoughts; may be empty.
         finish_reason: `"stop"`, `"length"` (cut at `max_tokens`), `"content_filter"`, or the endpoint's own word.
         usage: Tokens used, or `None` where the endpoint does not say.
         model: The name the endpoint gives for the model that answered (dated snapshots differ from what was asked).
+        left_out: Parameters that were asked for and not sent, since the endpoint does not take them.
     """
 
     text: str
     finish_reason: str = "stop"
     usage: Usage | None = None
     model: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+_THOUGHTS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+
+
+def remove_thoughts(text: str) -> str:
+    """A text without what a reasoning model writes for itself: `<think>…</think>`, also without its end, and without its
+    beginning, which some chat templates write into the prompt."""
+    kept, thinking, start = "", False, 0
+    for tag in _THOUGHTS.finditer(text):
+        if tag[1] or tag[2]:
+            kept = kept if thinking else ""
+            thinking = False
+        elif not thinking:
+            kept += text[start : tag.start()]
+            thinking = True
+        start = tag.end()
+    return kept.strip() if thinking else (kept + text[start:]).strip() if start else text
 
 
 @runtime_checkable

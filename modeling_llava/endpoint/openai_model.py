@@ -5,15 +5,22 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage
+from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage, remove_thoughts
 
 
 logger = logging.getLogger(__name__)
 
 ERROR_STATUSES = frozenset(map(str, range(400, 600)))
 LENGTH_PARAMETERS = ("max_tokens", "max_completion_tokens")
+_REFUSES_LENGTH = re.compile(
+    r"max_completion_tokens|(?=.*\bmax_tokens\b).*(?:unsupported|not supported|not permitted|unrecogni[sz]ed|unknown|unexpected)",
+    re.IGNORECASE | re.DOTALL,
+)
+CUT = "the reply was cut before its text began, by thoughts that took its whole length; raise --max-reply-tokens"
 
 
 class OpenAIModel:
@@ -29,7 +36,9 @@ class OpenAIModel:
         api_key: Key. Default: `OPENAI_API_KEY`; local servers take any.
         timeout: Longest time for one whole reply, in seconds.
         length_parameter: `"max_tokens"`, which every server knows, or `"max_completion_tokens"`, which OpenAI's
-            reasoning models demand.
+            reasoning models demand; the first is exchanged for the second when the endpoint asks for it.
+        optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not take them; without
+            this such a request is refused.
         extra_body: Further fields of the request (`{"top_p": 0.9}`).
 
     Raises:
@@ -45,6 +54,7 @@ class OpenAIModel:
         api_key: str | None = None,
         timeout: float = 120.0,
         length_parameter: str = "max_tokens",
+        optional: Iterable[str] = (),
         extra_body: dict[str, Any] | None = None,
     ):
         base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip() or None
@@ -63,6 +73,8 @@ class OpenAIModel:
         self.base_url = base_url
         self.timeout = timeout
         self.length_parameter = length_parameter
+        self.optional = frozenset(optional)
+        self.left_out: tuple[str, ...] = ()
         self.extra_body = dict(extra_body or {})
         self._api_key = api_key or "none"
         _import_openai()
@@ -100,7 +112,19 @@ class OpenAIModel:
             body["temperature"] = temperature
         if seed is not None:
             body["seed"] = seed
-        return {**body, **self.extra_body}
+        return {key: value for key, value in body.items() if key not in self.left_out} | self.extra_body
+
+    def adapt(self, body: dict, said: str) -> None:
+        """Learns from the refusal of `body` what the model takes, for all requests to come: `max_completion_tokens` in place
+        of `max_tokens`, or none of a parameter that is `optional`. Tasks keep their ids and their place in the ledger."""
+        named = [name for name in self.optional.difference(self.left_out) if name in body and name in said]
+        if self.length_parameter == "max_tokens" and _REFUSES_LENGTH.search(said):
+            self.length_parameter, what = "max_completion_tokens", "max_completion_tokens in place of max_tokens"
+        elif named:
+            self.left_out, what = tuple(sorted({*self.left_out, *named})), f"no {' and no '.join(sorted(named))}"
+        else:
+            return
+        logger.warning("%s refuses a parameter (%s). From now on it is sent %s.", self.name, said, what)
 
     async def complete(
         self,
@@ -112,9 +136,25 @@ class OpenAIModel:
         request_id: str | None = None,
     ) -> Reply:
         """See `ChatModel.complete`. `temperature=None` leaves the endpoint's own."""
+        asked = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        while True:
+            body, left_out = self.body(**asked), self.left_out
+            # Where an endpoint honours ids, another body under the same one would get the first one's refusal.
+            changed = "".join(f"-{key}" for key in (*left_out, self.length_parameter) if key != "max_tokens")
+            try:
+                reply = await self._post(body, request_id and request_id + changed)
+            except RequestFault as fault:
+                if fault.kind not in {"400", "422"}:
+                    raise
+                self.adapt(body, str(fault))
+                if self.body(**asked) == body:
+                    raise
+            else:
+                return replace(reply, left_out=left_out)
+
+    async def _post(self, body: dict, request_id: str | None) -> Reply:
         import aiohttp
 
-        body = self.body(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
         headers = {"Idempotency-Key": request_id, "X-Client-Request-Id": request_id} if request_id else {}
         # `post` with text in return, not `chat.completions.create`: the latter walks every message of the few-shot
         # examples and builds a pydantic model per reply, which costs as much again as the request itself.
@@ -151,6 +191,8 @@ def parse_completion(body: Any) -> Reply:
 
     Raises:
         PassingFault: the body has no choice with a message (kind `"malformed"`).
+        RequestFault: the reply was cut before its text began (kind `"cut"`): what the length was raised to went into
+            thoughts. It was paid.
         EndpointFault: it holds an error in its place (some routers say so with status 200).
     """
     error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
@@ -169,12 +211,15 @@ def parse_completion(body: Any) -> Reply:
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
         # Half a surrogate pair, which JSON can escape, is no text that can be written.
-        text = text.encode("utf-8", "replace").decode()
-        return Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
+        text = remove_thoughts(text.encode("utf-8", "replace").decode())
+        reply = Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
     except (KeyError, IndexError, TypeError, AttributeError) as odd:
         what = f"{type(odd).__name__}: {odd}"
         what = error_words(error) or what
         raise PassingFault("malformed", f"the reply is no chat completion ({what})", maybe_paid=True) from None
+    if finish == "length" and not text.strip():
+        raise RequestFault("cut", CUT, maybe_paid=True)
+    return reply
 
 
 def _usage(usage: Any) -> Usage | None:
@@ -232,6 +277,8 @@ def error_words(error: Any) -> str:
     if not said:
         return ""
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    if isinstance(error, dict) and str(error.get("param") or "") not in text:
+        text += f" ({error['param']})"
     if text.lstrip().startswith("<"):  # a proxy's page
         text = re.sub(r"<[^>]*>", " ", text[:5000])
     return " ".join(text.split())[:500]

@@ -73,6 +73,7 @@ class RunSummary:
         skipped: Tasks that were settled before.
         batched: Tasks that wait in a batch file.
         given_up: Tasks left open after faults; the next run asks them again.
+        said: What the endpoint said last in place of a reply.
         seconds: Wall time.
     """
 
@@ -83,6 +84,7 @@ class RunSummary:
     skipped: int = 0
     batched: int = 0
     given_up: Counter = field(default_factory=Counter)
+    said: str = ""
     seconds: float = 0.0
 
 
@@ -309,6 +311,7 @@ class _Run:
                 )
             except (PassingFault, RequestFault, FatalFault) as error:
                 fault = {"kind": error.kind, "message": str(error)[:500], "maybe_paid": error.maybe_paid}
+                self.summary.said = f"{error.kind}: {error}"
                 if refused := isinstance(error, RequestFault):
                     self.refusals.add(task, request, attempt, error)
                     fault["refused"] = True

@@ -85,6 +85,7 @@ def reply_event(
         "detail": verdict.detail,
         "tell": verdict.tell,
         "final": final,
+        **({"left_out": reply.left_out} if reply.left_out else {}),
         **more,
     }
 

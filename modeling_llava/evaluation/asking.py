@@ -22,6 +22,7 @@ class Asked:
         rejected (`dict[str, str]`): Replies that were rejected for good, by the task's id.
         refused (`dict[str, str]`): Tasks whose request the endpoint refuses (too long, filtered) and its words; settled.
         models (`list[str]`): The names that the endpoint gave for what answered.
+        left_out (`set[str]`): Parameters that the endpoint does not take, of replies that were given without them.
         open (`int`): Tasks without any reply; asked again by the next run.
         message (`str`): Why tasks are open, if they are.
     """
@@ -30,18 +31,24 @@ class Asked:
     rejected: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
     open: int = 0
     message: str = ""
 
-    def require_all(self, total: int, what: str, where: Path, *, refused_too: bool = False) -> None:
+    def require_all(
+        self, total: int, what: str, where: Path, *, refused_too: bool = False, partial: bool = False
+    ) -> None:
         """
         Args:
+            partial (`bool`): Any reply is enough.
             refused_too (`bool`): Refused requests count as missing as well; else they are the caller's to count.
 
         Raises:
             ConnectionError: tasks are open. What was answered is kept.
             ValueError: requests are refused, which asking again does not change.
         """
+        if partial and (self.replies or self.rejected):
+            return
         if self.open:
             raise ConnectionError(
                 f"{self.open} of {total} {what} have no reply. {self.message} What was answered is kept in {where}: run "
@@ -103,6 +110,8 @@ def ask_all(
             asked.message = (
                 "Faults: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items())) + "."
             )
+        if summary.said and summary.said.partition(": ")[2] not in asked.message:
+            asked.message += f" The endpoint said last: {summary.said}"
         models = set()
         for task in tasks:
             state = ledger.state(task.id)
@@ -114,6 +123,7 @@ def ask_all(
                 asked.refused[task_id] = event["detail"]
                 continue
             models.add(event["model"] or model.name)
+            asked.left_out.update(event.get("left_out", ()))
             if event["reason"] is None:
                 asked.replies[task_id] = event["text"]
             else:

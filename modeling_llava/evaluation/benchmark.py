@@ -1,6 +1,7 @@
 """One way to run every benchmark: samples → answers in a folder → scores → `results.json`."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,8 +56,11 @@ class Benchmark:
 
 
 def question_sample(sample_id: str, image: str, text: str, instruction: str | None = None) -> dict:
-    """A question about one image as [`LlavaPredictor.answer_many`] takes it; an instruction stands on a line of its own."""
-    text = f"{text}\n{instruction}" if instruction else text
+    """A question about one image as [`LlavaPredictor.answer_many`] takes it; an instruction stands on a line of its own, once:
+    published files of questions have it in them."""
+    if instruction:
+        text = re.sub(rf"\s*{re.escape(instruction.rstrip('.'))}\.?\s*\Z", "", text, flags=re.IGNORECASE)
+        text = text if instruction.lower() in text.lower() else f"{text}\n{instruction}"
     content = [{"type": "image"}, {"type": "text", "text": text}]
     return {"id": sample_id, "messages": [{"role": "user", "content": content}], "images": [image]}
 

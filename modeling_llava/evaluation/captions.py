@@ -40,6 +40,11 @@ def read_captions(annotations: str | os.PathLike) -> list[dict]:
         try:
             names = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}
             for annotation in content["annotations"]:
+                if annotation["image_id"] not in names:
+                    raise ValueError(
+                        f"{path} is not a COCO captions file: a caption belongs to the image {annotation['image_id']!r}, "
+                        f"which is not among its 'images' ({next(iter(names), None)!r}, …)."
+                    )
                 captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a COCO captions file ({error!r}).") from None

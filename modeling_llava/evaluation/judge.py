@@ -1,6 +1,6 @@
 """
 The judge of LLaVA-Bench (LLaVA §5.1): a language model reads the context, the question and two answers, and gives each a
-score from 1 to 10. Scores are parsed strictly; what cannot be parsed is asked for once more and then counted as failed.
+score from 1 to 10. What does not have one meaning is asked for once more and then counted as failed.
 """
 
 import json
@@ -16,7 +16,22 @@ from .results import hash_json
 RULES_FILE = "judge_rules.json"
 LOWEST, HIGHEST = 1.0, 10.0
 _NUMBER = r"([0-9]{1,2}(?:\.[0-9]+)?)"
-_PAIR = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+_OF_TEN = r"\s*(?:/|(?:out\s+)?of)\s*10(?![0-9])"
+_BETWEEN = r"(?:\s*[,;|]\s*|\s+and\s+|\s+)"
+_PAIR = re.compile(
+    rf"""
+    (?:(?:the\s+)?(?:final\s+)?(?:scores?|ratings?)\s*(?::|=|\bare\b|\n)\s*)?
+    (?: {_NUMBER}{_BETWEEN}{_NUMBER} | {_NUMBER}{_OF_TEN}{_BETWEEN}{_NUMBER}{_OF_TEN} )
+    [^\S\n]*[.;]?[^\S\n]*(?:\Z|\n(?!\s*{_NUMBER}\s*$))      # a line of another number would be a third score
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_LABEL = r"\b(?:assistant|answer|response|score)\s*([12AB])(?:'s\s+score)?\s*(?::|=|\bis\b)\s*"
+_LABELLED = re.compile(
+    rf"{_LABEL}{_NUMBER}(?:{_OF_TEN})?(?=[^\S\n]*[.,;]?[^\S\n]*(?:$|(?:and\s+)?{_LABEL}))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MARKUP = re.compile(r"""[*_`#(){}\[\]"]""")
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 """What the published evaluation tells the judge first."""
@@ -31,14 +46,17 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     """
     The two scores of a review, or `None`.
 
-    The first line (leading empty lines aside) must be two numbers from 1 to 10, separated by blanks or a comma, and nothing
-    else. `"8 9"`, `"8.5, 7"` are scores; `"8/10 9/10"`, `"Assistant 1: 8"`, `"8"`, `"8 9 7"`, `"0 11"` are not.
+    Two numbers from 1 to 10 at the beginning, with nothing else on their line or lines, or one score for each by its label.
+    `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`, `"8/9"`, `"0 11"` are not.
     """
-    lines = review.strip().splitlines()
-    match = _PAIR.fullmatch(lines[0].strip()) if lines else None
-    if match is None:
-        return None
-    first, second = float(match[1]), float(match[2])
+    review = _MARKUP.sub("", review).strip()
+    if match := _PAIR.match(review):
+        first, second = (float(match[n] or match[n + 2]) for n in (1, 2))
+    else:
+        found = [(label.upper(), float(number)) for label, number, _ in _LABELLED.findall(review)]
+        if [label for label, _ in sorted(found)] not in (["1", "2"], ["A", "B"]):
+            return None
+        (_, first), (_, second) = sorted(found)
     if not (LOWEST <= first <= HIGHEST and LOWEST <= second <= HIGHEST):
         return None
     return first, second
@@ -80,7 +98,7 @@ def review_task(
     second: str,
     rule: dict[str, str],
     *,
-    temperature: float = 0.2,
+    temperature: float | None = 0.2,
     seed: int | None = None,
     max_tokens: int = 1024,
 ) -> Task:

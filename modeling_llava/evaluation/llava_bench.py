@@ -55,7 +55,10 @@ class Question:
 
 
 def read_questions(
-    questions: str | os.PathLike, contexts: str | os.PathLike, references: str | os.PathLike | None = None
+    questions: str | os.PathLike,
+    contexts: str | os.PathLike,
+    references: str | os.PathLike | None = None,
+    image_folder: str | os.PathLike | None = None,
 ) -> list[Question]:
     """
     Reads the three files and joins them.
@@ -63,6 +66,8 @@ def read_questions(
     Args:
         questions, contexts (`str` or `os.PathLike`)
         references (`str` or `os.PathLike`, *optional*): Without it the answers must be asked for ([`ask_references`]).
+        image_folder (`str` or `os.PathLike`, *optional*):
+            Images that are there as COCO names them (`COCO_val2014_000000460149.jpg`) are taken by that name.
 
     Raises:
         ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
@@ -89,6 +94,9 @@ def read_questions(
             raise ValueError(f"{place} has the question_id {question_id} of an earlier row.")
         context, has_boxes = context_of[image]
         reference = reference_of.get(question_id)
+        if image_folder is not None and not (Path(image_folder) / image).is_file():
+            coco_name = f"COCO_val2014_{image}"
+            image = coco_name if (Path(image_folder) / coco_name).is_file() else image
         read[question_id] = Question(question_id, image, category, text, context, has_boxes, reference)
     if not read:
         raise ValueError(f"{questions} has no question.")
@@ -100,6 +108,7 @@ def ask_references(
     model: ChatModel,
     folder: Path,
     *,
+    max_tokens: int = 1024,
     settings: RunSettings | None = None,
     budget: Budget | None = None,
     partial: bool = False,
@@ -120,14 +129,13 @@ def ask_references(
                 {"role": "system", "content": REFERENCE_INSTRUCTION},
                 {"role": "user", "content": f"{question.context}\n\n{question.text}"},
             ],
-            max_tokens=1024,
+            max_tokens=max_tokens,
             temperature=0.0,
         )
         for question in questions
     ]
     asked = ask_all(tasks, model, folder, "references", settings=settings, budget=budget, progress=progress)
-    if not partial:
-        asked.require_all(len(tasks), "questions", folder, refused_too=True)
+    asked.require_all(len(tasks), "questions", folder, refused_too=True, partial=partial)
     return [replace(question, reference=asked.replies.get(question.id)) for question in questions]
 
 
@@ -155,14 +163,14 @@ class JudgeSettings:
         both_orders (`bool`): Judge each pair twice, the second time with the answers swapped, and take the mean: judges
             prefer one side. Published results have the reference first only.
         repeats (`int`): Judge everything so many times; the spread between them is reported.
-        temperature (`float`): Of the judge; 0.2 as in the published evaluation.
+        temperature (`float`, *optional*): Of the judge; 0.2 as in the published evaluation, `None` for the endpoint's own.
         max_tokens (`int`): Longest review, in the judge's tokens.
     """
 
     rules: dict
     both_orders: bool = False
     repeats: int = 1
-    temperature: float = 0.2
+    temperature: float | None = 0.2
     max_tokens: int = 1024
 
     def __post_init__(self):
@@ -244,8 +252,7 @@ def judge_answers(
     asked = ask_all(
         tasks, judge, folder, "reviews", accept=accept_review, settings=settings, budget=budget, progress=progress
     )
-    if not partial:
-        asked.require_all(len(tasks), "reviews", folder)
+    asked.require_all(len(tasks), "reviews", folder, partial=partial)
     reviews = Reviews(asked)
     for task_id, text in {**asked.replies, **asked.rejected}.items():
         reviews.texts[keys[task_id]] = text
@@ -313,7 +320,7 @@ def score(
         "prompt_hash": rules_hash(how.rules),
         "both_orders": how.both_orders,
         "repeats": how.repeats,
-        "temperature": how.temperature,
+        "temperature": None if "temperature" in reviews.asked.left_out else how.temperature,
     }
     return Scored(rows, metrics, "relative", counts, {"judge": described})
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .benchmark import Benchmark, question_sample
-from .results import Scored, hash_files, id_of, interval_of, read_jsonl, scores_by_group, text_of
+from .results import Scored, hash_files, id_of, interval_of, read_rows, scores_by_group, text_of
 
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -32,7 +32,8 @@ def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
     questions = []
     for path in files:
         of_file = next((name for name in CATEGORIES if name in Path(path).stem.lower()), None)
-        for number, row in enumerate(read_jsonl(path), 1):
+        rows = read_rows(path)
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             place = f"{path}, row {number},"
             image, text, label = (text_of(row, key, place) for key in ("image", "text", "label"))
             category = text_of(row, "category", place) if row.get("category") else of_file

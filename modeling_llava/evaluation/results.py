@@ -191,6 +191,14 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     return rows
 
 
+def read_rows(path: str | os.PathLike) -> Any:
+    """The content of a JSON file, or the objects of a JSONL file, which is told by its second line."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return read_jsonl(path)
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """
     The content of a JSON file.
@@ -222,8 +230,13 @@ def id_of(row: dict, place: str) -> str:
             if "question_id" in row
             else "has no 'question_id'"
         )
-        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
+        raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")
     return str(found)
+
+
+def fields_of(row: dict) -> str:
+    """The fields of a row, for an error."""
+    return ", ".join(list(map(str, row))[:10]) + (", …" if len(row) > 10 else "")
 
 
 def text_of(row: dict, key: str, place: str) -> str:
@@ -235,7 +248,7 @@ def text_of(row: dict, key: str, place: str) -> str:
     """
     if not isinstance(row.get(key), str) or not row[key].strip():
         what = f"has {key} = {row[key]!r}, which is no text" if key in row else f"has no {key!r}"
-        raise ValueError(f"{place} {what}; its fields are {', '.join(row)}.")
+        raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")
     return row[key]
 
 
@@ -351,6 +364,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Scored",
     "describe_model",
+    "fields_of",
     "fingerprint",
     "hash_file",
     "hash_files",
@@ -361,6 +375,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_results",
+    "read_rows",
     "scores_by_group",
     "text_of",
     "versions",

@@ -2,17 +2,20 @@
 
 import re
 
+from ..endpoint import remove_thoughts
+
 
 ANSWER_RULE = (
-    '"The answer is X" anywhere, or a line "Answer: X" or "Answer: X. …"; several such statements must name the same letter, '
-    'and none may name two ("B or C"). Else an answer, or its first line, that is a letter; else lines that begin with "X." or "(X)", all with '
-    "the same letter. Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong."
+    '"The answer is X" or "\\boxed{X}" anywhere, or a line "Answer: X" or "Answer: X. …"; several such statements must name the '
+    'same letter, and none may name two ("B or C"). Else "it is X", "I choose X", "X is correct" by the same conditions. Else an '
+    'answer, or its first line, that is a letter; else lines that begin with "X." or "(X)", all with the same letter. Thoughts '
+    "(<think>) do not count. Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong."
 )
 
 _LETTER = r"[\"'`*([\u201c]*([A-Z])"
 _STATED = re.compile(
     rf"""
-    \b(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\s+is\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
+    \b(?:answer|(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:option|choice))\s+is\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
     (?: [])*`\u201d]                    # (B)  **B**
       | [.,;:!?"'\u2026\u3002\uff0c](?!\w\.|(?<=')\w)    # B.  but not A.M., nor D'oh
       | \s*$
@@ -23,13 +26,23 @@ _STATED = re.compile(
     """,
     re.I | re.M | re.X,
 )
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\w*\{|\\math\w*\{)?\s*\(?([A-Z])(?:[.):][^{}]*)?\s*\}", re.I)
+_CHOSEN = re.compile(
+    rf"""
+    (?: \b(?i:it(?:'s|\u2019s|\sis)|i(?:'d|\u2019d|\swould)?\s(?:choose|pick|select|say|go\swith))\s(?i:(?:option|choice|answer)\s)?
+      | \b(?i:(?:option|choice)\s)?(?={_LETTER}[])*\"'`]*\s(?i:is\s(?:the\s)?(?:correct|right|best)\b)) )
+    {_LETTER}(?:[])*`\"]|[.,;:!?](?!\w)|\s*$|(?=\s(?:\(|because\b|since\b|is\s(?:the\s)?(?:correct|right|best)\b)))
+    """,
+    re.M | re.X,
+)
 _SEVERAL = re.compile(
     r"""
-    [)*."']*\s?(?:/|&|,?\s?\b(?:or|and)\b|,)\s?(?:option\s)?\(?
+    [)*."'}$]*\s?(?:/|&|,?\s?\b(?:n?or|and)\b|,)\s?(?:option\s)?\(?
     (?:[A-HJ-Zb-hj-z]\b(?!['.]?\w)(?!\s(?:is|was|are|has|does)\b) | I\b(?=[).,;]|$))
     """,
     re.X,
 )
+_AFTER_ANOTHER = re.compile(r"\b[A-Z][)*]*,?\s?(?:/|&|n?or\b|and\b)\s?[(*]*\Z")
 _WHOLE = re.compile(rf"(?:(?:answer|option)\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:\u201d]{{0,3}}", re.I)
 _BEGINNING = re.compile(r"^\s*(?:(?:answer|option)\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M)
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
@@ -38,22 +51,20 @@ _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 def find_letter(text: str) -> str | None:
     """The letter that an answer names by [`ANSWER_RULE`], A to Z, whether or not there is such a choice."""
     # Without runs of blanks no pattern takes more than linear time.
-    text = re.sub(r"(?: ?\n)+ ?", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
-    statements = list(_STATED.finditer(text))
-    if any(_SEVERAL.match(text, _end_of_letter(found)) for found in statements):
-        return None
+    text = re.sub(r"(?: ?\n)+ ?", "\n", re.sub(r"[^\S\n]+", " ", remove_thoughts(text))).strip()
+    statements = [*_STATED.finditer(text), *_BOXED.finditer(text)] or list(_CHOSEN.finditer(text))
+    for found in statements:
+        start, end = found.span(found.lastindex)
+        if _SEVERAL.match(text, end) or _AFTER_ANOTHER.search(text, max(0, start - 12), start):
+            return None
     if statements:
-        return _only(found[1] or found[2] for found in statements)
+        return _only(found[found.lastindex] for found in statements)
     first, *others = text.split("\n")
     if _WHOLE.fullmatch(first):
         return _only(found[1] for line in (first, *others) if (found := _WHOLE.fullmatch(line)))
     if not _BEGINNING.match(text):
         return None
     return _only([*(one or other for one, other in _BEGINNING.findall(text)), *_IN_PARENTHESES.findall(text)])
-
-
-def _end_of_letter(found: re.Match) -> int:
-    return found.end(1) if found[1] else found.end(2)
 
 
 def _only(letters) -> str | None:

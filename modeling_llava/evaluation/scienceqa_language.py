@@ -38,7 +38,7 @@ def choose_shots(problems: list[Problem], count: int = 2, seed: int = 0) -> list
     return random.Random(seed).sample(fit, count)
 
 
-def language_tasks(problems: list[Problem], shots: list[Problem]) -> list[Task]:
+def language_tasks(problems: list[Problem], shots: list[Problem], max_tokens: int = 512) -> list[Task]:
     """What the language-only model is asked, one task per problem; greedy."""
     examples = [{"role": "system", "content": INSTRUCTION}]
     for shot in shots:
@@ -50,14 +50,16 @@ def language_tasks(problems: list[Problem], shots: list[Problem]) -> list[Task]:
         Task(
             id=problem.id,
             messages=[*examples, {"role": "user", "content": question_text(problem)}],
-            max_tokens=512,
+            max_tokens=max_tokens,
             temperature=0.0,
         )
         for problem in problems
     ]
 
 
-def judge_tasks(problems: list[Problem], own: dict[str, str], language: dict[str, str]) -> list[Task]:
+def judge_tasks(
+    problems: list[Problem], own: dict[str, str], language: dict[str, str], max_tokens: int = 512
+) -> list[Task]:
     """What the judge is asked: the problems on which the two models do not name the same choice."""
     tasks = []
     for problem in problems:
@@ -70,7 +72,7 @@ def judge_tasks(problems: list[Problem], own: dict[str, str], language: dict[str
             f"[Assistant 2]\n{second.strip() or '(no answer)'}"
         )
         messages = [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": content}]
-        tasks.append(Task(id=problem.id, messages=messages, max_tokens=512, temperature=0.0))
+        tasks.append(Task(id=problem.id, messages=messages, max_tokens=max_tokens, temperature=0.0))
     return tasks
 
 
@@ -92,6 +94,7 @@ def score_with_language_model(
     *,
     shots: list[Problem],
     judge: ChatModel | None = None,
+    max_tokens: int = 512,
     settings: RunSettings | None = None,
     budget: Budget | None = None,
     partial: bool = False,
@@ -106,6 +109,7 @@ def score_with_language_model(
         folder (`Path`): Where the ledgers go.
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model itself by default.
+        max_tokens (`int`): Longest reply.
         partial (`bool`): Score without the problems that the endpoint left without a reply, or refuses.
 
     Returns:
@@ -119,14 +123,13 @@ def score_with_language_model(
 
     def ask(tasks: list[Task], who: ChatModel, name: str) -> Asked:
         asked = ask_all(tasks, who, folder, name, settings=settings, budget=budget, progress=progress)
-        if not partial:
-            asked.require_all(len(tasks), "questions", folder, refused_too=True)
+        asked.require_all(len(tasks), "questions", folder, refused_too=True, partial=partial)
         return asked
 
-    language = ask(language_tasks(problems, shots), model, "language-model")
+    language = ask(language_tasks(problems, shots, max_tokens), model, "language-model")
     no_reply = len(problems) - len(language.replies)
     problems = [problem for problem in problems if problem.id in language.replies]
-    differing = judge_tasks(problems, own, language.replies)
+    differing = judge_tasks(problems, own, language.replies, max_tokens)
     verdicts = ask(differing, judge or model, "judge")
     undecided = {task.id for task in differing} - set(verdicts.replies)
     problems = [problem for problem in problems if problem.id not in undecided]

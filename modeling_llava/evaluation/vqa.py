@@ -1,9 +1,11 @@
 """
 Short answers: VQA's soft accuracy (Antol et al., 2015) over ten people's answers, and exact match where there is one.
 
-Questions are the official pair of files (`{"questions": [{"question_id", "image_id", "question"}]}` and
-`{"annotations": [{"question_id", "answers": [{"answer"}], "answer_type"}]}`), or JSONL rows `{"question_id", "image",
-"question" | "text", "answers": […] | "answer", "category"}`.
+Questions are JSONL rows `{"question_id", "image", "question" | "text", "answers": […] | "answer", "category"}` or official
+files: of VQAv2 and OK-VQA the pair `{"questions": [{"question_id", "image_id", "question"}]}` and `{"annotations":
+[{"question_id", "answers": [{"answer"}], "answer_type"}]}`, of TextVQA `{"data": [{"question_id", "image_id", …}]}`, of GQA
+`{question_id: {"imageId", "question", "answer"}}`, of VizWiz `[{"image", "question", "answers": [{"answer"}]}]`. Questions of
+one form and answers (`annotations`) of another are joined by their `question_id`.
 """
 
 import os
@@ -12,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from .benchmark import Benchmark, question_sample
-from .results import Scored, hash_files, id_of, interval_of, read_json, read_jsonl, scores_by_group, text_of
+from .results import Scored, fields_of, hash_files, id_of, interval_of, read_rows, scores_by_group, text_of
 
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -71,45 +73,64 @@ def soft_accuracy(answer: str, people: Sequence[str]) -> float:
 def read_questions(
     questions: str | os.PathLike,
     annotations: str | os.PathLike | None = None,
-    image_name: str = COCO_IMAGE_NAME,
+    image_name: str | None = None,
 ) -> list[dict]:
     """
     Questions with the people's answers: `{"id", "image", "text", "answers", "category"}`.
 
     Args:
-        questions (`str` or `os.PathLike`): JSONL with the answers in it, or the official questions file.
-        annotations (`str` or `os.PathLike`, *optional*): The official annotations, for the official questions.
-        image_name (`str`): Name of the image `image_id` of the official files.
+        questions (`str` or `os.PathLike`): JSONL, or an official file.
+        annotations (`str` or `os.PathLike`, *optional*): Where the answers are, if not with the questions.
+        image_name (`str`, *optional*):
+            Name of the image `image_id` of official files. By default COCO's (val2014) for VQAv2, else `{image_id}.jpg`.
 
     Raises:
-        ValueError: a missing or wrong field, or a question without an annotation. File and row are named.
+        ValueError: a file of another form, a missing or wrong field, or a question without an answer. File and row are named.
     """
-    if annotations is None:
-        return [_row(row, f"{questions}, row {number},") for number, row in enumerate(read_jsonl(questions), 1)]
-    answers_of = {}
-    for number, row in enumerate(_official(annotations, "annotations"), 1):
-        place = f"{annotations}, annotation {number},"
-        answers = row.get("answers")
-        if isinstance(answers, list):
-            answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-        answers_of[id_of(row, place)] = {"answers": _answers(answers, row, place), "category": row.get("answer_type")}
-    read = []
-    for number, row in enumerate(_official(questions, "questions"), 1):
-        place = f"{questions}, question {number},"
-        question_id = id_of(row, place)
-        if question_id not in answers_of:
-            raise ValueError(f"{place} has the question_id {question_id}, which {annotations} does not have.")
-        if "image_id" not in row:
-            raise ValueError(f"{place} has no 'image_id'; its fields are {', '.join(row)}.")
-        try:
-            image = image_name.format(image_id=row["image_id"])
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{place} has the image_id {row['image_id']!r}, of which the image name {image_name!r} makes no name "
-                f"({error!r}). A name is like COCO_val2014_{{image_id:012d}}.jpg."
-            ) from None
-        read.append(_row({**row, **answers_of[question_id], "image": image}, place))
-    return read
+    read = _rows(questions, "question" if annotations else "row", image_name)
+    if annotations is not None:
+        answers_of = {}
+        for row, place in _rows(annotations, "annotation", image_name):
+            answers_of[id_of(row, place)] = {"answers": _answers(row, place), "answer_type": row.get("answer_type")}
+        for number, (row, place) in enumerate(read):
+            if (question_id := id_of(row, place)) not in answers_of:
+                raise ValueError(f"{place} has the question_id {question_id}, which {annotations} does not have.")
+            read[number] = ({**answers_of[question_id], **row}, place)
+    return [_row(row, place) for row, place in read]
+
+
+def _rows(path: str | os.PathLike, what: str, image_name: str | None) -> list[tuple[dict, str]]:
+    """The rows of a file in any form, with their images' names where it has ids, and where each stands."""
+    content, name = read_rows(path), image_name or "{image_id}.jpg"
+    if isinstance(content, dict):
+        kind = next((kind for kind in ("questions", "annotations", "data") if kind in content), None)
+        name = image_name or (COCO_IMAGE_NAME if kind == "questions" else name)
+        if kind is not None:
+            content = content[kind]
+        elif "image" in content:  # JSONL of one line
+            content = [content]
+        elif all(isinstance(row, dict) and "imageId" in row for row in content.values()):  # GQA
+            content = [{"question_id": key, "image_id": row["imageId"], **row} for key, row in content.items()]
+    elif not content:
+        content = None
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise ValueError(
+            f"{path} is not an official file of VQAv2, GQA, TextVQA or VizWiz, nor JSONL, one question per line."
+        )
+    rows = []
+    for number, row in enumerate(content, 1):
+        place = f"{path}, {what} {number},"
+        if "image" not in row and "image_id" in row:
+            try:
+                row = {**row, "image": name.format(image_id=row["image_id"])}
+            except (ValueError, LookupError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"{place} has the image_id {row['image_id']!r}, of which the image name {name!r} makes no name "
+                    f"({error!r}). A name is like COCO_val2014_{{image_id:012d}}.jpg."
+                ) from None
+        # VizWiz: an image has one question, which has no id.
+        rows.append(({"question_id": row["image"], **row} if "image" in row else row, place))
+    return rows
 
 
 def make_benchmark(
@@ -160,29 +181,25 @@ def score(questions: list[dict], answers: dict[str, str]) -> Scored:
     return Scored(rows, metrics, "accuracy", {"empty": sum(not normalise(row["answer"]) for row in rows)})
 
 
-def _official(path: str | os.PathLike, key: str) -> list[dict]:
-    content = read_json(path)
-    rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} is not an official file: it has no list {key!r} of objects.")
-    return rows
-
-
 def _row(row: dict, place: str) -> dict:
-    category = row.get("category")
+    kind = next((kind for kind in ("category", "answer_type") if row.get(kind) is not None), None)
     return {
         "id": id_of(row, place),
         "image": text_of(row, "image", place),
         "text": text_of(row, "question" if "question" in row or "text" not in row else "text", place),
-        "answers": _answers(row.get("answers", [row["answer"]] if "answer" in row else None), row, place),
-        "category": category if category is None else text_of(row, "category", place),
+        "answers": _answers(row, place),
+        "category": kind and text_of(row, kind, place),
     }
 
 
-def _answers(answers, row: dict, place: str) -> list[str]:
+def _answers(row: dict, place: str) -> list[str]:
+    answers = row.get("answers", [row["answer"]] if "answer" in row else None)
+    if isinstance(answers, list):
+        answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(
-            f"{place} has no 'answers', a list of texts, and no 'answer', a text; its fields are {', '.join(row)}."
+            f"{place} has no 'answers', a list of texts, and no 'answer', a text; its fields are {fields_of(row)}. Answers in "
+            "a file of their own are given by --annotations."
         )
     return answers
 

@@ -163,6 +163,53 @@ def test_batch_out_and_in_by_command(files, capsys):
         assert len(server.asked) == 5
 
 
+REFUSED = 400, {"error": {"message": "temperature stays at its default here."}}
+
+
+def test_settings_may_change_until_something_is_answered_and_the_endpoints_words_are_shown(files, capsys):
+    more = ["--no-parquet", "--types", "detail", "--limit", "2"]
+    with FaultServer(reply=lambda messages: REFUSED) as server:
+        assert main(line(files, *more, "--base-url", server.url)) == 1
+        assert "temperature stays at its default here." in capsys.readouterr().out
+    with FaultServer() as server:
+        assert main(line(files, *more, "--base-url", server.url, "--temperature", "default")) == 0
+        assert main(line(files, *more, "--base-url", server.url)) == 2
+        assert "temperature was None and is 0.7" in capsys.readouterr().err
+
+
+def test_a_run_without_an_accepted_reply_ends_with_another_code_than_0(files, capsys):
+    with FaultServer(reply=lambda messages: "I'm sorry, I can't.") as server:
+        for _ in range(2):
+            assert main(line(files, "--base-url", server.url, "--types", "detail")) == 1
+    assert "no reply was accepted" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_refused_as_a_whole_shows_why_and_binds_nobody(files, capsys):
+    assert main(line(files, "--batch-out", str(files / "batches"))) == 0
+    assert main(line(files, "--temperature", "default", "--dry-run")) == 2  # it waits
+    requests = (files / "batches" / "batch-000.jsonl").read_text().splitlines()
+    refused = [
+        json.dumps(
+            {"custom_id": json.loads(text)["custom_id"], "response": {"status_code": REFUSED[0], "body": REFUSED[1]}}
+        )
+        for text in requests
+    ]
+    (files / "errors.jsonl").write_text("\n".join(refused))
+    assert main(line(files, "--batch-in", str(files / "errors.jsonl"))) == 1
+    assert "temperature stays at its default here." in capsys.readouterr().out
+    assert main(line(files, "--temperature", "default", "--dry-run")) == 0
+
+
+def test_dry_run_counts_boxes_that_are_left_out(files, capsys):
+    coco = json.loads((files / "instances.json").read_text())
+    coco["annotations"][0].pop("bbox")
+    coco["annotations"][1]["iscrowd"] = coco["annotations"][2]["iscrowd"] = 1
+    (files / "instances.json").write_text(json.dumps(coco))
+    assert main(line(files, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "1 × annotation without a bbox" in out and "2 × box around a crowd" in out
+
+
 def test_expand_and_filter_by_command(tmp_path, capsys):
     rows = [{"image": f"{i}.jpg", "caption": "a red bus" if i % 2 else f"a thing{i}"} for i in range(10)]
     (tmp_path / "in.json").write_text(json.dumps(rows))

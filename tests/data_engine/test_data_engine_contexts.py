@@ -238,10 +238,10 @@ def test_boxes_in_several_rows_of_one_image_are_put_together(tmp_path):
     assert context.box_text == "dog: [0.0, 0.0, 1.0, 1.0]\ncat: [0.1, 0.1, 0.5, 0.5]"
 
 
-def test_boxes_of_other_images_and_files_in_the_wrong_place_are_named(tmp_path, caplog):
+def test_boxes_of_other_images_and_files_in_the_wrong_place_are_named(tmp_path):
     captions = write(tmp_path / "c.jsonl", [{"image": "COCO_train2014_a.jpg", "captions": ["x"]}])
-    list(read_contexts(captions, write(tmp_path / "b.jsonl", [{"image": "a.jpg", "boxes": [BOX]}])))
-    assert "No image of" in caplog.text and "'a.jpg'" in caplog.text
+    with pytest.raises(ValueError, match="b.jsonl.*'a.jpg'.*'COCO_train2014_a.jpg'"):
+        list(read_contexts(captions, write(tmp_path / "b.jsonl", [{"image": "a.jpg", "boxes": [BOX]}])))
     _, instances = coco(tmp_path, [{"bbox": [10, 10, 20, 20]}])
     with pytest.raises(ValueError, match="has boxes where captions are expected"):
         list(read_contexts(instances))
@@ -255,8 +255,8 @@ def test_boxes_of_other_images_and_files_in_the_wrong_place_are_named(tmp_path, 
 def test_coco_without_sizes_or_with_a_stray_category_is_named(tmp_path):
     with pytest.raises(ValueError, match="image '1.jpg' has no width and height"):
         list(read_contexts(*coco(tmp_path, [{"bbox": [1, 1, 5, 5]}], width=None)))
-    with pytest.raises(ValueError, match="image '1.jpg' has category 8"):
-        list(read_contexts(*coco(tmp_path, [{"bbox": [1, 1, 5, 5], "category_id": 8}])))
+    with pytest.raises(ValueError, match="image '1.jpg' has category '8'.*7"):
+        list(read_contexts(*coco(tmp_path, [{"bbox": [1, 1, 5, 5], "category_id": "8"}])))
     with pytest.raises(ValueError, match="a caption belongs to image 9"):
         list(read_contexts(*coco(tmp_path, [], captions=((9, "x"),))))
 
@@ -380,14 +380,35 @@ def test_boxes_that_are_no_list_are_named(tmp_path, boxes):
         list(read_contexts(path))
 
 
-def test_a_file_of_boxes_that_holds_none_is_said(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "annotations, words",
+    [
+        ([], "0 boxes"),
+        (
+            [{"image_id": 1, "category_id": 7, "segmentation": [[1, 1, 2, 1, 2, 2]]}] * 3,
+            "3 × annotation without a bbox",
+        ),
+        ([{"image_id": 1, "category_id": 7, "bbox": [1, 1, 5, 5], "iscrowd": 1}] * 2, "2 × box around a crowd"),
+        ([{"image_id": 1, "category_id": 7, "bbox": [0.1, 0.2, 0.3, 0.9]}], "1 × box in fractions 0..1"),
+        ([{"image_id": 1, "category_id": 7, "bbox": [0.6, 0.7, 0.9, 1.0]}], "1 × box in fractions 0..1"),  # corners
+    ],
+)
+def test_a_file_of_boxes_that_gives_none_stops_and_says_why(tmp_path, annotations, words):
     image = {"id": 1, "file_name": "a.jpg", "width": 10, "height": 10}
     (tmp_path / "c.json").write_text(
         json.dumps({"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]})
     )
-    (tmp_path / "b.json").write_text(json.dumps({"images": [image], "annotations": [{"image_id": 1}]}))
-    assert len(list(read_contexts(tmp_path / "c.json", tmp_path / "b.json"))) == 1
-    assert "it holds none" in caplog.text
+    instances = {"images": [image], "annotations": annotations, "categories": [{"id": 7, "name": "cat"}]}
+    (tmp_path / "b.json").write_text(json.dumps(instances))
+    with pytest.raises(ValueError, match=f"has a box in .*b.json: .*{words}"):
+        list(read_contexts(tmp_path / "c.json", tmp_path / "b.json"))
+
+
+def test_corners_in_place_of_width_and_height_are_told_by_the_images_edge(tmp_path):
+    boxes = [{"bbox": [100, 40, 150, 90]}, {"bbox": [20, 30, 190, 95]}, {"bbox": [10, 10, 40, 30]}]  # of 200 × 100
+    with pytest.raises(ValueError, match="2 of 3 boxes .*x, y, width, height"):
+        list(read_contexts(*coco(tmp_path, boxes)))
+    assert len(list(read_contexts(*coco(tmp_path, [boxes[0], boxes[2]])))) == 2  # one of two is cut at the edge
 
 
 def test_names_with_half_a_surrogate_pair_can_be_written_and_asked_about(tmp_path):

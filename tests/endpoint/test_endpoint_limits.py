@@ -3,7 +3,7 @@ from email.utils import formatdate
 
 import pytest
 
-from modeling_llava.endpoint import Backoff, Budget, Prices, RunSettings, TokenBucket, Usage
+from modeling_llava.endpoint import Backoff, Budget, Prices, RequestFault, RunSettings, TokenBucket, Usage
 from modeling_llava.endpoint.openai_model import parse_completion, parse_retry_after, translate_status
 
 
@@ -116,8 +116,8 @@ def test_backoff_doubles_up_to_its_longest():
 def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date():
     assert parse_retry_after({"retry-after": "2.5"}) == 2.5
     assert parse_retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
-    in_a_minute = formatdate(time.time() + 60, usegmt=True)
-    assert parse_retry_after({"retry-after": in_a_minute}) == pytest.approx(60, abs=2)
+    in_an_hour = formatdate(time.time() + 3600, usegmt=True)
+    assert parse_retry_after({"retry-after": in_an_hour}) == pytest.approx(3600, abs=300)
     assert parse_retry_after({"retry-after": "soon"}) is None
     assert parse_retry_after({}) is None
 
@@ -234,3 +234,30 @@ def test_a_number_of_thousands_of_digits_is_a_broken_reply():
     model._connect = Client
     with pytest.raises(PassingFault, match="no JSON"):
         asyncio.run(model.complete([{"role": "user", "content": "?"}], max_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ("<think>\n3 4\n</think>\n\n8 9", "8 9"),
+        ("Opened by the template.\n</think>\n8 9", "8 9"),
+        ("8 9\n<think>Was that right?", "8 9"),
+        ("<think>No end", ""),
+        ("<think>a<think>b</think>c</think>8 9", "8 9"),
+        ("<Thinking>a</Thinking>8 9\n<think>b</think>\nFine.", "8 9\n\nFine."),
+        ("[THINK]3 4[/THINK]8 9", "8 9"),
+        (" I think <b> that. ", " I think <b> that. "),
+    ],
+)
+def test_a_reply_is_what_stands_outside_of_thoughts(text, left):
+    body = {"choices": [{"message": {"content": text, "reasoning_content": "1 2"}}]}
+    assert parse_completion(body).text == left
+    assert parse_completion({"choices": [{"message": {"content": "<think>" * 50_000 + "</think>8 9"}}]}).text == "8 9"
+
+
+@pytest.mark.parametrize("content", [None, "", "<think>\nLet me see"])
+def test_a_reply_that_was_cut_before_its_text_is_refused_as_that_and_was_paid(content):
+    body = {"choices": [{"finish_reason": "length", "message": {"content": content, "reasoning_content": "…"}}]}
+    with pytest.raises(RequestFault, match="--max-reply-tokens") as caught:
+        parse_completion(body)
+    assert caught.value.kind == "cut" and caught.value.maybe_paid

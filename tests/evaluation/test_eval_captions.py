@@ -85,6 +85,7 @@ def test_forms_of_annotations(tmp_path):
         "[]",
         '{"images": [{"id": 1, "file_name": 7}], "annotations": []}',
         '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}',
+        '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": "1", "caption": "x"}]}',
     ):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="c.json is not a COCO captions file"):

@@ -79,6 +79,12 @@ def test_published_files_are_read(shared):
     assert all(question.has_boxes and question.reference for question in questions)
 
 
+def test_images_are_found_as_coco_names_them(bench):
+    (bench / "images/1.png").rename(bench / "images/COCO_val2014_1.png")
+    images = [question.image for question in read_questions(*files_of(bench), bench / "images")]
+    assert set(images) == {"0.png", "COCO_val2014_1.png"}
+
+
 def test_in_the_wild_contexts_have_a_description(bench):
     write_lines(bench / "contexts.jsonl", [{"id": str(n), "image": f"{n}.png", "caption": "A man."} for n in range(2)])
     questions = read_questions(*files_of(bench))
@@ -218,6 +224,36 @@ def test_command_against_a_local_endpoint(bench, model_folder, capsys, monkeypat
     assert all(row["answer"] in page or "&" in page for row in rows) and "Reference 5." in page
     assert "http" not in re.sub(r"data:image[^\"]*", "", page)  # nothing is loaded from afar
     assert (bench / "out/results.png").stat().st_size > 5000
+
+
+def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    def reply(messages):
+        body = server.bodies[-1]
+        if "max_tokens" in body or "temperature" in body:
+            name = "max_tokens" if "max_tokens" in body else "temperature"
+            words = "Use max_completion_tokens." if name == "max_tokens" else "Unsupported value."
+            return 400, {"error": {"message": words, "param": name}}
+        return (
+            "<think>3 4</think>\n**8/10 9/10**\nFine."
+            if "[Assistant 1]" in messages[1]["content"]
+            else "Made.</think>A dog."
+        )
+
+    with FaultServer(reply=reply) as server:
+        more = ["--reference-model", "r", "--concurrency", "1"]
+        assert run_cli(bench, model_folder, bench / "out", server.url, *more, references=False) == 0
+    results, rows = read_results(bench / "out")
+    assert results["complete"] and results["judge"]["temperature"] is None
+    assert {row["reference"] for row in rows} == {"A dog."} and {row["score"] for row in rows} == {9.0}
+
+
+def test_a_judge_that_says_nothing_is_an_error_with_its_own_words(bench, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with FaultServer(reply=lambda messages: (400, {"error": {"message": "No such deployment."}})) as server:
+        assert run_cli(bench, model_folder, bench / "out", server.url, "--partial") == 2
+    assert "No such deployment." in capsys.readouterr().err
 
 
 def test_command_makes_references_where_there_are_none(bench, model_folder, monkeypatch):

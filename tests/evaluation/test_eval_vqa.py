@@ -8,7 +8,14 @@ from tiny_predictor import picture
 
 from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
-from modeling_llava.evaluation.vqa import normalise, read_questions, score, soft_accuracy
+from modeling_llava.evaluation.vqa import (
+    INSTRUCTION,
+    make_benchmark,
+    normalise,
+    read_questions,
+    score,
+    soft_accuracy,
+)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,50 @@ def test_official_files(tmp_path):
         (tmp_path / "a.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message):
             read_questions(tmp_path / "q.json", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (  # GQA
+            {"20": {"question": "Is it red?", "imageId": "n7", "answer": "no", "types": {"detailed": "x"}}},
+            {"id": "20", "image": "n7.jpg", "text": "Is it red?", "answers": ["no"], "category": None},
+        ),
+        (  # TextVQA
+            {"data": [{"question": "Who?", "image_id": "0f", "question_id": 3, "answers": ["nokia"] * 10}]},
+            {"id": "3", "image": "0f.jpg", "text": "Who?", "answers": ["nokia"] * 10, "category": None},
+        ),
+        (  # VizWiz
+            [{"image": "v.jpg", "question": "What?", "answers": [{"answer": "tea"}] * 10, "answer_type": "other"}],
+            {"id": "v.jpg", "image": "v.jpg", "text": "What?", "answers": ["tea"] * 10, "category": "other"},
+        ),
+    ],
+)
+def test_official_files_of_other_data_sets_are_read(tmp_path, content, expected):
+    for indent in (None, 2):
+        (tmp_path / "q.json").write_text(json.dumps(content, indent=indent))
+        assert read_questions(tmp_path / "q.json") == [expected]
+    rows = [{"question_id": expected["id"], "image": "own.jpg", "text": "Own?"}] * 2  # as LLaVA's own files
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = read_questions(tmp_path / "q.jsonl", tmp_path / "q.json")
+    assert read == [{**expected, "image": "own.jpg", "text": "Own?"}] * 2
+
+
+def test_files_of_no_known_form_are_refused_in_one_short_line(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps({str(n): {"question": "?"} for n in range(1000)}))
+    with pytest.raises(ValueError, match="GQA.*JSONL, one question per line") as caught:
+        read_questions(tmp_path / "q.json")
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 200
+
+
+@pytest.mark.parametrize(
+    "after", ["", f"\n{INSTRUCTION}", f" {INSTRUCTION.lower().rstrip('.')} ", f"\n\n{INSTRUCTION}\n"]
+)
+def test_an_instruction_stands_in_a_question_once(after):
+    (sample,) = make_benchmark(
+        [{"id": "1", "image": "a", "text": f"What?{after}", "answers": ["x"], "category": None}], ""
+    ).samples
+    assert sample["messages"][0]["content"][1]["text"] == f"What?\n{INSTRUCTION}"
 
 
 def test_files_of_windows_editors_are_read(tmp_path):
