@@ -42,7 +42,7 @@ test: install
 	$(PYTEST) -n $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.installed-slow
-	$(PYTEST) -n $(WORKERS) -v -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) -v -m slow --timeout 1200 $(ARGS)
 
 style: install
 	$(BIN)/ruff check --fix .

@@ -73,7 +73,7 @@ def run_on_two(mode, tmp_path, file):
     ]
     for process in processes:
         try:
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             for other in processes:
                 other.kill()

@@ -38,7 +38,6 @@ def test_it_was_committed_as_it_ran():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """With a fiftieth of the training: every cell, and nothing learnt."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (extra `dev`)")

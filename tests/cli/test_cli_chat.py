@@ -240,7 +240,7 @@ class PseudoTerminal:
         self.output = ""
         self.seen = 0
 
-    def wait_for(self, text, seconds=240):
+    def wait_for(self, text, seconds=600):
         """Reads on until `text` appears after what was waited for before."""
         end = time.monotonic() + seconds
         while text not in self.output[self.seen :]:
@@ -267,7 +267,7 @@ class PseudoTerminal:
             os.waitpid(self.pid, 0)
         os.close(self.descriptor)
 
-    def leave(self, seconds=240):
+    def leave(self, seconds=600):
         """
         Presses Ctrl-C until the child has left, as a person does: one that is pressed just as Python begins to wait for a
         key is seen with the next key. Not sooner than a minute, which is more than leaving takes. Returns the exit code.

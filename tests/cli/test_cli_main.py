@@ -9,17 +9,12 @@ from modeling_llava import __version__
 from modeling_llava.cli.main import COMMANDS, main
 
 
-def llava(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "modeling_llava.cli.main", *words], capture_output=True, text=True, timeout=120
-    )
-
-
-def test_help_lists_every_command():
-    done = llava("--help")
-    assert done.returncode == 0
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
     for name, summary in COMMANDS.items():
-        assert name in done.stdout and summary.split(",")[0][:18] in done.stdout
+        assert name in printed and summary.split(",")[0][:18] in printed
 
 
 def test_version(capsys):
@@ -80,7 +75,7 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(tmp_path):
          "def run(args):\n    for _ in range(100_000):\n        print('line', flush=True)\n"
          "doctor.run = run\nsys.exit(main.main(['doctor']))"],
         stdout=(pipe := subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)).stdin,
-        stderr=subprocess.PIPE, text=True, timeout=120,
+        stderr=subprocess.PIPE, text=True, timeout=500,
     )  # fmt: skip
     pipe.stdin.close()
     pipe.wait()

@@ -97,7 +97,6 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_whole_of_it_learns_to_see(tmp_path):
     """At most 3 GB; right with the picture, and no better than a guess without. Its time is in the results it writes."""
     program = [sys.executable, "-m", "modeling_llava.cli.main", "quickstart", "--out", str(tmp_path / "run")]

@@ -111,7 +111,7 @@ def served(model, folder, *arguments):
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while "Open http" not in log.read_text():
             assert process.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.2)
@@ -166,7 +166,7 @@ class Page:
     def find(self, selector):
         return self.browser.find_elements("css selector", selector)
 
-    def wait(self, condition, seconds=240):
+    def wait(self, condition, seconds=600):
         from selenium.common.exceptions import StaleElementReferenceException
 
         end = time.monotonic() + seconds

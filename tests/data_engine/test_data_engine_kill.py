@@ -84,7 +84,6 @@ def environment(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
 
 
-@pytest.mark.timeout(550)
 @pytest.mark.parametrize(
     "kills, number",
     [pytest.param(6, 40, id="6"), pytest.param(50, 700, id="50", marks=pytest.mark.slow)],
@@ -98,7 +97,6 @@ def test_kill_9_at_random_moments_loses_nothing_and_pays_nothing_twice(tmp_path,
     assert again <= summary.ledger.unknown <= 8 * killed
 
 
-@pytest.mark.timeout(550)
 @pytest.mark.slow
 def test_an_endpoint_that_ignores_request_names_is_paid_twice_at_most_for_what_was_in_flight(tmp_path):
     server, summary, out, killed = kill_and_resume(tmp_path, 20, 300, honours_keys=False, seed=1)

@@ -20,7 +20,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 @pytest.mark.skipif(
     not (SHARED / "prompts").is_dir(), reason="the published prompts and contexts are not beside the project"
 )
@@ -65,7 +64,6 @@ def test_smollm2_behind_transformers_serve_over_real_coco_contexts_with_the_publ
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_what_a_whole_run_writes_trains_with_llava_train(tmp_path, form):
     """COCO files → contexts → replies → data → an optimizer step on a tiny model, through the command lines alone."""

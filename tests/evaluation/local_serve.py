@@ -52,7 +52,7 @@ class Serve:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended: {self.log.read_text()[-2000:]}")
@@ -67,7 +67,7 @@ class Serve:
     def __exit__(self, *exception) -> None:
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(240)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

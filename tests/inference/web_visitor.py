@@ -31,7 +31,7 @@ class Visitor:
         self.sampling = [0, 1, 12]  # temperature, top-p, longest answer
         self.upload_value = None
 
-    def request(self, path, data=None, headers=None, method=None, timeout=120):
+    def request(self, path, data=None, headers=None, method=None, timeout=500):
         request = urllib.request.Request(self.url + path, data, headers or {}, method=method)
         try:
             return urllib.request.urlopen(request, timeout=timeout)

@@ -63,7 +63,7 @@ def served(folder):
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while True:
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             try:
@@ -79,7 +79,7 @@ def served(folder):
 
 def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=240) as response:
+    with urllib.request.urlopen(request, timeout=600) as response:
         return response.read().decode()
 
 
@@ -132,7 +132,7 @@ def test_transformers_chat_talks_to_it(served, folder, model_and_processor):
     typed = f"{QUESTION}\nn\n!exit\n"  # n: do not go on after the cut
     # In offline mode huggingface_hub's client calls no server at all, not even one on this machine.
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = generated(*model_and_processor, [user_turn(QUESTION)], 8)
 

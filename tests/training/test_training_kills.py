@@ -93,7 +93,7 @@ def test_a_run_killed_at_random_moments_equals_the_run_that_was_not(settings, tm
         "eval_strategy": "steps", "eval_steps": 3, "save_steps": 2, "first_turn_order": "random", "preview_samples": 0,
     }  # fmt: skip
     command = [sys.executable, "-c", DRIVER, json.dumps(settings), str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr[-3000:]
     moments = json.loads(done.stdout.splitlines()[-1])
     print(Counter(moments))

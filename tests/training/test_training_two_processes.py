@@ -35,7 +35,7 @@ def run_in_processes(engine, processes, *command):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--config_file", str(CONFIGURATIONS / f"{engine}.yaml"), "--main_process_port", str(port)]
     # A rank that waits for another one for ever ends here
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
