@@ -1,4 +1,4 @@
-"""The README's own words: its Python runs, its commands parse, its files exist."""
+"""The README's own words, and those of docs/: Python runs, commands parse, files exist."""
 
 import json
 import re
@@ -6,27 +6,26 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tiny_predictor import picture, tiny_llava, tiny_processor
+from published import copy
+from tiny_predictor import picture
 
 from modeling_llava.cli.main import COMMANDS
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "llava-hf/llava-1.5-7b-hf"
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path, monkeypatch):
-    """A checkpoint of the same kind, in a folder of the same name, beside a photo: the code runs with small changes."""
-    processor = tiny_processor()
-    model = tiny_llava(processor)
-    model.save_pretrained(tmp_path / MODEL)
-    processor.save_pretrained(tmp_path / MODEL)
+    """A checkpoint in the same form, in a folder of the same name, beside a photo: the code runs with small changes."""
+    copy("llava-hf", tmp_path / MODEL)
     picture(0).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
 
@@ -51,7 +50,14 @@ def test_every_command_is_in_the_table_and_no_other():
     assert named >= set(COMMANDS) and named <= {*COMMANDS, "COMMAND"}
 
 
-COMMAND_LINES = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("llava ")]
+COMMAND_LINES = [
+    line
+    for page in PAGES
+    if page.stem not in ("commands", "migration")  # they have tests of their own
+    for block in blocks("bash", page.read_text("utf-8"))
+    for line in block.splitlines()
+    if line.startswith("llava ")
+]
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
@@ -62,7 +68,9 @@ def test_commands_parse(line):
     build_parser(words[0]).parse_args(words)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line.startswith("llava train ")])
+@pytest.mark.parametrize(
+    "line", [line for line in COMMAND_LINES if line.startswith("llava train qlora") and MODEL in line]
+)
 def test_training_commands_are_recipes(line):
     from modeling_llava.training import read_recipe
 
@@ -98,5 +106,13 @@ def test_files_that_are_named_exist():
                 continue  # a function
             places = [ROOT / name, ROOT / "modeling_llava" / name, *(ROOT / "modeling_llava").glob(f"*/{name}")]
             assert any(place.exists() for place in places), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
