@@ -27,7 +27,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 # An image this long would take gigabytes once it is padded to a square or resized by its shorter side.
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
-_BASE64 = re.compile(r"data:[^,]*,|(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
+EMBEDDED = re.compile(r"data:[^,]*,|(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
 """What stands before an image in base64; without `data:…,` it is known by how PNG, JPEG, GIF and WebP begin."""
 
 
@@ -69,7 +69,7 @@ def read_image(reference: Any) -> Image.Image:
 
 def embedded_or_path(text: str) -> bytes | str:
     """The bytes of an image that is written out in base64, or the path that the text (or `file:` URL) is."""
-    embedded = _BASE64.match(text)
+    embedded = EMBEDDED.match(text)
     if embedded:
         return base64.b64decode(text[embedded.end() :])
     if text.lower().startswith("file://"):
@@ -162,4 +162,4 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
-__all__ = ["check_size", "download", "embedded_or_path", "open_upright", "read_image", "to_rgb", "upright"]
+__all__ = ["EMBEDDED", "check_size", "download", "embedded_or_path", "open_upright", "read_image", "to_rgb", "upright"]

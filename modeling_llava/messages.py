@@ -17,7 +17,8 @@ def plain_messages(messages: Any) -> Any:
     (`datasets` gives every item of a table the same keys) are dropped, and an image item, also OpenAI's `image_url`,
     becomes `{"type": "image", "image": …}`.
     """
-    messages = as_list(_read_json(getattr(messages, "messages", messages)))  # the attribute: a pipeline's `Chat`
+    if not isinstance(messages, dict):
+        messages = as_list(_read_json(getattr(messages, "messages", messages)))  # the attribute: a pipeline's `Chat`
     if isinstance(messages, list):
         return [plain_messages(message) for message in messages]
     if not isinstance(messages, Mapping):
@@ -31,7 +32,7 @@ def plain_messages(messages: Any) -> Any:
 
 def as_list(value: Any) -> Any:
     """A list of what a sequence, a NumPy array of objects or an Arrow list holds; anything else as it is."""
-    if isinstance(value, (str, bytes, bytearray, memoryview)):
+    if isinstance(value, (list, str, bytes, bytearray, memoryview)):
         return value
     if hasattr(value, "to_pylist") or hasattr(value, "as_py"):
         value = value.to_pylist() if hasattr(value, "to_pylist") else value.as_py()

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..image_loading import check_size, embedded_or_path, open_upright
+from ..image_loading import EMBEDDED, check_size, embedded_or_path, open_upright
 from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
 
 
@@ -107,7 +107,7 @@ def image_key(reference: Any) -> tuple:
 
 def is_no_path(reference: str) -> bool:
     """Whether a text in an image's place is a URL, the image itself in base64, or nothing."""
-    return not reference or "://" in reference or isinstance(embedded_or_path(reference), bytes)
+    return not reference or "://" in reference or EMBEDDED.match(reference) is not None
 
 
 def _locate(reference, image_folder, sample_id: str, follow_symlinks: bool) -> tuple[Any, str]:

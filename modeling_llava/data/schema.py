@@ -273,8 +273,8 @@ def _images(row: Mapping, sample_id: str) -> list:
     """The image references of a row, one or many; none where they are null or empty."""
     given = {key: _image_list(row[key]) for key in ("image", "images") if key in row}
     if not any(given.values()):
-        others = [key for key in _OTHER_IMAGE_KEYS if key.startswith("im") or _is_medium(row.get(key))]
-        given = {key: _image_list(row[key]) for key in others if key in row}
+        others = [key for key in _OTHER_IMAGE_KEYS if key in row and (key.startswith("im") or _is_medium(row[key]))]
+        given = {key: _image_list(row[key]) for key in others}
     keys = [key for key, images in given.items() if images]
     if len(keys) > 1:
         raise BadSampleError(sample_id, BAD_ROW, f"has both {keys[0]!r} and {keys[1]!r}: keep one of them.")
@@ -299,13 +299,13 @@ def _image_list(value: Any) -> list:
 
 def _is_medium(value: Any) -> bool:
     """Whether a value is an image or a video, or names one."""
+    if isinstance(value, str):
+        return _MEDIUM.match(value) is not None
     value = as_list(value)
     if isinstance(value, list):
         return any(map(_is_medium, value))
     if isinstance(value, Mapping):
         return "bytes" in value or _is_medium(value.get("path"))
-    if isinstance(value, str):
-        return _MEDIUM.match(value) is not None
     return isinstance(value, (bytes, bytearray, memoryview, Image.Image, os.PathLike))
 
 

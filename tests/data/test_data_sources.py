@@ -189,7 +189,12 @@ def test_paths_that_leave_the_image_folder_are_bad_samples(tmp_path):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [("https://x.org/a.jpg", "a URL: download"), ("data:image/png;base64,iVBO", "base64"), ("", "no characters")],
+    [
+        ("https://x.org/a.jpg", "a URL: download"),
+        ("data:image/png;base64,iVBO", "base64"),
+        ("data:image/png;base64,iVB", "base64"),
+        ("", "no characters"),
+    ],
 )
 def test_what_is_no_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
     sample = load_conversations([llava_row(0, image=[image])], tmp_path)[0]
