@@ -18,9 +18,9 @@ from transformers.models.llava.configuration_llava import LlavaConfig as StockCo
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 from transformers.utils import logging as hf_logging
 
+from modeling_llava.checkpoints import require_llava
 from modeling_llava.composition import count_additional_image_tokens
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
-from modeling_llava.damage import other_than_llava
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 
@@ -113,6 +113,8 @@ def check_stock_ready(
         ValueError: the folder or the reference cannot be read at all.
         OSError: it is not there.
     """
+    if require_llava(folder):
+        raise ValueError(f"{folder} is an adapter. Make a full model of it first: llava merge {folder} OUT")
     if isinstance(reference, (str, Path)):
         reference = read_original(reference, base, vision_tower)
     return check_folder(Path(folder), reference=reference, logits=logits)
@@ -129,8 +131,6 @@ def check_folder(
     """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
     report = CheckReport(folder)
     fields = read_json(config_file or folder / "config.json", "a checkpoint")
-    if reason := other_than_llava(str(folder), fields):
-        raise ValueError(reason)
     config = LlavaConfig.from_dict(fields)
     weights = find_weights(folder)
     if weights is None:

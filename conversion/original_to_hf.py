@@ -17,7 +17,7 @@ from modeling_llava import __version__
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor, choose_chat_template
-from modeling_llava.stops import add_generation_stop
+from modeling_llava.stops import add_generation_stop, missing_stop
 from modeling_llava.templating import CHAT_TEMPLATES, insert_image_token
 from modeling_llava.tokenization_llava import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 
@@ -149,7 +149,12 @@ def convert_original_to_hf(
                 if not report.is_sound:
                     raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
             folder.commit()
-    return Conversion(Path(output), [template, *_notes(original, config)], report)
+    notes = [template, *_notes(original, config)]
+    if stop := missing_stop(make_generation_config(original, processor), processor):
+        notes.append(
+            f"The template ends an answer with a text, not a token: stock transformers' generate needs {stop}."
+        )
+    return Conversion(Path(output), notes, report)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

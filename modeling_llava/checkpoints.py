@@ -438,6 +438,7 @@ def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: st
     path = os.fspath(path)
     config_file = file_of(path, PROJECTOR_CONFIG_NAME, revision)
     if config_file is None:
+        require_llava(path, revision=revision)
         raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
     config = json.loads(Path(config_file).read_text("utf-8"))
     for name in ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy"):

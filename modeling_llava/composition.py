@@ -1,6 +1,7 @@
 """Compose a new LLaVA from a pretrained vision tower and a pretrained language model (LLaVA §4.1)."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from .configuration_llava import LlavaConfig, count_image_tokens
 from .constants import CACHE
+from .damage import is_original, other_than_llava, read_config
 from .tokenization_llava import add_image_token, load_tokenizer
 
 
@@ -99,10 +101,10 @@ def compose(
 
     language, gguf_file = split_gguf_path(language, gguf_file)
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    causal_lm = AutoModelForCausalLM.from_pretrained(language, dtype=dtype, **gguf)
+    causal_lm = _load(AutoModelForCausalLM, language, dtype=dtype, **gguf)
     dtype = causal_lm.dtype
     tower_config = vision_tower_config(vision)
-    vision_tower = AutoModel.from_pretrained(vision, config=tower_config, dtype=dtype)
+    vision_tower = _load(AutoModel, vision, config=tower_config, dtype=dtype)
     tokenizer = load_tokenizer(language, **gguf)
     num_known_tokens = len(tokenizer)
     add_image_token(tokenizer)
@@ -137,6 +139,22 @@ def compose(
     model.generation_config = causal_lm.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+def _load(auto_class, name: str, **kwargs) -> PreTrainedModel:
+    """
+    Raises:
+        ValueError: it is an original LLaVA, or holds another model's weights, for which transformers takes random ones.
+    """
+    if os.path.isdir(name) and is_original(config := read_config(Path(name, "config.json")) or {}):
+        raise ValueError(other_than_llava(name, config))
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} does not hold a whole {type(model).__name__}: {len(missing)} of its weights are missing, such as "
+            f"{missing[0]}. A LLaVA is no part of another one: give the model that it was made of."
+        )
+    return model
 
 
 def split_gguf_path(language: str, gguf_file: str | None = None) -> tuple[str, str | None]:

@@ -72,6 +72,8 @@ def other_than_llava(
         return reason
     if adapter is not None and (is_original(config) or any(map(has, NON_LORA_FILES))):
         what, base = "a LoRA", adapter.get("base_model_name_or_path") or "BASE"
+        beside = os.path.join(os.path.dirname(os.path.abspath(name)), base)
+        base = beside if os.path.isdir(beside) and not os.path.isdir(base) else base
     elif (is_original(config) or not config) and any(map(has, PROJECTOR_FILES)) and not any(map(has, MODEL_FILES)):
         what, base = "a projector", "BASE"
     elif is_original(config):
@@ -83,7 +85,7 @@ def other_than_llava(
 
 def read_config(file: str | os.PathLike | None) -> dict | None:
     """A small JSON file of a model's folder, `None` without one. ValueError if it cannot be read, or holds no object."""
-    if file is None:
+    if file is None or not os.path.isfile(file):
         return None
     if reason := _unreadable(Path(file)):
         raise ValueError(reason)

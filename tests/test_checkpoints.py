@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.checkpoints import checkpoint_kind, find_base, load_processor
+from modeling_llava.cli.main import main
 
 
 ORIGINAL = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
@@ -155,3 +156,20 @@ def test_a_plain_adapter_names_the_stock_class(adapter):
 
 def test_auto_model_for_pretraining_gives_our_class(saved):
     assert type(AutoModelForPreTraining.from_pretrained(saved)) is LlavaForConditionalGeneration
+
+
+def test_a_llava_or_a_checkpoint_of_the_original_is_no_part_of_a_new_one(saved, golden):
+    """transformers takes random weights for those of a tower that it does not find."""
+    language = str(golden / "llava_v15_tiny_lora" / "language_model")
+    with pytest.raises(ValueError, match="does not hold a whole CLIPVisionModel"):
+        LlavaForConditionalGeneration.from_vision_language_pretrained(str(saved), language)
+    with pytest.raises(ValueError, match="llava convert"):
+        LlavaForConditionalGeneration.from_vision_language_pretrained(str(saved), str(golden / "llava_v15_tiny"))
+
+
+def test_estimate_names_what_is_not_a_llava(golden, capsys):
+    assert main(["estimate", "lora", f"model={golden / 'llava_v15_tiny_lora' / 'llava-lora'}"]) == 2
+    base = (
+        golden / "llava_v15_tiny_lora" / "language_model"
+    )  # the adapter calls it "language_model", which lies next to it
+    assert f"OUT --base {base}" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..damage import is_original, other_than_llava, read_config
+
 
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     # what a configuration leaves out, as transformers fills it in
@@ -225,12 +227,11 @@ def find_config(model: str, revision: str | None = None) -> dict[str, Any]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file():
-            try:
-                return json.loads((folder / "config.json").read_text("utf-8"))
-            except ValueError as error:
-                raise ValueError(
-                    f"{folder / 'config.json'} is not JSON ({error}): copy or download it again."
-                ) from None
+            config = read_config(folder / "config.json")
+            if config.get("model_type", "llava") != "llava" or is_original(config):
+                adapter = read_config(folder / "adapter_config.json")
+                raise ValueError(other_than_llava(model, config, adapter, lambda file: (folder / file).is_file()))
+            return config
         for name in ("adapter_config.json", "projector_config.json"):
             if (folder / name).is_file():
                 base = json.loads((folder / name).read_text("utf-8")).get("base_model_name_or_path")
