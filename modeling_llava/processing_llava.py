@@ -13,6 +13,7 @@ from .configuration_llava import count_image_tokens
 from .constants import IMAGE_TOKEN
 from .control_tokens import ControlTokens, Marks
 from .image_processing_llava import LlavaImageProcessor
+from .messages import plain_messages
 from .templating import CHAT_TEMPLATES, insert_image_token, load_chat_template
 from .tokenization_llava import add_image_token, load_tokenizer
 
@@ -279,7 +280,8 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages, or a batch of them. Images are `{"type": "image", "image" | "path" | "url" | "base64": …}`.
+                Messages, or a batch of them, in any form that [`~modeling_llava.messages.plain_messages`] reads. Images
+                are `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that hold `None` are passed over.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
                 With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text.
                 Differs from stock, where the default is off, its ids of the surrounding text are not those of one
@@ -288,13 +290,13 @@ class LlavaProcessor(ProcessorMixin):
                 As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`,
                 `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
         """
+        conversation = plain_messages(conversation)
         processor_kwargs = dict(processor_kwargs or {})
         if tokenize and sanitize_control_tokens:
             control = ControlTokens.of(self.tokenizer, self.image_token)
             variables = {name: value for name, value in kwargs.items() if name not in _CALL_OPTIONS}
-            conversation, tools, documents, variables, marks = _mark(
-                control, conversation, tools, documents, variables
-            )
+            values, marks = control.mark(conversation, tools, documents, variables)
+            conversation, tools, documents, variables = values
             kwargs.update(variables)
             if marks is not None:
                 processor_kwargs["control_token_marks"] = marks
@@ -376,12 +378,6 @@ _INCOMPLETE = (
     "vision_feature_select_strategy=config.vision_feature_select_strategy, and num_additional_image_tokens=1 for a tower "
     "with a class token (CLIP), 0 without (SigLIP)."
 )
-
-
-def _mark(control: ControlTokens, conversation, tools, documents, variables):
-    conversation = [getattr(chat, "messages", chat) for chat in getattr(conversation, "messages", conversation)]
-    values, marks = control.mark(conversation, tools, documents, variables)
-    return *values, marks
 
 
 def _count(images) -> int:
