@@ -70,12 +70,10 @@ def test_rows_at_a_time_follow_free_memory_and_answers_do_not(model, processor, 
     predictor = LlavaPredictor(model, processor)
     expected = answers(predictor, card, 10**12)
     assert max(card.rows) == 8 and len(expected) == 12
-    longest = max(len(ids) for ids in _prompts(processor)) + NEW_TOKENS
-    for num_rows in (4, 2):
-        # so many of the longest rows, and one layer's buffers (a half here) once more while they grow
-        size = num_rows * longest * BYTES_PER_TOKEN * 3 // 2
+    unlimited = max(card.used)
+    for size in (unlimited, unlimited // 2):  # a layer's buffers, a half here, are there once more while they grow
         assert answers(predictor, card, size) == expected
-        assert num_rows <= max(card.rows) < 8 and max(card.used) <= size
+        assert 1 < max(card.rows) < 8 and max(card.used) <= size
 
 
 def test_one_row_always_goes_through(model, processor, card):
@@ -152,9 +150,3 @@ def test_free_memory_of_a_gpu_heeds_the_process_share_and_what_the_allocator_hol
 def test_free_memory_of_the_cpu_is_what_is_available(monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=123))
     assert memory.free_memory(torch.device("cpu")) == 123
-
-
-def _prompts(processor):
-    from modeling_llava.inference.prompts import encode_prompt
-
-    return [encode_prompt(sample["messages"], processor) for sample in samples()]
