@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from published import build
 from tiny import tiny_text_config, tiny_vision_config
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
@@ -60,6 +61,26 @@ def tiny_llava(processor, model_type="llama", side=28, **text_overrides):
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def published_llava(form="llava-hf", folder=None, max_position_embeddings=512):
+    """
+    A model and processor in the form of what is published, in float32, with answers and 512 positions as `tiny_llava`'s;
+    saved again into `folder`, as training saves them.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = build(form)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    model.config.text_config.max_position_embeddings = max_position_embeddings
+    with torch.no_grad():
+        model.lm_head.weight[:259] = 0.0
+        model.lm_head.weight[700:] = 0.0
+    if folder is not None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return model, processor
 
 
 def picture(seed, size=(40, 30)):

@@ -13,7 +13,15 @@ import sys
 import time
 
 import pytest
-from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import (
+    assistant_turn,
+    generated,
+    picture,
+    published_llava,
+    tiny_llava,
+    tiny_processor,
+    user_turn,
+)
 
 from modeling_llava.cli.chat_terminal import Terminal
 from modeling_llava.cli.main import main
@@ -23,8 +31,10 @@ from modeling_llava.inference.chat import Conversation
 ASK = ["--max-new-tokens", "8"]
 
 
-@pytest.fixture(scope="module")
-def model_and_processor():
+@pytest.fixture(scope="module", params=["ours", "llava-hf"])
+def model_and_processor(request):
+    if request.param == "llava-hf":
+        return published_llava(max_position_embeddings=4096)
     processor = tiny_processor()
     return tiny_llava(processor, max_position_embeddings=4096), processor
 
@@ -118,6 +128,7 @@ def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_pat
     assert (tmp_path / "precious.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("model_and_processor", ["llava-hf"], indirect=True)
 def test_questions_of_any_bytes_no_questions_and_a_reader_who_leaves(folder, monkeypatch, capsys):
     """As `printf '\\xff' | llava chat`, `llava chat <&-` and `… | head -1` are."""
     stdin = io.TextIOWrapper(io.BytesIO(b"What \xff is it?\n" * 3), encoding="utf-8", errors="surrogateescape")
@@ -179,6 +190,7 @@ def test_adapter_folder_adapter_option_and_merged_model_answer_alike(script, fol
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_and_processor", ["llava-hf"], indirect=True)
 def test_four_bit_model_answers_as_the_predictor_over_it(script, folder):
     pytest.importorskip("bitsandbytes")
     from modeling_llava.inference import LlavaPredictor
@@ -293,6 +305,7 @@ class PseudoTerminal:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo terminal is needed")
 @pytest.mark.parametrize("prompt_toolkit", [True, False])
+@pytest.mark.parametrize("model_and_processor", ["llava-hf"], indirect=True)
 def test_at_a_terminal(folder, tmp_path, prompt_toolkit, model_and_processor, request):
     image = folder.parent / "1.png"
     hide = tmp_path / "hide"

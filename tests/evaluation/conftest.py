@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_predictor import picture, tiny_llava, tiny_processor
+from tiny_predictor import picture, published_llava, tiny_llava, tiny_processor
 from tiny_science import science_problem
 
 from modeling_llava.endpoint import Reply, Usage
@@ -14,9 +14,12 @@ from modeling_llava.endpoint import Reply, Usage
 sys.path.insert(0, str(Path(__file__).parents[1] / "endpoint"))  # for fault_server
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+@pytest.fixture(scope="session", params=["ours", "llava-hf"])
+def model_folder(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("tiny-llava")
+    if request.param == "llava-hf":
+        published_llava(folder=folder, max_position_embeddings=2048)
+        return folder
     processor = tiny_processor()
     tiny_llava(processor, max_position_embeddings=2048).save_pretrained(folder)
     processor.save_pretrained(folder)

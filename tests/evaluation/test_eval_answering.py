@@ -179,6 +179,7 @@ def command(files, model_folder, out, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
 def test_killed_command_goes_on_and_gives_the_same(pope_files, model_folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=environment)
@@ -210,6 +211,7 @@ def test_killed_command_goes_on_and_gives_the_same(pope_files, model_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
 def test_two_processes_of_a_launcher_share_the_work(pope_files, model_folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=os.environ)
@@ -224,6 +226,7 @@ def test_two_processes_of_a_launcher_share_the_work(pope_files, model_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
 def test_memory_stays_flat_over_ten_thousand_samples(model_folder):
     """Resident memory after 10,000 answers is that after the first 1,000, each sample with an image of its own."""
     import psutil

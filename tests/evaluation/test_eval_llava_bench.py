@@ -298,6 +298,7 @@ def test_missing_image_is_said_before_the_model_is_loaded(bench, capsys, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
 def test_judge_is_a_real_language_model_behind_a_real_server(bench, model_folder, tmp_path, monkeypatch):
     """
     SmolLM2 with 135M parameters is no judge: where it is given an example it mostly repeats it, else it rambles. What it says

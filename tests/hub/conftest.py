@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from local_hub import TOKEN, LocalHub
+from published import build
 from tiny import tiny_text_config, tiny_vision_config
 from transformers import AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionModel
 
@@ -24,7 +25,10 @@ def parts(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="session")
-def bare_model(tmp_path_factory, parts):
+def bare_model(tmp_path_factory, parts, request):
+    """Composed by us, or, for tests that ask for it, in the form that llava-hf publishes."""
+    if getattr(request, "param", None) is not None:
+        return build(request.param)
     folder = tmp_path_factory.mktemp("bare") / "my-llava"
     LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(folder)
     LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(folder)

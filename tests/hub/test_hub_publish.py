@@ -19,6 +19,7 @@ from modeling_llava.cli.main import main
 from modeling_llava.hub.publish import gather, push
 
 
+@pytest.mark.parametrize("bare_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
 def test_published_model_downloads_and_loads(hub, model_folder, tmp_path):
     publication = gather(model_folder, "tester/my-llava", license="llama2", base_models=["org/base"])
     assert publication.problems == []
@@ -291,6 +292,7 @@ def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, mode
     assert "was trained on /gone/base, which is not there" in message and "--no-run" in message
 
 
+@pytest.mark.parametrize("bare_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
 def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_path, model_folder, capsys):
     from peft import LoraConfig, get_peft_model
 

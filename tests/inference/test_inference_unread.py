@@ -57,5 +57,5 @@ def test_a_prefix_and_a_prompt_pass_one_token_through_the_last_layer(model, proc
     predictor.set_image(picture(1))
     predictor.ask(["What is this?", "Why is it so?", "Who?"], max_new_tokens=2)
     hook.remove()
-    assert len(encode_prompt([user_turn("Who?", [picture(1)])], processor)) > 20
+    assert len(encode_prompt([user_turn("Who?", [picture(1)])], processor)) > 10
     assert seen == [1, 3, 3]  # the image, three questions' ends, three answers' second tokens

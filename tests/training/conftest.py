@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from published import build
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -16,8 +17,13 @@ TYPES = ("conversation", "detail", "complex")
 
 
 @pytest.fixture(scope="session")
-def base_model(tmp_path_factory) -> Path:
-    """A composed LLaVA (CLIP 3 layers × 32, Llama × 64, 9 image tokens per image), saved with its processor."""
+def base_model(tmp_path_factory, request) -> Path:
+    """
+    A composed LLaVA (CLIP 3 layers × 32, Llama × 64, 9 image tokens per image), saved with its processor; or, for tests that
+    ask for it, a checkpoint as llava-hf publishes it.
+    """
+    if getattr(request, "param", None) is not None:
+        return build(request.param)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "model"
     tower, language = str(GOLDEN / "vision_tower"), str(GOLDEN / "language_model")

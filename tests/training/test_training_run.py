@@ -22,6 +22,10 @@ from modeling_llava.training.callbacks import plot_loss_curve
 from modeling_llava.training.loading import load_datasets, load_model_and_processor
 
 
+BOTH_FORMS = pytest.mark.parametrize("base_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
+PUBLISHED = pytest.mark.parametrize("base_model", ["llava-hf"], indirect=True)
+
+
 @pytest.fixture
 def quiet(tmp_path):
     return Console(record=True, width=160, file=open(tmp_path / "console.txt", "w"))
@@ -83,6 +87,7 @@ with torch.no_grad():
         assert torch.allclose(model(**inputs).logits, torch.load(tmp_path / "logits.pt"), atol=1e-5)
 
 
+@BOTH_FORMS
 def test_full_finetuning_in_mixed_precision_is_published_in_16_bit_and_resumable_in_float32(settings, quiet):
     result = train({**settings, "precision": "bf16", "save_steps": 1}, console=quiet)
     for folder, expected in ((result.output_dir, {"BF16"}), (result.output_dir / "checkpoint-1", {"BF16", "F32"})):
@@ -123,6 +128,7 @@ def test_preview_shows_the_table_and_a_masked_sample_and_changes_nothing(setting
     assert shown.log_history[0]["loss"] == hidden.log_history[0]["loss"]
 
 
+@BOTH_FORMS
 def test_evaluation_loss_is_the_models_and_builds_no_logits(settings, quiet):
     args = LlavaTrainingArguments(**{**settings, "per_device_eval_batch_size": 4})
     model, processor = load_model_and_processor(args)
@@ -188,6 +194,7 @@ def test_gradient_accumulation_weights_tokens_not_batches(settings, tmp_path, qu
     assert at_once["grad_norm"] == pytest.approx(in_two["grad_norm"], rel=1e-4)
 
 
+@PUBLISHED
 def test_resuming_reads_the_weights_of_a_full_checkpoint(settings, tmp_path):
     """Stock Trainer finds none of a llava checkpoint's keys, and trains on from the weights it happens to have."""
     args = LlavaTrainingArguments(**{**settings, "save_steps": 1, "max_steps": 1})
@@ -207,6 +214,7 @@ def test_resuming_reads_the_weights_of_a_full_checkpoint(settings, tmp_path):
         trainer._load_from_checkpoint(str(tmp_path / "other"))
 
 
+@PUBLISHED
 @pytest.mark.parametrize("kind", [{}, {"stage": "pretrain"}, {"adapter": "lora"}], ids=["full", "pretrain", "lora"])
 def test_the_stock_class_trains_saves_and_resumes_as_ours_does(settings, kind, tmp_path):
     def run(model_class, folder, resume=None):
@@ -396,6 +404,7 @@ def test_a_projector_of_another_model_is_refused(settings, base_model, tmp_path,
         load_projector(model, result.output_dir)
 
 
+@PUBLISHED
 def test_pretrain_output_becomes_a_full_checkpoint_by_merging(settings, tmp_path, quiet):
     result = train({**settings, "stage": "pretrain", "train_vision_tower": True}, console=quiet)
     merge_adapter(str(result.output_dir), str(tmp_path / "full"))
@@ -447,6 +456,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
     assert further.resumed_from.name == "checkpoint-3" and further.global_step == 4
 
 
+@BOTH_FORMS
 def test_command_line(settings, tmp_path, capsys):
     from modeling_llava.cli.main import main
 
