@@ -193,7 +193,7 @@ def test_attention_implementations_agree(tmp_path):
     outputs = {}
     for implementation in ("eager", "sdpa", "flex_attention"):
         model = LlavaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation).eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling flex_attention takes half a minute
             outputs[implementation] = model(**batch).logits[batch["attention_mask"].bool()]
     torch.testing.assert_close(outputs["sdpa"], outputs["eager"], rtol=0, atol=1e-5)
     torch.testing.assert_close(outputs["flex_attention"], outputs["eager"], rtol=0, atol=1e-5)
@@ -455,7 +455,7 @@ def test_trainer_finds_the_labels_alone():
     assert find_labels(LlavaForConditionalGeneration) == find_labels(StockModel) == ["labels"]
 
 
-@pytest.mark.parametrize("wrapped", ["plain", "peft", "compiled"])
+@pytest.mark.parametrize("wrapped", ["plain", "peft", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_label_smoothing_and_shifted_labels_reach_the_loss(wrapped):
     model = LlavaForConditionalGeneration(tiny_config()).eval()
     batch = tiny_batch()
@@ -616,3 +616,36 @@ def test_mismatch_keeps_the_phrase_that_other_libraries_look_for():
     batch["pixel_values"] = batch["pixel_values"][:1]
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**batch)
+
+
+def test_a_bare_forward_without_the_images_warns_and_is_stocks(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("modeling_llava.modeling_llava.logger.warning_once", warnings.append)
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    stock = StockModel(tiny_config(StockConfig)).eval()
+    stock.load_state_dict(model.state_dict())
+    batch = {name: tensor for name, tensor in tiny_batch().items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits)
+    assert len(warnings) == 1 and "no pixel_values" in warnings[0]
+
+
+def test_nothing_is_generated_blind():
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    with pytest.raises(ValueError, match="no pixel_values"):
+        model.generate(tiny_batch()["input_ids"], max_new_tokens=2)
+    words = torch.randint(3, 200, (1, 6))
+    assert model.generate(words, max_new_tokens=2, do_sample=False).shape[1] >= 7
+
+
+@pytest.mark.parametrize("attention, warned", [("sdpa", True), ("varlen", False)])
+def test_a_pack_under_an_attention_that_needs_a_mask_is_warned_of(attention, warned, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("modeling_llava.modeling_llava.logger.warning_once", warnings.append)
+    model = LlavaForConditionalGeneration(tiny_config()).eval()
+    model.set_attn_implementation({"text_config": attention})
+    lens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    pack = {"cu_seq_lens_q": lens, "cu_seq_lens_k": lens, "max_length_q": 5, "max_length_k": 5}
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model(input_ids=torch.randint(3, 200, (1, 9)), position_ids=position_ids, **pack)
+    assert any("mask of all tokens" in warning for warning in warnings) == warned
