@@ -1,10 +1,13 @@
-"""The original's folders as they were published: converted, they answer and end in stock transformers."""
+"""Conversion of what is published: the original's folders, and llava-hf's in the other directions."""
 
-from published import CONVERSATION, build_original, every_original
+import pytest
+import torch
+from published import CONVERSATION, FORMS, QUESTION, build, build_original, every_original
 from transformers import AutoProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from modeling_llava.conversion import convert_original_to_hf
+from modeling_llava.conversion import convert_hf_to_gguf, convert_hf_to_original, convert_original_to_hf
 from modeling_llava.data import encode_conversation
 from modeling_llava.stops import missing_stop
 
@@ -22,6 +25,61 @@ def test_a_converted_original_ends_its_answers_in_stock_transformers(original, t
     stop = processor.tokenizer.get_added_vocab().get(original.stop)
     ends = model.generation_config.eos_token_id
     if stop is None:  # a text: stock transformers takes it from the call alone
-        assert missing_stop(model.generation_config, processor) == "stop_strings=['###']"
+        assert missing_stop(model.generation_config, processor) == {"stop_strings": ["###"]}
     else:
         assert stop in (ends if isinstance(ends, list) else [ends])
+
+
+TEMPLATE_LOST = (
+    "issue D: a template in chat_template.json does not go to the original's folder, so Vicuna's comes back"
+)
+NO_PATCH_SIZE = "issue D: conversion does not complete a processor without patch_size from its model's configuration"
+
+
+def not_yet(name, reason):
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        not_yet("llava-hf", TEMPLATE_LOST),
+        "llava-hf-resaved",
+        not_yet("bakllava", TEMPLATE_LOST),
+        not_yet("llava-hf-2024", NO_PATCH_SIZE),
+    ],
+)
+def test_a_published_checkpoint_goes_to_the_original_and_comes_back(form, tmp_path):
+    source = build(form)
+    convert_hf_to_original(source, tmp_path / "original")
+    convert_original_to_hf(tmp_path / "original", tmp_path / "back")
+    before, after = (
+        StockLlava.from_pretrained(path, dtype="auto").state_dict() for path in (source, tmp_path / "back")
+    )
+    assert before.keys() == after.keys()
+    same = [
+        name for name in before if before[name].shape == after[name].shape and torch.equal(before[name], after[name])
+    ]
+    assert set(before) - set(same) <= {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    for name in set(before) - set(same):  # the rows of <image> and <pad>, which the original does not have
+        assert torch.equal(before[name][:700], after[name][:700])
+    prompts = [
+        AutoProcessor.from_pretrained(path).apply_chat_template(CONVERSATION[:1], add_generation_prompt=True)
+        for path in (source, tmp_path / "back")
+    ]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("form", ["llava-hf", "llava-hf-resaved", "bakllava"])
+def test_a_published_checkpoint_becomes_gguf_with_its_template_and_stop(form, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    convert_hf_to_gguf(build(form), tmp_path / "out", dtype="f16")
+    fields = {
+        name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out/model-f16.gguf").fields.items()
+    }
+    assert fields["tokenizer.ggml.eos_token_id"] == 2 and fields["tokenizer.ggml.bos_token_id"] == 1
+    messages = [{"role": "user", "content": f"<__media__>{QUESTION}"}]
+    text = render_jinja_template(
+        [messages], chat_template=fields["tokenizer.chat_template"], add_generation_prompt=True
+    )[0][0]
+    assert text == FORMS[form].prompt.replace("<image>\n", "<__media__>\n")
