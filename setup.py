@@ -64,8 +64,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["modeling_llava", "modeling_llava.*"]), "modeling_llava.conversion"],
-    package_dir={"modeling_llava.conversion": "conversion"},
+    packages=[
+        *find_packages(include=["modeling_llava", "modeling_llava.*"], exclude=["modeling_llava.cli.launcher"]),
+        "modeling_llava.conversion",
+        "llava_launcher",
+    ],
+    package_dir={"modeling_llava.conversion": "conversion", "llava_launcher": "modeling_llava/cli/launcher"},
     package_data={
         "modeling_llava": [
             "chat_templates/*.jinja",
@@ -78,7 +82,7 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["llava = modeling_llava.cli.main:main"]},
+    entry_points={"console_scripts": ["llava = llava_launcher:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -7,7 +7,6 @@ Auto classes and pipelines (see `registration.py`). The public names below are i
 
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -46,13 +45,7 @@ def __dir__():
     return sorted([*globals(), *_MODULES])
 
 
-def _is_console_script() -> bool:
-    # `llava --help` should not wait for torch: the command line registers by itself, before it runs a command.
-    program = Path(sys.argv[0] if sys.argv else "")
-    return program.stem == "llava" and program.suffix in ("", ".exe")
-
-
-if not _is_console_script():
+if not getattr(sys.modules.get("llava_launcher"), "is_running", False):
     from .versions import check_transformers
 
     check_transformers()

@@ -406,6 +406,12 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
     _has_cpu_kernel()  # now: tried within a checkpointed layer, its tensors would be counted as the layer's
 
 
+def packs_cheaply(language_model: PreTrainedModel) -> bool:
+    """Whether the attention of a language model goes by `cu_seq_lens_q`, and needs no mask for a pack."""
+    name = language_model.config._attn_implementation
+    return name == VARLEN or "flash" in name
+
+
 @torch.no_grad()
 def packs_leak(language_model: PreTrainedModel) -> float:
     """
@@ -444,4 +450,4 @@ def packs_leak(language_model: PreTrainedModel) -> float:
 AttentionInterface.register(VARLEN, varlen_attention_forward)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
 
-__all__ = ["VARLEN", "packs_leak", "use_varlen_attention", "varlen_attention_forward", "varlen_mask"]
+__all__ = ["VARLEN", "packs_cheaply", "packs_leak", "use_varlen_attention", "varlen_attention_forward", "varlen_mask"]

@@ -32,6 +32,7 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
+from .attention import packs_cheaply
 from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
 from .checkpoints import name_stock_class_in_adapters, require_before_loading
 from .configuration_llava import LlavaConfig
@@ -312,6 +313,17 @@ class LlavaModel(LlavaPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _look_for_missing_images(self, input_ids: torch.LongTensor, are_required: bool) -> None:
+        """A model that learns or answers without its images does so blind; a bare forward may want the text alone."""
+        message = (
+            "Image features and image tokens do not match: the text has image tokens, but there are no pixel_values. Pass on "
+            "everything that the processor returned."
+        )
+        if are_required:
+            _check((input_ids != self.config.image_token_id).all(), message)
+        elif not torch.compiler.is_compiling() and (input_ids == self.config.image_token_id).any():
+            logger.warning_once(message)
+
     def _later_tower_layers_skipped(self, feature_layer: int | list[int] | None):
         """
         In training nothing of the tower is read but its features. (At other times several threads may use the model, and
@@ -367,14 +379,16 @@ class LlavaModel(LlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        images_required: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
-        See [`LlavaForConditionalGeneration.forward`] for the arguments.
+        See [`LlavaForConditionalGeneration.forward`] for the arguments. `images_required`: image tokens without an image are an
+        error, not a warning.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; both `pixel_values` and
-                `mm_encoder_outputs`; image tokens without an image, or more or fewer of them than the images yield.
+                `mm_encoder_outputs`; more or fewer image tokens than the images yield.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -404,14 +418,16 @@ class LlavaModel(LlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_beginning(past_key_values):
-            _check(
-                (input_ids != self.config.image_token_id).all(),
-                "Image features and image tokens do not match: the text has image tokens, but there are no "
-                "pixel_values. Pass on everything that the processor returned.",
-            )
+            self._look_for_missing_images(input_ids, images_required)
         if image_outputs is None and self._image_path_is_awaited(past_key_values):
             inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
+        if "cu_seq_lens_q" in kwargs and not packs_cheaply(self.language_model):
+            logger.warning_once(
+                f"A pack of {inputs_embeds.shape[1]} tokens meets attn_implementation="
+                f"{self.language_model.config._attn_implementation!r}, which builds a mask of all tokens × all tokens for it. "
+                'Set model.set_attn_implementation({"text_config": "varlen"}).'
+            )
         if past_key_values is None and (self.training or "cu_seq_lens_q" in kwargs):
             kwargs.setdefault("use_cache", False)  # keys and values of a training step are of no use after it
         outputs = self.language_model(
@@ -489,9 +505,10 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
                 blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
                 kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
         # transformers looks for `inputs_embeds` in the signature, and refuses them in `generate` where it is not there.
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        return {**inputs, "images_required": True}
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
         if kwargs.get(
@@ -595,6 +612,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             image_indices=image_indices,
             return_dict=True,
+            **({"images_required": True} if labels is not None or shift_labels is not None else {}),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -79,3 +79,28 @@ def test_registering_twice_changes_nothing():
     register_auto_classes()
     register_auto_classes()
     assert type(AutoConfig.for_model("llava")) is LlavaConfig
+
+
+def test_a_script_of_a_user_that_is_called_llava_gets_our_classes(tmp_path):
+    tmp_path.joinpath("llava.py").write_text(
+        "import modeling_llava\nfrom transformers import AutoConfig\nprint(type(AutoConfig.for_model('llava')).__module__)\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "llava.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "modeling_llava.configuration_llava"
+
+
+def test_packed_attention_is_an_attention_implementation_after_the_import(tmp_path):
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    run(
+        """
+        import sys
+        import modeling_llava
+        from transformers import AutoModelForImageTextToText
+        settings = {"attn_implementation": {"text_config": "varlen"}}
+        model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **settings)
+        assert model.model.language_model.config._attn_implementation == "varlen"
+        model.set_attn_implementation({"text_config": "sdpa"})
+        model.set_attn_implementation(settings["attn_implementation"])
+        """,
+        tmp_path,
+    )

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command != "doctor":  # which says more about it
             check_transformers()
-        if getattr(module, "USES_MODELS", True):  # the package itself does not register in the `llava` program
+        if getattr(module, "USES_MODELS", True):  # `import modeling_llava` does not register for the console script
             importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
