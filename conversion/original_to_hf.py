@@ -151,9 +151,8 @@ def convert_original_to_hf(
             folder.commit()
     notes = [template, *_notes(original, config)]
     if stop := missing_stop(make_generation_config(original, processor), processor):
-        notes.append(
-            f"The template ends an answer with a text, not a token: stock transformers' generate needs {stop}."
-        )
+        given = ", ".join(f"{name}={value!r}" for name, value in stop.items())
+        notes.append(f"An answer ends with a text, not a token: stock's generate needs {given} and the tokenizer.")
     return Conversion(Path(output), notes, report)
 
 

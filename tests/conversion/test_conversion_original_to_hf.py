@@ -535,6 +535,7 @@ def test_the_chat_template_is_that_of_the_checkpoints_version(tmp_path, golden, 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
     prompt = LlavaProcessor.from_pretrained(tmp_path / "out").apply_chat_template(messages, add_generation_prompt=True)
     assert prompt.endswith(prompt_ends)
+    assert any("stop_strings=['###']" in note for note in conversion.notes) == (prompt_ends == V0_TURN)
     assert "chat template" in conversion.notes[0] and "--chat-template" in conversion.notes[0]
 
 
