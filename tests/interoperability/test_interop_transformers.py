@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tiny_predictor import assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import assistant_turn, generated, picture, published_llava, user_turn
 
 
 # What a machine without `modeling-llava` is.
@@ -32,8 +32,7 @@ QUESTION = "What is it?"
 
 @pytest.fixture(scope="module")
 def model_and_processor():
-    processor = tiny_processor()
-    return tiny_llava(processor), processor
+    return published_llava()
 
 
 @pytest.fixture(scope="module")
