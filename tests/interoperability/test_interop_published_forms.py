@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from published import ANSWERS, CONVERSATION, QUESTION, build, each_form
+from published import ANSWERS, CONVERSATION, QUESTION, build, each_form, templates
 from tiny_predictor import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
@@ -34,6 +34,19 @@ def answers_taught(encoded, tokenizer):
         elif stretches[-1]:
             stretches.append([])
     return tuple(tokenizer.decode(stretch) for stretch in stretches if stretch)
+
+
+@pytest.mark.parametrize(
+    "template, size",
+    [
+        (templates.LLAVA_HF, 700),
+        (templates.LLAVA_HF_UNMARKED, 488),
+        (templates.LLAVA_HF_FIRST, 533),
+        (templates.INTERLEAVE_QWEN, 699),
+    ],
+)
+def test_templates_have_the_size_of_the_published_files(template, size):
+    assert len(json.dumps({"chat_template": template}, indent=2)) == size
 
 
 @each_form(NOT_YET)
