@@ -72,7 +72,7 @@ setup(
     package_dir={"modeling_llava.conversion": "conversion", "llava_launcher": "modeling_llava/cli/launcher"},
     package_data={
         "modeling_llava": [
-            "chat_templates/*.jinja",
+            "text/templates/*.jinja",
             "presets/**/*",
             "tiny_world/**/*",
             "data_engine/**/*",

@@ -18,9 +18,8 @@ from transformers.models.llava.configuration_llava import LlavaConfig as StockCo
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 from transformers.utils import logging as hf_logging
 
-from modeling_llava.checkpoints import require_llava
-from modeling_llava.composition import count_additional_image_tokens
-from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
+from modeling_llava.configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
+from modeling_llava.io.checkpoints import require_llava
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from modeling_llava.damage import PROJECTOR_FILES
+from modeling_llava.io.load_errors import PROJECTOR_FILES
 
 
 TOKENIZER_FILES = (

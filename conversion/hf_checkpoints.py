@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
-from modeling_llava.checkpoints import PROJECTOR_CONFIG_NAME, require_llava
 from modeling_llava.configuration_llava import LlavaConfig
-from modeling_llava.damage import what_is_broken
+from modeling_llava.io.checkpoints import PROJECTOR_CONFIG_NAME, require_llava
+from modeling_llava.io.load_errors import what_is_broken
 
 from .folders import check_has_tokenizer, local_folder, read_config
 from .keymaps import Entry, Sizes, canonical_hf_key, drop_derived, key_table, match_keys, rename_all

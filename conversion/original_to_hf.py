@@ -17,9 +17,9 @@ from modeling_llava import __version__
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor, choose_chat_template
-from modeling_llava.stops import add_generation_stop, missing_stop
-from modeling_llava.templating import CHAT_TEMPLATES, insert_image_token
-from modeling_llava.tokenization_llava import LegacyLlamaTokenizer, add_image_token, load_tokenizer
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
+from modeling_llava.text.stops import add_generation_stop, missing_stop
+from modeling_llava.text.tokenization import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 
 from .checks import CheckReport, check_folder
 from .folders import TOKENIZER_FILES, read_json

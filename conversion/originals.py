@@ -22,7 +22,7 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from modeling_llava.damage import NON_LORA_FILES, PROJECTOR_FILES, is_original, unsupported
+from modeling_llava.io.load_errors import NON_LORA_FILES, PROJECTOR_FILES, is_original, unsupported
 
 from .folders import check_has_tokenizer, local_folder, read_config, read_json
 from .keymaps import (

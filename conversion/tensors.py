@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_llava.damage import EMPTY_TENSOR, LFS_POINTER, MODEL_FILES
+from modeling_llava.io.load_errors import EMPTY_TENSOR, LFS_POINTER, MODEL_FILES
 
 
 PIECE_BYTES = 16 * 2**20

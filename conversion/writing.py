@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from modeling_llava.locks import lock
+from modeling_llava.io.locks import lock
 
 from .tensors import PIECE_BYTES, SAFETENSORS_DTYPES, FileRange, LazyTensor
 

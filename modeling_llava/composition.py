@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .configuration_llava import LlavaConfig, count_image_tokens
+from .configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from .constants import CACHE
-from .damage import is_original, other_than_llava, read_config
-from .tokenization_llava import add_image_token, load_tokenizer
+from .io.load_errors import is_original, other_than_llava, read_config
+from .text.tokenization import add_image_token, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -23,42 +23,6 @@ def vision_tower_config(vision: str, **kwargs) -> PreTrainedConfig:
     """The configuration of a vision tower, given its folder or Hub name; of a CLIP-like pair, the vision half."""
     config = AutoConfig.from_pretrained(vision, **kwargs)
     return getattr(config, "vision_config", config)
-
-
-def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
-    """
-    Positions that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
-
-    Raises:
-        ValueError: the tower has no fixed image size and square patches, takes more than pixels, or merges or drops
-            patches.
-    """
-    image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
-    if not isinstance(image_size, int) or not isinstance(patch_size, int):
-        raise ValueError(
-            f"The vision tower ({vision_config.model_type}) has image_size={image_size} and patch_size={patch_size}; "
-            "LLaVA needs a tower with one square image size and patch size, such as CLIP's or SigLIP's."
-        )
-    with torch.device("meta"):
-        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), image_size, image_size)
-        try:
-            tower = AutoModel.from_config(vision_config)
-            shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # what towers' own code says of it
-            raise ValueError(
-                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone "
-                f"({str(error).splitlines()[0]}), and LLaVA gives it no more. Choose one that takes images of one size, such "
-                "as CLIP's or SigLIP's."
-            ) from error
-    patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
-    shape = next(iter(shapes))  # [1, positions, hidden]
-    if len(shapes) > 1 or len(shape) != 3 or shape[1] < patches:
-        raise ValueError(
-            f"The vision tower ({vision_config.model_type}) does not keep one position for each of its {patches} patches: "
-            f"its layers give {', '.join(str(list(shape)) for shape in sorted(shapes))}. Choose one that does, such as CLIP's "
-            "or SigLIP's."
-        )
-    return shape[1] - patches
 
 
 def compose(
@@ -235,4 +199,4 @@ def _make_rows(model, num_known_tokens: int, num_tokens: int):
     logger.info("The vocabulary has %d rows, %d of them new.", embedding.shape[0], embedding.shape[0] - known)
 
 
-__all__ = ["compose", "count_additional_image_tokens", "split_gguf_path", "vision_tower_config"]
+__all__ = ["compose", "split_gguf_path", "vision_tower_config"]

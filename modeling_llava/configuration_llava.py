@@ -2,8 +2,9 @@
 
 from typing import Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -136,4 +137,40 @@ class LlavaConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["LlavaConfig", "count_image_tokens"]
+def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
+    """
+    Positions that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
+
+    Raises:
+        ValueError: the tower has no fixed image size and square patches, takes more than pixels, or merges or drops
+            patches.
+    """
+    image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
+    if not isinstance(image_size, int) or not isinstance(patch_size, int):
+        raise ValueError(
+            f"The vision tower ({vision_config.model_type}) has image_size={image_size} and patch_size={patch_size}; "
+            "LLaVA needs a tower with one square image size and patch size, such as CLIP's or SigLIP's."
+        )
+    with torch.device("meta"):
+        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), image_size, image_size)
+        try:
+            tower = AutoModel.from_config(vision_config)
+            shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # what towers' own code says of it
+            raise ValueError(
+                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone "
+                f"({str(error).splitlines()[0]}), and LLaVA gives it no more. Choose one that takes images of one size, such "
+                "as CLIP's or SigLIP's."
+            ) from error
+    patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
+    shape = next(iter(shapes))  # [1, positions, hidden]
+    if len(shapes) > 1 or len(shape) != 3 or shape[1] < patches:
+        raise ValueError(
+            f"The vision tower ({vision_config.model_type}) does not keep one position for each of its {patches} patches: "
+            f"its layers give {', '.join(str(list(shape)) for shape in sorted(shapes))}. Choose one that does, such as CLIP's "
+            "or SigLIP's."
+        )
+    return shape[1] - patches
+
+
+__all__ = ["LlavaConfig", "count_additional_image_tokens", "count_image_tokens"]

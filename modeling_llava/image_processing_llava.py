@@ -23,7 +23,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-from .image_loading import read_image, to_rgb, upright
+from .io.images import read_image, to_rgb, upright
 
 
 # Filters whose weights fall to zero at their ends: where those fall exactly does not matter.
@@ -81,7 +81,7 @@ class LlavaImageProcessor(PilBackend):
 
     Every one of them can be overridden in a call. A call takes one image, a list, or a list of lists (which it
     flattens) of `PIL.Image` (turned upright by their EXIF orientation), `np.ndarray` or `torch.Tensor` (`[3, H, W]`,
-    `[H, W, 3]`, `[H, W]` or a batch of them, 0..255), and of all that [`~modeling_llava.image_loading.read_image`] reads
+    `[H, W, 3]`, `[H, W]` or a batch of them, 0..255), and of all that [`~modeling_llava.io.images.read_image`] reads
     (paths, URLs, bytes, …), and returns a `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for
     `return_tensors="pt"` or `"np"`, and a list of arrays `[3, height, width]` without it.
 

@@ -5,9 +5,9 @@ LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuni
     input_ids ──► embedding ──► image-token positions replaced by image features ──► language_model ──► lm_head
 
 Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock
-`llava` checkpoint. What differs is the work per step, not the result: see `loss.py` (the head sees supervised
+`llava` checkpoint. What differs is the work per step, not the result: see `kernels/linear_cross_entropy.py` (the head sees supervised
 positions only), `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once) and
-`later_layers.py` (layers of the tower that nothing reads are not computed).
+`kernels/early_exit.py` (layers of the tower that nothing reads are not computed).
 """
 
 import copy
@@ -32,13 +32,13 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .attention import packs_cheaply
-from .capturing_hooks import install_capturing_hooks, without_capturing_hooks
-from .checkpoints import name_stock_class_in_adapters, require_before_loading
+from .compat import install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
-from .later_layers import without_later_layers
-from .loss import causal_language_model_loss
+from .io.checkpoints import name_stock_class_in_adapters, require_before_loading
+from .kernels.early_exit import without_later_layers
+from .kernels.linear_cross_entropy import causal_language_model_loss
+from .kernels.packed_attention import packs_cheaply
 
 
 logger = logging.get_logger(__name__)
@@ -205,7 +205,7 @@ class LlavaModel(LlavaPreTrainedModel):
         self.prepare_for_compile()
 
     def prepare_for_compile(self) -> None:
-        """Hook the tower for its hidden states (see `capturing_hooks.py`). To be called again where another tower was
+        """Hook the tower for its hidden states (see `compat.py`). To be called again where another tower was
         put in."""
         install_capturing_hooks(self)
 

@@ -9,13 +9,13 @@ from transformers.image_utils import is_valid_image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
 from transformers.utils import logging
 
-from .configuration_llava import count_image_tokens
+from .configuration_llava import count_additional_image_tokens, count_image_tokens
 from .constants import IMAGE_TOKEN
-from .control_tokens import ControlTokens, Marks
 from .image_processing_llava import LlavaImageProcessor
-from .messages import plain_messages
-from .templating import CHAT_TEMPLATES, insert_image_token, load_chat_template
-from .tokenization_llava import add_image_token, load_tokenizer
+from .text.chat_templates import CHAT_TEMPLATES, insert_image_token, load_chat_template
+from .text.control_tokens import ControlTokens, Marks
+from .text.messages import plain_messages
+from .text.tokenization import add_image_token, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ class LlavaProcessor(ProcessorMixin):
         image_processor ([`LlavaImageProcessor`]):
             Any image processor whose output has one fixed size.
         tokenizer (`PreTrainedTokenizerBase`):
-            It knows the image token ([`~modeling_llava.tokenization_llava.add_image_token`]).
+            It knows the image token ([`~modeling_llava.text.tokenization.add_image_token`]).
         patch_size (`int`, *optional*):
             Side of a patch of the vision tower, in pixels.
         vision_feature_select_strategy (`str`, *optional*):
@@ -84,7 +84,7 @@ class LlavaProcessor(ProcessorMixin):
         if len(ids) != 1:
             raise ValueError(
                 f"The tokenizer splits the image token {self.image_token!r} into {len(ids)} tokens. Add it first: "
-                "modeling_llava.tokenization_llava.add_image_token(tokenizer), and resize the model's embeddings."
+                "modeling_llava.text.tokenization.add_image_token(tokenizer), and resize the model's embeddings."
             )
         self.image_token_id = ids[0]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -126,7 +126,7 @@ class LlavaProcessor(ProcessorMixin):
             ValueError: the image processor's output is not of the tower's image size; the chat template does not exist
                 or does not fit the tokenizer.
         """
-        from .composition import count_additional_image_tokens, split_gguf_path, vision_tower_config
+        from .composition import split_gguf_path, vision_tower_config
 
         vision, language = os.fspath(vision), os.fspath(language)
         config = vision_tower_config(vision)
@@ -280,7 +280,7 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages, or a batch of them, in any form that [`~modeling_llava.messages.plain_messages`] reads. Images
+                Messages, or a batch of them, in any form that [`~modeling_llava.text.messages.plain_messages`] reads. Images
                 are `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that hold `None` are passed over.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
                 With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text.

@@ -11,9 +11,9 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import AutoModelForMultimodalLM
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from . import attention  # noqa: F401  (registers "varlen", also for `attn_implementation={"text_config": "varlen"}`)
 from .configuration_llava import LlavaConfig
 from .image_processing_llava import LlavaImageProcessor
+from .kernels import packed_attention as attention  # noqa: F401  (registers "varlen", also for `attn_implementation={"text_config": "varlen"}`)
 from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
 from .processing_llava import LlavaProcessor
 

@@ -10,7 +10,7 @@ import sentencepiece
 from modeling_llava import LlavaImageProcessor, LlavaProcessor
 from modeling_llava.data.schema import from_llava_row
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 GOLDEN = Path(__file__).parent / "golden"

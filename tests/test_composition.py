@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.composition import count_additional_image_tokens
+from modeling_llava.configuration_llava import count_additional_image_tokens
 
 
 VOCABULARY = 700  # of golden/tiny_spm.model

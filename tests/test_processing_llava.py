@@ -24,7 +24,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor as StockLl
 from modeling_llava import LlavaImageProcessor, LlavaProcessor
 from modeling_llava.configuration_llava import count_image_tokens
 from modeling_llava.processing_llava import image_size, load_chat_template, num_image_tokens
-from modeling_llava.tokenization_llava import load_tokenizer
+from modeling_llava.text.tokenization import load_tokenizer
 
 
 IMAGE_ID, PAD_ID = 700, 701

@@ -16,18 +16,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_llava"
 
 # What each part may import, besides itself. `core` is the modules that lie directly in the package.
+BASE = {"core", "io", "text", "kernels"}
 ALLOWED = {
-    "core": set(),
-    "data": {"core"},
-    "training": {"core", "data"},
-    "inference": {"core", "data"},
+    "io": set(),
+    "text": {"io"},
+    "kernels": set(),
+    "core": {"io", "text", "kernels"},
+    "data": BASE,
+    "training": BASE | {"data"},
+    "inference": BASE | {"data"},
     "endpoint": set(),
-    "data_engine": {"core", "data", "endpoint"},
-    "tiny_world": {"core", "data", "training", "inference", "endpoint", "data_engine", "evaluation"},
-    "evaluation": {"core", "data", "training", "inference", "endpoint", "data_engine"},
-    "hub": {"core", "data", "training", "inference", "conversion"},
-    "conversion": {"core"},
-    "cli": {"core", "data", "training", "inference", "endpoint", "data_engine", "tiny_world", "evaluation", "hub",
+    "data_engine": BASE | {"data", "endpoint"},
+    "tiny_world": BASE | {"data", "training", "inference", "endpoint", "data_engine", "evaluation"},
+    "evaluation": BASE | {"data", "training", "inference", "endpoint", "data_engine"},
+    "hub": BASE | {"data", "training", "inference", "conversion"},
+    "conversion": BASE,
+    "cli": BASE | {"data", "training", "inference", "endpoint", "data_engine", "tiny_world", "evaluation", "hub",
             "conversion"},
 }  # fmt: skip
 OPTIONAL = {
@@ -42,7 +46,7 @@ OPTIONAL = {
     "llama_cpp",
     "torchvision",
 }
-FREE = {"constants"}
+FREE = {"compat", "configuration_llava", "constants"}
 """Modules that everything may import, a leaf too."""
 
 

@@ -39,7 +39,7 @@ def test_auto_classes_give_ours_whatever_was_saved(tmp_path, golden):
     from transformers import AutoTokenizer, LlavaImageProcessorPil
     from transformers import LlavaProcessor as StockProcessor
 
-    from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+    from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
     LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(golden / "tiny_spm.model")

@@ -10,9 +10,9 @@ from published import build
 from tiny import tiny_text_config, tiny_vision_config
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
-from modeling_llava.inference.turns import turns_of
+from modeling_llava.inference.model_lock import turns_of
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 GOLDEN = Path(__file__).parent / "golden"

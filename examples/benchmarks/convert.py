@@ -47,8 +47,8 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig
 
     from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
-    from modeling_llava.templating import load_chat_template
-    from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+    from modeling_llava.text.chat_templates import load_chat_template
+    from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER)
     add_image_token(tokenizer)

@@ -21,7 +21,7 @@ from modeling_llava import LlavaImageProcessor, LlavaProcessor
 from modeling_llava.data.labels import conversation_length, encode_conversation
 from modeling_llava.data.schema import from_llava_row
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"

@@ -43,7 +43,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor as StockPr
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
 from modeling_llava.inference import LlavaPredictor
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,5 +1,5 @@
 """
-Float32 matrix products on the CPU: PyTorch's own (MKL) against oneDNN, which `modeling_llava.onednn` uses.
+Float32 matrix products on the CPU: PyTorch's own (MKL) against oneDNN, which `modeling_llava.kernels.cpu_linear` uses.
 
     OMP_NUM_THREADS=2 python examples/benchmarks/products.py
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from train import machine
 
-from modeling_llava import onednn
+from modeling_llava.kernels import cpu_linear as onednn
 
 
 RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "products.json"

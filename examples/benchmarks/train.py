@@ -137,7 +137,7 @@ def make_model(case: str, side: str):
     if trains == "qlora":
         import tempfile
 
-        from modeling_llava.checkpoints import UNQUANTISED_MODULES, forbid_inference_packing
+        from modeling_llava.io.checkpoints import UNQUANTISED_MODULES, forbid_inference_packing
 
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -169,9 +169,9 @@ def make_model(case: str, side: str):
     if case == "checkpointed":
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not is_stock:
-        from modeling_llava.attention import use_varlen_attention
-        from modeling_llava.onednn import use_onednn
-        from modeling_llava.training.lean import make_lean
+        from modeling_llava.kernels.cpu_linear import use_onednn
+        from modeling_llava.kernels.efficient_layers import make_lean
+        from modeling_llava.kernels.packed_attention import use_varlen_attention
 
         use_varlen_attention(core)
         make_lean(core.model.language_model)

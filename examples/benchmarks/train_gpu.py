@@ -95,8 +95,8 @@ def make_model(config, side: str, adapter: str, rank: int, device: str):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     import modeling_llava
-    from modeling_llava.attention import packs_leak, use_varlen_attention
-    from modeling_llava.training.lean import make_lean
+    from modeling_llava.kernels.efficient_layers import make_lean
+    from modeling_llava.kernels.packed_attention import packs_leak, use_varlen_attention
 
     one_layer = copy.deepcopy(config)
     one_layer.text_config.num_hidden_layers = 1

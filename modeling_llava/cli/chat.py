@@ -75,8 +75,8 @@ def load_from_arguments(args: argparse.Namespace):
 
     from transformers.utils import logging
 
-    from ..checkpoints import is_quantised
     from ..inference import load_model
+    from ..io.checkpoints import is_quantised
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     processor = None
     if args.processor is not None:
-        from ..checkpoints import load_processor
+        from ..io.checkpoints import load_processor
 
         processor = load_processor(args.processor)
     try:

@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from ..checkpoints import load_processor
     from ..constants import IGNORE_INDEX
     from ..data import LlavaDataCollator, load_conversations
     from ..data.preview import render_sample
     from ..data.schema import summarize_drops
+    from ..io.checkpoints import load_processor
 
     for name, value, least in (
         ("-n", args.number, 1),
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} is {value}: at least {least} is needed.")
     processor = load_processor(args.processor)
     if args.chat_template is not None:
-        from ..templating import load_chat_template
+        from ..text.chat_templates import load_chat_template
 
         processor.chat_template = load_chat_template(args.chat_template, image_token=processor.image_token)
     source = args.source if len(args.source) > 1 else args.source[0]

@@ -125,11 +125,11 @@ def asking_options(args: argparse.Namespace) -> dict:
 
 def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     """Answers and scores a benchmark with the model of the arguments; `None` if other shards are still at it."""
-    from ..checkpoints import checkpoint_kind
     from ..evaluation.answering import Shard, check_images
     from ..evaluation.benchmark import evaluate
     from ..evaluation.results import describe_model
     from ..inference.loading import choose_four_bits
+    from ..io.checkpoints import checkpoint_kind
 
     benchmark = benchmark.first(args.limit)
     decoding = {"max_new_tokens": tokens_of(args, benchmark)}

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoints import four_bits_of
+    from ..io.checkpoints import four_bits_of
     from ..training import merge_adapter
 
     trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None

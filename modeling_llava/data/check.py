@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN
-from ..stops import answer_stop
+from ..text.stops import answer_stop
 from .check_report import DataReport, Found, summarize, write_report
 from .images import image_key, load_image, read_image_size
 from .labels import encode_conversation

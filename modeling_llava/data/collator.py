@@ -79,7 +79,7 @@ class LlavaDataCollator:
             Give an image that occurs more than once only once, with `image_indices`. A stock model needs `False`.
         packing (`bool`, *optional*, defaults to `False`):
             Pack instead of padding. The language model's attention must know packs
-            ([`~modeling_llava.attention.use_varlen_attention`]).
+            ([`~modeling_llava.kernels.packed_attention.use_varlen_attention`]).
 
     Attributes:
         dropped (`dict[str, int]`):

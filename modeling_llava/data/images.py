@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..image_loading import EMBEDDED, check_size, embedded_or_path, open_upright
+from ..io.images import EMBEDDED, check_size, embedded_or_path, open_upright
 from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
 
 

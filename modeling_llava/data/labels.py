@@ -44,10 +44,10 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..constants import IGNORE_INDEX
-from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens as tokens_per_image
-from ..stops import stop_is_unmarked, teaches_no_stop
-from ..templating import CHAT_TEMPLATES, chat_template_of, has_generation_marks, render_with_spans
+from ..text.chat_templates import CHAT_TEMPLATES, chat_template_of, has_generation_marks, render_with_spans
+from ..text.control_tokens import ControlTokens
+from ..text.stops import stop_is_unmarked, teaches_no_stop
 from .schema import (
     BAD_MARKERS,
     BAD_ROLES,
@@ -195,7 +195,7 @@ def _warn_if_endless(processor) -> None:
     if teaches_no_stop(processor):
         logger.warning(
             "The chat template ends an answer with white space alone, so a model trained with it does not learn to stop. "
-            "`llava train` puts the EOS token there (modeling_llava.stops.end_answers_with_eos); or take a template that "
+            "`llava train` puts the EOS token there (modeling_llava.text.stops.end_answers_with_eos); or take a template that "
             'has it: processor.chat_template = load_chat_template("vicuna_v1").'
         )
 
@@ -303,7 +303,7 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
     except TypeError as error:
         raise ValueError(
             f"The chat template does not know content lists ({error}). It is a language model's own: put the image token "
-            "into it with modeling_llava.templating.insert_image_token(template)."
+            "into it with modeling_llava.text.chat_templates.insert_image_token(template)."
         ) from error
 
 

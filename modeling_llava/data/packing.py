@@ -8,7 +8,7 @@ Packing: several samples in one row, so that no position is spent on padding.
 
 What goes into one row is decided here, by length alone: best-fit-decreasing where all lengths are known
 ([`best_fit_packs`]), or the best fit within a bounded look-ahead for a stream ([`PackedStream`]). The collator then
-writes the row ([`pack_sequences`]), and `attention.py` keeps its samples apart.
+writes the row ([`pack_sequences`]), and `kernels/packed_attention.py` keeps its samples apart.
 """
 
 import bisect

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..constants import IMAGE_TOKEN
-from ..messages import as_list, plain_messages
+from ..text.messages import as_list, plain_messages
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..data.images import image_key
-from ..locks import lock
+from ..io.locks import lock
 from .results import hash_json, write_text
 
 

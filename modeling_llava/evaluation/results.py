@@ -307,7 +307,7 @@ def _commit_of(name: str, revision: str | None = None) -> str | None:
     """The commit of a Hub repository's revision; `None` where neither the Hub nor the cache can tell."""
     from transformers.utils.hub import extract_commit_hash
 
-    from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, file_of
+    from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, file_of
 
     kind = checkpoint_kind(name, revision)
     names = {"adapter": "adapter_config.json", "projector": PROJECTOR_CONFIG_NAME}

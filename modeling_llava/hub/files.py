@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..damage import has_tokenizer
+from ..io.load_errors import has_tokenizer
 
 
 PUBLISHED = {

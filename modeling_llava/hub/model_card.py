@@ -48,7 +48,7 @@ def render_model_card(
         repo (`str`):
             Name on the Hub, `owner/name`.
         kind (`str`):
-            `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.checkpoints.checkpoint_kind`]).
+            `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.io.checkpoints.checkpoint_kind`]).
         base_models (`list[str]`, *optional*):
             Hub names of the models that these weights derive from; by default those that the run or the configuration
             names.
@@ -63,7 +63,7 @@ def render_model_card(
         summary (`str`, *optional*):
             First paragraph, in place of the one that is written from the facts.
         generate_kwargs (`dict`, *optional*):
-            What `generate` has to be given to end an answer ([`modeling_llava.stops.needed_by_stock`]).
+            What `generate` has to be given to end an answer ([`modeling_llava.text.stops.needed_by_stock`]).
 
     Returns:
         `str`

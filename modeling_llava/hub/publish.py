@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, hf_api
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
-from ..stops import needed_by_stock
+from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
+from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields
 from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files
 from .model_card import HUB_NAME, render_model_card

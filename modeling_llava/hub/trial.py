@@ -24,7 +24,7 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
     """
     from transformers import pipeline
 
-    from ..checkpoints import base_model_of, checkpoint_kind, load_processor
+    from ..io.checkpoints import base_model_of, checkpoint_kind, load_processor
     from ..processing_llava import num_image_tokens
 
     kind = checkpoint_kind(folder)

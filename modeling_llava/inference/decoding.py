@@ -11,13 +11,13 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..constants import CACHE
-from ..later_layers import without_later_layers
+from ..kernels.early_exit import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
 from .memory import MARGIN, free_memory, key_value_bytes, pass_bytes
+from .model_lock import turns_of
 from .prefix_cache import Prefix, RowCache
+from .prune_last_layer import last_layer_for
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
-from .turns import turns_of
-from .unread import last_layer_for
 
 
 logger = logging.get_logger(__name__)

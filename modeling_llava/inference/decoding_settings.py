@@ -15,7 +15,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
-from ..stops import answer_stop
+from ..text.stops import answer_stop
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from ..checkpoints import (
+from ..io.checkpoints import (
     checkpoint_kind,
     find_base,
     forbid_inference_packing,
@@ -18,7 +18,7 @@ from ..checkpoints import (
     load_processor,
     load_projector,
 )
-from ..damage import explained
+from ..io.load_errors import explained
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..data.images import load_image
 from ..data.schema import BadSampleError
-from ..image_loading import download
+from ..io.images import download
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")

@@ -57,7 +57,7 @@ class LlavaPredictor:
 
     The model is put into `eval()`; its weights are not touched. A predictor is for one thread at a time; predictors over
     one model may be in threads, where they take turns, token by token (what else uses the model meanwhile holds
-    [`~modeling_llava.inference.turns.turns_of`] it).
+    [`~modeling_llava.inference.model_lock.turns_of`] it).
 
     Args:
         model ([`LlavaForConditionalGeneration`]):

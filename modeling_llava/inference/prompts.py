@@ -1,7 +1,7 @@
 """From messages to the ids of a prompt, exactly those that the processor gives, without touching the images."""
 
-from ..control_tokens import ControlTokens
 from ..processing_llava import num_image_tokens
+from ..text.control_tokens import ControlTokens
 
 
 def encode_prompt(messages: list[dict], processor, **template_variables) -> list[int]:
@@ -27,7 +27,7 @@ def encode_prompt(messages: list[dict], processor, **template_variables) -> list
     if template is None:
         raise ValueError(
             "The processor has no chat template, so a question cannot be put. Give one: processor.chat_template = "
-            'load_chat_template("vicuna_v1") (modeling_llava.templating), by the format that the model was trained in.'
+            'load_chat_template("vicuna_v1") (modeling_llava.text.chat_templates), by the format that the model was trained in.'
         )
     tokenizer = processor.tokenizer
     control = ControlTokens.of(tokenizer, processor.image_token)

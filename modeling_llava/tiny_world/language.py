@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..attention import VARLEN
 from ..constants import IGNORE_INDEX
 from ..data.packing import pack_sequences
+from ..kernels.packed_attention import VARLEN
 from .responder import (
     Question,
     SeenScene,

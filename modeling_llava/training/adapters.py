@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoints import DORA_MAGNITUDE, base_name_to_record
+from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record
 from .arguments import LlavaTrainingArguments
 from .stages import unused_tower_parameters
 

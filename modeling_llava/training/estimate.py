@@ -4,7 +4,7 @@ Memory and time of a run, by part, from configurations alone: nothing is loaded,
     weights      what is stored, by component and dtype
     gradients    of what is trained, in its dtype
     optimizer    two moments per trained parameter (AdamW)
-    activations  what autograd keeps of one micro-batch (see `lean.py`), or one layer of it with checkpointing
+    activations  what autograd keeps of one micro-batch (see `kernels/efficient_layers.py`), or one layer of it with checkpointing
     loss         the head's logits, a chunk of positions at a time
     evaluation   activations of one layer of an evaluation batch, without gradients
     device       CUDA context, libraries' workspaces, fragmentation

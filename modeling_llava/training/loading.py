@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..checkpoints import (
+from ..io.checkpoints import (
     base_model_of,
     checkpoint_kind,
     find_base,
@@ -15,8 +15,8 @@ from ..checkpoints import (
     load_processor,
     load_projector,
 )
-from ..stops import end_answers_with_eos, teaches_no_stop
-from ..templating import chat_template_of, load_chat_template
+from ..text.chat_templates import chat_template_of, load_chat_template
+from ..text.stops import end_answers_with_eos, teaches_no_stop
 from .adapters import load_adapter
 from .arguments import LlavaTrainingArguments
 

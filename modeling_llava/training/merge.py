@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..checkpoints import (
+from ..io.checkpoints import (
     checkpoint_kind,
     file_of,
     find_base,
@@ -20,8 +20,8 @@ from ..checkpoints import (
     load_processor,
     load_projector,
 )
-from ..damage import explained
-from ..stops import add_generation_stop
+from ..io.load_errors import explained
+from ..text.stops import add_generation_stop
 from .adapters import LANGUAGE_MODEL
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..locks import lock
+from ..io.locks import lock
 
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import logging
 
 from torch import nn
 
-from ..attention import VARLEN, packs_leak, use_varlen_attention
-from ..checkpoints import forbid_inference_packing
+from ..io.checkpoints import forbid_inference_packing
+from ..kernels.packed_attention import VARLEN, packs_leak, use_varlen_attention
 from .adapters import add_adapter
 from .arguments import LlavaTrainingArguments
 from .stages import set_dtypes, set_trainable

@@ -8,9 +8,9 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .arguments import LlavaTrainingArguments
+from .distributed import is_sharded_checkpoint
 from .output_folder import checkpoint_folders, find_resumable_checkpoint, why_incomplete
 from .run_record import RECIPE_NAME
-from .sharding import is_sharded_checkpoint
 from .trainer import LlavaTrainer
 
 

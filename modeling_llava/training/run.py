@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from ..stops import missing_stop
+from ..text.stops import missing_stop
 from .arguments import LlavaTrainingArguments
 from .callbacks import LossCurveCallback, PreviewCallback
 from .loading import base_and_adapter, load_datasets, load_model_and_processor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..damage import is_original, other_than_llava, read_config
+from ..io.load_errors import is_original, other_than_llava, read_config
 
 
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checkpoints import COMPONENTS, component_of
+from ..io.checkpoints import COMPONENTS, component_of
 from .arguments import ADAPTER_PROJECTOR_LEARNING_RATE, LlavaTrainingArguments
 
 

@@ -14,14 +14,14 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
-from ..data.sampler import GroupedSampler
+from ..data.sampling import GroupedSampler
+from ..kernels.cpu_linear import use_onednn
+from ..kernels.efficient_layers import make_lean
 from ..modeling_llava import LlavaForConditionalGeneration
-from ..onednn import use_onednn
-from . import sharding
+from . import distributed as sharding
 from .arguments import LlavaTrainingArguments
 from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
-from .checkpointing import ABSENT, CheckpointingTrainer
-from .lean import make_lean
+from .checkpoints import ABSENT, CheckpointingTrainer
 from .mixture import TypeMixtureSampler
 from .noise import NoiseBySample
 from .preparation import core_model, prepare_model, resolve_packing

@@ -69,7 +69,7 @@ def test_a_word_that_is_no_folder_does_not_wait_for_the_hub(capsys, monkeypatch)
     def called(*arguments, **options):
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr("modeling_llava.checkpoints.find_adapter_config_file", called)
+    monkeypatch.setattr("modeling_llava.io.checkpoints.find_adapter_config_file", called)
     for command in (["chat", "runs-my"], ["merge", "runs-my", "out"], ["web", "runs-my"]):
         assert main(command) == 2
         assert "'runs-my' is neither a folder nor the name of a model" in last_line(capsys, command[0])
@@ -233,7 +233,7 @@ def test_offline_mode_is_said_where_it_is_the_reason(monkeypatch):
 
 
 def test_merging_a_name_that_the_hub_does_not_give_is_not_called_a_full_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("modeling_llava.checkpoints.cached_file", lambda *args, **kwargs: None)
-    monkeypatch.setattr("modeling_llava.checkpoints.find_adapter_config_file", lambda *args, **kwargs: None)
+    monkeypatch.setattr("modeling_llava.io.checkpoints.cached_file", lambda *args, **kwargs: None)
+    monkeypatch.setattr("modeling_llava.io.checkpoints.find_adapter_config_file", lambda *args, **kwargs: None)
     assert main(["merge", "owner/nothing", str(tmp_path / "out")]) == 2
     assert "'owner/nothing' is not a folder here, and the Hub does not give it" in last_line(capsys, "merge")

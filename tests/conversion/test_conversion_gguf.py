@@ -21,7 +21,7 @@ from modeling_llava.conversion import convert_hf_to_gguf, convert_hf_to_original
 from modeling_llava.conversion.hf_to_gguf import rotary_order
 from modeling_llava.conversion.vocabularies import gguf_chat_template, vocabulary
 from modeling_llava.conversion.writing import OutputFolder
-from modeling_llava.templating import CHAT_TEMPLATES, load_chat_template
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, load_chat_template
 
 
 gguf = pytest.importorskip("gguf")

@@ -22,7 +22,7 @@ from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.conversion import convert_hf_to_original, convert_original_to_hf
 from modeling_llava.conversion.originals import read_original
 from modeling_llava.conversion.vocabularies import sentencepiece_model
-from modeling_llava.templating import load_chat_template
+from modeling_llava.text.chat_templates import load_chat_template
 
 
 TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
@@ -250,7 +250,7 @@ def test_name_of_an_unchanged_tower_can_be_given(tmp_path, composed):
 def test_tokenizer_reads_as_before(tmp_path, composed):
     """The slow files that are written give the ids of the golden prompts, read again by our loader."""
     convert_hf_to_original(composed, tmp_path / "back")
-    from modeling_llava.tokenization_llava import load_tokenizer
+    from modeling_llava.text.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path / "back")
     assert len(tokenizer) == 700 and tokenizer.pad_token == "<unk>"
@@ -264,7 +264,7 @@ def test_tokenizer_reads_as_before(tmp_path, composed):
 def test_sentencepiece_model_made_from_json_gives_the_same_ids(tmp_path, name):
     from sentencepiece import SentencePieceProcessor
 
-    from modeling_llava.tokenization_llava import load_tokenizer
+    from modeling_llava.text.tokenization import load_tokenizer
 
     load_tokenizer(GOLDEN / name).save_pretrained(tmp_path)
     (tmp_path / "made.model").write_bytes(sentencepiece_model(tmp_path / "tokenizer.json"))

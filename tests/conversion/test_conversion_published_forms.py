@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_llava.conversion import convert_hf_to_gguf, convert_hf_to_original, convert_original_to_hf
 from modeling_llava.data import encode_conversation
-from modeling_llava.stops import missing_stop
+from modeling_llava.text.stops import missing_stop
 
 
 @every_original

@@ -25,9 +25,9 @@ from transformers.models.llava.processing_llava import LlavaProcessor as StockLl
 from modeling_llava.data.labels import conversation_length, encode_conversation
 from modeling_llava.data.schema import NOTHING_SUPERVISED, TOO_LONG, BadSampleError
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.stops import answer_stop
-from modeling_llava.templating import CHAT_TEMPLATES, insert_image_token
-from modeling_llava.tokenization_llava import add_image_token
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
+from modeling_llava.text.stops import answer_stop
+from modeling_llava.text.tokenization import add_image_token
 
 
 STOPS = {
@@ -481,7 +481,7 @@ def test_image_wrap_gives_the_originals_ids_without_legacy(tmp_path):
     # The original tokenized the text after an image on its own, so it began with a space; `legacy=False` adds none.
     (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny_spm.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
-    from modeling_llava.tokenization_llava import load_tokenizer
+    from modeling_llava.text.tokenization import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path)
     add_image_token(tokenizer)

@@ -271,7 +271,7 @@ def test_pictures_by_url(site, monkeypatch):
         read_picture(f"{url}/page.jpg")
     with pytest.raises(ValueError, match="absent.jpg cannot be downloaded: the server says 404"):
         read_picture(f"{url}/absent.jpg")
-    monkeypatch.setattr("modeling_llava.image_loading.MAX_DOWNLOAD_BYTES", 100)
+    monkeypatch.setattr("modeling_llava.io.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match="is larger than"):
         read_picture(f"{url}/eine Straße.png")
     with pytest.raises(ValueError, match="cannot be downloaded"):

@@ -11,7 +11,7 @@ from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.checkpoints import UNQUANTISED_MODULES, four_bit_config, is_quantised
+from modeling_llava.io.checkpoints import UNQUANTISED_MODULES, four_bit_config, is_quantised
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
 from modeling_llava.training.adapters import add_adapter, lora_target_pattern
 

@@ -14,9 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
+from modeling_llava.kernels.packed_attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
 from modeling_llava.training.loading import load_datasets, load_model_and_processor
 from modeling_llava.training.noise import NoiseBySample

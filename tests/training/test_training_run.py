@@ -15,8 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.checkpoints import checkpoint_kind, load_projector
 from modeling_llava.constants import IGNORE_INDEX
+from modeling_llava.io.checkpoints import checkpoint_kind, load_projector
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter, train
 from modeling_llava.training.callbacks import plot_loss_curve
 from modeling_llava.training.loading import load_datasets, load_model_and_processor

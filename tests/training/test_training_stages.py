@@ -6,7 +6,7 @@ import transformers
 from tiny import tiny_batch, tiny_config, tiny_vision_config
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.checkpoints import component_of
+from modeling_llava.io.checkpoints import component_of
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
 from modeling_llava.training.callbacks import component_table
 from modeling_llava.training.stages import (

@@ -9,8 +9,8 @@ from published import FORMS, build, copy
 from rich.console import Console
 from transformers import AutoProcessor, GenerationConfig
 
-from modeling_llava.stops import answer_stop
-from modeling_llava.templating import load_chat_template
+from modeling_llava.text.chat_templates import load_chat_template
+from modeling_llava.text.stops import answer_stop
 from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.loading import load_model_and_processor
 from modeling_llava.training.merge import merge_adapter

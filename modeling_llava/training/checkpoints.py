@@ -15,16 +15,16 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoints import (
+from ..data.schema import summarize_drops
+from ..io.checkpoints import (
     PROJECTOR_CONFIG_NAME,
     PROJECTOR_WEIGHTS_NAME,
     load_full_weights,
     load_projector,
     save_projector,
 )
-from ..data.schema import summarize_drops
-from ..stops import add_generation_stop, note_generation_stop
-from . import sharding
+from ..text.stops import add_generation_stop, note_generation_stop
+from . import distributed as sharding
 from .adapters import finish_adapter_folder
 from .arguments import LlavaTrainingArguments
 from .output_folder import disk_errors_explained, find_resumable_checkpoint

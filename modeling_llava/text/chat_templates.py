@@ -8,11 +8,11 @@ from pathlib import Path
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .constants import IMAGE_TOKEN
+from ..constants import IMAGE_TOKEN
 
 
 CHAT_TEMPLATES = ("chatml", "llama_2", "llava_v1", "plain", "v0_mmtag", "v1_mmtag", "vicuna_v0", "vicuna_v1")
-_FOLDER = Path(__file__).parent / "chat_templates"
+_FOLDER = Path(__file__).parent / "templates"
 _IMAGE_LINE = "{%- set image = '<image>' -%}"
 
 
@@ -142,7 +142,7 @@ def chat_template_of(processor) -> str:
 
 @functools.lru_cache
 def read_template(name: str) -> str:
-    """The text of a file in `chat_templates/`, with what it includes."""
+    """The text of a file in `templates/`, with what it includes."""
 
     def included(match: re.Match) -> str:
         return (_FOLDER / match[1]).read_text("utf-8")

@@ -6,7 +6,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from modeling_llava.data.sampler import GroupedSampler
+from modeling_llava.data.sampling import GroupedSampler
 
 
 def mix(number=1003, seed=0):

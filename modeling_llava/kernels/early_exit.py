@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .capturing_hooks import is_capturing
-from .kernels.exchange import Kernel, can_exchange, exchange, original_class
+from ..compat import is_capturing
+from .exchange import Kernel, can_exchange, exchange, original_class
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import jinja2
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .checkpoints import base_model_of, load_processor
+from ..io.checkpoints import base_model_of, load_processor
+from .chat_templates import chat_template_of, has_generation_marks, read_template, render_with_spans
 from .control_tokens import ControlTokens
-from .templating import chat_template_of, has_generation_marks, read_template, render_with_spans
 
 
 _QUESTION, _ANSWER = "The question?", "The answer."

@@ -9,8 +9,8 @@ from tiny import tiny_text_config
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_llava.attention import VARLEN
-from modeling_llava.training.lean import make_lean
+from modeling_llava.kernels.efficient_layers import make_lean
+from modeling_llava.kernels.packed_attention import VARLEN
 
 
 FAMILIES = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_predictor import QUESTIONS, generated, picture, tiny_llava, user_turn
 
+from modeling_llava.inference.model_lock import turns_of
 from modeling_llava.inference.predictor import LlavaPredictor
-from modeling_llava.inference.turns import turns_of
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from tiny_predictor import tiny_llava, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.checkpoints import checkpoint_kind, find_base, load_processor
 from modeling_llava.cli.main import main
+from modeling_llava.io.checkpoints import checkpoint_kind, find_base, load_processor
 
 
 ORIGINAL = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}

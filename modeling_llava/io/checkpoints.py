@@ -31,7 +31,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
-from .damage import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, read_config, what_is_broken
+from .load_errors import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, read_config, what_is_broken
 
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
@@ -227,7 +227,7 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
     with explained(path, weights=False):
         processor = AutoProcessor.from_pretrained(path, revision=revision)
     if getattr(processor, "patch_size", 0) is None and file_of(path, "config.json", revision) is not None:
-        from .composition import count_additional_image_tokens
+        from ..configuration_llava import count_additional_image_tokens
 
         config = AutoConfig.from_pretrained(path, revision=revision)
         processor.patch_size = config.vision_config.patch_size

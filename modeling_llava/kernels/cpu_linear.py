@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .constants import ONEDNN_CACHES
-from .kernels.exchange import Kernel, can_exchange, exchange
+from ..constants import ONEDNN_CACHES
+from .exchange import Kernel, can_exchange, exchange
 
 
 MIN_MULTIPLICATIONS = 2**22

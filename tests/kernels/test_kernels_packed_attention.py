@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration as StockModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava import attention as attention_module
-from modeling_llava.attention import VARLEN, use_varlen_attention, varlen_attention_forward
+from modeling_llava.kernels import packed_attention as attention_module
+from modeling_llava.kernels.packed_attention import VARLEN, use_varlen_attention, varlen_attention_forward
 
 
 LENGTHS = [9, 1, 14, 5]

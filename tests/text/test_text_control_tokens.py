@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_llava.control_tokens import ControlTokens
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.control_tokens import ControlTokens
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 LITERALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.utils import cached_file, logging
 
-from .constants import IMAGE_TOKEN
+from ..constants import IMAGE_TOKEN
 
 
 logger = logging.get_logger(__name__)

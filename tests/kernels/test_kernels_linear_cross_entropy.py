@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling_llava import loss as loss_module
-from modeling_llava import onednn
-from modeling_llava.loss import causal_language_model_loss
+from modeling_llava.kernels import cpu_linear as onednn
+from modeling_llava.kernels import linear_cross_entropy as loss_module
+from modeling_llava.kernels.linear_cross_entropy import causal_language_model_loss
 
 
 VOCABULARY, HIDDEN = 97, 16

@@ -6,8 +6,8 @@ from tiny_predictor import picture, user_turn
 
 from modeling_llava.inference.predictor import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
-from modeling_llava.inference.unread import last_layer_for
-from modeling_llava.later_layers import without_later_layers
+from modeling_llava.inference.prune_last_layer import last_layer_for
+from modeling_llava.kernels.early_exit import without_later_layers
 
 
 @torch.inference_mode()

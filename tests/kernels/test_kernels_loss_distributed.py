@@ -12,8 +12,8 @@ from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava import loss as loss_module
-from modeling_llava.loss import causal_language_model_loss
+from modeling_llava.kernels import linear_cross_entropy as loss_module
+from modeling_llava.kernels.linear_cross_entropy import causal_language_model_loss
 
 
 WORKER = """
@@ -61,7 +61,7 @@ dist.destroy_process_group()
 
 def run_on_two(mode, tmp_path, file):
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "worker.py"), mode, str(tmp_path), str(file)],

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers.trainer import FSDP_MODEL_NAME
 
-from ..checkpoints import component_of
+from ..io.checkpoints import component_of
 from .arguments import LlavaTrainingArguments
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-from . import onednn
-from .constants import IGNORE_INDEX
-from .kernels.exchange import Kernel, exchanged_class, original_class
+from ..constants import IGNORE_INDEX
+from . import cpu_linear as onednn
+from .exchange import Kernel, exchanged_class, original_class
 
 
 if torch.distributed.is_available():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 # LLaMA's vocabulary has runs of 2 to 16 spaces, all with the score −1e9; the last two are not LLaMA's.

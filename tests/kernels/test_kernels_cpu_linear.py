@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_llava import onednn
 from modeling_llava.constants import ONEDNN_CACHES
-from modeling_llava.onednn import linear, use_onednn
+from modeling_llava.kernels import cpu_linear as onednn
+from modeling_llava.kernels.cpu_linear import linear, use_onednn
 
 
 pytestmark = pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch is built without oneDNN's operator")
@@ -117,7 +117,7 @@ def test_kernels_are_not_kept_for_ever_with_each_length():
     """Those of the last lengths are; the first of 160 lengths needs new ones."""
     script = """
     import torch
-    from modeling_llava.onednn import use_onednn
+    from modeling_llava.kernels.cpu_linear import use_onednn
 
     model = torch.nn.Sequential(*(torch.nn.Linear(n, m) for n, m in ((192, 512), (512, 256), (256, 192))))
     assert use_onednn(model) == 3

@@ -9,7 +9,8 @@ from transformers.models.llava.processing_llava import LlavaProcessor as StockLl
 
 from modeling_llava.data import encode_conversation
 from modeling_llava.inference.decoding_settings import default_settings
-from modeling_llava.stops import (
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES
+from modeling_llava.text.stops import (
     add_generation_stop,
     answer_stop,
     end_answers_with_eos,
@@ -18,7 +19,6 @@ from modeling_llava.stops import (
     stop_token_id,
     teaches_no_stop,
 )
-from modeling_llava.templating import CHAT_TEMPLATES
 
 
 STOPS = {

@@ -7,8 +7,8 @@ from golden_text import GOLDEN, GOLDEN_CASES, MODELS, TEMPLATES, golden_messages
 from PIL import Image
 
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.templating import CHAT_TEMPLATES, has_generation_marks, insert_image_token
-from modeling_llava.tokenization_llava import add_image_token, load_tokenizer
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, has_generation_marks, insert_image_token
+from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 QUESTION = "What is this?"

@@ -26,8 +26,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..constants import CACHE
-from ..kernels.exchange import Kernel, can_exchange, exchange
-from ..onednn import linear
+from .cpu_linear import linear
+from .exchange import Kernel, can_exchange, exchange
 
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from .constants import IMAGE_TOKEN
+from ..constants import IMAGE_TOKEN
 
 
 _BLOCK = 0x1000  # private-use characters that one conversation may need: marks, then one name per control token
@@ -65,7 +65,7 @@ class ControlTokens:
         if image_token not in self.ids:
             raise ValueError(
                 f"The tokenizer has no image token {image_token!r}. Add it: "
-                "modeling_llava.tokenization_llava.add_image_token(tokenizer)."
+                "modeling_llava.text.tokenization.add_image_token(tokenizer)."
             )
         literals = sorted(self.ids, key=len, reverse=True)  # at one place the longest matches, as in the tokenizer
         self._literals = literals
