@@ -35,7 +35,7 @@ def make_benchmark(args: argparse.Namespace):
     from ..evaluation import vqa
 
     questions = vqa.read_questions(args.questions, args.annotations, args.image_name)
-    instruction = vqa.INSTRUCTION if args.instruction is None else args.instruction
+    instruction = vqa.instruction_for(questions) if args.instruction is None else args.instruction
     files = [file for file in (args.questions, args.annotations) if file]
     return vqa.make_benchmark(questions, args.images, instruction=instruction or None, files=files)
 

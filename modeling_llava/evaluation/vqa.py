@@ -5,7 +5,8 @@ Questions are JSONL rows `{"question_id", "image", "question" | "text", "answers
 files: of VQAv2 and OK-VQA the pair `{"questions": [{"question_id", "image_id", "question"}]}` and `{"annotations":
 [{"question_id", "answers": [{"answer"}], "answer_type"}]}`, of TextVQA `{"data": [{"question_id", "image_id", …}]}`, of GQA
 `{question_id: {"imageId", "question", "answer"}}`, of VizWiz `[{"image", "question", "answers": [{"answer"}]}]`. Questions of
-one form and answers (`annotations`) of another are joined by their `question_id`.
+one form and answers (`annotations`) of another are joined by their `question_id`; LLaVA's own questions of TextVQA, which are
+named by their image, by image and question.
 """
 
 import os
@@ -18,6 +19,8 @@ from .results import Scored, fields_of, hash_files, id_of, interval_of, read_row
 
 
 INSTRUCTION = "Answer the question using a single word or phrase."
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+"""The line that LLaVA-1.5 is asked before the instruction where a question may have no answer (VizWiz)."""
 COCO_IMAGE_NAME = "COCO_val2014_{image_id:012d}.jpg"
 
 _NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, [0, *range(11)])))
@@ -89,13 +92,18 @@ def read_questions(
     """
     read = _rows(questions, "question" if annotations else "row", image_name)
     if annotations is not None:
-        answers_of = {}
+        answers_of, id_at = {}, {}
         for row, place in _rows(annotations, "annotation", image_name):
-            answers_of[id_of(row, place)] = {"answers": _answers(row, place), "answer_type": row.get("answer_type")}
+            question_id = id_of(row, place)
+            answers_of[question_id] = {"answers": _answers(row, place), "answer_type": row.get("answer_type")}
+            id_at[str(row.get("image_id")), str(row.get("question")).lower()] = question_id
         for number, (row, place) in enumerate(read):
-            if (question_id := id_of(row, place)) not in answers_of:
+            question_id = id_of(row, place)
+            if question_id not in answers_of:  # LLaVA's of TextVQA; OCR tokens are on the second line
+                question_id = id_at.get((question_id, str(row.get("text")).partition("\n")[0].lower()), question_id)
+            if question_id not in answers_of:
                 raise ValueError(f"{place} has the question_id {question_id}, which {annotations} does not have.")
-            read[number] = ({**answers_of[question_id], **row}, place)
+            read[number] = ({**answers_of[question_id], **row, "question_id": question_id}, place)
     return [_row(row, place) for row, place in read]
 
 
@@ -131,6 +139,12 @@ def _rows(path: str | os.PathLike, what: str, image_name: str | None) -> list[tu
         # VizWiz: an image has one question, which has no id.
         rows.append(({"question_id": row["image"], **row} if "image" in row else row, place))
     return rows
+
+
+def instruction_for(questions: list[dict]) -> str:
+    """What LLaVA-1.5 is asked after such questions; answers of the type "unanswerable" are VizWiz's."""
+    may_be_unanswerable = any(question["category"] == "unanswerable" for question in questions)
+    return f"{UNANSWERABLE}\n{INSTRUCTION}" if may_be_unanswerable else INSTRUCTION
 
 
 def make_benchmark(
@@ -204,4 +218,4 @@ def _answers(row: dict, place: str) -> list[str]:
     return answers
 
 
-__all__ = ["INSTRUCTION", "make_benchmark", "normalise", "read_questions", "score", "soft_accuracy"]
+__all__ = ["INSTRUCTION", "instruction_for", "make_benchmark", "normalise", "read_questions", "score", "soft_accuracy"]

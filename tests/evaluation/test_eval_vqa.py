@@ -10,6 +10,7 @@ from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.vqa import (
     INSTRUCTION,
+    instruction_for,
     make_benchmark,
     normalise,
     read_questions,
@@ -135,6 +136,36 @@ def test_official_files_of_other_data_sets_are_read(tmp_path, content, expected)
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = read_questions(tmp_path / "q.jsonl", tmp_path / "q.json")
     assert read == [{**expected, "image": "own.jpg", "text": "Own?"}] * 2
+
+
+def test_llava_questions_of_textvqa_find_their_answers_by_image_and_question(tmp_path):
+    """In eval.zip's `llava_textvqa_val_v051_ocr.jsonl` the image's id is the question's, twice where it has two questions."""
+    official = [
+        {"question": question, "image_id": "0f", "question_id": number, "answers": [answer] * 10}
+        for number, question, answer in ((34602, "what is it?", "phone"), (34603, "which brand?", "nokia"))
+    ]
+    (tmp_path / "val.json").write_text(json.dumps({"data": official}))
+    text = f"Which brand?\nReference OCR token: NOKIA, 7\n{INSTRUCTION}"
+    rows = [{"question_id": "0f", "image": "0f.jpg", "text": each} for each in (text, f"What is it?\n{INSTRUCTION}")]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = read_questions(tmp_path / "q.jsonl", tmp_path / "val.json")
+    assert [(row["id"], row["answers"][0]) for row in read] == [("34603", "nokia"), ("34602", "phone")]
+    assert make_benchmark(read, "").samples[0]["messages"][0]["content"][1]["text"] == text
+    (tmp_path / "q.jsonl").write_text(json.dumps({**rows[0], "text": "Which colour?"}))
+    with pytest.raises(ValueError, match="question 1, has the question_id 0f, which .*val.json does not have"):
+        read_questions(tmp_path / "q.jsonl", tmp_path / "val.json")
+
+
+def test_questions_that_may_be_unanswerable_are_asked_as_llava_asks_them():
+    """The text of eval.zip's `vizwiz/llava_test.jsonl`."""
+    row = {"id": "1", "image": "v.jpg", "text": "What is this?", "answers": ["tea"] * 10, "category": "other"}
+    vizwiz = [row, {**row, "id": "2", "answers": ["unanswerable"] * 10, "category": "unanswerable"}]
+    asked = make_benchmark(vizwiz, "", instruction=instruction_for(vizwiz)).samples[0]["messages"][0]["content"][1]
+    assert asked["text"] == (
+        "What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
+        "Answer the question using a single word or phrase."
+    )
+    assert instruction_for([row]) == INSTRUCTION
 
 
 def test_files_of_no_known_form_are_refused_in_one_short_line(tmp_path):
