@@ -57,8 +57,8 @@ class Benchmark:
 
 def question_sample(sample_id: str, image: str, text: str, instruction: str | None = None) -> dict:
     """A question about one image as [`LlavaPredictor.answer_many`] takes it; an instruction stands on a line of its own, once:
-    published files of questions have it in them."""
-    if instruction:
+    published files of questions have it in them, and are asked to the letter."""
+    if instruction and not text.endswith(f"\n{instruction}"):
         text = re.sub(rf"\s*{re.escape(instruction.rstrip('.'))}\.?\s*\Z", "", text, flags=re.IGNORECASE)
         text = text if instruction.lower() in text.lower() else f"{text}\n{instruction}"
     content = [{"type": "image"}, {"type": "text", "text": text}]

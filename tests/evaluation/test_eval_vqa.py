@@ -185,6 +185,15 @@ def test_an_instruction_stands_in_a_question_once(after):
     assert sample["messages"][0]["content"][1]["text"] == f"What?\n{INSTRUCTION}"
 
 
+def test_published_questions_are_asked_to_the_letter():
+    """115 of the 5,000 of TextVQA in eval.zip have no OCR token, and a blank at the end of that line."""
+    text = f"What?\nReference OCR token: \n{INSTRUCTION}"
+    (sample,) = make_benchmark(
+        [{"id": "1", "image": "a", "text": text, "answers": ["x"], "category": None}], ""
+    ).samples
+    assert sample["messages"][0]["content"][1]["text"] == text
+
+
 def test_files_of_windows_editors_are_read(tmp_path):
     """With a byte order mark and CR LF."""
     row = {"question_id": 1, "image": "a.png", "question": "What?", "answer": "cat"}
