@@ -170,11 +170,11 @@ def make_model(case: str, side: str):
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not is_stock:
         from modeling_llava.kernels.cpu_linear import use_onednn
-        from modeling_llava.kernels.efficient_layers import make_lean
+        from modeling_llava.kernels.efficient_layers import make_efficient
         from modeling_llava.kernels.packed_attention import use_varlen_attention
 
         use_varlen_attention(core)
-        make_lean(core.model.language_model)
+        make_efficient(core.model.language_model)
         use_onednn(model)
     return model.train()
 

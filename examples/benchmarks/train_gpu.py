@@ -95,7 +95,7 @@ def make_model(config, side: str, adapter: str, rank: int, device: str):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     import modeling_llava
-    from modeling_llava.kernels.efficient_layers import make_lean
+    from modeling_llava.kernels.efficient_layers import make_efficient
     from modeling_llava.kernels.packed_attention import packs_leak, use_varlen_attention
 
     one_layer = copy.deepcopy(config)
@@ -134,7 +134,7 @@ def make_model(config, side: str, adapter: str, rank: int, device: str):
         use_varlen_attention(model)
         if packs_leak(language_model) > 0.1:
             raise SystemExit("Samples of a pack see each other in this language model.")
-        make_lean(language_model)
+        make_efficient(language_model)
     return peft_model.train()
 
 

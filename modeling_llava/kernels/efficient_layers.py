@@ -204,7 +204,7 @@ class EfficientLora(Kernel):
 # Choosing
 
 
-def make_lean(language_model: nn.Module) -> dict[str, int]:
+def make_efficient(language_model: nn.Module) -> dict[str, int]:
     """
     Exchange the parts of a language model, in place, where a probe forward shows that ours compute the same.
 
@@ -348,4 +348,4 @@ def _recording(config, recorded: dict):
 
 _RECORDING = "llava_recording"
 
-__all__ = ["make_lean"]
+__all__ = ["make_efficient"]

@@ -16,7 +16,7 @@ from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampling import GroupedSampler
 from ..kernels.cpu_linear import use_onednn
-from ..kernels.efficient_layers import make_lean
+from ..kernels.efficient_layers import make_efficient
 from ..modeling_llava import LlavaForConditionalGeneration
 from . import distributed as sharding
 from .arguments import LlavaTrainingArguments
@@ -85,7 +85,7 @@ class LlavaTrainer(CheckpointingTrainer):
         model = prepare_model(model, args)
         resolve_packing(core_model(model), args, has_own_collator=data_collator is not None)
         if args.lean and not args.torch_compile:
-            logger.info("Lean layers: %s.", make_lean(core_model(model).model.language_model))
+            logger.info("Lean layers: %s.", make_efficient(core_model(model).model.language_model))
             if args.device.type == "cpu":
                 logger.info("Linear layers computed by oneDNN: %d.", use_onednn(model))
         if data_collator is None and processing_class is not None:

@@ -9,7 +9,7 @@ from tiny import tiny_text_config
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_llava.kernels.efficient_layers import make_lean
+from modeling_llava.kernels.efficient_layers import make_efficient
 from modeling_llava.kernels.packed_attention import VARLEN
 
 
@@ -68,7 +68,7 @@ def assert_same_step(lean, stock, tolerance=1e-5):
 def test_logits_and_gradients_are_the_stock_ones(family, checkpointing):
     stock = language_model(family)
     lean = copy.deepcopy(stock)
-    counts = make_lean(lean.base_model)
+    counts = make_efficient(lean.base_model)
     assert (counts["norms"], counts["mlps"], counts["attentions"]) == FAMILIES[family]
     if checkpointing:
         lean.gradient_checkpointing_enable()
@@ -82,7 +82,7 @@ def test_the_sliding_window_of_each_layer_stays(family):
         window |= {"use_sliding_window": True, "max_window_layers": 1}
     stock = language_model(family, **window)
     lean = copy.deepcopy(stock)
-    assert make_lean(lean.base_model)["attentions"] == 2
+    assert make_efficient(lean.base_model)["attentions"] == 2
     assert_same_step(lean, stock)
     free = language_model(family)
     assert not torch.allclose(step(free)[0], step(lean)[0], atol=1e-3)  # the window matters for these lengths
@@ -91,7 +91,7 @@ def test_the_sliding_window_of_each_layer_stays(family):
 def test_attention_biases_and_fewer_heads_stay():
     stock = language_model("llama", attention_bias=True, mlp_bias=True, num_key_value_heads=1)
     lean = copy.deepcopy(stock)
-    make_lean(lean.base_model)
+    make_efficient(lean.base_model)
     assert_same_step(lean, stock)
 
 
@@ -108,7 +108,7 @@ def with_low_rank_matrices(dropout=0.0, dtype=torch.float32):
 def test_low_rank_matrices_give_the_same(dropout):
     stock = with_low_rank_matrices(dropout)
     lean = copy.deepcopy(stock)
-    counts = make_lean(lean.get_base_model().base_model)
+    counts = make_efficient(lean.get_base_model().base_model)
     assert counts["loras"] == 14 and counts["mlps"] == counts["attentions"] == 2
     results = []
     for model in (lean, stock):
@@ -126,7 +126,7 @@ def test_low_rank_matrices_beside_16_bit_weights_are_as_exact_as_pefts():
     for is_lean in (False, True):
         model = with_low_rank_matrices(dtype=torch.bfloat16)
         if is_lean:
-            make_lean(model.get_base_model().base_model)
+            make_efficient(model.get_base_model().base_model)
         with torch.autocast("cpu", torch.bfloat16):
             grads = step(model)[1]
         assert grads.keys() == exact.keys() and all(grad.dtype == torch.float32 for grad in grads.values())
@@ -138,7 +138,7 @@ def test_switched_off_or_merged_low_rank_matrices_are_left_to_peft():
     model = get_peft_model(
         language_model(), LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False)
     ).eval()
-    make_lean(model.get_base_model().base_model)
+    make_efficient(model.get_base_model().base_model)
     plain = language_model().eval()
     with torch.no_grad():
         with model.disable_adapter():
@@ -152,7 +152,7 @@ def test_dora_is_left_as_it_is():
     config = LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False, use_dora=True)
     model = get_peft_model(language_model(), config)
     stock = copy.deepcopy(model)
-    assert make_lean(model.get_base_model().base_model)["loras"] == 0
+    assert make_efficient(model.get_base_model().base_model)["loras"] == 0
     assert_same_step(model, stock)
 
 
@@ -176,7 +176,7 @@ def test_four_bit_layers_give_the_same(tmp_path):
             torch.manual_seed(0)
             lora = LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False)
             models.append(get_peft_model(model, lora).train())
-    counts = make_lean(models[0].get_base_model().base_model)
+    counts = make_efficient(models[0].get_base_model().base_model)
     assert counts["loras"] == 14 and counts["mlps"] == 2
     assert_same_step(*models, tolerance=1e-4)
 
@@ -184,7 +184,7 @@ def test_four_bit_layers_give_the_same(tmp_path):
 def test_generation_with_a_cache_is_the_stock_one():
     stock = language_model().eval()
     lean = copy.deepcopy(stock)
-    make_lean(lean.base_model)
+    make_efficient(lean.base_model)
     ids = inputs()["input_ids"][:, :9]
     answers = [
         m.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0) for m in (lean, stock)
@@ -210,7 +210,7 @@ def kept_bytes(model):
 def test_less_is_kept():
     stock = language_model()
     lean = copy.deepcopy(stock)
-    make_lean(lean.base_model)
+    make_efficient(lean.base_model)
     # By hand, floats per position and layer, h = 64, i = 96: of its two norms and half of the last one stock keeps the
     # normalised states too (2.5 h), of the MLP silu(gate) and the product (2 i). The product is not given back to this
     # test's hooks where the MLP's own hooks replace it.
