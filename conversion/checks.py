@@ -323,7 +323,7 @@ def check_original(
     tower = None if has_tower else (hf.config.vision_config, hf.tensors)
     original = read_original(folder, config=config, tower=tower)
     report.add("keys", "ok", f"{len(original.tensors)} tensors, as the original names them")
-    inputs = _check_processor(report, hf.config, LlavaProcessor.from_pretrained(hf.folder))
+    inputs = _check_processor(report, hf.config, hf.processor)
     if inputs is not None:
         tensors = {entry.hf: cast(tensor, dtype) for entry, tensor in hf.tensors.items()}
         before = hf_logits(hf.config.to_dict(), tensors, inputs, hf.config.projector_num_layers <= 2)

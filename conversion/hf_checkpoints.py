@@ -1,5 +1,6 @@
 """Reading HF LLaVA folders for the ways out: what they hold, under the names of the key table."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
 
 from modeling_llava.configuration_llava import LlavaConfig
-from modeling_llava.io.checkpoints import PROJECTOR_CONFIG_NAME, require_llava
+from modeling_llava.io.checkpoints import PROJECTOR_CONFIG_NAME, load_processor, require_llava
 from modeling_llava.io.load_errors import what_is_broken
+from modeling_llava.processing_llava import LlavaProcessor
 
 from .folders import check_has_tokenizer, local_folder, read_config
 from .keymaps import Entry, Sizes, canonical_hf_key, drop_derived, key_table, match_keys, rename_all
@@ -51,6 +53,11 @@ class HfCheckpoint:
     def record(self) -> dict:
         """What the conversion from the original noted; `{}` for a checkpoint that was never in that form."""
         return getattr(self.config, RECORD, None) or {}
+
+    @functools.cached_property
+    def processor(self) -> LlavaProcessor:
+        """Its processor; what older ones lack (`patch_size`) is the configuration's."""
+        return load_processor(self.folder)
 
 
 def read_hf(source: str | Path) -> HfCheckpoint:

@@ -73,7 +73,7 @@ def convert_hf_to_gguf(
     hf = read_hf(source)
     layers = feature_layers(hf)
     _check_is_known_to_llama_cpp(hf)
-    processor = LlavaProcessor.from_pretrained(hf.folder)
+    processor = hf.processor
     files = {
         f"model-{dtype}.gguf": (language_metadata(hf, processor, dtype), language_tensors(hf, dtype)),
         f"mmproj-{dtype}.gguf": (

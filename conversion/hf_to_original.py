@@ -7,9 +7,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling_llava.image_processing_llava import LlavaImageProcessor
-from modeling_llava.processing_llava import LlavaProcessor
-
 from .checks import check_original
 from .folders import HUB_NAME, TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
@@ -18,7 +15,7 @@ from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, che
 from .originals import FEATURE_STRATEGIES, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
 from .vocabularies import CHAT_TEMPLATE, has_sentencepiece, sentencepiece_model
-from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors, write_text
 
 
 ARCHITECTURES = {
@@ -210,11 +207,10 @@ def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     _set(result, "mm_vision_tower", tower["name"])
     if tower["trained"]:
         result["unfreeze_mm_vision_tower"] = True
-    processor = LlavaProcessor.from_pretrained(hf.folder)
-    pads = bool(getattr(processor.image_processor, "do_pad", False))
+    pads = bool(getattr(hf.processor.image_processor, "do_pad", False))
     if pads != (result.get("image_aspect_ratio") == "pad"):
         result["image_aspect_ratio"] = "pad" if pads else "square"
-    template = processor.chat_template or ""
+    template = hf.processor.chat_template or ""
     has_marks = all(mark in template for mark in IMAGE_MARKS)
     _set(result, "mm_use_im_start_end", has_marks, default=False if recorded else None)
     if not recorded:
@@ -274,8 +270,8 @@ def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, 
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not keeps_files and (hf.folder / CHAT_TEMPLATE).is_file():  # the original knows its own; the way back reads it
-        shutil.copyfile(hf.folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    if not keeps_files and (template := hf.processor.chat_template):  # the original knows its own; the way back reads it
+        write_text(folder / CHAT_TEMPLATE, template)
 
 
 def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
@@ -331,8 +327,7 @@ def _write_tower(hf: HfCheckpoint, tensors: dict[str, LazyTensor], folder: Outpu
         write_safetensors(place / "model.safetensors", tensors, folder.progress.update)
     config = hf.config.vision_config.to_dict()
     write_json(place / "config.json", {**config, "architectures": ["CLIPVisionModel"]})
-    processor: LlavaImageProcessor = LlavaProcessor.from_pretrained(hf.folder).image_processor
-    fields = {key: value for key, value in processor.to_dict().items() if key in IMAGE_FIELDS}
+    fields = {key: value for key, value in hf.processor.image_processor.to_dict().items() if key in IMAGE_FIELDS}
     write_json(place / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **fields})
 
 

@@ -30,25 +30,7 @@ def test_a_converted_original_ends_its_answers_in_stock_transformers(original, t
         assert stop in (ends if isinstance(ends, list) else [ends])
 
 
-TEMPLATE_LOST = (
-    "issue D: a template in chat_template.json does not go to the original's folder, so Vicuna's comes back"
-)
-NO_PATCH_SIZE = "issue D: conversion does not complete a processor without patch_size from its model's configuration"
-
-
-def not_yet(name, reason):
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        not_yet("llava-hf", TEMPLATE_LOST),
-        "llava-hf-resaved",
-        not_yet("bakllava", TEMPLATE_LOST),
-        not_yet("llava-hf-2024", NO_PATCH_SIZE),
-    ],
-)
+@pytest.mark.parametrize("form", ["llava-hf", "llava-hf-resaved", "bakllava", "llava-hf-2024"])
 def test_a_published_checkpoint_goes_to_the_original_and_comes_back(form, tmp_path):
     source = build(form)
     convert_hf_to_original(source, tmp_path / "original")
