@@ -92,7 +92,7 @@ def load_from_arguments(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> int:
     from ..inference.chat import Chat
     from ..inference.decoding_settings import DecodingSettings
-    from ..inference.pictures import read_picture
+    from ..inference.image_references import read_picture
     from ..inference.predictor import LlavaPredictor
     from .chat_terminal import Terminal
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..inference.chat import Chat, Conversation, save_transcript
-from ..inference.pictures import Picture, are_pictures, read_picture, split_references
+from ..inference.image_references import Picture, are_pictures, read_picture, split_references
 
 
 HISTORY = "~/.llava_history"

@@ -11,7 +11,7 @@ from tiny_predictor import assistant_turn, generated, picture, user_turn
 
 from modeling_llava.data import load_conversations
 from modeling_llava.inference.chat import Chat, save_transcript
-from modeling_llava.inference.pictures import Picture, are_pictures, read_picture, split_references
+from modeling_llava.inference.image_references import Picture, are_pictures, read_picture, split_references
 from modeling_llava.inference.predictor import LlavaPredictor
 
 

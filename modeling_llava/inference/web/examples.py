@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..pictures import SUFFIXES, read_picture
+from ..image_references import SUFFIXES, read_picture
 
 
 QUESTION = "What is shown in this picture?"

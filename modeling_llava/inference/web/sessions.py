@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from ...data.images import load_image
 from ...data.schema import BadSampleError
 from ..chat import Chat, Conversation
-from ..pictures import Picture
+from ..image_references import Picture
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
