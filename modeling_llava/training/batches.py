@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
-from ..data.sampling import GroupedSampler
+from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..data.schema import NOTHING, TOO_LONG, BadSampleError, summarize_drops
 from ..data.sources import ConversationStream
 from .arguments import LlavaTrainingArguments
-from .mixture import TypeMixtureSampler
 
 
 logger = logging.getLogger(__name__)

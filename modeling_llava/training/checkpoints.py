@@ -15,6 +15,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..compat import set_last_learning_rate
 from ..data.schema import summarize_drops
 from ..io.checkpoints import (
     PROJECTOR_CONFIG_NAME,
@@ -27,10 +28,9 @@ from ..text.stops import add_generation_stop, note_generation_stop
 from . import distributed as sharding
 from .adapters import finish_adapter_folder
 from .arguments import LlavaTrainingArguments
-from .output_folder import disk_errors_explained, find_resumable_checkpoint
-from .preparation import core_model, is_peft
-from .progress import SpeedCallback
-from .run_record import write_run_record
+from .callbacks import SpeedCallback
+from .resume import disk_errors_explained, find_resumable_checkpoint, write_run_record
+from .setup import core_model, is_peft
 
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ class CheckpointingTrainer(Trainer):
             group.update(ours)
             if rate != loaded and loaded and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
                 group["lr"] *= rate / loaded
-                scheduler.base_lrs[number], scheduler._last_lr[number] = rate, group["lr"]
+                scheduler.base_lrs[number] = rate
+                set_last_learning_rate(scheduler, number, group["lr"])
 
     def _load_best_model(self) -> None:
         if sharding.is_sharded_checkpoint(self.state.best_model_checkpoint):

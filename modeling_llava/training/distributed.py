@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.trainer import FSDP_MODEL_NAME
 
+from ..compat import let_cpu_shard
 from ..io.checkpoints import component_of
 from .arguments import LlavaTrainingArguments
 
@@ -32,8 +33,7 @@ def allow_on_cpu(args: LlavaTrainingArguments) -> None:
     """Let `accelerate` shard among processes without an accelerator too; it would leave FSDP out without a word."""
     is_asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
-        # The devices themselves are known by then: this is read only to decide whether FSDP may be used.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        let_cpu_shard()
 
 
 def configure(accelerator: Accelerator, model: nn.Module, args: LlavaTrainingArguments) -> None:

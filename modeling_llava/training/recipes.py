@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..io.atomic import write_atomic
+
 
 if TYPE_CHECKING:
     from .arguments import LlavaTrainingArguments
@@ -81,18 +83,7 @@ def write_recipe(settings: dict[str, Any], path: str | os.PathLike, header: str 
     """Write a flat recipe; the file is complete or not there."""
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
-    write_whole(path, text.encode())
-
-
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file that is complete or not there: beside its place, then moved. A full disk leaves nothing behind."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomic(path, text)
 
 
 def check_key(key: str, source: str) -> None:
@@ -290,4 +281,4 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-__all__ = ["parse_recipe", "preset_names", "read_recipe", "write_recipe", "write_whole"]
+__all__ = ["parse_recipe", "preset_names", "read_recipe", "write_recipe"]

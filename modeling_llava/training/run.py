@@ -11,15 +11,22 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from ..io.atomic import write_atomic
 from ..text.stops import missing_stop
 from .arguments import LlavaTrainingArguments
 from .callbacks import LossCurveCallback, PreviewCallback
-from .loading import base_and_adapter, load_datasets, load_model_and_processor
-from .output_folder import disk_errors_explained, only_run_in
-from .preparation import core_model
-from .recipes import parse_recipe, write_whole
-from .resuming import check_sharding, check_trained_parts, checkpoint_to_resume, is_finished, report_changes
-from .run_record import record_data
+from .recipes import parse_recipe
+from .resume import (
+    check_sharding,
+    check_trained_parts,
+    checkpoint_to_resume,
+    disk_errors_explained,
+    is_finished,
+    only_run_in,
+    record_data,
+    report_changes,
+)
+from .setup import base_and_adapter, core_model, load_datasets, load_model_and_processor
 from .stages import cast_weights
 from .trainer import LlavaTrainer
 
@@ -158,7 +165,7 @@ def _save_metrics(trainer: LlavaTrainer, split: str, metrics: dict[str, float]) 
     except (OSError, ValueError):
         earlier = {}
     for name, content in ((f"{split}_results.json", metrics), ("all_results.json", {**earlier, **metrics})):
-        write_whole(folder / name, (json.dumps(content, indent=4, sort_keys=True) + "\n").encode())
+        write_atomic(folder / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 def save_result(trainer: LlavaTrainer) -> None:

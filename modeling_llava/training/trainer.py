@@ -14,18 +14,16 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
-from ..data.sampling import GroupedSampler
+from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..kernels.cpu_linear import use_onednn
 from ..kernels.efficient_layers import make_efficient
 from ..modeling_llava import LlavaForConditionalGeneration
 from . import distributed as sharding
 from .arguments import LlavaTrainingArguments
 from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
+from .callbacks import NoiseBySample, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
-from .mixture import TypeMixtureSampler
-from .noise import NoiseBySample
-from .preparation import core_model, prepare_model, resolve_packing
-from .progress import SpeedCallback
+from .setup import core_model, prepare_model, resolve_packing
 from .stages import optimizer_groups
 
 

@@ -12,7 +12,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from modeling_llava.data import encode_conversation
 from modeling_llava.inference import LlavaPredictor
 from modeling_llava.training import LlavaTrainingArguments, train
-from modeling_llava.training.loading import load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 
 NOT_YET = {"xtuner-llama3": "issue D: a llava checkpoint's template for strings is not given the image token"}

@@ -285,8 +285,8 @@ def test_neftune_noise_is_added_in_training_and_gone_after(base, tmp_path):
 
 
 def test_training_goes_on_from_an_adapter(settings, tmp_path):
-    from modeling_llava.training.loading import load_model_and_processor
     from modeling_llava.training.run import train as run
+    from modeling_llava.training.setup import load_model_and_processor
 
     first = run({**settings, "adapter": "lora"})
     further = {**settings, "model": str(first.output_dir), "output_dir": str(tmp_path / "second"), "adapter": "lora"}

@@ -90,7 +90,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
 ):
     monkeypatch.setattr(output_folder, "WAIT_FOR_WORKERS", 0.3)
     hold = (
-        "import sys, time; from modeling_llava.training.output_folder import only_run_in\n"
+        "import sys, time; from modeling_llava.training.resume import only_run_in\n"
         "with only_run_in(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, settings["output_dir"]], stdout=subprocess.PIPE) as first:

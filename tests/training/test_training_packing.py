@@ -18,9 +18,14 @@ from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.kernels.packed_attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.loading import load_datasets, load_model_and_processor
-from modeling_llava.training.noise import NoiseBySample
-from modeling_llava.training.preparation import core_model, prepare_model, resolve_packing
+from modeling_llava.training.callbacks import NoiseBySample
+from modeling_llava.training.setup import (
+    core_model,
+    load_datasets,
+    load_model_and_processor,
+    prepare_model,
+    resolve_packing,
+)
 
 
 @pytest.fixture
@@ -222,7 +227,7 @@ def test_a_language_model_in_which_samples_see_each_other_is_found_out(settings,
     model.set_attn_implementation({"text_config": leaky})
     assert packs_leak(language_model) > 0.1
     assert language_model.training
-    monkeypatch.setattr("modeling_llava.training.preparation.use_varlen_attention", lambda model: None)
+    monkeypatch.setattr("modeling_llava.training.setup.use_varlen_attention", lambda model: None)
     args.packing = "batch"
     with pytest.raises(ValueError, match="samples of a pack see each other in LlamaModel"):
         resolve_packing(model, args)

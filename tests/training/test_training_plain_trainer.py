@@ -9,7 +9,7 @@ from transformers.utils.logging import warning_once
 
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.training import LlavaTrainingArguments, train
-from modeling_llava.training.loading import load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 
 @pytest.fixture

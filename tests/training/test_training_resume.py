@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.loading import load_datasets, load_model_and_processor
-from modeling_llava.training.output_folder import (
+from modeling_llava.training.resume import (
     checkpoint_folders,
     disk_errors_explained,
     find_resumable_checkpoint,
     why_incomplete,
 )
+from modeling_llava.training.setup import load_datasets, load_model_and_processor
 
 
 # Runs every scenario in a process of its own, forked from one that has imported everything already.

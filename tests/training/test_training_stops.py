@@ -12,8 +12,8 @@ from transformers import AutoProcessor, GenerationConfig
 from modeling_llava.text.chat_templates import load_chat_template
 from modeling_llava.text.stops import answer_stop
 from modeling_llava.training import LlavaTrainingArguments, train
-from modeling_llava.training.loading import load_model_and_processor
 from modeling_llava.training.merge import merge_adapter
+from modeling_llava.training.setup import load_model_and_processor
 
 
 def processor_of_run(settings, form, **changes):

@@ -14,7 +14,7 @@ from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
 from modeling_llava.training.batches import EndlessStream, EvenStream
-from modeling_llava.training.loading import load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 
 def rows(number, first=0):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.training import train
-from modeling_llava.training.output_folder import find_resumable_checkpoint
+from modeling_llava.training.resume import find_resumable_checkpoint
 
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ EVALUATE = """
 import json, sys
 from modeling_llava.data import load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
-from modeling_llava.training.loading import load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 settings = json.loads(sys.argv[1])
 args = LlavaTrainingArguments(**settings)

@@ -5,7 +5,7 @@ import torch
 from transformers.trainer_callback import TrainerState
 
 from modeling_llava.training import train
-from modeling_llava.training.progress import SpeedCallback
+from modeling_llava.training.callbacks import SpeedCallback
 
 
 SPEED = {"samples_per_second", "supervised_tokens_per_second", "utilization", "memory_gib", "minutes_left"}
@@ -23,7 +23,7 @@ def step(callback, state, *batches):
 def clock(monkeypatch):
     """Each look at the clock comes one second after the last."""
     seconds = iter(range(1000))
-    monkeypatch.setattr("modeling_llava.training.progress.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr("modeling_llava.training.callbacks.time.perf_counter", lambda: float(next(seconds)))
 
 
 def test_rates_are_counted_by_hand(clock):

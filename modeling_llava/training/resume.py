@@ -1,26 +1,44 @@
-"""The output folder of a run: one run at a time, which of its checkpoints is complete, what a full disk means."""
+"""The output folder of a run: one run at a time, what is recorded there, and from which checkpoint a run resumes."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..io.atomic import sha256_of, write_atomic
 from ..io.locks import lock
+from .arguments import LlavaTrainingArguments
+from .distributed import is_sharded_checkpoint
+from .recipes import write_recipe
+
+
+if TYPE_CHECKING:
+    from .trainer import LlavaTrainer
 
 
 logger = logging.getLogger(__name__)
+
+RECIPE_NAME = "recipe.yaml"
+RUN_RECORD_NAME = "run.json"
+
+_RECORDED_PACKAGES = ("modeling-llava", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
 
 WAIT_FOR_WORKERS = 15.0
 """Seconds that a new run waits for the old one's folder: workers of a killed process notice it after five."""
@@ -199,10 +217,173 @@ def _is_whole_safetensors(file: Path) -> bool:
     return size == 8 + header_size + max(ends, default=0)
 
 
+def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
+    if args.resume == "auto":
+        return find_resumable_checkpoint(args.output_dir)
+    if args.resume == "never":
+        left = checkpoint_folders(args.output_dir)
+        if left:
+            raise ValueError(
+                f"resume=never, but {args.output_dir} holds {left[0].name} of an earlier run, which a later resume "
+                "would take for this run's. Choose another output_dir, or delete it."
+            )
+        return None
+    checkpoint = Path(args.resume)
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"resume={args.resume}: there is no such checkpoint (or say auto or never).")
+    reason = why_incomplete(checkpoint)
+    if reason is not None:
+        raise ValueError(f"resume={args.resume}: the checkpoint is not complete ({reason}). Choose an earlier one.")
+    return checkpoint
+
+
+def is_finished(trainer: "LlavaTrainer", checkpoint: Path) -> bool:
+    """
+    Whether a checkpoint is a run's last: all steps done, or stopped early.
+
+    `Trainer` itself looks only after a step, so that a finished run that is started again would train one step more.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+    max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    if state["global_step"] >= max_steps:
+        return True
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def check_sharding(trainer: "LlavaTrainer", checkpoint: Path) -> None:
+    """Raise ValueError unless a checkpoint is of this run's kind; the number of processes does not matter."""
+    is_sharded = is_sharded_checkpoint(checkpoint)
+    if trainer.is_deepspeed_enabled or is_sharded == trainer.saves_shards:
+        return
+    was, now = ("in shards, by FSDP2", "is not sharded") if is_sharded else ("in one piece", "is sharded by FSDP2")
+    raise ValueError(
+        f"{checkpoint} was written {was}, and this run {now}: its optimizer's state cannot be read. Launch it as it was "
+        "launched before (the number of processes may be another; FSDP2 takes one too), or choose another output_dir."
+    )
+
+
+TRAINED_PARTS = ("stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_vision_tower")
+"""Settings that decide which weights there are to train: a checkpoint written with others holds no state for them."""
+
+
+def check_trained_parts(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Raise ValueError where the weights of a checkpoint cannot be those of this run, before a model is loaded."""
+    before, now = _recipe_of(checkpoint), args.to_recipe()
+    changed = [
+        f"{name} {before[name]!r} → {now.get(name)!r}"
+        for name in TRAINED_PARTS
+        if name in before and before[name] != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} cannot be gone on from: this run trains other weights ({'; '.join(changed)}). Give the settings "
+            "back, or choose another output_dir."
+        )
+
+
+def _recipe_of(checkpoint: Path) -> dict:
+    # not `read_recipe`: a setting that another version of this package had is no reason not to go on
+    file = checkpoint / RECIPE_NAME
+    return (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
+
+
+def report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Say which settings differ from those with which the checkpoint was written."""
+    before, now = _recipe_of(checkpoint), args.to_recipe()
+    if args.process_index != 0 or not before:
+        return
+    changed = [
+        f"{name} {before.get(name)!r} → {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in ("resume", "output_dir")
+    ]
+    if changed:
+        logger.warning("Going on from %s with other settings: %s.", checkpoint, "; ".join(changed))
+
+
+def write_run_record(
+    folder: str | os.PathLike, args: LlavaTrainingArguments, data_record: dict[str, Any] | None = None
+) -> None:
+    """
+    Write `recipe.yaml` (every setting, resolved) and `run.json` (versions, machine, hash of the data).
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where the weights lie.
+        args ([`LlavaTrainingArguments`]):
+            The settings of the run.
+        data_record (`dict`, *optional*):
+            See [`record_data`].
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(args.to_recipe(), folder / RECIPE_NAME, "The resolved recipe of this run: llava train recipe.yaml")
+    record = {
+        "versions": installed_versions(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "devices": args.world_size * max(args.n_gpu, 1),
+        "data": data_record or {},
+    }
+    write_atomic(folder / RUN_RECORD_NAME, json.dumps(record, indent=2) + "\n")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages on which the numbers of a run depend."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
+    """
+    What the data was: each source with the SHA-256 of its file, and the number of samples.
+
+    A folder is hashed by the names and sizes of its files. Data on the Hub has no hash here.
+    """
+    if isinstance(sources, str):
+        sources = [sources]
+    elif isinstance(sources, dict):
+        sources = list(sources.values())
+    record: dict[str, Any] = {"sources": [{"name": str(s), "sha256": _hash(str(s))} for s in sources or []]}
+    if getattr(dataset, "dropped", None):
+        record["dropped"] = dict(dataset.dropped)
+    if hasattr(dataset, "__len__"):
+        record["num_samples"] = len(dataset)
+    return record
+
+
+def _hash(source: str) -> str | None:
+    path = Path(source)
+    if path.is_file():
+        return sha256_of(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        listing = "\n".join(f"{p.relative_to(path)} {p.stat().st_size}" for p in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    return None
+
+
 __all__ = [
+    "RECIPE_NAME",
+    "RUN_RECORD_NAME",
+    "TRAINED_PARTS",
+    "check_sharding",
+    "check_trained_parts",
     "checkpoint_folders",
+    "checkpoint_to_resume",
     "disk_errors_explained",
     "find_resumable_checkpoint",
+    "installed_versions",
+    "is_finished",
     "only_run_in",
+    "record_data",
+    "report_changes",
     "why_incomplete",
+    "write_run_record",
 ]
