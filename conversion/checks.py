@@ -54,10 +54,8 @@ class CheckReport:
     What a check found.
 
     Args:
-        folder (`Path`):
-            What was checked.
-        items (`list[CheckItem]`):
-            In the order of the checks.
+        folder (`Path`): What was checked.
+        items (`list[CheckItem]`): In the order of the checks.
     """
 
     folder: Path
@@ -96,8 +94,7 @@ def check_stock_ready(
     Check that stock transformers can run a HF LLaVA folder, and that it computes what the original did.
 
     Args:
-        folder (`str` or `Path`):
-            The HF folder.
+        folder (`str` or `Path`): The HF folder.
         reference (`str`, `Path` or [`Original`], *optional*):
             The original from which it was made; its logits must be the same.
         base (`str` or `Path`, *optional*), vision_tower (`str` or `Path`, *optional*):
@@ -281,14 +278,11 @@ def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bo
     Logits of the last positions, `[1, positions, vocabulary]`, by the stock class (ours where stock has no form).
 
     Args:
-        fields (`dict`):
-            The configuration.
-        tensors (`dict[str, LazyTensor]`):
-            Under HF's names.
+        fields (`dict`): The configuration.
+        tensors (`dict[str, LazyTensor]`): Under HF's names.
         inputs:
             `input_ids [1, S]`, `pixel_values [1, 3, H, W]`.
-        is_stock (`bool`, *optional*, defaults to `True`):
-            Use stock transformers' class.
+        is_stock (`bool`, *optional*, defaults to `True`): Use stock transformers' class.
     """
     model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
     config = config_class.from_dict(fields)
@@ -307,17 +301,13 @@ def check_original(
     Check that an original folder which was made from a HF one is read as an original, with equal logits.
 
     Args:
-        folder (`Path`):
-            The original folder.
-        hf ([`HfCheckpoint`]):
-            What it was made from.
-        config (`dict`):
-            The original folder's configuration.
+        folder (`Path`): The original folder.
+        hf ([`HfCheckpoint`]): What it was made from.
+        config (`dict`): The original folder's configuration.
         has_tower (`bool`):
             The folder holds its tower. Otherwise the tower is only named and may not be on this machine: HF's stands
             for it.
-        dtype (`torch.dtype`, *optional*):
-            To which the weights were rounded.
+        dtype (`torch.dtype`, *optional*): To which the weights were rounded.
     """
     report = CheckReport(folder)
     tower = None if has_tower else (hf.config.vision_config, hf.tensors)
@@ -355,14 +345,11 @@ def original_logits(original: Original, inputs, image_token_id: int, dtype: torc
     embeddings, language model. It uses the original's configuration, names and weights only.
 
     Args:
-        original ([`Original`]):
-            The whole original model.
+        original ([`Original`]): The whole original model.
         inputs:
             `input_ids [1, S]` with `image_token_id` at the image's positions, `pixel_values [1, 3, H, W]`.
-        image_token_id (`int`):
-            Marks the image's positions; the original has no such token.
-        dtype (`torch.dtype`, *optional*):
-            To which the weights are rounded first.
+        image_token_id (`int`): Marks the image's positions; the original has no such token.
+        dtype (`torch.dtype`, *optional*): To which the weights are rounded first.
     """
     read = {entry.original: cast(tensor, dtype) for entry, tensor in original.tensors.items()}
     prefix = "model.vision_tower.vision_tower.vision_model."

@@ -31,16 +31,11 @@ class HfCheckpoint:
     A HF LLaVA folder with a CLIP tower and a LLaMA or Mistral language model.
 
     Args:
-        folder (`Path`):
-            Where it lies.
-        config ([`LlavaConfig`]):
-            Its configuration; `projector_num_layers` is what the weights show.
-        sizes ([`Sizes`]):
-            Of its parts.
-        tensors (`dict[Entry, LazyTensor]`):
-            All of its tensors, the identity of a one-layer projector included.
-        files (`list[Path]`):
-            The files of its weights, and `config.json`.
+        folder (`Path`): Where it lies.
+        config ([`LlavaConfig`]): Its configuration; `projector_num_layers` is what the weights show.
+        sizes ([`Sizes`]): Of its parts.
+        tensors (`dict[Entry, LazyTensor]`): All of its tensors, the identity of a one-layer projector included.
+        files (`list[Path]`): The files of its weights, and `config.json`.
     """
 
     folder: Path

@@ -46,10 +46,8 @@ def convert_hf_to_gguf(
     Convert a HF LLaVA folder to the two files that llama.cpp reads.
 
     Args:
-        source (`str` or `Path`):
-            HF folder or Hub name.
-        output (`str` or `Path`):
-            Folder for `model-TYPE.gguf` and `mmproj-TYPE.gguf`.
+        source (`str` or `Path`): HF folder or Hub name.
+        output (`str` or `Path`): Folder for `model-TYPE.gguf` and `mmproj-TYPE.gguf`.
         dtype (`str`, *optional*, defaults to `"f16"`):
             `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` (8 bits, in blocks of 32 values). Vectors and the table of positions
             are always float32.
@@ -58,8 +56,7 @@ def convert_hf_to_gguf(
             but hand the one of the top left patch over last instead of first, and see the padding's colour in it.
         check (`bool`, *optional*, defaults to `True`):
             Read the files back and compare every tensor with what was to be written.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the folder `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
 
     Raises:
         ImportError: the `gguf` package is not installed.

@@ -49,20 +49,15 @@ def convert_hf_to_original(
     a name gets a folder of its own in `output`.
 
     Args:
-        source (`str` or `Path`):
-            HF folder or Hub name.
-        output (`str` or `Path`):
-            Folder to write.
+        source (`str` or `Path`): HF folder or Hub name.
+        output (`str` or `Path`): Folder to write.
         vision_tower (`str`, *optional*):
             Name of the tower for `mm_vision_tower`, of which the checkpoint's tower is an unchanged copy.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`):
-            Of one safetensors file.
-        dtype (`str` or `torch.dtype`, *optional*):
-            Of the weights. By default every tensor keeps its own.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Of one safetensors file.
+        dtype (`str` or `torch.dtype`, *optional*): Of the weights. By default every tensor keeps its own.
         check (`bool`, *optional*, defaults to `True`):
             Read the result as an original and compare the logits of one image.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the folder `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
 
     Raises:
         ValueError: the original has no form for it (several feature layers, a projector with another activation), or

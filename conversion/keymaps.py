@@ -36,18 +36,13 @@ class Sizes:
     Args:
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary (`int`):
             Of the language model (LLaMA or Mistral); `vocabulary` in rows of the embedding.
-        tied (`bool`):
-            The head is the embedding and is not saved.
-        attention_bias, mlp_bias (`bool`):
-            Of the language model's linear layers.
+        tied (`bool`): The head is the embedding and is not saved.
+        attention_bias, mlp_bias (`bool`): Of the language model's linear layers.
         vision_layers, vision_hidden, vision_intermediate, image_size, patch_size, channels (`int`):
             Of the CLIP tower; sizes in pixels.
-        feature_layers (`int`):
-            Number of tower layers whose features are concatenated.
-        projector_layers (`int`):
-            Linear layers of the projector.
-        projector_bias (`bool`):
-            Of the projector's layers.
+        feature_layers (`int`): Number of tower layers whose features are concatenated.
+        projector_layers (`int`): Linear layers of the projector.
+        projector_bias (`bool`): Of the projector's layers.
         projector_numbered (`bool`):
             The original's single layer stands in an `nn.Sequential` (`mlp1x_gelu`) and is called `mm_projector.0`.
     """
@@ -104,12 +99,10 @@ class Entry:
     One tensor: its shape and its names. `None` as a name: this form does not hold it.
 
     Args:
-        part (`str`):
-            `"language"`, `"vision"` or `"projector"`.
+        part (`str`): `"language"`, `"vision"` or `"projector"`.
         original, hf, gguf (`str`, *optional*):
             Names in the original's checkpoint, in the HF checkpoint, in llama.cpp's files.
-        shape (`tuple[int, ...]`):
-            As in PyTorch.
+        shape (`tuple[int, ...]`): As in PyTorch.
     """
 
     part: Literal["language", "vision", "projector"]
@@ -127,8 +120,7 @@ def key_table(sizes: Sizes, tower: str = "inside") -> list[Entry]:
     Every tensor of a LLaVA of these sizes.
 
     Args:
-        sizes ([`Sizes`]):
-            Of its three parts.
+        sizes ([`Sizes`]): Of its three parts.
         tower (`str`, *optional*, defaults to `"inside"`):
             How the original's side names the tower: a key of [`TOWER_PREFIXES`].
     """
@@ -316,16 +308,11 @@ def match_keys(
     Each entry of the table with its tensor.
 
     Args:
-        entries (`list[Entry]`):
-            What must be there. Entries without a name in `column` are passed over.
-        column (`str`):
-            Which form `tensors` are in.
-        tensors (`Mapping[str, LazyTensor]`):
-            What is there.
-        source (`str`):
-            For the error: what was read.
-        hint (`str`, *optional*):
-            For the error: the likely cause and the mend.
+        entries (`list[Entry]`): What must be there. Entries without a name in `column` are passed over.
+        column (`str`): Which form `tensors` are in.
+        tensors (`Mapping[str, LazyTensor]`): What is there.
+        source (`str`): For the error: what was read.
+        hint (`str`, *optional*): For the error: the likely cause and the mend.
 
     Raises:
         ValueError: a tensor that the table does not have, one that is missing, one of another shape, or one that is

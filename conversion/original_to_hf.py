@@ -65,12 +65,9 @@ class Conversion:
     What a conversion did.
 
     Args:
-        output (`Path`):
-            The folder that was written.
-        notes (`list[str]`):
-            What the user should know about it, one sentence each.
-        check (`CheckReport`, *optional*):
-            What the check at its end found; `None` if it was not asked for.
+        output (`Path`): The folder that was written.
+        notes (`list[str]`): What the user should know about it, one sentence each.
+        check (`CheckReport`, *optional*): What the check at its end found; `None` if it was not asked for.
     """
 
     output: Path
@@ -102,10 +99,8 @@ def convert_original_to_hf(
             Folder or Hub name of a full checkpoint, a delta, a LoRA or a projector, or a `mm_projector.bin`.
         output (`str` or `Path`):
             Folder to write. It appears when it is whole; a conversion that was stopped goes on where it was.
-        base (`str` or `Path`, *optional*):
-            The language model to which a delta, LoRA or projector belongs.
-        vision_tower (`str` or `Path`, *optional*):
-            The CLIP tower; by default the one that the configuration names.
+        base (`str` or `Path`, *optional*): The language model to which a delta, LoRA or projector belongs.
+        vision_tower (`str` or `Path`, *optional*): The CLIP tower; by default the one that the configuration names.
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`):
             Of one safetensors file, in bytes or with a unit.
         dtype (`str` or `torch.dtype`, *optional*):
@@ -115,8 +110,7 @@ def convert_original_to_hf(
             [`find_chat_template`] finds it; `Conversion.notes` says which one it is.
         check (`bool`, *optional*, defaults to `True`):
             Compute logits of one image before and after, and everything else of [`check_stock_ready`].
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the folder `output`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
 
     Returns:
         [`Conversion`].
@@ -193,12 +187,9 @@ def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = 
     The tensors of the HF checkpoint.
 
     Args:
-        original ([`Original`]):
-            The whole original model.
-        num_tokens (`int`):
-            Of the tokenizer, with the image token; the vocabulary gets at least as many rows.
-        dtype (`torch.dtype`, *optional*):
-            Of all; by default every tensor keeps its own.
+        original ([`Original`]): The whole original model.
+        num_tokens (`int`): Of the tokenizer, with the image token; the vocabulary gets at least as many rows.
+        dtype (`torch.dtype`, *optional*): Of all; by default every tensor keeps its own.
 
     Returns:
         `dict[str, LazyTensor]`: HF's name → tensor.

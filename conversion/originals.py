@@ -61,24 +61,18 @@ class Original:
     An original LLaVA, whole: base and parts are put together, nothing is read yet.
 
     Args:
-        kind (`str`):
-            What the folder held: `"full"`, `"delta"`, `"lora"` or `"projector"`.
+        kind (`str`): What the folder held: `"full"`, `"delta"`, `"lora"` or `"projector"`.
         folder, tokenizer_folder, tower_folder (`Path`):
             Where configuration, tokenizer and the tower's `preprocessor_config.json` lie.
-        config (`dict`):
-            The original's `config.json`.
+        config (`dict`): The original's `config.json`.
         text_config, vision_config (`PreTrainedConfig`):
             Of the language model (`vocab_size` is the embedding's rows) and the tower.
         names (`str`):
             All names that the checkpoint has or notes: its folder's, its base's. They tell its version, if anything does.
-        sizes ([`Sizes`]):
-            Of the whole.
-        tensors (`dict[Entry, LazyTensor]`):
-            All of its tensors.
-        tower_inside (`bool`):
-            The checkpoint held the tower's weights (it was trained).
-        files (`list[Path]`):
-            Every file that was read.
+        sizes ([`Sizes`]): Of the whole.
+        tensors (`dict[Entry, LazyTensor]`): All of its tensors.
+        tower_inside (`bool`): The checkpoint held the tower's weights (it was trained).
+        files (`list[Path]`): Every file that was read.
     """
 
     kind: Literal["full", "delta", "lora", "projector"]

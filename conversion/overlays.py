@@ -108,10 +108,8 @@ def fold_lora(
             (biases, modules to save), which replace the base's.
         config (`Mapping`):
             The `adapter_config.json`: `r`, `lora_alpha`, `fan_in_fan_out`, `use_rslora`, `alpha_pattern`.
-        base (`Mapping[str, LazyTensor]`):
-            The original's names → tensors.
-        source (`str`):
-            For errors.
+        base (`Mapping[str, LazyTensor]`): The original's names → tensors.
+        source (`str`): For errors.
 
     Raises:
         ValueError: not a LoRA adapter, or one of a kind that is not a sum (DoRA); a target that the base lacks; shapes

@@ -52,8 +52,7 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
     A model in evaluation mode whose weights are read while it runs.
 
     Args:
-        build (`Callable[[], nn.Module]`):
-            Makes the model; its parameters get no memory.
+        build (`Callable[[], nn.Module]`): Makes the model; its parameters get no memory.
         tensors (`Mapping[str, LazyTensor]`):
             By the names of the model's parameters and persistent buffers; a tied head may be left out.
 
@@ -63,6 +62,8 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
     with init_empty_weights(include_buffers=False):
         model = build()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+
+    saved = set(model.state_dict())
 
     def find(name: str) -> LazyTensor:
         return tensors[tied[name]] if name in tied and name not in tensors else tensors[name]
@@ -83,12 +84,12 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new)
             continue
-        for key in [key for key, value in module._parameters.items() if value is not None]:
+        for key, _ in list(module.named_parameters(recurse=False)):
             value = find(f"{prefix}{key}").tensor().float()
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
-        for key in [key for key in module._buffers if key not in module._non_persistent_buffers_set]:
-            if module._buffers[key] is not None:
-                module._buffers[key] = find(f"{prefix}{key}").tensor().float()
+            module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+        for key, _ in list(module.named_buffers(recurse=False)):
+            if f"{prefix}{key}" in saved:
+                module.register_buffer(key, find(f"{prefix}{key}").tensor().float())
     return model.eval()
 
 

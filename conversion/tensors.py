@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from modeling_llava.compat import checkpoint_offset
 from modeling_llava.io.load_errors import EMPTY_TENSOR, LFS_POINTER, MODEL_FILES
 
 
@@ -59,14 +60,11 @@ class LazyTensor:
     A tensor that is read or computed in pieces of rows (slices of the first dimension).
 
     Args:
-        dtype (`torch.dtype`):
-            Of the elements.
-        shape (`tuple[int, ...]`):
-            Sizes; `()` for a scalar, which counts as one row.
+        dtype (`torch.dtype`): Of the elements.
+        shape (`tuple[int, ...]`): Sizes; `()` for a scalar, which counts as one row.
         read (`Callable[[int, int], torch.Tensor]`):
             Gives the rows `[start, stop)`, of `dtype` and with the trailing sizes of `shape`.
-        origin (`str`):
-            For errors: which tensor of which file.
+        origin (`str`): For errors: which tensor of which file.
         ranges (`Callable[[int], list[FileRange]]`, *optional*):
             Given a number of rows n, the file ranges that hold exactly the first n rows.
     """
@@ -321,7 +319,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
         if value.device.type != "meta" or value.layout != torch.strided:
             tensors[key] = in_memory(value, f"tensor '{key}' of {path}")
             continue
-        offset = value.untyped_storage()._checkpoint_offset + value.storage_offset() * value.dtype.itemsize
+        offset = checkpoint_offset(value) + value.storage_offset() * value.dtype.itemsize
         if offset + value.untyped_storage().nbytes() - value.storage_offset() * value.dtype.itemsize > size:
             raise ValueError(f"{path} is cut short: tensor '{key}' ends beyond its {size} bytes. Copy it again.")
         tensors[key] = _strided(path, offset, value, key)
@@ -332,7 +330,7 @@ def _lies_in_file(value) -> bool:
     """Whether torch told where in the file a tensor's bytes begin (it does so since 2.7, for the zip form)."""
     if not isinstance(value, torch.Tensor):
         return True
-    return getattr(value.untyped_storage(), "_checkpoint_offset", None) is not None
+    return checkpoint_offset(value) is not None
 
 
 def _is_zip(path: Path) -> bool:

@@ -118,12 +118,9 @@ def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> d
     The tokenizer's tables.
 
     Args:
-        folder (`Path`):
-            Of the HF checkpoint, with `tokenizer.model` or `tokenizer.json`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Loaded from it, for the added tokens.
-        rows (`int`):
-            Of the embedding; ids without a token become unused ones.
+        folder (`Path`): Of the HF checkpoint, with `tokenizer.model` or `tokenizer.json`.
+        tokenizer (`PreTrainedTokenizerBase`): Loaded from it, for the added tokens.
+        rows (`int`): Of the embedding; ids without a token become unused ones.
 
     Returns:
         `dict`: `model` (`"llama"` or `"gpt2"`), `pre`, `tokens`, `scores`, `types`, `merges` (`None` where it has none).

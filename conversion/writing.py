@@ -57,10 +57,8 @@ def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str) -> di
     Tensors grouped into files of at most `max_shard_size`, in their order, under the names that transformers expects.
 
     Args:
-        tensors (`dict[str, LazyTensor]`):
-            Key → tensor.
-        max_shard_size (`int` or `str`):
-            In bytes. A tensor beyond it gets a file of its own.
+        tensors (`dict[str, LazyTensor]`): Key → tensor.
+        max_shard_size (`int` or `str`): In bytes. A tensor beyond it gets a file of its own.
 
     Returns:
         `dict[str, dict[str, LazyTensor]]`: file name → its tensors.
@@ -136,12 +134,9 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Calla
     Write a safetensors file, piece by piece.
 
     Args:
-        path (`Path`):
-            It appears under this name only when it is whole and on the disk.
-        tensors (`dict[str, LazyTensor]`):
-            Key → tensor.
-        advance (`Callable[[int], None]`, *optional*):
-            Called with the number of bytes written since the last call.
+        path (`Path`): It appears under this name only when it is whole and on the disk.
+        tensors (`dict[str, LazyTensor]`): Key → tensor.
+        advance (`Callable[[int], None]`, *optional*): Called with the number of bytes written since the last call.
     """
     header, ordered = safetensors_header(tensors)
     with atomic_file(path) as file:
@@ -190,15 +185,12 @@ class OutputFolder:
     The folder that a conversion writes, as a context: built beside its place, put there by `commit`.
 
     Args:
-        output (`str` or `Path`):
-            Where the folder shall be. It must not exist, or be empty, unless `overwrite`.
+        output (`str` or `Path`): Where the folder shall be. It must not exist, or be empty, unless `overwrite`.
         fingerprint (`dict`):
             What the conversion's result depends on (sources, options). Shards of a partial folder are kept only if it
             is the same.
-        total_bytes (`int`):
-            What will be written, for the check of free space and the progress bar.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Replace what is at `output`, once the new folder is whole.
+        total_bytes (`int`): What will be written, for the check of free space and the progress bar.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace what is at `output`, once the new folder is whole.
 
     Raises:
         ValueError: `output` exists; another conversion is writing it; `OUT.partial` is not of a conversion.

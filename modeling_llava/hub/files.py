@@ -109,8 +109,7 @@ def select_files(folder: str | os.PathLike, kind: str) -> tuple[list[Path], list
     Args:
         folder (`str` or `os.PathLike`):
             A model's or a dataset's folder. Checkpoints of a run (`checkpoint-*`) inside it always stay.
-        kind (`str`):
-            `"model"` or `"dataset"`.
+        kind (`str`): `"model"` or `"dataset"`.
 
     Returns:
         `tuple[list[Path], list[Path]]`: paths relative to `folder`, sorted.
@@ -152,8 +151,7 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
     Everything in a folder that must not leave this machine: pickles, secrets, local paths, links to elsewhere.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            What would be sent, file by file.
+        folder (`str` or `os.PathLike`): What would be sent, file by file.
 
     Returns:
         `list[Problem]`: empty if all is well. A secret itself is not repeated in the message.

@@ -45,23 +45,16 @@ def render_model_card(
         folder (`str` or `Path`):
             A full, adapter or projector folder. `config.json` or `adapter_config.json`, and where there are any
             `recipe.yaml`, `run.json`, `trainer_state.json`, `results*.json` and pictures are read.
-        repo (`str`):
-            Name on the Hub, `owner/name`.
-        kind (`str`):
-            `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.io.checkpoints.checkpoint_kind`]).
+        repo (`str`): Name on the Hub, `owner/name`.
+        kind (`str`): `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.io.checkpoints.checkpoint_kind`]).
         base_models (`list[str]`, *optional*):
             Hub names of the models that these weights derive from; by default those that the run or the configuration
             names.
-        datasets (`list[str]`, *optional*):
-            Hub names of the training data; by default those that the run names.
-        license (`str`, *optional*, defaults to `"other"`):
-            The Hub's identifier of the weights' licence.
-        data_license (`str`, *optional*):
-            Licence of the training data, in words.
-        language (`str`, *optional*, defaults to `"en"`):
-            Language of the answers.
-        summary (`str`, *optional*):
-            First paragraph, in place of the one that is written from the facts.
+        datasets (`list[str]`, *optional*): Hub names of the training data; by default those that the run names.
+        license (`str`, *optional*, defaults to `"other"`): The Hub's identifier of the weights' licence.
+        data_license (`str`, *optional*): Licence of the training data, in words.
+        language (`str`, *optional*, defaults to `"en"`): Language of the answers.
+        summary (`str`, *optional*): First paragraph, in place of the one that is written from the facts.
         generate_kwargs (`dict`, *optional*):
             What `generate` has to be given to end an answer ([`modeling_llava.text.stops.needed_by_stock`]).
 

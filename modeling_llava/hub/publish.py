@@ -75,8 +75,7 @@ def gather(
     Args:
         source (`str` or `os.PathLike`):
             A full model, an adapter, a projector, or a data set or a run of the data engine. It is not changed.
-        repo (`str`):
-            Name on the Hub: `owner/name`, or `name` for one's own (the Hub is asked who that is).
+        repo (`str`): Name on the Hub: `owner/name`, or `name` for one's own (the Hub is asked who that is).
         folder (`str` or `os.PathLike`, *optional*):
             Where to gather; by default beside `source`, with `-to-publish` behind its name. An earlier one is replaced.
         results (`list[str]`, *optional*):
@@ -203,19 +202,15 @@ def push(
     The token is that of `hf auth login` or `HF_TOKEN`; it is handed to nobody but `huggingface_hub`.
 
     Args:
-        publication ([`Publication`]):
-            From [`gather`].
+        publication ([`Publication`]): From [`gather`].
         private (`bool`, *optional*, defaults to `False`):
             The repository is private: a new one is made so, one that is there and public is refused.
-        revision (`str`, *optional*):
-            Branch to push to; it is created from `main` if absent.
+        revision (`str`, *optional*): Branch to push to; it is created from `main` if absent.
         tags (`list[str]`, *optional*):
             Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before anything is sent; one
             of the latest commit is left where it is, with an error if this push makes another.
-        message (`str`, *optional*):
-            The commit's first line.
-        endpoint (`str`, *optional*):
-            Another Hub; `HF_ENDPOINT` or the public one by default.
+        message (`str`, *optional*): The commit's first line.
+        endpoint (`str`, *optional*): Another Hub; `HF_ENDPOINT` or the public one by default.
 
     Returns:
         `str`: where it is.

@@ -10,8 +10,7 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
     Load a gathered model with `pipeline("image-text-to-text")` and ask it about a plain picture.
 
     Args:
-        folder (`str` or `os.PathLike`):
-            A full model or an adapter, as it would be sent.
+        folder (`str` or `os.PathLike`): A full model or an adapter, as it would be sent.
         source (`str` or `os.PathLike`, *optional*):
             An adapter's folder as it was trained: its base may lie on this machine only under the name that stands there.
 

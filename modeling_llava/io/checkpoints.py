@@ -58,10 +58,8 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
     What `path` holds, by the names and the contents of its small files.
 
     Args:
-        path (`str` or `os.PathLike`):
-            A folder or a Hub name.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
+        path (`str` or `os.PathLike`): A folder or a Hub name.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
@@ -87,8 +85,7 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
     format and an adapter without weights are refused.
 
     Args:
-        path (`str` or `os.PathLike`):
-            A folder or a Hub name.
+        path (`str` or `os.PathLike`): A folder or a Hub name.
         hub:
             `revision`, `cache_dir`, `token` and what else transformers' `cached_file` takes.
 
@@ -394,14 +391,11 @@ def save_projector(
     Write what a pretrain run trained: the projector and, if it was trained, the vision tower, under stock names.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model; components with a trainable parameter are written whole.
+        model ([`~transformers.PreTrainedModel`]): The model; components with a trainable parameter are written whole.
         folder (`str` or `os.PathLike`):
             Created if absent. `projector.safetensors` and `projector_config.json` are written.
-        state_dict (`dict`, *optional*):
-            The model's, if it had to be gathered from several processes.
-        revision (`str`, *optional*):
-            Branch, tag or commit from which the model was loaded.
+        state_dict (`dict`, *optional*): The model's, if it had to be gathered from several processes.
+        revision (`str`, *optional*): Branch, tag or commit from which the model was loaded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
