@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 
 from modeling_llava.compat import checkpoint_offset
-from modeling_llava.io.load_errors import EMPTY_TENSOR, LFS_POINTER, MODEL_FILES
+from modeling_llava.io.load_errors import (
+    EMPTY_TENSOR,
+    LFS_ERROR,
+    MODEL_FILES,
+    is_lfs_pointer,
+    safetensors_header,
+)
 
 
 PIECE_BYTES = 16 * 2**20
@@ -41,10 +47,6 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-MAX_HEADER_BYTES = 100 * 2**20
-"""A safetensors header beyond this many bytes is refused, as the safetensors library does."""
-
 
 @dataclass(frozen=True)
 class FileRange:
@@ -215,65 +217,22 @@ class Extended(LazyTensor):
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """
-    The tensors of a `.safetensors` file. Only its header is read.
+    The tensors of a `.safetensors` file, in the order of their data. Only its header is read.
 
     Raises:
-        ValueError: the file is cut short or its header is damaged; names the first tensor that is affected.
+        ValueError: the file is damaged or cut off, or a tensor has a dtype that is not supported.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path} is not a whole safetensors file: its header should have {length} bytes, the file has "
-                f"{max(0, size - 8)} after the length. Download or copy it again."
-            )
-        raw = file.read(length)
-    try:
-        entries = _header_entries(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged safetensors header ({error}). Download or copy it again.") from error
-
-    tensors, start, filled = {}, 8 + length, 0
-    for begin, end, key, kind, shape in entries:
-        if kind not in SAFETENSORS_DTYPES:
-            raise ValueError(f"Tensor '{key}' of {path} has dtype {kind}, which is not supported.")
-        dtype = SAFETENSORS_DTYPES[kind]
-        if any(size < 0 for size in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"Tensor '{key}' of {path} takes {end - begin} bytes by its offsets but {list(shape)} of "
-                f"{kind} are {math.prod(shape) * dtype.itemsize} bytes: the header is damaged."
-            )
-        if begin != filled:  # the format allows neither holes nor two tensors in one place
-            raise ValueError(
-                f"Tensor '{key}' of {path} begins at byte {begin} of the data but the tensors before it end at byte "
-                f"{filled}: the header is damaged."
-            )
-        filled = end
-        if start + end > size:
-            raise ValueError(
-                f"{path} is cut short: tensor '{key}' ends at byte {start + end}, the file has {size} bytes. "
-                "Download or copy it again."
-            )
-        tensors[key] = stored(path, start + begin, dtype, shape, key)
-    if start + filled != size:
-        raise ValueError(
-            f"{path} has {size} bytes but its header describes {start + filled}: it is damaged. Download or copy it again."
-        )
-    return tensors
-
-
-def _header_entries(raw: bytes) -> list[tuple[int, int, str, str, tuple[int, ...]]]:
-    """Begin and end (bytes of the data), key, dtype's name and shape of each tensor, in the order of the data."""
-    header = json.loads(raw)
+    header = safetensors_header(path)
     header.pop("__metadata__", None)
-    entries = []
-    for key, entry in header.items():
-        (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
-        if not all(type(number) is int for number in (begin, end, *shape)):
-            raise ValueError(f"tensor '{key}' has offsets {entry['data_offsets']} and shape {entry['shape']}")
-        entries.append((begin, end, key, str(entry["dtype"]), shape))
-    return sorted(entries)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    tensors = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"Tensor '{key}' of {path} has dtype {entry['dtype']}, which is not supported.")
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[key] = stored(path, start + entry["data_offsets"][0], dtype, shape, key)
+    return tensors
 
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
@@ -353,13 +312,9 @@ def _strided(path: Path, offset: int, value: torch.Tensor, key: str) -> LazyTens
 
 
 def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one `.safetensors` or `.bin` file. ValueError for Git LFS's stand-in, and for damaged files."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path} is not the weights but Git LFS's pointer to them. Run `git lfs pull` in its folder, or "
-                "download it with `hf download`."
-            )
+    """The tensors of one `.safetensors` or `.bin` file. ValueError for a Git LFS pointer, and for a damaged file."""
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} {LFS_ERROR}")
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 

@@ -1,15 +1,17 @@
 """
-Hooks by which transformers collects a vision tower's hidden states: put in early, and left out of a pickle.
+Every private or unstable name of another package that is used here, one function each. `tests/test_compat.py` holds a canary
+for each, which fails with one clear line where a new version has changed it.
 
-transformers puts them in during the first call, under a lock that `torch.compile` cannot trace; so ours are there from
-the beginning. They are local functions, which pickle refuses. Leaving them out and putting them in again afterwards
-lets a whole model be pickled: `torch.save(model)`, a process that is spawned, Ray and `joblib`.
+Seen in: torch 2.13 and 2.14, transformers 5.23 and 5.24, accelerate 1.15, datasets 5.2, Python 3.11. What subclasses of `Trainer` and
+`PreTrainedModel` are meant to override stays where it is, and so does `config._attn_implementation`, which model code reads.
 """
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     install_output_capuring_hook,
@@ -17,20 +19,119 @@ from transformers.utils.output_capturing import (
 )
 
 
-_FLAG = "_output_capturing_hooks_installed"
+# ---- torch ----
+
+
+def mkldnn_linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b.t()` by oneDNN. AttributeError or NotImplementedError in a build without it."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def cpu_flash_attention(query, key, value, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal SDPA of `[batch, heads, length, head_dim]` on the CPU: output, and the log-sum-exp that its backward takes."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+
+
+def cpu_flash_attention_backward(grad, query, key, value, output, log_sum, scale=None) -> tuple[torch.Tensor, ...]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, output, log_sum, 0.0, True, scale=scale
+    )
+
+
+def assert_in_graph(condition: torch.Tensor, message: str) -> None:
+    """An assertion that a compiled graph keeps."""
+    torch._assert_async(condition, message)
+
+
+def is_under_functorch() -> bool:
+    """Whether `torch.func` transforms what runs now."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def tensor_version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place."""
+    return tensor._version
+
+
+def forward_hooks(module: nn.Module) -> list:
+    """The hooks that run before and after a module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def checkpoint_offset(tensor: torch.Tensor) -> int | None:
+    """Where in its file the storage of a tensor on the meta device begins, in bytes; `None` if `torch.load` did not say."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def set_last_learning_rate(scheduler: torch.optim.lr_scheduler.LRScheduler, group: int, rate: float) -> None:
+    """What `scheduler.get_last_lr()` says of a group."""
+    scheduler._last_lr[group] = rate
+
+
+# ---- transformers ----
+
+
+def flash_attention_forward(*args, **kwargs) -> torch.Tensor:
+    """transformers' call of flash-attn, of any version."""
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    return _flash_attention_forward(*args, **kwargs)
+
+
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Whether a model takes its attention from `AttentionInterface`."""
+    return model._can_set_attn_implementation()
+
+
+def set_attention(config, name: str) -> None:
+    """Set a configuration's attention without the checks of `set_attn_implementation`."""
+    config._attn_implementation_internal = name
+
+
+def forget_attention(name: str) -> None:
+    """Undo `AttentionInterface.register(name, …)`."""
+    ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+def add_named_token(tokenizer, names: dict[str, str]) -> None:
+    """Let a tokenizer have special tokens by name, such as `tokenizer.image_token`."""
+    tokenizer._set_model_specific_special_tokens(names)
+
+
+def renamed_tokenizer(tokenizer, backend, names: dict[str, str]):
+    """A shallow copy of a tokenizer over another backend, whose special tokens are called otherwise."""
+    twin = type(tokenizer).__new__(type(tokenizer))
+    twin.__dict__.update(tokenizer.__dict__)
+    twin._tokenizer = backend
+    twin._special_tokens_map = {
+        name: names.get(str(token), token) if token is not None else None
+        for name, token in tokenizer._special_tokens_map.items()
+    }
+    twin._extra_special_tokens = [names.get(str(token), token) for token in tokenizer._extra_special_tokens]
+    return twin
 
 
 def install_capturing_hooks(model: PreTrainedModel) -> None:
-    """Hook the vision tower of `model`, once. Unpickling calls no constructor, where transformers notes what every
-    part can collect: that is noted here too."""
+    """
+    Hook the vision tower of `model` for its hidden states, once.
+
+    transformers does it during the first call, under a lock that `torch.compile` cannot trace. Unpickling calls no constructor,
+    where transformers notes what every part can collect: that is noted here too.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
     maybe_install_capturing_hooks(model.vision_tower)
 
 
+_FLAG = "_output_capturing_hooks_installed"
+
+
 def without_capturing_hooks(module: nn.Module) -> nn.Module:
-    """`module` itself if nothing in it is hooked, else a shallow copy, with the same tensors, that is not."""
+    """
+    `module` itself if nothing in it is hooked, else a shallow copy, with the same tensors, that is not: the hooks are local
+    functions, which pickle refuses (`torch.save(model)`, a process that is spawned, Ray, `joblib`).
+    """
     children = {name: child and without_capturing_hooks(child) for name, child in module._modules.items()}
     hooks = OrderedDict((i, hook) for i, hook in module._forward_hooks.items() if not is_capturing(hook))
     unchanged = len(hooks) == len(module._forward_hooks) and _FLAG not in module.__dict__
@@ -43,8 +144,21 @@ def without_capturing_hooks(module: nn.Module) -> nn.Module:
 
 
 def is_capturing(hook) -> bool:
-    """Whether a forward hook is one of these."""
+    """Whether a forward hook is one of transformers' for hidden states."""
     return getattr(hook, "__qualname__", "").startswith(f"{install_output_capuring_hook.__name__}.<locals>")
 
 
-__all__ = ["install_capturing_hooks", "is_capturing", "without_capturing_hooks"]
+# ---- others ----
+
+
+def let_cpu_shard() -> None:
+    """Let accelerate use FSDP among processes on the CPU. The devices are known by then: only FSDP's check reads it."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def dataset_fingerprint(dataset) -> str:
+    """What `datasets` tells one table from another by."""
+    return dataset._fingerprint

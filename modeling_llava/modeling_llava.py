@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .compat import install_capturing_hooks, without_capturing_hooks
+from .compat import assert_in_graph, install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
 from .io.checkpoints import name_stock_class_in_adapters, require_before_loading
@@ -153,7 +153,7 @@ def _is_beginning(cache: Cache | None) -> bool:
 def _check(condition: torch.Tensor, message: str | Callable[[], str]) -> None:
     """Raise a `ValueError` unless `condition` holds. A compiled graph is not broken for it, and has a plainer error."""
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, "Image features and image tokens do not match.")
+        assert_in_graph(condition, "Image features and image tokens do not match.")
     else:
         torch_compilable_check(condition, message)
 
@@ -210,7 +210,7 @@ class LlavaModel(LlavaPreTrainedModel):
         install_capturing_hooks(self)
 
     def __getstate__(self) -> dict:
-        modules = {name: without_capturing_hooks(module) for name, module in self._modules.items()}
+        modules = {name: without_capturing_hooks(module) for name, module in self.named_children()}
         return {**self.__dict__, "_modules": modules}
 
     def __setstate__(self, state: dict) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     "data": BASE,
     "training": BASE | {"data"},
     "inference": BASE | {"data"},
-    "endpoint": set(),
+    "endpoint": {"io"},
     "data_engine": BASE | {"data", "endpoint"},
     "tiny_world": BASE | {"data", "training", "inference", "endpoint", "data_engine", "evaluation"},
     "evaluation": BASE | {"data", "training", "inference", "endpoint", "data_engine"},
@@ -111,6 +111,51 @@ def test_optional_packages_are_imported_where_they_are_used():
         for name, at_top in imported_names(path, relative, top)
         if at_top and name.split(".")[0] in OPTIONAL
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+EXTENSION_INTERFACE = {  # methods and attributes that subclasses of Trainer and PreTrainedModel are meant to override or call
+    "_get_train_sampler", "_get_eval_sampler", "_get_dataloader", "_save", "_save_optimizer_and_scheduler", "_save_rng_state",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model", "_push_from_checkpoint", "_init_weights",
+    "_preprocess", "_expand_inputs_for_generation", "_merge_kwargs", "_get_num_multimodal_tokens", "_no_split_modules",
+    "_tied_weights_keys", "_attn_implementation", "_asdict", "_replace", "_fields",
+}  # fmt: skip
+
+
+def test_private_names_of_other_packages_stand_in_compat():
+    trees = {path: ast.parse(path.read_text("utf-8")) for path, *_ in modules()}
+    ours = {
+        name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        for name in (
+            [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) else
+            [node.attr] if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else
+            [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+        )
+    }  # fmt: skip
+    wrong = []
+    for path, tree in trees.items():
+        if path.name == "compat.py":
+            continue
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and not node.level
+                and not (node.module or "").startswith("modeling_llava")
+            ):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+                names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+            else:
+                continue
+            for name in names:
+                private = isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+                if private and name not in ours | EXTENSION_INTERFACE:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
     assert not wrong, "\n".join(wrong)
 
 

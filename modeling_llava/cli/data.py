@@ -28,6 +28,7 @@ class _LazyParser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=_LazyParser)
+    parser.commands = commands.choices  # for the errors of misspelt words
     for name, summary in SUBCOMMANDS.items():
         child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         child.module = f"modeling_llava.cli.data_{name}"

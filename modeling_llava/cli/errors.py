@@ -63,11 +63,9 @@ def one_line(error: Exception, command: str) -> str | None:
 
 def unknown_words(unknown: list[str], parser: argparse.ArgumentParser, argv: list[str]) -> str:
     """What to tell about words that no option or argument takes: the option that was probably meant."""
-    options: list[str] = []
     for word in argv:  # down to the parser of `llava data check`, say
-        below = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
-        parser = below.get(word, parser)
-    options = [option for action in parser._actions for option in action.option_strings]
+        parser = getattr(parser, "commands", {}).get(word, parser)
+    options = sorted(set(re.findall(r"(?<!\S)--?\w[\w-]*", parser.format_help())))
     word = unknown[0].partition("=")[0]
     if not word.startswith("-"):
         return f"{unknown[0]!r} is one word too many. A path with spaces stands in quotes; {parser.prog} --help says more."

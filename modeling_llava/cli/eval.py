@@ -21,6 +21,7 @@ SUBCOMMANDS: dict[str, str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=_LazyParser)
+    parser.commands = commands.choices  # for the errors of misspelt words
     for name, summary in SUBCOMMANDS.items():
         child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         child.module = _module(name)

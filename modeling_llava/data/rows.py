@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..compat import dataset_fingerprint
 from .schema import BAD_ROW, BadSampleError
 
 
@@ -262,7 +263,7 @@ class ArrowRows:
         self._json_columns = _json_columns(dataset.features)
 
     def identity(self) -> str:
-        return self.dataset._fingerprint
+        return dataset_fingerprint(self.dataset)
 
     def count(self) -> int:
         return len(self.dataset)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ..compat import mkldnn_linear
 from ..constants import ONEDNN_CACHES
 from .exchange import Kernel, can_exchange, exchange
 
@@ -45,7 +46,7 @@ def is_available() -> bool:
 
 
 def _product(a, b):
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return mkldnn_linear(a, b)
 
 
 def serves(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..compat import is_capturing
+from ..compat import forward_hooks, is_capturing
 from .exchange import Kernel, can_exchange, exchange, original_class
 
 
@@ -40,9 +40,8 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
 
 
 def _is_awaited(module: nn.Module) -> bool:
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     parameters = module.parameters(recurse=False)
-    return any(not is_capturing(hook) for hook in hooks) or any(p.requires_grad for p in parameters)
+    return any(not is_capturing(hook) for hook in forward_hooks(module)) or any(p.requires_grad for p in parameters)
 
 
 class SkippedLayer(Kernel):

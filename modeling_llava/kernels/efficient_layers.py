@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat import forget_attention, set_attention
 from ..constants import CACHE
 from .cpu_linear import linear
 from .exchange import Kernel, can_exchange, exchange
@@ -338,12 +339,12 @@ def _recording(config, recorded: dict):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, is_causal=True, **kwargs)
 
     AttentionInterface.register(_RECORDING, record)
-    config._attn_implementation_internal = _RECORDING
+    set_attention(config, _RECORDING)
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_RECORDING, None)
+        set_attention(config, before)
+        forget_attention(_RECORDING)
 
 
 _RECORDING = "llava_recording"

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from ..compat import is_under_functorch
 from ..constants import IGNORE_INDEX
 from . import cpu_linear as onednn
 from .exchange import Kernel, exchanged_class, original_class
@@ -165,7 +166,7 @@ def causal_language_model_loss(
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch_size * sequence_length, hidden_size]
 
     # Choosing rows depends on the data, which would break a compiled graph; torch.func cannot look into our function.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_under_functorch():
         logits = lm_head(hidden_states).float()
         total = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         count = (targets != IGNORE_INDEX).sum()

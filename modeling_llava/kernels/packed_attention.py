@@ -35,6 +35,14 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
+from ..compat import (
+    can_set_attention,
+    cpu_flash_attention,
+    cpu_flash_attention_backward,
+    flash_attention_forward,
+    tensor_version,
+)
+
 
 logger = logging.get_logger(__name__)
 
@@ -252,9 +260,7 @@ def _torch_varlen_attn(query, key, value, cu_seq_lens, max_length, *, dropout, s
 
 
 def _flash_attn(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window, implementation):
-    from transformers.modeling_flash_attention_utils import _flash_attention_forward
-
-    return _flash_attention_forward(
+    return flash_attention_forward(
         query[None],
         key[None],
         value[None],
@@ -308,9 +314,7 @@ class _CpuSegments(torch.autograd.Function):
         log_sums = []
         parts = zip(output.split(lengths), *(states.split(lengths, dim=2) for states in (query, key, value)))
         for out, q, k, v in parts:
-            computed, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, True, scale=scaling
-            )
+            computed, log_sum = cpu_flash_attention(q, k, v, scaling)
             out.copy_(computed[0].transpose(0, 1))
             log_sums.append(log_sum)
         ctx.save_for_backward(query, key, value, output, *log_sums)
@@ -326,9 +330,7 @@ class _CpuSegments(torch.autograd.Function):
         for log_sum, q, k, v, out, grad, *grad_parts in zip(
             log_sums, *(tensor.split(ctx.lengths, dim=2) for tensor in states)
         ):
-            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, log_sum, 0.0, True, scale=ctx.scaling
-            )
+            computed = cpu_flash_attention_backward(grad, q, k, v, out, log_sum, ctx.scaling)
             for part, gradient in zip(grad_parts, computed):
                 part.copy_(gradient)
         return *(grad[0].transpose(0, 1) for grad in grads), None, None
@@ -375,10 +377,10 @@ def _segment_lengths(cu_seq_lens: torch.Tensor) -> list[int]:
     """Lengths of a pack's samples. Asked once per layer with the same tensor: on a GPU only the first one waits."""
     global _last_lengths
     known, version, lengths = _last_lengths
-    if known() is not cu_seq_lens or version != cu_seq_lens._version:
+    if known() is not cu_seq_lens or version != tensor_version(cu_seq_lens):
         ends = cu_seq_lens.tolist()
         lengths = [end - start for start, end in zip(ends, ends[1:])]
-        _last_lengths = (weakref.ref(cu_seq_lens), cu_seq_lens._version, lengths)
+        _last_lengths = (weakref.ref(cu_seq_lens), tensor_version(cu_seq_lens), lengths)
     return lengths
 
 
@@ -397,7 +399,7 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
         ValueError: the language model's attention is written in a way that transformers cannot replace.
     """
     language_model = getattr(model, "model", model).language_model
-    if not language_model._can_set_attn_implementation():
+    if not can_set_attention(language_model):
         raise ValueError(
             f"{type(language_model).__name__} does not use transformers' AttentionInterface: its attention cannot be "
             "replaced, and packed samples would see each other. Do not pack."

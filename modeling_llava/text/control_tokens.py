@@ -17,7 +17,6 @@ text around, gives no assistant mask, and misses a token that arises where two t
 A conversation that holds nothing suspicious, nearly every one, is not marked and takes the tokenizer as it is.
 """
 
-import copy
 import json
 import re
 import weakref
@@ -26,6 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from ..compat import renamed_tokenizer
 from ..constants import IMAGE_TOKEN
 
 
@@ -88,7 +88,7 @@ class ControlTokens:
     def of(cls, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> "ControlTokens":
         """The control tokens of `tokenizer`, computed once, and again when they have changed."""
         cached = _CACHE.get(tokenizer)
-        adds = repr(getattr(getattr(tokenizer, "_tokenizer", None), "post_processor", None))
+        adds = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None))
         state = (len(tokenizer), image_token, tuple(tokenizer.all_special_ids), adds)
         if cached is None or cached[0] != state:
             cached = _CACHE[tokenizer] = (state, cls(tokenizer, image_token))
@@ -244,14 +244,7 @@ def _rename_control_tokens(tokenizer: TokenizersBackend, names: dict[str, str]) 
             for left, right in merges
             if left not in names and right not in names and left + right not in names
         ]
-    twin = copy.copy(tokenizer)
-    twin._tokenizer = Tokenizer.from_str(json.dumps(description))
-    twin._special_tokens_map = {
-        name: names.get(str(token), token) if token is not None else None
-        for name, token in tokenizer._special_tokens_map.items()
-    }
-    twin._extra_special_tokens = [names.get(str(token), token) for token in tokenizer._extra_special_tokens]
-    return twin
+    return renamed_tokenizer(tokenizer, Tokenizer.from_str(json.dumps(description)), names)
 
 
 __all__ = ["ControlTokens", "Marks"]

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.utils import cached_file, logging
 
+from ..compat import add_named_token
 from ..constants import IMAGE_TOKEN
 
 
@@ -129,7 +130,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE
     before = len(tokenizer)
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     if "image_token" not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
-        tokenizer._set_model_specific_special_tokens({"image_token": image_token})
+        add_named_token(tokenizer, {"image_token": image_token})
     tokenizer.image_token = image_token
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})

@@ -1,0 +1,152 @@
+"""A canary for each private name of another package: where a new version changes one, its line here says which."""
+
+import datasets
+import pytest
+import torch
+from accelerate import PartialState
+from tiny import tiny_config
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_llava import LlavaForConditionalGeneration, compat
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(tiny_config()).eval()
+
+
+def test_torch_oneDNN_linear():
+    a, b = torch.randn(3, 4), torch.randn(5, 4)
+    try:
+        product = compat.mkldnn_linear(a, b)
+    except (AttributeError, NotImplementedError):
+        pytest.skip("this PyTorch is built without oneDNN")
+    torch.testing.assert_close(product, a @ b.t())
+
+
+def test_torch_cpu_flash_attention():
+    states = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+    output, log_sum = compat.cpu_flash_attention(*states)
+    expected = scaled_dot_product_attention(*states, is_causal=True)
+    torch.testing.assert_close(output, expected)
+    grad = torch.randn_like(output)
+    with torch.no_grad():
+        grads = compat.cpu_flash_attention_backward(grad, *states, output, log_sum)
+    for ours, wanted in zip(grads, torch.autograd.grad(expected, states, grad)):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_torch_assert_in_graph():
+    compat.assert_in_graph(torch.tensor(True), "holds")
+    with pytest.raises(RuntimeError, match="does not"):
+        compat.assert_in_graph(torch.tensor(False), "does not hold")
+
+
+def test_torch_functorch_is_seen():
+    seen = []
+    torch.func.grad(lambda x: (seen.append(compat.is_under_functorch()), x)[1])(torch.tensor(1.0))
+    assert seen == [True] and not compat.is_under_functorch()
+
+
+def test_torch_tensor_version_counts_writes():
+    tensor = torch.zeros(2)
+    before = compat.tensor_version(tensor)
+    tensor.add_(1)
+    assert compat.tensor_version(tensor) == before + 1
+
+
+def test_torch_forward_hooks():
+    module = nn.Linear(1, 1)
+    module.register_forward_pre_hook(print)
+    module.register_forward_hook(repr)
+    assert compat.forward_hooks(module) == [print, repr]
+
+
+def test_torch_load_says_where_a_storage_begins(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    tensor = torch.load(tmp_path / "a.pt", map_location="meta")["a"]
+    offset = compat.checkpoint_offset(tensor)
+    content = (tmp_path / "a.pt").read_bytes()[offset : offset + 12]
+    assert torch.frombuffer(bytearray(content), dtype=torch.float32).tolist() == [1, 1, 1]
+    assert compat.checkpoint_offset(torch.ones(1)) is None
+
+
+def test_torch_scheduler_says_the_rate_that_was_set():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    compat.set_last_learning_rate(scheduler, 0, 0.25)
+    assert scheduler.get_last_lr() == [0.25]
+
+
+def test_transformers_flash_attention_is_where_it_was():
+    with pytest.raises(
+        (ImportError, TypeError, ValueError)
+    ) as error:  # flash-attn is not installed, or nothing was given
+        compat.flash_attention_forward()
+    assert "cannot import name" not in str(error.value)
+
+
+def test_transformers_can_set_attention(model):
+    assert compat.can_set_attention(model.model.language_model)
+
+
+def test_transformers_attention_is_set_and_forgotten(model):
+    AttentionInterface.register("canary", lambda *args, **kwargs: None)
+    config = model.model.language_model.config
+    before = config._attn_implementation
+    compat.set_attention(config, "canary")
+    assert config._attn_implementation == "canary"
+    compat.set_attention(config, before)
+    compat.forget_attention("canary")
+    assert "canary" not in ALL_ATTENTION_FUNCTIONS and config._attn_implementation == before
+
+
+def test_transformers_tokenizer_gets_a_named_token_and_a_renamed_twin(golden):
+    from modeling_llava.text.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(golden / "tiny_spm.model")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    compat.add_named_token(tokenizer, {"image_token": "<image>"})
+    assert tokenizer.image_token == "<image>"
+    twin = compat.renamed_tokenizer(tokenizer, tokenizer.backend_tokenizer, {"</s>": "\U000f0000"})
+    assert (twin.eos_token, tokenizer.eos_token) == ("\U000f0000", "</s>")
+    assert twin.backend_tokenizer is tokenizer.backend_tokenizer
+
+
+def test_transformers_capturing_hooks_are_installed_once_and_left_out():
+    tower = AutoModel.from_config(tiny_config().vision_config)
+    holder = nn.Module()
+    holder.vision_tower = tower
+    compat.install_capturing_hooks(holder)
+
+    def hooked(module):
+        return sum(compat.is_capturing(hook) for part in module.modules() for hook in compat.forward_hooks(part))
+
+    number = hooked(tower)
+    assert number > 0
+    compat.install_capturing_hooks(holder)
+    assert hooked(tower) == number
+    bare = compat.without_capturing_hooks(tower)
+    assert hooked(bare) == 0 and hooked(tower) == number
+    assert {p.data_ptr() for p in bare.parameters()} == {p.data_ptr() for p in tower.parameters()}
+
+
+def test_accelerate_lets_the_cpu_shard(monkeypatch):
+    from accelerate.utils import DistributedType
+
+    PartialState()
+    before = PartialState().distributed_type
+    try:
+        compat.let_cpu_shard()
+        assert PartialState().distributed_type == DistributedType.MULTI_GPU
+    finally:
+        PartialState().distributed_type = before
+
+
+def test_datasets_tell_tables_apart():
+    tables = [datasets.Dataset.from_dict({"a": [number]}) for number in (1, 2)]
+    assert len({compat.dataset_fingerprint(table) for table in tables}) == 2
