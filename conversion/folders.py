@@ -1,11 +1,10 @@
 """A checkpoint's folder, here or from the Hub, and the small files in it."""
 
-import json
 import os
 import re
 from pathlib import Path
 
-from modeling_llava.io.load_errors import PROJECTOR_FILES
+from modeling_llava.io import load_errors
 
 
 TOKENIZER_FILES = (
@@ -32,7 +31,7 @@ def local_folder(name: str | Path, what: str) -> Path:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
-    if path.is_file() and path.name in PROJECTOR_FILES:
+    if path.is_file() and path.name in load_errors.PROJECTOR_FILES:
         return path.parent
     if path.exists() or not HUB_NAME.fullmatch(str(name)):
         raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
@@ -59,22 +58,17 @@ def read_config(folder: Path) -> dict:
 
 
 def read_json(path: Path, of_what: str) -> dict:
-    """A JSON object. OSError without the file, ValueError if it is none."""
-    if not path.is_file():
+    """A JSON object. OSError without the file, ValueError if it cannot be read as one."""
+    content = load_errors.read_config(path)
+    if content is None:
         there = ", ".join(sorted(file.name for file in path.parent.iterdir())[:8]) or "nothing"
         raise OSError(f"{path.parent} is not {of_what}: it has no {path.name}. It holds: {there}.")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, but an object was expected.")
     return content
 
 
 def check_has_tokenizer(folder: Path) -> None:
     """OSError where there is no tokenizer: of `tokenizer_config.json` alone transformers 5 makes one without words."""
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "vocab.json")):
+    if not load_errors.has_tokenizer(folder):
         raise OSError(
             f"{folder} has no tokenizer (tokenizer.model or tokenizer.json). Copy the language model's tokenizer files there."
         )

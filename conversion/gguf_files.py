@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_llava.io.atomic import atomic_path
+
 from .checks import CheckReport
 from .tensors import FileRange, LazyTensor
 from .writing import as_bytes, copy_range, write_all
@@ -42,25 +44,23 @@ def import_gguf():
 
 def write_gguf(gguf, path: Path, metadata: Callable, tensors: Mapping[str, GgufTensor], advance=int) -> None:
     """Write a GGUF file; it gets its name when it is whole and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer = gguf.GGUFWriter(temporary, "clip" if path.name.startswith("mmproj") else "llama")
-    metadata(gguf, writer)
-    for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
-        writer.add_tensor_info(name, tensor.content.shape, _NO_DTYPE, tensor.nbytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    alignment = writer.data_alignment
-    writer.close()
-    with open(temporary, "r+b", buffering=0) as file:
-        file.seek(0, os.SEEK_END)
-        write_all(file, bytes(-file.tell() % alignment))
-        for tensor in tensors.values():
-            _write_tensor(gguf, tensor, file, advance)
-            write_all(file, bytes(-tensor.nbytes % alignment))
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_path(path, sync=True) as partial:
+        writer = gguf.GGUFWriter(partial, "clip" if path.name.startswith("mmproj") else "llama")
+        metadata(gguf, writer)
+        for name, tensor in tensors.items():
+            kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
+            writer.add_tensor_info(name, tensor.content.shape, _NO_DTYPE, tensor.nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        alignment = writer.data_alignment
+        writer.close()
+        with open(partial, "r+b", buffering=0) as file:
+            file.seek(0, os.SEEK_END)
+            write_all(file, bytes(-file.tell() % alignment))
+            for tensor in tensors.values():
+                _write_tensor(gguf, tensor, file, advance)
+                write_all(file, bytes(-tensor.nbytes % alignment))
 
 
 _NO_DTYPE = None

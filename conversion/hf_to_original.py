@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from modeling_llava.io.atomic import write_atomic
+
 from .checks import check_original
 from .folders import HUB_NAME, TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
@@ -15,7 +17,7 @@ from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, che
 from .originals import FEATURE_STRATEGIES, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
 from .vocabularies import CHAT_TEMPLATE, has_sentencepiece, sentencepiece_model
-from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors, write_text
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
 
 
 ARCHITECTURES = {
@@ -265,8 +267,10 @@ def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, 
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not keeps_files and (template := hf.processor.chat_template):  # the original knows its own; the way back reads it
-        write_text(folder / CHAT_TEMPLATE, template)
+    if not keeps_files and (
+        template := hf.processor.chat_template
+    ):  # the original knows its own; the way back reads it
+        write_atomic(folder / CHAT_TEMPLATE, template)
 
 
 def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from modeling_llava.compat import checkpoint_offset
 from modeling_llava.io.load_errors import (
+    AGAIN,
     EMPTY_TENSOR,
     LFS_ERROR,
     MODEL_FILES,
@@ -47,6 +48,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
 
 @dataclass(frozen=True)
 class FileRange:
@@ -265,8 +267,7 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
             raise
         raise ValueError(
-            f"{path} is damaged or cut short ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-            "Download or copy it again."
+            f"{path} is damaged or cut off ({str(error).splitlines()[0] if str(error) else type(error).__name__}): {AGAIN}."
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, but a dict of tensors was expected.")

@@ -6,7 +6,6 @@ only when its last byte is written, and `config.json`, without which nothing loa
 step of all. A run that was killed leaves `OUT.partial`; the same command again keeps the shards that are complete.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from modeling_llava.io.atomic import atomic_path, write_atomic
 from modeling_llava.io.locks import lock
 
 from .tensors import PIECE_BYTES, SAFETENSORS_DTYPES, FileRange, LazyTensor
@@ -27,6 +27,9 @@ from .tensors import PIECE_BYTES, SAFETENSORS_DTYPES, FileRange, LazyTensor
 DEFAULT_SHARD_SIZE = "2GB"
 JOURNAL = ".conversion.json"
 """File of a partial folder that says which conversion it belongs to."""
+
+UNFINISHED = ".*.[0-9]*"
+"""Names of the files that `atomic_path` had open when a process died."""
 
 PENDING_CONFIG = "config.json.pending"
 """Name of `config.json` until everything else is in its place."""
@@ -139,7 +142,7 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Calla
         advance (`Callable[[int], None]`, *optional*): Called with the number of bytes written since the last call.
     """
     header, ordered = safetensors_header(tensors)
-    with atomic_file(path) as file:
+    with atomic_path(path, sync=True) as partial, open(partial, "wb", buffering=0) as file:
         write_all(file, header)
         for tensor in ordered:
             written = 0
@@ -155,29 +158,14 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Calla
             assert written == tensor.nbytes, f"{tensor} gave {written} of {tensor.nbytes} bytes"
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator:
-    """An unbuffered binary file for writing that takes the name `path` when the block ends well, and is whole then."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=0) as file:
-        yield file
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write failed for want of space. Libraries in Rust raise a bare `Exception` with the number in its text."""
     numbers = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        write_all(file, text.encode("utf-8"))
-
-
 def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", sync=True)
 
 
 class OutputFolder:
@@ -231,7 +219,7 @@ class OutputFolder:
                 if path.name != self._lock_name:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(self.partial / JOURNAL, self.journal)
-        for path in [*self.partial.glob("*.tmp"), self.partial / PENDING_CONFIG]:
+        for path in [*self.partial.rglob(UNFINISHED), self.partial / PENDING_CONFIG]:
             path.unlink(missing_ok=True)
         self.progress = tqdm(total=self.total_bytes, unit="B", unit_scale=True, desc=self.output.name, leave=False)
         return self
@@ -264,7 +252,7 @@ class OutputFolder:
 
     def write_config(self, text: str) -> Path:
         """Write `config.json` under the name that it has until `commit`, and return its place."""
-        write_text(self.partial / PENDING_CONFIG, text)
+        write_atomic(self.partial / PENDING_CONFIG, text, sync=True)
         return self.partial / PENDING_CONFIG
 
     def commit(self) -> None:
@@ -301,8 +289,7 @@ class OutputFolder:
         """What others see in a folder: without the lock, and without a journal that was being written at a kill."""
         if not folder.is_dir():
             return iter(())
-        own = (cls._lock_name, f"{JOURNAL}.tmp", f".{JOURNAL}.tmp")
-        return (path for path in folder.iterdir() if path.name not in own)
+        return (path for path in folder.iterdir() if path.name != cls._lock_name and not path.match(f".{JOURNAL}.*"))
 
     @staticmethod
     def _read_journal(folder: Path) -> dict | None:

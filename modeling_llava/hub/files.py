@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ..io.load_errors import has_tokenizer
+from ..io.load_errors import has_tokenizer, read_config, safetensors_header
 
 
 PUBLISHED = {
@@ -129,21 +127,8 @@ def _matches(file: Path, pattern: str) -> bool:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """
-    The object in a JSON file; `{}` if it is not there.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else; it is named.
-    """
-    try:
-        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}). Mend it, or take it away.") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} cannot be read: it holds a {type(content).__name__}, not {{…}}. Mend it, or take it away."
-        )
-    return content
+    """The object in a JSON file; `{}` if it is not there. ValueError, which names the file, if it cannot be read."""
+    return read_config(file) or {}
 
 
 def find_problems(folder: str | os.PathLike) -> list[Problem]:
@@ -297,13 +282,12 @@ def _problems_in_text(
 
 
 def _problems_in_safetensors(path: Path, name: str) -> list[Problem]:
-    """Whether the file is whole, and what its header says beside the tensors, and their names. No tensor is read."""
+    """Whether the file is whole, and what its header says next to the tensors' names. No tensor is read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = [file.metadata() or {}, *file.keys()]
-    except (SafetensorError, OSError) as error:
-        return [Problem(name, 0, f"is damaged or cut short ({error}); save or copy it again.")]
-    return _problems_in_text(json.dumps(metadata), name, 0)
+        header = safetensors_header(path)
+    except ValueError as error:
+        return [Problem(name, 0, str(error).removeprefix(f"{path} "))]
+    return _problems_in_text(json.dumps([header.pop("__metadata__", {}), *header]), name, 0)
 
 
 def _problems_in_parquet(path: Path, name: str) -> list[Problem]:

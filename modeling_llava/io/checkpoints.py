@@ -31,7 +31,16 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
-from .load_errors import EMPTY_TENSOR, explained, has_tokenizer, other_than_llava, read_config, what_is_broken
+from .load_errors import (
+    EMPTY_TENSOR,
+    explained,
+    has_tokenizer,
+    other_than_llava,
+    read_config,
+    safetensors_header,
+    unreadable,
+    what_is_broken,
+)
 
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
@@ -110,8 +119,9 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
 def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
     """The tensors of an adapter by their names in the file, `base_model.model.….lora_A.weight`."""
     if file := file_of(path, "adapter_model.safetensors", **hub):
-        with explained(path), safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        if reason := unreadable(Path(file)):
+            raise ValueError(reason)
+        return {name: entry["shape"] for name, entry in safetensors_header(file).items() if name != "__metadata__"}
     if file := file_of(path, "adapter_model.bin", **hub):
         with explained(path):
             return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}

@@ -46,8 +46,7 @@ EMPTY_TENSOR = (
     "is empty (no elements): it was saved under DeepSpeed ZeRO-3 without gathering the weights. Save it again with "
     "stage3_gather_16bit_weights_on_model_save, or by zero_to_fp32.py."
 )
-LFS_POINTER = b"version https://git-lfs"
-"""What a file begins with in whose place `git clone` without Git LFS left a pointer."""
+LFS_ERROR = "is Git LFS's pointer to the file, not the file: `git lfs pull`, or `hf download`."
 
 AGAIN = "copy or download it again"
 
@@ -84,12 +83,15 @@ def other_than_llava(
 
 
 def read_config(file: str | os.PathLike | None) -> dict | None:
-    """A small JSON file of a model's folder, `None` without one. ValueError if it cannot be read, or holds no object."""
+    """The object in a JSON file; `None` without the file. ValueError if it cannot be read, or holds something else."""
     if file is None or not os.path.isfile(file):
         return None
-    if reason := _unreadable(Path(file)):
+    reason, content = unreadable(Path(file)), None
+    if reason is None and not isinstance(content := json.loads(Path(file).read_text("utf-8")), dict):
+        reason = f"{file} holds no JSON object: {AGAIN}."
+    if reason is not None:
         raise ValueError(reason)
-    return json.loads(Path(file).read_text("utf-8"))
+    return content
 
 
 def is_original(config: dict) -> bool:
@@ -158,7 +160,7 @@ def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | Non
     for path in (folder / name for name in there):
         is_weights = path.suffix in (".safetensors", ".bin")
         is_read = path.name in JSON_FILES or path.suffix == ".model" or (weights and is_weights)
-        if is_read and path.is_file() and (reason := _unreadable(path)):
+        if is_read and path.is_file() and (reason := unreadable(path)):
             return reason
     config = json.loads((folder / "config.json").read_text("utf-8")) if "config.json" in there else {}
     if weights and (reason := _without_weights(folder, there)):
@@ -178,26 +180,46 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
     )
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a file cannot be read as what its name says."""
+def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
+    """
+    The header of a safetensors file: `{name: {"dtype", "shape", "data_offsets"}}`, and `__metadata__`. No tensor is read.
+
+    Raises:
+        ValueError: the file is damaged or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks the header against itself and against the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}): {AGAIN}.") from error
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether `git clone` without Git LFS left a pointer in the place of a file."""
+    with open(path, "rb") as file:
+        return file.read(23) == b"version https://git-lfs"
+
+
+def unreadable(path: Path) -> str | None:
+    """Why a file cannot be read as what its name says; `None` if it can."""
     if not os.access(path, os.R_OK):
         return f"{path}: this user may not read it."
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return f"{path} is Git LFS's pointer to the file, not the file: `git lfs pull`, or `hf download`."
+    if is_lfs_pointer(path):
+        return f"{path} {LFS_ERROR}"
+    if path.suffix == ".safetensors":
+        try:
+            empty = [name for name, entry in safetensors_header(path).items() if 0 in entry.get("shape", ())]
+        except ValueError as error:
+            return str(error)
+        return f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
     try:
         kinds = dict if path.name.endswith("config.json") else dict | list
         if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), kinds):
             return f"{path} holds no JSON object: {AGAIN}."
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                for key in tensors.keys():
-                    if 0 in tensors.get_slice(key).get_shape():
-                        return f"{path}: {key} {EMPTY_TENSOR}"
     except ValueError as error:
         return f"{path} is not JSON ({error}): {AGAIN}."
-    except (SafetensorError, OSError) as error:
-        return f"{path} is damaged or cut off ({error}): {AGAIN}."
     return None
 
 
@@ -222,9 +244,12 @@ def _missing(folder: Path, names: tuple[str, ...], what: str, whose: str, there:
 __all__ = [
     "explained",
     "has_tokenizer",
+    "is_lfs_pointer",
     "is_original",
     "other_than_llava",
     "read_config",
+    "safetensors_header",
+    "unreadable",
     "unsupported",
     "what_is_broken",
 ]

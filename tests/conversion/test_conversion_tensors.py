@@ -160,11 +160,11 @@ def test_truncated_bin_file_is_one_clear_error(values, tmp_path, kept, size):
         read_torch_file(tmp_path / "a.bin")
 
 
-def test_truncated_safetensors_names_file_and_tensor(values, tmp_path):
+def test_truncated_safetensors_names_the_file(values, tmp_path):
     save_file({"first": torch.zeros(8), "second": torch.zeros(100)}, tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:-40])
-    with pytest.raises(ValueError, match=rf"a\.safetensors is cut short: tensor 'second' ends at byte {len(data)}"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or cut off"):
         read_safetensors(tmp_path / "a.safetensors")
 
 
@@ -183,23 +183,22 @@ def write_header(path, entries, data=b"\0" * 64):
 
 
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    "entry",
     [
-        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "takes 12 bytes by its offsets"),
-        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}, "header is damaged"),
-        ({"dtype": "Q4", "shape": [4], "data_offsets": [0, 2]}, "dtype Q4"),
-        ({"dtype": "F32", "shape": [40], "data_offsets": [0, 160]}, "cut short"),
-        ({"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}, "begins at byte 8 .* end at byte 0"),
-        ({"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}, "damaged safetensors header"),
-        ({"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}, "damaged safetensors header"),
-        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "not supported"),
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]},
+        {"dtype": "Q4", "shape": [4], "data_offsets": [0, 2]},
+        {"dtype": "F32", "shape": [40], "data_offsets": [0, 160]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]},
+        {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]},
+        {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]},
     ],
 )
-def test_safetensors_header_that_lies_is_found(tmp_path, entry, message):
+def test_safetensors_header_that_lies_is_found(tmp_path, entry):
     write_header(tmp_path / "a.safetensors", {"w": entry})
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or cut off"):
         read_safetensors(tmp_path / "a.safetensors")
-    assert "'w'" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_safetensors_that_the_library_would_not_read_are_not_read_here(tmp_path,
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_pointer_of_git_lfs_is_not_taken_for_weights(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 41961648\n")
-    with pytest.raises(ValueError, match=f"{name} is not the weights but Git LFS's pointer.*git lfs pull"):
+    with pytest.raises(ValueError, match=f"{name} is Git LFS's pointer.*git lfs pull"):
         read_checkpoint(tmp_path / name)
 
 

@@ -100,7 +100,7 @@ def test_a_folder_of_the_hubs_cache_is_published_though_its_files_are_links(tmp_
         (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: is missing"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
-        (cut_weights, "model.safetensors: is damaged or cut short"),
+        (cut_weights, "model.safetensors: is damaged or cut off"),
         (name_lost_shard, "model.safetensors.index.json: names model-00002-of-00002.safetensors, which is not there"),
     ],
 )

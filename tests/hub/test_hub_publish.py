@@ -280,8 +280,8 @@ def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, mode
 
     (tmp_path / "cut.json").write_text("{ cut")
     (tmp_path / "list.json").write_text("[1]")
-    assert "cut.json cannot be read" in said(model_folder, "tester/x", "--results", tmp_path / "cut.json")
-    assert "list.json cannot be read" in said(model_folder, "tester/x", "--results", tmp_path / "list.json")
+    assert "cut.json is not JSON" in said(model_folder, "tester/x", "--results", tmp_path / "cut.json")
+    assert "list.json holds no JSON object" in said(model_folder, "tester/x", "--results", tmp_path / "list.json")
     assert "'a/b/c' is not a name on the Hub" in said(model_folder, "a/b/c", "--merge")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
