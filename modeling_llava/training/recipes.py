@@ -1,28 +1,26 @@
 """
 Recipes: flat YAML files whose keys are the fields of [`LlavaTrainingArguments`].
 
-    base: qlora                        # a preset of this package, or the path of another recipe beside this one
+    base: qlora                        # a preset of this package, or the path of another recipe, relative to this one
     model: llava-hf/llava-1.5-7b-hf
     learning_rate: 1e-4                # replaces the base's
 
 Later wins: base, then the recipe, then `key=value` from the command line.
 """
 
-import ast
+import dataclasses
 import difflib
 import functools
-import importlib.util
 import os
+import types
+import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ..io.atomic import write_atomic
-
-
-if TYPE_CHECKING:
-    from .arguments import LlavaTrainingArguments
+from .arguments import LlavaTrainingArguments
 
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -49,8 +47,8 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a preset.
-        ValueError: the file is not a flat mapping, its bases go in a circle, a key is unknown (the nearest name is
-            proposed), or a value is not one of its setting's choices.
+        ValueError: the file is not a flat mapping, a recipe is its own base, a key is unknown, or a value is not one of
+            its setting's choices.
         TypeError: a value has the wrong type.
     """
     path = _find(str(recipe), Path.cwd())
@@ -72,10 +70,8 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
     return settings
 
 
-def parse_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> "LlavaTrainingArguments":
+def parse_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> LlavaTrainingArguments:
     """[`read_recipe`], then [`LlavaTrainingArguments`]."""
-    from .arguments import LlavaTrainingArguments
-
     return LlavaTrainingArguments(**read_recipe(recipe, overrides))
 
 
@@ -88,7 +84,7 @@ def write_recipe(settings: dict[str, Any], path: str | os.PathLike, header: str 
 
 def check_key(key: str, source: str) -> None:
     """Raise ValueError, with the nearest name, unless `key` is a setting."""
-    names = _hints()
+    names = _settings()
     if key in names:
         return
     if key in _OTHER_NAMES:
@@ -98,10 +94,10 @@ def check_key(key: str, source: str) -> None:
     raise ValueError(f"{source}: there is no setting {key!r}.{hint}")
 
 
-_OTHER_NAMES = {  # habits from elsewhere that no likeness of letters would find
+_OTHER_NAMES = {  # of other trainers; too different in spelling for `get_close_matches`
     "lr": "learning_rate", "mm_projector_lr": "projector_learning_rate", "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size, or global_batch_size over all devices",
-    "warmup_ratio": "warmup_steps (below 1 it is a share of all steps)", "model_name_or_path": "model",
+    "warmup_ratio": "warmup_steps (below 1: a fraction of all steps)", "model_name_or_path": "model",
     "model_max_length": "max_length", "data_path": "data", "version": "chat_template", "conv_version": "chat_template",
     "lora_enable": "adapter: lora", "bits": "adapter: qlora", "load_in_4bit": "adapter: qlora", "lora_rank": "lora_r",
     "tune_mm_mlp_adapter": "stage: pretrain", "pretrain_mm_mlp_adapter": "projector",
@@ -111,21 +107,19 @@ _OTHER_NAMES = {  # habits from elsewhere that no likeness of letters would find
 
 def convert_value(key: str, value: Any, source: str) -> Any:
     """
-    Check a value that YAML read against the type of its setting, and undo two habits of YAML 1.1: `2e-5` (no dot) is
-    text there, and `no` is false.
+    Check a value against the type of its setting, and undo two rules of YAML 1.1: `2e-5` (no dot) is text, `no` is false.
 
     Raises:
         TypeError: the value has another type.
         ValueError: the value is not one of the setting's choices.
     """
-    converted = _convert(value, _hints()[key])
-    choices = _choices().get(key)
+    accepted, choices = _accepted_types()[key], _settings()[key].metadata.get("choices")
+    converted = _convert(value, accepted)
     if converted is _WRONG:
-        accepted = _hints()[key]
         names = " or ".join(sorted({"nothing" if t is type(None) else _TYPE_NAMES[t] for t in accepted}))
         listed = f": one of {', '.join(choices)}" if choices else ""
         raise TypeError(f"{source}: {key}={value!r} should be {names}{listed}.")
-    if choices and converted not in choices:
+    if choices and converted not in (None, *choices):
         nearest = difflib.get_close_matches(converted.lower(), choices, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{source}: {key}={value!r} is not one of {', '.join(choices)}.{hint}")
@@ -138,8 +132,7 @@ _WRONG = object()
 def _convert(value: Any, accepted: set[type]) -> Any:
     if value is None and type(None) in accepted:
         return None
-    wants_text = str in accepted
-    if value is False and bool not in accepted and wants_text:
+    if value is False and bool not in accepted and str in accepted:
         return "no"
     if isinstance(value, bool):
         return value if bool in accepted else _WRONG
@@ -154,7 +147,7 @@ def _convert(value: Any, accepted: set[type]) -> Any:
         if int in accepted and value.is_integer():
             return int(value)
     elif isinstance(value, str):
-        if wants_text:
+        if str in accepted:
             return value
         for number in (int, float):
             if number in accepted:
@@ -172,61 +165,30 @@ def _convert(value: Any, accepted: set[type]) -> Any:
 _TYPE_NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"
 }  # fmt: skip
-_TYPES = {kind.__name__: kind for kind in _TYPE_NAMES}
 
 
 @functools.cache
-def _hints() -> dict[str, set[type]]:
-    """Setting → types that it accepts, read from the source: importing PyTorch for it would take `llava estimate` seconds."""
-    hints = {}
-    for name in ("TrainingArguments", "LlavaTrainingArguments"):
-        for node in _fields(name):
-            if not _is_constant(node):
-                hints[node.target.id] = set(_members(node.annotation))
-    hints["fsdp"].add(bool)  # transformers takes true as well, and says so in its help alone
-    return hints
+def _settings() -> dict[str, dataclasses.Field]:
+    return {setting.name: setting for setting in dataclasses.fields(LlavaTrainingArguments) if setting.init}
 
 
 @functools.cache
-def _choices() -> dict[str, tuple[str, ...]]:
-    """Setting → values that it may have, of our own settings."""
-    with_choices = [node for node in _fields("LlavaTrainingArguments") if len(getattr(node.value, "args", ())) > 2]
-    return {node.target.id: ast.literal_eval(node.value.args[2]) for node in with_choices}
+def _accepted_types() -> dict[str, set[type]]:
+    """Setting → types that it accepts."""
+    annotations = typing.get_type_hints(LlavaTrainingArguments)
+    accepted = {name: _members(annotations[name]) for name in _settings()}
+    accepted["fsdp"].add(bool)  # transformers accepts true as well, and says so in its help text only
+    return accepted
 
 
-@functools.cache
-def _fields(name: str) -> list[ast.AnnAssign]:
-    """Annotated names of a class of settings, from its source."""
-    library = importlib.util.find_spec("transformers").origin
-    own = Path(__file__).with_name("arguments.py")
-    source = own if name == "LlavaTrainingArguments" else Path(library).with_name("training_args.py")
-    tree = ast.parse(source.read_text("utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    return [node for node in body if isinstance(node, ast.AnnAssign)]
-
-
-def _is_constant(node: ast.AnnAssign) -> bool:
-    """Whether an annotated name of a dataclass is no setting: a `ClassVar`, or a field that is not given."""
-    options = node.value.keywords if isinstance(node.value, ast.Call) else []
-    is_derived = any(option.arg == "init" and not option.value.value for option in options)
-    return is_derived or "ClassVar" in ast.unparse(node.annotation)
-
-
-def _members(annotation: ast.expr) -> list[type]:
-    if isinstance(annotation, ast.BinOp):  # int | None
-        return _members(annotation.left) + _members(annotation.right)
-    if isinstance(annotation, ast.Subscript):
-        outer = ast.unparse(annotation.value).rpartition(".")[2]
-        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        if outer == "Literal":
-            return [type(value.value) for value in inner]
-        if outer in ("Optional", "Union"):
-            nothing = [type(None)] if outer == "Optional" else []
-            return [member for part in inner for member in _members(part)] + nothing
-        return _members(annotation.value)
-    if isinstance(annotation, ast.Constant):
-        return _members(ast.parse(annotation.value, mode="eval").body) if annotation.value else [type(None)]
-    return [_TYPES.get(ast.unparse(annotation), str)]  # an enumeration is written as text
+def _members(annotation: Any) -> set[type]:
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):  # int | None
+        return {kind for member in members for kind in _members(member)}
+    if origin is typing.Literal:
+        return {type(value) for value in members}
+    kind = origin or annotation
+    return {kind if kind in _TYPE_NAMES or kind is type(None) else str}  # an enumeration is written as text
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -239,20 +201,18 @@ def _find(name: str, folder: Path) -> Path:
     nearest = difflib.get_close_matches(name, preset_names(), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise FileNotFoundError(
-        f"There is no recipe {str(path)!r}, and no preset of that name (there are {', '.join(preset_names())}).{hint}"
+        f"{path} does not exist, and there is no preset {name!r}. Presets: {', '.join(preset_names())}.{hint}"
     )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may stand once; the last one would win in silence."""
+    """YAML in which a key may occur only once; by default the last one silently wins."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice!r} stands there twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -260,7 +220,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         chain = " → ".join(str(p) for p in (*seen, path))
-        raise ValueError(f"The bases of a recipe go in a circle: {chain}.")
+        raise ValueError(f"A recipe is its own base: {chain}.")
     try:
         settings = yaml.load(path.read_text("utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -268,7 +228,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, not settings of the form `key: value`.")
+        raise ValueError(f"{path} holds a {type(settings).__name__}, not a mapping of `key: value`.")
     base = settings.pop("base", None)
     inherited = {} if base is None else _read_with_bases(_find(str(base), path.parent), (*seen, path))
     for key, value in settings.items():

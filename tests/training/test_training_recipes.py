@@ -1,4 +1,4 @@
-"""Recipes: bases, overrides, the two habits of YAML 1.1, and errors that propose the nearest name."""
+"""Recipes: bases, overrides, two rules of YAML 1.1, and errors that suggest the nearest name."""
 
 import dataclasses
 import re
@@ -20,10 +20,10 @@ def recipe(tmp_path):
     return write
 
 
-def test_numbers_without_a_dot_are_numbers_though_yaml_reads_text(recipe, tmp_path):
+def test_numbers_without_a_dot_are_numbers(recipe, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("learning_rate: 2e-5\nmax_steps: 3\nweight_decay: 0\n")
-    assert yaml.safe_load(path.read_text())["learning_rate"] == "2e-5"  # the habit that is undone
+    assert yaml.safe_load(path.read_text())["learning_rate"] == "2e-5"  # YAML 1.1
     assert read_recipe(path, ["adam_epsilon=1e-6"]) == {
         "learning_rate": 2e-5,
         "max_steps": 3,
@@ -32,7 +32,7 @@ def test_numbers_without_a_dot_are_numbers_though_yaml_reads_text(recipe, tmp_pa
     }
 
 
-def test_no_is_text_where_text_is_wanted(tmp_path):
+def test_no_is_text_where_text_is_expected(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("eval_strategy: no\nsave_strategy: no\nbf16: no\n")
     assert read_recipe(path) == {"eval_strategy": "no", "save_strategy": "no", "bf16": False}
@@ -51,9 +51,9 @@ def test_a_base_may_be_a_preset_of_the_package(recipe):
     assert {"pretrain", "finetune", "lora", "qlora"} <= set(preset_names())
 
 
-def test_bases_in_a_circle_are_an_error(recipe):
+def test_circular_bases_are_an_error(recipe):
     recipe("a.yaml", base="b.yaml")
-    with pytest.raises(ValueError, match="circle"):
+    with pytest.raises(ValueError, match="its own base"):
         read_recipe(recipe("b.yaml", base="a.yaml"))
 
 
@@ -112,14 +112,20 @@ def test_typed_mistakes_are_errors_of_one_line(recipe, tmp_path):
         ("learnig_rate: 1e-4", "Did you mean 'learning_rate'"),
         ("adapter: LoRA", "adapter='LoRA' is not one of none, lora, qlora. Did you mean 'lora'"),
         ("packing: padded", "packing='padded' is not one of auto, none, batch, full"),
-        ("lora_r: 4\nlora_r: 8", "the key 'lora_r' stands there twice"),
+        ("lora_r: 4\nlora_r: 8", "the key 'lora_r' occurs twice"),
     ],
 )
-def test_a_mistake_is_found_without_importing_torch_and_says_what_was_meant(tmp_path, line, message):
-    """By `read_recipe` already, on which `llava estimate` stands as well."""
+def test_a_mistake_in_a_recipe_says_what_was_meant(tmp_path, line, message):
     (tmp_path / "recipe.yaml").write_text(line)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_choice_of_transformers_may_be_left_empty(recipe):
+    """`null` is the default of these; their choices stand in the field's metadata, as those of our settings do."""
+    assert read_recipe(recipe(), ["ddp_backend=null"]) == {"ddp_backend": None}
+    with pytest.raises(ValueError, match="Did you mean 'nccl'"):
+        read_recipe(recipe(), ["ddp_backend=ncl"])
 
 
 def test_fsdp_can_be_switched_on_in_a_recipe(recipe):
