@@ -70,12 +70,11 @@ def describe_output(output) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
 
     from ..data_engine.generate import check_images
     from ..data_engine.output import write_output
     from ..data_engine.report import read_drop_list
-    from ..data_engine.run import open_run, write_atomically
+    from ..data_engine.run import open_run, write_json
     from ..endpoint import Ledger
 
     folder = open_run(args.folder)
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if args.drop:
             kept = folder.path / "drop.json"
             names = read_drop_list(args.drop) | (read_drop_list(kept) if kept.exists() else frozenset())
-            write_atomically(kept, json.dumps({"run": folder.id, "drop": sorted(names)}, indent=1))
+            write_json(kept, {"run": folder.id, "drop": sorted(names)})
         output = write_output(folder, ledger, images=images, settings=output_settings(args, folder.path))
     if not output.samples:
         print(f"{folder.path} holds no accepted reply yet")

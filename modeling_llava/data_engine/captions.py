@@ -2,22 +2,23 @@
 
 import itertools
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..constants import IMAGE_TOKEN
-from .coco import coco_item, coco_name, one_line, stray_annotation, writable
+from ..data.json_rows import JsonRows
+from ..io.atomic import atomic_path
+from .coco import coco_item, coco_name, is_coco, items_of, one_line, stray_annotation, writable
 from .concepts import ConceptSettings, Phrases, count_phrases, make_chooser
-from .json_stream import first_character, is_lines, iterate_json, iterate_lines
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts
 from .prompts import BRIEF_QUESTIONS, DETAILED_QUESTIONS, draw, load_questions
-from .run import write_atomically
+from .run import write_json
 
 
 STYLES = ("brief", "detailed", "plain")
@@ -51,15 +52,12 @@ def read_captions(path: str | Path) -> Iterator[CaptionRow]:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    if is_lines(path):
-        rows = ((f"{path}, line {number}", row) for number, row in iterate_lines(path))
-    elif first_character(path) == "{":
+    if is_coco(path):
         yield from _coco_rows(path)
         return
-    else:
-        rows = ((f"{path}, row {number}", row) for number, (_, row) in enumerate(iterate_json(path)))
-    for where, row in rows:
-        yield _caption_row(row, where)
+    rows = JsonRows(path)
+    for index, row in enumerate(rows):
+        yield _caption_row(row, rows.where(index))
 
 
 def _caption_row(row: Any, where: str) -> CaptionRow:
@@ -80,15 +78,12 @@ def _caption_row(row: Any, where: str) -> CaptionRow:
 
 def _coco_rows(path: Path) -> Iterator[CaptionRow]:
     images = {}
-    for key, item in iterate_json(path):
-        if key == "images":
-            with coco_item(path, key, item):
-                images[item["id"]] = coco_name(item, "file_name")
+    for key, item in items_of(path, "images"):
+        with coco_item(path, key, item):
+            images[item["id"]] = coco_name(item, "file_name")
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions, a JSON array, or one JSON object per line.")
-    for key, item in iterate_json(path):
-        if key != "annotations":
-            continue
+    for key, item in items_of(path, "annotations"):
         with coco_item(path, key, item):
             if "caption" not in item:
                 continue
@@ -282,9 +277,7 @@ def filter_captions(
                 "captions. Lower --least for a small set."
             )
     describe_choice(summary, counts, after, settings)
-    write_atomically(
-        target.with_name(target.stem + ".report.json"), json.dumps(asdict(summary), indent=1, ensure_ascii=False)
-    )
+    write_json(target.with_name(target.stem + ".report.json"), asdict(summary))
     plot_concepts(counts.values(), after.values(), settings.least, target.with_name(target.stem + ".concepts.png"))
     return summary
 
@@ -314,11 +307,7 @@ def _is_writable(text: str) -> bool:
 
 
 class RowWriter:
-    """Writes rows as a JSON array, or as JSONL by the file's name; the file appears when it is whole.
-
-    Args:
-        path: The file.
-    """
+    """Writes rows as a JSON array, or as JSONL by the file's name; the file appears when it is whole."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -327,8 +316,10 @@ class RowWriter:
 
     def __enter__(self) -> "RowWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unnamed = self.path.with_name(self.path.name + ".part")
-        self.file = open(self.unnamed, "w", encoding="utf-8")
+        with ExitStack() as stack:
+            self.file = open(stack.enter_context(atomic_path(self.path, sync=True)), "w", encoding="utf-8")
+            stack.enter_context(self.file)
+            self.stack = stack.pop_all()
         if not self.lines:
             self.file.write("[")
         return self
@@ -344,14 +335,7 @@ class RowWriter:
             self.file.write("\n")
         self.number += 1
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        with self.file:
-            if kind is None:
-                if not self.lines:
-                    self.file.write("\n]\n")
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        if kind is None:
-            os.replace(self.unnamed, self.path)
-        else:
-            self.unnamed.unlink()
+    def __exit__(self, *error: Any) -> None:
+        if not self.lines:
+            self.file.write("\n]\n")
+        self.stack.__exit__(*error)

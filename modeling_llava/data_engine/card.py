@@ -1,6 +1,5 @@
 """The card of a data set: what it is, how it came about, what it cost, what was left out."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -8,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import BATCH_PRICE, REFUSED, Ledger
+from ..io.atomic import write_atomic
 from .contexts import REASONS as CONTEXT_REASONS
 from .noun_phrases import DEFAULT_MODEL, load_spacy
 from .plots import plot_lengths, plot_verbs
 from .replies import LEFT_OUT
-from .run import RunFolder, write_atomically
+from .run import RunFolder, write_json
 from .samples import OutputSettings, OutputSummary, kept_samples
 
 
@@ -68,8 +68,8 @@ def write_card(
     except ImportError as error:
         summary.notes.append(f"The card lacks plots. {error}")
     about = collect_figures(folder, ledger, summary, limit)
-    write_atomically(folder.path / "summary.json", json.dumps(about, indent=1, ensure_ascii=False))
-    write_atomically(target / "README.md", render_card(about, plots, summary.fingerprint))
+    write_json(folder.path / "summary.json", about)
+    write_atomic(target / "README.md", render_card(about, plots, summary.fingerprint))
     summary.files += [target / "README.md", folder.path / "summary.json"]
     return target / "README.md"
 

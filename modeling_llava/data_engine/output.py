@@ -11,11 +11,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
+from ..io.atomic import atomic_path
 from .card import write_card
 from .report import write_report
 from .run import RunFolder
@@ -49,7 +50,13 @@ def write_output(
     settings = settings or OutputSettings()
     summary = OutputSummary()
     names = set()
-    with _replacing(folder.path / "rejected.jsonl") as rejected, _replacing(folder.path / "instruct.json") as data:
+    with ExitStack() as stack:
+        rejected, data = (
+            stack.enter_context(
+                open(stack.enter_context(atomic_path(folder.path / name, sync=True)), "w", encoding="utf-8")
+            )
+            for name in ("rejected.jsonl", "instruct.json")
+        )
         for row in rejected_replies(folder, ledger, limit):
             summary.rejected.setdefault(row["type"], Counter())[row["reason"]] += 1
             rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -173,14 +180,3 @@ def _read_picture(images: Path, name: str) -> bytes | None:
         logger.warning("The datasets folder lacks the picture %s: %s", path, error)
         return None
     return path.read_bytes()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of `path` when it is whole."""
-    unnamed = path.with_name(path.name + ".part")
-    with open(unnamed, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unnamed, path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..io.atomic import atomic_path
 from .concepts import Chooser, ConceptSettings, Phrases, count_phrases, push_smallest, smallest_hashes
 from .noun_phrases import DEFAULT_MODEL, SHARD_CAPTIONS, extract_phrases, load_spacy
 
@@ -185,8 +186,8 @@ class _Extract:
             found = [list(phrases) for phrases in extract_phrases(table["caption"].to_pylist(), self.model)]
             target = os.path.join(self.folder, os.path.basename(path))
             phrases = pa.table({"row": table["row"], "phrases": pa.array(found, pa.list_(pa.string()))})
-            pq.write_table(phrases, f"{target}.{os.getpid()}.part")
-            os.replace(f"{target}.{os.getpid()}.part", target)
+            with atomic_path(target) as partial:
+                pq.write_table(phrases, partial)
         return batch
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
+from ..io.atomic import write_atomic
 from .replies import LEFT_OUT
-from .run import RunFolder, write_atomically
+from .run import RunFolder
 from .samples import OutputSettings, OutputSummary, Sample, find_image, kept_samples
 
 
@@ -69,7 +70,7 @@ def write_report(
     picture = lru_cache(maxsize=1)(thumbnail)  # the samples of an image come one after the other
     cards = [_card(sample, picture(images, sample.context.image)) for sample in all_samples() if sample.id in chosen]
     path = folder.path / "report.html"
-    write_atomically(path, _page(folder, summary, cards))
+    write_atomic(path, _page(folder, summary, cards))
     summary.files.append(path)
     return path
 

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
+from ..io.atomic import atomic_path, write_atomic
 from .contexts import Context, ContextCounts
 from .prompts import FOLDERS, Prompt, hash_prompts
 
@@ -130,7 +130,7 @@ class RunFolder:
             # The name goes into each request's id: a second run with the same prompts asks anew.
             self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
             texts = {kind: dataclasses.asdict(prompt) for kind, prompt in prompts.items()}
-            write_atomically(self.path / "prompts.json", json.dumps(texts, indent=1, ensure_ascii=False))
+            write_json(self.path / "prompts.json", texts)
             self.save()
 
     @property
@@ -149,7 +149,7 @@ class RunFolder:
             return bool(ledger.counts.replies) or any(state.batched for state in ledger.tasks.values())
 
     def save(self) -> None:
-        write_atomically(self.path / "run.json", json.dumps(self.about, indent=1, ensure_ascii=False))
+        write_json(self.path / "run.json", self.about)
 
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
         """Writes the contexts beside the ledger, or checks that they are those that the run began with.
@@ -168,25 +168,20 @@ class RunFolder:
         if known and marks is not None and marks == known["sources"] and target.exists():
             return
         digest, number = hashlib.sha256(), 0
-        unnamed = target.with_name(target.name + ".part")
-        with open(unnamed, "wb") as file:
-            for context in contexts:
-                line = json.dumps(context.to_dict(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-                digest.update(line)
-                file.write(line)
-                number += 1
-            file.flush()
-            os.fsync(file.fileno())
-        if number == 0:
-            unnamed.unlink()
-            raise ValueError(f"There is no context with captions: {counts.summary()}.")
-        if known and known["sha256"] != digest.hexdigest() and self.is_answered():
-            unnamed.unlink()
-            raise ValueError(
-                f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} contexts "
-                f"then, {number:,} now, or other words). Give another --out."
-            )
-        os.replace(unnamed, target)
+        with atomic_path(target, sync=True) as partial:
+            with open(partial, "wb") as file:
+                for context in contexts:
+                    line = json.dumps(context.to_dict(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+                    digest.update(line)
+                    file.write(line)
+                    number += 1
+            if number == 0:
+                raise ValueError(f"There is no context with captions: {counts.summary()}.")
+            if known and known["sha256"] != digest.hexdigest() and self.is_answered():
+                raise ValueError(
+                    f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} "
+                    f"contexts then, {number:,} now, or other words). Give another --out."
+                )
         self.about["contexts"] = {
             "number": number,
             "boxes": counts.boxes,
@@ -276,14 +271,8 @@ def open_run(path: str | Path) -> RunFolder:
     return RunFolder(path, GenerateConfig(**settings), prompts)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a whole file beside `path`, syncs it and gives it its name."""
-    unnamed = path.with_name(path.name + ".part")
-    with open(unnamed, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unnamed, path)
+def write_json(path: Path, content: Any) -> None:
+    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False), sync=True)
 
 
 def _mark(path: Path) -> list[Any]:

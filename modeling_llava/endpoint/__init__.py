@@ -1,6 +1,6 @@
 """The client of OpenAI-compatible endpoints: limits, retries, budget and the append-only ledger.
 
-A leaf of the package: the data engine and the judges of the benchmarks both stand on it, and it imports neither.
+The data engine and the judges of the benchmarks build on it; of the package it imports `io` alone.
 """
 
 from .batch import BatchSummary, forget_batch, read_batch, write_batch

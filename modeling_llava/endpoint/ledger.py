@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..io.locks import lock
 from .chat import Usage
 from .limits import BATCH_PRICE, Budget
 
@@ -289,19 +290,9 @@ def _add(total: list[int], tokens: Any) -> None:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Holds a lock beside the ledger until the returned file is closed or the process dies."""
+    """Holds a lock next to the ledger until the returned file is closed or the process dies."""
     file = open(path.with_name(path.name + ".lock"), "ab")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock(file.fileno()):
         file.close()
-        raise OSError(f"{path} is held by another run. Two runs in one folder would pay twice; wait for it.") from None
+        raise OSError(f"{path} is held by another run. Two runs in one folder would pay twice; wait for it.")
     return file

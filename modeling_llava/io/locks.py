@@ -1,4 +1,4 @@
-"""Locks between processes. (`endpoint/ledger.py` has its own: that folder stands on nothing of this package.)"""
+"""Locks between processes."""
 
 import errno
 import os

@@ -1,6 +1,5 @@
 """The quickstart's two pictures: the loss curves, and answers beside the pictures they are about."""
 
-import os
 import random
 import textwrap
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..io.atomic import atomic_path
 from .exam import HELD_OUT_NAMES, KINDS
 
 
@@ -33,9 +33,8 @@ def _figure(width: float, height: float):
 
 
 def _save(figure, path: Path) -> None:
-    unnamed = path.with_name(f".{path.stem}.part.png")
-    figure.savefig(unnamed, dpi=130)
-    os.replace(unnamed, path)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 def _clean(axes) -> None:

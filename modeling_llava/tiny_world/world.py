@@ -1,12 +1,12 @@
 """Makes the tiny world: pictures on disk with captions and boxes in COCO's form, and nothing else."""
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from ..io.atomic import write_atomic
 from .drawing import PICTURE_SIZE, draw_picture
 from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
 
@@ -69,10 +69,7 @@ def _save_picture(job: tuple[Scene, Path, int]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file whole or not at all."""
-    unnamed = path.with_name(path.name + ".part")
-    unnamed.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(unnamed, path)
+    write_atomic(path, json.dumps(content, indent=1))
 
 
 def scene_texts(seed: int, name: str, most_things: int = 3) -> Iterator[Scene]:
