@@ -16,6 +16,7 @@ REQUIRED = [
     "datasets>=4.0",
     "huggingface_hub>=1.0",
     "jinja2>=3.1",
+    "msgspec>=0.19",
     "numpy>=1.26",
     "peft>=0.18",
     "pillow>=10.1",

@@ -6,33 +6,18 @@ comes first) and `stream(share, seed, epoch)`. The last two give a row that cann
 first raises it. `count()` is the number of rows, and `identity()` is equal as long as the data is the same.
 """
 
-import codecs
 import copy
 import inspect
 import json
-import os
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..compat import dataset_fingerprint
-from .schema import BAD_ROW, BadSampleError
 
 
 _JSON = "arrow.json"
-_CHUNK = 1 << 22  # bytes of a JSON file that are read at a time
-_NO_TEXT = {
-    b"\x1f\x8b": "a gzip archive: unpack it first (gunzip)",
-    b"PK\x03\x04": "a zip archive: unpack it first (unzip)",
-    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first (unzstd)",
-    b"\xfd7zX": "an xz archive: unpack it first (unxz)",
-    b"PAR1": "a parquet file: name it .parquet",
-}
-"""What a file named as JSON may be instead, by its first bytes."""
 
 
 class Share:
@@ -54,11 +39,6 @@ class Share:
         share = copy.copy(self)
         share.before = num_rows
         return share
-
-    def takes(self, index: int) -> bool:
-        """Whether row `index` is in the share."""
-        round_, place = divmod(self.before + index, self.count)
-        return (place + self._turn(round_)) % self.count == self.number
 
     def indices(self, num_rows: int) -> Iterator[int]:
         """Those of the next `num_rows` rows that are in the share."""
@@ -95,164 +75,6 @@ class ListRows:
     def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
         for index in share.indices(len(self.rows)):
             yield index, self.rows[index]
-
-
-class JsonRows:
-    """
-    A JSON array or JSON lines. Scanning remembers where each row lies, so that a row is read from the file when it is
-    asked for and the file is never held in memory.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._spans = None  # [num_rows, (first byte, bytes)]
-        self._count = None  # rows, once they were read through
-        self._broken = {}  # row → error
-        self._file = self._pid = None
-
-    def identity(self) -> list:
-        info = os.stat(self.path)
-        return [os.path.abspath(self.path), info.st_size, info.st_mtime_ns]
-
-    def __getstate__(self):
-        return {**self.__dict__, "_file": None, "_pid": None}
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self._broken:
-            raise self._broken[index]
-        if self._pid != os.getpid():  # a file position must not be shared with the process that we were forked from
-            self._file, self._pid = open(self.path, "rb"), os.getpid()
-        start, length = self._spans[index].tolist()
-        self._file.seek(start)
-        try:
-            return json.loads(self._file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{self.path} was changed while it was in use (row {index}: {error}).") from error
-
-    def scan(self) -> Iterator:
-        spans = []
-        for start, length, row in self._rows(lambda index: True):
-            if isinstance(row, BadSampleError):
-                self._broken[len(spans)] = row
-            spans.append((start, length))
-            yield row
-        self._spans, self._count = np.array(spans, dtype=np.int64).reshape(-1, 2), len(spans)
-
-    def count(self) -> int:
-        if self._count is None:
-            self._count = sum(1 for _ in self._rows(lambda index: False))
-        return self._count
-
-    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        index = -1
-        for index, (_, _, row) in enumerate(self._rows(share.takes)):
-            if share.takes(index):
-                yield index, row
-        self._count = index + 1
-
-    def _rows(self, wanted) -> Iterator[tuple[int, int, Any]]:
-        """`(first byte, bytes, row)` of each row. A line that `wanted(index)` refuses is not parsed."""
-        with open(self.path, "rb") as file:
-            mark = file.read(4)
-            packed = next((kind for head, kind in _NO_TEXT.items() if mark.startswith(head)), None)
-            if packed is not None:
-                raise ValueError(f"{self.path} is no JSON but {packed}.")
-            if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError(f"{self.path} is written in UTF-16: save it as UTF-8.")
-            start = 3 if mark.startswith(codecs.BOM_UTF8) else 0
-            file.seek(start)
-            head = file.read(1)
-            while head.isspace():
-                head = file.read(1)
-            if not head:
-                raise ValueError(f"{self.path} is empty: it holds no conversation.")
-            file.seek(start)
-            if head == b"[":
-                try:
-                    yield from self._array(file, start)
-                except UnicodeDecodeError as error:
-                    place = file.tell() - len(error.object) + error.start
-                    found = error.object[error.start : error.start + 1]
-                    raise ValueError(
-                        f"{self.path} is not UTF-8: byte {place} is {found!r}. Save it as UTF-8."
-                    ) from None
-            else:
-                yield from self._lines(file, start, wanted)
-
-    def _lines(self, file, start: int, wanted) -> Iterator[tuple[int, int, Any]]:
-        index = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                if index == 0 and line.strip() == b"{":
-                    raise ValueError(
-                        f"{self.path} is one JSON object over several lines: give a list of conversations, or one "
-                        "conversation per line."
-                    )
-                try:
-                    row = json.loads(line) if wanted(index) else None
-                except (ValueError, RecursionError) as error:
-                    row = BadSampleError(str(index), BAD_ROW, f"is not JSON (line {number} of {self.path}): {error}.")
-                yield start, len(line), row
-                index += 1
-            start += len(line)
-
-    def _array(self, file, start: int) -> Iterator[tuple[int, int, Any]]:
-        """Decode one element after the other from a window of the file's text, which is widened where one is cut."""
-        decode, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")()
-        text, position, index, ended = "", 0, 0, False
-
-        def skip(characters: str) -> str:
-            """Pass over `characters`; return the next one, or `""` at the end of the file."""
-            nonlocal text, position, start, ended
-            while True:
-                begin = position
-                while position < len(text) and text[position] in characters:
-                    position += 1
-                start += position - begin  # they are of one byte each
-                if position < len(text) or ended:
-                    return text[position : position + 1]
-                chunk = file.read(_CHUNK)
-                ended = not chunk
-                text, position = text[position:] + utf8.decode(chunk, final=ended), 0
-
-        space = " \t\r\n"
-        skip(space)
-        position, start = position + 1, start + 1  # the bracket
-        following = skip(space)
-        while following != "]":
-            if following == "":
-                raise ValueError(f"{self.path} ends in the middle of its list, after row {index - 1}: is it cut off?")
-            while True:
-                try:
-                    row, end = decode(text, position)
-                    if end < len(text) or ended:  # a number at the end of the window could go on
-                        break
-                except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or [[[[…
-                    # Only an error that more text could mend is worth reading on for.
-                    reason = getattr(error, "msg", error)
-                    is_cut = isinstance(error, json.JSONDecodeError) and (
-                        error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
-                    )
-                    if ended or not is_cut:
-                        raise ValueError(
-                            f"{self.path} is not valid JSON in row {index}, which starts at byte {start}: {reason}. "
-                            "Is the file cut off, or are two files joined?"
-                        ) from error
-                chunk = file.read(max(_CHUNK, len(text)))
-                ended = not chunk
-                text, position = text[position:] + utf8.decode(chunk, final=ended), 0
-            length = len(text[position:end].encode())
-            yield start, length, row
-            position, start, index = end, start + length, index + 1
-            following = skip(space)
-            if following == ",":
-                position, start = position + 1, start + 1
-                following = skip(space)
-            elif following != "]":
-                raise ValueError(
-                    f"{self.path} is not valid JSON after row {index - 1}, at byte {start}: expected ',' or ']', found "
-                    f"{following or 'the end of the file'!r}."
-                )
 
 
 class ArrowRows:

@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from .images import is_no_path
-from .rows import ArrowRows, JsonRows, ListRows, Share, StreamedRows
+from .json_rows import JsonRows
+from .rows import ArrowRows, ListRows, Share, StreamedRows
 from .schema import (
     NOTHING,
     OUTSIDE_IMAGE,

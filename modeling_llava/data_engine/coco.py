@@ -1,12 +1,42 @@
 """COCO's files of captions and of instances, read item by item; and the text and numbers that rows of other forms share."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .json_stream import iterate_json
+from ..data.json_rows import json_arrays, map_json
+
+
+LONGEST_ROW = 1 << 20
+"""In bytes. A COCO file is one line of hundreds of megabytes."""
+
+
+def is_coco(path: Path) -> bool:
+    """
+    Whether a JSON file is an object of arrays. Otherwise it is rows: by its name, or as its first line is an object of its
+    own and is followed by another, or has an `image`.
+    """
+    data, start = map_json(path)
+    if path.suffix.lower() in {".jsonl", ".ndjson"} or data[start : start + 1] != b"{":
+        return False
+    end = data.find(b"\n", start)
+    end = len(data) if end < 0 else end
+    if end - start > LONGEST_ROW:
+        return True
+    try:
+        row = json.loads(data[start:end])
+    except (ValueError, RecursionError):
+        return True
+    return "image" not in row and not data[end : end + LONGEST_ROW].strip()
+
+
+def items_of(path: Path, *names: str) -> Iterator[tuple[str, Any]]:
+    """`(name, item)` of each item of a COCO file's arrays, one array after the other, holding one item at a time."""
+    arrays = json_arrays(path, names)
+    return ((name, item) for name in names if name in arrays for item in arrays[name])
 
 
 def one_line(text: str) -> str:
@@ -56,9 +86,7 @@ def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, st
     images: dict[Any, tuple[str, Any, Any]] = {}
     categories: dict[Any, str] = {}
     annotations: dict[Any, list] = {}
-    for key, item in iterate_json(path):
-        if key not in {"images", "categories", "annotations"}:
-            continue
+    for key, item in items_of(path, "images", "categories", "annotations"):
         with coco_item(path, key, item):
             if key == "images":
                 images[item["id"]] = (coco_name(item, "file_name"), item.get("width"), item.get("height"))

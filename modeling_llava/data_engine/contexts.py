@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .coco import corners_of, one_line, read_coco, stray_annotation, writable
-from .json_stream import first_character, is_lines, iterate_json, iterate_lines
+from ..data.json_rows import JsonRows
+from .coco import corners_of, is_coco, one_line, read_coco, stray_annotation, writable
 
 
 logger = logging.getLogger(__name__)
@@ -295,18 +295,6 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
     return boxes
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`(where, row)` of a JSONL file or of a JSON array."""
-    if is_lines(path):
-        yield from ((f"{path}, line {number}", row) for number, row in iterate_lines(path))
-    else:
-        yield from ((f"{path}, row {number}", row) for number, (_, row) in enumerate(iterate_json(path)))
-
-
-def _is_coco(path: Path) -> bool:
-    return not is_lines(path) and first_character(path) == "{"
-
-
 def read_contexts(
     captions: str | Path,
     boxes: str | Path | None = None,
@@ -334,17 +322,16 @@ def read_contexts(
     captions = Path(captions)
     boxes_by_image: dict[str, tuple[Box, ...]] | None = None
     if boxes is not None and Path(boxes) != captions:
-        if _is_coco(Path(boxes)):
+        if is_coco(Path(boxes)):
             boxes_by_image = _coco_boxes(Path(boxes), counts)
         else:
             boxes_by_image = {}
-            for where, row in _rows(Path(boxes)):
-                context = context_from_row(row, counts, where)
+            for context in _row_contexts(Path(boxes), counts):
                 boxes_by_image[context.image] = boxes_by_image.get(context.image, ()) + context.boxes
             boxes_by_image = {image: _largest_first(found) for image, found in boxes_by_image.items()}
     seen: set[str] = set()
     matched = found = 0
-    for context in _coco_contexts(captions, counts) if _is_coco(captions) else _row_contexts(captions, counts):
+    for context in _coco_contexts(captions, counts) if is_coco(captions) else _row_contexts(captions, counts):
         if boxes_by_image is not None:
             matched += context.image in boxes_by_image
             context = Context(context.id, context.image, context.captions, boxes_by_image.get(context.image, ()))
@@ -396,5 +383,6 @@ def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
 
 
 def _row_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
-    for where, row in _rows(path):
-        yield context_from_row(row, counts, where)
+    rows = JsonRows(path)
+    for index, row in enumerate(rows):
+        yield context_from_row(row, counts, rows.where(index))

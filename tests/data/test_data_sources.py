@@ -13,7 +13,6 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from modeling_llava.data import BadSampleError, ConversationDataset, ConversationStream, load_conversations
-from modeling_llava.data import rows as rows_module
 from modeling_llava.data.images import load_image
 from modeling_llava.data.rows import ArrowRows
 from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER
@@ -79,16 +78,6 @@ def assert_hf_samples(dataset):
 # JSON
 
 
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("chunk", [7, 64, 1 << 22])
-def test_json_rows_equal_what_json_reads_at_any_window(tmp_path, monkeypatch, indent, chunk):
-    monkeypatch.setattr(rows_module, "_CHUNK", chunk)
-    rows = [llava_row(i, extra={"n": [i, -1.5e3, True, None], "s": 'a "quoted" \\ [brace] }é😀'}) for i in range(9)]
-    reader = rows_module.JsonRows(write_json(tmp_path / "a.json", rows, indent=indent))
-    assert list(reader.scan()) == rows
-    assert [reader[i] for i in (8, 0, 4)] == [rows[8], rows[0], rows[4]]
-
-
 def test_json_with_a_byte_order_mark_and_space_around(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps([llava_row(0), llava_row(1)]).encode() + b" \n\n")
@@ -107,7 +96,8 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
     [
         ('[{"a": 1}, {"b": ', "row 1"),
         ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
-        ('[{"a": 1},', "ends in the middle of its list, after row 0"),
+        ('[{"a": 1},', "ends in item 1, before its '[' is closed"),
+        ('[{"a": 1}][{"a": 2}]', "more text after its end, at byte 10"),
         ('[{"a": tru}]', "row 0"),
         ("", "is empty"),
         ("[]", "holds no usable sample"),
@@ -116,8 +106,8 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
         ("[]".encode("utf-16"), "written in UTF-16"),
         ("[" + "[" * 100_000, "row 0, which starts at byte 1: maximum recursion"),
         ("[1" + "0" * 5000 + "]", "row 0, which starts at byte 1: Exceeds the limit"),
-        (b"\x1f\x8b\x08\x00", "is no JSON but a gzip archive"),
-        (b"PAR1....PAR1", "is no JSON but a parquet file"),
+        (b"\x1f\x8b\x08\x00", "is not JSON but a gzip archive"),
+        (b"PAR1....PAR1", "is not JSON but a parquet file"),
     ],
 )
 def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
@@ -130,7 +120,7 @@ def test_broken_json_names_the_file_and_the_row(tmp_path, text, words):
 def test_broken_line_is_a_bad_row(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [llava_row(0), llava_row(1)])
     path.write_text(path.read_text() + '{"id": \n' + json.dumps(llava_row(3)) + "\n" + '{"a":' * 100_000)
-    with pytest.raises(BadSampleError, match="sample '2' is not JSON .line 3 of"):
+    with pytest.raises(BadSampleError, match="sample '2' is not JSON .*a.jsonl, line 3"):
         load_conversations(path)
     dataset = load_conversations(path, on_bad_sample="drop")
     assert ids(dataset) == ["s0", "s1", "s3"] and dataset.dropped == {BAD_ROW: 2}
@@ -553,15 +543,14 @@ def test_rows_without_id_get_different_names_in_different_shares(hf_dataset):
     assert len(set(names)) == 12
 
 
-def test_streaming_json_does_not_hold_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "_CHUNK", 1 << 12)
+def test_streaming_json_does_not_hold_the_file(tmp_path):
     path = tmp_path / "a.json"
     with open(path, "w") as file:
         file.write("[" + ",".join(json.dumps(llava_row(i)) for i in range(3000)) + "]")
     import tracemalloc
 
-    stream = load_conversations(path, streaming=True)
     tracemalloc.start()
+    stream = load_conversations(path, streaming=True)
     assert sum(1 for _ in stream) == 3000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
