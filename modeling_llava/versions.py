@@ -1,26 +1,30 @@
-"""Which transformers this package works with. Said before a name that an older one has not is missed."""
+"""Which transformers this package works with, and which versions are installed."""
 
+import platform
 from importlib import metadata
 
 
 TRANSFORMERS = ("5.23", "6")
 """From, and below. setup.py says the same (a test holds it)."""
 
+RECORDED = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
+"""Packages on which the numbers of a training or an evaluation depend."""
+
 
 def check_transformers() -> None:
     """
-    Nothing of transformers is imported for it.
+    Checked before a name that an older transformers does not have is imported; nothing of it is imported for the check.
 
     Raises:
-        ImportError: it is too old, or not there.
+        ImportError: it is too old, or not installed.
     """
     oldest, beyond = TRANSFORMERS
-    mend = f"pip install --upgrade 'transformers>={oldest},<{beyond}'"
+    fix = f"pip install --upgrade 'transformers>={oldest},<{beyond}'"
     found = installed("transformers")
     if found is None:
-        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, and there is none: {mend}.")
+        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, and there is none: {fix}.")
     if is_older(found, oldest):
-        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, {found} is installed: {mend}.")
+        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, {found} is installed: {fix}.")
 
 
 def installed(package: str) -> str | None:
@@ -32,13 +36,18 @@ def installed(package: str) -> str | None:
 
 
 def is_older(found: str, oldest: str) -> bool:
-    """Whether a version, such as `2.13.0+cpu`, comes before another, number by number."""
+    """Whether a version, such as `2.13.0+cpu`, comes before another; a pre-release counts as its release."""
+    from packaging.version import Version
 
-    def numbers(version: str) -> list[int]:
-        parts = (part for part in version.split("+")[0].split("."))
-        return [int("".join(c for c in part if c.isdigit()) or 0) for part in parts]
-
-    return numbers(found) < numbers(oldest)
+    return Version(found).release < Version(oldest).release
 
 
-__all__ = ["check_transformers", "installed", "is_older"]
+def recorded_versions() -> dict[str, str]:
+    """What a run record and results say about the software: this package, Python, and those of `RECORDED` that are installed."""
+    from . import __version__
+
+    found = {name: version for name in RECORDED if (version := installed(name))}
+    return {"modeling_llava": __version__, "python": platform.python_version(), **found}
+
+
+__all__ = ["check_transformers", "installed", "is_older", "recorded_versions"]

@@ -13,7 +13,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.atomic import sha256_of, write_atomic
 from ..io.locks import lock
+from ..versions import recorded_versions
 from .arguments import LlavaTrainingArguments
 from .distributed import is_sharded_checkpoint
 from .recipes import write_recipe
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 RECIPE_NAME = "recipe.yaml"
 RUN_RECORD_NAME = "run.json"
 
-_RECORDED_PACKAGES = ("modeling-llava", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets")
 
 WAIT_FOR_WORKERS = 15.0
 """Seconds that a new run waits for the old one's folder: workers of a killed process notice it after five."""
@@ -320,24 +319,12 @@ def write_run_record(
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(args.to_recipe(), folder / RECIPE_NAME, "The resolved recipe of this run: llava train recipe.yaml")
     record = {
-        "versions": installed_versions(),
-        "python": platform.python_version(),
+        "versions": recorded_versions(),
         "machine": platform.platform(),
         "devices": args.world_size * max(args.n_gpu, 1),
         "data": data_record or {},
     }
     write_atomic(folder / RUN_RECORD_NAME, json.dumps(record, indent=2) + "\n")
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages on which the numbers of a run depend."""
-    versions = {}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
@@ -379,7 +366,6 @@ __all__ = [
     "checkpoint_to_resume",
     "disk_errors_explained",
     "find_resumable_checkpoint",
-    "installed_versions",
     "is_finished",
     "only_run_in",
     "record_data",
