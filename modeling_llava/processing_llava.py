@@ -6,26 +6,19 @@ from typing import Any
 
 from transformers import AutoImageProcessor
 from transformers.image_utils import is_valid_image
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
 from .configuration_llava import count_additional_image_tokens, count_image_tokens
 from .constants import IMAGE_TOKEN
 from .image_processing_llava import LlavaImageProcessor
-from .text.chat_templates import CHAT_TEMPLATES, insert_image_token, load_chat_template
+from .text.chat_templates import CHAT_TEMPLATES, chat_template_of, insert_image_token, load_chat_template
 from .text.control_tokens import ControlTokens, Marks
 from .text.messages import plain_messages
 from .text.tokenization import add_image_token, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
-
-# Keywords of `apply_chat_template` that no template renders.
-_CALL_OPTIONS = {
-    *TextKwargs.__annotations__,
-    *ImagesKwargs.__annotations__,
-    *("text_kwargs", "images_kwargs", "images", "continue_final_message"),
-}
 
 
 class LlavaProcessor(ProcessorMixin):
@@ -181,11 +174,21 @@ class LlavaProcessor(ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError("LLaVA reads images and text; there is no video or audio part.")
+        if _is_text(images) and not (text is None or _is_text(text)) or self._is_prompt(images, text):
+            images, text = text, images
+            logger.warning_once("The processor takes images first, then text: processor(images, text).")
         processor = self
         if control_token_marks is not None:
             processor = copy.copy(self)
             processor.tokenizer = _MarkedTextReader(self.tokenizer, control_token_marks)
-        outputs = ProcessorMixin.__call__(processor, images=images, text=text, **kwargs)
+        try:
+            outputs = ProcessorMixin.__call__(processor, images=images, text=text, **kwargs)
+        except ValueError as error:
+            if text is None and _is_text(images):
+                raise ValueError(
+                    f"{error} Images come first, then text: give a prompt alone as processor(text=…)."
+                ) from error
+            raise
         if self.tokenizer.padding_side == "right" and isinstance(text, (list, tuple)) and len(text) > 1:
             padding = kwargs.get("padding", kwargs.get("text_kwargs", {}).get("padding"))
             if padding and "padding_side" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
@@ -194,6 +197,11 @@ class LlavaProcessor(ProcessorMixin):
                     'processor.tokenizer.padding_side = "left".'
                 )
         return outputs
+
+    def _is_prompt(self, images, text) -> bool:
+        """Whether the text stands in the images' place, by the image tokens in it."""
+        holds_token = [_is_text(value) and self.image_token in "".join(value) for value in (images, text)]
+        return holds_token == [True, False]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if isinstance(images, (list, tuple)):
@@ -283,21 +291,23 @@ class LlavaProcessor(ProcessorMixin):
                 Messages, or a batch of them, in any form that [`~modeling_llava.text.messages.plain_messages`] reads. Images
                 are `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that hold `None` are passed over.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
-                With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text.
-                Differs from stock, where the default is off, its ids of the surrounding text are not those of one
-                tokenization, and no assistant mask can be had.
+                With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text, except,
+                in an assistant's message, one that was added and that the template does not write, such as `<seg>`.
+                Template variables are the caller's own and are left as they are. Differs from stock, where the default
+                is off, its ids of the surrounding text are not those of one tokenization, and no assistant mask can be had.
             kwargs:
                 As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`,
                 `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
         """
         conversation = plain_messages(conversation)
+        if not conversation or (isinstance(conversation, list) and not all(conversation)):
+            raise ValueError("The conversation has no messages: give at least one.")
         processor_kwargs = dict(processor_kwargs or {})
         if tokenize and sanitize_control_tokens:
             control = ControlTokens.of(self.tokenizer, self.image_token)
-            variables = {name: value for name, value in kwargs.items() if name not in _CALL_OPTIONS}
-            values, marks = control.mark(conversation, tools, documents, variables)
-            conversation, tools, documents, variables = values
-            kwargs.update(variables)
+            named = self.chat_template if isinstance(self.chat_template, dict) else {}
+            template = named.get(chat_template) or chat_template or chat_template_of(self)
+            (conversation, tools, documents), marks = control.mark(conversation, tools, documents, template=template)
             if marks is not None:
                 processor_kwargs["control_token_marks"] = marks
         return super().apply_chat_template(
@@ -378,6 +388,11 @@ _INCOMPLETE = (
     "vision_feature_select_strategy=config.vision_feature_select_strategy, and num_additional_image_tokens=1 for a tower "
     "with a class token (CLIP), 0 without (SigLIP)."
 )
+
+
+def _is_text(value) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return len(values) > 0 and all(isinstance(item, str) for item in values)
 
 
 def _count(images) -> int:

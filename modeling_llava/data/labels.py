@@ -47,6 +47,7 @@ from ..constants import IGNORE_INDEX
 from ..processing_llava import num_image_tokens as tokens_per_image
 from ..text.chat_templates import CHAT_TEMPLATES, chat_template_of, has_generation_marks, render_with_spans
 from ..text.control_tokens import ControlTokens
+from ..text.messages import turn_weight
 from ..text.stops import stop_is_unmarked, teaches_no_stop
 from .schema import (
     BAD_MARKERS,
@@ -148,14 +149,22 @@ def encode_conversation(
                 f"has {length} tokens, of which {in_images} belong to its {encoded.num_images} images; cut to "
                 f'max_length={max_length} it would keep {kept} of these. Raise max_length, or set overflow="drop".',
             )
+        if IGNORE_INDEX not in labels[max_length - 1 : max_length + 1]:
+            logger.warning_once(
+                f"Conversations longer than max_length={max_length} tokens are cut within an answer "
+                '(overflow="truncate_text"): such an answer is learned without its stop. `llava data check` lists them.'
+            )
         # Copies: a view would keep the whole row alive.
         input_ids, labels = input_ids[:max_length].copy(), labels[:max_length].copy()
 
     if not (labels != IGNORE_INDEX).any():
+        answers = [message for message in messages if message.get("role") == "assistant"]
         cause = "it has no answer from the assistant"
         if encoded.supervised:
             cause = f"its answers lie beyond max_length={max_length} and were cut off"
-        elif any(message.get("role") == "assistant" for message in messages):
+        elif answers and not any(map(_is_learned, answers)):
+            cause = "a weight, loss or train of 0 excludes all its answers"
+        elif answers:
             cause = "the chat template marks nothing of its answers with {% generation %}"
         raise _bad(
             sample_id,
@@ -284,9 +293,13 @@ def _image_lengths(encoded: _Encoded, processor, num_image_tokens, sample_id) ->
 def _render(messages, processor, control: ControlTokens, keep_image_order: bool, sample_id):
     """The conversation as text, the character spans that are supervised, and the marks in it (or `None`)."""
     template = chat_template_of(processor)
-    (messages,), marks = control.mark(messages)
     if not messages:
         raise _bad(sample_id, BAD_ROW, "has no messages.")
+    answers = [message for message in messages if message.get("role") == "assistant"]
+    learned = [_is_learned(answer) for answer in answers]
+    if not all(learned):  # one text, and so one span, for each answer
+        messages = [_of_one_text(message) if message.get("role") == "assistant" else message for message in messages]
+    (messages,), marks = control.mark(messages, template=template)
     variables = dict(processor.tokenizer.special_tokens_map)
     if keep_image_order:
         variables["keep_image_order"] = True
@@ -295,9 +308,8 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
             text, spans = render_with_spans(messages, template, **variables)
             if stop_is_unmarked(processor):  # the stop is learned wherever the marks end
                 spans = [(start, control.find_stop(text, end) or end) for start, end in spans]
-            return text, spans, marks
-        variables["chat_template"] = template
-        return *_find_answers(messages, control, variables, sample_id), marks
+        else:
+            text, spans = _find_answers(messages, control, {**variables, "chat_template": template}, sample_id)
     except jinja2.TemplateError as error:
         raise _bad(sample_id, BAD_ROLES, f"does not fit the chat template: {error}") from error
     except TypeError as error:
@@ -305,6 +317,29 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
             f"The chat template does not know content lists ({error}). It is a language model's own: put the image token "
             "into it with modeling_llava.text.chat_templates.insert_image_token(template)."
         ) from error
+    if not all(learned):
+        if len(spans) != len(learned):
+            raise _bad(
+                sample_id,
+                NOTHING_SUPERVISED,
+                f"excludes an answer from learning, but the chat template marks {len(spans)} stretches of its "
+                f"{len(learned)} answers, so which one is which is not known. Leave the sample or its weights out.",
+            )
+        spans = [span for span, is_learned in zip(spans, learned) if is_learned]
+    return text, spans, marks
+
+
+def _is_learned(answer: dict) -> bool:
+    return turn_weight(answer) != 0
+
+
+def _of_one_text(message: dict) -> dict:
+    return {**message, "content": [{"type": "text", "text": _text_of(message)}]}
+
+
+def _text_of(message: dict) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(item.get("text") or "" for item in content)
 
 
 def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) -> tuple[str, list[tuple[int, int]]]:
@@ -312,7 +347,7 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
     Render by a template that does not say where the answers are, and find them: each answer is framed by two
     private-use characters, which leave the text again after rendering. That the frames changed nothing is checked by
     rendering without them. A span begins where the template's own generation prompt ends, so that what the template
-    writes between it and the answer (a space, Qwen3's empty `<think>`) is learnt too; the control token that follows
+    writes between it and the answer (a space, Qwen3's empty `<think>`) is learned too; the control token that follows
     the answer is its stop.
     """
     opening, closing = _unused_characters(messages)
@@ -320,9 +355,7 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
     for number, message in enumerate(messages):
         if message.get("role") == "assistant":
             prompts.append(messages[:number])
-            content = message.get("content") or ""
-            if not isinstance(content, str):
-                content = "".join(item.get("text", "") for item in content)
+            content = _text_of(message)
             # Inside of the white space at its ends, so that a template can strip it.
             core = content.strip()
             framed_core = opening + core + closing
@@ -334,7 +367,7 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
 
     answers = list(re.finditer(f"{opening}(.*?){closing}", text, re.DOTALL))
     unframed = text.replace(opening, "").replace(closing, "")
-    mend = (
+    fix = (
         "Give the template {% generation %} marks around each answer and its stop, or take one that has them: "
         f"{', '.join(CHAT_TEMPLATES)}."
     )
@@ -343,7 +376,7 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
             sample_id,
             NOTHING_SUPERVISED,
             "does not fit the chat template, which has no {% generation %} marks and changes the answers: "
-            f"{len(answers)} of {len(leading_spaces)} are found in its text. {mend}",
+            f"{len(answers)} of {len(leading_spaces)} are found in its text. {fix}",
         )
     spans = []
     for i, (match, prompt, leading_space) in enumerate(zip(answers, prompts, leading_spaces)):
@@ -360,7 +393,7 @@ def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) 
                 sample_id,
                 NOTHING_SUPERVISED,
                 "does not fit the chat template, which has no {% generation %} marks and no special token after an "
-                f"answer ({plain[end : end + 20]!r} follows), so its stop is not known. {mend}",
+                f"answer ({plain[end : end + 20]!r} follows), so its stop is not known. {fix}",
             )
         spans.append((start, stop))
     return plain, spans
@@ -381,12 +414,7 @@ def _end_of_prompt(messages, before_answer: str, variables: dict) -> int | None:
 
 def _unused_characters(messages) -> tuple[str, str]:
     """Two private-use characters that do not occur in the messages' texts."""
-    contents = [message.get("content") or "" for message in messages]
-    texts = [
-        content if isinstance(content, str) else "".join(item.get("text") or "" for item in content)
-        for content in contents
-    ]
-    used = set().union(*texts)
+    used = set().union(*map(_text_of, messages))
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
     return next(free), next(free)
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ..constants import IMAGE_TOKEN
-from ..text.messages import as_list, plain_messages
+from ..text.messages import as_list, plain_messages, turn_weight
 
 
 logger = logging.getLogger(__name__)
@@ -45,22 +45,21 @@ REASONS = (
     NOTHING_SUPERVISED,
 )
 
-# LLaVA and ShareGPT rows say `from: human | gpt`, HF rows `role: user | assistant`.
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), "assistant"),
     "system": "system",
 }
-
+_SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+_MEMBER = re.compile(r"(.*\.)?(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+"""The key of an image in a WebDataset's sample."""
 
 _OTHER_IMAGE_KEYS = (
     *("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "imgs", "img_path"),
     *("file_name", "picture", "pictures", "photo", "photos"),
 )
 """Read as images where there is neither `image` nor `images`; the last line where a value looks like one."""
-_READ_KEYS = {"id", "type", "conversations", "messages", "from", "value", "role", "content"}
+_READ_KEYS = {"id", "type", "conversations", "messages", "role", "content"}
 _VIDEO_TOKEN = "<video>"
 _MEDIUM = re.compile(
     r"data:(image|video)/|.*\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|m4v|mov|avi|mkv|webm)([?#].*)?\Z",
@@ -91,7 +90,7 @@ class Conversation(TypedDict):
 
 
 NOTHING: Conversation = {"id": "nothing", "messages": [], "images": []}
-"""Stands for a sample that is not there, where processes must have equally many: nothing is learnt from it."""
+"""Stands for a sample that is not there, where processes must have equally many: nothing is learned from it."""
 
 
 class BadSampleError(ValueError):
@@ -101,7 +100,7 @@ class BadSampleError(ValueError):
     Args:
         sample_id (`str`): The sample.
         reason (`str`): One of `REASONS`, for counting.
-        message (`str`): What is wrong and how to mend it, as the rest of a sentence that begins with the sample's name.
+        message (`str`): What is wrong and how to fix it, as the rest of a sentence that begins with the sample's name.
     """
 
     def __init__(self, sample_id: str, reason: str | None = None, message: str | None = None):
@@ -119,12 +118,18 @@ class BadSampleError(ValueError):
         return type(self), (self.sample_id, self.reason, self.message) if self.message is not None else self.args
 
 
-def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
+def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
     """
-    Read a row of LLaVA's JSON: `{"id", "image": str | list, "conversations": [{"from", "value"}]}`.
+    Read a row of LLaVA's JSON, `{"id", "image": str | list, "conversations": [{"from", "value"}]}`, of the HF form,
+    `{"messages": [{"role", "content": str | list}], "images": list}`, of any mixture of the two, or of a WebDataset.
 
-    `<image>` in the text of a human turn marks an image; in an answer it is text. How the white space next to a marker is
-    treated is said in `labels.py`.
+    `<image>` in a user's text marks an image where the row has images; in an answer it is text. How the white space next
+    to a marker is treated is said in `labels.py`. A content that is a list holds its images as items, and `<image>` in its
+    texts is text. Where the row has no `images`, each image item holds its own, as `apply_chat_template` takes it:
+    `{"type": "image", "image" | "path" | "url": …}`, or as OpenAI does: `{"type": "image_url", "image_url": {"url": …}}`.
+
+    A `system` prompt of the row becomes the first message. A turn whose `weight`, `loss` or `train` is 0 or false is not
+    learned.
 
     Args:
         row (`Mapping`):
@@ -137,51 +142,30 @@ def from_llava_row(row: Mapping, index: int | str = 0, type: str | None = None) 
         BadSampleError: Unknown role, roles out of order, an empty answer, markers that do not match the images, or an
             image or a video under a key that is not read.
     """
-    sample_id = _sample_id(row, index)
-    turns = plain_messages(row.get("conversations"))
+    if not isinstance(row, Mapping):
+        raise BadSampleError(
+            str(index), BAD_ROW, f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): {_short(row)}."
+        )
+    row = _of_webdataset(row)
+    sample_id = str(index if row.get("id") is None else row["id"])
+    key = next((key for key in ("conversations", "messages") if row.get(key) is not None), None)
+    if key is None:
+        raise BadSampleError(
+            sample_id,
+            BAD_ROW,
+            f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): its keys are {sorted(row)}.",
+        )
+    turns = plain_messages(row[key])
     if not isinstance(turns, list):
-        raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'conversations': its keys are {sorted(row)}.")
-    images = _images(row, sample_id)
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or "from" not in turn or not isinstance(turn.get("value"), str):
-            raise BadSampleError(
-                sample_id, BAD_ROW, f"has a turn {number} that is not {{'from': …, 'value': text}}: {_short(turn)}."
-            )
-        role = _role(turn["from"], sample_id)
-        content = _cut(turn["value"]) if images and role == "user" else _text(turn["value"])
-        messages.append({"role": role, "content": content})
-    _require_all_read(sample_id, row, turns, images)
-    return _checked(sample_id, messages, images, row.get("type") or type)
-
-
-def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
-    """
-    Read a row of the HF form: `{"messages": [{"role", "content": str | list}], "images": list}`.
-
-    A content that is a list holds its images as items, and `<image>` in its texts is text. Contents that are strings,
-    in a row without an image item, mark images by `<image>`, as LLaVA rows do. Where the row has no `images`, each image
-    item holds its own, as `apply_chat_template` takes it: `{"type": "image", "image" | "path" | "url": …}`, or as OpenAI
-    does: `{"type": "image_url", "image_url": {"url": …}}`.
-
-    Args:
-        row (`Mapping`): The row.
-        index (`int` or `str`): The row's number (from 0), its `id` if it has none.
-        type (`str`, *optional*): The type of a row that names none.
-
-    Raises:
-        BadSampleError: As [`from_llava_row`].
-    """
-    sample_id = _sample_id(row, index)
-    turns = plain_messages(row.get("messages"))
-    if not isinstance(turns, list):
-        raise BadSampleError(sample_id, BAD_ROW, f"has no list of 'messages': its keys are {sorted(row)}.")
-    images, own = _images(row, sample_id), []
-    messages = []
+        raise BadSampleError(sample_id, BAD_ROW, f"has no list of {key!r} but {_short(turns)}.")
+    images, own, messages = _images(row, sample_id), [], []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             raise BadSampleError(
-                sample_id, BAD_ROW, f"has a message {number} that is not {{'role': …, 'content': …}}: {_short(turn)}."
+                sample_id,
+                BAD_ROW,
+                f"has a turn {number} that is neither {{'from': …, 'value': …}} nor {{'role': …, 'content': …}}: "
+                f"{_short(turn)}.",
             )
         role, content = _role(turn["role"], sample_id), turn["content"]
         if isinstance(content, str):
@@ -191,28 +175,58 @@ def from_messages_row(row: Mapping, index: int | str = 0, type: str | None = Non
             content = [_item(item, role, number, sample_id) for item in content]
         else:
             raise BadSampleError(
-                sample_id,
-                BAD_ROW,
-                f"has a message {number} whose content is neither text nor a list: {_short(content)}.",
+                sample_id, BAD_ROW, f"has a turn {number} whose content is neither text nor a list: {_short(content)}."
             )
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **_weight(turn, role, number, sample_id)})
     images = images or own
     _require_all_read(sample_id, row, turns, images)
-    return _checked(sample_id, messages, images, row.get("type") or type)
+    return _checked(sample_id, _with_system(row, messages, sample_id), images, row.get("type") or type)
 
 
-def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Conversation:
-    """Read a row of either form, told apart by its key `conversations` or `messages`. See [`from_llava_row`]."""
-    if isinstance(row, Mapping) and row.get("conversations") is not None:
-        return from_llava_row(row, index, type)
-    if isinstance(row, Mapping) and row.get("messages") is not None:
-        return from_messages_row(row, index, type)
-    keys = f"its keys are {sorted(row)}" if isinstance(row, Mapping) else f"it is {_short(row)}"
-    raise BadSampleError(
-        _sample_id(row, index) if isinstance(row, Mapping) else str(index),
-        BAD_ROW,
-        f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): {keys}.",
-    )
+from_llava_row = from_messages_row = from_row
+
+
+def _of_webdataset(row: Mapping) -> Mapping:
+    """The conversation in a WebDataset's `json`, with the sample's own images."""
+    content = plain_messages(row.get("json"))
+    if "__key__" not in row or not isinstance(content, (list, Mapping)):
+        return row
+    content = content if isinstance(content, Mapping) else {"conversations": content}
+    members = sorted((key for key in row if _MEMBER.fullmatch(key)), key=lambda key: (len(key), key))
+    images = [row[key] for key in members if row[key] is not None]
+    names = {"image", "images", *_OTHER_IMAGE_KEYS} if images else ()
+    content = {key: value for key, value in content.items() if value is not None and key not in names}
+    return {"id": row["__key__"], "images": images or None, **content}
+
+
+def _weight(turn: Mapping, role: str, number: int, sample_id: str) -> dict:
+    try:
+        weight = turn_weight(turn)
+    except ValueError as error:
+        raise BadSampleError(sample_id, BAD_ROW, f"has in turn {number} {error}.") from None
+    if weight and role != "assistant":
+        raise BadSampleError(
+            sample_id,
+            BAD_ROW,
+            f"wants turn {number} learned, which is the {role}'s: only answers are. Take its weight out.",
+        )
+    return {} if weight or weight is None else {"weight": 0}
+
+
+def _with_system(row: Mapping, messages: list[dict], sample_id: str) -> list[dict]:
+    """The messages behind the system prompt that the row holds next to its turns, if it does."""
+    given = {key: row[key] for key in _SYSTEM_KEYS if row.get(key) and row[key] == row[key]}  # NaN is none
+    if not given:
+        return messages
+    (key, text), *others = given.items()
+    message = {"role": "system", "content": [{"type": "text", "text": text}]}
+    if messages[:1] == [message]:
+        return messages
+    if others or not isinstance(text, str) or any(message["role"] == "system" for message in messages):
+        raise BadSampleError(
+            sample_id, BAD_ROW, f"has a system prompt as {key!r} and another one, or not as text: keep one."
+        )
+    return [message, *messages]
 
 
 class DropCounter:
@@ -256,17 +270,13 @@ def summarize_drops(counts: Mapping[str, int]) -> str:
     return f"{total} sample{'' if total == 1 else 's'} dropped: {parts}"
 
 
-def _sample_id(row: Mapping, index: int | str) -> str:
-    sample_id = row.get("id")
-    return str(index if sample_id is None else sample_id)
-
-
 def _role(name: Any, sample_id: str) -> str:
-    if not isinstance(name, str) or name not in _ROLES:
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
         raise BadSampleError(
             sample_id, BAD_ROLES, f"has the unknown role {name!r}; the roles are {', '.join(sorted(_ROLES))}."
         )
-    return _ROLES[name]
+    return role
 
 
 def _images(row: Mapping, sample_id: str) -> list:
@@ -319,11 +329,7 @@ def _require_all_read(sample_id: str, row: Mapping, turns: list[Mapping], images
     videos = [key for key in ("video", "videos") if _image_list(row.get(key))]
     if images and not videos:
         return
-    texts = [
-        turn.get("value", turn.get("content"))
-        for turn in turns
-        if _ROLES[turn.get("from") or turn.get("role")] != "assistant"
-    ]
+    texts = [turn["content"] for turn in turns if _role(turn["role"], sample_id) != "assistant"]
     markers = [token for token in (_VIDEO_TOKEN, IMAGE_TOKEN) if any(isinstance(t, str) and token in t for t in texts)]
     if images and _VIDEO_TOKEN not in markers:
         return

@@ -31,7 +31,7 @@ def encode_prompt(messages: list[dict], processor, **template_variables) -> list
         )
     tokenizer = processor.tokenizer
     control = ControlTokens.of(tokenizer, processor.image_token)
-    (messages, template_variables), marks = control.mark(messages, template_variables)
+    (messages,), marks = control.mark(messages, template=template)
     text = processor.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **template_variables
     )

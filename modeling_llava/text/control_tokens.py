@@ -10,20 +10,25 @@ They are told apart by marking the user's before rendering, and kept apart when 
     tokenize        the template's `</s>` become private-use names, the marks are taken back, and a twin of the tokenizer,
                     whose control tokens have those names and the same ids, reads the whole text at once
 
-So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece itself. transformers' own
+So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece itself. In what the assistant says, special
+tokens that have no role and that the template does not write, such as a `<seg>` that was added for masks, stay tokens:
+the model says them. transformers' own
 `sanitize_control_tokens` cuts the text at such places and tokenizes the pieces apart, which gives other ids for the
 text around, gives no assistant mask, and misses a token that arises where two texts meet ("<ima" and "ge>").
 
 A conversation that holds nothing suspicious, nearly every one, is not marked and takes the tokenizer as it is.
 """
 
+import functools
 import json
 import re
 import weakref
 from typing import Any
 
+import jinja2
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..compat import renamed_tokenizer
 from ..constants import IMAGE_TOKEN
@@ -83,6 +88,7 @@ class ControlTokens:
             raise ValueError(f"The tokenizer has {len(literals)} control tokens, more than this can keep apart.")
         self.prefix, self.suffix = _surroundings(tokenizer)
         self._twins: dict[int, PreTrainedTokenizerBase] = {}
+        self._with_role = {image_token, *map(str, tokenizer.special_tokens_map.values())}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> "ControlTokens":
@@ -94,17 +100,25 @@ class ControlTokens:
             cached = _CACHE[tokenizer] = (state, cls(tokenizer, image_token))
         return cached[1]
 
-    def mark(self, *values: Any) -> tuple[tuple, "Marks | None"]:
+    def mark(self, *values: Any, template: str = "") -> tuple[tuple, "Marks | None"]:
         """
-        Mark what could be taken for a control token in every string of `values` (messages, tools, …).
+        Mark what could be taken for a control token in every string of `values` (messages, tools, …), except, in an
+        assistant's message, the special tokens that the chat `template` leaves to what is said.
 
         Returns:
             `tuple[tuple, Marks | None]`: The values, as new objects, and what takes the marks back; or the values
             themselves and `None` if there is nothing to mark.
         """
+        said = self._said(template) if template else None
         texts: list[str] = []
-        _collect(values, texts)
-        if not any(map(self._marked_positions, texts)):
+        suspicious = []
+
+        def look(text: str, role: Any) -> None:
+            texts.append(text)
+            suspicious.append(bool(self._marked_positions(text, said if role == "assistant" else None)))
+
+        _map_texts(values, look)
+        if not any(suspicious):
             return values, None
         taken = {ord(character) >> 12 for text in texts for character in text if ord(character) >= _FIRST}
         block = next((b for b in range(_FIRST >> 12, (_LAST >> 12) + 1) if b not in taken), None)
@@ -113,14 +127,23 @@ class ControlTokens:
                 "The conversation uses Unicode's private-use planes up; it cannot be told from control tokens."
             )
         marks = Marks(self, block << 12)
-        return tuple(_map_texts(value, marks.mark) for value in values), marks
+        return tuple(
+            _map_texts(value, lambda text, role: marks.mark(text, said if role == "assistant" else None))
+            for value in values
+        ), marks
+
+    def _said(self, template: str) -> re.Pattern | None:
+        """The special tokens that stay tokens in what the assistant says."""
+        written = _written_by(template)
+        own = [literal for literal in self._literals if literal not in self._with_role and literal not in written]
+        return re.compile("|".join(map(re.escape, own))) if own else None
 
     def find_stop(self, text: str, start: int) -> int | None:
         """Where the control token ends that follows at `start` of a rendered text, perhaps after white space."""
         match = self._stop.match(text, start)
         return None if match is None else match.end()
 
-    def _marked_positions(self, text: str) -> set[int]:
+    def _marked_positions(self, text: str, said: re.Pattern | None = None) -> set[int]:
         """
         Where a character must be marked, so that no control token is in `text` and none can arise by joining it to
         its neighbours: at the first character of every occurrence, of a beginning of one at the text's end, and of an
@@ -143,6 +166,8 @@ class ControlTokens:
                     positions.add(start)
             if end - start < self._longest and any(text[start:end] in literal for literal in self._literals):
                 positions.add(start)
+        if positions and said is not None:
+            positions -= {match.start() for match in said.finditer(text)}
         return positions
 
     def twin(self, tokenizer: PreTrainedTokenizerBase, base: int) -> PreTrainedTokenizerBase:
@@ -172,9 +197,9 @@ class Marks:
         self._to_plain = {ord(mark): character for character, mark in self._to_mark.items()}
         self._names = control.names(base)
 
-    def mark(self, text: str) -> str:
-        """`text` with its suspicious characters marked."""
-        positions = self._control._marked_positions(text)
+    def mark(self, text: str, said: re.Pattern | None = None) -> str:
+        """`text` with its suspicious characters marked, except those of the tokens in `said`."""
+        positions = self._control._marked_positions(text, said)
         if not positions:
             return text
         return "".join(self._to_mark[c] if i in positions else c for i, c in enumerate(text))
@@ -192,26 +217,30 @@ class Marks:
         return self._control.twin(tokenizer, self._base)
 
 
-def _collect(value: Any, texts: list[str]) -> None:
+def _map_texts(value: Any, change, role: Any = None) -> Any:
+    """`value` with `change(text, role)` of its texts, where `role` is that of the message that holds the text."""
     if isinstance(value, str):
-        texts.append(value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key not in _LOCATIONS:
-                _collect(item, texts)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _collect(item, texts)
-
-
-def _map_texts(value: Any, change) -> Any:
-    if isinstance(value, str):
-        return change(value)
+        return change(value, role)
     if isinstance(value, dict):
-        return {key: item if key in _LOCATIONS else _map_texts(item, change) for key, item in value.items()}
+        role = value.get("role", role)
+        return {key: item if key in _LOCATIONS else _map_texts(item, change, role) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_map_texts(item, change) for item in value]
+        return [_map_texts(item, change, role) for item in value]
     return value
+
+
+@functools.lru_cache(maxsize=32)
+def _written_by(template: str) -> str:
+    """All that a chat template may write by itself: its own text, and what it makes of roles (`'<|' + role + '|>'`)."""
+    written = [template]
+    for roles in (("user", "assistant"), ("system", "user", "assistant")):
+        for content in ("", [{"type": "text", "text": ""}]):
+            messages = [{"role": role, "content": content} for role in roles]
+            try:
+                written += render_jinja_template([messages], chat_template=template)[0]
+            except (jinja2.TemplateError, TypeError):  # of another form than this template reads
+                pass
+    return "\n".join(written)
 
 
 def _surroundings(tokenizer: TokenizersBackend) -> tuple[list[int], list[int]]:

@@ -14,8 +14,8 @@ def plain_messages(messages: Any) -> Any:
     Messages, or a batch of them, as new lists and dicts; what is neither is returned as it is.
 
     NumPy arrays and Arrow lists become lists, JSON text in the place of a list or dict is read, keys that hold `None`
-    (`datasets` gives every item of a table the same keys) are dropped, and an image item, also OpenAI's `image_url`,
-    becomes `{"type": "image", "image": …}`.
+    (`datasets` gives every item of a table the same keys) and text items without a text are dropped, `from` and `value`
+    become `role` and `content`, and an image item, also OpenAI's `image_url`, becomes `{"type": "image", "image": …}`.
     """
     if not isinstance(messages, dict):
         messages = as_list(_read_json(getattr(messages, "messages", messages)))  # the attribute: a pipeline's `Chat`
@@ -24,10 +24,27 @@ def plain_messages(messages: Any) -> Any:
     if not isinstance(messages, Mapping):
         return messages
     message = _without_none(messages)
+    for name, of_llava in (("role", "from"), ("content", "value")):
+        if of_llava in message and name not in message:
+            message[name] = message.pop(of_llava)
     content = as_list(message.get("content"))
     if isinstance(content, list):
-        message["content"] = [_plain_item(item) for item in content]
+        message["content"] = [item for item in map(_plain_item, content) if item != {"type": "text"}]
     return message
+
+
+def turn_weight(message: Mapping) -> int | None:
+    """
+    0 where `weight`, `loss` or `train` of a message says that it is not to be learned, 1 where one says that it is.
+
+    Raises:
+        ValueError: one of them says something else.
+    """
+    given = {name: message[name] for name in ("weight", "loss", "train") if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise ValueError(f"{name}={value!r}: 0 and 1 (or false and true) are known")
+    return int(all(given.values())) if given else None
 
 
 def as_list(value: Any) -> Any:
@@ -72,4 +89,4 @@ def _read_json(value: Any) -> Any:
     return value
 
 
-__all__ = ["as_list", "plain_messages"]
+__all__ = ["as_list", "plain_messages", "turn_weight"]
