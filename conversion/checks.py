@@ -50,13 +50,7 @@ class CheckItem:
 
 @dataclass
 class CheckReport:
-    """
-    What a check found.
-
-    Args:
-        folder (`Path`): What was checked.
-        items (`list[CheckItem]`): In the order of the checks.
-    """
+    """What a check found."""
 
     folder: Path
     items: list[CheckItem] = field(default_factory=list)
@@ -276,13 +270,6 @@ def _compare(report: CheckReport, before: torch.Tensor, after: torch.Tensor) -> 
 def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bool = True) -> torch.Tensor:
     """
     Logits of the last positions, `[1, positions, vocabulary]`, by the stock class (ours where stock has no form).
-
-    Args:
-        fields (`dict`): The configuration.
-        tensors (`dict[str, LazyTensor]`): Under HF's names.
-        inputs:
-            `input_ids [1, S]`, `pixel_values [1, 3, H, W]`.
-        is_stock (`bool`, *optional*, defaults to `True`): Use stock transformers' class.
     """
     model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
     config = config_class.from_dict(fields)
@@ -297,18 +284,7 @@ def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bo
 def check_original(
     folder: Path, hf: HfCheckpoint, config: dict, *, has_tower: bool, dtype: torch.dtype | None = None
 ) -> CheckReport:
-    """
-    Check that an original folder which was made from a HF one is read as an original, with equal logits.
-
-    Args:
-        folder (`Path`): The original folder.
-        hf ([`HfCheckpoint`]): What it was made from.
-        config (`dict`): The original folder's configuration.
-        has_tower (`bool`):
-            The folder holds its tower. Otherwise the tower is only named and may not be on this machine: HF's stands
-            for it.
-        dtype (`torch.dtype`, *optional*): To which the weights were rounded.
-    """
+    """Check that an original folder which was made from a HF one is read as an original, with equal logits."""
     report = CheckReport(folder)
     tower = None if has_tower else (hf.config.vision_config, hf.tensors)
     original = read_original(folder, config=config, tower=tower)

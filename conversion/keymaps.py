@@ -116,14 +116,7 @@ Column = Literal["original", "hf", "gguf"]
 
 
 def key_table(sizes: Sizes, tower: str = "inside") -> list[Entry]:
-    """
-    Every tensor of a LLaVA of these sizes.
-
-    Args:
-        sizes ([`Sizes`]): Of its three parts.
-        tower (`str`, *optional*, defaults to `"inside"`):
-            How the original's side names the tower: a key of [`TOWER_PREFIXES`].
-    """
+    """Every tensor of a LLaVA of these sizes."""
     return [*language_entries(sizes), *projector_entries(sizes), *vision_entries(sizes, tower)]
 
 

@@ -183,17 +183,7 @@ def _notes(original: Original, config: LlavaConfig) -> list[str]:
 
 
 def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
-    """
-    The tensors of the HF checkpoint.
-
-    Args:
-        original ([`Original`]): The whole original model.
-        num_tokens (`int`): Of the tokenizer, with the image token; the vocabulary gets at least as many rows.
-        dtype (`torch.dtype`, *optional*): Of all; by default every tensor keeps its own.
-
-    Returns:
-        `dict[str, LazyTensor]`: HF's name → tensor.
-    """
+    """The tensors of the HF checkpoint."""
     old_rows = original.sizes.vocabulary
     rows = max(old_rows, -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
     tensors: dict[str, LazyTensor] = {}

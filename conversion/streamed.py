@@ -51,11 +51,6 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
     """
     A model in evaluation mode whose weights are read while it runs.
 
-    Args:
-        build (`Callable[[], nn.Module]`): Makes the model; its parameters get no memory.
-        tensors (`Mapping[str, LazyTensor]`):
-            By the names of the model's parameters and persistent buffers; a tied head may be left out.
-
     Raises:
         KeyError: a parameter without a tensor.
     """

@@ -241,11 +241,6 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     """
     The tensors of a `.bin` file (a pickle). It is never unpickled freely: tensors are built, all else is refused.
 
-    Args:
-        path (`Path`):
-            File that `torch.save` wrote from a dict of tensors. Of the zip form (torch ≥ 1.6) only the directory is
-            read; the older form has none and is loaded whole.
-
     Raises:
         ValueError: the pickle holds something other than tensors (its code is not run), or the file is damaged.
     """

@@ -58,13 +58,6 @@ def format_bytes(count: float) -> str:
 def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str) -> dict[str, dict[str, LazyTensor]]:
     """
     Tensors grouped into files of at most `max_shard_size`, in their order, under the names that transformers expects.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): Key → tensor.
-        max_shard_size (`int` or `str`): In bytes. A tensor beyond it gets a file of its own.
-
-    Returns:
-        `dict[str, dict[str, LazyTensor]]`: file name → its tensors.
     """
     limit, groups, filled = parse_size(max_shard_size), [{}], 0
     for key, tensor in tensors.items():
@@ -133,14 +126,7 @@ def write_all(target, data) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Callable[[int], None] = int) -> None:
-    """
-    Write a safetensors file, piece by piece.
-
-    Args:
-        path (`Path`): It appears under this name only when it is whole and on the disk.
-        tensors (`dict[str, LazyTensor]`): Key → tensor.
-        advance (`Callable[[int], None]`, *optional*): Called with the number of bytes written since the last call.
-    """
+    """Write a safetensors file, piece by piece."""
     header, ordered = safetensors_header(tensors)
     with atomic_path(path, sync=True) as partial, open(partial, "wb", buffering=0) as file:
         write_all(file, header)

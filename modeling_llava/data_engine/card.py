@@ -136,13 +136,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) -> str:
-    """The card's text.
-
-    Args:
-        about: `collect_figures`.
-        plots: Title → file, beside the card.
-        fingerprint: Ends the names of the parquet files; empty where there are none.
-    """
+    """The card's text."""
     settings, contexts, samples = about["settings"], about["contexts"], about["samples"]
     total = sum(samples.values())
     size = next((name for most, name in SIZES if total < most), "n>1T")

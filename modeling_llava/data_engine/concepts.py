@@ -91,10 +91,6 @@ class Chooser:
 
     Memory is linear in the distinct phrases: a count and a rank for each, `most` hashes for each frequent one while the
     thresholds are found.
-
-    Args:
-        counts: In how many captions each phrase occurs.
-        settings: How captions are chosen.
     """
 
     def __init__(self, counts: Counter[str], settings: ConceptSettings):
@@ -148,13 +144,7 @@ class Chooser:
 def make_chooser(
     captions: Callable[[], Iterable[Phrases]], settings: ConceptSettings, counts: Counter[str] | None = None
 ) -> Chooser:
-    """Reads the phrases of all captions two or three times and returns what says which are chosen.
-
-    Args:
-        captions: Gives the phrases of each caption, in the same order at each call.
-        settings: How captions are chosen.
-        counts: `count_phrases` of the captions, if known.
-    """
+    """Reads the phrases of all captions two or three times and returns what says which are chosen."""
     chooser = Chooser(count_phrases(captions()) if counts is None else counts, settings)
     if chooser.keys:
         chooser.set_thresholds(smallest_hashes(enumerate(captions()), chooser.keys, settings.most))

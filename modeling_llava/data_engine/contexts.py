@@ -148,16 +148,7 @@ def clean_box(
     height: float = 1.0,
     crowd: bool = False,
 ) -> Box | None:
-    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, where there is none.
-
-    Args:
-        category: Name of the object.
-        corners: `x1, y1, x2, y2` in pixels, or as fractions when `width` and `height` are 1.
-        counts: Where the reason is counted.
-        width: Width of the image, in the corners' unit.
-        height: Height of the image, in the corners' unit.
-        crowd: Whether the box is drawn around a crowd (COCO's `iscrowd`); such a box is no object.
-    """
+    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, where there is none."""
     reason = None
     x1, y1, x2, y2 = (float(value) for value in corners)
     if crowd:

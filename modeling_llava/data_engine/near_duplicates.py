@@ -49,12 +49,7 @@ class QuestionIndex:
         self._postings: dict[str, list[int]] = {}
 
     def add(self, question: str, name: str = "") -> str | None:
-        """Keeps a new question and returns `None`; returns the name of a kept one that it repeats once too often.
-
-        Args:
-            question: The question.
-            name: What it is called when a later one repeats it.
-        """
+        """Keeps a new question and returns `None`; returns the name of a kept one that it repeats once too often."""
         words = question_words(question)
         if not words:
             return None

@@ -104,14 +104,6 @@ def extract_shards(
 ) -> list[Path]:
     """Extracts the noun phrases of captions into shards; goes on where an earlier call stopped.
 
-    Args:
-        captions: The captions, drawn as needed: a few shards of them are held at once.
-        folder: Where the shards go.
-        model: spaCy's model.
-        workers: Processes; default: one per core.
-        progress: Whether to show a bar.
-        total: Captions in all, for the bar.
-
     Returns:
         The shards, in the captions' order.
     """

@@ -38,15 +38,7 @@ def write_output(
     limit: int | None = None,
     settings: OutputSettings | None = None,
 ) -> OutputSummary:
-    """Writes `instruct.json`, `rejected.jsonl`, `dataset/` with its card, and `report.html` into the run's folder.
-
-    Args:
-        folder: The run.
-        ledger: Its ledger.
-        images: Image folder; without it no `datasets` folder is written.
-        limit: Most contexts, as in the run.
-        settings: What is left out and written.
-    """
+    """Writes `instruct.json`, `rejected.jsonl`, `dataset/` with its card, and `report.html` into the run's folder."""
     settings = settings or OutputSettings()
     summary = OutputSummary()
     names = set()

@@ -19,12 +19,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
-    """Histogram of the answers' words, one line per type.
-
-    Args:
-        lengths: Type → (words → answers).
-        path: PNG to write.
-    """
+    """Histogram of the answers' words, one line per type."""
     figure = _figure(7, 3.2)
     axes = figure.subplots()
     longest = max(max(histogram, default=1) for histogram in lengths.values())
@@ -93,14 +88,7 @@ def plot_verbs(pairs: Counter, path: Path, verbs: int = 16, nouns: int = 4) -> N
 
 
 def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path: Path) -> None:
-    """Captions per noun phrase, phrases ordered by how common they are, before and after the filter.
-
-    Args:
-        before: Captions per phrase in all captions.
-        after: Captions per phrase in the chosen ones.
-        least: Frequency below which a phrase was not looked at.
-        path: PNG to write.
-    """
+    """Captions per noun phrase, phrases ordered by how common they are, before and after the filter."""
     figure = _figure(7, 3.6)
     axes = figure.subplots()
     for counts, label, color in ((before, "before", "#999999"), (after, "after", "#4477aa")):

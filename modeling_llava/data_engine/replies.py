@@ -57,12 +57,7 @@ TELL: dict[str, str] = {
 
 
 class Rejection(ValueError):
-    """A reply is not good enough.
-
-    Args:
-        reason: One of `REASONS`.
-        detail: What was found.
-    """
+    """A reply is not good enough."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{REASONS[reason]}: {detail}" if detail else REASONS[reason])

@@ -24,13 +24,7 @@ THUMBNAIL = 320
 
 
 def choose_samples(samples: list[tuple[str, str]], number: int, seed: int = 0) -> set[str]:
-    """Ids of `number` samples, as evenly over the types as there are samples.
-
-    Args:
-        samples: (id, type) of all.
-        number: How many.
-        seed: Of the choice.
-    """
+    """Ids of `number` samples, as evenly over the types as there are samples."""
     rng = random.Random(seed)
     by_type: dict[str, list[str]] = {}
     for name, kind in samples:
@@ -52,16 +46,7 @@ def write_report(
     images: Path | None,
     limit: int | None = None,
 ) -> Path:
-    """Writes `report.html` into the run's folder.
-
-    Args:
-        folder: The run.
-        ledger: Its ledger.
-        settings: What is left out, and how many samples are shown.
-        summary: Figures of the data.
-        images: Image folder; without it samples are shown without pictures.
-        limit: Most contexts.
-    """
+    """Writes `report.html` into the run's folder."""
 
     def all_samples() -> Any:
         return kept_samples(folder, ledger, settings, OutputSummary(), limit=limit)

@@ -89,11 +89,6 @@ class GenerateConfig:
 class RunFolder:
     """A run's folder.
 
-    Args:
-        path: The folder; made if absent.
-        config: What the run makes.
-        prompts: The prompts of its types.
-
     Raises:
         ValueError: the folder holds a run with other settings or prompts.
     """
@@ -153,11 +148,6 @@ class RunFolder:
 
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
         """Writes the contexts beside the ledger, or checks that they are those that the run began with.
-
-        Args:
-            contexts: The contexts; not looked at where `sources` are unchanged since they were written.
-            counts: What was left out while they were read.
-            sources: The files they come from; `None` if they come from none.
 
         Raises:
             ValueError: they differ from those that the run began with, or there are none.

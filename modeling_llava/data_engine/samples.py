@@ -135,16 +135,7 @@ def kept_samples(
     leave_out: Callable[[dict[str, Any]], None] | None = None,
     limit: int | None = None,
 ) -> Iterator[Sample]:
-    """The samples of the data set: accepted, not dropped by hand, without repeated questions.
-
-    Args:
-        folder: The run.
-        ledger: Its ledger.
-        settings: What is left out.
-        summary: Where it is counted.
-        leave_out: Called with a dict about each sample or turn that is left out.
-        limit: Most contexts.
-    """
+    """The samples of the data set: accepted, not dropped by hand, without repeated questions."""
     leave_out = leave_out or (lambda row: None)
     index = None
     if settings.question_repeats is not None:

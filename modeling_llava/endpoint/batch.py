@@ -66,16 +66,8 @@ def write_batch(
     """Writes every task that is neither settled nor waiting into batch files `batch-000.jsonl`, ….
 
     A file gets its name only after the ledger knows its requests; one that a dying process left behind is named, or
-    removed if the ledger does not know it, by the next call.
-
-    Args:
-        tasks: What to ask.
-        model: Gives the requests' bodies.
-        ledger: Open for writing.
-        folder: Where the files go.
-        run_id: As in `run_tasks`.
-        budget: Writing stops before the request that it does not have. A batch has no reply to learn from: prompts count
-            by `Budget.TOKENS_PER_CHARACTER`, and the budget can be overdrawn by the error of that estimate.
+    removed if the ledger does not know it, by the next call. Writing stops before the first request that exceeds `budget`;
+    prompts count by `Budget.TOKENS_PER_CHARACTER`, so it can be overdrawn by the error of that estimate.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,12 +137,7 @@ def read_batch(
 ) -> BatchSummary:
     """Reads the output and error files of batches into the ledger.
 
-    Args:
-        tasks: The tasks of the run, in order; those that wait in a batch are looked up in the files.
-        paths: Output and error files as the endpoint gives them; those of one batch together, since what is refused in the
-            one is refused for good where the other has replies.
-        ledger: Open for writing.
-        judge: Judges each reply, as in `run_tasks`.
+    Give both files of a batch together: a request in the error file is refused for good where the output file has replies.
 
     Raises:
         ValueError: a line is not a batch result.

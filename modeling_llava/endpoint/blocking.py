@@ -19,11 +19,6 @@ def run_blocking(
 
     Inside a running loop it gets a loop of its own in a thread. There the first Ctrl-C (a notebook's stop button) calls
     `stop`, the second one cancels: nothing is left running behind the one who stopped it.
-
-    Args:
-        main: Makes the coroutine.
-        stop: Called in the coroutine's loop; brings it to its end.
-        raise_interrupt: Whether the `KeyboardInterrupt` of a notebook is raised once that end has come.
     """
     try:
         asyncio.get_running_loop()

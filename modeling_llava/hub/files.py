@@ -101,17 +101,7 @@ class Problem:
 
 
 def select_files(folder: str | os.PathLike, kind: str) -> tuple[list[Path], list[Path]]:
-    """
-    Split a folder's files into those that are published and those that stay.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            A model's or a dataset's folder. Checkpoints of a run (`checkpoint-*`) inside it always stay.
-        kind (`str`): `"model"` or `"dataset"`.
-
-    Returns:
-        `tuple[list[Path], list[Path]]`: paths relative to `folder`, sorted.
-    """
+    """Split a folder's files into those that are published and those that stay."""
     folder = Path(folder)
     files = sorted(
         path.relative_to(folder)
@@ -132,15 +122,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def find_problems(folder: str | os.PathLike) -> list[Problem]:
-    """
-    Everything in a folder that must not leave this machine: pickles, secrets, local paths, links to elsewhere.
-
-    Args:
-        folder (`str` or `os.PathLike`): What would be sent, file by file.
-
-    Returns:
-        `list[Problem]`: empty if all is well. A secret itself is not repeated in the message.
-    """
+    """Everything in a folder that must not leave this machine: pickles, secrets, local paths, links to elsewhere."""
     folder = Path(folder)
     problems = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
@@ -167,10 +149,6 @@ def link_problems(folder: str | os.PathLike, kind: str) -> list[Problem]:
     """
     Links among the files that would be published that lead out of the folder, or nowhere. Those of the Hub's cache, where
     each file is a link to a blob beside the snapshots, are none.
-
-    Args:
-        folder (`str` or `os.PathLike`), kind (`str`):
-            As in [`select_files`].
     """
     folder = Path(folder).resolve()
     inside = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])

@@ -129,10 +129,6 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
     """
     Around a load: where it fails, and the folder's files say why, that is the error. A load that works costs nothing.
 
-    Args:
-        folder (`str` or `os.PathLike`): A model's or a processor's; of a Hub name nothing is said.
-        weights (`bool`, *optional*, defaults to `True`): A model is loaded, not its processor alone.
-
     Raises:
         ValueError: as [`what_is_broken`] says; what was raised otherwise.
     """
@@ -146,15 +142,7 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
 
 
 def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | None:
-    """
-    The first thing that is wrong with a folder of a full model, an adapter or a projector, with its fix.
-
-    Args:
-        folder (`str` or `os.PathLike`), weights (`bool`, *optional*, defaults to `True`): As for [`explained`].
-
-    Returns:
-        `str`, *optional*: a sentence that names the file; `None` if nothing is found.
-    """
+    """The first thing that is wrong with a folder of a full model, an adapter or a projector, with its fix."""
     folder = Path(folder)
     there = sorted(path.name for path in folder.iterdir())
     for path in (folder / name for name in there):

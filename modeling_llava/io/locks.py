@@ -6,14 +6,10 @@ import os
 
 def lock(descriptor: int, wait: bool = False) -> bool:
     """
-    Lock an open file, or on POSIX an open folder, until it is closed or the process dies, however it dies.
-
-    Args:
-        descriptor (`int`): Of the open file.
-        wait (`bool`, *optional*, defaults to `False`): Wait until another process lets go of it.
+    Lock an open file, or on POSIX an open folder, until it is closed or the process dies.
 
     Returns:
-        `bool`: `False` if another process has it. A file system without locks leaves it to the user: `True`.
+        `bool`: `False` if another process has it (never with `wait`); `True` also on a file system without locks.
     """
     try:
         if os.name == "nt":

@@ -35,14 +35,7 @@ class ExamItem:
 
 
 def set_exam(split: Path, seed: int, limit: int | None = None, held_out: bool = False) -> list[ExamItem]:
-    """Questions about a split's pictures, one of each kind where a picture has one, from captions and boxes.
-
-    Args:
-        split: Folder with `images`, `captions.json` and `instances.json`.
-        seed: Of the choice among questions of a kind.
-        limit: Most pictures.
-        held_out: Only questions that a held-out pair decides; otherwise every kind.
-    """
+    """Questions about a split's pictures, one of each kind where a picture has one, from captions and boxes."""
     items = []
     for context in read_contexts(split / "captions.json", split / "instances.json", limit=limit):
         rng = random.Random(f"{seed}:exam:{context.id}")
@@ -81,14 +74,7 @@ def shuffle_pictures(items: list[ExamItem], seed: int) -> list[Path]:
 
 
 def answer_items(predictor, items: list[ExamItem], pictures: Iterable, batch_size: int = 64) -> list[str]:
-    """The model's answers, greedy, in the items' order.
-
-    Args:
-        predictor: A [`~modeling_llava.inference.LlavaPredictor`].
-        items: The questions.
-        pictures: One picture (a path or `PIL.Image.Image`) per question.
-        batch_size: Answers that grow at a time.
-    """
+    """The model's answers, greedy, in the items' order."""
     samples = [
         {
             "id": number,

@@ -55,12 +55,7 @@ def smooth(losses: list[float], share: float = 0.06) -> list[float]:
 
 
 def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
-    """Loss over optimizer steps, one panel per training.
-
-    Args:
-        curves: Title → loss of each step (nats; per supervised token or patch).
-        path: PNG to write.
-    """
+    """Loss over optimizer steps, one panel per training."""
     figure = _figure(3.3 * len(curves), 3.1)
     for index, (title, losses) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
@@ -120,15 +115,7 @@ def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) ->
 def plot_answers(
     answers: list[dict[str, Any]], scores: dict[str, dict[str, float]], folder: Path, path: Path, seed: int = 0
 ) -> None:
-    """A grid of pictures with question and answer, over bars that show what the model reaches without its picture.
-
-    Args:
-        answers: Rows `{"image", "kind", "question", "answer", "expected", "right"}`; images relative to `folder`.
-        scores: Name of the condition → `{"all": share, kind: share}`, 0..1.
-        folder: What images are relative to.
-        path: PNG to write.
-        seed: Of the choice among the answers.
-    """
+    """A grid of pictures with question and answer, over bars that show what the model reaches without its picture."""
     columns, rows = 5, 2
     chosen = choose_answers(answers, columns * rows, seed)
     figure = _figure(13, 11)

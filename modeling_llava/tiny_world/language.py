@@ -124,15 +124,6 @@ def train_language_model(
     One document in four is a caption, which is learnt word by word; the others are conversations, of which the answers
     are learnt.
 
-    Args:
-        out: Folder for both, as `save_pretrained` writes them.
-        steps: Optimizer steps.
-        batch_size: Documents per step.
-        learning_rate: Highest learning rate.
-        seed: Of the texts, initialisation and order.
-        most_things: Most things in a scene, 1 to 3.
-        log: Called with each step and its loss.
-
     Returns:
         Loss over the last tenth of the steps (nats per learnt token), tokens read, and seconds.
     """

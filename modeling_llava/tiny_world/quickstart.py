@@ -90,12 +90,6 @@ FAST = QuickstartSettings(
 class Quickstart:
     """One run of the quickstart.
 
-    Args:
-        out: The run's folder; made if absent.
-        settings: How much of everything.
-        on_phase: Called with a phase's name when it begins.
-        on_step: Called with `(step, steps, loss)` while a phase trains.
-
     Raises:
         ValueError: `out` holds something else, or a run with other settings.
     """

@@ -141,12 +141,7 @@ def _blocks(questions: list[Question]) -> str:
 
 
 class ScriptedResponder:
-    """Answers the requests that the data engine makes with the tiny world's prompts; a `ChatModel`.
-
-    Args:
-        seed: Of the choice among possible questions; the same seed and context give the same reply.
-        turns: Pairs of question and answer in a conversation.
-    """
+    """Answers the requests that the data engine makes with the tiny world's prompts; a `ChatModel`."""
 
     name = "scripted-responder"
 

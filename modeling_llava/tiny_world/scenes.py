@@ -68,13 +68,7 @@ def join_words(parts: list[str]) -> str:
 
 
 def draw_scene(rng: random.Random, held_out: bool = False, most_things: int = 3) -> Scene:
-    """Draws one scene by lot.
-
-    Args:
-        rng: Source of all randomness; the same state gives the same scene.
-        held_out: When True, exactly the first thing is one of the `HELD_OUT` pairs; when False, none is.
-        most_things: Most things in a scene, 1 to 3.
-    """
+    """Draws one scene by lot."""
     count = rng.choice([number for number in (1, 2, 2, 3, 3) if number <= most_things])
     while True:
         pairs = list(zip(rng.sample(COLOURS, count), rng.sample(CATEGORIES, count)))

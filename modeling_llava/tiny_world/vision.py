@@ -144,15 +144,6 @@ def train_vision_tower(
 ) -> dict[str, Any]:
     """Trains a tower on a split and saves it with its image processor.
 
-    Args:
-        split: Training pictures, captions and boxes.
-        out: Folder for the tower, as `CLIPVisionModel.save_pretrained` writes it.
-        steps: Optimizer steps.
-        batch_size: Pictures per step.
-        learning_rate: Highest learning rate.
-        seed: Of initialisation and order.
-        log: Called with each step and its loss.
-
     Returns:
         Accuracy of each head over the last tenth of the steps, per taught patch of a thing, and seconds.
     """

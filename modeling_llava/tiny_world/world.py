@@ -15,27 +15,13 @@ JPEG_QUALITY = 92
 
 
 def draw_scenes(number: int, seed: int, split: str, held_out: bool = False, most_things: int = 3) -> list[Scene]:
-    """Scenes drawn by lot; the same for the same seed and name of the split, different for different names.
-
-    Args:
-        number: How many.
-        seed: Of the whole world.
-        split: Name of the split, `"train"` or another.
-        held_out: Whether each scene holds one of the pairs that no training scene has.
-        most_things: Most things in a scene, 1 to 3.
-    """
+    """Scenes drawn by lot; the same for the same seed and name of the split, different for different names."""
     rng = random.Random(f"{seed}:{split}")
     return [draw_scene(rng, held_out, most_things) for _ in range(number)]
 
 
 def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int = PICTURE_SIZE) -> None:
     """Writes `images/*.jpg`, `captions.json` and `instances.json` (COCO's form) of some scenes; the JSON files last.
-
-    Args:
-        folder: Where; made if absent.
-        scenes: What is drawn.
-        workers: Processes that draw.
-        size: Side of a picture in pixels.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
