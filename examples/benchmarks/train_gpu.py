@@ -202,22 +202,21 @@ def measure(case: str, side: str, workload: str, device: str, tiny: bool) -> dic
 
 
 def _estimated(config, adapter: str, rank: int, batches: list, device: str) -> dict:
-    from modeling_llava.training.estimate import CUDA_CONTEXT, Settings, estimate
-    from modeling_llava.training.shapes import shapes_of
+    from modeling_llava.training.estimate import CUDA_CONTEXT, Settings, estimate, sizes_of
 
     largest = max(batches, key=lambda batch: sum(len(ids) for ids, _ in batch))
-    positions = sum(len(ids) for ids, _ in largest)
+    tokens = sum(len(ids) for ids, _ in largest)
     settings = Settings(
         adapter=adapter, lora_r=rank, lora_dropout=0.0, activation_checkpointing=True, device=device,
-        positions=positions, images=len(largest),
-        supervised=sum(int((labels != -100).sum()) for _, labels in largest) / positions,
+        tokens=tokens, images=len(largest),
+        supervised=sum(int((labels != -100).sum()) for _, labels in largest) / tokens,
     )  # fmt: skip
-    shapes = shapes_of(json.loads(config.to_json_string(use_diff=False)))
-    result = estimate(shapes, settings)
+    sizes = sizes_of(config)
+    result = estimate(sizes, settings)
     settings.activation_checkpointing = False  # what is computed twice is no work
-    flops = estimate(shapes, settings).flops_per_position
+    flops = estimate(sizes, settings).flops_per_token
     context = CUDA_CONTEXT if device == "cuda" else 0.0
-    return {"estimated": result.total - context, "flops_per_position": flops}
+    return {"estimated": result.total - context, "flops_per_token": flops}
 
 
 def run_case(case: str, workload: str, args) -> dict:
@@ -255,7 +254,7 @@ def run_case(case: str, workload: str, args) -> dict:
     if ours is not None:
         row["estimated_gib"] = round(ours["estimated"] / 2**30, 3)
         if args.tflops:
-            used = row["ours_tokens_per_second"] * ours["flops_per_position"] / (args.tflops * 1e12)
+            used = row["ours_tokens_per_second"] * ours["flops_per_token"] / (args.tflops * 1e12)
             row["ours_model_flop_utilisation"] = round(used, 3)
     return row
 

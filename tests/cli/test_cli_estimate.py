@@ -1,8 +1,6 @@
-"""`llava estimate`: weights by arithmetic, a card that is too small, and mistakes."""
+"""`llava estimate`: weights by arithmetic, a GPU that is too small, and mistakes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -27,7 +25,7 @@ def test_weights_of_llava_7b_are_those_of_its_layers(capsys):
     )  # trained: float32
 
 
-def test_a_card_that_is_too_small_is_said_with_the_change_that_helps(capsys):
+def test_a_gpu_that_is_too_small_is_reported_with_the_change_that_helps(capsys):
     assert main(["estimate", "finetune", MODEL, "--gpu", "12"]) == 1
     printed = capsys.readouterr().out
     assert "does not fit 12 GiB" in printed and "adapter=qlora" in printed
@@ -42,35 +40,26 @@ def test_a_mistake_is_one_line(words, message, capsys):
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [
-        ({"model_type": "mixtral"}, 2, "mixture of experts (mixtral): its weights are not counted"),
-        ({"model_type": "qwen2_moe", "num_experts": 60}, 2, "mixture of experts (num_experts)"),
-        ({"model_type": "gemma2"}, 0, "of the type gemma2, and estimated as a Llama"),
-        ({"model_type": "phi3"}, 0, "trained parameters"),
+        ({"model_type": "mixtral"}, 2, "(mixtral) has weights that are not linear layers"),
+        ({"model_type": "qwen2_moe", "num_experts": 60}, 2, "mixture of experts"),
+        ({"model_type": "gemma2"}, 0, "(gemma2) is estimated as a Llama"),
+        ({"model_type": "phi3", "pad_token_id": 0}, 0, "trained parameters"),
     ],
 )
-def test_a_language_model_that_is_no_llama_is_said(text, code, words, tmp_path, capsys):
+def test_a_language_model_that_is_not_like_llama_is_reported(text, code, words, tmp_path, capsys):
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "vocab_size": 99,
+        "eos_token_id": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {**sizes, **text}}))
     assert main(["estimate", "lora", f"model={tmp_path}"]) == code
     printed = capsys.readouterr()
     assert words in printed.out + printed.err
-    assert ("estimated as a Llama" in printed.out) == (text["model_type"] == "gemma2")
-
-
-def test_it_answers_without_importing_pytorch():
-    program = (
-        "import sys; sys.argv[0] = 'llava'; from modeling_llava.cli.main import main; "
-        f"main(['estimate', 'qlora-12gb', '{MODEL}', '--gpu', '12']); "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'huggingface_hub')))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and "It fits 12 GiB" in done.stdout, done.stderr
+    assert ("is estimated as a Llama" in printed.out) == (text["model_type"] == "gemma2")
 
 
 def test_parts_with_and_without_checkpointing(capsys):
@@ -78,7 +67,7 @@ def test_parts_with_and_without_checkpointing(capsys):
     printed = capsys.readouterr().out
     without, with_ = next(line for line in printed.splitlines() if "│ activations" in line).split("│")[2:4]
     assert float(without) > 10 * float(with_)
-    for part in ("gradients", "optimizer", "loss", "CUDA", "vision tower, 16 bit", "LoRA, rank 128, float32"):
+    for part in ("gradients", "optimizer", "loss", "CUDA", "vision tower, 16-bit", "LoRA, rank 128, float32"):
         assert part in printed
 
 

@@ -84,7 +84,7 @@ def measure(settings: dict) -> dict:
             for parameter in model.parameters():
                 parameter.data.view(-1).view(torch.uint8).sum()  # weights that lie in a mapped file come into memory
             batch = next(iter(train_dataloader))
-            result["positions"] = batch["input_ids"].numel()
+            result["tokens"] = batch["input_ids"].numel()
             result["supervised"] = (batch["labels"] != -100).float().mean().item()
             result["images"] = len(batch["pixel_values"])
             del batch

@@ -1,4 +1,4 @@
-"""The estimate of memory, held against what a process grows by; its settings and parameters, against the real ones."""
+"""The estimate of memory, compared with the growth of a process; its settings and parameters, with the real ones."""
 
 import dataclasses
 import json
@@ -8,13 +8,12 @@ import sys
 
 import measure_growth
 import pytest
-from accelerate import init_empty_weights
 from transformers import AutoConfig
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.training import LlavaTrainingArguments
-from modeling_llava.training.estimate import Settings, estimate
-from modeling_llava.training.shapes import shapes_of
+from modeling_llava.training.adapters import add_adapter
+from modeling_llava.training.estimate import Settings, estimate, load_config, sizes_of
 
 
 VISION = {
@@ -27,7 +26,7 @@ TEXT = {
 CASES = {
     "everything is trained": (TEXT, {"per_device_train_batch_size": 8}),
     "the projector is trained": (TEXT, {"stage": "pretrain", "per_device_train_batch_size": 12}),
-    "LoRA beside shared keys": (
+    "LoRA, grouped-query attention": (
         {**TEXT, "num_key_value_heads": 2},
         {"adapter": "lora", "lora_r": 16, "per_device_train_batch_size": 6},
     ),
@@ -65,9 +64,9 @@ def test_estimated_growth_is_within_15_percent_of_the_measured(case, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["growth"] > 300 * 2**20  # the noise of an allocator would be a large share of less
-    micro_batch = {name: measured[name] for name in ("positions", "images", "supervised")}
-    shapes = shapes_of(json.loads((tmp_path / "model" / "config.json").read_text()))
-    estimated = estimate(shapes, Settings(**settings, **micro_batch, device="cpu")).growth
+    micro_batch = {name: measured[name] for name in ("tokens", "images", "supervised")}
+    sizes = sizes_of(load_config(str(tmp_path / "model")))
+    estimated = estimate(sizes, Settings(**settings, **micro_batch, device="cpu")).growth
     assert estimated == pytest.approx(measured["growth"], rel=0.15)
 
 
@@ -79,21 +78,31 @@ def test_defaults_are_those_of_the_training_arguments():
     assert {name: ours[name] or None for name in shared} == {name: theirs[name] or None for name in shared}
 
 
-@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("vision", ["clip_vision_model", "siglip_vision_model"])
-def test_parameters_are_counted_as_the_model_has_them(vision, text):
+@pytest.mark.parametrize("text", ["llama", "phi3", "qwen2"])
+def test_lora_weights_are_counted_as_peft_adds_them(text, tmp_path):
+    fused = {"pad_token_id": 0} if text == "phi3" else {}  # whose queries, keys and values are one linear layer
     config = LlavaConfig(
-        vision_config=AutoConfig.for_model(vision, **VISION),
-        text_config=AutoConfig.for_model(text, **{**TEXT, "num_key_value_heads": 2}),
+        vision_config=AutoConfig.for_model("clip_vision_model", **VISION),
+        text_config=AutoConfig.for_model(text, **{**TEXT, "num_key_value_heads": 2, **fused}),
     )
-    with init_empty_weights():
-        model = LlavaForConditionalGeneration(config)
-    shapes = shapes_of(json.loads(config.to_json_string(use_diff=False)))
-    core = model.model
+    args = LlavaTrainingArguments(str(tmp_path), adapter="lora", lora_r=4)
+    adapted = add_adapter(LlavaForConditionalGeneration(config), args)
+    added = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
+    assert sizes_of(config).lora(4) == added
 
-    def count(module):
-        return sum(p.numel() for p in module.parameters())
 
-    assert shapes.tower == count(core.vision_tower)
-    assert shapes.projector == count(core.multi_modal_projector)
-    assert shapes.language_model == count(core.language_model) + count(model.lm_head)
+def test_embeddings_that_are_tied_are_counted_once():
+    text = AutoConfig.for_model("llama", **TEXT)
+    tied = AutoConfig.for_model("llama", **TEXT, tie_word_embeddings=True)
+    difference = (
+        sizes_of(LlavaConfig(text_config=text)).language_model - sizes_of(LlavaConfig(text_config=tied)).language_model
+    )
+    assert difference == TEXT["vocab_size"] * TEXT["hidden_size"]
+
+
+def test_an_adapter_is_estimated_as_its_base(tmp_path):
+    LlavaConfig(text_config=TEXT).save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    adapter = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    assert load_config(str(tmp_path / "adapter")).text_config.hidden_size == TEXT["hidden_size"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from modeling_llava.training import output_folder, train
+from modeling_llava.training import resume, train
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_model_is_not_written_over_by_what_is_trained_from_it(settings, no_mod
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
     settings, tmp_path, no_model, monkeypatch
 ):
-    monkeypatch.setattr(output_folder, "WAIT_FOR_WORKERS", 0.3)
+    monkeypatch.setattr(resume, "WAIT_FOR_WORKERS", 0.3)
     hold = (
         "import sys, time; from modeling_llava.training.resume import only_run_in\n"
         "with only_run_in(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
@@ -98,7 +98,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
         with pytest.raises(OSError, match="another run is at work there.*choose another output_dir"):
             train(settings)
         first.kill()
-    with output_folder.only_run_in(settings["output_dir"]):
+    with resume.only_run_in(settings["output_dir"]):
         pass
 
 
@@ -113,6 +113,6 @@ def test_a_folder_that_cannot_be_written_is_said_first_and_none_is_left(settings
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
-    monkeypatch.setattr(output_folder.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(resume.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match="Read-only file system"):
         train(settings)

@@ -6,9 +6,8 @@ import pytest
 from rich.console import Console
 
 from modeling_llava.training import read_recipe, train
-from modeling_llava.training.estimate import GIB, Settings, estimate
+from modeling_llava.training.estimate import GIB, Settings, estimate, load_config, sizes_of
 from modeling_llava.training.recipes import PRESETS
-from modeling_llava.training.shapes import find_config, shapes_of
 
 
 FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b"), (24, "13b")]
@@ -17,7 +16,7 @@ FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b
 def estimated_gib(gpu, size):
     recipe = read_recipe(f"qlora-{gpu}gb")
     settings = Settings(**{name: value for name, value in recipe.items() if hasattr(Settings, name)})
-    return estimate(shapes_of(find_config(f"llava-hf/llava-1.5-{size}-hf")), settings).total / GIB
+    return estimate(sizes_of(load_config(f"llava-hf/llava-1.5-{size}-hf")), settings).total / GIB
 
 
 @pytest.mark.parametrize("gpu, size", FITTING)
