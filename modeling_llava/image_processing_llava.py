@@ -1,6 +1,7 @@
 """`LlavaImageProcessor`: images to `pixel_values`, with Pillow and torch only (torchvision is not needed)."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,6 +146,13 @@ class LlavaImageProcessor(PilBackend):
         rescaled = kwargs.get("do_rescale") and kwargs["rescale_factor"] > 1 / 256  # by a factor for 8 bits
         if rescaled and image.dtype.kind == "u" and image.dtype.itemsize == 2 and image.max(initial=0) > 255:
             image = (image >> 8).astype(np.uint8)
+        if rescaled and kwargs["rescale_factor"] < 0.1 and image.dtype.kind == "f" and image.size:
+            low, high = image.min(), image.max()
+            if low < 0 or 0 < high <= 1:
+                warnings.warn(
+                    f"An image has floating-point values from {low:g} to {high:g}, and do_rescale=True takes them for 0 to "
+                    "255: pass do_rescale=False if they are scaled already."
+                )
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format)
         if array.dtype == np.uint8 and array.shape[0] == 3:
             return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))

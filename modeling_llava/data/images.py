@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..io.images import EMBEDDED, check_size, embedded_or_path, open_upright
+from ..io.paths import near_hint
 from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
 
 
@@ -24,7 +25,6 @@ _OTHER_FORMATS = {
     b"PK\x03\x04": "an archive",
 }
 """What a file that Pillow does not open has among its first bytes → what it is."""
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
 def load_image(
@@ -201,9 +201,9 @@ def _inside(path: str, folder: str, sample_id: str, follow_symlinks: bool) -> st
         inside = _is_below(os.path.realpath(joined), real_folder)
         how = "" if not _is_below(os.path.abspath(joined), os.path.abspath(folder)) else ", by a symbolic link"
     if not inside:
-        mend = "pass follow_symlinks=True if the link is yours" if how else "give paths relative to it"
+        fix = "pass follow_symlinks=True if the link is yours" if how else "give paths relative to it"
         raise BadSampleError(
-            sample_id, OUTSIDE_IMAGE, f"has the image {path!r}, which leaves the image folder {folder!r}{how}: {mend}."
+            sample_id, OUTSIDE_IMAGE, f"has the image {path!r}, which leaves the image folder {folder!r}{how}: {fix}."
         )
     return joined
 
@@ -216,16 +216,16 @@ def _require_file(path: str, name: str, image_folder, sample_id: str) -> None:
     where = "" if image_folder is None else f" in the image folder {os.fspath(image_folder)!r}"
     try:
         info = os.stat(path)
+    except FileNotFoundError:
+        if image_folder is None:
+            hint = near_hint(path)
+            where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()!r})"
+        else:
+            hint = near_hint(os.path.relpath(path, image_folder), image_folder)
+        raise BadSampleError(
+            sample_id, MISSING_IMAGE, f"has the image {name}, which is not there{where}.{hint}"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        stem = os.path.splitext(path)[0]
-        others = [
-            stem + suffix for suffix in _SUFFIXES if isinstance(error, OSError) and os.path.exists(stem + suffix)
-        ]
-        hint = f" There is {os.path.basename(others[0])!r} instead." if others else ""
-        if isinstance(error, FileNotFoundError):
-            raise BadSampleError(
-                sample_id, MISSING_IMAGE, f"has the image {name}, which is not there{where}.{hint}"
-            ) from None
         raise BadSampleError(
             sample_id, MISSING_IMAGE, f"has the image {name}, which cannot be opened: {error}."
         ) from error

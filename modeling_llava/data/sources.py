@@ -5,6 +5,7 @@ Images stay undecoded references here; what a row holds is said in `schema.py`, 
 """
 
 import copy
+import glob
 import logging
 import os
 import random
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..io.paths import near_hint
 from .images import is_no_path
 from .json_rows import JsonRows
 from .rows import ArrowRows, ListRows, Share, StreamedRows
@@ -35,6 +37,15 @@ from .schema import (
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_JSON_SUFFIXES = (".json", ".jsonl")
+_TABLES = {".parquet": "parquet", ".tar": "webdataset"}
+"""What `datasets` reads."""
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+"""The words of a file's name by which it belongs to a split, as in `datasets`."""
 
 
 def load_conversations(
@@ -58,9 +69,10 @@ def load_conversations(
     Args:
         source (`str`, `datasets.Dataset`, `list` or `dict`):
             - a LLaVA `.json` or `.jsonl` file (told apart by its content), also with `messages` rows;
-            - a `.parquet` file, a folder of them, or a folder written by `Dataset.save_to_disk`;
+            - a `.parquet` file, a WebDataset's `.tar`, a folder or a pattern (`data/*.json`) of files of one of these
+              kinds, or a folder written by `Dataset.save_to_disk`;
             - the name of a dataset on the Hub;
-            - a `datasets` object, or a list of rows in memory;
+            - a `datasets` object (a transform that was set is applied), or a list of rows in memory;
             - a list of any of these strings, or a dict that gives each source's rows a type where they name none:
               `{"conversation": "conversation_58k.json", "detail": "detail_23k.json"}`.
         image_folder (`str`, *optional*):
@@ -113,8 +125,9 @@ def open_sources(
 ) -> list[tuple[Any, str | None, str]]:
     """`(rows, type of rows that name none, description)` of each source; see `rows.py` and [`load_conversations`]."""
     return [
-        (_open(item, split, streaming, config_name, revision), type_name, _describe(item))
+        (rows, type_name, what)
         for type_name, item in _named_sources(source)
+        for rows, what in _open(item, split, streaming, config_name, revision)
     ]
 
 
@@ -310,57 +323,75 @@ def _named_sources(source: Any) -> list[tuple[str | None, Any]]:
     return [(None, source)]
 
 
-def _describe(source: Any) -> str:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
-
-
-def _open(source: Any, split: str, streaming: bool, config_name: str | None, revision: str | None):
-    """The rows of one source."""
+def _open(source: Any, split: str, streaming: bool, config_name: str | None, revision: str | None) -> list[tuple]:
+    """The rows of one source and what it is called; of a folder or a pattern, those of each of its JSON files."""
     import datasets
 
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split not in source:
             raise ValueError(f"the dataset has no split {split!r}; it has {', '.join(sorted(source))}.")
         source = source[split]
+    what = f"a {type(source).__name__}"
     if isinstance(source, datasets.Dataset):
-        return ArrowRows(source)
+        is_transformed = source.format["type"] == "custom"
+        return [(ListRows(source) if is_transformed else ArrowRows(source), what)]
     if isinstance(source, datasets.IterableDataset):
         if not streaming:
             raise ValueError("an IterableDataset has no random access: pass streaming=True.")
-        return StreamedRows(source)
+        return [(StreamedRows(source), what)]
     if isinstance(source, (list, tuple)):
-        return ListRows(source)
+        return [(ListRows(source), what)]
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
-            f"cannot read conversations from a {type(source).__name__}: give a path, a name on the Hub, a datasets object, "
-            "or a list of rows."
+            f"cannot read conversations from {what}: give a path, a name on the Hub, a datasets object, or a list of rows."
         )
 
-    path = Path(source).expanduser()
+    def table(name: str, split: str = split, **kwargs) -> tuple:
+        ((rows, _),) = _open(_load_dataset(name, split, streaming, **kwargs), split, streaming, None, None)
+        return rows, os.fspath(source)
+
+    path, name = Path(source).expanduser(), os.fspath(source)
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            return _open(loaded, split, streaming, config_name, revision)
-        files = list(path.rglob("*.parquet"))
-        for file in files:
+            return _open(datasets.load_from_disk(str(path)), split, streaming, config_name, revision)
+        parquet = list(path.rglob("*.parquet"))
+        for file in parquet:
             _require_parquet(file)
+        if parquet or any(path.rglob("*.tar")):
+            return [table(str(path))]
+        files = _of_split([file for file in sorted(path.rglob("*.json*")) if file.suffix in _JSON_SUFFIXES], split)
         if not files:
             raise ValueError(
-                f"the folder {str(path)!r} holds neither parquet files nor a dataset written by save_to_disk: name the "
-                "JSON file itself."
+                f"the folder {name!r} holds neither parquet, JSON or tar files of the split {split!r} nor a dataset "
+                "written by save_to_disk."
             )
-        return _open(_load_dataset(str(path), split, streaming), split, streaming, config_name, revision)
-    if path.is_file():
-        if path.suffix.lower() == ".parquet":
-            _require_parquet(path)
-            loaded = _load_dataset("parquet", "train", streaming, data_files=str(path))
-            return _open(loaded, split, streaming, config_name, revision)
-        return JsonRows(path)
-    name = os.fspath(source)
-    if path.suffix in (".json", ".jsonl", ".parquet") or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"there is no file or folder {name!r} (looked in {os.getcwd()!r}).")
-    loaded = _load_dataset(name, split, streaming, name=config_name, revision=revision)
-    return _open(loaded, split, streaming, config_name, revision)
+    elif path.is_file():
+        files = [path]
+    elif glob.has_magic(name):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise FileNotFoundError(f"there is no file {name!r} (looked in {os.getcwd()!r}).")
+    elif path.suffix in (*_JSON_SUFFIXES, *_TABLES) or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(
+            f"there is no file or folder {name!r} (looked in {os.getcwd()!r}).{near_hint(str(path))}"
+        )
+    else:
+        return [table(name, name=config_name, revision=revision)]
+    opened = []
+    for suffix, builder in _TABLES.items():
+        own = [file for file in files if file.suffix.lower() == suffix]
+        for file in own if suffix == ".parquet" else ():
+            _require_parquet(file)
+        if own:
+            opened.append(table(builder, "train", data_files=list(map(str, own))))
+    return opened + [(JsonRows(file), str(file)) for file in files if file.suffix.lower() not in _TABLES]
+
+
+def _of_split(files: list[Path], split: str) -> list[Path]:
+    """Of files of which any has a split in its name, those of `split`."""
+    words = {file: set(re.findall("[a-z]+", file.stem.lower())) for file in files}
+    named = {file: {name for name, aliases in _SPLITS.items() if words[file] & aliases} for file in files}
+    return [file for file in files if split in named[file]] if any(named.values()) else files
 
 
 def _require_parquet(path: Path) -> None:

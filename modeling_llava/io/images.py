@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .paths import near_hint
+
 
 MAX_DOWNLOAD_BYTES = 50 * 2**20
 DOWNLOAD_TIMEOUT = 20
@@ -63,6 +65,9 @@ def read_image(reference: Any) -> Image.Image:
         return open_upright(io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source)
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        where = "" if os.path.isabs(source) else f" (looked in {os.getcwd()!r})"
+        raise ValueError(f"The image {name} is not there{where}.{near_hint(source)}") from error
     except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
         raise ValueError(f"The image {name} cannot be read: {error}") from error
 

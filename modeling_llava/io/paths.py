@@ -1,0 +1,47 @@
+"""The file that was probably meant by a path that is not there."""
+
+import functools
+import os
+import unicodedata
+
+
+def near_path(path: str, folder: str | os.PathLike = "") -> str | None:
+    """
+    The path (relative to `folder`, if given) that is there when case, backslashes, the form of Unicode characters and the
+    suffix do not count.
+    """
+    found = os.path.join(folder, "")
+    for part in path.replace("\\", "/").split("/"):
+        if not os.path.lexists(found + part):
+            names = _names(found or ".", os.stat(found or ".").st_mtime_ns) if os.path.isdir(found or ".") else {}
+            part = names.get(_plain(part)) or names.get(_plain(os.path.splitext(part)[0]) + ".")
+            if part is None:
+                return None
+        found += part + "/"
+    return found[len(os.path.join(folder, "")) : -1]
+
+
+def near_hint(path: str, folder: str | os.PathLike = "") -> str:
+    """A sentence about the file that was probably meant, with a space before it; `""` if none is known."""
+    near = near_path(path, folder)
+    if near is not None:
+        looks_alike = unicodedata.normalize("NFC", near) == unicodedata.normalize("NFC", path)
+        return f" There is {ascii(near) if looks_alike else repr(near)} instead."
+    return " Write '/' in place of its backslashes." if "\\" in path else ""
+
+
+@functools.lru_cache(maxsize=8)
+def _names(folder: str, changed: int) -> dict[str, str]:
+    """The names in a folder by their plain form, and by their stem and a dot."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return {}
+    return {_plain(os.path.splitext(name)[0]) + ".": name for name in names} | {_plain(name): name for name in names}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+__all__ = ["near_hint", "near_path"]
