@@ -132,7 +132,7 @@ def make_judge(settings: ValidationSettings) -> Callable[[Task, Reply], Verdict]
         try:
             validate(reply.text, task.id.rpartition(":")[2], settings, reply.finish_reason)
         except Rejection as rejection:
-            return Verdict(rejection.reason, rejection.detail, rejection.tell)
+            return Verdict(rejection.reason, rejection.detail, rejection.retry_prompt)
         return Verdict()
 
     return judge

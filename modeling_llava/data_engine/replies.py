@@ -34,7 +34,7 @@ LEFT_OUT = {
 }
 """Reasons why a task is settled without data, as cards and reports name them."""
 
-TELL: dict[str, str] = {
+RETRY_PROMPTS: dict[str, str] = {
     "no_parse": "Your last reply was not in the required form. Write 'Question:' on a line of its own, then the question, "
     "then '===', then 'Answer:' and the answer, exactly as in the examples, and nothing else.",
     "empty": "Your last reply was empty or had an empty question or answer. Please write it again, complete.",
@@ -53,7 +53,7 @@ TELL: dict[str, str] = {
     "gives_answer_away": "In your last reply a question already held its answer ({detail}). Please write it again with "
     "questions that do not.",
 }
-"""What the model is told when it is asked once more; `{detail}` is what was found."""
+"""What the model is sent for a second attempt; `{detail}` is what was found."""
 
 
 class Rejection(ValueError):
@@ -65,9 +65,9 @@ class Rejection(ValueError):
         self.detail = detail
 
     @property
-    def tell(self) -> str:
-        """What the model is told when it is asked once more."""
-        return TELL[self.reason].format(detail=self.detail)
+    def retry_prompt(self) -> str:
+        """What the model is sent for a second attempt."""
+        return RETRY_PROMPTS[self.reason].format(detail=self.detail)
 
 
 FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)

@@ -1,7 +1,7 @@
-"""OpenAI's Batch API, for half the price: requests out to files, results in from files.
+"""OpenAI's Batch API, at half the price: requests are written to files, results are read from files.
 
-The files go to the endpoint by hand (or by `openai api`), within a day they come back; both ways the ledger knows. A task
-that waits in a batch is not asked live, and a result that is read twice counts once.
+The files are uploaded by hand (or by `openai api`) and come back within a day. A task that waits in a batch is not sent
+live, and a result that is read twice counts once.
 """
 
 import json
@@ -33,13 +33,13 @@ class BatchSummary:
         files: Files written.
         requests: Requests written.
         accepted: Results accepted.
-        rejected: Results rejected for good.
-        again: Results rejected that are asked for once more, live or by the next batch.
-        faults: Results without a reply (`batch_expired`, `"500"`, …), by kind; asked for again.
-        refused: Tasks whose request the endpoint refuses while it answers others; settled as rejected.
+        rejected: Results rejected finally.
+        again: Rejected results that are requested once more.
+        faults: Results without a reply (`batch_expired`, `"500"`, …), by kind; requested again.
+        refused: Tasks settled as rejected because the endpoint refuses their request.
         waiting: Tasks that still wait in a batch.
-        unknown: Results that belong to no waiting task (read before, or of another run).
-        message: Why writing stopped early, or what the endpoint said last in place of a reply.
+        unknown: Results of no waiting task (read before, or of another run).
+        message: Why writing stopped early, or the endpoint's last error.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -105,8 +105,8 @@ def write_batch(
         attempt = 1 + len(state.replies)
         task = resume_attempt(task, ledger)
         estimate = budget.estimate(task.messages, task.max_tokens)
-        if not budget.hold(estimate, BATCH_PRICE):
-            summary.message = "The budget does not have the next request; the rest is left for later."
+        if not budget.reserve(estimate, BATCH_PRICE):
+            summary.message = "The budget does not cover the next request; the rest is left for later."
             break
         request = task.request_id(run_id, model.name, attempt)
         body = model.body(task.messages, max_tokens=task.max_tokens, temperature=task.temperature, seed=task.seed)
@@ -123,7 +123,7 @@ def write_batch(
 
 
 def finish_batch_files(ledger: Ledger, folder: Path) -> None:
-    """Names the files whose requests the ledger knows, and removes those that it does not."""
+    """Completes the files whose requests are in the ledger, and removes the others."""
     for unnamed in folder.glob("batch-*.jsonl.part"):
         path = unnamed.with_name(unnamed.name.removesuffix(".part"))
         if path.name in ledger.batch_files and not path.exists():
@@ -176,7 +176,7 @@ def read_batch(
         else:
             refusals.answered = True
             verdict = judge(task, reply)
-            final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
+            final = verdict.reason is None or verdict.retry_prompt is None or attempt >= ATTEMPTS
             events.append(reply_event(task, state.batched, attempt, reply, verdict, final, batch=True))
             summary.accepted += verdict.reason is None
             summary.rejected += verdict.reason is not None and final
@@ -196,7 +196,7 @@ def read_batch(
 
 
 def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
-    """Frees every task that waits in a batch, to be asked again; returns how many."""
+    """Frees every task that waits in a batch, to be sent again; returns their number."""
     waiting = [(task.id, ledger.state(task.id)) for task in tasks if ledger.state(task.id).batched]
     ledger.append_now(
         [
@@ -216,7 +216,7 @@ def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
 
 
 def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
-    """Where each result lies: custom_id → file and position. Of several under one id a reply goes before an error."""
+    """custom_id → file and position of its result. Of several under one id a reply takes precedence over an error."""
     where: dict[str, tuple[Path, int]] = {}
     answered: set[str] = set()
     for path in map(Path, paths):
@@ -238,7 +238,7 @@ def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
                         ) from None
                     except (KeyError, TypeError) as error:
                         raise ValueError(
-                            f"{path}, line {number}, is no batch result ({type(error).__name__}: {error}). Give the "
+                            f"{path}, line {number}, is not a batch result ({type(error).__name__}: {error}). Give the "
                             f"output or the error file of a batch, not its input."
                         ) from None
                     if _status(result.get("response")) == 200:
@@ -265,7 +265,7 @@ def _reply(result: dict[str, Any]) -> Reply:
 
 
 def _status(response: Any) -> int | None:
-    """HTTP status of a result's response; 500 where it does not say, `None` where there is no response."""
+    """HTTP status of a response; 500 where it does not say, `None` without a response."""
     if not isinstance(response, dict) or not response:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Runs a coroutine from plain code: from within a notebook's loop too, and with a Ctrl-C that lets it come to its end."""
+"""Runs a coroutine from plain code, also inside a notebook's loop, with a Ctrl-C that lets it finish."""
 
 import asyncio
 import logging
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 def run_blocking(
     main: Callable[[], Coroutine[Any, Any, Any]], stop: Callable[[], None], raise_interrupt: bool = True
 ) -> Any:
-    """Runs a coroutine to its end and returns what it returns.
+    """Runs a coroutine and returns its result; inside a running loop, in a thread with a loop of its own.
 
-    Inside a running loop it gets a loop of its own in a thread. There the first Ctrl-C (a notebook's stop button) calls
-    `stop`, the second one cancels: nothing is left running behind the one who stopped it.
+    There the first Ctrl-C (a notebook's stop button) calls `stop`, the second one cancels. `raise_interrupt`: raise the
+    `KeyboardInterrupt` once the coroutine has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -47,10 +47,10 @@ def run_blocking(
     interrupted = None
     while not ended.is_set():
         try:
-            ended.wait()  # a thread whose `join` was interrupted passes for one that has ended
+            ended.wait()  # after an interrupted `join` a thread counts as ended
         except KeyboardInterrupt as error:
             loop, task = begun[0]
-            with suppress(RuntimeError):  # it has come to its end by itself
+            with suppress(RuntimeError):  # it has ended meanwhile
                 loop.call_soon_threadsafe(stop if interrupted is None else task.cancel)
             interrupted = error
     thread.join()
@@ -63,7 +63,7 @@ def run_blocking(
 
 @contextmanager
 def gentle_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Within a loop of the main thread, the first Ctrl-C calls `stop` in it and the second one stops at once."""
+    """In the main thread's loop, the first Ctrl-C calls `stop`, the second one interrupts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

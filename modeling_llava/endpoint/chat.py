@@ -1,7 +1,7 @@
-"""The interface of a language model behind an endpoint, and the faults such an endpoint can show.
+"""The interface of a language model, and the faults that an endpoint can show.
 
-Everything that asks a language model (the data engine, the judges of the benchmarks) asks a `ChatModel`. The client of
-OpenAI-compatible servers is one; a scripted responder for tests and for `llava quickstart` is another.
+The data engine and the judges of the benchmarks call a `ChatModel`: the client of OpenAI-compatible servers, or the
+scripted responder of `llava quickstart`.
 """
 
 import re
@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Usage:
-    """What one reply used, in tokens of the model that gave it, as its endpoint counts them."""
+    """Tokens of one request, as its endpoint counts them."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -32,9 +32,9 @@ class Reply:
     Attributes:
         text: What the model wrote, without its thoughts; may be empty.
         finish_reason: `"stop"`, `"length"` (cut at `max_tokens`), `"content_filter"`, or the endpoint's own word.
-        usage: Tokens used, or `None` where the endpoint does not say.
-        model: The name the endpoint gives for the model that answered (dated snapshots differ from what was asked).
-        left_out: Parameters that were asked for and not sent, since the endpoint does not take them.
+        usage: Tokens used; `None` where the endpoint does not say.
+        model: The name of the model as the endpoint gives it (dated snapshots differ from the requested name).
+        left_out: Parameters that were not sent because the endpoint does not support them.
     """
 
     text: str
@@ -48,8 +48,8 @@ _THOUGHTS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\
 
 
 def remove_thoughts(text: str) -> str:
-    """A text without what a reasoning model writes for itself: `<think>…</think>`, also without its end, and without its
-    beginning, which some chat templates write into the prompt."""
+    """A text without the thoughts of a reasoning model: `<think>…</think>`, also where its end is missing, or its beginning,
+    which some chat templates write into the prompt."""
     kept, thinking, start = "", False, 0
     for tag in _THOUGHTS.finditer(text):
         if tag[1] or tag[2]:
@@ -64,11 +64,7 @@ def remove_thoughts(text: str) -> str:
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """A language model that answers conversations.
-
-    Attributes:
-        name: The model's name, as written into cards and ledgers.
-    """
+    """A language model that answers conversations; its `name` is written into cards and ledgers."""
 
     name: str
 
@@ -81,30 +77,29 @@ class ChatModel(Protocol):
         seed: int | None = None,
         request_id: str | None = None,
     ) -> Reply:
-        """Asks once: no retry, no waiting for limits (both have one place, `endpoint/runner.py`).
+        """Sends one request, without retries or waiting (`endpoint/runner.py` does both).
 
         Args:
-            messages: The conversation so far; never changed.
-            max_tokens: Longest reply, in tokens.
+            messages: The conversation so far.
+            max_tokens: Maximum length of the reply, in tokens.
             temperature: Sampling temperature; 0 is greedy.
-            seed: Seed of the sampling, for endpoints that honour one.
-            request_id: Name of this request, the same whenever the same request is sent again. Sent as
-                `Idempotency-Key`, so that an endpoint that honours it answers, and bills, once.
+            seed: Sampling seed, for endpoints that support it.
+            request_id: The same whenever the same request is sent again; sent as `Idempotency-Key`.
 
         Raises:
-            EndpointFault: the request failed; its class says what may be done about it.
+            EndpointFault: the request failed; its class says what to do.
         """
         ...
 
 
 class EndpointFault(Exception):
-    """A request that got no usable reply.
+    """A request without a usable reply.
 
     Args:
-        kind: Short name under which it is counted: `"429"`, `"500"`, `"timeout"`, `"connection"`, `"malformed"`, …
-        message: One line for a person.
-        retry_after: Seconds the endpoint asks to wait, if it does.
-        maybe_paid: Whether the endpoint may have done (and billed) the work before the fault.
+        kind: Name under which it is counted: `"429"`, `"500"`, `"timeout"`, `"connection"`, `"malformed"`, …
+        message: One line.
+        retry_after: Seconds that the endpoint asks to wait.
+        maybe_paid: Whether the endpoint may have billed the request.
     """
 
     def __init__(self, kind: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False):
@@ -115,12 +110,12 @@ class EndpointFault(Exception):
 
 
 class PassingFault(EndpointFault):
-    """May pass: a limit, a server error, a cut connection, a broken body. The same request is sent again."""
+    """A rate limit, server error, cut connection or broken body: the same request is sent again."""
 
 
 class RequestFault(EndpointFault):
-    """This request is refused (too long, filtered, not understood); others may be answered."""
+    """This request is refused (too long, filtered); others may be answered."""
 
 
 class FatalFault(EndpointFault):
-    """Every request would fail the same way: a wrong key, an unknown model or address. The run stops."""
+    """Every request would fail (wrong key, unknown model or address): the run stops."""

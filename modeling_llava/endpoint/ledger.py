@@ -1,6 +1,4 @@
-"""The ledger: one line per event of a run, written before anything that depends on it is done.
-
-It is the only state of a run. Everything else (which request is next, what was spent, the data set) follows from it:
+"""The ledger: one line per event of a run, written before anything that depends on it is done. It is a run's only state.
 
 ```
 {"event": "sent",  "task": "000000123:complex", "request": "9f…", "attempt": 1, "tokens": [612, 1024]}
@@ -10,9 +8,8 @@ It is the only state of a run. Everything else (which request is next, what was 
 ```
 
 `reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A task whose request is
-refused for good ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a
-reply. A process that dies while it writes leaves a torn last line; the next one begins a new line, and torn lines are
-counted and passed over.
+refused ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a reply. A
+torn line, left by a process that died while it wrote, is counted and skipped.
 """
 
 import asyncio
@@ -29,26 +26,17 @@ from .chat import Usage
 from .limits import BATCH_PRICE, Budget
 
 
-@dataclass
 class TaskState:
-    """What the ledger holds of one task.
-
-    Attributes:
-        replies: Positions (bytes) of its reply lines, in order.
-        final: Whether it is settled.
-        accepted: Whether its last reply was accepted.
-        batched: Request id under which it waits in a batch file, if it does.
-        refused: Whether the endpoint refused a request of it (`RequestFault`).
-    """
+    """What the ledger holds of one task."""
 
     __slots__ = ("replies", "final", "accepted", "batched", "refused")
 
     def __init__(self) -> None:
-        self.replies: tuple[int, ...] = ()
-        self.final = False
-        self.accepted = False
-        self.batched: str | None = None
-        self.refused = False
+        self.replies: tuple[int, ...] = ()  # byte positions of its reply lines
+        self.final = False  # settled
+        self.accepted = False  # the last reply was accepted
+        self.batched: str | None = None  # request id in a batch file
+        self.refused = False  # a request was refused (`RequestFault`)
 
 
 @dataclass
@@ -56,19 +44,17 @@ class LedgerCounts:
     """Sums over a ledger.
 
     Attributes:
-        requests: Requests sent, each sending counted.
-        replies: Replies received.
-        accepted: Replies accepted.
-        rejected: Replies rejected, and tasks refused for good, by reason.
-        faults: Requests that got no usable reply, by kind.
-        maybe_paid: Faults after which the endpoint may have billed (time-outs, cut or broken replies).
-        unknown: Requests that were in flight when a process died: neither reply nor fault is known.
+        requests: Requests sent, including retries.
+        rejected: Rejected replies and refused tasks, by reason.
+        faults: Requests without a usable reply, by kind.
+        maybe_paid: Faults that the endpoint may have billed (time-outs, cut or broken replies).
+        unknown: Requests that were in flight when a process died.
         torn: Lines cut by a dying process.
-        missing_usage: Replies whose endpoint did not say what they used; the estimate counts for them.
-        used: Tokens of replies to live requests, `[prompt, completion]`.
+        missing_usage: Replies without a usage; the estimate counts for them.
+        used: Tokens of live replies, `[prompt, completion]`.
         used_in_batch: The same, of batches.
-        perhaps_used: Estimated tokens of what may have been billed without a reply.
-        models: Names under which the endpoint answered.
+        perhaps_used: Estimated tokens that may have been billed without a reply.
+        models: Model names that the endpoint reported.
     """
 
     requests: int = 0
@@ -87,19 +73,18 @@ class LedgerCounts:
 
 
 class Ledger:
-    """An append-only JSONL file and the state that follows from it.
+    """An append-only JSONL file and its state; a context manager. One process at a time can hold it.
 
-    Use as a context manager; only one process at a time can hold a ledger. `append` hands lines to the operating system:
-    from then on no kill of the process loses them. `synced` waits until they are on disk, where no failing power does:
-    lines of many tasks that come together are synced together.
+    `append` hands lines to the operating system, so that they survive a kill of the process; `synced` waits until they are
+    on disk.
 
     Args:
-        path: The file; made if absent.
+        path: The file; created if absent.
         write: `False` reads only and takes no lock.
 
     Raises:
         OSError: another process holds the ledger.
-        ValueError: a line is whole, but none of a ledger's.
+        ValueError: a whole line is not an event of a ledger.
     """
 
     def __init__(self, path: str | Path, *, write: bool = True):
@@ -131,14 +116,14 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Closes the file and lets go of the lock."""
+        """Closes the file and releases the lock."""
         for file in (self._file, self._lock, self._reading):
             if file is not None:
                 file.close()
         self._file = self._lock = self._reading = None
 
     def state(self, task: str) -> TaskState:
-        """What is known of a task (an empty state, not kept, if nothing is)."""
+        """The state of a task; an empty one if it has no event."""
         return self.tasks.get(task) or TaskState()
 
     def reply_at(self, position: int) -> dict[str, Any]:
@@ -166,8 +151,8 @@ class Ledger:
                         self.counts.torn += 1
                 except (KeyError, TypeError, IndexError) as error:
                     raise ValueError(
-                        f"{self.path}, line {number}, is whole but no event of a run ({error!r}). Was the file edited? Take "
-                        "the line out to go on; what it stood for is asked again."
+                        f"{self.path}, line {number}, is not an event of a run ({error!r}). Was the file edited? Remove "
+                        "the line to resume; its request is sent again."
                     ) from None
                 position += len(line)
             self._end = position
@@ -179,14 +164,14 @@ class Ledger:
             self._write(b"\n")
 
     def _follow(self, event: dict[str, Any], position: int) -> None:
-        """Brings the state up to date with one event."""
+        """Updates the state with one event."""
         kind, counts = event["event"], self.counts
         if kind not in {"sent", "reply", "fault", "batch"}:
             return
         state = self.tasks.setdefault(event["task"], TaskState())
         request = event["request"]
         if kind == "sent":
-            if request in self._open_requests:  # sent once more after a process died with it in flight
+            if request in self._open_requests:  # sent again after a process died
                 counts.unknown += 1
                 _add(counts.perhaps_used, self._open_requests[request])
             self._open_requests[request] = event["tokens"]
@@ -226,13 +211,13 @@ class Ledger:
         counts.models[event.get("model") or ""] += 1
 
     def _write(self, data: bytes) -> None:
-        assert self._file is not None, "a ledger opened for reading is not written"
+        assert self._file is not None, "the ledger is open for reading only"
         self._file.write(data)
         self._file.flush()
         self._end += len(data)
 
     def append(self, *events: dict[str, Any]) -> None:
-        """Writes events and follows them."""
+        """Writes events and updates the state."""
         now = round(time.time(), 3)
         lines = [json.dumps({**event, "time": now}, ensure_ascii=False).encode() + b"\n" for event in events]
         position = self._end
@@ -247,14 +232,8 @@ class Ledger:
         os.fsync(self._file.fileno())
 
     async def synced(self) -> None:
-        """Returns when all that was written before the call is on disk.
-
-        The event loop itself waits for the disk: a sync takes less than handing it to a thread and back, and what comes
-        meanwhile is synced together next.
-
-        Raises:
-            OSError: the disk refuses it.
-        """
+        """Returns when everything written before the call is on disk. Calls that come together share one sync, which runs
+        in the event loop: it takes less time than handing it to a thread."""
         if self._syncing is None:
             loop = asyncio.get_running_loop()
             self._syncing = loop.create_future()
@@ -271,7 +250,7 @@ class Ledger:
             waiting.set_result(None)
 
     def charge(self, budget: Budget) -> None:
-        """Books what the ledger holds: replies, what may have been billed without one, and batches under way."""
+        """Charges replies, requests that may have been billed without one, and batches under way."""
         budget.spend(Usage(*self.counts.used))
         budget.spend(Usage(*self.counts.perhaps_used))
         budget.spend(Usage(*self.counts.used_in_batch), factor=BATCH_PRICE)

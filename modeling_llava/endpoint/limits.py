@@ -10,24 +10,19 @@ from .chat import Message, Usage
 
 
 BATCH_PRICE = 0.5
-"""What a request in a batch costs, as a share of a live one's price (OpenAI's Batch API)."""
+"""Price of a request in OpenAI's Batch API, relative to a live one."""
 
 
 class TokenBucket:
-    """A limit per minute as a bucket that fills steadily: `take` says how long to wait.
+    """A limit per minute (requests or tokens): `take` says how long to wait.
 
-    Whoever takes may drive the level below zero and waits until it would be back; the next one waits behind. So the
-    order is kept without a lock, and within any minute at most `per_minute + capacity` is let through.
-
-    Args:
-        per_minute: What flows in per minute (requests, tokens).
-        capacity: What may be taken at once after a pause.
-        clock: Seconds, monotonic.
+    The level may fall below zero; each caller waits until it would be back, so the order is kept without a lock, and at
+    most `per_minute + capacity` pass within any minute.
     """
 
     def __init__(self, per_minute: float, capacity: float = 1.0, clock: Callable[[], float] = time.monotonic):
         if not per_minute > 0:
-            raise ValueError(f"A limit of {per_minute:g} per minute lets nothing through; leave it out for no limit.")
+            raise ValueError(f"A limit of {per_minute:g} per minute allows no request; leave it out for no limit.")
         self.rate = per_minute / 60.0
         self.capacity = capacity
         self.clock = clock
@@ -35,29 +30,29 @@ class TokenBucket:
         self._at = clock()
 
     def take(self, amount: float = 1.0) -> float:
-        """Takes `amount` and returns the seconds to wait before using it."""
+        """Takes `amount`; returns the seconds to wait before using it."""
         now = self.clock()
         self._level = min(self.capacity, self._level + (now - self._at) * self.rate)
         self._at = now
-        # More than the bucket can ever hold is let through by a full bucket, and paid off afterwards.
+        # An amount beyond the capacity passes when the bucket is full, and is paid off afterwards.
         wait = max(0.0, (min(amount, self.capacity) - self._level) / self.rate)
         self._level -= amount
         return wait
 
     def give_back(self, amount: float) -> None:
-        """Returns what was taken and not used (or takes, if negative, what was used on top)."""
+        """Returns what was taken and not used; negative: takes what was used in addition."""
         self._level = min(self.capacity, self._level + amount)
 
 
 @dataclass
 class Backoff:
-    """How long to wait before a request is sent again, and how often it is.
+    """When and how often a request is retried.
 
     Attributes:
-        attempts: Most times one request is sent in one run; limits and an unreachable endpoint do not count.
-        first: Seconds before the second time; doubled each time.
-        longest: Most seconds between two times.
-        patience: Seconds without a single success after which the run gives up on the endpoint.
+        attempts: Maximum sends of a request per run; rate limits and an unreachable endpoint do not count.
+        first: Seconds before the first retry; doubled each time.
+        longest: Maximum seconds between two attempts.
+        patience: Seconds without a reply after which the run stops.
     """
 
     attempts: int = 6
@@ -70,8 +65,7 @@ class Backoff:
             raise ValueError(f"Back-off needs attempts ≥ 1, 0 ≤ first ≤ longest and patience > 0, not {self}.")
 
     def seconds(self, sent: int, rng: random.Random) -> float:
-        """Seconds to wait after a request has been sent `sent` times; half of it is random, so that requests that
-        failed together do not come back together."""
+        """Seconds to wait after `sent` sends; half of it is random, so that failed requests do not return together."""
         return min(self.longest, self.first * 2.0 ** min(sent - 1, 30)) * rng.uniform(0.5, 1.0)
 
 
@@ -94,18 +88,16 @@ class Prices:
 
 
 class Budget:
-    """Keeps a run within its tokens and its dollars.
+    """Keeps a run within its tokens and dollars.
 
-    What a request may use at most is set aside before it is sent and replaced by what it used when the reply is there;
-    so many requests at once cannot overdraw together. Tokens of a prompt are known only afterwards: they are estimated
-    from its characters by the largest ratio seen so far (`TOKENS_PER_CHARACTER` at least). The budget can be overdrawn by
-    no more than the error of that estimate for the requests in flight, by which prompts differ from all those before; a
-    run's first request goes alone and is held with `most`, which no tokenizer of bytes or characters passes.
+    Before a request is sent, its estimate is reserved; the reply replaces it by what was used. Prompt tokens are estimated
+    from characters by the largest ratio seen so far (at least `TOKENS_PER_CHARACTER`); the budget can be overdrawn by the
+    error of this estimate for the requests in flight. The first request of a run reserves the upper bound `most`.
 
     Args:
-        max_tokens: Most tokens, prompts and replies together; `None` for no limit.
-        max_cost: Most dollars; `None` for no limit.
-        prices: Needed for `max_cost`.
+        max_tokens: Maximum tokens, prompts and replies together; `None` for no limit.
+        max_cost: Maximum dollars, which requires `prices`; `None` for no limit.
+        prices: Of the model.
     """
 
     TOKENS_PER_CHARACTER = 0.3
@@ -114,66 +106,66 @@ class Budget:
     def __init__(self, max_tokens: int | None = None, max_cost: float | None = None, prices: Prices | None = None):
         for name, most in (("tokens", max_tokens), ("dollars", max_cost)):
             if most is not None and not most > 0:
-                raise ValueError(f"A budget of {most} {name} has no request; leave it out for no limit.")
+                raise ValueError(f"A budget of {most} {name} allows no request; leave it out for no limit.")
         if max_cost is not None and (prices is None or prices.prompt + prices.completion <= 0):
             raise ValueError(
-                "A budget in dollars needs the model's prices per million tokens: give --price-in and --price-out."
+                "A budget in dollars requires the prices per million tokens: give --price-in and --price-out."
             )
         self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices or Prices()
         self.ratio = self.TOKENS_PER_CHARACTER
         self.tokens = 0
         self.cost = 0.0
-        self.held_tokens = 0
-        self.held_cost = 0.0
+        self.reserved_tokens = 0
+        self.reserved_cost = 0.0
 
     @property
     def limited(self) -> bool:
-        """Whether it has an end."""
+        """Whether there is a limit."""
         return self.max_tokens is not None or self.max_cost is not None
 
     def estimate(self, messages: list[Message], max_tokens: int) -> Usage:
-        """The most that a request is expected to use, in tokens."""
+        """Expected upper limit of the tokens of a request."""
         characters = sum(len(message["content"]) for message in messages)
         return Usage(round(characters * self.ratio) + 4 * len(messages), max_tokens)
 
     def most(self, messages: list[Message], max_tokens: int) -> Usage:
-        """What a request can use at most, in tokens: a token for each byte, and what a chat template may add."""
+        """Upper bound of the tokens of a request: one per byte, and what a chat template may add."""
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
         return Usage(size + self.TEMPLATE_TOKENS * len(messages), max_tokens)
 
     def message(self, needed: Usage, known: bool) -> str:
-        """Why a request that needs so much is not sent, for a person; `known`: by `estimate`, not by `most`."""
+        """Why a request is not sent. `known`: the need is by `estimate`, not by `most`."""
         parts = []
         if self.max_tokens is not None:
             parts.append(f"{self.tokens:,} of {self.max_tokens:,} tokens are used")
         if self.max_cost is not None:
             parts.append(f"${self.cost:.4f} of ${self.max_cost:.2f} are spent")
-        how = "" if known else ", with a token for each byte of the prompt until a reply has shown better"
-        return f"The budget does not have the next request (up to {needed.total_tokens:,} tokens{how}): {' and '.join(parts)}."
+        how = "" if known else ", counting one per byte of the prompt until the first reply"
+        return f"The budget does not cover the next request (up to {needed.total_tokens:,} tokens{how}): {' and '.join(parts)}."
 
-    def hold(self, estimate: Usage, factor: float = 1.0) -> bool:
-        """Sets `estimate` aside, at `factor` times its price; `False`, and nothing set aside, if the budget does not have it."""
+    def reserve(self, estimate: Usage, factor: float = 1.0) -> bool:
+        """Reserves `estimate`, at `factor` times its price; `False`, with nothing reserved, if that exceeds the budget."""
         tokens, cost = estimate.total_tokens, self.prices.cost(estimate, factor)
-        if self.max_tokens is not None and self.tokens + self.held_tokens + tokens > self.max_tokens:
+        if self.max_tokens is not None and self.tokens + self.reserved_tokens + tokens > self.max_tokens:
             return False
-        if self.max_cost is not None and self.cost + self.held_cost + cost > self.max_cost:
+        if self.max_cost is not None and self.cost + self.reserved_cost + cost > self.max_cost:
             return False
-        self.held_tokens += tokens
-        self.held_cost += cost
+        self.reserved_tokens += tokens
+        self.reserved_cost += cost
         return True
 
     def release(self, estimate: Usage) -> None:
-        """Gives back what `hold` set aside."""
-        self.held_tokens -= estimate.total_tokens
-        self.held_cost -= self.prices.cost(estimate)
+        """Undoes `reserve`."""
+        self.reserved_tokens -= estimate.total_tokens
+        self.reserved_cost -= self.prices.cost(estimate)
 
     def spend(self, usage: Usage, factor: float = 1.0) -> None:
-        """Books what a reply used."""
+        """Charges what a reply used."""
         self.tokens += usage.total_tokens
         self.cost += self.prices.cost(usage, factor)
 
     def learn(self, messages: list[Message], usage: Usage) -> None:
-        """Learns from a reply how many tokens a character of a prompt takes at most."""
+        """Learns the tokens per character of prompts from a reply."""
         characters = sum(len(message["content"]) for message in messages)
-        if characters >= 200:  # in shorter ones the tokens of the chat template weigh too much
+        if characters >= 200:  # in shorter prompts the chat template dominates
             self.ratio = max(self.ratio, (usage.prompt_tokens - 4 * len(messages)) / characters)

@@ -20,30 +20,27 @@ _REFUSES_LENGTH = re.compile(
     r"max_completion_tokens|(?=.*\bmax_tokens\b).*(?:unsupported|not supported|not permitted|unrecogni[sz]ed|unknown|unexpected)",
     re.IGNORECASE | re.DOTALL,
 )
-CUT = "the reply was cut before its text began, by thoughts that took its whole length; raise --max-reply-tokens"
+CUT = "thoughts took the whole length of the reply, which has no text; raise --max-reply-tokens"
 
 
 class OpenAIModel:
     """A `ChatModel` behind an OpenAI-compatible endpoint, by the `openai` client.
 
-    One call is one HTTP request: the client's own retries are off, because retries, waiting and limits have one place
-    (`run_tasks`), where they are counted and written to the ledger.
+    One call is one HTTP request: the client's own retries are off, since `run_tasks` retries and counts.
 
     Args:
         name: The model's name at the endpoint.
-        base_url: Address of the endpoint with its version (`http://localhost:8000/v1`). Default: `OPENAI_BASE_URL`, or
-            OpenAI.
-        api_key: Key. Default: `OPENAI_API_KEY`; local servers take any.
-        timeout: Longest time for one whole reply, in seconds.
-        length_parameter: `"max_tokens"`, which every server knows, or `"max_completion_tokens"`, which OpenAI's
-            reasoning models demand; the first is exchanged for the second when the endpoint asks for it.
-        optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not take them; without
-            this such a request is refused.
+        base_url: Address with its version (`http://localhost:8000/v1`). Default: `OPENAI_BASE_URL`, or OpenAI.
+        api_key: Default: `OPENAI_API_KEY`; local servers accept any.
+        timeout: Maximum seconds for a whole reply.
+        length_parameter: `"max_tokens"`, or `"max_completion_tokens"`, to which the client switches when the endpoint
+            asks for it, as OpenAI does for reasoning models.
+        optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not support them.
         extra_body: Further fields of the request (`{"top_p": 0.9}`).
 
     Raises:
-        ImportError: the `openai` client or aiohttp is absent.
-        ValueError: no key is given for OpenAI, or an argument is not of its form.
+        ImportError: the `openai` client or aiohttp is not installed.
+        ValueError: no key is given for OpenAI, or an argument is invalid.
     """
 
     def __init__(
@@ -62,11 +59,11 @@ class OpenAIModel:
         if length_parameter not in LENGTH_PARAMETERS:
             raise ValueError(f"length_parameter is {length_parameter!r}; it is one of {', '.join(LENGTH_PARAMETERS)}.")
         if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"The endpoint's address is {base_url!r}; it begins with http:// or https://.")
+            raise ValueError(f"The endpoint's address is {base_url!r}; it must begin with http:// or https://.")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("The key (OPENAI_API_KEY) holds a line break or a letter that no key has; copy it anew.")
+            raise ValueError("The key (OPENAI_API_KEY) has a line break or an invalid character; copy it again.")
         if not timeout > 0:
-            raise ValueError(f"timeout is {timeout:g} s; a reply takes longer.")
+            raise ValueError(f"timeout is {timeout:g} s; it must be positive.")
         if api_key is None and base_url is None:
             raise ValueError("No key for OpenAI: set OPENAI_API_KEY, or give another endpoint by --base-url.")
         self.name = name
@@ -85,9 +82,9 @@ class OpenAIModel:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _new_client(self) -> Any:
-        """A client over aiohttp: half the work per request of the client's default transport, httpx."""
+        """A client over aiohttp, which takes half the time per request of the default transport, httpx."""
         openai = _import_openai()
-        # How many requests are in flight is decided by the run: 0 is no limit to aiohttp, whose default is 100.
+        # The run limits the requests in flight; 0 lifts aiohttp's limit of 100.
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=0)
         return openai.AsyncOpenAI(
             base_url=self.base_url,
@@ -98,7 +95,7 @@ class OpenAIModel:
         )
 
     def _connect(self) -> Any:
-        """The client of the running event loop (its connections belong to one loop)."""
+        """The client of the running event loop, to which its connections belong."""
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop not in (None, loop):
             self._client = self._new_client()
@@ -115,8 +112,8 @@ class OpenAIModel:
         return {key: value for key, value in body.items() if key not in self.left_out} | self.extra_body
 
     def adapt(self, body: dict, said: str) -> None:
-        """Learns from the refusal of `body` what the model takes, for all requests to come: `max_completion_tokens` in place
-        of `max_tokens`, or none of a parameter that is `optional`. Tasks keep their ids and their place in the ledger."""
+        """Adapts all further requests to the refusal of `body`: `max_completion_tokens` in place of `max_tokens`, or without
+        an `optional` parameter. Tasks keep their ids."""
         named = [name for name in self.optional.difference(self.left_out) if name in body and name in said]
         if self.length_parameter == "max_tokens" and _REFUSES_LENGTH.search(said):
             self.length_parameter, what = "max_completion_tokens", "max_completion_tokens in place of max_tokens"
@@ -124,7 +121,7 @@ class OpenAIModel:
             self.left_out, what = tuple(sorted({*self.left_out, *named})), f"no {' and no '.join(sorted(named))}"
         else:
             return
-        logger.warning("%s refuses a parameter (%s). From now on it is sent %s.", self.name, said, what)
+        logger.warning("%s refuses a parameter (%s). From now on requests have %s.", self.name, said, what)
 
     async def complete(
         self,
@@ -135,11 +132,11 @@ class OpenAIModel:
         seed: int | None = None,
         request_id: str | None = None,
     ) -> Reply:
-        """See `ChatModel.complete`. `temperature=None` leaves the endpoint's own."""
+        """See `ChatModel.complete`. `temperature=None`: the endpoint's default."""
         asked = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         while True:
             body, left_out = self.body(**asked), self.left_out
-            # Where an endpoint honours ids, another body under the same one would get the first one's refusal.
+            # With the same id, an endpoint that honours ids would repeat the first body's refusal.
             changed = "".join(f"-{key}" for key in (*left_out, self.length_parameter) if key != "max_tokens")
             try:
                 reply = await self._post(body, request_id and request_id + changed)
@@ -156,8 +153,7 @@ class OpenAIModel:
         import aiohttp
 
         headers = {"Idempotency-Key": request_id, "X-Client-Request-Id": request_id} if request_id else {}
-        # `post` with text in return, not `chat.completions.create`: the latter walks every message of the few-shot
-        # examples and builds a pydantic model per reply, which costs as much again as the request itself.
+        # `chat.completions.create` walks every message and builds a pydantic model, at twice the time per request.
         request = self._connect().post("/chat/completions", cast_to=str, body=body, options={"headers": headers})
         try:
             text = await asyncio.wait_for(request, self.timeout)
@@ -167,8 +163,8 @@ class OpenAIModel:
             raise translate_error(error) from error
         try:
             return parse_completion(json.loads(text))
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-            raise PassingFault("malformed", f"the reply is no JSON: {error}", maybe_paid=True) from None
+        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+            raise PassingFault("malformed", f"the reply is not JSON: {error}", maybe_paid=True) from None
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -191,9 +187,8 @@ def parse_completion(body: Any) -> Reply:
 
     Raises:
         PassingFault: the body has no choice with a message (kind `"malformed"`).
-        RequestFault: the reply was cut before its text began (kind `"cut"`): what the length was raised to went into
-            thoughts. It was paid.
-        EndpointFault: it holds an error in its place (some routers say so with status 200).
+        RequestFault: thoughts took the whole length of the reply (kind `"cut"`).
+        EndpointFault: it holds an error, which some routers send with status 200.
     """
     error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
     if isinstance(error, dict) and str(error.get("code")) in ERROR_STATUSES:
@@ -210,20 +205,19 @@ def parse_completion(body: Any) -> Reply:
             text = "".join(part["text"] for part in parts if part["type"] == "text")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
-        # Half a surrogate pair, which JSON can escape, is no text that can be written.
+        # Half a surrogate pair, which JSON can escape, cannot be written as text.
         text = remove_thoughts(text.encode("utf-8", "replace").decode())
         reply = Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
     except (KeyError, IndexError, TypeError, AttributeError) as odd:
-        what = f"{type(odd).__name__}: {odd}"
-        what = error_words(error) or what
-        raise PassingFault("malformed", f"the reply is no chat completion ({what})", maybe_paid=True) from None
+        what = error_words(error) or f"{type(odd).__name__}: {odd}"
+        raise PassingFault("malformed", f"the reply is not a chat completion ({what})", maybe_paid=True) from None
     if finish == "length" and not text.strip():
         raise RequestFault("cut", CUT, maybe_paid=True)
     return reply
 
 
 def _usage(usage: Any) -> Usage | None:
-    """What the endpoint says it used; `None` where it does not say, or not in a form that is understood."""
+    """The usage that the endpoint reports; `None` without one that is understood."""
     try:
         used = Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0))
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
@@ -232,7 +226,7 @@ def _usage(usage: Any) -> Usage | None:
 
 
 def translate_error(error: Exception) -> EndpointFault:
-    """The fault that an exception of the `openai` client stands for."""
+    """The fault of an exception of the `openai` client."""
     import aiohttp
 
     openai = _import_openai()
@@ -240,7 +234,7 @@ def translate_error(error: Exception) -> EndpointFault:
         words = error_words(error.body) or error.message
         code = getattr(error, "code", None) or getattr(error, "type", None)
         return translate_status(error.status_code, words, error.response.headers, code)
-    # What aiohttp said: the client takes a connection that was cut for one that was never made.
+    # The cause says more: the client reports a cut connection as one that was never made.
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, aiohttp.ClientError):
         cause = cause.__cause__
@@ -260,7 +254,7 @@ def translate_error(error: Exception) -> EndpointFault:
 
 
 def translate_status(status: int, message: str, headers: Any = None, code: str | None = "") -> EndpointFault:
-    """The fault that an HTTP status stands for."""
+    """The fault of an HTTP status."""
     kind = str(status)
     if status == 429 and code in {"insufficient_quota", "billing_hard_limit_reached"}:
         return FatalFault("quota", message)
@@ -268,11 +262,11 @@ def translate_status(status: int, message: str, headers: Any = None, code: str |
         return PassingFault(kind, message, retry_after=parse_retry_after(headers or {}))
     if status in {401, 402, 404, 405} or 300 <= status < 400:
         return FatalFault(kind, message)
-    return RequestFault(kind, message)  # 403 too: so a router says that its filter took exception to the prompt
+    return RequestFault(kind, message)  # 403 too: routers answer so when their filter rejects the prompt
 
 
 def error_words(error: Any) -> str:
-    """What an endpoint says in the body of an error: its message, or the body itself; empty if there is none."""
+    """The message in the body of an error, or the body itself; empty if there is none."""
     said = error.get("message") or error if isinstance(error, dict) else error
     if not said:
         return ""

@@ -1,8 +1,7 @@
-"""Requests that an endpoint refuses (HTTP 400, 403, 413, 422: too long, filtered): is it the request or the settings?
+"""Requests that an endpoint refuses (HTTP 400, 403, 413, 422): is it the request or the settings?
 
-Sent again, such a request would be refused again. Where the endpoint answers others, its task is settled as rejected. Where
-it answers none it may be the settings: then the tasks stay open, and many of them stop the run. The next run asks others
-first, so that it comes further however many stand together.
+If the endpoint answers others, the task is settled as rejected. If it answers none, the settings may be at fault: the
+tasks stay open, many of them stop the run, and the next run tries them last.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,19 +13,13 @@ from .task import Task
 
 
 BEFORE_REPLY, IN_A_ROW = 5, 25
-"""So many refusals before a run's first reply, or later without one between them, are too many; those of tasks that an
-earlier run has had refused do not count."""
+"""How many refusals stop a run: before its first reply, and later without a reply between them. Tasks that were refused
+in an earlier run do not count."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused request.
-
-    Attributes:
-        task, request, attempt: What was asked.
-        fault: What the endpoint said.
-        again: Whether an earlier run has had a request of this task refused.
-    """
+    """A refused request; `again`: a request of this task was refused in an earlier run too."""
 
     task: Task
     request: str
@@ -36,11 +29,7 @@ class Refusal:
 
 
 class Refusals:
-    """What was refused since a run's last reply.
-
-    Args:
-        ledger: Of the run.
-    """
+    """What was refused since a run's last reply."""
 
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
@@ -48,11 +37,11 @@ class Refusals:
         self.answered = False
 
     def add(self, task: Task, request: str, attempt: int, fault: RequestFault) -> None:
-        """Takes a refusal that the ledger does not hold yet."""
+        """Adds a refusal that is not in the ledger yet."""
         self.open.append(Refusal(task, request, attempt, fault, self.ledger.state(task.id).refused))
 
     def put_last(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """The tasks, with those at the end that an earlier run has had refused."""
+        """The tasks, with those last that were refused in an earlier run."""
         refused = []
         for task in tasks:
             state = self.ledger.state(task.id)
@@ -67,7 +56,6 @@ class Refusals:
         return sum(not one.again for one in self.open) >= (IN_A_ROW if self.answered else BEFORE_REPLY)
 
     def message(self) -> str:
-        """What too many of them mean, for a person."""
         since = " since the last reply" if self.answered else ""
         fault = self.open[-1].fault
         return (
@@ -75,16 +63,15 @@ class Refusals:
         )
 
     def reply(self) -> list[Refusal]:
-        """Called with a reply to another request: returns what is refused for good."""
+        """Called with a reply to another request: returns what is refused finally."""
         self.answered = True
         settled, self.open = self.open, []
         return settled
 
     def end(self) -> list[Refusal]:
-        """Called when nothing more is asked: returns what is refused for good; the rest stays in `open`.
+        """Called at the end: returns what is refused finally; the rest stays in `open`.
 
-        In a run without any reply that is what an earlier run had refused too, if the ledger holds replies to others: else
-        the last tasks would be asked by every run.
+        Without any reply in this run, this is what an earlier run, with replies to others, had refused too.
         """
         if self.too_many:
             return []

@@ -1,17 +1,12 @@
 """Runs many tasks against a language model: concurrency, limits, retries, budget and ledger in one place.
 
-What is guaranteed, and what cannot be:
-
-* A reply is in the ledger before anything is done with it, so a reply once received is never asked for again, whatever
-  kills the process.
-* Each request is in the ledger, and synced to disk with all that stands before it, before it is sent. After a `kill -9`
-  the ledger names the requests whose fate is unknown: at most as many as were in flight (`concurrency`). They are sent
-  again under the same id (`Idempotency-Key`). An endpoint that honours that header bills them once: then nothing is paid
-  twice. For one that does not, those that it had answered, or goes on to answer, are paid a second time; they are counted
-  (`LedgerCounts.unknown`) and the budget counts them as paid. The same holds for time-outs and cut replies (`maybe_paid`).
-* A task is settled by one ledger line, so it is settled once; what is made from the ledger holds it once.
-* A request that the endpoint refuses (too long, filtered) while it answers others settles its task as rejected: it would be
-  refused each time. Where it answers none it may be the settings, and the tasks stay open.
+* A reply is written to the ledger before it is used, so a received reply is never requested again.
+* A request is written to the ledger, and synced, before it is sent. After a `kill -9` the requests in flight (at most
+  `concurrency`) are sent again under the same `Idempotency-Key`. An endpoint that ignores this header may bill them twice:
+  they are counted (`LedgerCounts.unknown`) and charged to the budget, as are time-outs and cut replies (`maybe_paid`).
+* One ledger line settles a task.
+* A request that is refused (too long, filtered) while others are answered settles its task as rejected. If none is
+  answered, the settings may be at fault, and the tasks stay open.
 """
 
 import asyncio
@@ -37,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunSettings:
-    """How a run asks.
+    """How a run sends requests.
 
     Attributes:
-        concurrency: Most requests in flight.
+        concurrency: Maximum number of requests in flight.
         requests_per_minute: Limit; `None` for none.
-        tokens_per_minute: Limit, of prompts and longest replies; `None` for none.
+        tokens_per_minute: Limit on prompt tokens plus `max_tokens`; `None` for none.
         backoff: Waiting and patience.
-        seed: Seed of the back-off's random part.
+        seed: Seed of the random part of the back-off.
     """
 
     concurrency: int = 16
@@ -66,14 +61,14 @@ class RunSummary:
     """What one call of `run_tasks` did.
 
     Attributes:
-        stopped: `"done"` (every task was looked at), `"interrupt"`, `"budget"` or `"endpoint"`.
-        message: Why it stopped, for a person.
+        stopped: `"done"`, `"interrupt"`, `"budget"` or `"endpoint"`.
+        message: Why it stopped.
         accepted: Tasks settled with an accepted reply.
-        rejected: Tasks settled with a rejected one, or whose request the endpoint refuses while it answers others.
+        rejected: Tasks settled with a rejected reply or a refused request.
         skipped: Tasks that were settled before.
         batched: Tasks that wait in a batch file.
-        given_up: Tasks left open after faults; the next run asks them again.
-        said: What the endpoint said last in place of a reply.
+        given_up: Tasks left open after faults; the next run retries them.
+        said: The endpoint's last error.
         seconds: Wall time.
     """
 
@@ -112,25 +107,25 @@ class _Run:
         self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
         self.not_before = 0.0
         self.last_success = time.monotonic()
-        self.said = 0.0  # when a person was told that the endpoint is silent
+        self.said = 0.0  # when the last warning about a silent endpoint was logged
         self.answered = 0
         self.refusals = Refusals(ledger)
-        self.busy = 0  # tasks that are being asked
-        self.held = 0  # requests for which the budget has set something aside
+        self.busy = 0  # tasks in progress
+        self.reserved = 0  # requests with reserved budget
         self.released = asyncio.Event()
 
     def stop(self, why: str, message: str) -> None:
-        """No new request; those in flight are finished. The first reason stays."""
+        """Stops sending; requests in flight are finished. The first reason is kept."""
         if not self.stopping.is_set():
             self.summary.stopped, self.summary.message = why, message
             self.stopping.set()
             self.released.set()
 
     def interrupt(self) -> None:
-        self.stop("interrupt", "Interrupted; what was in flight is finished and kept.")
+        self.stop("interrupt", "Interrupted; requests in flight were finished and kept.")
 
     async def all(self, tasks: Iterable[Task]) -> RunSummary:
-        """Brings every task to its end, or as far as it comes."""
+        """Runs every task as far as possible."""
         self.ledger.charge(self.budget)
         start = time.monotonic()
         iterator = self.refusals.put_last(tasks)
@@ -159,10 +154,9 @@ class _Run:
         return not self.stopping.is_set()
 
     async def wait_for_limits(self, estimate: Usage) -> bool:
-        """Waits for a pause that the endpoint asked for and for the limits; `False` if the run was stopped.
+        """Waits for `retry_after` and for the limits; `False` if the run was stopped.
 
-        A place in the limits that comes up while the endpoint rests is lost, and another one taken afterwards: else all
-        who had one would go at once when the pause ends.
+        A slot that comes up during such a pause is dropped and taken anew afterwards, so that not all are used at once.
         """
         while not self.stopping.is_set():
             if (rest := self.not_before - time.monotonic()) > 0:
@@ -178,22 +172,21 @@ class _Run:
                 break
         return not self.stopping.is_set()
 
-    async def hold(self, task: Task) -> Usage | None:
-        """Sets aside in the budget what a task may use; `None` if it does not have it or the run was stopped.
+    async def reserve_budget(self, task: Task) -> Usage | None:
+        """Reserves what a task may use; `None` if the budget is exhausted or the run was stopped.
 
-        Replies in flight mostly use less than is held for them: the budget has an end only when none is in flight. And
-        what a prompt takes is learned from replies: under a budget the first request is held with the most that it can
-        take, and each reply lets one more go at the same time (1, 2, 4, … in flight), so that an estimate that is too low
-        is seen before all go by it.
+        Replies mostly use less than was reserved, so the budget counts as exhausted only when no request is in flight.
+        Tokens per prompt are learned from replies: with a budget, the first request reserves an upper bound, and each reply
+        allows one more request in flight (1, 2, 4, …), so that a low estimate is noticed early.
         """
         while not self.stopping.is_set():
             known = self.answered or not self.budget.limited
             expected = self.budget.estimate if known else self.budget.most
             estimate = expected(task.messages, task.max_tokens)
-            if (self.held <= self.answered or not self.budget.limited) and self.budget.hold(estimate):
-                self.held += 1
+            if (self.reserved <= self.answered or not self.budget.limited) and self.budget.reserve(estimate):
+                self.reserved += 1
                 return estimate
-            if not self.budget.held_tokens:
+            if not self.budget.reserved_tokens:
                 self.stop("budget", self.budget.message(estimate, known))
                 break
             self.released.clear()
@@ -202,11 +195,11 @@ class _Run:
 
     def release(self, estimate: Usage) -> None:
         self.budget.release(estimate)
-        self.held -= 1
+        self.reserved -= 1
         self.released.set()
 
     async def work(self, tasks: Iterator[Task]) -> None:
-        """One of `concurrency` workers: takes the next task and brings it to its end."""
+        """One of `concurrency` workers."""
         for task in tasks:
             if self.stopping.is_set():
                 return
@@ -224,8 +217,8 @@ class _Run:
                 self.released.set()
 
     async def others_are_answered(self) -> bool:
-        """Where many requests were refused since the last reply, waits for those under way: replies take longer than
-        refusals. `False` if the run was stopped, be it because none of them was answered either."""
+        """After many refusals since the last reply, waits for the requests in flight, since replies take longer than
+        refusals. `False` if the run was stopped."""
         while self.refusals.too_many and not self.stopping.is_set():
             if not self.busy:
                 self.stop("endpoint", self.refusals.message())
@@ -255,7 +248,7 @@ class _Run:
             self.on_settled(task, accepted)
 
     async def settle(self, task: Task) -> None:
-        """Asks until the task is settled, or leaves it open."""
+        """Sends requests until the task is settled or left open."""
         state = self.ledger.state(task.id)
         attempt = 1 + len(state.replies)
         if attempt > 1:
@@ -267,8 +260,8 @@ class _Run:
                 return
             reply, estimate = answered
             verdict = self.judge(task, reply)
-            final = verdict.reason is None or verdict.tell is None or attempt >= ATTEMPTS
-            # Synced together with the line of the next request, which waits for that.
+            final = verdict.reason is None or verdict.retry_prompt is None or attempt >= ATTEMPTS
+            # Synced together with the next request.
             self.ledger.append(reply_event(task, request, attempt, reply, verdict, final))
             used = reply.usage or estimate
             self.budget.spend(used)
@@ -281,18 +274,15 @@ class _Run:
                 self.settled(task, verdict.reason is None)
             if final or self.stopping.is_set():
                 return
-            task, attempt = task.again(reply.text, verdict.tell), attempt + 1
+            task, attempt = task.again(reply.text, verdict.retry_prompt), attempt + 1
 
     async def ask(self, task: Task, request: str, attempt: int) -> tuple[Reply, Usage] | None:
-        """One reply, through limits, budget and faults; the budget holds what was estimated for it.
-
-        `None`: the task stays open (the run stops, the endpoint refuses it, or it failed too often).
-        """
+        """One reply and the budget reserved for it; `None` if the task stays open."""
         head = {"task": task.id, "request": request, "attempt": attempt}
         failed = 0
         while True:
-            # The budget first: who waited for it would come late to his place in the limits, beside the next one's.
-            estimate = await self.hold(task)
+            # The budget first: waiting for it must not delay a slot that the limits already gave.
+            estimate = await self.reserve_budget(task)
             if estimate is None:
                 return None
             if not await self.wait_for_limits(estimate):
@@ -322,7 +312,7 @@ class _Run:
                 if refused:
                     return None
                 failed += 1
-                if not await self.bear(error, failed):
+                if not await self.handle_fault(error, failed):
                     self.summary.given_up[error.kind] += 1
                     return None
                 continue
@@ -331,8 +321,8 @@ class _Run:
             self.settle_refused(self.refusals.reply())
             return reply, estimate
 
-    async def bear(self, fault: Exception, failed: int) -> bool:
-        """What a fault means for the task and the run; `True` after waiting, if the request is to be sent again."""
+    async def handle_fault(self, fault: Exception, failed: int) -> bool:
+        """Waits after a fault, or stops the run; `True` if the request is to be sent again."""
         backoff = self.settings.backoff
         if isinstance(fault, FatalFault):
             self.stop("endpoint", f"The endpoint refuses every request ({fault.kind}): {fault}")
@@ -348,14 +338,14 @@ class _Run:
                 "endpoint", f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}){asked}."
             )
             return False
-        # A limit or an unreachable endpoint is no fault of the request: it is borne as long as the run has patience.
+        # Rate limits and an unreachable endpoint are retried for as long as the run has patience.
         if fault.kind not in {"429", "connection", "502", "503"} and failed >= backoff.attempts:
             return False
         if silent > backoff.patience / 100 and self.said < self.last_success:
             self.said = time.monotonic()
             logger.warning(
-                f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}). It is asked again until it "
-                f"does, for {backoff.patience:.0f} s at most; Ctrl-C stops, and what was answered is kept."
+                f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}). Retrying for "
+                f"{backoff.patience:.0f} s at most; Ctrl-C stops, and what was answered is kept."
             )
         return await self.pause(wait)
 
@@ -381,24 +371,21 @@ def run_tasks(
     on_settled: Callable[[Task, bool], None] | None = None,
     handle_interrupt: bool = False,
 ) -> RunSummary:
-    """Asks every task that is not settled in `ledger`; resumes by being called again.
-
-    Tasks are drawn from `tasks` one by one as workers become free, so memory does not grow with their number.
+    """Runs every task that is not settled in `ledger`; call it again to resume.
 
     Args:
-        tasks: What to ask, in order.
-        model: Who is asked.
-        ledger: Where everything is written; open for writing.
-        run_id: Name of the run: a part of each request's id, so that two runs with the same prompts are two.
-        judge: Judges each reply; a rejected one with `tell` is asked for once more.
+        tasks: Drawn one by one as workers become free.
+        model: The language model.
+        ledger: Open for writing.
+        run_id: Part of each request's id, so that two runs with the same prompts differ.
+        judge: Judges each reply; a rejected reply with a `retry_prompt` is requested once more.
         settings: Concurrency, limits, back-off.
-        budget: Most tokens and dollars, over all runs on this ledger.
-        on_settled: Called with each task that is settled, and whether its reply was accepted.
+        budget: Maximum tokens and dollars, over all runs on this ledger.
+        on_settled: Called with each settled task and whether its reply was accepted.
         handle_interrupt: Whether the first Ctrl-C finishes what is in flight (main thread only).
 
     Returns:
-        What was done and why it stopped. Faults of the endpoint do not raise: the work so far is kept, and the summary
-        says what happened.
+        What was done and why it stopped. Faults of the endpoint do not raise.
     """
     run = _Run(model, ledger, run_id, judge, settings, budget, on_settled)
 

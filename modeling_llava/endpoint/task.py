@@ -1,6 +1,6 @@
-"""What is asked of a language model, what is thought of its reply, and how both stand in the ledger.
+"""A task for a language model, the verdict on a reply, and their lines in the ledger.
 
-Asking live (`runner.py`) and by batch files (`batch.py`) are two ways to settle the same tasks.
+Live requests (`runner.py`) and batch files (`batch.py`) are two ways to settle the same tasks.
 """
 
 import hashlib
@@ -13,21 +13,21 @@ from .ledger import Ledger
 
 
 ATTEMPTS = 2
-"""A rejected reply is asked for once more, with the reason told to the model."""
+"""A rejected reply is requested once more, with the reason."""
 
 REFUSED = "refused_by_endpoint"
-"""Reason under which a task is settled whose request the endpoint refuses while it answers others."""
+"""Reason of a task that is settled because the endpoint refuses its request while it answers others."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to ask.
+    """One conversation to complete.
 
     Attributes:
         id: Unique in the run; the same when the run is resumed.
-        messages: The conversation to complete.
-        max_tokens: Longest reply, in tokens.
-        temperature: Sampling temperature; `None` leaves the endpoint's own.
+        messages: The conversation.
+        max_tokens: Maximum length of the reply, in tokens.
+        temperature: Sampling temperature; `None` for the endpoint's default.
         seed: Sampling seed.
     """
 
@@ -38,33 +38,33 @@ class Task:
     seed: int | None = None
 
     def again(self, reply: str, reason: str) -> "Task":
-        """The task asked once more: the rejected reply and what was wrong with it are told to the model."""
-        told = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
-        return replace(self, messages=[*self.messages, *told], seed=None if self.seed is None else self.seed + 1)
+        """The second attempt: the conversation with the rejected reply and what was wrong with it."""
+        added = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
+        return replace(self, messages=[*self.messages, *added], seed=None if self.seed is None else self.seed + 1)
 
     def request_id(self, run: str, model: str, attempt: int) -> str:
-        """Name of the request: the same for the same request of the same run, different for any other."""
+        """Id of the request: the same for the same request of the same run."""
         content = [run, model, self.id, attempt, self.messages, self.max_tokens, self.temperature, self.seed]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:40]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is thought of a reply.
+    """Whether a reply is accepted.
 
     Attributes:
         reason: Short name under which a rejection is counted; `None` accepts.
-        detail: What exactly was wrong, for a person.
-        tell: What the model is told when it is asked again; `None` settles the task with this reply.
+        detail: What exactly was wrong.
+        retry_prompt: What is sent with the second attempt; `None` settles the task with this reply.
     """
 
     reason: str | None = None
     detail: str = ""
-    tell: str | None = None
+    retry_prompt: str | None = None
 
 
 def accept_all(task: Task, reply: Reply) -> Verdict:
-    """A judge that takes every reply."""
+    """Accepts every reply."""
     return Verdict()
 
 
@@ -83,7 +83,7 @@ def reply_event(
         "model": reply.model,
         "reason": verdict.reason,
         "detail": verdict.detail,
-        "tell": verdict.tell,
+        "retry_prompt": verdict.retry_prompt,
         "final": final,
         **({"left_out": reply.left_out} if reply.left_out else {}),
         **more,
@@ -97,8 +97,8 @@ def refusal_event(task: Task, request: str, attempt: int, fault: EndpointFault, 
 
 
 def resume_attempt(task: Task, ledger: Ledger) -> Task:
-    """The task as it is to be asked after the rejected replies that the ledger holds."""
+    """The task after the rejected replies that are in the ledger."""
     for position in ledger.state(task.id).replies:
         event = ledger.reply_at(position)
-        task = task.again(event["text"], event["tell"])
+        task = task.again(event["text"], event["retry_prompt"])
     return task

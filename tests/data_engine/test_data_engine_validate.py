@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from modeling_llava.data_engine.languages import LANGUAGES, looks_like
-from modeling_llava.data_engine.replies import REASONS, TELL, Rejection, parse_description, parse_turns
+from modeling_llava.data_engine.replies import REASONS, RETRY_PROMPTS, Rejection, parse_description, parse_turns
 from modeling_llava.data_engine.validate import ValidationSettings, count_words, mention_of_source, validate
 
 
@@ -153,9 +153,9 @@ def test_bad_replies_are_rejected_by_their_reason(reason, kind, text):
 
 
 def test_every_reason_is_tested_and_can_be_told_to_the_model():
-    assert {reason for reason, _, _ in REJECTED} | {"filtered", "cut"} == set(REASONS) == set(TELL)
+    assert {reason for reason, _, _ in REJECTED} | {"filtered", "cut"} == set(REASONS) == set(RETRY_PROMPTS)
     for reason in REASONS:
-        told = Rejection(reason, "the detail").tell
+        told = Rejection(reason, "the detail").retry_prompt
         assert "last reply" in told and "{" not in told
 
 

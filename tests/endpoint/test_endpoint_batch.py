@@ -216,5 +216,5 @@ def test_a_process_that_dies_while_writing_leaves_nothing_asked_twice(tmp_path, 
 def test_an_input_file_given_as_a_result_is_named(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
         written = write_batch(tasks(), model, ledger, tmp_path / "out")
-        with pytest.raises(ValueError, match="line 1, is no batch result.*not its input"):
+        with pytest.raises(ValueError, match="line 1, is not a batch result.*not its input"):
             read_batch(tasks(), written.files, ledger, judge=judge)

@@ -167,7 +167,7 @@ def test_a_reply_without_usage_counts_as_estimated(tmp_path):
 def test_a_line_that_was_edited_is_named(tmp_path, line):
     good = {"event": "sent", "task": "a", "request": "r", "attempt": 1, "tokens": [1, 2]}
     (tmp_path / "l").write_text("".join(json.dumps(event) + "\n" for event in (good, line, good)))
-    with pytest.raises(ValueError, match="l, line 2, is whole but no event of a run"):
+    with pytest.raises(ValueError, match="l, line 2, is not an event of a run"):
         Ledger(tmp_path / "l")
     with pytest.raises(ValueError):  # the lock was let go of
         Ledger(tmp_path / "l")

@@ -68,19 +68,19 @@ def test_prices_that_would_let_a_budget_grow_are_refused(prices):
 def test_budget_holds_back_what_requests_in_flight_may_use():
     budget = Budget(max_tokens=1000)
     request = Usage(100, 300)
-    assert budget.hold(request) and budget.hold(request)
-    assert not budget.hold(request)  # 1200 > 1000 although nothing is spent yet
+    assert budget.reserve(request) and budget.reserve(request)
+    assert not budget.reserve(request)  # 1200 > 1000 although nothing is spent yet
     budget.release(request)
     budget.spend(Usage(90, 10))
-    assert budget.hold(request)  # 100 spent, 400 held, 400 asked for
+    assert budget.reserve(request)  # 100 spent, 400 held, 400 asked for
 
 
 def test_budget_in_dollars_counts_prompts_and_replies_by_their_prices():
     budget = Budget(max_cost=0.01, prices=Prices(prompt=1.0, completion=4.0))
     budget.spend(Usage(2000, 1000))
     assert budget.cost == pytest.approx(2000 / 1e6 + 4 * 1000 / 1e6)
-    assert budget.hold(Usage(0, 1000))
-    assert not budget.hold(Usage(1, 0))
+    assert budget.reserve(Usage(0, 1000))
+    assert not budget.reserve(Usage(1, 0))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_number_of_thousands_of_digits_is_a_broken_reply():
 
     model = OpenAIModel("m", base_url="http://localhost:1/v1")
     model._connect = Client
-    with pytest.raises(PassingFault, match="no JSON"):
+    with pytest.raises(PassingFault, match="not JSON"):
         asyncio.run(model.complete([{"role": "user", "content": "?"}], max_tokens=1))
 
 

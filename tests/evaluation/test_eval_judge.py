@@ -8,8 +8,8 @@ import pytest
 
 from modeling_llava.endpoint import PassingFault, Reply, RunSettings
 from modeling_llava.endpoint.limits import Backoff
-from modeling_llava.evaluation.asking import Asked
 from modeling_llava.evaluation.judge import (
+    Asked,
     accept_review,
     parse_scores,
     read_rules,
@@ -97,7 +97,7 @@ def test_published_rules_are_read(shared):
 def test_rules_of_another_form_are_refused(tmp_path):
     for text in ("[]", "{", '{"conv": "rate"}', '{"conv": {"role": "A"}}', '{"conv": {"role": 1, "prompt": "x"}}'):
         (tmp_path / "rules.json").write_text(text)
-        with pytest.raises(ValueError, match="rules.json holds no rules"):
+        with pytest.raises(ValueError, match="rules.json is not a file of rules"):
             read_rules(tmp_path / "rules.json")
     with pytest.raises(ValueError, match="none for 'conv'"):
         rule_for({"math": {"role": "A", "prompt": "p"}}, "conv", True)
@@ -114,7 +114,7 @@ def test_review_has_context_question_answers_and_rule_in_the_published_layout():
     assert task.temperature == 0.2
     assert accept_review(task, Reply("8 9\nfine")).reason is None
     verdict = accept_review(task, Reply("Both are fine."))
-    assert verdict.reason == "no_scores" and "two numbers" in verdict.tell
+    assert verdict.reason == "no_scores" and "two numbers" in verdict.retry_prompt
 
 
 QUESTIONS = [
