@@ -13,7 +13,7 @@ positions only), `get_image_features` (a frozen tower builds no graph, a repeate
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from inspect import signature
 
 import torch
@@ -28,14 +28,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .compat import assert_in_graph, install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
-from .io.checkpoints import name_stock_class_in_adapters, require_before_loading
+from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
 from .kernels.early_exit import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss
 from .kernels.packed_attention import packs_cheaply
@@ -71,13 +71,39 @@ class LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     Args:
         loss (`torch.Tensor`, a float32 scalar, *optional*):
             Next-token loss over the supervised positions; given with `labels`.
-        logits (`torch.Tensor` of shape `(batch_size, num_kept_positions, vocab_size)`, *optional*):
-            Scores before the softmax. `None` when they were skipped (see `skip_logits`).
+        logits (`torch.Tensor` of shape `(batch_size, num_kept_tokens, vocab_size)`):
+            Scores before the softmax. Reading logits that were skipped (see `skip_logits`) raises.
         past_key_values, hidden_states, attentions, image_hidden_states:
             As in [`LlavaModelOutputWithPast`].
     """
 
     image_hidden_states: torch.Tensor | None = None
+
+
+class _WithoutLogits(ModelOutput):
+    @property
+    def logits(self):
+        raise AttributeError(
+            "This output has no logits: in training with labels they are not computed, to save memory. Pass "
+            "skip_logits=False to the model if you need them."
+        )
+
+    def __getitem__(self, key):
+        return self.logits if key == "logits" else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple:
+        """With `None` where [`LlavaCausalLMOutputWithPast`] has its logits."""
+        values, index = super().to_tuple(), 0 if self.loss is None else 1
+        return (*values[:index], None, *values[index:])
+
+
+# Without the field, so that FSDP, pickle and repr, which read every field, do not read the logits.
+LlavaOutputWithoutLogits = make_dataclass(
+    "LlavaOutputWithoutLogits",
+    [(field.name, field.type, None) for field in fields(LlavaCausalLMOutputWithPast) if field.name != "logits"],
+    bases=(_WithoutLogits,),
+    namespace={"__module__": __name__},
+)
 
 
 class IdentityLinear(nn.Module):
@@ -146,8 +172,11 @@ def _is_one_of_several_processes() -> bool:
 
 
 def _is_beginning(cache: Cache | None) -> bool:
-    """Whether no position came before. A cache is not asked while compiling: a static one's length is a tensor."""
-    return cache is None or (not torch.compiler.is_compiling() and bool(cache.get_seq_length() == 0))
+    """Whether no token came before. A cache is not asked while compiling (a static one's length is a tensor), and a paged
+    one, of several sequences, has no length to ask for."""
+    if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+        return cache is None
+    return bool(cache.get_seq_length() == 0)
 
 
 def _check(condition: torch.Tensor, message: str | Callable[[], str]) -> None:
@@ -183,6 +212,10 @@ class LlavaPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             require_before_loading(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch, also by the names of a checkpoint, with which `Trainer` resumes and loads the best model."""
+        return super().load_state_dict(by_module_names(self, state_dict), *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -308,7 +341,8 @@ class LlavaModel(LlavaPreTrainedModel):
             lambda: (
                 f"Image features and image tokens do not match: the batch has {int(num_positions)} image tokens but its "
                 f"images yield {image_features.shape[0]} (tokens: {int(num_positions)}, features: "
-                f"{image_features.shape[0]}). Let the processor expand the image tokens, and do not truncate them."
+                f"{image_features.shape[0]}). Let the processor expand the image tokens, and do not truncate them; its "
+                "patch_size and num_additional_image_tokens have to be those of the vision tower."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -397,7 +431,10 @@ class LlavaModel(LlavaPreTrainedModel):
 
         past_key_values = cache if past_key_values is None else past_key_values
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            token_ids = input_ids
+            if not 0 <= self.config.image_token_id < self.config.text_config.vocab_size:  # it has no embedding
+                token_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+            inputs_embeds = self.get_input_embeddings()(token_ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -422,7 +459,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if image_outputs is None and self._image_path_is_awaited(past_key_values):
             inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
-        if "cu_seq_lens_q" in kwargs and not packs_cheaply(self.language_model):
+        if "cu_seq_lens_q" in kwargs and past_key_values is None and not packs_cheaply(self.language_model):
             logger.warning_once(
                 f"A pack of {inputs_embeds.shape[1]} tokens meets attn_implementation="
                 f"{self.language_model.config._attn_implementation!r}, which builds a mask of all tokens × all tokens for it. "
@@ -430,11 +467,13 @@ class LlavaModel(LlavaPreTrainedModel):
             )
         if past_key_values is None and (self.training or "cu_seq_lens_q" in kwargs):
             kwargs.setdefault("use_cache", False)  # keys and values of a training step are of no use after it
+        # Continuous batching calls its paged cache by the newer name in every version; the attention layers take it up.
+        cache_name = CACHE if past_key_values is None or isinstance(past_key_values, Cache) else "cache"
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{CACHE: past_key_values},
+            **{cache_name: past_key_values},
             **kwargs,
         )
         return LlavaModelOutputWithPast(
@@ -494,8 +533,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         """As in transformers, but the assistant of an assisted generation sees the images too."""
-        image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        past = kwargs.get(CACHE)
+        image_outputs, past = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
         is_later_prompt = not is_first_iteration and isinstance(past, DynamicCache) and past.get_seq_length() == 0
         if is_later_prompt and image_outputs is not None:
             # An assistant, which transformers leaves without what the answering model made of the images. Features of
@@ -511,11 +549,69 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         return {**inputs, "images_required": True}
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        if kwargs.get(
-            "mm_encoder_outputs"
-        ):  # transformers would repeat them, for the beams, in the caller's own object
+        if kwargs.get("mm_encoder_outputs"):  # transformers would repeat them for the beams in the caller's own object
             kwargs["mm_encoder_outputs"] = {k: copy.copy(output) for k, output in kwargs["mm_encoder_outputs"].items()}
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return input_ids, self._without_cached_images(input_ids, kwargs)
+
+    def _without_cached_images(self, input_ids: torch.LongTensor, kwargs: dict) -> dict:
+        """The arguments without the images whose tokens are in a kept cache, where the whole conversation is given again."""
+        images, cache = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        only_new_tokens = kwargs["position_ids"].shape[-1] != input_ids.shape[1]
+        if images is None or num_cached == 0 or only_new_tokens:
+            return kwargs
+        features = torch.cat(list(images.pooler_output))
+        positions = (input_ids == self.config.image_token_id).nonzero()[:, 1]
+        if len(positions) != len(features):
+            return kwargs  # forward says what is wrong
+        is_new = (positions >= num_cached).to(features.device)
+        new = {"image": BaseModelOutputWithPooling(pooler_output=[features[is_new]])} if is_new.any() else {}
+        return {**kwargs, "mm_encoder_outputs": new}
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """As in transformers, but a draft (prompt lookup, an assistant's) ends before an image token, which has no image."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        draft = generator.get_candidates
+
+        def draft_text(input_ids, *args, **kwargs):
+            ids, logits = draft(input_ids, *args, **kwargs)
+            length = input_ids.shape[1]
+            num_kept = int((ids[0, length:] != self.config.image_token_id).cumprod(0).sum())
+            return ids[:, : length + num_kept], None if logits is None else logits[:, :num_kept]
+
+        generator.get_candidates = draft_text
+        return generator
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """
+        As in transformers: continuous batching, which `cache_implementation="paged"` chooses too.
+
+        Raises:
+            ValueError: a prompt has images, which the model would not see.
+        """
+        has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        for ids in inputs:
+            self._require_text(ids, has_images)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers; the manager takes text alone."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+
+        def add_request(input_ids, *args, **kwargs):
+            self._require_text(input_ids)
+            return type(manager).add_request(manager, input_ids, *args, **kwargs)
+
+        manager.add_request = add_request
+        return manager
+
+    def _require_text(self, input_ids, has_images: bool = False) -> None:
+        if has_images or self.config.image_token_id in input_ids:
+            raise ValueError(
+                "Continuous batching and the paged cache take text alone, so the model would not see the images of this "
+                "prompt. Use generate with another cache, or LlavaPredictor.answer_many."
+            )
 
     @classmethod
     def from_vision_language_pretrained(cls, vision: str, language: str, **kwargs) -> "LlavaForConditionalGeneration":
@@ -629,11 +725,13 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             )
         if skip_logits is None:
             skip_logits = self.training and loss is not None
-        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-
-        return LlavaCausalLMOutputWithPast(
+        output_class, logits = LlavaOutputWithoutLogits, {}
+        if not skip_logits:
+            kept = slice_logits_to_keep(hidden_states, logits_to_keep)
+            output_class, logits = LlavaCausalLMOutputWithPast, {"logits": self.lm_head(kept)}
+        return output_class(
             loss=loss,
-            logits=logits,
+            **logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
