@@ -1,12 +1,15 @@
-"""`llava eval BENCHMARK …`: each benchmark is one small module, `eval_BENCHMARK.py`."""
+"""`llava eval BENCHMARK …`: the table of benchmarks, the short ones, and `llava eval report`."""
 
 import argparse
-import importlib
+import json
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from .data import _LazyParser
-from .eval_common import tokens_of
+from . import eval_llava_bench, eval_scienceqa
+from .eval_common import add_model_arguments, evaluate_with, finish, tokens_of
 
 
 SUBCOMMANDS: dict[str, str] = {
@@ -15,20 +18,26 @@ SUBCOMMANDS: dict[str, str] = {
     "pope": "does it see objects that are not there?",
     "vqa": "short answers: VQA's soft accuracy and exact match",
     "captions": "captions: CIDEr and BLEU",
-    "report": "runs beside each other: tables, paired differences, a plot",
+    "report": "compare runs: tables, paired differences, a plot",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True, parser_class=_LazyParser)
+    commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     parser.commands = commands.choices  # for the errors of misspelt words
     for name, summary in SUBCOMMANDS.items():
         child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        child.module = _module(name)
+        (_add_report_arguments if name == "report" else BENCHMARKS[name][0])(child)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    return importlib.import_module(_module(args.benchmark)).run(args)
+def run(args: argparse.Namespace) -> int:
+    if args.benchmark == "report":
+        return _report(args)
+    if args.benchmark == "scienceqa":
+        return eval_scienceqa.run(args)
+    if args.benchmark == "llava-bench":
+        return eval_llava_bench.run(args)
+    return finish(args, evaluate_with(args, BENCHMARKS[args.benchmark][1](args)))
 
 
 def slice_of(line: str, out: str):
@@ -37,37 +46,26 @@ def slice_of(line: str, out: str):
 
     Args:
         line (`str`): `vqa --questions q.jsonl --images val2014 --limit 200`.
-        out (`str`): Folder for what a judge is asked (LLaVA-Bench).
+        out (`str`): Folder of the judge's ledger (LLaVA-Bench).
 
     Returns:
         [`~modeling_llava.evaluation.benchmark.Benchmark`]
 
     Raises:
-        ValueError: not a benchmark, a wrong option, or an option that the run decides.
+        ValueError: not a benchmark, a wrong option, or an option that the training run decides.
     """
     name, *words = shlex.split(line) or [""]
-    known = [command for command in SUBCOMMANDS if command != "report"]
-    if name not in known:
-        raise ValueError(f"benchmarks: {line!r} begins with no benchmark; there are {', '.join(known)}.")
-    module = importlib.import_module(_module(name))
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmarks: {line!r} does not begin with a benchmark: {', '.join(BENCHMARKS)}.")
+    add, make_benchmark = BENCHMARKS[name]
     parser = _RaisingParser(prog=f"benchmarks: {line!r}", add_help=False)
-    module.add_arguments(parser)
+    add(parser)
     args = parser.parse_args(["-", *words, "--out", out])
-    decided = (
-        "adapter",
-        "revision",
-        "dtype",
-        "device",
-        "load_in_4bit",
-        "system",
-        "batch_size",
-        "temperature",
-        "top_p",
-    )
-    for option in (*decided, "seed", "shard", "partial", "language_model", "export_training"):
+    decided = "adapter revision dtype device load_in_4bit system batch_size temperature top_p seed shard partial"
+    for option in (*decided.split(), "language_model", "export_training"):
         if getattr(args, option, None) != parser.get_default(option):
-            raise ValueError(f"benchmarks: {line!r}: --{option.replace('_', '-')} has no place in a training run.")
-    benchmark = module.make_benchmark(args).first(args.limit)
+            raise ValueError(f"benchmarks: {line!r}: --{option.replace('_', '-')} does not apply to a training run.")
+    benchmark = make_benchmark(args).first(args.limit)
     return replace(benchmark, max_new_tokens=tokens_of(args, benchmark))
 
 
@@ -76,5 +74,150 @@ class _RaisingParser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: {message}")
 
 
-def _module(name: str) -> str:
-    return f"modeling_llava.cli.eval_{name.replace('-', '_')}"
+def _add_instruction(data) -> None:
+    data.add_argument("--images", required=True, metavar="DIR", help="image folder")
+    data.add_argument(
+        "--instruction", metavar="TEXT", help="line after the question; '' for none (default: LLaVA-1.5's)"
+    )
+
+
+def _add_pope_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "POPE: does the model see objects that are not there? Accuracy, precision, recall, F1 and yes-ratio for random, "
+        "popular and adversarial questions."
+    )
+    add_model_arguments(parser)
+    data = parser.add_argument_group("the data")
+    data.add_argument(
+        "--questions",
+        required=True,
+        nargs="+",
+        metavar="F",
+        help="JSONL: image, text, label; random, popular or adversarial is in the file's name or in `category`",
+    )
+    _add_instruction(data)
+
+
+def _make_pope(args: argparse.Namespace):
+    from ..evaluation import pope
+
+    questions = pope.read_questions(args.questions)
+    instruction = pope.INSTRUCTION if args.instruction is None else args.instruction
+    return pope.make_benchmark(questions, args.images, instruction=instruction or None, files=args.questions)
+
+
+def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Short answers: VQA's soft accuracy over ten people's answers (VQAv2, TextVQA, …), exact match if there is only one "
+        "(GQA, …)."
+    )
+    add_model_arguments(parser)
+    data = parser.add_argument_group("the data")
+    data.add_argument(
+        "--questions",
+        required=True,
+        metavar="F",
+        help="JSONL: question_id, image, question, answers or answer; or the official file of VQAv2, GQA, TextVQA, VizWiz",
+    )
+    data.add_argument("--annotations", metavar="F", help="file of the answers, if they are not with the questions")
+    data.add_argument(
+        "--image-name",
+        metavar="F",
+        help="image name in official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)",
+    )
+    _add_instruction(data)
+
+
+def _make_vqa(args: argparse.Namespace):
+    from ..evaluation import vqa
+
+    questions = vqa.read_questions(args.questions, args.annotations, args.image_name)
+    instruction = vqa.instruction_for(questions) if args.instruction is None else args.instruction
+    files = [file for file in (args.questions, args.annotations) if file]
+    return vqa.make_benchmark(questions, args.images, instruction=instruction or None, files=files)
+
+
+def _add_captions_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Captions compared with people's captions: CIDEr-D (pycocoevalcap) and BLEU-4 (sacrebleu). Words are split without "
+        "COCO's Java tokenizer: compare among runs of this command."
+    )
+    add_model_arguments(parser)
+    data = parser.add_argument_group("the data")
+    data.add_argument("--annotations", required=True, metavar="F", help="COCO captions, or JSONL: image, captions")
+    data.add_argument("--images", required=True, metavar="DIR", help="image folder")
+    data.add_argument("--question", metavar="TEXT", help="what is asked")
+
+
+def _make_captions(args: argparse.Namespace):
+    from ..evaluation import captions
+
+    question, images = args.question or captions.QUESTION, captions.read_captions(args.annotations)
+    return captions.make_benchmark(images, args.images, question=question, files=[args.annotations])
+
+
+BENCHMARKS: dict[str, tuple[Callable, Callable]] = {
+    "scienceqa": (eval_scienceqa.add_arguments, eval_scienceqa.make_benchmark),
+    "llava-bench": (eval_llava_bench.add_arguments, eval_llava_bench.make_benchmark),
+    "pope": (_add_pope_arguments, _make_pope),
+    "vqa": (_add_vqa_arguments, _make_vqa),
+    "captions": (_add_captions_arguments, _make_captions),
+}
+"""For each benchmark what adds its arguments, and what makes the benchmark from them."""
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare runs: a table per benchmark with the published rows, and how much better each run is than the first one, "
+        "over the samples that both have, with a 95 % interval (paired bootstrap)."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of `llava eval`, the baseline first")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs (default: their folders)")
+    parser.add_argument("--out", metavar="DIR", help="write report.md, report.json and a plot per benchmark")
+    parser.add_argument(
+        "--published",
+        nargs="*",
+        metavar="ROW",
+        default=(),
+        help="published rows to draw in the plots, such as LLaVA-13B",
+    )
+    parser.add_argument(
+        "--attach",
+        metavar="MODEL",
+        help="copy the results of these weights into MODEL's folder, for the model card of `llava publish`",
+    )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ..evaluation.report import attach, compare, markdown, model_index, plot, published_for, read_runs
+    from ..io.atomic import write_atomic
+
+    runs = read_runs(args.runs, args.labels)
+    comparisons = compare(runs)
+    known = sorted({row for comparison in comparisons for row in published_for(comparison["benchmark"])})
+    if unknown := [row for row in args.published if row not in known]:
+        raise ValueError(
+            f"--published: there is no row {', '.join(map(repr, unknown))}; "
+            + (f"there are {', '.join(known)}." if known else "these benchmarks have none.")
+        )
+    text = markdown(comparisons)
+    print(text)
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "comparisons": comparisons,
+            "model_index": {run.label: model_index([run.results], run.label) for run in runs},
+        }
+        write_atomic(out / "report.md", "# Evaluation\n\n" + text)
+        write_atomic(out / "report.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        for comparison in comparisons:
+            plot(comparison, out / f"{comparison['benchmark']}.png", args.published)
+        print(f"written: {out / 'report.md'}, report.json and {len(comparisons)} plots", file=sys.stderr)
+    if args.attach:
+        attached = attach(args.runs, args.attach)
+        for path in attached:
+            print(f"written: {path}; `llava publish` puts it into the model card", file=sys.stderr)
+        if others := len(runs) - len(attached):
+            print(f"not attached: {others} of {len(runs)} runs, which are of other weights", file=sys.stderr)
+    return 0

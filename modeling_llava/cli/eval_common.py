@@ -1,6 +1,7 @@
-"""What the benchmarks' commands share: the model, how it answers, the judge's endpoint, what is printed at the end."""
+"""What the benchmarks' commands share: the options of the model and its answers, answering, the table at the end."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from .chat import add_four_bit_arguments
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The model, the run's folder, how answers are made."""
+    """The model, the run's folder, and how the model answers."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -16,10 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         help="folder or Hub name of a LLaVA, an adapter or a projector",
     )
     parser.add_argument(
-        "--out",
-        required=required,
-        metavar="DIR",
-        help="the run's folder; the same command goes on where it was stopped",
+        "--out", required=required, metavar="DIR", help="the run's folder; the same command resumes a run"
     )
     model = parser.add_argument_group("the model")
     model.add_argument("--adapter", metavar="DIR", help="an adapter to put on MODEL")
@@ -31,102 +29,28 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the accelerator, if there is one)"
     )
     add_four_bit_arguments(model)
-    model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's own")
+    model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's")
     how = parser.add_argument_group("how it answers")
-    how.add_argument(
-        "--batch-size", type=int, metavar="N", help="most answers at a time (default: as many as memory has room for)"
-    )
+    how.add_argument("--batch-size", type=int, metavar="N", help="most answers at a time (default: as memory allows)")
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: the benchmark's)")
     how.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
     how.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
     how.add_argument("--seed", type=int, default=0, help="with --temperature (default: %(default)s)")
-    how.add_argument("--limit", type=int, metavar="N", help="the first N samples only; the result says of how many")
+    how.add_argument("--limit", type=int, metavar="N", help="the first N samples only; the results say of how many")
     how.add_argument(
         "--shard",
         metavar="I/N",
-        help="answer the I-th of N parts (from 1); whoever ends last scores all. By default the rank and number of "
-        "processes of `accelerate launch` or `torchrun`",
+        help="answer the I-th of N shards (from 1); the last to finish scores all. Default: rank and number of processes "
+        "of `accelerate launch` or `torchrun`",
     )
     how.add_argument(
-        "--partial", action="store_true", help="score what there is, though something is missing; the result says what"
+        "--partial", action="store_true", help="score although samples are missing; the results say how many"
     )
-
-
-def add_endpoint_arguments(parser: argparse.ArgumentParser, title: str) -> None:
-    """How a language model behind an endpoint is asked."""
-    group = parser.add_argument_group(title)
-    group.add_argument(
-        "--base-url",
-        metavar="URL",
-        help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI); the key is OPENAI_API_KEY",
-    )
-    group.add_argument(
-        "--concurrency", type=int, default=8, metavar="N", help="requests in flight (default: %(default)s)"
-    )
-    group.add_argument(
-        "--max-reply-tokens",
-        "--review-tokens",
-        type=int,
-        metavar="N",
-        help="longest reply, thoughts included (default: the benchmark's)",
-    )
-    group.add_argument(
-        "--length-parameter",
-        choices=("max_tokens", "max_completion_tokens"),
-        default="max_tokens",
-        help="how the longest reply is named; the second is taken when the endpoint asks for it (default: %(default)s)",
-    )
-    group.add_argument("--requests-per-minute", type=float, metavar="N", help="limit of requests")
-    group.add_argument("--tokens-per-minute", type=float, metavar="N", help="limit of tokens")
-    group.add_argument("--timeout", type=float, default=120, metavar="S", help="for one reply (default: %(default)g)")
-    group.add_argument(
-        "--patience",
-        type=float,
-        default=120,
-        metavar="S",
-        help="stop after so many seconds without a reply (default: %(default)g)",
-    )
-    group.add_argument("--max-tokens", type=int, metavar="N", help="budget: most tokens of the whole run")
-    group.add_argument(
-        "--max-cost", type=float, metavar="USD", help="budget: most dollars of the whole run; needs prices"
-    )
-    group.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")
-    group.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
-
-
-def temperature(text: str) -> float | None:
-    """A temperature as an argument; `None` for `default`, the endpoint's own."""
-    return None if text == "default" else float(text)
-
-
-def make_chat_model(args: argparse.Namespace, name: str):
-    """The language model `name` at the endpoint of the arguments."""
-    from ..endpoint import OpenAIModel
-
-    return OpenAIModel(
-        name,
-        base_url=args.base_url,
-        timeout=args.timeout,
-        length_parameter=args.length_parameter,
-        optional=("temperature", "seed"),
-    )
-
-
-def asking_options(args: argparse.Namespace) -> dict:
-    """Limits and budget, for [`ask_all`]. A budget holds for one ledger."""
-    from ..endpoint import Backoff, Budget, Prices, RunSettings
-
-    settings = RunSettings(
-        args.concurrency, args.requests_per_minute, args.tokens_per_minute, Backoff(patience=args.patience)
-    )
-    prices = Prices(args.price_in, args.price_out)
-    return {"settings": settings, "budget": Budget(args.max_tokens, args.max_cost, prices)}
 
 
 def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
-    """Answers and scores a benchmark with the model of the arguments; `None` if other shards are still at it."""
-    from ..evaluation.answering import Shard, check_images
-    from ..evaluation.benchmark import evaluate
+    """Answers and scores a benchmark with the model of the arguments; `None` if other shards are not finished."""
+    from ..evaluation.benchmark import Shard, check_images, evaluate
     from ..evaluation.results import describe_model
     from ..inference.loading import choose_four_bits
     from ..io.checkpoints import checkpoint_kind
@@ -140,11 +64,11 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
                 f"--temperature must be above 0, got {args.temperature:g}. Without it answers are greedy."
             )
     elif args.top_p is not None:
-        raise ValueError("--top-p is used with --temperature; greedy answers draw nothing.")
+        raise ValueError("--top-p requires --temperature; greedy answers are not sampled.")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
     shard = Shard.parse(args.shard)
-    check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked, and anything is written
+    check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked and anything is written
     checkpoint_kind(args.model, args.revision)
     model = describe_model(args.model, args.revision, args.adapter)
     four_bits = choose_four_bits(args.model, args.load_in_4bit, adapter=args.adapter, revision=args.revision)
@@ -181,7 +105,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
 
 
 def tokens_of(args: argparse.Namespace, benchmark) -> int:
-    """How long an answer may be: --max-new-tokens, or what the benchmark says."""
+    """The longest answer: --max-new-tokens, or the benchmark's."""
     if args.max_new_tokens is None:
         return benchmark.max_new_tokens
     if args.max_new_tokens < 1:
@@ -190,9 +114,7 @@ def tokens_of(args: argparse.Namespace, benchmark) -> int:
 
 
 def _device(args: argparse.Namespace, shard) -> str | None:
-    """Under `torchrun` each process takes the accelerator of its local rank."""
-    import os
-
+    """Under `torchrun` each process uses the accelerator of its local rank."""
     import torch
 
     if args.device is None and shard.count > 1 and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -201,11 +123,10 @@ def _device(args: argparse.Namespace, shard) -> str | None:
 
 
 def finish(args: argparse.Namespace, results: dict | None, published: list[str] = ()) -> int:
-    """Prints the table, draws the plot, says what to do next."""
+    """Prints the table, draws the plot, names the next command."""
     if results is None:
         print(
-            f"not scored here: whichever shard of {args.out} ends last scores all. Run those that are left, or add "
-            "--partial.",
+            f"not scored: the last shard of {args.out} to finish scores all. Run the other shards, or add --partial.",
             file=sys.stderr,
         )
         return 0

@@ -4,15 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .eval_common import (
-    add_endpoint_arguments,
-    add_model_arguments,
-    asking_options,
-    evaluate_with,
-    finish,
-    make_chat_model,
-    temperature,
-)
+from .endpoint_options import add_endpoint_arguments, asking_options, make_chat_model, temperature
+from .eval_common import add_model_arguments, evaluate_with, finish
 
 
 EPILOG = """\
@@ -26,8 +19,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "LLaVA-Bench (COCO) and (In-the-Wild) (LLaVA §5.1): MODEL's answers, and a judge's scores of them and of the\n"
-        "answers of a language-only model that was told what is in the picture. Which of the two it is, the contexts tell."
+        "LLaVA-Bench (COCO) and (In-the-Wild) (LLaVA §5.1): a judge scores MODEL's answers and those of a language-only\n"
+        "model that is given a text in place of the image. The contexts decide which of the two benchmarks it is."
     )
     parser.epilog = EPILOG
     add_model_arguments(parser)
@@ -37,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contexts", required=True, metavar="F", help="JSONL: image, captions and instances, or caption"
     )
     data.add_argument("--references", metavar="F", help="JSONL: question_id, text (the published answers of GPT-4)")
-    data.add_argument("--reference-model", metavar="NAME", help="without --references: who gives those answers")
+    data.add_argument("--reference-model", metavar="NAME", help="without --references: the model that gives them")
     data.add_argument("--images", required=True, metavar="DIR", help="image folder")
     judge = parser.add_argument_group("the judge")
     judge.add_argument("--judge", required=True, metavar="NAME", help="the judge's name at the endpoint")
-    judge.add_argument("--rules", metavar="F", help="what the judge is told, in the published form (default: ours)")
+    judge.add_argument("--rules", metavar="F", help="the judge's rules, in the published form (default: ours)")
     judge.add_argument("--both-orders", action="store_true", help="judge each pair twice, with the answers swapped")
     judge.add_argument("--repeats", type=int, default=1, metavar="N", help="judge everything N times (default: 1)")
     judge.add_argument(
@@ -49,23 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=temperature,
         default=0.2,
         metavar="T",
-        help="a number, or 'default' for the endpoint's own (default: %(default)s)",
+        help="a number, or 'default' for the endpoint's (default: %(default)s)",
     )
-    add_endpoint_arguments(parser, "the endpoint")
+    add_endpoint_arguments(parser)
 
 
 def make_benchmark(args: argparse.Namespace):
-    """The benchmark that the arguments name, ready to be answered; its score asks the judge."""
+    """The benchmark of the arguments; its score asks the judge."""
     from ..evaluation import llava_bench
     from ..evaluation.judge import read_rules, rule_for
 
     if args.references is None and args.reference_model is None:
-        raise ValueError("give --references F, or --reference-model NAME to have them made.")
+        raise ValueError("Give --references F, or --reference-model NAME to generate them.")
     questions = llava_bench.read_questions(args.questions, args.contexts, args.references, args.images)
     how = llava_bench.JudgeSettings(
         read_rules(args.rules), args.both_orders, args.repeats, args.judge_temperature, args.max_reply_tokens or 1024
     )
-    for question in questions:  # a rule that is missing is found before the model is loaded
+    for question in questions:  # a missing rule is found before the model is loaded
         rule_for(how.rules, question.category, question.has_boxes)
     judge, out = make_chat_model(args, args.judge), Path(args.out)
 
@@ -77,7 +70,7 @@ def make_benchmark(args: argparse.Namespace):
             asked = llava_bench.ask_references(
                 asked, model, out / "judge", max_tokens=how.max_tokens, partial=args.partial, **asking_options(args)
             )
-        print(f"asking {args.judge}; Ctrl-C and the same command again goes on", file=sys.stderr)
+        print(f"asking {args.judge}; after Ctrl-C the same command resumes", file=sys.stderr)
         reviews = llava_bench.judge_answers(
             asked, answers, judge, out / "judge", how, partial=args.partial, **asking_options(args)
         )
@@ -101,6 +94,6 @@ def run(args: argparse.Namespace) -> int:
         write_page(out / "index.html", results, rows, args.images, published_for(results["benchmark"]))
         failed = results["counts"]["questions_without_score"]
         if failed:
-            print(f"{failed} questions have no score; they are in no mean.", file=sys.stderr)
-        print(f"to read: {out / 'index.html'} (rules {rules_hash(read_rules(args.rules))})", file=sys.stderr)
+            print(f"{failed} questions have no score and are left out of the means.", file=sys.stderr)
+        print(f"written: {out / 'index.html'} (rules {rules_hash(read_rules(args.rules))})", file=sys.stderr)
     return code

@@ -5,14 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from .eval_common import (
-    add_endpoint_arguments,
-    add_model_arguments,
-    asking_options,
-    evaluate_with,
-    finish,
-    make_chat_model,
-)
+from .endpoint_options import add_endpoint_arguments, asking_options, make_chat_model
+from .eval_common import add_model_arguments, evaluate_with, finish
 
 
 EPILOG = """\
@@ -26,7 +20,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
-        "ScienceQA (LLaVA §5.2): the table of the paper beside the published rows. With --export-training FILE no model\n"
+        "ScienceQA (LLaVA §5.2): the table of the paper next to the published rows. With --export-training FILE no model\n"
         "is run; the split is written as training data in the paper's form."
     )
     parser.epilog = EPILOG
@@ -43,34 +37,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--order",
         default="QCM-LEA",
-        help="what is given and what is learned, e.g. QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A, QCM-LEPA (LLaVA's headings) (default: %(default)s)",
+        help="what is given and what is learned, such as QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A, QCM-LEPA "
+        "(LLaVA's headings) (default: %(default)s)",
     )
-    form.add_argument(
-        "--direct", action="store_true", help="ask for the letter alone, in the form in which LLaVA-1.5 is evaluated"
-    )
+    form.add_argument("--direct", action="store_true", help="ask for the letter alone, as LLaVA-1.5 is evaluated")
     form.add_argument(
         "--export-training", metavar="F", help="write the split as training data (LLaVA's JSON) and stop"
     )
     language = parser.add_argument_group("a language-only model, alone and together with MODEL")
     language.add_argument(
-        "--language-model", metavar="NAME", help="its name at the endpoint; asked with worked examples"
+        "--language-model", metavar="NAME", help="its name at the endpoint; it is given worked examples"
     )
     language.add_argument(
-        "--judge", metavar="NAME", help="who decides where the two differ (default: --language-model)"
+        "--judge", metavar="NAME", help="the model that decides where the two differ (default: --language-model)"
     )
     language.add_argument("--shots", type=int, default=2, help="worked examples (default: %(default)s)")
-    language.add_argument("--shots-split", default="train", help="where they are taken from (default: %(default)s)")
-    add_endpoint_arguments(parser, "the endpoint")
+    language.add_argument("--shots-split", default="train", help="split of the worked examples (default: %(default)s)")
+    add_endpoint_arguments(parser)
 
 
 def make_benchmark(args: argparse.Namespace):
-    """The benchmark that the arguments name, ready to be answered."""
+    """The benchmark of the arguments."""
     from ..evaluation import scienceqa
-    from ..evaluation.scienceqa_training import split_order
 
-    order, _ = split_order(args.order)
+    order, _ = scienceqa.split_order(args.order)
     if args.images is None and not args.dataset:
-        raise ValueError("give --images, the folder with <split>/<id>/image.png.")
+        raise ValueError("Give --images, the folder with <split>/<id>/image.png.")
     problems, files = _read(args, args.split, args.images)
     return scienceqa.make_benchmark(problems, image_folder=args.images, order=order, direct=args.direct, files=files)
 
@@ -79,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.export_training:
         return _export(args, _read(args, args.split, args.images)[0])
     if args.model is None or args.out is None:
-        raise ValueError("give MODEL and --out DIR, or --export-training F.")
+        raise ValueError("Give MODEL and --out DIR, or --export-training F.")
     results = evaluate_with(args, make_benchmark(args))
     code = finish(args, results, ["LLaVA-13B"])
     if args.language_model and results is not None:
@@ -88,29 +80,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace, split: str, images: str | None):
-    """The problems of a split, and the files that they are from."""
+    """The problems of a split, and their files."""
     from ..evaluation import scienceqa
 
     if args.dataset:
         if args.problems or args.splits:
-            raise ValueError("--dataset stands in place of --problems and --splits; give one or the other.")
+            raise ValueError("--dataset replaces --problems and --splits; give one or the other.")
         from datasets import load_dataset
 
         split = {"val": "validation"}.get(split, split)
         return scienceqa.read_hub_problems(load_dataset(args.dataset, split=split), split), []
     if not (args.problems and args.splits):
-        raise ValueError("give --problems and --splits (the official files), or --dataset.")
+        raise ValueError("Give --problems and --splits (the official files), or --dataset.")
     return scienceqa.read_problems(args.problems, args.splits, split, images), [args.problems, args.splits]
 
 
 def _export(args: argparse.Namespace, problems) -> int:
-    from ..evaluation.results import write_text
-    from ..evaluation.scienceqa_training import to_llava_rows
+    from ..evaluation.scienceqa import to_llava_rows
+    from ..io.atomic import write_atomic
 
     if args.dataset:
         problems = _write_images(problems, args)
     rows = list(to_llava_rows(problems, args.order))
-    write_text(args.export_training, json.dumps(rows, indent=1, ensure_ascii=False))
+    Path(args.export_training).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.export_training, json.dumps(rows, indent=1, ensure_ascii=False))
     with_image = sum("image" in row for row in rows)
     folder = args.images or "the folder of the images"
     print(f"{len(rows):,} samples, {with_image:,} with an image, {args.order} → {args.export_training}")
@@ -119,11 +112,11 @@ def _export(args: argparse.Namespace, problems) -> int:
 
 
 def _write_images(problems, args: argparse.Namespace):
-    """The dataset's pictures as files in the official layout, and the problems with their paths."""
+    """Writes the dataset's images in the official layout; returns the problems with their paths."""
     from dataclasses import replace
 
     if not args.images:
-        raise ValueError("give --images, the folder in which the dataset's pictures are to be written.")
+        raise ValueError("Give --images, the folder to write the dataset's images to.")
     written = []
     for problem in problems:
         if problem.image is not None:
@@ -145,7 +138,7 @@ def _with_language_model(args: argparse.Namespace, problems, results: dict) -> N
     examples = choose_shots(_read(args, args.shots_split, None)[0], args.shots)
     model = make_chat_model(args, args.language_model)
     judge = make_chat_model(args, args.judge) if args.judge else None
-    print(f"asking {args.language_model}; Ctrl-C and the same command again goes on", file=sys.stderr)
+    print(f"asking {args.language_model}; after Ctrl-C the same command resumes", file=sys.stderr)
     scored = score_with_language_model(
         problems,
         own,

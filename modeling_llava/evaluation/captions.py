@@ -1,20 +1,20 @@
 """
-Captions against people's captions: CIDEr-D (`pycocoevalcap`, the COCO implementation) and BLEU-4 (`sacrebleu`).
+Captions compared with people's captions: CIDEr-D (`pycocoevalcap`, the COCO implementation) and BLEU-4 (`sacrebleu`).
 
-Annotations are COCO's (`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`) or JSONL rows
+Annotations are COCO's (`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`) or rows
 `{"image", "captions": […]}`.
 
-Differs from COCO's evaluation: that one tokenizes with a Java program. Here words are cut by [`words_of`], in lower case and
-without punctuation; BLEU is sacrebleu's, lower case, tokenization 13a. Compare values among runs of this command only.
+Differs from COCO's evaluation, which tokenizes with a Java program: words are split by [`words_of`], in lower case and without
+punctuation; BLEU is sacrebleu's, lower case, tokenization 13a. Compare values among runs of this command only.
 """
 
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..data_engine.captions import read_captions as read_caption_rows
 from .benchmark import Benchmark, question_sample
-from .results import Scored, hash_files, interval_of, read_json, read_jsonl
+from .results import Scored, hash_files, interval_of
 
 
 QUESTION = "Describe the picture in one short sentence."
@@ -25,35 +25,15 @@ def read_captions(annotations: str | os.PathLike) -> list[dict]:
     `{"id", "image", "captions"}` of every image that has captions.
 
     Raises:
-        ValueError: the file has none of the two forms.
+        ValueError: the file has none of the forms, or an image has no caption or one without a word.
     """
-    path = Path(annotations)
-    if path.suffix == ".jsonl":
-        captions = {}
-        for number, row in enumerate(read_jsonl(path), 1):
-            texts = row.get("captions")
-            if not isinstance(row.get("image"), str) or not isinstance(texts, list) or not texts:
-                raise ValueError(f"{path}, row {number}, is not {{'image', 'captions': […]}}: {', '.join(row)}.")
-            captions.setdefault(row["image"], []).extend(texts)
-    else:
-        content, captions = read_json(path), {}
-        try:
-            names = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}
-            for annotation in content["annotations"]:
-                if annotation["image_id"] not in names:
-                    raise ValueError(
-                        f"{path} is not a COCO captions file: a caption belongs to the image {annotation['image_id']!r}, "
-                        f"which is not among its 'images' ({next(iter(names), None)!r}, …)."
-                    )
-                captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a COCO captions file ({error!r}).") from None
+    captions: dict[str, list[str]] = {}
+    for row in read_caption_rows(annotations):
+        captions.setdefault(row.image, []).extend(row.captions or [""])
     for image, texts in captions.items():
         for text in texts:
-            if not isinstance(text, str) or not words_of(text):
-                raise ValueError(
-                    f"{path}: the image {image!r} has a caption that is not text, or has no word: {text!r}."
-                )
+            if not words_of(text):
+                raise ValueError(f"{annotations}: the image {image!r} has a caption without a word: {text!r}.")
     return [{"id": image, "image": image, "captions": texts} for image, texts in captions.items()]
 
 
@@ -68,9 +48,9 @@ def make_benchmark(
     Captioning as a [`Benchmark`].
 
     Raises:
-        ImportError: `pycocoevalcap` or `sacrebleu` is not installed; said before hours of answers are made.
+        ImportError: `pycocoevalcap` or `sacrebleu` is not installed.
     """
-    _scorers()
+    _scorers()  # raises before hours of answers are made
     return Benchmark(
         name="captions",
         samples=[question_sample(image["id"], image["image"], question) for image in images],
@@ -83,7 +63,7 @@ def make_benchmark(
 
 
 def words_of(caption: str) -> str:
-    """Lower-case words, one blank between them; punctuation is gone, apart from hyphens and apostrophes inside words."""
+    """Lower-case words separated by spaces, without punctuation except hyphens and apostrophes inside words."""
     return " ".join(re.findall(r"\w+(?:['-]\w+)*", caption.lower().replace("\u2019", "'")))
 
 
@@ -111,12 +91,12 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
         for image, value in zip(answered, per_image)
     ]
     most = max((len(image["captions"]) for image in answered), default=0)
-    # sacrebleu takes the first references of all, then the second, …; None where an image has fewer.
+    # sacrebleu expects the first reference of all images, then the second, …; None where an image has fewer.
     columns = [[dict(enumerate(image["captions"])).get(number) for image in answered] for number in range(most)]
     said = [answers[image["id"]] for image in answered]
     bleu = sacrebleu.corpus_bleu(said, columns, lowercase=True).score if said else None
     metrics = {
-        # CIDEr weighs words by how rare they are among the images: for a single image it says nothing.
+        # CIDEr weighs words by how rare they are among the images: it is undefined for a single image.
         "cider": interval_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
         "bleu4": {"value": bleu, "interval": None, "count": len(rows)},
     }

@@ -1,15 +1,17 @@
 """
-The judge of LLaVA-Bench (LLaVA §5.1): a language model reads the context, the question and two answers, and gives each a
-score from 1 to 10. What does not have one meaning is asked for once more and then counted as failed.
+Asks a language model behind an endpoint, and the judge of LLaVA-Bench (LLaVA §5.1): it reads the context, the question and two
+answers, and gives each a score from 1 to 10. A review that cannot be parsed is asked for once more and then counted as failed.
 """
 
 import json
-import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from ..endpoint import Reply, Task, Verdict
+from ..endpoint import REFUSED, Budget, ChatModel, Ledger, Reply, RunSettings, Task, Verdict, run_tasks
 from .results import hash_json
 
 
@@ -36,9 +38,9 @@ _MARKUP = re.compile(r"""[*_`#(){}\[\]"]""")
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 """What the published evaluation tells the judge first."""
 
-TELL = (
+RETRY_PROMPT = (
     "Your reply cannot be used: its first line must be two numbers from 1 to 10, the score of Assistant 1 and the score of "
-    "Assistant 2, separated by a blank, and nothing else. Give the whole review again."
+    "Assistant 2, separated by a space, and nothing else. Give the whole review again."
 )
 
 
@@ -46,7 +48,7 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     """
     The two scores of a review, or `None`.
 
-    Two numbers from 1 to 10 at the beginning, with nothing else on their line or lines, or one score for each by its label.
+    Two numbers from 1 to 10 at the beginning, with nothing else on their lines, or one labelled score for each answer.
     `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`, `"8/9"`, `"0 11"` are not.
     """
     review = _MARKUP.sub("", review).strip()
@@ -62,14 +64,14 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     return first, second
 
 
-def read_rules(path: str | os.PathLike | None = None) -> dict[str, dict[str, str]]:
+def read_rules(path: str | Path | None = None) -> dict[str, dict[str, str]]:
     """
     What the judge is told, by category: `{category: {"role", "prompt"}}`, the published form. By default ours.
 
     Raises:
         ValueError: the file is not of that form.
     """
-    text = files(__package__).joinpath(RULES_FILE).read_text("utf-8") if path is None else open_text(path)
+    text = (files(__package__).joinpath(RULES_FILE) if path is None else Path(path)).read_text("utf-8")
     try:
         rules = json.loads(text)
         for name, rule in rules.items():
@@ -77,7 +79,7 @@ def read_rules(path: str | os.PathLike | None = None) -> dict[str, dict[str, str
                 raise TypeError(f"rule {name!r} has a role or prompt that is not text")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} holds no rules for the judge; the form is {{category: {{'role': …, 'prompt': …}}}} ({error!r})."
+            f"{path} is not a file of rules for the judge, {{category: {{'role': …, 'prompt': …}}}} ({error!r})."
         ) from None
     return rules
 
@@ -103,12 +105,7 @@ def review_task(
     max_tokens: int = 1024,
 ) -> Task:
     """
-    One review, in the published layout: system message; context, question, the two answers, the rule.
-
-    Args:
-        task_id (`str`): Names the review.
-        question, context, first, second (`str`): Texts.
-        rule (`dict`): From [`rule_for`].
+    One review, in the published layout: system message; context, question, the two answers, the rule of [`rule_for`].
     """
     role = rule["role"]
     content = (
@@ -126,21 +123,140 @@ def review_task(
 
 
 def accept_review(task: Task, reply: Reply) -> Verdict:
-    """A review with scores is accepted; another one is asked for again, once, with what is wrong told to the judge."""
+    """Accepts a review with scores; another one is asked for once more, with what was wrong."""
     if parse_scores(reply.text) is not None:
         return Verdict()
-    return Verdict("no_scores", f"first line: {reply.text.strip()[:80]!r}", TELL)
+    return Verdict("no_scores", f"first line: {reply.text.strip()[:80]!r}", RETRY_PROMPT)
 
 
 def rules_hash(rules: dict[str, Any]) -> str:
-    """What results name the judge's prompt by: SHA-256 of the system message and the rules, first 16 digits."""
+    """The first 16 digits of the SHA-256 of system message and rules, which names the judge's prompt in results."""
     return hash_json({"system": SYSTEM, "rules": rules})[:16]
 
 
-def open_text(path: str | os.PathLike) -> str:
-    """The text of a file."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+@dataclass
+class Asked:
+    """
+    What a language model replied.
+
+    Attributes:
+        replies (`dict[str, str]`): Accepted replies by the task's id.
+        rejected (`dict[str, str]`): Replies that were rejected for good, by the task's id.
+        refused (`dict[str, str]`): The endpoint's reason for each task that it refuses (too long, filtered); not asked again.
+        models (`list[str]`): The endpoint's names of the models that replied.
+        left_out (`set[str]`): Parameters that the endpoint does not take, and that were left out.
+        open (`int`): Tasks without any reply; the next run asks them again.
+        message (`str`): Why tasks are open, if they are.
+    """
+
+    replies: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
+    open: int = 0
+    message: str = ""
+
+    def require_all(
+        self, total: int, what: str, where: Path, *, refused_too: bool = False, partial: bool = False
+    ) -> None:
+        """
+        Args:
+            partial (`bool`): Any reply is enough.
+            refused_too (`bool`): Refused requests raise too; else the caller counts them.
+
+        Raises:
+            ConnectionError: tasks are open. Replies are kept.
+            ValueError: requests are refused; asking again does not change that.
+        """
+        if partial and (self.replies or self.rejected):
+            return
+        if self.open:
+            raise ConnectionError(
+                f"{self.open} of {total} {what} have no reply. {self.message} Replies are kept in {where}: the "
+                "same command resumes, or add --partial to score without them."
+            )
+        if self.refused and refused_too:
+            task, said = next(iter(self.refused.items()))
+            raise ValueError(
+                f"{len(self.refused)} of {total} {what} are refused by the endpoint, '{task}' for one ({said}). Add --partial "
+                "to score without them."
+            )
 
 
-__all__ = ["accept_review", "parse_scores", "read_rules", "review_task", "rule_for", "rules_hash"]
+def ask_all(
+    tasks: list[Task],
+    model: ChatModel,
+    folder: Path,
+    name: str,
+    *,
+    accept: Callable[[Task, Reply], Verdict] | None = None,
+    settings: RunSettings | None = None,
+    budget: Budget | None = None,
+    progress: bool = True,
+) -> Asked:
+    """
+    Asks what the ledger does not hold yet and returns all that it holds.
+
+    In the ledger a task's id ends with a hash of the whole request, and the ledger's name with one of the model's name: replies
+    are never reused for other prompts or another model.
+
+    Args:
+        tasks (`list[Task]`), model (`ChatModel`)
+        folder (`Path`), name (`str`): The ledger is `folder/name-<hash of the model's name>.jsonl`.
+        accept (`Callable[[Task, Reply], Verdict]`, *optional*): Accepts or rejects a reply; all are accepted by default.
+        settings, budget: Of the run.
+    """
+    from tqdm import tqdm
+
+    asked_ids = {_asked_id(task): task.id for task in tasks}
+    tasks = [replace(task, id=_asked_id(task)) for task in tasks]
+    with (
+        Ledger(folder / f"{name}-{hash_json(model.name)[:8]}.jsonl") as ledger,
+        tqdm(total=len(tasks), desc=name, unit="", disable=not progress or None) as bar,
+    ):
+        bar.update(sum(ledger.state(task.id).final for task in tasks))
+        options = {} if accept is None else {"judge": accept}
+        summary = run_tasks(
+            tasks,
+            model,
+            ledger,
+            run_id=name,
+            settings=settings,
+            budget=budget,
+            on_settled=lambda task, accepted: bar.update(),
+            **options,
+        )
+        asked = Asked(message=summary.message)
+        if not asked.message and summary.given_up:
+            asked.message = (
+                "Faults: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items())) + "."
+            )
+        if summary.said and summary.said.partition(": ")[2] not in asked.message:
+            asked.message += f" The endpoint said last: {summary.said}"
+        models = set()
+        for task in tasks:
+            state = ledger.state(task.id)
+            if not state.final:
+                asked.open += 1
+                continue
+            event, task_id = ledger.reply_at(state.replies[-1]), asked_ids[task.id]
+            if event["reason"] == REFUSED:
+                asked.refused[task_id] = event["detail"]
+                continue
+            models.add(event["model"] or model.name)
+            asked.left_out.update(event.get("left_out", ()))
+            if event["reason"] is None:
+                asked.replies[task_id] = event["text"]
+            else:
+                asked.rejected[task_id] = event["text"]
+        asked.models = sorted(models)
+    return asked
+
+
+def _asked_id(task: Task) -> str:
+    content = [task.messages, task.max_tokens, task.temperature, task.seed]
+    return f"{task.id}#{hash_json(content)[:12]}"
+
+
+__all__ = ["Asked", "accept_review", "ask_all", "parse_scores", "read_rules", "review_task", "rule_for", "rules_hash"]

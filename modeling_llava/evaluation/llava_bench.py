@@ -1,10 +1,10 @@
 """
-LLaVA-Bench, (COCO) and (In-the-Wild): a LLaVA's answers beside those of a language-only model that was told what is in the
-picture, both scored by a judge (LLaVA §5.1). Reported is the relative score, 100 · Σ own / Σ reference.
+LLaVA-Bench (COCO) and (In-the-Wild), LLaVA §5.1: a judge scores a LLaVA's answers and those of a language-only model that is
+given a text in place of the image. Reported is the relative score, 100 · Σ own / Σ reference.
 
     questions    {"question_id", "image", "category": "conv" | "detail" | "complex", "text"}
     contexts     {"image", "captions": […], "instances": [{"category", "bbox"}]}    (COCO)
-                 {"image", "caption"}, a text or a list of them                       (In-the-Wild)
+                 {"image", "caption"}, a text or a list of texts                      (In-the-Wild)
     references   {"question_id", "text"}
 
 All are JSONL.
@@ -18,10 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..endpoint import Budget, ChatModel, RunSettings, Task
-from .asking import Asked, ask_all
 from .benchmark import Benchmark, question_sample
-from .judge import accept_review, parse_scores, review_task, rule_for, rules_hash
-from .published import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
+from .judge import Asked, accept_review, ask_all, parse_scores, review_task, rule_for, rules_hash
 from .results import Scored, hash_files, id_of, interval_of, read_jsonl, text_of
 
 
@@ -32,15 +30,33 @@ REFERENCE_INSTRUCTION = (
 )
 REFERENCE, SWAPPED = "reference first", "reference second"
 
+# Published results, in percent, checked against the text of the paper.
+LLAVA_BENCH_COLUMNS = ("conv", "detail", "complex", "all")
+
+LLAVA_BENCH_COCO = {
+    "LLaVA-13B": (83.1, 75.3, 96.5, 85.1),
+    "detail and complex only": (81.5, 73.3, 90.8, 81.9),
+    "conversation only": (76.5, 59.8, 84.9, 73.8),
+    "no instruction tuning": (22.0, 24.0, 18.5, 21.5),
+}
+"""Relative to text-only GPT-4, which saw captions and boxes; judge: GPT-4 (March 2023). LLaVA, Table 4."""
+
+LLAVA_BENCH_WILD = {
+    "OpenFlamingo": (19.3, 19.0, 19.1, 19.1),
+    "BLIP-2": (54.6, 29.1, 32.9, 38.1),
+    "LLaVA-13B": (57.3, 52.5, 81.7, 67.3),
+}
+"""Means of three runs. LLaVA, Table 5."""
+
 
 @dataclass(frozen=True)
 class Question:
     """
-    One question, with what the judge is told of its picture and the answer that it is compared with.
+    One question, the text that describes its image to the judge, and the reference answer.
 
     Attributes:
         id, image, category, text (`str`)
-        context (`str`): The picture in words.
+        context (`str`): The image in words.
         has_boxes (`bool`): Whether the context has boxes (COCO).
         reference (`str`, *optional*): The language-only model's answer.
     """
@@ -65,9 +81,9 @@ def read_questions(
 
     Args:
         questions, contexts (`str` or `os.PathLike`)
-        references (`str` or `os.PathLike`, *optional*): Without it the answers must be asked for ([`ask_references`]).
-        image_folder (`str` or `os.PathLike`, *optional*):
-            Images that are there as COCO names them (`COCO_val2014_000000460149.jpg`) are taken by that name.
+        references (`str` or `os.PathLike`, *optional*): Without it, see [`ask_references`].
+        image_folder (`str` or `os.PathLike`, *optional*): Where images may have COCO's name
+            (`COCO_val2014_000000460149.jpg`).
 
     Raises:
         ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
@@ -115,8 +131,8 @@ def ask_references(
     progress: bool = True,
 ) -> list[Question]:
     """
-    The questions with the answers of a language-only model, which sees captions and boxes in place of the picture. With
-    `partial` those without a reply have the reference `None`.
+    The questions with the answers of a language-only model, which is given captions and boxes in place of the image. With
+    `partial`, questions without a reply have the reference `None`.
 
     Raises:
         ConnectionError: questions without a reply, and `partial` is off.
@@ -142,7 +158,7 @@ def ask_references(
 def make_benchmark(
     questions: list[Question], image_folder: str | os.PathLike, score, files: Sequence[str | os.PathLike] = ()
 ) -> Benchmark:
-    """The questions as a [`Benchmark`]; `score` is what the judge says of the answers."""
+    """The questions as a [`Benchmark`]; `score` asks the judge."""
     return Benchmark(
         name="llava-bench-coco" if questions[0].has_boxes else "llava-bench-in-the-wild",
         samples=[question_sample(question.id, question.image, question.text) for question in questions],
@@ -160,10 +176,10 @@ class JudgeSettings:
 
     Attributes:
         rules (`dict`): From [`~judge.read_rules`].
-        both_orders (`bool`): Judge each pair twice, the second time with the answers swapped, and take the mean: judges
-            prefer one side. Published results have the reference first only.
-        repeats (`int`): Judge everything so many times; the spread between them is reported.
-        temperature (`float`, *optional*): Of the judge; 0.2 as in the published evaluation, `None` for the endpoint's own.
+        both_orders (`bool`): Judge each pair a second time with the answers swapped, and take the mean: judges prefer one
+            side. Published results have the reference first only.
+        repeats (`int`): How often everything is judged; the spread is reported.
+        temperature (`float`, *optional*): Of the judge; 0.2 as in the published evaluation, `None` for the endpoint's default.
         max_tokens (`int`): Longest review, in the judge's tokens.
     """
 
@@ -185,7 +201,7 @@ class JudgeSettings:
 @dataclass
 class Reviews:
     """
-    What the judge said.
+    The judge's reviews.
 
     Attributes:
         asked ([`Asked`])
@@ -211,7 +227,7 @@ def judge_answers(
     progress: bool = True,
 ) -> Reviews:
     """
-    Has every answered question reviewed. Goes on where it was interrupted.
+    Has every answered question reviewed; resumes.
 
     Raises:
         ConnectionError: reviews without a reply, and `partial` is off.
@@ -219,9 +235,7 @@ def judge_answers(
     """
     keys, tasks = {}, []
     for question in questions:
-        if question.id not in answers:
-            continue
-        if question.reference is None and partial:
+        if question.id not in answers or (question.reference is None and partial):
             continue
         if question.reference is None:
             raise ValueError(
@@ -235,7 +249,7 @@ def judge_answers(
                     first, second = second, first
                 task_id = f"{question.id}/{repeat}/{order}"
                 keys[task_id] = (question.id, repeat, order)
-                # The seed keeps repeats apart also where the endpoint would give one reply to one request.
+                # The seed makes repeats different requests, which a caching endpoint answers one by one.
                 tasks.append(
                     review_task(
                         task_id,
@@ -266,8 +280,8 @@ def score(
     questions: Sequence[Question], answers: dict[str, str], reviews: Reviews, judge: ChatModel, how: JudgeSettings
 ) -> Scored:
     """
-    Relative scores by category and over all, from the reviews that have scores; those that have none are counted, and never
-    replaced. With both orders a repeat counts for a question only if both reviews have scores.
+    Relative scores by category and over all, from the reviews that have scores; reviews without scores are counted. With both
+    orders a repeat counts for a question only if both reviews have scores.
     """
     rows, per_repeat = [], [[] for _ in range(how.repeats)]
     for question in questions:

@@ -1,4 +1,4 @@
-"""LLaVA-Bench as a page to read: picture, question, both answers, the judge's reviews. One file, nothing loaded from afar."""
+"""LLaVA-Bench as one HTML file: image, question, both answers, the judge's reviews. Nothing is loaded from other hosts."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.images import load_image
-from .results import write_text
+from ..io.atomic import write_atomic
 
 
 THUMBNAIL = 448  # pixels of the longer side
@@ -59,12 +59,12 @@ def write_page(
     published: dict[str, dict[str, float]],
 ) -> None:
     """
-    Writes the page.
+    Writes the page of a LLaVA-Bench run.
 
     Args:
         path (`str` or `os.PathLike`): The HTML file.
-        results (`dict`), rows (`list[dict]`): Of a LLaVA-Bench run.
-        image_folder (`str` or `os.PathLike`): The pictures; they are put into the page, made smaller.
+        results (`dict`), rows (`list[dict]`): From [`read_results`].
+        image_folder (`str` or `os.PathLike`): The images; thumbnails are embedded in the page.
         published (`dict`): Published scores, by row and score.
     """
     categories = [*dict.fromkeys(row["category"] for row in rows)]
@@ -99,7 +99,7 @@ Relative score: 100 · Σ own / Σ reference.</p>{whole}
 {"".join(cards)}
 </main><script>{_SCRIPT}</script></html>
 """
-    write_text(path, body)
+    write_atomic(path, body)
 
 
 def _table(results: dict, published: dict[str, dict[str, float]], categories: list[str]) -> str:
@@ -140,7 +140,7 @@ def _card(row: dict, thumbnail: str) -> str:
 
 
 def thumbnail_of(image: Image.Image) -> str:
-    """A picture as a small JPEG in a `data:` address; the picture itself stays as it is."""
+    """A small JPEG of an image as a `data:` URL; the image is not changed."""
     image = image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

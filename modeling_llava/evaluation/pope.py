@@ -1,6 +1,6 @@
 """
 POPE (Li et al., 2023): does the model see objects that are not there? Questions are JSONL rows `{"question_id", "image",
-"text", "label": "yes" | "no"}`, one file per way of choosing what to ask for: random, popular, adversarial.
+"text", "label": "yes" | "no"}`, one file per way in which the object is chosen: random, popular, adversarial.
 """
 
 import os
@@ -14,7 +14,7 @@ from .results import Scored, hash_files, id_of, interval_of, read_rows, scores_b
 
 CATEGORIES = ("random", "popular", "adversarial")
 INSTRUCTION = "Answer the question using a single word or phrase."
-"""What LLaVA-1.5 is asked in addition."""
+"""The line that LLaVA-1.5 is given after the question."""
 
 ANSWER_RULE = (
     "no: the first sentence has the word no or not, or a word in n't; yes: it has the word yes and none of those; anything "
@@ -24,10 +24,10 @@ ANSWER_RULE = (
 
 def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
     """
-    The questions of all files; `category` is the row's own, or the word of [`CATEGORIES`] in the file's name.
+    The questions of all files; `category` is the row's, or the word of [`CATEGORIES`] in the file's name.
 
     Raises:
-        ValueError: a field is missing or wrong, or a category cannot be told. File and row are named.
+        ValueError: a field is missing or wrong, or there is no category. File and row are named.
     """
     questions = []
     for path in files:
@@ -42,7 +42,7 @@ def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
                 raise ValueError(f"{place} has the label {row['label']!r}; it must be yes or no.")
             if category is None:
                 raise ValueError(
-                    f"{place} has no category, and the file's name has none of {', '.join(CATEGORIES)} in it."
+                    f"{place} has no category, and the file's name contains none of {', '.join(CATEGORIES)}."
                 )
             name = f"{category}/{id_of(row, place) if 'question_id' in row else number}"
             questions.append({"id": name, "image": image, "text": text, "label": label, "category": category})
@@ -53,7 +53,7 @@ def parse_yes_no(text: str) -> str | None:
     """
     `"yes"`, `"no"` or `None`, by [`ANSWER_RULE`].
 
-    Differs from the original script, which took everything that is not "no" for "yes".
+    Differs from the original script, which reads everything that is not "no" as "yes".
     """
     sentence = re.split(r"[.!?\n]", text.strip().lower().replace("\u2019", "'"), maxsplit=1)[0]
     words = {word.strip("'") for word in re.findall(r"[a-z']+", sentence)}
@@ -83,9 +83,8 @@ def make_benchmark(
 
 def score(questions: list[dict], answers: dict[str, str]) -> Scored:
     """
-    Accuracy, precision, recall, F1 and yes-ratio (all of "yes", in percent), for each category and over all.
-
-    An unparsed answer is wrong, is a missed "yes" where "yes" is right, and is no "yes".
+    Accuracy, precision, recall, F1 and yes-ratio (positive class "yes", in percent), for each category and over all. An
+    unparsed answer is wrong and not a "yes".
     """
     rows = []
     for question in questions:

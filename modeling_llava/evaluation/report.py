@@ -1,4 +1,4 @@
-"""Runs beside each other: one table per benchmark, paired differences with their intervals, a plot, a model index."""
+"""Compares runs: one table per benchmark, paired differences with their intervals, a plot, a model index."""
 
 import os
 import re
@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..io.atomic import atomic_path
 from .llava_bench import published_rows
-from .published import SCIENCEQA, SCIENCEQA_COLUMNS
-from .results import RESULTS_NAME, read_results
+from .results import RESULTS_NAME, fingerprint, read_results
+from .scienceqa import SCIENCEQA, SCIENCEQA_COLUMNS
 from .statistics import paired_difference
+
+
+INK, QUIET, GRID = "#22252b", "#6b7280", "#e5e7eb"
+COLOURS = ("#2f6f9f", "#d9822b", "#4f9d69", "#8b6bb1", "#c1554e", "#5d7b8a")
+PUBLISHED_COLOUR = "#b9c0c9"
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Run:
     One evaluated run.
 
     Attributes:
-        label (`str`): What it is called in tables.
+        label (`str`): Its name in tables.
         results (`dict`), rows (`list[dict]`): As in its folder.
     """
 
@@ -29,19 +35,17 @@ class Run:
 
     @property
     def note(self) -> str:
-        """What is missing from the whole, or nothing."""
+        """How many samples are scored, unless all are."""
         samples = self.results["samples"]
-        if self.results["complete"]:
-            return ""
-        return f"{samples['scored']} of {samples['total']} samples scored"
+        return "" if self.results["complete"] else f"{samples['scored']} of {samples['total']} samples scored"
 
 
 def read_runs(paths: Sequence[str | os.PathLike], labels: Sequence[str] | None = None) -> list[Run]:
     """
-    Reads runs. A run is called by its label, else by its folder, or by what tells it from another one of that name.
+    Reads runs. Labels are the folders' names by default, with their parents' where two are the same.
 
     Raises:
-        ValueError: as many labels as runs are needed, each another.
+        ValueError: the labels are not as many as the runs, or not different.
         FileNotFoundError, ValueError: see [`read_results`].
     """
     folders = [Path(path).resolve() for path in paths]
@@ -63,8 +67,8 @@ def compare(runs: Sequence[Run]) -> list[dict]:
 
     Returns:
         `list[dict]`: `benchmark`, `primary_score`, `columns` (names of scores), `runs` (`label`, `scores`, `note`,
-        `counts`) and `differences`: each later run against the first one, over the samples that both have scored, with
-        a 95 % interval and a p-value by paired bootstrap.
+        `counts`) and `differences`: each later run against the first one, over the samples that both have scored, with a
+        95 % interval and a p-value by paired bootstrap.
     """
     by_benchmark: dict[str, list[Run]] = {}
     for run in runs:
@@ -94,7 +98,7 @@ def compare(runs: Sequence[Run]) -> list[dict]:
 
 
 def _difference(first: Run, second: Run) -> dict:
-    """Of the primary score, over the samples that both have: the same id, and the same question where both tell it."""
+    """Of the primary score, over the samples that both have: the same id, and the same question where both have one."""
     scored = {row["id"]: row for row in first.rows if row["score"] is not None}
     pairs = []
     for row in second.rows:
@@ -102,7 +106,7 @@ def _difference(first: Run, second: Run) -> dict:
         if row["score"] is None or other is None:
             continue
         if "question" in row and row["question"] != other.get("question", row["question"]):
-            continue  # another data set that counts from 1 as well
+            continue  # another dataset that counts from 1 too
         pairs.append([(one["score"], one.get("out_of", 1.0)) for one in (other, row)])
     difference = {"from": first.label, "to": second.label, "samples": len(pairs)}
     if not pairs:
@@ -118,7 +122,7 @@ def _difference(first: Run, second: Run) -> dict:
 
 
 def published_for(benchmark: str) -> dict[str, dict[str, float]]:
-    """Published rows of a benchmark by score; empty where none are known."""
+    """Published rows of a benchmark, by score; empty for benchmarks without."""
     if benchmark == "scienceqa":
         names = ["accuracy" if column == "average" else f"accuracy/{column}" for column in SCIENCEQA_COLUMNS]
         return {row: dict(zip(names, values)) for row, values in SCIENCEQA.items()}
@@ -193,8 +197,6 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
         path (`str` or `os.PathLike`): The PNG.
         published (`Sequence[str]`): Published rows to draw as well.
     """
-    from .plots import plot_bars
-
     primary = comparison["primary_score"]
     columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
     if len(columns) == 1:
@@ -212,6 +214,95 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
             f"{name} (published)": [rows[name].get(column) for column in columns] for name in published if name in rows
         },
     )
+
+
+def plot_bars(
+    path: str | os.PathLike,
+    columns: Sequence[str],
+    series: dict[str, Sequence[dict | None]],
+    *,
+    title: str,
+    subtitle: str = "",
+    published: dict[str, Sequence[float | None]] | None = None,
+    unit: str = "%",
+) -> None:
+    """
+    Draws grouped bars.
+
+    Args:
+        path (`str` or `os.PathLike`): The PNG.
+        columns (`Sequence[str]`): Names of the groups.
+        series (`dict[str, Sequence[dict | None]]`): For each run its score (`{"value", "interval"}`) in every column.
+        title, subtitle (`str`)
+        published (`dict`, *optional*): Published values in every column, in grey.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'modeling-llava[plots]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    published = published or {}
+    names = [*published, *series]
+    width = min(0.8 / max(1, len(names)), 0.34)
+    with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif"}):
+        inches = max(6.4, 0.9 * len(columns) * max(1.0, 0.32 * len(names)) + 1.2)
+        figure = Figure(figsize=(min(inches, 16), 4.4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        highest = 0.0
+        for number, name in enumerate(names):
+            is_published = name in published
+            scores = [{"value": value} for value in published[name]] if is_published else series[name]
+            colour = PUBLISHED_COLOUR if is_published else COLOURS[(number - len(published)) % len(COLOURS)]
+            offset = (number - (len(names) - 1) / 2) * width
+            for column, score in enumerate(scores):
+                if score is None or score["value"] is None:
+                    continue
+                value, place = score["value"], column + offset
+                label = (
+                    name if column == next(i for i, s in enumerate(scores) if s and s["value"] is not None) else None
+                )
+                axes.bar(place, value, width * 0.92, color=colour, label=label, zorder=2)
+                top = value
+                if score.get("interval"):
+                    low, high = score["interval"]
+                    # a bootstrap interval need not hold the value itself
+                    reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                    axes.errorbar(place, value, reach, color=INK, linewidth=1, capsize=2.5, capthick=1, zorder=3)
+                    top = max(value, high)
+                axes.annotate(
+                    f"{value:.1f}",
+                    (place, top),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8 if width > 0.18 else 6.5,
+                    color=QUIET if is_published else INK,
+                )
+                highest = max(highest, top)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_xlim(-0.55, len(columns) - 0.45)
+        axes.set_ylim(0, (highest or 1.0) * 1.14)
+        axes.set_ylabel(unit, color=QUIET)
+        axes.grid(axis="y", color=GRID, zorder=0)
+        axes.tick_params(length=0, colors=INK)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(QUIET)
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22 if subtitle else 10)
+        if subtitle:
+            axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=QUIET, fontsize=9)
+        if len(names) > 1 and axes.containers:  # none where nothing is scored
+            figure.legend(
+                loc="outside lower left", ncols=min(4, len(names)), frameon=False, labelcolor=INK, fontsize=9
+            )
+        with atomic_path(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def model_index(results: Sequence[dict], name: str) -> list[dict]:
@@ -234,21 +325,18 @@ def model_index(results: Sequence[dict], name: str) -> list[dict]:
 
 def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:
     """
-    Copies results beside the weights they are of, as `results-<benchmark>.json`, where `llava publish` finds them.
+    Copies results into the folder of the evaluated weights as `results-<benchmark>.json`, where `llava publish` finds them.
 
-    Runs of other weights, such as the baseline of a comparison, are left out; where runs tell their weights, so are those
-    that do not (of a model on the Hub). Nothing is copied unless all others fit.
+    Runs of other weights, such as the baseline of a comparison, are left out; so are runs without a fingerprint (of a model on
+    the Hub) if another run's fingerprint is that of the folder. Nothing is copied if one of the rest is refused.
 
     Raises:
         FileNotFoundError: the folder is not there.
-        ValueError: no run is of the weights in the folder; results of less than the whole benchmark, or two of one benchmark:
-            they would have one name, and a card could not tell them apart.
+        ValueError: no run is of the weights in the folder; a run is incomplete; two runs are of the same benchmark.
     """
-    from .results import fingerprint
-
     folder = Path(model_folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; results are put beside a model's weights.")
+        raise FileNotFoundError(f"{folder} is not a folder of a model.")
     weights, of_these, of_unknown, of_others = fingerprint(folder), [], [], []
     for path in paths:
         results, _ = read_results(path)
@@ -271,8 +359,8 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
         target = folder / f"results-{results['benchmark']}.json"
         if target in sources:
             raise ValueError(
-                f"{sources[target]} and {path} are both results of {results['benchmark']}; beside the weights there is "
-                f"one of each benchmark ({target.name}). Attach one of them: give it alone."
+                f"{sources[target]} and {path} are both results of {results['benchmark']}; the weights take one per "
+                f"benchmark ({target.name}). Give one of them."
             )
         sources[target] = path
     for target, path in sources.items():
@@ -280,4 +368,4 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
     return list(sources)
 
 
-__all__ = ["Run", "attach", "compare", "markdown", "model_index", "plot", "published_for", "read_runs"]
+__all__ = ["Run", "attach", "compare", "markdown", "model_index", "plot", "plot_bars", "published_for", "read_runs"]

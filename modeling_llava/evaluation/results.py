@@ -1,5 +1,5 @@
 """
-`results.json`, one form for every benchmark, and `samples.jsonl` beside it.
+`results.json`, one form for every benchmark, and `samples.jsonl` next to it; how benchmarks read their files.
 
     {
       "schema_version": 1,
@@ -9,7 +9,7 @@
       "settings": {…},                                  how answers were made and scored
       "versions": {…}, "machine": …, "created": …,
       "samples": {"file", "total", "answered", "scored"},   total: of the whole benchmark
-      "complete": true,                                 nothing of the benchmark is missing
+      "complete": true,                                 all samples of the benchmark are scored
       "primary_score": "accuracy",
       "scores": {"accuracy": {"value": 90.92, "interval": [90.0, 91.8], "count": 4241}, …},   in percent
       "counts": {"unparsed": 3, …}
@@ -29,11 +29,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import sha256_of, write_atomic
+from ..versions import recorded_versions
 from .statistics import interval
 
 
 SCHEMA_VERSION = 1
-RESULTS_NAME, SAMPLES_NAME = "results.json", "samples.jsonl"
+RUN_NAME, RESULTS_NAME, SAMPLES_NAME = "evaluation.json", "results.json", "samples.jsonl"
 _REQUIRED = ("schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores")
 _MIB = 2**20
 _BOM = b"\xef\xbb\xbf"  # which Windows' editors put in front
@@ -42,7 +44,7 @@ _BOM = b"\xef\xbb\xbf"  # which Windows' editors put in front
 @dataclass
 class Scored:
     """
-    What a benchmark says of a set of answers.
+    Answers with their scores.
 
     Attributes:
         rows (`list[dict]`): One per sample, as in `samples.jsonl`.
@@ -86,7 +88,7 @@ def scores_by_group(
 
     Args:
         rows (`Sequence[dict]`): With `groups`, as in `samples.jsonl`; all have the group `"all"`.
-        groups (`Iterable[str]`): In the order of the table; also those that no row has.
+        groups (`Iterable[str]`): In the order of the table, also those without rows.
         table (`Callable`): From rows to scores by name.
     """
     scores = {}
@@ -98,14 +100,7 @@ def scores_by_group(
 
 
 def make_results(
-    benchmark: str,
-    scored: Scored,
-    *,
-    model: dict,
-    data: dict,
-    settings: dict,
-    total: int,
-    answered: int,
+    benchmark: str, scored: Scored, *, model: dict, data: dict, settings: dict, total: int, answered: int
 ) -> dict:
     """The content of `results.json`."""
     num_scored = sum(row["score"] is not None for row in scored.rows)
@@ -115,7 +110,7 @@ def make_results(
         "model": model,
         "data": data,
         "settings": settings,
-        "versions": versions(),
+        "versions": recorded_versions(),
         "machine": machine(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "samples": {"file": SAMPLES_NAME, "total": total, "answered": answered, "scored": num_scored},
@@ -128,10 +123,12 @@ def make_results(
 
 
 def write_results(folder: str | os.PathLike, results: dict, rows: Iterable[dict]) -> None:
-    """Writes `samples.jsonl`, then `results.json`; each appears whole or not at all."""
+    """Writes `samples.jsonl`, then `results.json`."""
     folder = Path(folder)
-    write_text(folder / SAMPLES_NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(folder / RESULTS_NAME, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(folder / SAMPLES_NAME, lines, sync=True)
+    write_atomic(folder / RESULTS_NAME, json.dumps(results, indent=2, ensure_ascii=False) + "\n", sync=True)
 
 
 def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
@@ -139,30 +136,23 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     Results and per-sample rows of a run's folder (or of its `results.json`).
 
     Raises:
-        FileNotFoundError: there are no results; the message says whether a run is under way there.
+        FileNotFoundError: there are no results; the message says whether a run was started there.
         ValueError: a file of another kind, or of a newer schema.
     """
     path = Path(path)
     file = path / RESULTS_NAME if path.is_dir() or not path.suffix else path
     if not file.is_file():
-        begun = (
-            " A run was begun there and has not been scored yet."
-            if (file.parent / "evaluation.json").is_file()
-            else ""
-        )
+        begun = " A run was started there and is not scored yet." if (file.parent / RUN_NAME).is_file() else ""
         raise FileNotFoundError(f"{file} is not there.{begun}")
-    try:
-        results = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    results = read_json(file)
     missing = [key for key in _REQUIRED if not isinstance(results, dict) or key not in results]
     if not missing and not isinstance(results["schema_version"], int):
         missing = ["schema_version that is a number"]
     if missing:
-        raise ValueError(f"{file} is no result of an evaluation: it has no {', '.join(missing)}.")
+        raise ValueError(f"{file} is not a result of an evaluation: it has no {', '.join(missing)}.")
     if results["schema_version"] > SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema version {results['schema_version']}, this package knows up to {SCHEMA_VERSION}. Upgrade it."
+            f"{file} has schema version {results['schema_version']}, this package reads up to {SCHEMA_VERSION}. Upgrade it."
         )
     samples = file.parent / results["samples"]["file"]
     if not samples.is_file():
@@ -175,7 +165,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     The objects of a JSONL file.
 
     Raises:
-        ValueError: a line that is not a JSON object; it is named.
+        ValueError: a line is not a JSON object; the line is named.
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().removeprefix(_BOM).split(b"\n"), 1):
@@ -192,7 +182,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def read_rows(path: str | os.PathLike) -> Any:
-    """The content of a JSON file, or the objects of a JSONL file, which is told by its second line."""
+    """The content of a JSON file, or the objects of a JSONL file of several lines."""
     try:
         return read_json(path)
     except ValueError:
@@ -204,7 +194,7 @@ def read_json(path: str | os.PathLike) -> Any:
     The content of a JSON file.
 
     Raises:
-        ValueError: it is not JSON; it is named.
+        ValueError: it is not JSON; the file is named.
     """
     try:
         return json.loads(Path(path).read_bytes().removeprefix(_BOM))
@@ -226,11 +216,11 @@ def id_of(row: dict, place: str) -> str:
     found = row.get("question_id")
     if not isinstance(found, (int, str)) or isinstance(found, bool):
         what = (
-            f"has the question_id {found!r}, which is neither number nor text"
+            f"the question_id {found!r}, which is neither number nor text"
             if "question_id" in row
-            else "has no 'question_id'"
+            else "no 'question_id'"
         )
-        raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")
+        raise ValueError(f"{place} has {what}; its fields are {fields_of(row)}.")
     return str(found)
 
 
@@ -247,35 +237,14 @@ def text_of(row: dict, key: str, place: str) -> str:
         ValueError: there is none, or it is empty or not text.
     """
     if not isinstance(row.get(key), str) or not row[key].strip():
-        what = f"has {key} = {row[key]!r}, which is no text" if key in row else f"has no {key!r}"
+        what = f"has {key} = {row[key]!r}, which is empty or not text" if key in row else f"has no {key!r}"
         raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")
     return row[key]
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file whole or not at all, and to the disk before it takes the old one's place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_MIB):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def hash_files(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
-    """The hashes of files, by name."""
-    return {Path(path).name: hash_file(path) for path in paths}
+    """SHA-256 of files, by name."""
+    return {Path(path).name: sha256_of(path) for path in paths}
 
 
 def hash_json(value: Any) -> str:
@@ -285,9 +254,9 @@ def hash_json(value: Any) -> str:
 
 def describe_model(path: str, revision: str | None = None, adapter: str | None = None) -> dict:
     """
-    Which weights were evaluated. Of a folder: its name and a fingerprint, a SHA-256 over names, sizes and the first and
-    last MiB of the configuration and weight files (the whole of 14 GB would take a minute). Of a Hub name: the revision
-    and its commit.
+    Which weights were evaluated: name and fingerprint of a folder; revision and commit of a Hub name. The fingerprint is a
+    SHA-256 over names, sizes and the first and last MiB of the configuration and weight files (all of 14 GB would take a
+    minute).
     """
     described: dict[str, Any] = {"name": path, "revision": revision, "adapter": adapter}
     if Path(path).is_dir():
@@ -304,7 +273,7 @@ def describe_model(path: str, revision: str | None = None, adapter: str | None =
 
 
 def _commit_of(name: str, revision: str | None = None) -> str | None:
-    """The commit of a Hub repository's revision; `None` where neither the Hub nor the cache can tell."""
+    """The commit of a Hub repository's revision; `None` where neither the Hub nor the cache has it."""
     from transformers.utils.hub import extract_commit_hash
 
     from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, file_of
@@ -330,34 +299,19 @@ def fingerprint(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of everything that takes part in an answer."""
-    import torch
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "modeling_llava": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def machine() -> str:
-    """The accelerator, or the processor and its threads."""
+    """The accelerator, or the CPU and its threads."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    processor = platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux, or a processor that does not say
-    return f"{processor}, {torch.get_num_threads()} threads"
+        pass  # not Linux, or a CPU without a name
+    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 __all__ = [
@@ -366,7 +320,6 @@ __all__ = [
     "describe_model",
     "fields_of",
     "fingerprint",
-    "hash_file",
     "hash_files",
     "hash_json",
     "id_of",
@@ -378,7 +331,5 @@ __all__ = [
     "read_rows",
     "scores_by_group",
     "text_of",
-    "versions",
     "write_results",
-    "write_text",
 ]

@@ -1,4 +1,4 @@
-"""A page of sample answers at every evaluation of a training run: picture, question, answer, reference."""
+"""A page of sample answers at every evaluation of a training run: image, question, answer, reference."""
 
 import html
 import logging
@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from ..data.images import load_image
 from ..data.schema import NOTHING
 from ..inference import LlavaPredictor
+from ..io.atomic import write_atomic
 from ..training.batches import EvenDataset
 from .callback import running_arithmetic, unwrap
 from .llava_bench_page import thumbnail_of
-from .results import write_text
 
 
 logger = logging.getLogger(__name__)
@@ -35,16 +35,16 @@ b { display: block; font-size: .8rem; opacity: .65; }
 
 class SampleAnswersCallback(TrainerCallback):
     """
-    Lets the model answer the first questions of the same few samples at every evaluation.
+    Answers the first questions of the same few samples at every evaluation, into `sample_answers/step-N.html` in the output
+    folder: one file with its images embedded.
 
-    Each page, `sample_answers/step-N.html` in the output folder, is one file with its pictures inside. Training is not
-    changed: answers are the most likely ones, nothing is drawn, and modes are set back. The main process answers while
-    the others wait; with weights that are sharded over processes (FSDP, ZeRO-3) it cannot, and says so once.
+    Training is not changed: answers are greedy, and training modes and random state are restored. The main process answers
+    while the others wait; with sharded weights (FSDP, ZeRO-3) no answers are written, and a warning says so.
 
     Args:
-        num_samples (`int`, *optional*, defaults to 8): Samples, evenly spread over the evaluation data; the first ones of a stream.
+        num_samples (`int`, *optional*, defaults to 8): Samples, spread over the evaluation data; the first ones of a stream.
         max_new_tokens (`int`, *optional*, defaults to 128): Of an answer.
-        is_sharded (`bool`, *optional*, defaults to `False`): Whether no process has all weights.
+        is_sharded (`bool`, *optional*, defaults to `False`): Whether the weights are sharded over processes.
     """
 
     def __init__(self, num_samples: int = 8, max_new_tokens: int = 128, is_sharded: bool = False):
@@ -80,28 +80,26 @@ class SampleAnswersCallback(TrainerCallback):
 
 def write_page(path: Path, title: str, samples: Sequence[dict], answers: Sequence[str]) -> None:
     """
-    Write conversations with a model's answers to their first questions as one HTML file.
+    Writes conversations with a model's answers to their first questions as one HTML file.
 
     Args:
-        path (`Path`): The page.
+        path (`Path`): The HTML file.
         title (`str`): Its heading.
-        samples (`Sequence[Conversation]`): Conversations; the first answer of each is the reference.
+        samples (`Sequence[Conversation]`): Their first answers are the references.
         answers (`Sequence[str]`): The model's, one per sample.
     """
     cards = []
     for sample, answer in zip(samples, answers):
         asked = _question(sample)
         reference = sample["messages"][len(asked)]
-        pictures = "".join(
+        images = "".join(
             f'<img alt="" src="{thumbnail_of(load_image(image, None, str(sample["id"])))}">'
             for image in sample["images"]
         )
         texts = {"question": _text(asked[-1]), "answer": answer, "reference": _text(reference)}
         lines = "".join(f"<p><b>{name}</b>{html.escape(text)}</p>" for name, text in texts.items())
-        cards.append(
-            f'<article id="{html.escape(str(sample["id"]))}"><div>{pictures}</div><div>{lines}</div></article>'
-        )
-    write_text(
+        cards.append(f'<article id="{html.escape(str(sample["id"]))}"><div>{images}</div><div>{lines}</div></article>')
+    write_atomic(
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{''.join(cards)}</html>\n",
@@ -118,7 +116,7 @@ def _spread(dataset: Any, number: int) -> list[dict]:
 
 
 def _asked(sample: dict, sample_id: str) -> dict:
-    """What the model is given: the first question, with the pictures that stand in it."""
+    """What the model is asked: the first question with its images."""
     messages = _question(sample)
     num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
     return {"id": sample_id, "messages": messages, "images": sample["images"][:num_images]}

@@ -1,21 +1,27 @@
 """
-ScienceQA: the official files or the Hub dataset → questions, and answers → the table of LLaVA's §5.2 (Table 7).
+ScienceQA (LLaVA §5.2): the official files or the Hub dataset → questions and training data; answers → the table of the paper.
 
 Official files: `problems.json` (`{id: {question, choices, answer, hint, image, task, grade, subject, topic, category,
 skill, lecture, solution, split}}`), `pid_splits.json` (`{split: [id, …]}`) and `images/<split>/<id>/image.png`.
+
+An order is written as in the ScienceQA paper: what is given, a hyphen, what is learned. Q question, C context, M choices, A
+answer, L lecture, E explanation. `QCM-LEA` reasons first, `QCM-ALE` answers first; `QCM-LEPA` is LLaVA's own form with a
+heading for each part. Orders with L or E before the hyphen give away the reasons (an upper bound).
+
+Differs from the original: its `AL` learned the explanation and its `AE` the lecture, and an answer without reasons began with a
+space.
 """
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .benchmark import Benchmark
-from .published import SCIENCEQA_COLUMNS
 from .results import Scored, hash_files, interval_of, read_json
-from .scienceqa_answers import ANSWER_RULE, find_letter
+from .scienceqa_answers import ANSWER_RULE, find_letter, parse_answer
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -23,6 +29,35 @@ SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science
 NO_CONTEXT = "N/A"
 DIRECT_ANSWER = "Answer with the option's letter from the given choices directly."
 """How LLaVA-1.5's evaluation of ScienceQA asks for the letter alone."""
+INPUT_ORDERS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
+OUTPUT_ORDERS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA", "LEPA")
+
+# Published results, in percent, checked against the text of the paper.
+SCIENCEQA_COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "average")
+"""Subject (natural, social, language science), context (text, image, none), grade, and all questions."""
+
+SCIENCEQA = {
+    "Human": (90.23, 84.97, 87.48, 89.60, 87.50, 88.10, 91.59, 82.42, 88.40),
+    "GPT-3.5": (74.64, 69.74, 76.00, 74.44, 67.28, 77.42, 76.80, 68.89, 73.97),
+    "GPT-3.5 with CoT": (75.44, 70.87, 78.09, 74.68, 67.43, 79.93, 78.23, 69.68, 75.17),
+    "LLaMA-Adapter": (84.37, 88.30, 84.36, 83.72, 80.32, 86.90, 85.83, 84.05, 85.19),
+    "MM-CoT base": (87.52, 77.17, 85.82, 87.88, 82.90, 86.83, 84.65, 85.37, 84.91),
+    "MM-CoT large": (95.91, 82.00, 90.82, 95.26, 88.80, 92.89, 92.44, 90.31, 91.68),
+    "GPT-4, text only": (84.06, 73.45, 87.36, 81.87, 70.75, 90.73, 84.69, 79.10, 82.69),
+    "LLaVA-13B": (90.36, 95.95, 88.00, 89.49, 88.00, 90.66, 90.93, 90.90, 90.92),
+    "LLaVA-13B + GPT-4, complement": (90.36, 95.50, 88.55, 89.05, 87.80, 91.08, 92.22, 88.73, 90.97),
+    "LLaVA-13B + GPT-4, judge": (91.56, 96.74, 91.09, 90.62, 88.99, 93.52, 92.73, 92.16, 92.53),
+}
+"""Test split. LLaVA (Liu et al., 2023), Table 7."""
+
+SCIENCEQA_ABLATIONS = {
+    "best variant": 90.92,
+    "last layer's features": 89.96,
+    "answer before reasoning": 89.77,
+    "no pretraining": 85.81,
+    "7B": 89.84,
+}
+"""Average on the test split. LLaVA, Table 8."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +69,7 @@ class Problem:
         id (`str`), split (`str`)
         question, hint, lecture, solution (`str`): Text; all but the question may be empty. The hint is the context.
         choices (`tuple[str, ...]`), answer (`int`): The right choice is `choices[answer]`.
-        image: A path relative to the image folder, a picture, or `None`.
+        image: A path relative to the image folder, a `PIL.Image.Image`, or `None`.
         subject (`str`), grade (`int`)
     """
 
@@ -69,9 +104,9 @@ def read_problems(
             Folder with `<split>/<id>/image.png`, or with `<id>/image.png`. Without it images keep the official path.
 
     Raises:
-        ValueError: a file that is not of its form, an unknown split, a split that names an unknown problem, a problem
-            with a missing or wrong field. Each names the file and the problem.
-        FileNotFoundError: a file or, all at once, images that are not there.
+        ValueError: a file is not of its form, the split is unknown or names an unknown problem, a problem has a missing or
+            wrong field. File and problem are named.
+        FileNotFoundError: a file or images are missing.
     """
     by_id, split_ids = read_json(problems), read_json(splits)
     if not isinstance(split_ids, dict) or not all(isinstance(ids, list) for ids in split_ids.values()):
@@ -84,12 +119,12 @@ def read_problems(
     unknown = [problem_id for problem_id in ids if problem_id not in by_id]
     if unknown:
         raise ValueError(
-            f"{splits}: the split {split!r} names {len(unknown)} of {len(ids)} problems that {problems} does not have, "
-            f"the first being {unknown[0]!r}. Do the two files belong together?"
+            f"{splits}: {len(unknown)} of {len(ids)} problems of the split {split!r} are not in {problems}, "
+            f"such as {unknown[0]!r}. Do the two files belong together?"
         )
     if len(set(ids)) < len(ids):
         twice = next(problem_id for problem_id in ids if ids.count(problem_id) > 1)
-        raise ValueError(f"{splits}: the split {split!r} names the problem {twice!r} more than once.")
+        raise ValueError(f"{splits}: the split {split!r} has the problem {twice!r} more than once.")
     read = [_problem(problem_id, by_id[problem_id], os.fspath(problems)) for problem_id in ids]
     return read if images is None else _with_image_paths(read, Path(images))
 
@@ -99,40 +134,9 @@ def read_hub_problems(rows: Iterable[dict], split: str) -> list[Problem]:
     return [_problem(f"{split}-{number}", {"split": split, **row}, "the dataset") for number, row in enumerate(rows)]
 
 
-def parse_answer(text: str, num_choices: int) -> int | None:
-    """
-    The choice that an answer names, or `None` if it names none, several, or one that does not exist.
-
-    The rule, the first that applies:
-
-    1. "The answer is X" anywhere, or a line "Answer: X" or "Answer: X. …". Several such statements must name the same
-       letter, and none may name two ("B or C"). The letter may stand in brackets, quotes, backticks or asterisks and is
-       followed by the end, a line break, a punctuation mark or "because"; a letter other than A and I also by a blank
-       ("The answer is a dog" names no choice).
-    2. The whole answer, or its first line, is a letter: "B", "(B)", "B.".
-    3. It begins with a letter and a mark: "B. Ohio", "(B) Ohio", "B: Ohio"; also after "Answer:" or "Option". A list of
-       choices ("A. … B. …", a line each, or "(A) … (B) …") names none of them.
-
-    Differs from the original, which read "X. …" at the beginning before (1), took "The answer is Apple" for A and
-    "The answer is B or C" for B, knew no other spelling, and drew a choice by chance where it read none (in later versions:
-    counted it among the wrong ones without a word).
-
-    Args:
-        text (`str`): The answer.
-        num_choices (`int`): Choices of the question.
-
-    Returns:
-        `int | None`: index of the choice, from 0.
-    """
-    letter = find_letter(text)
-    choice = num_choices if letter is None else ord(letter) - ord("A")
-    return choice if choice < num_choices else None
-
-
 def question_text(problem: Problem, order: str = "QCM") -> str:
     """
-    What is asked: question (Q), context (C) and choices (M) in this order, each on a line of its own. An L or E gives away
-    the lecture or the explanation (the upper bounds of the ScienceQA paper).
+    What is asked: question (Q), context (C) and choices (M) in this order, a line each; L and E give away the reasons.
 
         Which figure of speech is used in this text?
         Context: Sing, O goddess, the anger of Achilles …
@@ -155,7 +159,7 @@ def question_text(problem: Problem, order: str = "QCM") -> str:
 
 def direct_question(problem: Problem) -> str:
     """
-    What LLaVA-1.5 is asked: the context where there is one, the question, a choice a line, and the instruction.
+    What LLaVA-1.5 is asked: the context if there is one, the question, a choice per line, and the instruction.
 
         Context: Sing, O goddess, the anger of Achilles …
         Which figure of speech is used in this text?
@@ -174,12 +178,72 @@ def reasons_of(problem: Problem) -> dict[str, str]:
 
 
 def single_spaced(text: str) -> str:
-    """Two blanks become one and the ends are stripped, as in the original's training data."""
+    """Pairs of spaces become one space and the ends are stripped, as in the original's training data."""
     return text.replace("  ", " ").strip()
 
 
+def split_order(order: str) -> tuple[str, str]:
+    """
+    `"QCM-LEA"` → (`"QCM"`, `"LEA"`).
+
+    Raises:
+        ValueError: it is not a published order.
+    """
+    given, _, learned = order.partition("-")
+    if given not in INPUT_ORDERS or learned not in OUTPUT_ORDERS:
+        raise ValueError(
+            f"The order {order!r} is not known. Before the hyphen: {', '.join(INPUT_ORDERS)}; after it: "
+            f"{', '.join(OUTPUT_ORDERS)}; such as QCM-LEA (reasoning first) or QCM-ALE (answer first)."
+        )
+    return given, learned
+
+
+def answer_text(problem: Problem, order: str = "LEA") -> str:
+    """
+    What is learned: "The answer is X." with lecture and explanation before it, or after it and "BECAUSE:".
+
+        LEPA    LECTURE: …
+                SOLUTION: …
+                ###
+                ANSWER: X.
+    """
+    reasons = reasons_of(problem)
+    if order == "LEPA":
+        headings = {"LECTURE": reasons["L"], "SOLUTION": reasons["E"]}
+        lines = [f"{heading}: {text}\n" for heading, text in headings.items() if text.strip()]
+        return single_spaced(f"{''.join(lines)}###\nANSWER: {problem.letter}.")
+    statement = f"The answer is {problem.letter}."
+    if order.startswith("A"):
+        text = f"{statement} BECAUSE: {' '.join(reasons[letter] for letter in order[1:])}" if order[1:] else statement
+        return single_spaced(text).removesuffix("BECAUSE:").strip()
+    return single_spaced(" ".join([*(reasons[letter] for letter in order[:-1]), statement]))
+
+
+def to_llava_rows(problems: Iterable[Problem], order: str) -> Iterator[dict]:
+    """
+    Rows of LLaVA's JSON; image paths are relative to the image folder.
+
+    Raises:
+        ValueError: an unknown order; an image that is not a path (write the Hub dataset's images to files first).
+    """
+    given, learned = split_order(order)
+    for problem in problems:
+        row: dict = {"id": problem.id}
+        question = question_text(problem, given)
+        if problem.image is not None:
+            if not isinstance(problem.image, str):
+                raise ValueError(f"problem {problem.id!r} has its image embedded; give --images to write it there.")
+            row["image"] = problem.image
+            question = f"{question}\n<image>"
+        row["conversations"] = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": answer_text(problem, learned)},
+        ]
+        yield row
+
+
 def to_sample(problem: Problem, order: str = "QCM", direct: bool = False) -> dict:
-    """A problem as the predictor takes it; `direct` as in [`direct_question`], whatever the order."""
+    """A problem as the predictor takes it; `direct` asks [`direct_question`], whatever the order."""
     text = direct_question(problem) if direct else question_text(problem, order)
     images = [] if problem.image is None else [problem.image]
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
@@ -187,7 +251,7 @@ def to_sample(problem: Problem, order: str = "QCM", direct: bool = False) -> dic
 
 
 def columns_of(problem: Problem) -> list[str]:
-    """The columns of the paper's table that a problem counts in. With a hint and an image it counts in TXT and IMG."""
+    """The columns of the paper's table that a problem counts in; with a hint and an image, both TXT and IMG."""
     columns = [SUBJECTS[problem.subject]] if problem.subject in SUBJECTS else []
     columns += ["TXT"] if problem.hint.strip() else []
     columns += ["IMG"] if problem.image is not None else []
@@ -200,8 +264,8 @@ def score(problems: list[Problem], answers: dict[str, str]) -> Scored:
     """
     Accuracy in every column, over the problems that have an answer.
 
-    An answer that cannot be read, or names a choice that does not exist, is wrong; both are counted apart
-    (`counts["unparsed"]`, `counts["invalid_letter"]`).
+    An answer that names no choice, or one that does not exist, is wrong; both are counted (`counts["unparsed"]`,
+    `counts["invalid_letter"]`).
     """
     rows = []
     for problem in problems:
@@ -221,7 +285,13 @@ def score(problems: list[Problem], answers: dict[str, str]) -> Scored:
                 "groups": columns_of(problem),
             }
         )
-    return tabulate(rows)
+    metrics = {}
+    for column in SCIENCEQA_COLUMNS:
+        scores = [row["score"] for row in rows if column in row["groups"]]
+        metrics["accuracy" if column == "average" else f"accuracy/{column}"] = interval_of(scores)
+    statuses = [row["status"] for row in rows]
+    counts = {status: statuses.count(status) for status in ("unparsed", "invalid_letter")}
+    return Scored(rows, metrics, "accuracy", counts)
 
 
 def make_benchmark(
@@ -232,7 +302,7 @@ def make_benchmark(
     direct: bool = False,
     files: Iterable[str | os.PathLike] = (),
 ) -> Benchmark:
-    """ScienceQA over `problems`, asked in an order or as [`direct_question`]. `files` are those that they were read from."""
+    """ScienceQA over `problems`, which were read from `files`; asked in an order or by [`direct_question`]."""
     return Benchmark(
         name="scienceqa",
         samples=[to_sample(problem, order, direct) for problem in problems],
@@ -245,18 +315,6 @@ def make_benchmark(
         image_folder=None if image_folder is None else os.fspath(image_folder),
         max_new_tokens=16 if direct else 1024,
     )
-
-
-def tabulate(rows: list[dict]) -> Scored:
-    """The table over per-sample rows that have `score` and `groups`."""
-    metrics = {}
-    for column in SCIENCEQA_COLUMNS:
-        scores = [row["score"] for row in rows if column in row["groups"]]
-        name = "accuracy" if column == "average" else f"accuracy/{column}"
-        metrics[name] = interval_of(scores)
-    statuses = [row["status"] for row in rows]
-    counts = {status: statuses.count(status) for status in ("unparsed", "invalid_letter")}
-    return Scored(rows, metrics, "accuracy", counts)
 
 
 def _problem(problem_id: str, row: dict, source: str) -> Problem:
@@ -308,11 +366,11 @@ def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
             path = next((name for name in (problem.image, short) if (folder / name).is_file()), None)
             if path is None:
                 missing.append(problem.image)
-            problem = Problem(**{**problem.__dict__, "image": path})
+            problem = replace(problem, image=path)
         found.append(problem)
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the images are not in {folder}, the first being {missing[0]!r}. The official layout is "
+            f"{len(missing)} images are not in {folder}, such as {missing[0]!r}. The official layout is "
             "<split>/<id>/image.png; unpack all of train.zip, val.zip and test.zip there."
         )
     return found
@@ -320,15 +378,16 @@ def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
 
 __all__ = [
     "Problem",
+    "answer_text",
     "columns_of",
     "direct_question",
-    "find_letter",
     "make_benchmark",
-    "parse_answer",
     "question_text",
     "read_hub_problems",
     "read_problems",
     "reasons_of",
     "score",
+    "split_order",
+    "to_llava_rows",
     "to_sample",
 ]

@@ -1,4 +1,4 @@
-"""Which choice an answer names: one stated rule for all models of ScienceQA."""
+"""Which choice an answer to a ScienceQA problem names."""
 
 import re
 
@@ -49,8 +49,8 @@ _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 
 
 def find_letter(text: str) -> str | None:
-    """The letter that an answer names by [`ANSWER_RULE`], A to Z, whether or not there is such a choice."""
-    # Without runs of blanks no pattern takes more than linear time.
+    """The letter, A to Z, that an answer names by [`ANSWER_RULE`], even if there is no such choice."""
+    # Without runs of spaces every pattern takes linear time.
     text = re.sub(r"(?: ?\n)+ ?", "\n", re.sub(r"[^\S\n]+", " ", remove_thoughts(text))).strip()
     statements = [*_STATED.finditer(text), *_BOXED.finditer(text)] or list(_CHOSEN.finditer(text))
     for found in statements:
@@ -67,9 +67,21 @@ def find_letter(text: str) -> str | None:
     return _only([*(one or other for one, other in _BEGINNING.findall(text)), *_IN_PARENTHESES.findall(text)])
 
 
+def parse_answer(text: str, num_choices: int) -> int | None:
+    """
+    The index of the choice that an answer names by [`ANSWER_RULE`]; `None` if it names none, several, or one that does not exist.
+
+    Differs from the original, which took "The answer is Apple" for A and "The answer is B or C" for B, knew no other spelling,
+    and drew a choice at random where it read none (later versions: counted it as wrong without saying so).
+    """
+    letter = find_letter(text)
+    choice = num_choices if letter is None else ord(letter) - ord("A")
+    return choice if choice < num_choices else None
+
+
 def _only(letters) -> str | None:
     letters = {letter.upper() for letter in letters}
     return letters.pop() if len(letters) == 1 else None
 
 
-__all__ = ["ANSWER_RULE", "find_letter"]
+__all__ = ["ANSWER_RULE", "find_letter", "parse_answer"]

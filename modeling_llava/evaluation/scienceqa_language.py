@@ -1,16 +1,16 @@
 """
-ScienceQA with a language-only model: alone, by two worked examples (LLaVA §5.2, 82.69 with GPT-4), and together with a
-LLaVA: as its complement (90.97) and as the judge where the two differ (92.53).
+ScienceQA with a language-only model (LLaVA §5.2): alone, with two worked examples (82.69 with GPT-4), and together with a
+LLaVA, as its complement (90.97) and as the judge where the two differ (92.53).
 """
 
 import random
 from pathlib import Path
 
 from ..endpoint import Budget, ChatModel, RunSettings, Task
-from .asking import Asked, ask_all
+from .judge import Asked, ask_all
 from .results import Scored
-from .scienceqa import Problem, columns_of, find_letter, parse_answer, question_text, tabulate
-from .scienceqa_training import answer_text
+from .scienceqa import Problem, answer_text, question_text, score
+from .scienceqa_answers import parse_answer
 
 
 INSTRUCTION = (
@@ -28,18 +28,18 @@ JUDGE_INSTRUCTION = (
 
 
 def choose_shots(problems: list[Problem], count: int = 2, seed: int = 0) -> list[Problem]:
-    """Worked examples: problems with an explanation and without an image, drawn by `seed` from (training) problems."""
+    """Worked examples: problems with an explanation and without an image, drawn by `seed`."""
     fit = [problem for problem in problems if problem.solution and problem.image is None]
     if len(fit) < count:
         raise ValueError(
-            f"{count} worked examples are needed, and only {len(fit)} of {len(problems)} problems have an explanation and "
+            f"{count} worked examples are required, but only {len(fit)} of {len(problems)} problems have an explanation and "
             "no image. Take them from the training split."
         )
     return random.Random(seed).sample(fit, count)
 
 
 def language_tasks(problems: list[Problem], shots: list[Problem], max_tokens: int = 512) -> list[Task]:
-    """What the language-only model is asked, one task per problem; greedy."""
+    """What the language-only model is asked, one task per problem."""
     examples = [{"role": "system", "content": INSTRUCTION}]
     for shot in shots:
         examples += [
@@ -60,7 +60,7 @@ def language_tasks(problems: list[Problem], shots: list[Problem], max_tokens: in
 def judge_tasks(
     problems: list[Problem], own: dict[str, str], language: dict[str, str], max_tokens: int = 512
 ) -> list[Task]:
-    """What the judge is asked: the problems on which the two models do not name the same choice."""
+    """What the judge is asked: the problems for which the two models do not name the same choice."""
     tasks = []
     for problem in problems:
         first, second = own[problem.id], language[problem.id]
@@ -77,12 +77,12 @@ def judge_tasks(
 
 
 def complement(problem: Problem, own: str, language: str) -> str:
-    """The language-only model's answer; LLaVA's where that names no choice."""
+    """The language-only model's answer; LLaVA's if that names no choice."""
     return own if parse_answer(language, len(problem.choices)) is None else language
 
 
 def judged(problem: Problem, own: str, language: str, verdict: str | None) -> str:
-    """The judge's answer; LLaVA's where the judge was not needed, or names no choice."""
+    """The judge's answer; LLaVA's if the judge was not asked or names no choice."""
     return own if verdict is None or parse_answer(verdict, len(problem.choices)) is None else verdict
 
 
@@ -108,16 +108,16 @@ def score_with_language_model(
         model (`ChatModel`): The language-only model.
         folder (`Path`): Where the ledgers go.
         shots (`list[Problem]`): Worked examples.
-        judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model itself by default.
+        judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
         max_tokens (`int`): Longest reply.
-        partial (`bool`): Score without the problems that the endpoint left without a reply, or refuses.
+        partial (`bool`): Score without the problems that have no reply or are refused.
 
     Returns:
         `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`. All three are over the same problems.
 
     Raises:
-        ConnectionError: problems without a reply, and `partial` is off.
-        ValueError: problems that the endpoint refuses, and `partial` is off.
+        ConnectionError: problems have no reply, and `partial` is off.
+        ValueError: the endpoint refuses problems, and `partial` is off.
     """
     problems = [problem for problem in problems if problem.id in own]
 
@@ -143,8 +143,7 @@ def score_with_language_model(
     }
     scored = {}
     for name, text_of in texts.items():
-        rows = [_row(problem, text_of(problem)) for problem in problems]
-        scored[name] = tabulate(rows)
+        scored[name] = score(problems, {problem.id: text_of(problem) for problem in problems})
         scored[name].more = {"answered_by": language.models, "no_reply": no_reply + len(undecided)}
     num_choices = {problem.id: len(problem.choices) for problem in problems}
     unread = sum(
@@ -155,19 +154,6 @@ def score_with_language_model(
     scored["judge"].counts |= {"judged": len(differing) - len(undecided), "verdict_unparsed": unread}
     scored["judge"].more["answered_by"] = verdicts.models
     return scored
-
-
-def _row(problem: Problem, text: str) -> dict:
-    choice = parse_answer(text, len(problem.choices))
-    status = "read" if choice is not None else "unparsed" if find_letter(text) is None else "invalid_letter"
-    return {
-        "id": problem.id,
-        "answer": text,
-        "choice": choice,
-        "score": float(choice == problem.answer),
-        "status": status,
-        "groups": columns_of(problem),
-    }
 
 
 __all__ = ["choose_shots", "complement", "judge_tasks", "judged", "language_tasks", "score_with_language_model"]

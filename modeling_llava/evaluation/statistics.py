@@ -1,4 +1,4 @@
-"""How sure a score is, and whether one model is better than another: intervals and paired differences."""
+"""Confidence intervals of scores, and paired differences between models."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import numpy as np
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-_CHUNK = 2**22  # drawn indices at a time
+_CHUNK = 2**22  # indices drawn at a time
 
 
 def wilson_interval(successes: float, total: int) -> tuple[float, float]:
-    """95 % interval of a share, in [0, 1] (Wilson 1927): honest at 0 and at 1 and for few samples."""
+    """95 % interval of a share, in [0, 1] (Wilson 1927); valid at 0, at 1 and for few samples."""
     if total == 0:
         return 0.0, 1.0
     z, share = 1.959963984540054, successes / total
@@ -53,14 +53,14 @@ def paired_difference(
     seed: int = 0,
 ) -> dict:
     """
-    Second less first, in percentage points, on the same samples.
+    Second minus first, in percentage points, on the same samples.
 
     Args:
         first, second (`list[tuple[float, float]]`): (score, out of) of each sample, in the same order.
 
     Returns:
-        `dict`: `difference`; `interval`, 95 %, by a bootstrap that draws the same samples for both; `p_value`, two-sided:
-        how often a resample's difference falls on the other side of zero, twice.
+        `dict`: `difference`; `interval`, 95 %, by a bootstrap that draws the same samples for both; `p_value`, two-sided: twice
+        the share of resamples whose difference is on the other side of zero.
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape or len(first) == 0:
@@ -76,7 +76,7 @@ def paired_difference(
         differences.append(value(second[drawn]) - value(first[drawn]))
     differences = np.concatenate(differences)
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    # One is added to both, so that no p-value is zero because too few resamples were drawn.
+    # One is added to both: with finitely many resamples no p-value is zero.
     tail = (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences))
     return {
         "difference": float(value(second) - value(first)),

@@ -43,11 +43,11 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 def normalise(answer: str) -> str:
     """
-    The form in which answers are compared, that of the official script (`vqaEval.py`): lower case; no articles; number words
-    as digits; contractions with their apostrophe. A punctuation mark is dropped everywhere if it stands beside a blank
-    anywhere, or if the answer has a number like 1,000; else it becomes a blank. Dots go, but for those before a digit.
+    The form in which answers are compared, that of the official script (`vqaEval.py`): lower case, no articles, number words as
+    digits, contractions with their apostrophe. A punctuation mark is removed if it is next to a space anywhere, or if the
+    answer has a number like 1,000; otherwise it becomes a space. Dots are removed, except before a digit.
 
-    Differs from the official script: a typographic apostrophe is an apostrophe.
+    Differs from the official script: a typographic apostrophe counts as an apostrophe.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").replace("\u2019", "'").strip()
     text = answer
@@ -61,10 +61,10 @@ def normalise(answer: str) -> str:
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
     """
-    VQA's accuracy, 0 to 1: for each person, the answer is compared with the nine others and counts min(matches / 3, 1); the
-    mean over the people. A single reference answer is compared by exact match.
+    VQA's accuracy, 0 to 1: the mean over the people of min(matches with the nine others / 3, 1). A single reference answer is
+    compared by exact match.
 
-    Differs from the official script, which leaves the people's answers as they are where all ten are the same text.
+    Differs from the official script, which does not normalise the people's answers if all ten are equal.
     """
     said, references = normalise(answer), [normalise(person) for person in people]
     if len(references) == 1:
@@ -85,7 +85,7 @@ def read_questions(
         questions (`str` or `os.PathLike`): JSONL, or an official file.
         annotations (`str` or `os.PathLike`, *optional*): Where the answers are, if not with the questions.
         image_name (`str`, *optional*):
-            Name of the image `image_id` of official files. By default COCO's (val2014) for VQAv2, else `{image_id}.jpg`.
+            Image name for an `image_id` of official files. By default COCO's (val2014) for VQAv2, else `{image_id}.jpg`.
 
     Raises:
         ValueError: a file of another form, a missing or wrong field, or a question without an answer. File and row are named.
@@ -108,7 +108,7 @@ def read_questions(
 
 
 def _rows(path: str | os.PathLike, what: str, image_name: str | None) -> list[tuple[dict, str]]:
-    """The rows of a file in any form, with their images' names where it has ids, and where each stands."""
+    """The rows of a file in any form, with image names in place of image ids, and the place of each row."""
     content, name = read_rows(path), image_name or "{image_id}.jpg"
     if isinstance(content, dict):
         kind = next((kind for kind in ("questions", "annotations", "data") if kind in content), None)
@@ -133,16 +133,16 @@ def _rows(path: str | os.PathLike, what: str, image_name: str | None) -> list[tu
                 row = {**row, "image": name.format(image_id=row["image_id"])}
             except (ValueError, LookupError, AttributeError, TypeError) as error:
                 raise ValueError(
-                    f"{place} has the image_id {row['image_id']!r}, of which the image name {name!r} makes no name "
+                    f"{place} has the image_id {row['image_id']!r}, which does not fit --image-name {name!r} "
                     f"({error!r}). A name is like COCO_val2014_{{image_id:012d}}.jpg."
                 ) from None
-        # VizWiz: an image has one question, which has no id.
+        # VizWiz: one question per image, without an id.
         rows.append(({"question_id": row["image"], **row} if "image" in row else row, place))
     return rows
 
 
 def instruction_for(questions: list[dict]) -> str:
-    """What LLaVA-1.5 is asked after such questions; answers of the type "unanswerable" are VizWiz's."""
+    """What LLaVA-1.5 is given after such questions; VizWiz has answers of the type "unanswerable"."""
     may_be_unanswerable = any(question["category"] == "unanswerable" for question in questions)
     return f"{UNANSWERABLE}\n{INSTRUCTION}" if may_be_unanswerable else INSTRUCTION
 
@@ -212,8 +212,8 @@ def _answers(row: dict, place: str) -> list[str]:
         answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(
-            f"{place} has no 'answers', a list of texts, and no 'answer', a text; its fields are {fields_of(row)}. Answers in "
-            "a file of their own are given by --annotations."
+            f"{place} has no 'answers', a list of texts, and no 'answer', a text; its fields are {fields_of(row)}. Give answers "
+            "in another file by --annotations."
         )
     return answers
 

@@ -12,6 +12,7 @@ from modeling_llava.cli.main import main
 from modeling_llava.endpoint import RequestFault
 from modeling_llava.evaluation.judge import parse_scores, read_rules
 from modeling_llava.evaluation.llava_bench import (
+    LLAVA_BENCH_COCO,
     JudgeSettings,
     ask_references,
     judge_answers,
@@ -19,7 +20,6 @@ from modeling_llava.evaluation.llava_bench import (
     read_questions,
     score,
 )
-from modeling_llava.evaluation.published import LLAVA_BENCH_COCO
 from modeling_llava.evaluation.results import read_results
 
 
@@ -100,7 +100,11 @@ def test_in_the_wild_contexts_have_a_description(bench):
     [
         ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, row 7, has no 'category'"),
         ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "row 7, has no 'text'"),
-        ("questions", {"question_id": 9, "image": 3, "text": "x", "category": "c"}, "image = 3, which is no text"),
+        (
+            "questions",
+            {"question_id": 9, "image": 3, "text": "x", "category": "c"},
+            "image = 3, which is empty or not text",
+        ),
         ("questions", {"image": "0.png", "text": "x", "category": "c"}, "row 7, has no 'question_id'"),
         (
             "questions",
@@ -272,7 +276,7 @@ def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, caps
         url = server.url
     assert run_cli(bench, model_folder, bench / "out", url) == 2
     error = capsys.readouterr().err
-    assert "6 of 6 reviews have no reply" in error and "run the same command again" in error
+    assert "6 of 6 reviews have no reply" in error and "the same command resumes" in error
     assert not (bench / "out/results.json").exists()
     assert len((bench / "out/answers.jsonl").read_text().splitlines()) == 6
     with FaultServer(reply=review) as server:

@@ -82,7 +82,7 @@ def test_files_are_read_and_categories_are_told_by_name(tmp_path):
     assert read_questions([write(tmp_path / "mine.jsonl", [{**row, "category": "own"}])])[0]["category"] == "own"
     for change, message in (
         ({"label": "maybe"}, "label 'maybe'"),
-        ({"text": None}, "has text = None, which is no text"),
+        ({"text": None}, "has text = None, which is empty or not text"),
         ({}, "category"),
     ):
         with pytest.raises(ValueError, match=f"mine.jsonl, row 1, .*{message}"):

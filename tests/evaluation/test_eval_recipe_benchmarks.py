@@ -34,12 +34,12 @@ def test_a_recipe_scores_slices_at_each_evaluation_and_training_is_the_same(reci
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("vqas --questions F", "begins with no benchmark; there are scienceqa, llava-bench, pope, vqa, captions"),
-        ("", "begins with no benchmark"),
+        ("vqas --questions F", "does not begin with a benchmark: scienceqa, llava-bench, pope, vqa, captions"),
+        ("", "does not begin with a benchmark"),
         ("vqa --images .", "the following arguments are required: --questions"),
-        ("vqa --questions F --images . --device cuda", "--device has no place in a training run"),
-        ("vqa --questions F --images . --temperature 0.5", "--temperature has no place in a training run"),
-        ("scienceqa --problems F", "give --images"),
+        ("vqa --questions F --images . --device cuda", "--device does not apply to a training run"),
+        ("vqa --questions F --images . --temperature 0.5", "--temperature does not apply to a training run"),
+        ("scienceqa --problems F", "Give --images"),
     ],
 )
 def test_a_wrong_line_is_one_error_that_shows_it(line, message):

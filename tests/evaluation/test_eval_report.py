@@ -46,7 +46,7 @@ def test_results_follow_the_schema_and_are_read_again(tmp_path):
     assert results["samples"] == {"file": "samples.jsonl", "total": 4, "answered": 4, "scored": 3}
     assert results["complete"] is False and len(rows) == 4
     assert results["scores"]["accuracy"]["value"] == pytest.approx(200 / 3)
-    assert set(results["versions"]) == {"modeling_llava", "torch", "transformers", "python"}
+    assert {"modeling_llava", "torch", "transformers", "python"} <= set(results["versions"])
     assert read_results(tmp_path / "a/results.json") == (results, rows)
 
 
@@ -54,15 +54,15 @@ def test_results_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="results.json is not there"):
         read_results(tmp_path)
     (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="A run was begun there"):
+    with pytest.raises(FileNotFoundError, match="A run was started there"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no result of an evaluation"):
+    with pytest.raises(ValueError, match="not a result of an evaluation"):
         read_results(tmp_path)
     folder = write_run(tmp_path / "new", [1.0])
     content = json.loads((folder / "results.json").read_text())
     (folder / "results.json").write_text(json.dumps({**content, "schema_version": 2}))
-    with pytest.raises(ValueError, match="schema version 2, this package knows up to 1"):
+    with pytest.raises(ValueError, match="schema version 2, this package reads up to 1"):
         read_results(folder)
     (folder / "results.json").write_text(json.dumps({**content, "schema_version": "1"}))
     with pytest.raises(ValueError, match="no schema_version that is a number"):
@@ -203,7 +203,7 @@ def test_command_writes_table_json_and_plots(tmp_path, capsys):
 def test_plot_is_a_picture_with_bars(tmp_path):
     from PIL import Image
 
-    from modeling_llava.evaluation.plots import COLOURS, plot_bars
+    from modeling_llava.evaluation.report import COLOURS, plot_bars
 
     scores = {"one": [{"value": 50.0, "interval": [40.0, 60.0]}, None], "two": [{"value": 70.0}, {"value": None}]}
     plot_bars(tmp_path / "p.png", ["all", "part"], scores, title="t", published={"paper": [85.0, None]})

@@ -90,5 +90,5 @@ def test_evaluation_data_that_is_a_stream_gives_its_first_samples():
 
 
 def test_answers_need_evaluation_data(recipe, tmp_path):
-    with pytest.raises(ValueError, match="sample_answers are of the evaluation data"):
+    with pytest.raises(ValueError, match="sample_answers .*set eval_size, or eval_data"):
         parse_recipe(str(recipe), [f"output_dir={tmp_path}", "eval_size=null", "eval_strategy=no", "sample_answers=2"])

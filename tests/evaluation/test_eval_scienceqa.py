@@ -6,18 +6,19 @@ import pytest
 from tiny_science import problems_of, science_problem
 
 from modeling_llava.cli.main import main
-from modeling_llava.evaluation.published import SCIENCEQA, SCIENCEQA_ABLATIONS
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import (
+    OUTPUT_ORDERS,
+    SCIENCEQA,
+    SCIENCEQA_ABLATIONS,
+    answer_text,
     direct_question,
-    find_letter,
-    parse_answer,
     question_text,
     read_hub_problems,
     read_problems,
     score,
 )
-from modeling_llava.evaluation.scienceqa_training import OUTPUT_ORDERS, answer_text
+from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answer
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_wrong_files_are_named(science):
         problems_of(science)
     del problems["3"]
     (science / "problems.json").write_text(json.dumps(problems))
-    with pytest.raises(ValueError, match="names 1 of 8 problems .* the first being '3'"):
+    with pytest.raises(ValueError, match="1 of 8 problems .* such as '3'"):
         problems_of(science)
     with pytest.raises(ValueError, match="no split 'minitest'; it has test, train"):
         problems_of(science, "minitest")
@@ -297,12 +298,12 @@ def test_wrong_files_are_named(science):
 def test_missing_images_are_counted_before_anything_is_loaded(science, capsys):
     (science / "images/test/3/image.png").unlink()
     (science / "images/test/5/image.png").unlink()
-    with pytest.raises(FileNotFoundError, match="2 of the images are not in .*test/3/image.png"):
+    with pytest.raises(FileNotFoundError, match="2 images are not in .*test/3/image.png"):
         problems_of(science)
     arguments = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
     arguments += ["--images", science / "images", "--out", science / "out"]
     assert main(["eval", "scienceqa", "no-such-model", *map(str, arguments)]) == 2
-    assert "2 of the images" in capsys.readouterr().err
+    assert "2 images are not in" in capsys.readouterr().err
 
 
 def run_cli(science, model_folder, out, *more):
@@ -341,7 +342,7 @@ def test_shards_together_give_what_one_process_gives(science, model_folder, caps
     for shard in ("1/3", "3/3"):
         assert run_cli(science, model_folder, science / "parts", "--shard", shard) == 0
         assert not (science / "parts/results.json").exists()
-        assert "not scored here" in capsys.readouterr().err
+        assert "not scored" in capsys.readouterr().err
     assert run_cli(science, model_folder, science / "parts", "--shard", "2/3") == 0
     whole, parts = read_results(science / "whole"), read_results(science / "parts")
     assert whole[1] == parts[1] and whole[0]["scores"] == parts[0]["scores"]

@@ -95,7 +95,7 @@ def test_official_files(tmp_path):
     with pytest.raises(ValueError, match="question 1, has the question_id 7, which .*a.json does not have"):
         read_questions(tmp_path / "q.json", tmp_path / "a.json")
     with pytest.raises(
-        ValueError, match="question 1, has the image_id 42, of which the image name '{id}.jpg' makes no"
+        ValueError, match="question 1, has the image_id 42, which does not fit --image-name '{id}.jpg'"
     ):
         (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
         read_questions(tmp_path / "q.json", tmp_path / "a.json", "{id}.jpg")
@@ -207,13 +207,13 @@ def test_files_of_windows_editors_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": None}, "question = None, which is no text"),
-        ({"question": " "}, "question = ' ', which is no text"),
-        ({"image": ["a.png", "b.png"]}, "image = ['a.png', 'b.png'], which is no text"),
+        ({"question": None}, "question = None, which is empty or not text"),
+        ({"question": " "}, "question = ' ', which is empty or not text"),
+        ({"image": ["a.png", "b.png"]}, "image = ['a.png', 'b.png'], which is empty or not text"),
         ({"answers": []}, "no 'answers'"),
         ({"answers": [1]}, "no 'answers'"),
         ({"question_id": None}, "the question_id None, which is neither number nor text"),
-        ({"category": 3}, "category = 3, which is no text"),
+        ({"category": 3}, "category = 3, which is empty or not text"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from modeling_llava.cli.main import build_parser
-from modeling_llava.evaluation import published
+from modeling_llava.evaluation import llava_bench, scienceqa
 
 
 CARD = (Path(__file__).parents[2] / "MODEL_CARD.md").read_text("utf-8")
@@ -30,7 +30,7 @@ def test_its_figures_are_the_papers():
         cells[0]: cells[1:]
         for cells in (re.split(r" *\| *", row.strip("| ")) for row in re.findall(r"^\|.*", CARD, re.M))
     }
-    science, ablations = published.SCIENCEQA, published.SCIENCEQA_ABLATIONS
+    science, ablations = scienceqa.SCIENCEQA, scienceqa.SCIENCEQA_ABLATIONS
     for name, value in {
         "LLaVA": science["LLaVA-13B"][-1],
         "with GPT-4 as judge": science["LLaVA-13B + GPT-4, judge"][-1],
@@ -42,9 +42,9 @@ def test_its_figures_are_the_papers():
     }.items():
         assert rows[name] == [f"{value:.2f}"], name
     for name, values in {
-        "COCO": published.LLAVA_BENCH_COCO["LLaVA-13B"],
-        "COCO, without instruction tuning": published.LLAVA_BENCH_COCO["no instruction tuning"],
-        "In-the-Wild": published.LLAVA_BENCH_WILD["LLaVA-13B"],
+        "COCO": llava_bench.LLAVA_BENCH_COCO["LLaVA-13B"],
+        "COCO, without instruction tuning": llava_bench.LLAVA_BENCH_COCO["no instruction tuning"],
+        "In-the-Wild": llava_bench.LLAVA_BENCH_WILD["LLaVA-13B"],
     }.items():
         assert rows[name] == [f"{value:.1f}" for value in values], name
 
