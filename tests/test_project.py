@@ -283,6 +283,6 @@ def test_the_wheel_alone_works_in_an_empty_folder(tmp_path):
     files = subprocess.run(
         [python, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True
     ).stdout
-    for needed in ("chat_templates/vicuna_v1.jinja", "hub/model_card_template.md", "presets/qlora.yaml", "py.typed"):
+    for needed in ("text/templates/vicuna_v1.jinja", "hub/model_card_template.md", "presets/qlora.yaml", "py.typed"):
         assert f"modeling_llava/{needed}" in files, needed
     assert "tests/" not in files
