@@ -12,7 +12,13 @@ from transformers.utils import logging
 from .configuration_llava import count_additional_image_tokens, count_image_tokens
 from .constants import IMAGE_TOKEN
 from .image_processing_llava import LlavaImageProcessor
-from .text.chat_templates import CHAT_TEMPLATES, chat_template_of, insert_image_token, load_chat_template
+from .text.chat_templates import (
+    CHAT_TEMPLATES,
+    chat_template_of,
+    insert_image_token,
+    load_chat_template,
+    warn_of_joined_texts,
+)
 from .text.control_tokens import ControlTokens, Marks
 from .text.messages import plain_messages
 from .text.tokenization import add_image_token, load_tokenizer
@@ -300,13 +306,17 @@ class LlavaProcessor(ProcessorMixin):
                 `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
         """
         conversation = plain_messages(conversation)
-        if not conversation or (isinstance(conversation, list) and not all(conversation)):
-            raise ValueError("The conversation has no messages: give at least one.")
+        batch = conversation if isinstance(conversation, list) else []
+        batch = batch if batch and isinstance(batch[0], list) else [batch]
+        if not all(batch):
+            raise ValueError("A conversation is a list of messages: give at least one.")
         processor_kwargs = dict(processor_kwargs or {})
+        named = self.chat_template if isinstance(self.chat_template, dict) else {}
+        template = named.get(chat_template) or chat_template or chat_template_of(self)
+        for messages in batch:
+            warn_of_joined_texts(messages, template, kwargs.get("keep_image_order", False))
         if tokenize and sanitize_control_tokens:
             control = ControlTokens.of(self.tokenizer, self.image_token)
-            named = self.chat_template if isinstance(self.chat_template, dict) else {}
-            template = named.get(chat_template) or chat_template or chat_template_of(self)
             (conversation, tools, documents), marks = control.mark(conversation, tools, documents, template=template)
             if marks is not None:
                 processor_kwargs["control_token_marks"] = marks

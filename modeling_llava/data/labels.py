@@ -45,7 +45,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..constants import IGNORE_INDEX
 from ..processing_llava import num_image_tokens as tokens_per_image
-from ..text.chat_templates import CHAT_TEMPLATES, chat_template_of, has_generation_marks, render_with_spans
+from ..text.chat_templates import (
+    CHAT_TEMPLATES,
+    chat_template_of,
+    has_generation_marks,
+    render_with_spans,
+    warn_of_joined_texts,
+)
 from ..text.control_tokens import ControlTokens
 from ..text.messages import turn_weight
 from ..text.stops import stop_is_unmarked, teaches_no_stop
@@ -299,6 +305,7 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
     learned = [_is_learned(answer) for answer in answers]
     if not all(learned):  # one text, and so one span, for each answer
         messages = [_of_one_text(message) if message.get("role") == "assistant" else message for message in messages]
+    warn_of_joined_texts(messages, template, keep_image_order)
     (messages,), marks = control.mark(messages, template=template)
     variables = dict(processor.tokenizer.special_tokens_map)
     if keep_image_order:

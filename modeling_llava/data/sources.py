@@ -346,8 +346,8 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
             f"cannot read conversations from {what}: give a path, a name on the Hub, a datasets object, or a list of rows."
         )
 
-    def table(name: str, split: str = split, **kwargs) -> tuple:
-        ((rows, _),) = _open(_load_dataset(name, split, streaming, **kwargs), split, streaming, None, None)
+    def table(builder: str, split: str = split, **kwargs) -> tuple:
+        ((rows, _),) = _open(_load_dataset(builder, split, streaming, **kwargs), split, streaming, None, None)
         return rows, os.fspath(source)
 
     path, name = Path(source).expanduser(), os.fspath(source)
@@ -362,7 +362,7 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         files = _of_split([file for file in sorted(path.rglob("*.json*")) if file.suffix in _JSON_SUFFIXES], split)
         if not files:
             raise ValueError(
-                f"the folder {name!r} holds neither parquet, JSON or tar files of the split {split!r} nor a dataset "
+                f"the folder {name!r} holds neither parquet files nor JSON or tar files of the split {split!r}, nor a dataset "
                 "written by save_to_disk."
             )
     elif path.is_file():

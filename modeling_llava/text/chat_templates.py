@@ -6,10 +6,13 @@ import re
 import threading
 from pathlib import Path
 
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..constants import IMAGE_TOKEN
 
+
+logger = logging.get_logger(__name__)
 
 CHAT_TEMPLATES = ("chatml", "llama_2", "llava_v1", "plain", "v0_mmtag", "v1_mmtag", "vicuna_v0", "vicuna_v1")
 _FOLDER = Path(__file__).parent / "templates"
@@ -95,6 +98,24 @@ def insert_image_token(
     return changed
 
 
+def warn_of_joined_texts(messages: list[dict], chat_template: str, keep_image_order: bool = False) -> None:
+    """
+    Our templates put a turn's images first and join its texts as they are, as the original does: say so of texts between
+    which an image stood, and no space.
+    """
+    if keep_image_order or "images_and_text_of" not in chat_template:
+        return
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") == "user" and isinstance(content, (list, tuple)):
+            turn = "".join(item.get("text", "\0") for item in content if isinstance(item, dict))
+            if re.search(r"[^\s\0]\0+[^\s\0]", turn):
+                logger.warning_once(
+                    "A user's texts on both sides of an image are joined without a space, since the chat template puts images "
+                    "first. Write the space into the text, or pass keep_image_order=True."
+                )
+
+
 def render_with_spans(messages: list[dict], chat_template: str, **variables) -> tuple[str, list[tuple[int, int]]]:
     """
     A conversation as text, and the spans of characters that its template marks with `{% generation %}`.
@@ -165,4 +186,5 @@ __all__ = [
     "load_chat_template",
     "read_template",
     "render_with_spans",
+    "warn_of_joined_texts",
 ]
