@@ -333,6 +333,25 @@ def saved_tensors(
     return revert_weight_conversion(model, state_dict if state_dict is not None else model.state_dict())
 
 
+def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A state dict of `model` by its names in memory, where it comes from a checkpoint, with other names.
+
+    Raises:
+        ValueError: some weights are fused in memory (mixture of experts), so that they have no saved name.
+    """
+    own = model.state_dict()
+    if state_dict.keys() <= own.keys():
+        return state_dict
+    names = {id(tensor): name for name, tensor in own.items()}
+    saved = {name: names.get(id(tensor)) for name, tensor in saved_tensors(model, own).items()}
+    if fused := [name for name in state_dict if name in saved and saved[name] is None]:
+        raise ValueError(
+            f"load_state_dict: {fused[0]} is fused with others in memory. Use from_pretrained, or LlavaTrainer."
+        )
+    return {saved.get(name, name): tensor for name, tensor in state_dict.items()}
+
+
 @torch.no_grad()
 def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """
@@ -466,12 +485,28 @@ def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: st
 # Adapters
 
 
+def resize_to_adapter(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+    """Give a base the vocabulary of its adapter, where tokens were added in training: those of the base are fewer."""
+    path = os.fspath(path)
+    indices = (read_config(find_adapter_config_file(path, revision=revision)) or {}).get(
+        "trainable_token_indices"
+    ) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    sizes = [1 + max(tokens) for tokens in lists if tokens]
+    for name, shape in _adapter_shapes(path, revision=revision).items():
+        if ("embed_tokens" in name or "lm_head" in name) and "lora_A" not in name:
+            sizes.append(shape[1] if "lora_embedding_A" in name else shape[0] if "lora_embedding_B" not in name else 0)
+    if max(sizes, default=0) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(sizes), mean_resizing=False)
+
+
 def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
     """Put an adapter into a model by transformers' own means, so that it keeps its class and works in pipelines."""
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
 
     path = os.fspath(path)
+    resize_to_adapter(model, path, revision)
     config = PeftConfig.from_pretrained(path, revision=revision)
     if not getattr(config, "use_dora", False):
         model.load_adapter(path, adapter_kwargs={"revision": revision} if revision else None)
@@ -547,6 +582,7 @@ __all__ = [
     "base_model_of",
     "base_name_to_record",
     "base_revision_of",
+    "by_module_names",
     "checkpoint_kind",
     "component_of",
     "file_of",
@@ -563,6 +599,7 @@ __all__ = [
     "name_stock_class_in_adapters",
     "require_before_loading",
     "require_llava",
+    "resize_to_adapter",
     "save_projector",
     "saved_tensors",
     "weight_files",

@@ -2,17 +2,16 @@
 LoRA, DoRA, rsLoRA and QLoRA: one adapter folder that plain PEFT, and transformers by itself, load back.
 
     adapter_config.json        target_modules: a regular expression; modules_to_save: what is trained whole
-    adapter_model.safetensors  low-rank matrices of the language model; the whole projector; the tower if trained
+    adapter_model.safetensors  LoRA weights of the language model; the whole projector; the tower if trained
     processor files            so that the folder is all a pipeline needs (there must be no config.json: with one,
                                transformers takes the folder for a full model and does not look for the base)
 
-The low-rank matrices are found by a regular expression on `language_model`: targets by name ending (`q_proj`), the
-usual way, would also hit the attention of a CLIP tower.
+Layers are found by a regular expression on `language_model`: PEFT's targets by the end of a name (`q_proj`) also match the
+attention of a CLIP tower.
 """
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
 
@@ -21,27 +20,40 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record
+from ..io.atomic import atomic_path, write_atomic
+from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record, resize_to_adapter
 from .arguments import LlavaTrainingArguments
-from .stages import unused_tower_parameters
 
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_NAME = "adapter_model.safetensors"
+
 LANGUAGE_MODEL = "model.language_model"
-"""Where the language model lies in `LlavaForConditionalGeneration`; the head lies beside it, in `lm_head`."""
+"""Where the language model lies in `LlavaForConditionalGeneration`; its head is `lm_head`, next to it."""
 
 
-def lora_target_pattern(model: PreTrainedModel) -> str:
+def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None = None) -> str:
     r"""
-    A regular expression that matches every linear layer of the language model, whatever their names, and no other.
+    The regular expression over full module names for an `lora_target`: by default, and for `all-linear`, every linear layer
+    of the language model and no other.
 
     For Llama: `model\.language_model\..*\.(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
 
     Raises:
-        ValueError: the language model has no linear layers (its layers are of a type of their own).
+        ValueError: a name that no layer of the language model has, or it has no linear layers (but some of its own type).
     """
     language_model = model.get_submodule(LANGUAGE_MODEL)
+    if target not in (None, "all-linear", ["all-linear"]):
+        if isinstance(target, str) and not re.fullmatch(r"[\w.,\s-]+", target):
+            return target
+        names = target.split(",") if isinstance(target, str) else target
+        names = [name.strip().removeprefix(f"{LANGUAGE_MODEL}.") for name in names]
+        layers = [f".{layer}" for layer, _ in language_model.named_modules()]
+        for name in names:
+            if not any(layer.endswith(f".{name}") for layer in layers):
+                raise ValueError(f"lora_target: no layer of the language model is called {name!r}. {_TARGET_HINT}")
+        return rf"{re.escape(LANGUAGE_MODEL)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
     endings = {name.rpartition(".")[2] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
     if not endings:
         raise ValueError(
@@ -49,6 +61,12 @@ def lora_target_pattern(model: PreTrainedModel) -> str:
             "Set lora_target to a regular expression over its module names."
         )
     return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(endings))})"
+
+
+_TARGET_HINT = (
+    "Give names of its layers, such as [q_proj, v_proj], or a regular expression over full module names, such as "
+    rf"{re.escape(LANGUAGE_MODEL)}\..*\.(q_proj|v_proj); leave lora_target out for every linear layer."
+)
 
 
 def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
@@ -62,7 +80,7 @@ def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
         bias=args.lora_bias,
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
-        target_modules=args.lora_target or lora_target_pattern(model),
+        target_modules=lora_target_pattern(model, args.lora_target),
         modules_to_save=["multi_modal_projector", *(["vision_tower"] if args.train_vision_tower else [])],
     )
 
@@ -84,14 +102,10 @@ def add_adapter(model: PreTrainedModel, args: LlavaTrainingArguments):
     outside = [name for name in matched if not name.startswith(LANGUAGE_MODEL + ".")]
     if not matched or outside:
         found = f"matches {', '.join(outside[:3])}, outside of the language model" if outside else "matches no module"
-        raise ValueError(
-            f"lora_target={args.lora_target!r} {found}. Module names look like "
-            rf"{LANGUAGE_MODEL}.layers.0.self_attn.q_proj; leave lora_target out for every linear layer."
-        )
+        raise ValueError(f"lora_target={args.lora_target!r} {found}. {_TARGET_HINT}")
     peft_model = get_peft_model(model, config)
     config.base_model_name_or_path = base_name_to_record(model)
     config.revision = args.model_revision
-    prepare_adapter(peft_model, args)
     return peft_model
 
 
@@ -107,6 +121,7 @@ def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments
     """
     from peft import PeftModel
 
+    resize_to_adapter(model, path, revision)
     peft_model = PeftModel.from_pretrained(model, path, is_trainable=True, revision=revision)
     config = peft_model.peft_config["default"]
     has_tower = "vision_tower" in (config.modules_to_save or ())
@@ -120,39 +135,72 @@ def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments
         if ours != theirs:
             logger.warning(f"{path} has {name}={theirs}, which stays; the recipe's {ours} is not used.")
     config.base_model_name_or_path = base_name_to_record(model)  # PEFT would write a relative path as it was given
-    prepare_adapter(peft_model, args)
     return peft_model
 
 
-def prepare_adapter(peft_model: nn.Module, args: LlavaTrainingArguments) -> None:
+def initial_lora(model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    What PEFT leaves to us: trained copies in the trained dtype, the memory of their frozen originals given back, and
-    no gradients for tower layers that do not reach the loss.
+    The LoRA weights, by their names in an adapter file, that an initialisation such as PiSSA has taken out of the base's
+    weights; empty for one that leaves the base as it is.
+
+    Raises:
+        ValueError: the initialisation changes the base in a way that an adapter cannot undo (LoftQ).
     """
-    from peft.utils import ModulesToSaveWrapper
+    from peft import get_peft_model_state_dict
 
-    trained_dtype = getattr(torch, args.trained_dtype)
-    for module in peft_model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            copy = module.modules_to_save[module.active_adapters[0]]
-            for parameter in copy.parameters():
-                parameter.data = parameter.data.to(trained_dtype)
-            if not args.is_sharded:  # engines that cut parameters into shards cannot cut nothing
-                # The original under the copy never runs; CLIP ViT-L alone would hold 0.6 GB of device memory.
-                for parameter in module.original_module.parameters():
-                    parameter.data = parameter.data.new_empty(0)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad and parameter.dtype != trained_dtype:
-            parameter.data = parameter.data.to(trained_dtype)
-    if args.train_vision_tower:
-        for parameter in unused_tower_parameters(peft_model.get_base_model()):
-            parameter.requires_grad_(False)
+    init = str(getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)).lower()
+    if init == "loftq":
+        raise ValueError(
+            "init_lora_weights='loftq' changes the weights of the base, which an adapter folder does not hold. Choose another "
+            "initialisation, or adapter=qlora."
+        )
+    if not init.startswith(("pissa", "olora", "corda", "lora_ga")):
+        return {}
+    weights = get_peft_model_state_dict(model)
+    return {name: w.detach().to("cpu", copy=True) for name, w in weights.items() if _LORA.search(name)}
 
 
-def finish_adapter_folder(folder: str | Path) -> None:
-    """In an adapter as PEFT saved it: DoRA's magnitudes by the names that transformers reads."""
-    if json.loads((Path(folder) / "adapter_config.json").read_text("utf-8")).get("use_dora"):
+_LORA = re.compile(r"\.lora_[AB]\.")
+
+
+def finish_adapter_folder(folder: str | Path, initial: dict[str, torch.Tensor]) -> None:
+    """
+    Make an adapter that PEFT has saved loadable on the base that others have, by transformers too: with DoRA's magnitudes under
+    the names that it reads, and without what [`initial_lora`] took out of the base, as LoRA of twice the rank.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    if config.get("use_dora"):
         write_dora_keys_for_transformers(folder)
+    if not initial:
+        return
+    tensors = load_file(folder / WEIGHTS_NAME)
+    for name, start in initial.items():  # B A − B₀ A₀ = [B, −B₀] [A; A₀]
+        start, axis = (start, 0) if ".lora_A." in name else (-start, 1)
+        tensors[name] = torch.cat([tensors[name], start.to(tensors[name].dtype)], axis)
+    alpha = 2**0.5 if config.get("use_rslora") else 2
+    config |= {"r": 2 * config["r"], "lora_alpha": alpha * config["lora_alpha"], "init_lora_weights": True}
+    for name, factor in (("rank_pattern", 2), ("alpha_pattern", alpha)):
+        config[name] = {layer: factor * value for layer, value in (config.get(name) or {}).items()}
+    _save(tensors, folder)
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+
+
+@torch.no_grad()
+def load_unfinished(model: nn.Module, folder: str | Path, initial: dict[str, torch.Tensor]) -> None:
+    """Load what [`finish_adapter_folder`] wrote into the model that is trained; `initial` and the base become the folder's."""
+    from peft import set_peft_model_state_dict
+
+    tensors = load_file(Path(folder) / WEIGHTS_NAME)
+    for a in [name for name in initial if ".lora_A." in name]:
+        b, layer = a.replace(".lora_A.", ".lora_B."), model.get_submodule(a.partition(".lora_A.")[0])
+        before = initial[b] @ initial[a]
+        tensors[a], initial[a] = tensors[a].chunk(2, 0)
+        tensors[b], minus_b = tensors[b].chunk(2, 1)
+        initial[b] = -minus_b
+        weight = layer.get_base_layer().weight
+        weight += (layer.scaling[model.active_adapter] * (before - initial[b] @ initial[a])).to(weight)
+    set_peft_model_state_dict(model, tensors)
 
 
 def write_dora_keys_for_transformers(folder: str | Path) -> None:
@@ -162,20 +210,21 @@ def write_dora_keys_for_transformers(folder: str | Path) -> None:
     PEFT reads both. transformers' own adapter loading (pipelines, `from_pretrained` on the folder) reads the second
     only; of the first it says "unexpected", and leaves the magnitudes as they were before training.
     """
-    file = Path(folder) / "adapter_model.safetensors"
-    tensors = load_file(file)
-    renamed = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in tensors.items()}
-    if renamed.keys() != tensors.keys():
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(renamed, beside, metadata={"format": "pt"})
-        os.replace(beside, file)
+    tensors = load_file(Path(folder) / WEIGHTS_NAME)
+    _save({f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in tensors.items()}, folder)
+
+
+def _save(tensors: dict[str, torch.Tensor], folder: str | Path) -> None:
+    with atomic_path(Path(folder) / WEIGHTS_NAME) as path:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
 __all__ = [
     "add_adapter",
     "finish_adapter_folder",
+    "initial_lora",
     "load_adapter",
+    "load_unfinished",
     "lora_config",
     "lora_target_pattern",
-    "prepare_adapter",
 ]

@@ -1,5 +1,6 @@
 """`LlavaTrainingArguments`: every setting of a training run, checked, with one help text each. No I/O."""
 
+import inspect
 import logging
 import os
 import re
@@ -8,7 +9,9 @@ from enum import Enum
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 
 logger = logging.getLogger(__name__)
@@ -17,7 +20,7 @@ DEFAULT_LEARNING_RATES = {"pretrain": 1e-3, "finetune": 2e-5, "lora": 2e-4, "qlo
 """LLaVA-1.5's learning rates: of the two stages, and of the LoRA weights (its projector: 2e-5)."""
 
 ADAPTER_PROJECTOR_LEARNING_RATE = 2e-5
-"""LLaVA-1.5's learning rate of the projector beside LoRA weights."""
+"""LLaVA-1.5's learning rate of the projector next to LoRA weights."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None):
@@ -79,7 +82,7 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     train_vision_tower: bool = _setting(False, "Train the vision tower as well.")
     projector_learning_rate: float | None = _setting(
-        None, "Learning rate of the projector; by default `learning_rate`, and 2e-5 beside an adapter."
+        None, "Learning rate of the projector; by default `learning_rate`, and 2e-5 next to an adapter."
     )
     vision_tower_learning_rate: float | None = _setting(
         None, "Learning rate of the vision tower; `learning_rate` by default. LLaVA-1.6 takes 2e-6."
@@ -95,18 +98,20 @@ class LlavaTrainingArguments(TrainingArguments):
     # --- The adapter ---
     adapter: str = _setting(
         "none",
-        "none: train the weights themselves. lora: low-rank matrices beside the language model's linear layers. "
-        "qlora: the same beside 4-bit weights.",
+        "none: train the weights themselves. lora: LoRA weights for the language model's linear layers. "
+        "qlora: the same on a 4-bit base.",
         ("none", "lora", "qlora"),
     )
-    lora_r: int = _setting(128, "Rank of the low-rank matrices.")
-    lora_alpha: int = _setting(256, "Their product is scaled by lora_alpha / lora_r (rsLoRA: / √lora_r).")
-    lora_dropout: float = _setting(0.05, "Dropout before the low-rank matrices.")
+    lora_r: int = _setting(128, "Rank of the LoRA weights.")
+    lora_alpha: int = _setting(256, "The LoRA update is scaled by lora_alpha / lora_r (rsLoRA: / √lora_r).")
+    lora_dropout: float = _setting(0.05, "Dropout on the input of the LoRA weights.")
     lora_bias: str = _setting(
         "none", "lora_only: train the biases of the layers with LoRA too.", ("none", "lora_only")
     )
-    lora_target: str | None = _setting(
-        None, "Regular expression over module names; by default every linear layer of the language model but its head."
+    lora_target: str | list[str] | None = _setting(
+        None,
+        "Names of the language model's layers ([q_proj, v_proj]), or a regular expression over full module names; by default, "
+        "and for all-linear, every linear layer of the language model but its head.",
     )
     use_dora: bool = _setting(False, "DoRA: learn the magnitude of each weight apart from its direction.")
     use_rslora: bool = _setting(False, "rsLoRA: scale by lora_alpha / √lora_r, which suits high ranks.")
@@ -121,6 +126,7 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     data_split: str = _setting("train", "Split of a dataset that has several.")
     image_folder: str | None = _setting(None, "Folder to which image paths in the data are relative.")
+    follow_symlinks: bool = _setting(False, "Allow links inside image_folder to lead out of it.")
     eval_data: str | list[str] | dict[str, str] | None = _setting(
         None, "Evaluation data, in the same forms; its loss is reported."
     )
@@ -166,8 +172,10 @@ class LlavaTrainingArguments(TrainingArguments):
         "group_by_modality_length.",
     )
 
-    lean: bool = _setting(
-        True, "Let the language model's layers keep fewer activations for the backward pass; the same gradients."
+    kernels: bool = _setting(
+        True,
+        "Memory-efficient layers in the language model, and oneDNN's linear layers on the CPU; the same gradients. false: "
+        "transformers' own layers.",
     )
 
     # --- The run ---
@@ -178,7 +186,7 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     resume: str = _setting(
         "auto",
-        "auto: go on from the newest complete checkpoint in output_dir, if there is one. never: start anew. "
+        "auto: resume from the newest complete checkpoint in output_dir, if there is one. never: start from scratch. "
         "Or the path of a checkpoint.",
     )
     early_stopping_patience: int | None = _setting(
@@ -235,6 +243,8 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         super().__post_init__()
+        self._check_schedule()
+        self._check_optimizer()
         if (visible := super().n_gpu) > 1:
             logger.warning(
                 "%d GPUs are visible and one process was started: it trains on %s alone. For all of them, start it with: "
@@ -270,7 +280,7 @@ class LlavaTrainingArguments(TrainingArguments):
             raise ValueError(f"lora_r={self.lora_r} and lora_alpha={self.lora_alpha} must both be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not in [0, 1).")
-        if self.lora_target is not None:
+        if isinstance(self.lora_target, str):
             try:
                 re.compile(self.lora_target)
             except re.error as error:
@@ -341,35 +351,86 @@ class LlavaTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is below 0.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps.")
+        has_eval_data = self.eval_data is not None or self.eval_size is not None
         evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
-        if evaluates and self.data is not None and self.eval_data is None and self.eval_size is None:
+        if evaluates and self.data is not None and not has_eval_data:
             raise ValueError(
                 f"eval_strategy={self.eval_strategy}, but there is no evaluation data. Set eval_size or eval_data."
             )
+        for name in ("sample_answers", "benchmarks"):
+            if getattr(self, name) and not has_eval_data:
+                raise ValueError(f"{name} are run at each evaluation: set eval_size, or eval_data.")
         if self.sample_answers < 0:
             raise ValueError(f"sample_answers={self.sample_answers}: give a number of samples, or 0 for no page.")
-        evaluates = self.eval_data is not None or self.eval_size is not None
-        if self.sample_answers and not evaluates:
-            raise ValueError("sample_answers are of the evaluation data: set eval_size, or eval_data.")
-        if self.benchmarks and not evaluates:
-            raise ValueError("benchmarks are run at each evaluation: set eval_size, or eval_data.")
+        chooses_best = {
+            "early_stopping_patience": self.early_stopping_patience is not None,
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "save_strategy=best": SaveStrategy(self.save_strategy) == SaveStrategy.BEST,
+        }
+        for name, is_set in chooses_best.items():
+            if is_set and not evaluates:
+                raise ValueError(
+                    f"{name} requires evaluations during training. Set eval_strategy=steps and eval_steps, and eval_size or "
+                    "eval_data."
+                )
         if isinstance(self.benchmarks, str):
             self.benchmarks = [self.benchmarks]
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=true would remove the conversations themselves. Leave it out.")
-        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+        if self.global_batch_size is not None and self.auto_find_batch_size:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} and gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps} are both given. Keep one."
+                f"auto_find_batch_size=true changes per_device_train_batch_size during the run, and global_batch_size="
+                f"{self.global_batch_size} requires a fixed one. Keep one."
             )
         if self.early_stopping_patience is not None:
-            if not evaluates:
-                raise ValueError("early_stopping_patience needs evaluations: set eval_strategy=steps and eval_steps.")
             if self.early_stopping_patience < 1:
                 raise ValueError(f"early_stopping_patience={self.early_stopping_patience}: at least 1 is needed.")
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             # without its count of evaluations a resumed run would stop later than one that was not interrupted
             self.restore_callback_states_from_checkpoint = True
+
+    def _check_schedule(self):
+        """Build the schedule on one parameter: some require `lr_scheduler_kwargs`, and transformers says so after the model."""
+        import torch
+
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 1_000_000, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            taken = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[self.lr_scheduler_type]).parameters
+            given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type.value} with lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error} "
+                f"Settings that lr_scheduler_kwargs can hold: {', '.join(name for name in taken if name not in given)}."
+            ) from None
+
+    def _check_optimizer(self):
+        optim = OptimizerNames(self.optim).value
+        if optim.startswith(("galore", "apollo", "lomo", "adalomo")):
+            for name, rate in self.learning_rates().items():
+                if rate != self.learning_rate and (name != "vision_tower" or self.train_vision_tower):
+                    setting = f"{name.removeprefix('multi_modal_')}_learning_rate"
+                    raise ValueError(
+                        f"optim={optim} groups parameters by itself and ignores {setting}={rate:g}. Choose another optimizer, "
+                        f"such as adamw_torch, or set {setting}={self.learning_rate:g}, the learning_rate."
+                    )
+        reentrant = self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and self.world_size > 1 and self.ddp_find_unused_parameters and not self.is_sharded:
+            raise ValueError(
+                f"use_reentrant=true in activation_checkpointing_kwargs does not work on {self.world_size} processes with "
+                "ddp_find_unused_parameters=true, which batches of text alone require. Set use_reentrant=false."
+            )
+
+    def learning_rates(self) -> dict[str, float]:
+        """Highest learning rate of each component."""
+        projector, tower = self.projector_learning_rate, self.vision_tower_learning_rate
+        if projector is None:
+            projector = self.learning_rate if self.adapter == "none" else ADAPTER_PROJECTOR_LEARNING_RATE
+        return {
+            "language_model": self.learning_rate,
+            "multi_modal_projector": projector,
+            "vision_tower": self.learning_rate if tower is None else tower,
+        }
 
     def _keep_own_loss(self):
         """Turn off the kernel of Liger that is a forward of its own, with another loss and other outputs."""
@@ -391,6 +452,13 @@ class LlavaTrainingArguments(TrainingArguments):
             raise ValueError(f"precision={self.precision} contradicts {switched}=true. Leave {switched} out.")
         if self.precision == "auto":
             self.precision = switched or ("fp32" if self.use_cpu else best_precision())
+        if self.precision == "fp16" and self.use_cpu:
+            raise ValueError("precision=fp16 needs a GPU. On the CPU set precision=fp32, or bf16 (auto takes fp32).")
+        if self.trained_dtype == "bfloat16" and self.precision != "bf16":
+            raise ValueError(
+                f"trained_dtype=bfloat16 requires precision=bf16; it is {self.precision}. Set trained_dtype=float32, or "
+                "precision=bf16."
+            )
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
 
     def _resolve_global_batch_size(self):
@@ -401,10 +469,22 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"(per_device_train_batch_size={self.per_device_train_batch_size} × "
                 f"{per_step // self.per_device_train_batch_size} device(s)). Change per_device_train_batch_size."
             )
-        self.gradient_accumulation_steps = self.global_batch_size // per_step
+        steps = self.global_batch_size // per_step
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} and gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} are both given. Keep one."
+            )
+        self.gradient_accumulation_steps = steps
+
+    def __copy__(self):
+        """With its tokens, which a pickle leaves out."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
 
     def __getstate__(self):
-        # `training_args.bin` lies beside the weights and is uploaded with them: it must not hold a token.
+        # `training_args.bin` lies next to the weights and is uploaded with them: it must not hold a token.
         def without_tokens(settings):
             return {name: None if name.endswith("_token") else value for name, value in settings.items()}
 

@@ -46,6 +46,8 @@ class PreviewCallback(TrainerCallback):
 
         console = self.console or Console()
         console.print(component_table(summarise_components(self.trainer.model, args)))
+        if self.trainer.kernel_report is not None:
+            console.print(str(self.trainer.kernel_report))
         dataset, processor = self.trainer.train_dataset, self.trainer.processing_class
         if args.preview_samples < 1 or processor is None or isinstance(dataset, IterableDataset):
             return  # a stream would have to be begun, and what is read of it is not read again
@@ -152,7 +154,7 @@ class SpeedCallback(TrainerCallback):
         self.micro_batch_positions = micro_batch_positions
         self._step_began = self._run_began = None
         self._first_step = 0
-        self.num_batches = self.total_supervised = 0  # of this process since training began; a tensor of positions
+        self.num_batches = 0  # of this process since training began
         self._clear()
 
     def _clear(self) -> None:
@@ -162,7 +164,7 @@ class SpeedCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._run_began, self._first_step = time.perf_counter(), state.global_step
-        self.num_batches = self.total_supervised = 0
+        self.num_batches = 0
         self._clear()
 
     def begin_step(self) -> None:
@@ -177,9 +179,7 @@ class SpeedCallback(TrainerCallback):
         boundaries, mask = batch.get("cu_seq_lens_q"), batch.get("attention_mask")
         self._samples += ids.shape[0] if boundaries is None else boundaries.numel() - 1
         self.num_batches += 1
-        supervised = (labels[..., 1:] != IGNORE_INDEX).sum()
-        self._supervised = self._supervised + supervised
-        self.total_supervised = self.total_supervised + supervised
+        self._supervised = self._supervised + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._filled = self._filled + (ids.numel() if mask is None else mask.sum())
         self._positions += self.micro_batch_positions or ids.numel()
 

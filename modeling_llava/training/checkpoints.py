@@ -26,7 +26,7 @@ from ..io.checkpoints import (
 )
 from ..text.stops import add_generation_stop, note_generation_stop
 from . import distributed as sharding
-from .adapters import finish_adapter_folder
+from .adapters import finish_adapter_folder, load_unfinished
 from .arguments import LlavaTrainingArguments
 from .callbacks import SpeedCallback
 from .resume import disk_errors_explained, find_resumable_checkpoint, write_run_record
@@ -44,6 +44,9 @@ class CheckpointingTrainer(Trainer):
     args: LlavaTrainingArguments
     data_record: dict[str, Any] | None
     base_generation_config: GenerationConfig
+    initial_lora: dict[str, torch.Tensor]
+    _num_supervised: int | torch.Tensor = 0
+    """Supervised tokens trained on so far, by all processes together."""
     _speed: SpeedCallback
     _use_cache: Any
     """`use_cache` of the model's configuration as it was given, or `ABSENT`: `Trainer` writes its own into it."""
@@ -75,17 +78,18 @@ class CheckpointingTrainer(Trainer):
 
     def _check_weights(self) -> None:
         """
-        Raise ValueError where nothing was learnt so far, or weights are not finite: a checkpoint of them would be gone on
-        from, and take the place of one that is worth it.
+        Raise ValueError where nothing was learnt so far, or weights are not finite: such a checkpoint would be resumed from, and
+        replace a good one.
         """
         if not self._speed.num_batches:
             return
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
-        counts = torch.tensor([int(self._speed.total_supervised), len(broken)], device=self.args.device)
-        supervised, num_broken = self.accelerator.reduce(counts, reduction="sum").tolist()
+        num_broken = torch.tensor(len(broken), device=self.args.device)
+        if self.args.is_sharded:  # every process saves then; otherwise one may save alone, and has all weights
+            num_broken = self.accelerator.reduce(num_broken, reduction="sum")
         if num_broken:
             raise self._diverged(f"weights are not finite{f' ({broken[0]})' if broken else ''}")
-        if not supervised:
+        if not self._num_supervised:
             dropped = getattr(self.data_collator, "dropped", None)
             raise ValueError(
                 f"nothing was learnt in {self.state.global_step} optimizer steps, so nothing is written: no sample could be "
@@ -97,8 +101,8 @@ class CheckpointingTrainer(Trainer):
         kept = f"{last} is the last complete checkpoint" if last else "there is no complete checkpoint yet"
         return ValueError(
             f"at step {self.state.global_step} {what}: the run has diverged, and nothing more is written; {kept}. Give the "
-            f"same command with a lower learning_rate (it is {self.args.learning_rate:g}), which goes on from there, or "
-            "begin anew in another output_dir."
+            f"same command with a lower learning_rate (it is {self.args.learning_rate:g}), which resumes from there, or "
+            "start again in another output_dir."
         )
 
     @property
@@ -154,7 +158,7 @@ class CheckpointingTrainer(Trainer):
             finally:
                 _set_or_remove(config, "use_cache", in_training)
             if self.args.adapter != "none":
-                finish_adapter_folder(folder)
+                finish_adapter_folder(folder, self.initial_lora)
                 if self.processing_class is not None:
                     note_generation_stop(folder, self.base_generation_config, self.processing_class)
 
@@ -187,6 +191,8 @@ class CheckpointingTrainer(Trainer):
         target = self.model if model is None else model
         if sharding.is_sharded_checkpoint(resume_from_checkpoint):
             sharding.load_shards(target, resume_from_checkpoint, self.args)
+        elif self.initial_lora:
+            load_unfinished(target, resume_from_checkpoint, self.initial_lora)
         elif self._loads_by_itself(resume_from_checkpoint):
             self._load_weights(target, resume_from_checkpoint)
         else:
@@ -211,6 +217,8 @@ class CheckpointingTrainer(Trainer):
     def _load_best_model(self) -> None:
         if sharding.is_sharded_checkpoint(self.state.best_model_checkpoint):
             sharding.load_shards(self.model, self.state.best_model_checkpoint, self.args)
+        elif self.initial_lora:
+            load_unfinished(self.model, self.state.best_model_checkpoint, self.initial_lora)
         elif self._loads_by_itself(self.state.best_model_checkpoint):
             logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
             self._load_weights(self.model, self.state.best_model_checkpoint)

@@ -285,14 +285,15 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     text, vision, images = sizes.text, sizes.vision, settings.micro_batch_images
     h, m, layers, head = text.hidden_size, text.intermediate_size, text.num_hidden_layers, sizes.head
     frozen = t if full else c
-    of_tower = t if settings.train_vision_tower else c
+    original = c if trains_lora else 0  # PEFT keeps it next to the copy that is trained
+    of_tower = t + original if settings.train_vision_tower else c
     matrices = NF4_BYTES if settings.adapter == "qlora" else frozen
     if settings.adapter == "qlora" and not settings.double_quant:
         matrices = 0.5 + 4 / 64
     of_matrices = "4-bit" if settings.adapter == "qlora" else _dtype(frozen)
     result.weights = {
-        f"vision tower, {_dtype(of_tower)}": sizes.tower * of_tower,
-        f"projector, {_dtype(t)}": sizes.projector * t,
+        f"vision tower, {_dtype(t if settings.train_vision_tower else c)}": sizes.tower * of_tower,
+        f"projector, {_dtype(t)}": sizes.projector * (t + original),
         f"language model, layers, {of_matrices}": sizes.layer_matrices * matrices + sizes.layer_rest * frozen,
         f"language model, embeddings, head, {_dtype(frozen)}": sizes.embeddings * frozen,
     }

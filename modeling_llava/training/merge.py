@@ -19,6 +19,7 @@ from ..io.checkpoints import (
     is_quantised,
     load_processor,
     load_projector,
+    resize_to_adapter,
 )
 from ..io.load_errors import explained
 from ..text.stops import add_generation_stop
@@ -43,12 +44,12 @@ def merge_adapter(
     Fold an adapter into its base and write a full stock checkpoint with its processor, and with the record of its run,
     from which `llava publish` writes the model card.
 
-    The base is read again in 16 bit (or `dtype`), also where the adapter was trained beside 4-bit weights: merging
-    into 4-bit weights would round what was learned away. The products are added in float32.
+    The base is read again in 16 bit (or `dtype`), also where the adapter was trained on a 4-bit base: merging into 4-bit
+    weights would round what was learned away. The products are added in float32.
 
-    A QLoRA adapter has learned beside the base as 4 bits hold it, and makes up for their rounding. `as_trained` rounds
-    the base in the same way before the adapter is added, so that the result computes what was trained; without it the
-    adapter meets weights that it has not seen, which a model of 135M notices (`examples/results/real_pictures`).
+    A QLoRA adapter makes up for the rounding of its 4-bit base. `as_trained` rounds the base in the same way before the adapter is
+    added, so that the result computes what was trained; without it the adapter is added to weights that it has not seen, which
+    a model of 135M notices (`examples/results/real_pictures`).
 
     Args:
         adapter (`str`):
@@ -67,7 +68,7 @@ def merge_adapter(
     Raises:
         ImportError: `as_trained` without bitsandbytes.
         ValueError: `adapter` is a full model already; the base holds 4-bit weights; `output` is not empty; `as_trained`
-            for an adapter that was not trained beside 4-bit weights.
+            for an adapter that was not trained on a 4-bit base.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -84,7 +85,7 @@ def merge_adapter(
     rounding = four_bits_of(adapter, revision) if as_trained else None
     if as_trained and rounding is None:
         raise ValueError(
-            f"{adapter} was not trained beside 4-bit weights (its recipe.yaml does not say adapter: qlora): there is no "
+            f"{adapter} was not trained on a 4-bit base (its recipe.yaml does not say adapter: qlora): there is no "
             "rounding to repeat. Merge it without --as-trained."
         )
     base, base_revision = find_base(adapter, revision, base)
@@ -126,6 +127,7 @@ def merge_adapter(
 def _merge(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
     from peft import PeftModel
 
+    resize_to_adapter(model, adapter, revision)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     peft_model = PeftModel.from_pretrained(model, adapter, revision=revision)
     # PEFT's safe_merge would round the product to 16 bit before it is added; here the sum is rounded, once.

@@ -22,7 +22,7 @@ from ..text.chat_templates import chat_template_of, load_chat_template
 from ..text.stops import end_answers_with_eos, teaches_no_stop
 from .adapters import add_adapter, load_adapter
 from .arguments import LlavaTrainingArguments
-from .stages import set_dtypes, set_trainable
+from .stages import set_dtypes, set_trainable, unused_tower_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,18 @@ def _shuffled(total: int, seed: int) -> list[int]:
 
 def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
     """Freeze, add the adapter if there is none, set dtypes, and keep 4-bit weights trainable on the CPU."""
-    if not is_peft(model):
+    if args.adapter == "none":
+        if is_peft(model):
+            raise ValueError(
+                "The model has an adapter, but adapter=none. Set adapter=lora, or merge it (llava merge)."
+            )
         set_trainable(model, args)
-        set_dtypes(model, args)
-        if args.adapter != "none":
-            model = add_adapter(model, args)
-    elif args.adapter == "none":
-        raise ValueError("The model has an adapter, but adapter=none. Set adapter=lora, or merge it (llava merge).")
+    elif not is_peft(model):
+        model = add_adapter(model, args)
+    if args.train_vision_tower:
+        for parameter in unused_tower_parameters(core_model(model)):
+            parameter.requires_grad_(False)
+    set_dtypes(model, args)
     forbid_inference_packing(model)
     return model
 

@@ -5,7 +5,7 @@ What each stage trains, in which dtype and with which learning rate (LLaVA §4.2
 |---|---|---|---|
 | pretrain | frozen | trained | frozen |
 | finetune | frozen | trained | trained |
-| finetune, LoRA or QLoRA | frozen | trained | low-rank matrices |
+| finetune, LoRA or QLoRA | frozen | trained | LoRA weights |
 | with `train_vision_tower` | trained | | |
 """
 
@@ -16,19 +16,14 @@ import torch
 from torch import nn
 
 from ..io.checkpoints import COMPONENTS, component_of
-from .arguments import ADAPTER_PROJECTOR_LEARNING_RATE, LlavaTrainingArguments
+from .arguments import LlavaTrainingArguments
 
 
 logger = logging.getLogger(__name__)
 
 
 def set_trainable(model: nn.Module, args: LlavaTrainingArguments) -> None:
-    """
-    Freeze and unfreeze the parameters of a model without adapters, as `args.stage` says.
-
-    Layers of the vision tower behind the feature layer do not reach the loss: they stay frozen, so that
-    data-parallel training does not wait for their gradients.
-    """
+    """Freeze and unfreeze the parameters of a model without adapters, as `args.stage` says."""
     trained = {"multi_modal_projector"}
     if args.train_vision_tower:
         trained.add("vision_tower")
@@ -37,19 +32,19 @@ def set_trainable(model: nn.Module, args: LlavaTrainingArguments) -> None:
     for name, parameter in model.named_parameters():
         # 4-bit weights are integers and cannot be trained
         parameter.requires_grad_(component_of(name) in trained and parameter.is_floating_point())
-    if args.train_vision_tower:
-        for parameter in unused_tower_parameters(model):
-            parameter.requires_grad_(False)
 
 
 def unused_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
-    Parameters of the vision tower behind its last used feature layer (LLaVA uses the last but one, −2).
+    Parameters of the vision tower after its last used feature layer (LLaVA uses the last but one, −2). They do not reach the
+    loss, and are frozen so that data-parallel training does not wait for their gradients.
 
     Hidden state 0 is the embedding, hidden state i the output of layer i − 1; what follows the layers (norm, pooling
     head) is used by none of them.
     """
     tower = model.model.vision_tower
+    for copy in getattr(tower, "modules_to_save", {}).values():  # of PEFT; the original is frozen
+        tower = copy
     layers = _encoder_layers(tower)
     if layers is None:
         return []
@@ -109,7 +104,7 @@ def optimizer_groups(model: nn.Module, args: LlavaTrainingArguments, decay_names
         `list[dict]`: `params`, `lr`, `weight_decay` and `component` of each group that is not empty.
     """
     decay_names = set(decay_names)
-    rates = learning_rates(args)
+    rates = args.learning_rates()
     groups = []
     for component in COMPONENTS:
         for decay in (True, False):
@@ -131,19 +126,6 @@ def optimizer_groups(model: nn.Module, args: LlavaTrainingArguments, decay_names
     return groups
 
 
-def learning_rates(args: LlavaTrainingArguments) -> dict[str, float]:
-    """Highest learning rate of each component."""
-    projector = args.projector_learning_rate
-    if projector is None:
-        projector = args.learning_rate if args.adapter == "none" else ADAPTER_PROJECTOR_LEARNING_RATE
-    tower = args.vision_tower_learning_rate
-    return {
-        "language_model": args.learning_rate,
-        "multi_modal_projector": projector,
-        "vision_tower": args.learning_rate if tower is None else tower,
-    }
-
-
 @dataclass
 class ComponentSummary:
     """One row of the table that is shown before training."""
@@ -160,7 +142,7 @@ class ComponentSummary:
 
 def summarise_components(model: nn.Module, args: LlavaTrainingArguments) -> list[ComponentSummary]:
     """Trainable parameters per component; whole modules that PEFT replaced by a trained copy are not counted twice."""
-    rates = learning_rates(args)
+    rates = args.learning_rates()
     rows = []
     for component in COMPONENTS:
         named = [
@@ -204,7 +186,6 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 __all__ = [
     "ComponentSummary",
     "cast_weights",
-    "learning_rates",
     "optimizer_groups",
     "set_dtypes",
     "set_trainable",

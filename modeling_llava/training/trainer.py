@@ -4,26 +4,27 @@ import copy
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_callback import TrainerCallback
 
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
-from ..kernels.cpu_linear import use_onednn
-from ..kernels.efficient_layers import make_efficient
+from ..kernels import KernelReport, apply_kernels
 from ..modeling_llava import LlavaForConditionalGeneration
 from . import distributed as sharding
+from .adapters import initial_lora
 from .arguments import LlavaTrainingArguments
 from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
 from .callbacks import NoiseBySample, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
-from .setup import core_model, prepare_model, resolve_packing
+from .setup import core_model, is_peft, prepare_model, resolve_packing
 from .stages import optimizer_groups
 
 
@@ -45,47 +46,48 @@ class LlavaTrainer(CheckpointingTrainer):
     - a checkpoint holds the processor with its chat template; in the stage `pretrain` it holds what is trained, and
       not the frozen gigabytes;
     - resuming and `load_best_model_at_end` read the weights of a full checkpoint (stock looks for them under other
-      names, finds none, and goes on with a warning).
+      names, finds none, and continues with a warning).
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
             The model. Its parameters are frozen, unfrozen and converted to the dtypes of the run.
         args ([`LlavaTrainingArguments`]):
-            The settings.
+            The settings, which stay as they are: what is resolved from them (`packing`) is in `trainer.args`, a copy.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             A LLaVA processor; needed for conversations, saved with each checkpoint.
         data_collator (`Callable`, *optional*):
             By default a [`LlavaDataCollator`] with the settings of `args`, for datasets of conversations.
-        train_dataset, eval_dataset, callbacks, kwargs:
+        train_dataset, eval_dataset, callbacks, model_init, kwargs:
             As in [`~transformers.Trainer`].
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        args: LlavaTrainingArguments,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: LlavaTrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_record: dict[str, Any] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **kwargs,
     ):
         if not isinstance(args, LlavaTrainingArguments):
             raise TypeError(f"LlavaTrainer takes LlavaTrainingArguments, not {type(args).__name__}.")
-        if args.fp16 and args.device.type == "cpu":
-            raise ValueError("precision=fp16 needs a GPU. On the CPU set precision=fp32, or bf16 (auto takes fp32).")
+        if (model is None) == (model_init is None):
+            raise ValueError("LlavaTrainer takes either `model` or `model_init`.")
+        self.args = args = copy.copy(args)
+        if model is None:
+            set_seed(args.seed)
+            self.model_init = model_init
+            model = super().call_model_init()
         # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
         self._use_cache = vars(model.config).get("use_cache", ABSENT)
         # Trainer adds the tokenizer's EOS token to the model's; an adapter is loaded with its base's all the same.
         self.base_generation_config = copy.deepcopy(core_model(model).generation_config)
-        model = prepare_model(model, args)
-        resolve_packing(core_model(model), args, has_own_collator=data_collator is not None)
-        if args.lean and not args.torch_compile:
-            logger.info("Lean layers: %s.", make_efficient(core_model(model).model.language_model))
-            if args.device.type == "cpu":
-                logger.info("Linear layers computed by oneDNN: %d.", use_onednn(model))
+        model = self._prepare_model(model, data_collator is not None)
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
@@ -99,6 +101,7 @@ class LlavaTrainer(CheckpointingTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        self.model_init = model_init
         full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
         if self.is_fsdp_enabled:
             sharding.configure(self.accelerator, self.model, args)
@@ -114,6 +117,21 @@ class LlavaTrainer(CheckpointingTrainer):
             self.label_smoother = None
             if not self._has_own_loss:
                 self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
+
+    kernel_report: KernelReport | None = None
+    """What was exchanged by kernels; `None` with `kernels=False`."""
+
+    def _prepare_model(self, model: nn.Module, has_own_collator: bool = False) -> nn.Module:
+        self.initial_lora = initial_lora(model) if is_peft(model) else {}
+        model = prepare_model(model, self.args)
+        resolve_packing(core_model(model), self.args, has_own_collator)
+        if self.args.kernels and not self.args.torch_compile:
+            self.kernel_report = apply_kernels(model)
+            logger.info("%s.", self.kernel_report)
+        return model
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return self._prepare_model(super().call_model_init(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
         sharding.allow_on_cpu(self.args)
@@ -193,14 +211,15 @@ class LlavaTrainer(CheckpointingTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self._speed.count(batch)
+        self._num_supervised = self._num_supervised + (1 if num_items is None else num_items)
         return batches, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        As in `Trainer`; beside the training loss stands how fast it goes (see [`SpeedCallback`]).
+        As in `Trainer`; next to the training loss stands the speed (see [`SpeedCallback`]).
 
         Raises:
-            ValueError: the loss is not finite. (With fp16 that may pass: such a step is left out, and the scale lowered.)
+            ValueError: the loss is not finite. (With fp16 that may pass: such a step is skipped, and the scale lowered.)
         """
         if not math.isfinite(logs.get("loss", 0.0)) and self.args.precision != "fp16":
             raise self._diverged(f"the loss is {logs['loss']}")
@@ -220,7 +239,7 @@ class LlavaTrainer(CheckpointingTrainer):
         if prediction_loss_only and self._has_own_loss:
             inputs = {**inputs, "skip_logits": True}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if loss is not None and inputs.get("labels") is not None:
+        if self._evaluated is not None and loss is not None and inputs.get("labels") is not None:
             count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
             # A stock model's loss of a batch with nothing supervised is not a number
             self._evaluated = (
@@ -228,14 +247,18 @@ class LlavaTrainer(CheckpointingTrainer):
             )
         return loss, logits, labels
 
+    _evaluated: torch.Tensor | None = None
+    """During an evaluation: sum of the losses, and number of supervised tokens."""
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """
-        As in `Trainer`, but the loss is the mean over all supervised positions, whatever the batch size, the packing and
+        As in `Trainer`, but the loss is the mean over all supervised tokens, whatever the batch size, the packing and
         the number of processes. `Trainer` averages the means of batches, a last and smaller one as if it were whole.
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        self._evaluated = None
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
@@ -250,6 +273,7 @@ def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, mo
         max_length=args.max_length,
         overflow=args.overflow,
         image_folder=args.image_folder,
+        follow_symlinks=args.follow_symlinks,
         on_bad_sample=args.on_bad_sample,
         first_turn_order=args.first_turn_order,
         seed=data_seed(args),
