@@ -18,6 +18,7 @@ from .text.chat_templates import (
     insert_image_token,
     load_chat_template,
     warn_of_joined_texts,
+    with_image_token,
 )
 from .text.control_tokens import ControlTokens, Marks
 from .text.messages import plain_messages
@@ -86,6 +87,9 @@ class LlavaProcessor(ProcessorMixin):
                 "modeling_llava.text.tokenization.add_image_token(tokenizer), and resize the model's embeddings."
             )
         self.image_token_id = ids[0]
+        own = chat_template or tokenizer.chat_template
+        if (completed := with_image_token(own, self.image_token)) != own:
+            chat_template = completed
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod

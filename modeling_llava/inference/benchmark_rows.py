@@ -7,6 +7,7 @@ from itertools import islice
 from PIL import Image
 
 from ..data.images import image_key, load_image
+from ..text.messages import plain_messages
 from .decoding import Decoder, Row
 from .prefix_cache import Prefix, common_length
 from .prompts import encode_prompt
@@ -39,7 +40,7 @@ def rows_of_samples(
     while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
         groups: dict[tuple, list[tuple[dict, list[int]]]] = {}
         for sample in window:
-            _check_sample(sample)
+            sample = _checked_sample(sample)
             messages = sample["messages"]
             ids = encode_prompt(
                 messages if messages[0]["role"] == "system" else [*own, *messages], processor, **template_variables
@@ -88,10 +89,11 @@ def _group_prefix(prompts: list[list[int]], features, decoder: Decoder, image_to
     return Prefix(first[:length], features=features)
 
 
-def _check_sample(sample: dict) -> None:
+def _checked_sample(sample: dict) -> dict:
     missing = [key for key in ("id", "messages", "images") if key not in sample]
     if missing:
         raise ValueError(f"A sample has no {', '.join(missing)}; its keys are {', '.join(map(str, sample))}.")
+    sample = {**sample, "messages": plain_messages(sample["messages"])}
     if not sample["messages"]:
         raise ValueError(f"sample {sample['id']!r} has no message; nothing is asked.")
     for message in sample["messages"]:
@@ -109,6 +111,7 @@ def _check_sample(sample: dict) -> None:
         raise ValueError(
             f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."
         )
+    return sample
 
 
 __all__ = ["encode_pictures", "rows_of_samples"]

@@ -5,7 +5,9 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
+import jinja2
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -98,6 +100,22 @@ def insert_image_token(
     return changed
 
 
+def with_image_token(chat_template: Any, image_token: str) -> Any:
+    """A template that writes the image token: the one given, or, if it is a language model's own, with the token put in."""
+    if not isinstance(chat_template, str):
+        return chat_template
+    probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}]
+    try:
+        if image_token in render_jinja_template([probe], chat_template=chat_template)[0][0]:
+            return chat_template
+    except (jinja2.TemplateError, TypeError):  # it takes no lists
+        pass
+    try:
+        return insert_image_token(chat_template, image_token=image_token)
+    except (jinja2.TemplateError, TypeError, ValueError):  # it is told when the template is used
+        return chat_template
+
+
 def warn_of_joined_texts(messages: list[dict], chat_template: str, keep_image_order: bool = False) -> None:
     """
     Our templates put a turn's images first and join its texts as they are, as the original does: say so of texts between
@@ -187,4 +205,5 @@ __all__ = [
     "read_template",
     "render_with_spans",
     "warn_of_joined_texts",
+    "with_image_token",
 ]
