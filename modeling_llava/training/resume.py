@@ -22,10 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.atomic import sha256_of, write_atomic
+from ..io.load_errors import safetensors_header
 from ..io.locks import lock
 from ..versions import recorded_versions
 from .arguments import LlavaTrainingArguments
-from .distributed import is_sharded_checkpoint
 from .recipes import write_recipe
 
 
@@ -38,25 +38,28 @@ logger = logging.getLogger(__name__)
 RECIPE_NAME = "recipe.yaml"
 RUN_RECORD_NAME = "run.json"
 
-
 WAIT_FOR_WORKERS = 15.0
-"""Seconds that a new run waits for the old one's folder: workers of a killed process notice it after five."""
+"""Seconds that a new run waits for the lock: the data loader's workers outlive a killed process by five."""
+
+
+TRAINED_PARTS = ("stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_vision_tower")
+"""Settings that decide which weights are trained; a checkpoint with other values holds no state for them."""
 
 
 @contextlib.contextmanager
-def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
+def output_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     """
-    Make an output folder, see that it can be written, and keep it for this process until it ends, however it ends.
+    Create an output folder, check that it can be written, and lock it for this process.
 
-    Two runs in one folder would go on from, and delete, each other's checkpoints.
+    Two runs in one folder would resume from, and delete, each other's checkpoints.
 
     Raises:
-        OSError: another run is at work there, or the folder cannot be written.
+        OSError: another run uses the folder, or it cannot be written.
     """
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # a folder that is not ours to write should not cost hours
+    with tempfile.TemporaryFile(dir=folder):  # fails now, not at the first checkpoint
         pass
     descriptor = _lock(folder)
     try:
@@ -65,12 +68,12 @@ def only_run_in(folder: str | os.PathLike) -> Iterator[None]:
         if descriptor is not None:
             os.close(descriptor)
         if is_new:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def _lock(folder: Path) -> int | None:
-    """An open folder that is locked; `None` on Windows, which does not open folders."""
+    """The descriptor of a locked folder; `None` on Windows, which does not open folders."""
     if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -79,7 +82,7 @@ def _lock(folder: Path) -> int | None:
         if time.monotonic() > until:
             os.close(descriptor)
             raise OSError(
-                f"{folder}: another run is at work there, and both would go on from, and delete, each other's checkpoints. "
+                f"{folder}: another run uses this folder, and both would resume from, and delete, each other's checkpoints. "
                 "Wait for it, stop it, or choose another output_dir."
             )
         time.sleep(0.2)
@@ -89,16 +92,16 @@ def _lock(folder: Path) -> int | None:
 @contextlib.contextmanager
 def disk_errors_explained(folder: str | os.PathLike, only_full: bool = False) -> Iterator[None]:
     """
-    Around the writing of a checkpoint: say what could not be written, and from where the run can go on.
+    Around the writing of a checkpoint: explain what could not be written, and from which checkpoint the run can resume.
 
     Args:
         folder (`str` or `os.PathLike`):
             The checkpoint, or the run's output folder.
         only_full (`bool`, *optional*, defaults to `False`):
-            Explain a full disk and leave every other error as it is: around work that reads files too.
+            Explain a full disk alone: around code that also reads files.
 
     Raises:
-        OSError: in place of what safetensors, tokenizers, torch and the system raise when a disk is full.
+        OSError: in place of what safetensors, tokenizers, torch and the system raise.
     """
     try:
         yield
@@ -107,7 +110,7 @@ def disk_errors_explained(folder: str | os.PathLike, only_full: bool = False) ->
     except Exception as error:
         cause = " ".join(str(error).split())
         is_full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in cause for number in _FULL)
-        if not is_full and (only_full or not _is_of_a_disk(error, cause)):
+        if not is_full and (only_full or not _is_disk_error(error, cause)):
             raise
         folder = Path(folder)
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
@@ -117,8 +120,8 @@ def disk_errors_explained(folder: str | os.PathLike, only_full: bool = False) ->
             f"The last complete checkpoint is {complete.name}" if complete else "There is no complete checkpoint yet"
         )
         raise _ExplainedError(
-            f"{folder} could not be written: {cause}. {shutil.disk_usage(place).free / 2**30:.1f} GiB are free there. "
-            f"{kept}; make room (or set save_total_limit, save_steps) and give the same command again."
+            f"{folder} could not be written: {cause}. {shutil.disk_usage(place).free / 2**30:.1f} GiB are free. "
+            f"{kept}. Free some space (or set save_total_limit, save_steps) and run the same command again."
         ) from error
 
 
@@ -126,18 +129,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _ExplainedError(OSError):
-    """Says all there is to say; whoever is further out leaves it as it is."""
+    """Complete: an outer `disk_errors_explained` lets it pass."""
 
 
-def _is_of_a_disk(error: Exception, cause: str) -> bool:
+def _is_disk_error(error: Exception, cause: str) -> bool:
     if isinstance(error, OSError | SafetensorError):
         return True
-    # torch's writer raises a bare RuntimeError, what it says depends on the moment; tokenizers' a bare Exception
+    # torch's writer raises a bare RuntimeError with changing texts, tokenizers a bare Exception
     return any(sign in cause for sign in ("PytorchStreamWriter", "inline_container", "iostream", "(os error "))
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
-    """All `checkpoint-N` folders of a run, whether complete or not, the newest first."""
+    """All `checkpoint-N` folders of a run, complete or not, the newest first."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
@@ -153,13 +156,13 @@ def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """
     The newest complete checkpoint of a run, `None` if there is none.
 
-    The newest folder by name need not be one: a run that was killed while saving leaves a part of a checkpoint.
+    The newest folder may be incomplete: of a run that was killed while saving.
     """
     for folder in checkpoint_folders(output_dir):
         reason = why_incomplete(folder)
         if reason is None:
             return folder
-        logger.warning(f"{folder} is not complete ({reason}): an earlier checkpoint is looked for.")
+        logger.warning(f"{folder} is not complete ({reason}): trying an earlier checkpoint.")
     return None
 
 
@@ -167,8 +170,8 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     """
     Why a run cannot be resumed from a checkpoint; `None` if it can.
 
-    `trainer_state.json` is written last: if it parses, everything was written. Weights and optimizer are looked at as
-    well (not read), since a copy between machines can break off too.
+    `trainer_state.json` is written last: if it parses, everything was written. Weights and optimizer state are checked too
+    (without reading them), for copies that were cut off.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -180,13 +183,15 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     except (ValueError, OSError) as error:
         return f"{TRAINER_STATE_NAME} does not parse: {error}"
     for file in checkpoint.glob("*.safetensors"):
-        if not _is_whole_safetensors(file):
+        try:
+            safetensors_header(file)
+        except ValueError:
             return f"{file.name} is cut off"
     for index in checkpoint.glob("*.safetensors.index.json"):
         for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()):
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-    # of a plain run, of FSDP (a file or a folder), of DeepSpeed
+    # plain, FSDP (a file or a folder), DeepSpeed
     for what, names in (
         ("weights", ("*.safetensors", "pytorch_model_fsdp*", "global_step*")),
         ("optimizer state (save_only_model)", ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")),
@@ -202,34 +207,29 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
-def _is_whole_safetensors(file: Path) -> bool:
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
-        header_size = int.from_bytes(handle.read(8), "little")
-        if size < 8 + header_size:
-            return False
-        try:
-            header = json.loads(handle.read(header_size))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + header_size + max(ends, default=0)
-
-
 def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
+    """
+    The checkpoint that `resume` asks for; `None` for a new run.
+
+    Raises:
+        FileNotFoundError: `resume` is a path that does not exist.
+        ValueError: that checkpoint is not complete; or `resume="never"`, and `output_dir` holds checkpoints.
+    """
     if args.resume == "auto":
         return find_resumable_checkpoint(args.output_dir)
     if args.resume == "never":
         left = checkpoint_folders(args.output_dir)
         if left:
             raise ValueError(
-                f"resume=never, but {args.output_dir} holds {left[0].name} of an earlier run, which a later resume "
-                "would take for this run's. Choose another output_dir, or delete it."
+                f"resume=never, but {args.output_dir} holds {left[0].name} of an earlier run, from which this run "
+                "would resume later. Choose another output_dir, or delete it."
             )
         return None
     checkpoint = Path(args.resume)
     if not checkpoint.is_dir():
-        raise FileNotFoundError(f"resume={args.resume}: there is no such checkpoint (or say auto or never).")
+        raise FileNotFoundError(
+            f"resume={args.resume}: there is no such checkpoint. Set auto, never, or the path of one."
+        )
     reason = why_incomplete(checkpoint)
     if reason is not None:
         raise ValueError(f"resume={args.resume}: the checkpoint is not complete ({reason}). Choose an earlier one.")
@@ -238,9 +238,9 @@ def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
 
 def is_finished(trainer: "LlavaTrainer", checkpoint: Path) -> bool:
     """
-    Whether a checkpoint is a run's last: all steps done, or stopped early.
+    Whether a checkpoint is the last of a run: all steps done, or stopped early.
 
-    `Trainer` itself looks only after a step, so that a finished run that is started again would train one step more.
+    `Trainer` checks only after a step: a finished run that is started again would train one step more.
     """
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
     max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
@@ -250,55 +250,17 @@ def is_finished(trainer: "LlavaTrainer", checkpoint: Path) -> bool:
     return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
 
 
-def check_sharding(trainer: "LlavaTrainer", checkpoint: Path) -> None:
-    """Raise ValueError unless a checkpoint is of this run's kind; the number of processes does not matter."""
-    is_sharded = is_sharded_checkpoint(checkpoint)
-    if trainer.is_deepspeed_enabled or is_sharded == trainer.saves_shards:
-        return
-    was, now = ("in shards, by FSDP2", "is not sharded") if is_sharded else ("in one piece", "is sharded by FSDP2")
-    raise ValueError(
-        f"{checkpoint} was written {was}, and this run {now}: its optimizer's state cannot be read. Launch it as it was "
-        "launched before (the number of processes may be another; FSDP2 takes one too), or choose another output_dir."
-    )
-
-
-TRAINED_PARTS = ("stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_vision_tower")
-"""Settings that decide which weights there are to train: a checkpoint written with others holds no state for them."""
-
-
-def check_trained_parts(args: LlavaTrainingArguments, checkpoint: Path) -> None:
-    """Raise ValueError where the weights of a checkpoint cannot be those of this run, before a model is loaded."""
-    before, now = _recipe_of(checkpoint), args.to_recipe()
-    changed = [
-        f"{name} {before[name]!r} → {now.get(name)!r}"
-        for name in TRAINED_PARTS
-        if name in before and before[name] != now.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} cannot be gone on from: this run trains other weights ({'; '.join(changed)}). Give the settings "
-            "back, or choose another output_dir."
-        )
-
-
-def _recipe_of(checkpoint: Path) -> dict:
-    # not `read_recipe`: a setting that another version of this package had is no reason not to go on
+def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str, str]:
+    """Settings that differ from those of a checkpoint, as "before → now"; empty if it has no recipe."""
     file = checkpoint / RECIPE_NAME
-    return (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
-
-
-def report_changes(args: LlavaTrainingArguments, checkpoint: Path) -> None:
-    """Say which settings differ from those with which the checkpoint was written."""
-    before, now = _recipe_of(checkpoint), args.to_recipe()
-    if args.process_index != 0 or not before:
-        return
-    changed = [
-        f"{name} {before.get(name)!r} → {now.get(name)!r}"
+    # not `read_recipe`, which refuses a setting of another version of this package
+    before = (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
+    now = args.to_recipe() if before else {}
+    return {
+        name: f"{before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name not in ("resume", "output_dir")
-    ]
-    if changed:
-        logger.warning("Going on from %s with other settings: %s.", checkpoint, "; ".join(changed))
+    }
 
 
 def write_run_record(
@@ -309,7 +271,7 @@ def write_run_record(
 
     Args:
         folder (`str` or `os.PathLike`):
-            Where the weights lie.
+            The folder of the weights.
         args ([`LlavaTrainingArguments`]):
             The settings of the run.
         data_record (`dict`, *optional*):
@@ -329,9 +291,9 @@ def write_run_record(
 
 def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
     """
-    What the data was: each source with the SHA-256 of its file, and the number of samples.
+    The data of a run: each source with the SHA-256 of its file, and the number of samples.
 
-    A folder is hashed by the names and sizes of its files. Data on the Hub has no hash here.
+    A folder is hashed by the names and sizes of its files. Data on the Hub has no hash.
     """
     if isinstance(sources, str):
         sources = [sources]
@@ -360,16 +322,14 @@ __all__ = [
     "RECIPE_NAME",
     "RUN_RECORD_NAME",
     "TRAINED_PARTS",
-    "check_sharding",
-    "check_trained_parts",
+    "changed_settings",
     "checkpoint_folders",
     "checkpoint_to_resume",
     "disk_errors_explained",
     "find_resumable_checkpoint",
     "is_finished",
-    "only_run_in",
+    "output_dir_lock",
     "record_data",
-    "report_changes",
     "why_incomplete",
     "write_run_record",
 ]

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
+from ..data.schema import summarize_drops
 from ..io.atomic import write_atomic
 from ..text.stops import missing_stop
 from .arguments import LlavaTrainingArguments
 from .callbacks import LossCurveCallback, PreviewCallback
+from .distributed import is_sharded_checkpoint
 from .recipes import parse_recipe
 from .resume import (
-    check_sharding,
-    check_trained_parts,
+    TRAINED_PARTS,
+    changed_settings,
     checkpoint_to_resume,
     disk_errors_explained,
     is_finished,
-    only_run_in,
+    output_dir_lock,
     record_data,
-    report_changes,
 )
 from .setup import base_and_adapter, core_model, load_datasets, load_model_and_processor
 from .stages import cast_weights
@@ -36,20 +38,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What a run gave."""
+    """The result of a run."""
 
     output_dir: Path
     """Folder with the weights, the processor, `recipe.yaml`, `run.json` and `loss_curve.png`."""
     kind: str
     """`full` (a stock checkpoint), `adapter` or `projector`."""
     global_step: int
-    """Optimizer steps in all, those before a resume included."""
+    """Optimizer steps, those before a resume included."""
     metrics: dict[str, float]
     """`train_loss`, speed, and `eval_loss` where there is evaluation data."""
     log_history: list[dict[str, Any]]
-    """Every log entry of the run, those before a resume included."""
+    """Every log entry, those before a resume included."""
     resumed_from: Path | None
-    """The checkpoint from which the run went on."""
+    """The checkpoint from which the run resumed."""
 
 
 def train(
@@ -67,9 +69,9 @@ def train(
         overrides (`Sequence[str]`, *optional*):
             `key=value` pairs that replace settings of a recipe file.
         callbacks (`Sequence[TrainerCallback]`, *optional*):
-            Further callbacks, such as one that answers questions at each evaluation.
+            More callbacks, such as one that answers questions at each evaluation.
         console (`rich.console.Console`, *optional*):
-            Where the table of components and the sample are shown; the terminal by default.
+            Where the table of components and the samples are printed; the terminal by default.
 
     Returns:
         [`TrainResult`]
@@ -78,25 +80,70 @@ def train(
         ValueError: settings that contradict each other, data that does not fit the model, or `output_dir` is the model's
             folder, or holds checkpoints and `resume=never`.
         FileNotFoundError: a path does not exist.
-        OSError: `output_dir` cannot be written, is full, or another run is at work there.
+        OSError: `output_dir` cannot be written, its disk is full, or another run uses it.
     """
     args = _arguments(recipe, overrides)
-    if args.output_is_default:
-        raise ValueError("output_dir is not set. Say where the weights are to be written: output_dir=runs/my-run.")
-    _check_reporting(args)
-    _check_metric(args, callbacks)
-    base, _, _ = base_and_adapter(args)  # its errors say more than what a checkpoint of another run would
-    _check_place(args, base)
-    with only_run_in(args.output_dir) if args.process_index == 0 else nullcontext():
+    _check_before_loading(args, callbacks)
+    with output_dir_lock(args.output_dir) if args.process_index == 0 else nullcontext():
         return _train(args, callbacks, console)
+
+
+def _check_before_loading(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> None:
+    """
+    The checks of a run, in order: each would otherwise fail after a model has been loaded, or after the first evaluation.
+    Those of settings against each other are in [`LlavaTrainingArguments`], those of a checkpoint in [`_check_checkpoint`].
+    """
+    if args.output_is_default:
+        raise ValueError("output_dir is not set. Choose the folder of the result: output_dir=runs/my-run.")
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except RuntimeError as error:
+            raise ImportError(f"report_to={','.join(args.report_to)}: {error} Or set report_to=none.") from error
+    metric = args.metric_for_best_model
+    gives_metrics = args.benchmarks or callbacks
+    if metric is not None and metric.removeprefix("eval_") != "loss" and not gives_metrics:
+        raise ValueError(
+            f"metric_for_best_model={metric}, but an evaluation gives the loss alone. Set metric_for_best_model=loss, or "
+            "benchmarks, whose scores are metrics."
+        )
+    base, _, _ = base_and_adapter(args)
+    for name, place in (("model", args.model), ("model's base", base), ("projector", args.projector)):
+        if place and os.path.isdir(place) and os.path.realpath(place) == os.path.realpath(args.output_dir):
+            raise ValueError(
+                f"output_dir={args.output_dir} is the folder of the {name}, whose files the run would replace. Choose another."
+            )
+
+
+def _check_checkpoint(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Raise ValueError where a checkpoint holds other trained weights than those of this run."""
+    changed = changed_settings(args, checkpoint)
+    others = [f"{name} {changed[name]}" for name in TRAINED_PARTS if name in changed]
+    if others:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: this run trains other weights ({'; '.join(others)}). Restore the settings, or "
+            "choose another output_dir."
+        )
+
+
+def _check_sharding(trainer: LlavaTrainer, checkpoint: Path) -> None:
+    """Raise ValueError where a checkpoint is sharded and this run is not, or the reverse; the number of processes is free."""
+    is_sharded = is_sharded_checkpoint(checkpoint)
+    if trainer.is_deepspeed_enabled or is_sharded == trainer.saves_shards:
+        return
+    was, now = ("sharded by FSDP2", "is not sharded") if is_sharded else ("not sharded", "is sharded by FSDP2")
+    raise ValueError(
+        f"{checkpoint} is {was}, and this run {now}: the optimizer state cannot be read. Launch it as before (the number of "
+        "processes may differ), or choose another output_dir."
+    )
 
 
 def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], console: Any) -> TrainResult:
     checkpoint = checkpoint_to_resume(args)
     if checkpoint is not None:
-        check_trained_parts(args, checkpoint)
-    train_dataset, eval_dataset = load_datasets(args)  # first: a mistyped path should not cost the loading of a model
-    set_seed(args.seed)  # before the adapter's matrices are drawn
+        _check_checkpoint(args, checkpoint)
+    train_dataset, eval_dataset = load_datasets(args)  # before the model: a mistyped path is reported at once
+    set_seed(args.seed)  # before the LoRA weights are drawn
     model, processor = load_model_and_processor(args)
 
     if args.early_stopping_patience is not None:
@@ -111,24 +158,26 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
         data_record=record_data(args.data, train_dataset) if args.process_index == 0 else None,
     )
     trainer.add_callback(PreviewCallback(trainer, console))
-    if checkpoint is not None:
-        report_changes(args, checkpoint)
+    changed = changed_settings(trainer.args, checkpoint) if checkpoint is not None else {}
+    if changed and args.process_index == 0:
+        listed = "; ".join(f"{name} {change}" for name, change in changed.items())
+        logger.warning("Resuming from %s with other settings: %s.", checkpoint, listed)
 
     metrics: dict[str, float] = {}
     with disk_errors_explained(args.output_dir, only_full=True):
         has_ended = checkpoint is not None and is_finished(trainer, checkpoint)
         if has_ended:
             logger.warning(
-                "%s is the end of the run already: nothing is trained, the result is written again.", checkpoint
+                "%s is the last of a finished run: the result is written again without training.", checkpoint
             )
             trainer.restore_result(checkpoint)
         else:
             if checkpoint is not None:
-                check_sharding(trainer, checkpoint)
+                _check_sharding(trainer, checkpoint)
             output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             metrics |= output.metrics
             _save_metrics(trainer, "train", output.metrics)
-        # FSDP2 shards a model only together with an optimizer: a finished run has been evaluated at its end
+        # FSDP2 shards a model only together with an optimizer; a finished run was evaluated at its end
         if eval_dataset is not None and not (has_ended and trainer.is_fsdp_enabled):
             evaluated = trainer.evaluate()
             metrics |= evaluated
@@ -139,8 +188,9 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
     needed = missing_stop(written, processor)
     if needed and args.stage == "finetune" and args.process_index == 0:
         logger.warning(
-            f"To end its answers, generate of stock transformers has to be given {needed} (with tokenizer=… for stop_strings): "
-            "the model's generation configuration does not say it. llava chat and llava eval know it."
+            f"Stock transformers does not end this model's answers by itself. Pass {needed} to model.generate(…) as arguments"
+            f"{' together with tokenizer=…' if 'stop_strings' in needed else ''}, and to a pipeline as generate_kwargs={{…}} (it "
+            "ignores them as arguments of its own). llava chat and llava eval need nothing."
         )
     return TrainResult(
         output_dir=Path(args.output_dir),
@@ -153,10 +203,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
 
 
 def _save_metrics(trainer: LlavaTrainer, split: str, metrics: dict[str, float]) -> None:
-    """
-    As `Trainer.save_metrics`, but whole or not at all: on a full disk that leaves an empty `all_results.json`, over which
-    it stumbles in the next run.
-    """
+    """As `Trainer.save_metrics`, which on a full disk leaves an empty `all_results.json` and fails at it in the next run."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
@@ -184,52 +231,19 @@ def save_result(trainer: LlavaTrainer) -> None:
 def _arguments(recipe, overrides) -> LlavaTrainingArguments:
     if isinstance(recipe, LlavaTrainingArguments):
         if overrides:
-            raise ValueError("overrides change a recipe file; change the LlavaTrainingArguments themselves.")
+            raise ValueError("overrides apply to a recipe file; change the LlavaTrainingArguments instead.")
         return recipe
     if isinstance(recipe, dict):
         if overrides:
-            raise ValueError("overrides change a recipe file; change the settings themselves.")
+            raise ValueError("overrides apply to a recipe file; change the settings instead.")
         return LlavaTrainingArguments(**recipe)
     return parse_recipe(recipe, overrides)
 
 
-def _check_place(args: LlavaTrainingArguments, base: str) -> None:
-    """Raise ValueError where the result would be written over what it is trained from."""
-    for name, place in (("model", args.model), ("model's base", base), ("projector", args.projector)):
-        if place and os.path.isdir(place) and os.path.realpath(place) == os.path.realpath(args.output_dir):
-            raise ValueError(
-                f"output_dir={args.output_dir} is the folder of the {name}, whose files the run would replace. Choose another."
-            )
-
-
-def _check_reporting(args: LlavaTrainingArguments) -> None:
-    """Raise ImportError where a package of `report_to` is not installed; `Trainer` would say so behind the model."""
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    for callback in get_reporting_integration_callbacks(args.report_to):
-        try:
-            callback()
-        except RuntimeError as error:
-            raise ImportError(f"report_to={','.join(args.report_to)}: {error} Or set report_to=none.") from error
-
-
-def _check_metric(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> None:
-    """Raise ValueError for a metric that no evaluation gives, not after the first one. Callbacks may add some."""
-    metric = args.metric_for_best_model
-    if metric is None or metric.removeprefix("eval_") == "loss" or args.benchmarks or callbacks:
-        return
-    raise ValueError(
-        f"metric_for_best_model={metric}, but an evaluation gives the loss alone. Set metric_for_best_model=loss, or "
-        "benchmarks, whose scores are metrics."
-    )
-
-
 def _report_drops(trainer: LlavaTrainer) -> None:
-    """Say once what the collator left out; what was wrong with the rows was said when they were read."""
+    """Report once what the collator dropped; malformed rows were reported when they were read."""
     dropped = getattr(trainer.data_collator, "dropped", None)
     if dropped:
-        from ..data.schema import summarize_drops
-
         logger.warning("While training: %s. `llava data check` lists every such sample.", summarize_drops(dropped))
 
 

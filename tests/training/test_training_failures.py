@@ -90,15 +90,15 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
 ):
     monkeypatch.setattr(resume, "WAIT_FOR_WORKERS", 0.3)
     hold = (
-        "import sys, time; from modeling_llava.training.resume import only_run_in\n"
-        "with only_run_in(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
+        "import sys, time; from modeling_llava.training.resume import output_dir_lock\n"
+        "with output_dir_lock(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, settings["output_dir"]], stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"held\n"
-        with pytest.raises(OSError, match="another run is at work there.*choose another output_dir"):
+        with pytest.raises(OSError, match="another run uses this folder.*choose another output_dir"):
             train(settings)
         first.kill()
-    with resume.only_run_in(settings["output_dir"]):
+    with resume.output_dir_lock(settings["output_dir"]):
         pass
 
 

@@ -208,7 +208,7 @@ def test_resume_settings(settings, tmp_path, caplog):
     assert again.resumed_from.name == "checkpoint-2" and again.global_step == 2  # finished: nothing is trained again
     assert not [r for r in caplog.records if "other settings" in r.message]
     with open(tmp_path / "run" / "checkpoint-2" / "recipe.yaml", "a") as recipe:
-        recipe.write("a_setting_of_another_version: 1\n")  # is named, and is no reason not to go on
+        recipe.write("a_setting_of_another_version: 1\n")  # is named, and does not prevent the resume
     further = train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 3, "learning_rate": 5e-4})
     assert further.global_step == 3
     message = next(r.message for r in caplog.records if "other settings" in r.message)
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_other_trained_weights_is_named_before_a_model_is_loaded
     train(settings)
     monkeypatch.setattr("modeling_llava.training.run.load_model_and_processor", lambda args: pytest.fail("loaded"))
     (name,) = change
-    with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be gone on from.*\({name} .*another output_dir"):
+    with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be resumed.*\({name} .*another output_dir"):
         train({**settings, **change, "max_steps": 2})
 
 
@@ -318,5 +318,5 @@ def test_a_sharded_checkpoint_is_refused_where_the_run_is_not_sharded(settings, 
     for shards in ("pytorch_model_fsdp_0", "optimizer_0"):
         (tmp_path / "run" / "checkpoint-2" / shards).mkdir()
         (tmp_path / "run" / "checkpoint-2" / shards / ".metadata").touch()
-    with pytest.raises(ValueError, match="checkpoint-2 was written in shards, by FSDP2, and this run is not sharded"):
+    with pytest.raises(ValueError, match="checkpoint-2 is sharded by FSDP2, and this run is not sharded"):
         train({**settings, "max_steps": 3})
