@@ -1,4 +1,4 @@
-"""`llava data check SOURCE`: what is wrong with a data set, before a run finds it."""
+"""`llava data check SOURCE`: what is wrong with a dataset, before a run finds it."""
 
 import argparse
 import json
@@ -7,22 +7,22 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Read every record and every image's header, in parallel, and say what cannot be trained on: missing and corrupt "
-        "images, empty answers, roles out of order, samples over --max-length and what would be cut. A check that is "
-        "stopped goes on when it is started again. Exit code 1 if there is a problem, 0 if there is none."
+        "Read every record and every image's header, in parallel, and report what cannot be trained on: missing and corrupt "
+        "images, empty answers, roles out of order, samples over --max-length and what would be cut. The same command "
+        "resumes a stopped check. Exit code 1 if there is a problem, 0 if there is none."
     )
     parser.add_argument(
         "source",
         nargs="+",
-        help="LLaVA JSON or JSONL, parquet, a folder written by datasets, or a dataset on the Hub; several are taken as one",
+        help="LLaVA JSON or JSONL, parquet, a folder written by datasets, or a dataset on the Hub; several are read as one",
     )
-    parser.add_argument("--image-folder", "--images", metavar="DIR", help="where relative image paths are looked up")
-    parser.add_argument("--processor", metavar="P", help="model folder or Hub name: adds everything about tokens")
+    parser.add_argument("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
+    parser.add_argument("--processor", metavar="P", help="model folder or Hub name; adds the checks of tokens")
     parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
     parser.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="samples per optimizer step (default: 128)"
     )
-    parser.add_argument("--decode", action="store_true", help="decode every image, not only its header (slower)")
+    parser.add_argument("--decode", action="store_true", help="decode whole images, not only headers (slower)")
     parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
     parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
     parser.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             show_progress=not args.json,
         )
     except KeyboardInterrupt:
-        print("\nThe same command goes on from here.", file=sys.stderr)
+        print("\nThe same command resumes.", file=sys.stderr)
         raise
     if args.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
@@ -71,9 +71,9 @@ def _show(report, args: argparse.Namespace) -> None:
 
     console = Console()
     if report.resumed_at:
-        console.print(f"went on behind {report.resumed_at:,} samples of an earlier check")
+        console.print(f"resumed after {report.resumed_at:,} samples of an earlier check")
     facts = Table(show_header=False, box=None)
-    facts.add_row("samples", f"{report.samples:,}, of which {report.usable:,} are without a problem")
+    facts.add_row("samples", f"{report.samples:,}, of which {report.usable:,} have no problem")
     facts.add_row("images", f"{report.images:,}; {report.text_only:,} samples have none")
     if set(report.types) != {"without type"}:
         facts.add_row("types", ", ".join(f"{name} {number:,}" for name, number in report.types.items()))
@@ -91,15 +91,15 @@ def _show(report, args: argparse.Namespace) -> None:
         facts.add_row(
             "an epoch",
             f"{report.steps:,} steps of {report.batch_size:,} samples, or {report.packed_steps:,} steps of "
-            f"{report.batch_size:,} packs of {args.max_length:,} positions ({report.pack_utilization:.1%} filled)",
+            f"{report.batch_size:,} packs of {args.max_length:,} tokens ({report.pack_utilization:.1%} filled)",
         )
     if report.too_long["samples"]:
         cut = report.too_long
         facts.add_row(
             "too long",
             f"{cut['samples']:,} samples; overflow=truncate_text would cut {cut['tokens']:,} tokens, "
-            f"{cut['supervised_tokens']:,} of them supervised, and could not save {cut['images_cut']:,} whose image "
-            f"would be cut and {cut['answers_lost']:,} without an answer left",
+            f"{cut['supervised_tokens']:,} of them supervised, and would fail for {cut['images_cut']:,} whose image would be "
+            f"cut and {cut['answers_lost']:,} with no answer left",
         )
     console.print(facts)
     for title, counts, style in (("problems", report.problems, "red"), ("notices", report.notices, "yellow")):
@@ -113,11 +113,11 @@ def _show(report, args: argparse.Namespace) -> None:
     if report.files:
         console.print(f"written: {', '.join(report.files)}", highlight=False, soft_wrap=True)
         if not any(name.endswith(".png") for name in report.files) and report.tokens:
-            console.print("no lengths.png: it needs matplotlib (pip install 'modeling-llava\\[plots]')")
+            console.print("no lengths.png: it requires matplotlib (pip install 'modeling-llava\\[plots]')")
     if not report.ok:
         where = "" if report.files else " (--out DIR writes the whole list)"
         console.print(
-            f"[bold red]{sum(report.problems.values()):,} problems[/]: mend them, or train with on_bad_sample=drop and "
+            f"[bold red]{sum(report.problems.values()):,} problems[/]: fix them, or train with on_bad_sample=drop and "
             f"overflow=drop{where}"
         )
     elif args.processor is None:

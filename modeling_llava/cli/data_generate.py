@@ -1,118 +1,76 @@
-"""`llava data generate`: instruction data from captions and boxes, by a language model behind an endpoint."""
+"""
+`llava data generate`: instruction data from captions and boxes, by a language model behind an endpoint; `llava data report`:
+samples of it to skim, and the data again without what was marked.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from .data_report import add_output_arguments, describe_output, output_settings
+from .endpoint_options import add_endpoint_arguments, make_chat_model, prices, run_settings, temperature
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Instruction data from captions and boxes (LLaVA, §3): for each image a conversation, a detailed description and "
-        "complex reasoning, written by a language-only model behind any OpenAI-compatible endpoint. A run that was "
-        "stopped goes on by the same command; nothing that was received is asked for again."
+        "complex reasoning, written by a language-only model behind any OpenAI-compatible endpoint. The same command resumes "
+        "a stopped run; nothing that was received is asked for again."
     )
-    data = parser.add_argument_group("what is made")
+    data = parser.add_argument_group("the data")
     data.add_argument(
         "--captions", required=True, metavar="F", help="COCO captions, or {image, captions, boxes} rows (JSONL, JSON)"
     )
     data.add_argument(
         "--boxes", metavar="F", help="COCO instances, or rows as above (default: the boxes in --captions)"
     )
-    data.add_argument("--images", metavar="DIR", help="image folder; images that are not in it are not asked for")
+    data.add_argument("--images", metavar="DIR", help="image folder; images that are not in it are left out")
     data.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
     data.add_argument("--types", default="conversation,detail,complex", help="types of data (default: %(default)s)")
     data.add_argument(
         "--mix",
         default="58:23:77",
-        help="relative numbers conversation:detail:complex; the largest is asked of every image (default: %(default)s)",
+        help="ratio conversation:detail:complex; every image gets the largest (default: %(default)s)",
     )
-    data.add_argument("--prompts", metavar="DIR", help="prompts of your own, in the original's folder form")
-    data.add_argument("--limit", type=int, metavar="N", help="first N images only; may be raised later")
-    data.add_argument("--max-boxes", type=int, metavar="N", help="most boxes per image, the largest")
+    data.add_argument("--prompts", metavar="DIR", help="your own prompts, in the original's folder form")
+    data.add_argument("--limit", type=int, metavar="N", help="the first N images only; may be raised later")
+    data.add_argument("--max-boxes", type=int, metavar="N", help="keep the N largest boxes of an image")
     data.add_argument("--language", default="en", help="language of the replies, or 'any' (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0, help="seed of all draws (default: %(default)s)")
-    model = parser.add_argument_group("who is asked")
-    model.add_argument("--model", required=True, metavar="NAME", help="the model's name at the endpoint")
-    model.add_argument(
-        "--base-url",
-        metavar="URL",
-        help="the endpoint (default: OPENAI_BASE_URL, or OpenAI); the key is OPENAI_API_KEY",
-    )
+    model = parser.add_argument_group("the language model")
+    model.add_argument("--model", required=True, metavar="NAME", help="its name at the endpoint")
     model.add_argument(
         "--temperature",
         default="0.7",
         help="sampling temperature, or 'default' for the endpoint's (default: %(default)s)",
     )
-    model.add_argument(
-        "--max-reply-tokens", type=int, default=1024, help="longest reply, thoughts included (default: %(default)s)"
-    )
-    model.add_argument(
-        "--length-parameter",
-        choices=("max_tokens", "max_completion_tokens"),
-        default="max_tokens",
-        help="how the longest reply is named; the second is taken when the endpoint asks for it (default: %(default)s)",
-    )
     model.add_argument("--send-seed", action="store_true", help="send a sampling seed with each request")
-    model.add_argument("--timeout", type=float, default=120, help="seconds for one whole reply (default: %(default)g)")
-    limits = parser.add_argument_group("how fast, and for how much")
-    limits.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="requests in flight (default: %(default)s)"
+    model.add_argument(
+        "--dry-run", action="store_true", help="send nothing; print an estimate and a full prompt of each type"
     )
-    limits.add_argument("--requests-per-minute", type=float, metavar="N", help="limit of requests")
-    limits.add_argument(
-        "--tokens-per-minute", type=float, metavar="N", help="limit of tokens, prompts and longest replies"
-    )
-    limits.add_argument(
-        "--patience",
-        type=float,
-        default=600,
-        metavar="S",
-        help="stop after so many seconds without a reply (default: %(default)g)",
-    )
-    limits.add_argument("--max-tokens", type=int, metavar="N", help="budget: most tokens of the whole run")
-    limits.add_argument(
-        "--max-cost", type=float, metavar="USD", help="budget: most dollars of the whole run; needs prices"
-    )
-    limits.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")
-    limits.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
-    limits.add_argument(
-        "--dry-run", action="store_true", help="ask nobody; print an estimate and a full prompt of each type"
-    )
+    add_endpoint_arguments(parser, concurrency=16, patience=600, max_reply_tokens=1024)
     batch = parser.add_argument_group("OpenAI's Batch API, for half the price").add_mutually_exclusive_group()
-    batch.add_argument("--batch-out", metavar="DIR", help="write requests to files instead of asking")
+    batch.add_argument("--batch-out", metavar="DIR", help="write requests to files instead of sending them")
     batch.add_argument("--batch-in", nargs="+", metavar="FILE", help="read output and error files of batches")
-    batch.add_argument("--batch-forget", action="store_true", help="ask again for what waits in batch files")
-    add_output_arguments(parser.add_argument_group("how it is written"))
+    batch.add_argument("--batch-forget", action="store_true", help="ask again what waits in batch files")
+    _add_output_arguments(parser.add_argument_group("the output"))
 
 
 def run(args: argparse.Namespace) -> int:
     from ..data_engine.generate import batch_forget, check_images, generate, open_folder
-    from ..endpoint import Backoff, Prices, RunSettings
 
-    config = make_config(args)
-    prices = Prices(args.price_in, args.price_out)
-    out = Path(args.out)
+    config, out = make_config(args), Path(args.out)
     asking = {"captions": args.captions, "boxes": args.boxes, "prompts": args.prompts}
     if args.dry_run or args.batch_out or args.batch_in or args.batch_forget:
         folder = open_folder(out, config, **asking)
         images = check_images(folder, args.images, args.limit)
         if args.dry_run:
-            return dry_run(args, folder, images, prices)
+            return dry_run(args, folder, images)
         if args.batch_forget:
-            print(f"{batch_forget(folder):,} requests are free to be asked again")
+            print(f"{batch_forget(folder):,} requests can be asked again")
             return 0
-        return run_batch(args, folder, images, prices)
-    settings = RunSettings(
-        args.concurrency,
-        args.requests_per_minute,
-        args.tokens_per_minute,
-        Backoff(patience=args.patience),
-        seed=args.seed,
-    )
-    model = make_model(args)
-    print(f"asking {args.model} at {model.base_url or 'OpenAI'}; Ctrl-C finishes what is in flight", file=sys.stderr)
+        return run_batch(args, folder, images)
+    model = make_chat_model(args, args.model, optional=())
+    print(f"asking {args.model} at {model.base_url or 'OpenAI'}; Ctrl-C finishes requests in flight", file=sys.stderr)
     summary = generate(
         out,
         model,
@@ -120,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
         **asking,
         images=args.images,
         limit=args.limit,
-        settings=settings,
+        settings=run_settings(args, seed=args.seed),
         max_tokens=args.max_tokens,
         max_cost=args.max_cost,
-        prices=prices if prices != Prices() else None,
-        output=output_settings(args, out),
+        prices=_prices_given(args),
+        output=_output_settings(args, out),
         progress=True,
         handle_interrupt=True,
     )
@@ -138,15 +96,13 @@ def make_config(args: argparse.Namespace):
     try:
         mix = tuple(float(number) for number in args.mix.split(":"))
     except ValueError:
-        raise ValueError(
-            f"--mix is {args.mix}; it is three numbers with colons between them, like 58:23:77."
-        ) from None
+        raise ValueError(f"--mix must be three numbers such as 58:23:77, got {args.mix}.") from None
     try:
-        temperature = None if args.temperature == "default" else float(args.temperature)
+        sampling_temperature = temperature(args.temperature)
     except ValueError:
-        raise ValueError(f"--temperature is {args.temperature}; it is a number or 'default'.") from None
+        raise ValueError(f"--temperature must be a number or 'default', got {args.temperature}.") from None
     if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit is {args.limit}; it is a number of images from 1 up.")
+        raise ValueError(f"--limit must be at least 1, got {args.limit}.")
     if args.language != "any":
         from ..data_engine.languages import looks_like
 
@@ -156,7 +112,7 @@ def make_config(args: argparse.Namespace):
         types=tuple(kind.strip() for kind in args.types.split(",") if kind.strip()),
         mix=mix,
         seed=args.seed,
-        temperature=temperature,
+        temperature=sampling_temperature,
         max_reply_tokens=args.max_reply_tokens,
         language=None if args.language == "any" else args.language,
         send_seed=args.send_seed,
@@ -164,25 +120,17 @@ def make_config(args: argparse.Namespace):
     )
 
 
-def make_model(args: argparse.Namespace, api_key: str | None = None):
-    """`OpenAIModel` from arguments and the environment."""
-    from ..endpoint import OpenAIModel
-
-    return OpenAIModel(
-        args.model,
-        base_url=args.base_url,
-        api_key=api_key,
-        timeout=args.timeout,
-        length_parameter=args.length_parameter,
-    )
+def _prices_given(args: argparse.Namespace):
+    """The prices, `None` if none is given."""
+    return prices(args) if args.price_in or args.price_out else None
 
 
 def describe(args: argparse.Namespace, summary) -> int:
-    """Says what was done, and what to do next; returns the exit code."""
+    """Prints what was done and the next command; returns the exit code."""
     run, counts = summary.run, summary.ledger
     print(
         f"{run.accepted:,} replies accepted, {run.rejected:,} rejected in {run.seconds:.0f} s; "
-        f"{run.skipped:,} were settled before"
+        f"{run.skipped:,} were settled earlier"
     )
     if counts.rejected:
         from ..data_engine.replies import LEFT_OUT
@@ -192,30 +140,30 @@ def describe(args: argparse.Namespace, summary) -> int:
             print(f"  {number:7,}  {LEFT_OUT[reason]}")
     if counts.faults:
         faults = ", ".join(f"{number:,} × {kind}" for kind, number in counts.faults.most_common())
-        print(f"faults of the endpoint, borne: {faults}")
+        print(f"faults of the endpoint, retried: {faults}")
     if counts.unknown or counts.maybe_paid:
         print(
-            f"{counts.unknown:,} requests were in flight when a run was killed, {counts.maybe_paid:,} timed out or broke "
+            f"{counts.unknown:,} requests were in flight when a run was killed, {counts.maybe_paid:,} timed out or were cut "
             "off: the endpoint may have billed them"
         )
     tokens = [a + b for a, b in zip(counts.used, counts.used_in_batch)]
     cost = f", ${summary.cost:,.4f}" if summary.cost else ""
     print(f"used so far: {tokens[0]:,} prompt and {tokens[1]:,} reply tokens{cost}")
     if summary.missing_images:
-        print(f"{summary.missing_images:,} images are not in {args.images}; they were not asked for")
+        print(f"{summary.missing_images:,} images are not in {args.images} and were left out")
     if summary.output:
-        describe_output(summary.output)
+        _describe_output(summary.output)
     if run.batched:
-        print(f"{run.batched:,} requests wait in batch files: give their results by --batch-in")
+        print(f"{run.batched:,} requests wait in batch files: read their results with --batch-in")
     if run.given_up:
         left = ", ".join(f"{number:,} × {kind}" for kind, number in run.given_up.most_common())
-        print(f"{run.given_up.total():,} requests are left open ({left}); the same command asks them again")
+        print(f"{run.given_up.total():,} requests have no reply ({left}); the same command asks them again")
     if run.said and run.said.partition(": ")[2] not in run.message:
-        print(f"the endpoint said last: {run.said}")
+        print(f"last message of the endpoint: {run.said}")
     if "temperature" in run.said:
-        print("--temperature default leaves the endpoint's own")
+        print("--temperature default uses the endpoint's")
     if run.stopped != "done":
-        print(f"stopped: {run.message.rstrip('.')}. The same command goes on.", file=sys.stderr)
+        print(f"stopped: {run.message.rstrip('.')}. The same command resumes.", file=sys.stderr)
         return {"interrupt": 130, "budget": 3}.get(run.stopped, 1)
     if summary.output and summary.output.samples:
         page = Path(args.out) / "report.html"
@@ -227,7 +175,7 @@ def describe(args: argparse.Namespace, summary) -> int:
     return 0 if not run.given_up else 1
 
 
-def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
+def dry_run(args: argparse.Namespace, folder, images) -> int:
     """Prints the estimate and a full prompt of each type."""
     from ..data_engine.contexts import ContextCounts
     from ..data_engine.generate import estimate
@@ -240,20 +188,20 @@ def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
         for message in messages:
             print(f"── {message['role']}\n{message['content']}")
     print("═" * 74)
-    first = f"; the first {args.limit:,} are asked about" if args.limit and args.limit < contexts["number"] else ""
+    first = f"; the first {args.limit:,} are used" if args.limit and args.limit < contexts["number"] else ""
     print(f"{contexts['number']:,} images with captions, {contexts['boxes']:,} boxes{first}")
     counts = ContextCounts(clipped=contexts["clipped"], dropped=contexts["dropped"])
     print("".join(f"  {part}\n" for part in counts.summary().split("; ")[1:]), end="")
     if found.missing_images:
-        print(f"{found.missing_images:,} images are not in {images} and are not asked for")
+        print(f"{found.missing_images:,} images are not in {images} and are left out")
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in found.tasks.items())
     print(f"{total:,} requests: {kinds}")
     print(
         f"about {found.usage.prompt_tokens:,} prompt and {found.usage.completion_tokens:,} reply tokens "
         f"(at most {found.most_usage.completion_tokens:,}), before retries"
     )
-    if prices.prompt or prices.completion:
-        live, most = prices.cost(found.usage), prices.cost(found.most_usage)
+    if given := _prices_given(args):
+        live, most = given.cost(found.usage), given.cost(found.most_usage)
         print(f"about ${live:,.2f} (at most ${most:,.2f}); as batches about ${live / 2:,.2f}")
     else:
         print("give --price-in and --price-out (dollars per million tokens) for the cost")
@@ -264,39 +212,36 @@ def dry_run(args: argparse.Namespace, folder, images, prices) -> int:
         )
         print(f"the limits per minute take at least {minutes:,.0f} minutes")
     print(f"at 10 s a reply, {args.concurrency} at once take about {total * 10 / args.concurrency / 60:,.0f} minutes")
-    print("nobody was asked; the same command without --dry-run begins")
+    print("nothing was sent; the same command without --dry-run starts")
     return 0
 
 
-def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
+def run_batch(args: argparse.Namespace, folder, images) -> int:
     """Batch files out, or results in."""
     from ..data_engine.generate import batch_in, batch_out
-    from ..endpoint import Budget, Prices
+    from ..endpoint import Budget
 
     if args.batch_out:
-        budget = Budget(args.max_tokens, args.max_cost, prices)
-        # No key is needed to write files.
-        summary = batch_out(
-            folder, make_model(args, "none"), args.batch_out, images=images, limit=args.limit, budget=budget
-        )
-        print(f"{summary.requests:,} requests in {len(summary.files)} files; {summary.waiting:,} waited before")
+        budget = Budget(args.max_tokens, args.max_cost, prices(args))
+        model = make_chat_model(args, args.model, optional=(), api_key="none")  # writing files needs no key
+        summary = batch_out(folder, model, args.batch_out, images=images, limit=args.limit, budget=budget)
+        print(f"{summary.requests:,} requests in {len(summary.files)} files; {summary.waiting:,} waited already")
         for path in summary.files:
             print(f"  {path}")
         if summary.message:
             print(summary.message)
         if summary.files:
             print(
-                "next: upload each as a batch for /v1/chat/completions; when done, give the results by --batch-in FILE …"
+                "next: upload each as a batch for /v1/chat/completions; when done, read the results with --batch-in FILE …"
             )
         return 0
-    given = prices if prices != Prices() else None
     read, summary = batch_in(
         folder,
         args.batch_in,
         images=images,
         limit=args.limit,
-        prices=given,
-        output=output_settings(args, folder.path),
+        prices=_prices_given(args),
+        output=_output_settings(args, folder.path),
     )
     print(
         f"{read.requests:,} results read: {read.accepted:,} accepted, {read.rejected:,} rejected for good, "
@@ -306,10 +251,97 @@ def run_batch(args: argparse.Namespace, folder, images, prices) -> int:
     if read.faults:
         print("without a reply: " + ", ".join(f"{number:,} × {kind}" for kind, number in read.faults.most_common()))
     if read.message:
-        print(f"the endpoint said last: {read.message}")
+        print(f"last message of the endpoint: {read.message}")
     if read.again or read.faults:
-        print("next: --batch-out DIR writes what is to be asked again, or the command without it asks live")
+        print("next: --batch-out DIR writes what is to be asked again; without it the command asks now")
     if summary.output:
-        describe_output(summary.output)
+        _describe_output(summary.output)
     answered = read.again or (summary.ledger.accepted and read.accepted + read.rejected)
     return 1 if read.requests and not answered else 0
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the data of a run of `llava data generate` again from its ledger, with an HTML page of samples to skim. "
+        "Nothing is sent. --drop leaves out the samples that were marked in the page."
+    )
+    parser.add_argument("folder", metavar="RUN", help="folder of a run of `llava data generate`")
+    parser.add_argument("--images", metavar="DIR", help="image folder (default: the one of the run)")
+    parser.add_argument(
+        "--drop", metavar="drop.json", help="samples to leave out from now on, as the page downloads them"
+    )
+    _add_output_arguments(parser)
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--question-repeats",
+        default="1",
+        metavar="N",
+        help="near-duplicate questions to keep across the whole set, or 'all' (default: %(default)s)",
+    )
+    parser.add_argument("--samples", type=int, default=200, help="samples in the HTML page (default: %(default)s)")
+    parser.add_argument(
+        "--no-parquet", action="store_true", help="leave out the `datasets` folder, which holds a copy of each image"
+    )
+
+
+def _output_settings(args: argparse.Namespace, folder: Path):
+    """`OutputSettings` from arguments and from the drop list in a run's folder."""
+    from ..data_engine.report import read_drop_list
+    from ..data_engine.samples import OutputSettings
+
+    repeats = args.question_repeats
+    if repeats != "all" and not (repeats.isdigit() and int(repeats) > 0):
+        raise ValueError(f"--question-repeats must be a number from 1 up, or 'all', got {repeats}.")
+    if args.samples < 0:
+        raise ValueError(f"--samples must be 0 (no page) or more, got {args.samples}.")
+    drop = folder / "drop.json"
+    return OutputSettings(
+        question_repeats=None if repeats == "all" else int(repeats),
+        parquet=not args.no_parquet,
+        drop=read_drop_list(drop) if drop.exists() else frozenset(),
+        report_samples=args.samples,
+    )
+
+
+def _describe_output(output) -> None:
+    samples = ", ".join(f"{number:,} {kind}" for kind, number in output.samples.items())
+    print(f"{output.samples.total():,} conversations about {output.images:,} images: {samples or 'none'}")
+    if output.near_duplicates:
+        print(
+            f"{output.near_duplicates.total():,} near-duplicate questions were left out; "
+            "`llava data report RUN --question-repeats all` keeps them"
+        )
+    if output.missing_images:
+        print(
+            f"{output.missing_images:,} samples are not in the `datasets` folder: their images are missing or cannot be read"
+        )
+    for note in output.notes:
+        print(note)
+    for path in output.files:
+        print(f"  {path}")
+
+
+def report(args: argparse.Namespace) -> int:
+    from ..data_engine.generate import check_images
+    from ..data_engine.output import write_output
+    from ..data_engine.report import read_drop_list
+    from ..data_engine.run import open_run, write_json
+    from ..endpoint import Ledger
+
+    folder = open_run(args.folder)
+    images = check_images(folder, args.images or folder.about.get("images"), None)
+    with Ledger(folder.path / "ledger.jsonl") as ledger:
+        if args.drop:
+            kept = folder.path / "drop.json"
+            names = read_drop_list(args.drop) | (read_drop_list(kept) if kept.exists() else frozenset())
+            write_json(kept, {"run": folder.id, "drop": sorted(names)})
+        output = write_output(folder, ledger, images=images, settings=_output_settings(args, folder.path))
+    if not output.samples:
+        print(f"{folder.path} holds no accepted reply yet")
+        return 1
+    _describe_output(output)
+    if (page := folder.path / "report.html") in output.files:
+        print(f"look at {page} in a browser")
+    return 0

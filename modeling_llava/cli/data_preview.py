@@ -6,18 +6,18 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show samples as the model sees them: the text of the chat template, each image as <image> × 576, what is "
-        "supervised in green, special tokens as such. Nothing is trained."
+        "Show samples as the model sees them: the text of the chat template, each image as <image> × 576, supervised tokens "
+        "in green, special tokens in cyan. Nothing is trained."
     )
     parser.add_argument("source", nargs="+", help="as in `llava data check`")
     parser.add_argument("--processor", required=True, metavar="P", help="model folder or Hub name")
-    parser.add_argument("--image-folder", "--images", metavar="DIR", help="where relative image paths are looked up")
+    parser.add_argument("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
     parser.add_argument(
-        "--chat-template", metavar="NAME", help="a template of the project in place of the processor's"
+        "--chat-template", metavar="NAME", help="one of this package's templates in place of the processor's"
     )
     parser.add_argument("-n", "--number", type=int, default=3, help="how many samples (default: 3)")
-    parser.add_argument("--start", type=int, default=0, help="number of the first one, from 0 (default: 0)")
-    parser.add_argument("--random", action="store_true", help="draw them at random instead")
+    parser.add_argument("--start", type=int, default=0, help="index of the first one, from 0 (default: 0)")
+    parser.add_argument("--random", action="store_true", help="draw them at random")
     parser.add_argument("--id", action="append", metavar="ID", help="show the sample of this id (repeatable)")
     parser.add_argument("--type", action="append", metavar="TYPE", help="only samples of this type (repeatable)")
     parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-turn-order",
         choices=("as_is", "random"),
         default="as_is",
-        help="of picture and question; random: drawn by lot, as in the paper (default: as_is)",
+        help="of image and question; random as in the paper (default: as_is)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --random and --first-turn-order (default: 0)")
     parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         ("--max-length", args.max_length, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}: at least {least} is needed.")
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
     processor = load_processor(args.processor)
     if args.chat_template is not None:
         from ..text.chat_templates import load_chat_template
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             dropped = (
                 f" ({summarize_drops(dataset.dropped)}: `llava data check` lists them)" if dataset.dropped else ""
             )
-            raise ValueError(f"there is no usable sample with the id {', '.join(sorted(missing))}{dropped}.")
+            raise ValueError(f"There is no usable sample with the id {', '.join(sorted(missing))}{dropped}.")
     elif args.random:
         indices = random.Random(args.seed).sample(range(len(dataset)), min(args.number, len(dataset)))
     else:
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             for path in _save(batch, processor, Path(args.save_images), conversation["id"]):
                 console.print(f"written: {path}", highlight=False, soft_wrap=True)
     console.print(
-        f"\n{len(dataset):,} samples in all; [green]green[/]: supervised, [cyan]cyan[/]: images and other special tokens"
+        f"\n{len(dataset):,} samples; [green]green[/]: supervised, [cyan]cyan[/]: images and other special tokens"
     )
     if dataset.dropped:
         console.print(f"{summarize_drops(dataset.dropped)}: `llava data check` lists them")
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _save(batch: dict, processor, folder: Path, sample_id: str) -> list[Path]:
-    """The pixels of a batch of one sample, back as PNG files."""
+    """The pixels of a batch of one sample as PNG files."""
     import re
 
     import numpy as np

@@ -56,7 +56,7 @@ def test_generate_by_the_contracts_line_and_resumed_by_the_same(files, monkeypat
         assert "8 replies accepted, 0 rejected" in out and "8 conversations about 4 images" in out
         assert main(line(files, *options)) == 0
         assert sum(server.asked.values()) == 8
-        assert "8 were settled before" in capsys.readouterr().out
+        assert "8 were settled earlier" in capsys.readouterr().out
     assert len(json.loads((files / "run" / "instruct.json").read_text())) == 8
 
 
@@ -91,17 +91,17 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
         (["--max-cost", "5"], "give --price-in and --price-out"),
         (["--max-cost", "nan", "--price-in", "1"], "A budget of nan dollars"),
         (["--max-tokens", "0"], "A budget of 0 tokens"),
-        (["--mix", "58-23-77"], "--mix is 58-23-77"),
+        (["--mix", "58-23-77"], "--mix must be three numbers"),
         (["--types", "poem"], "types are poem; choose out of conversation, detail, complex"),
         (["--language", "tlh"], "'tlh' is no language that can be told"),
-        (["--temperature", "hot"], "--temperature is hot"),
+        (["--temperature", "hot"], "--temperature must be a number"),
         (["--captions", "absent.json"], "absent.json is absent"),
         (["--images", "absent"], "image folder absent is absent"),
         (["--prompts", "absent"], "system_message.txt is absent"),
         (["--base-url", "localhost:8000"], "begins with http:// or https://"),
-        (["--limit", "0"], "--limit is 0"),
-        (["--question-repeats", "0"], "--question-repeats is 0"),
-        (["--samples", "-1"], "--samples is -1"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--question-repeats", "0"], "--question-repeats must be"),
+        (["--samples", "-1"], "--samples must be 0"),
         (["--requests-per-minute", "0"], "lets nothing through"),
         (["--timeout", "0"], "timeout is 0 s"),
         (["--price-in", "-1"], "0 or more"),
@@ -140,7 +140,7 @@ def test_report_makes_the_data_again_without_what_was_marked(files, capsys):
         assert main(line(files, "--base-url", server.url)) == 0
         assert not server.asked and asked == 15
     assert len(json.loads((files / "run" / "instruct.json").read_text())) == 13
-    assert "15 were settled before" in capsys.readouterr().out
+    assert "15 were settled earlier" in capsys.readouterr().out
     assert main(["data", "report", str(files)]) == 2
 
 
@@ -157,7 +157,7 @@ def test_batch_out_and_in_by_command(files, capsys):
     assert main(line(files, "--batch-in", str(files / "results.jsonl"), "--no-parquet")) == 0
     assert "10 results read: 10 accepted" in capsys.readouterr().out
     assert main(line(files, "--batch-forget")) == 0
-    assert "5 requests are free" in capsys.readouterr().out
+    assert "5 requests can be asked again" in capsys.readouterr().out
     with FaultServer() as server:
         assert main(line(files, "--base-url", server.url, "--no-parquet")) == 0
         assert len(server.asked) == 5

@@ -41,7 +41,7 @@ def test_smollm2_behind_transformers_serve_over_real_coco_contexts_with_the_publ
         assert main([*line, "--base-url", server.url]) == 0
     # Resumed by the same line: everything is settled, the server is gone and nobody misses it.
     assert main([*line, "--base-url", server.url]) == 0
-    assert "6 were settled before" in capsys.readouterr().out
+    assert "6 were settled earlier" in capsys.readouterr().out
     with Ledger(out / "ledger.jsonl", write=False) as ledger:
         assert len(ledger.tasks) == 6 and all(state.final for state in ledger.tasks.values())
         assert not ledger.counts.faults and not ledger.counts.missing_usage
