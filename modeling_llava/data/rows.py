@@ -1,9 +1,10 @@
 """
 Raw rows of one source, by index or in a stream.
 
-Every class here has the same three ways in: `rows[index]`, `scan()` (every row once, without touching image bytes; it
-comes first) and `stream(share, seed, epoch)`. The last two give a row that cannot be read as a [`BadSampleError`]; the
-first raises it. `count()` is the number of rows, and `identity()` is equal as long as the data is the same.
+Every class here and in `json_rows.py` has the same three ways in: `rows[index]`, `scan()` (every row once, without
+touching image bytes) and `stream(share, seed, epoch)`. The last two give a row that cannot be read as a
+[`BadSampleError`]; the first raises it. `count()` is the number of rows, and `identity()` is equal as long as the data is
+the same.
 """
 
 import copy
