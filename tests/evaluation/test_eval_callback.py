@@ -74,6 +74,32 @@ def test_modes_are_set_back(tmp_path, benchmarks):
     assert model.training and not model.model.vision_tower.training
 
 
+def test_processes_share_the_samples_and_all_know_the_scores(tmp_path, benchmarks, monkeypatch):
+    processor = tiny_processor()
+    model, state = tiny_llava(processor), SimpleNamespace(log_history=[], global_step=1, epoch=1.0)
+    metrics, shares, sent = [{}, {}], [], []
+    module = "modeling_llava.evaluation.callback"
+    for rank in (1, 0):  # the last one has what the others sent
+        state.is_world_process_zero = rank == 0
+        monkeypatch.setattr(
+            f"{module}.gather_object", lambda answers: shares.append(answers) or [*shares[0], *shares[-1]]
+        )
+        monkeypatch.setattr(
+            f"{module}.broadcast_object_list", lambda objects: sent.append(objects[0]) or [objects[0] or {}]
+        )
+        args = SimpleNamespace(
+            output_dir=str(tmp_path / str(rank)), process_index=rank, world_size=2, bf16=False, fp16=False
+        )
+        callback = EvaluationCallback(benchmarks[:1], max_new_tokens=2)
+        callback.on_evaluate(args, state, None, metrics[rank], model=model, processing_class=processor)
+    assert [sorted(sample for sample, _ in share) for share in shares] == [
+        ["random/1", "random/3"],
+        ["random/0", "random/2"],
+    ]
+    assert sent[0] is None and sent[1] == metrics[0] and "eval_pope_accuracy" in metrics[0]
+    assert not (tmp_path / "1").exists() and (tmp_path / "0" / "benchmarks.jsonl").exists()
+
+
 def test_sharded_weights_are_refused_before_the_first_step(benchmarks):
     with pytest.raises(ValueError, match="no process has all weights"):
         EvaluationCallback(benchmarks).on_train_begin(SimpleNamespace(is_sharded=True), None, None)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,15 @@ from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.io.checkpoints import UNQUANTISED_MODULES, four_bit_config, is_quantised
+from modeling_llava.io.checkpoints import (
+    UNQUANTISED_MODULES,
+    forbid_inference_packing,
+    four_bit_config,
+    is_quantised,
+    load_adapter_for_inference,
+)
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
-from modeling_llava.training.adapters import add_adapter, lora_target_pattern
+from modeling_llava.training.adapters import add_adapter, initial_lora, load_adapter, lora_target_pattern
 
 
 LANGUAGE_MODELS = {
@@ -209,10 +216,117 @@ def test_dora_and_rslora_reach_peft(base, tmp_path):
     )
 
 
-def test_originals_under_trained_modules_hold_no_memory(base, tmp_path):
-    peft_model = add_adapter(load(base), arguments(tmp_path, adapter="lora", train_vision_tower=True))
-    originals = [p for name, p in peft_model.named_parameters() if ".original_module." in name]
-    assert len(originals) > 10 and sum(p.numel() for p in originals) == 0
+@pytest.mark.parametrize("settings", [{}, {"train_vision_tower": True}, {"adapter": "qlora"}, {"use_dora": True}])
+def test_with_its_adapter_off_a_trained_model_is_its_base(base, tmp_path, settings):
+    quantised = {"quantization_config": four_bit_config(torch.float32)} if settings.get("adapter") == "qlora" else {}
+    untrained = load(base, **quantised)
+    forbid_inference_packing(untrained)
+    expected = logits(untrained)
+    model = train(base, tmp_path, **settings).model
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["new", "further"])
+def test_a_trained_towers_layers_after_the_features_are_frozen(base, tmp_path, further):
+    args = arguments(tmp_path, adapter="lora", train_vision_tower=True, save_strategy="no")
+    model = load(base)
+    if further:
+        train(base, tmp_path, train_vision_tower=True)
+        model = load_adapter(model, str(tmp_path), args)
+    model = LlavaTrainer(model, args, train_dataset=[0]).model
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".vision_tower." in n]
+    last = model.config.vision_config.num_hidden_layers - 1
+    assert trained and not any(f".layers.{last}." in name or "post_layernorm" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [["q_proj", "v_proj"], "q_proj,v_proj", " self_attn.q_proj, v_proj", r"model\.language_model\..*\.(q|v)_proj"],
+)
+def test_lora_target_is_names_or_a_regular_expression(target):
+    model = LlavaForConditionalGeneration(tiny_config())
+    matched = [n for n, _ in model.named_modules() if re.fullmatch(lora_target_pattern(model, target), n)]
+    assert {name.rpartition(".")[2] for name in matched} == {"q_proj", "v_proj"}
+    assert len(matched) == 2 * model.config.text_config.num_hidden_layers
+    assert all(name.startswith("model.language_model.") for name in matched)
+
+
+def test_all_linear_is_the_default_target_and_an_unknown_name_is_refused():
+    model = LlavaForConditionalGeneration(tiny_config())
+    assert lora_target_pattern(model, "all-linear") == lora_target_pattern(model)
+    with pytest.raises(ValueError, match="'q_prj'.*regular expression"):
+        lora_target_pattern(model, ["v_proj", "q_prj"])
+
+
+@pytest.mark.parametrize("init, use_rslora", [("pissa", False), ("pissa_niter_4", True), ("olora", False)])
+def test_an_initialisation_that_changes_the_base_is_undone_in_what_is_saved(base, tmp_path, init, use_rslora):
+    """`pissa_niter` is random: an adapter that takes it out of the base again when loaded meets another base."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def trainer(folder, **settings):
+        config = LoraConfig(
+            r=4, target_modules=r".*language_model.*q_proj", init_lora_weights=init, use_rslora=use_rslora
+        )
+        settings = {"adapter": "lora", "max_steps": 2, "logging_steps": 1, "save_steps": 1, **settings}
+        return LlavaTrainer(get_peft_model(load(base), config), arguments(folder, **settings), train_dataset=Batches())
+
+    whole = trainer(tmp_path / "a")
+    whole.train()
+    whole.save_model()
+    loaded = PeftModel.from_pretrained(load(base), tmp_path / "a")
+    assert torch.allclose(logits(loaded), logits(whole.model), atol=1e-4)
+
+    torch.manual_seed(7)
+    resumed = trainer(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert torch.allclose(logits(resumed.model), logits(whole.model), atol=1e-4)
+
+
+def test_loftq_is_refused(base, tmp_path):
+    """It rounds the base, which no adapter can undo."""
+    model = load(base)
+    model.peft_config, model.active_adapter = {"default": SimpleNamespace(init_lora_weights="loftq")}, "default"
+    with pytest.raises(ValueError, match="loftq"):
+        initial_lora(model)
+
+
+@pytest.mark.parametrize(
+    "way, kind",
+    [
+        ("load_model", "modules_to_save"),
+        ("merge", "modules_to_save"),
+        ("further", "modules_to_save"),
+        ("load_model", "lora"),
+        ("load_model", "trainable_tokens"),
+    ],
+)
+def test_a_base_gets_the_vocabulary_of_its_adapter(base, tmp_path, way, kind):
+    from peft import LoraConfig, get_peft_model
+
+    model = load(base)
+    size = model.config.text_config.vocab_size + 6
+    model.resize_token_embeddings(size, mean_resizing=False)
+    settings = {
+        "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head", "multi_modal_projector"]},
+        "lora": {"modules_to_save": ["embed_tokens", "multi_modal_projector"]},
+        "trainable_tokens": {"trainable_token_indices": {"embed_tokens": [size - 2, size - 1]}},
+    }[kind]
+    target = ["q_proj", "lm_head"] if kind == "lora" else r"model\.language_model\..*q_proj"
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=target, **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    if way == "load_model":
+        resized = load(base)
+        load_adapter_for_inference(resized, tmp_path / "adapter")
+    elif way == "merge":
+        resized = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged")))
+    else:
+        resized = load_adapter(load(base), str(tmp_path / "adapter"), arguments(tmp_path, adapter="lora"))
+    assert resized.get_input_embeddings().weight.shape[0] == size
+    assert logits(resized).shape == logits(model).shape
+    if kind == "modules_to_save":
+        assert torch.allclose(logits(resized), logits(model), atol=1e-5)
 
 
 def test_only_the_language_model_is_quantised_and_nothing_is_upcast(base):
@@ -346,7 +460,7 @@ def test_merged_as_trained_gives_the_logits_of_the_run(base, tmp_path, settings)
     assert not torch.allclose(logits(load(tmp_path / "plain")), trained, atol=1e-3)
 
     train(base, tmp_path / "lora")
-    with pytest.raises(ValueError, match="not trained beside 4-bit weights"):
+    with pytest.raises(ValueError, match="not trained on a 4-bit base"):
         merge_adapter(str(tmp_path / "lora"), str(tmp_path / "out"), as_trained=True)
     assert not (tmp_path / "out").exists()
 

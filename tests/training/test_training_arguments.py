@@ -1,5 +1,6 @@
 """What a run's settings say of devices and of evaluation."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -38,3 +39,23 @@ def test_a_second_visible_gpu_changes_neither_loss_nor_batch_nor_packing(setting
     expected = run("one")
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     assert run("two") == pytest.approx(expected, rel=1e-5)
+
+
+def test_reentrant_checkpointing_on_several_processes_is_refused(monkeypatch):
+    """Backward passes of its own mark parameters that DDP has found unused."""
+    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    LlavaTrainingArguments(**checkpointing)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    LlavaTrainingArguments(activation_checkpointing=True)
+    with pytest.raises(ValueError, match="use_reentrant=false"):
+        LlavaTrainingArguments(**checkpointing)
+
+
+def test_optimizers_that_group_by_themselves_keep_one_rate_for_all():
+    args = LlavaTrainingArguments(optim="lomo", vision_tower_learning_rate=None)
+    assert set(args.learning_rates().values()) == {args.learning_rate}
+
+
+def test_a_copy_of_arguments_can_be_made_with_other_settings():
+    args = LlavaTrainingArguments(per_device_train_batch_size=2, global_batch_size=8)
+    assert dataclasses.replace(args, seed=1).gradient_accumulation_steps == 4

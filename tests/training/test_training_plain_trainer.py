@@ -3,10 +3,13 @@
 import logging
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import warning_once
 
+from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.setup import load_model_and_processor
@@ -99,3 +102,40 @@ def test_ligers_own_loss_is_refused(settings):
     settings |= {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
     with pytest.raises(ValueError, match="fused_linear_cross_entropy.*liger_kernel_config"):
         LlavaTrainingArguments(**settings)
+
+
+def test_plain_trainer_resumes_and_loads_its_best_model(settings, instructions, tmp_path):
+    """It loads by names in memory, which those of the stock format are not, and is silent about what it does not find."""
+
+    def trainer():
+        torch.manual_seed(0)
+        model, processor = load_model_and_processor(LlavaTrainingArguments(**settings))
+        arguments = {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+        arguments |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 1e-2}
+        arguments |= {"metric_for_best_model": "supervised", "use_cpu": True, "remove_unused_columns": False}
+        rows = load_conversations(str(instructions), str(instructions.parent))
+        return Trainer(
+            model,
+            TrainingArguments(str(tmp_path / "run"), report_to="none", disable_tqdm=True, **arguments),
+            data_collator=LlavaDataCollator(processor, max_length=256),
+            train_dataset=rows,
+            eval_dataset=rows.select([0]),
+            compute_metrics=lambda prediction: {"supervised": 1.0},  # the first checkpoint is the best
+        )
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    first = LlavaForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-1").state_dict()
+    assert all(torch.equal(weight, first[name]) for name, weight in whole.model.state_dict().items())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_state_dicts_are_loaded_by_saved_names_and_by_names_in_memory(base_model):
+    model = LlavaForConditionalGeneration.from_pretrained(base_model)
+    saved = load_file(base_model / "model.safetensors")
+    for weights in (saved, model.state_dict()):
+        other = LlavaForConditionalGeneration(model.config)
+        assert not any(other.load_state_dict(weights))
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))

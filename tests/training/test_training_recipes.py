@@ -155,7 +155,25 @@ def test_every_setting_has_a_help_text():
         ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, "Keep one"),
         ({"global_batch_size": 9, "per_device_train_batch_size": 2}, "not a multiple of 2 samples"),
         ({"early_stopping_patience": 2}, "eval_strategy=steps"),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "load_best_model_at_end.*eval_strategy=steps"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy=best.*eval_strategy=steps"),
+        ({"early_stopping_patience": 2, "eval_size": 0.1}, "early_stopping_patience.*eval_strategy=steps"),
+        ({"global_batch_size": 8, "auto_find_batch_size": True}, "auto_find_batch_size.*global_batch_size.*Keep one"),
         ({"precision": "fp32", "bf16": True}, "contradicts bf16"),
+        ({"trained_dtype": "bfloat16", "precision": "fp32"}, "trained_dtype=bfloat16 requires precision=bf16"),
+        ({"precision": "fp16", "use_cpu": True}, "needs a GPU"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "num_decay_steps.* lr_scheduler_kwargs can hold: num_decay_steps",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs can hold: .*min_lr_rate"),
+        ({"lr_scheduler_kwargs": {"cycles": 2}}, "cycles.* lr_scheduler_kwargs can hold: num_cycles"),
+        ({"optim": "lomo", "projector_learning_rate": 0.0}, "lomo.*ignores projector_learning_rate=0"),
+        ({"optim": "adalomo", "adapter": "lora"}, "adalomo.*ignores projector_learning_rate=2e-05"),
+        (
+            {"optim": "apollo_adamw", "train_vision_tower": True, "vision_tower_learning_rate": 2e-6},
+            "apollo.*ignores vision_tower_learning_rate=2e-06",
+        ),
         ({"lora_target": "(", "adapter": "lora"}, "not a regular expression"),
         ({"max_length": 0}, "at least 1"),
         ({"lora_dropout": 1.0}, r"not in \[0, 1\)"),
@@ -244,4 +262,5 @@ def test_precision_sets_transformers_switches(tmp_path):
 
     assert switches() == ("fp32", False, False, "torch.float32")
     assert switches(precision="bf16") == switches(bf16=True) == ("bf16", True, False, "torch.bfloat16")
-    assert switches(fp16=True) == ("fp16", False, True, "torch.float16")
+    with pytest.raises(ValueError, match="precision=fp16 needs a GPU"):
+        switches(fp16=True)
