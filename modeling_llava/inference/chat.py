@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .pictures import Picture
+from .image_references import Picture
 from .predictor import LlavaPredictor
 
 
