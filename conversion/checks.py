@@ -1,9 +1,8 @@
 """
-Proof that a converted checkpoint is what it should be.
+Checks of a converted checkpoint.
 
-[`check_stock_ready`] holds a HF folder against stock transformers: keys, configuration, tokens per image, template, and
-the logits of one image; given the original that it was made from, the logits before and after must be equal. Models
-of any size are checked: weights stay in their files (see `streamed.py`).
+[`check_stock_ready`] compares a HF folder with stock transformers: keys, configuration, tokens per image, template, and the
+logits of one image, which must equal the original's if it is given. Weights stay in their files (see `streamed.py`).
 """
 
 import contextlib
@@ -33,15 +32,15 @@ from .tensors import LazyTensor, cast, find_weights, read_checkpoint
 
 QUESTION = "What is shown here?"
 TOLERANCE = 1e-4
-"""Largest difference of logits before and after, relative to the largest logit; both are computed in float32."""
+"""Maximum difference of logits before and after, relative to the largest logit, in float32."""
 
 NUM_COMPARED = 16
-"""The logits of this many last positions are compared."""
+"""The logits of this many last tokens are compared."""
 
 
 @dataclass(frozen=True)
 class CheckItem:
-    """One thing that was checked: `state` is `"ok"`, `"failed"`, `"skipped"` or, where only we can do it, `"ours only"`."""
+    """`state` is `"ok"`, `"failed"`, `"skipped"` or, where only this package runs the model, `"ours only"`."""
 
     name: str
     state: str
@@ -60,7 +59,7 @@ class CheckReport:
 
     @property
     def is_sound(self) -> bool:
-        """Nothing failed: at least this package runs it."""
+        """Nothing failed: this package runs it."""
         return all(item.state != "failed" for item in self.items)
 
     @property
@@ -90,17 +89,17 @@ def check_stock_ready(
     Args:
         folder (`str` or `Path`): The HF folder.
         reference (`str`, `Path` or [`Original`], *optional*):
-            The original from which it was made; its logits must be the same.
+            The original from which it was made; its logits must be equal.
         base (`str` or `Path`, *optional*), vision_tower (`str` or `Path`, *optional*):
             Of the reference.
         logits (`bool`, *optional*, defaults to `True`):
-            Run the model on one image: about 2 operations per parameter and image token, some minutes for 7B on a CPU.
+            Run the model on one image: some minutes for 7B on a CPU.
 
     Returns:
-        [`CheckReport`]; `is_stock_ready` says whether all is well.
+        [`CheckReport`], with `is_stock_ready`.
 
     Raises:
-        ValueError: the folder or the reference cannot be read at all.
+        ValueError: the folder or the reference cannot be read.
         OSError: it is not there.
     """
     if require_llava(folder):
@@ -156,7 +155,7 @@ def _check_projector(report: CheckReport, config: LlavaConfig) -> bool:
 
 
 def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool) -> None:
-    """Let transformers load the folder onto the meta device: it matches all names and shapes and reads no weight."""
+    """Load the folder onto the meta device, which matches all names and shapes and reads no weight."""
     model_class = StockLlava if is_stock else LlavaForConditionalGeneration
     try:
         config = (StockConfig if is_stock else LlavaConfig).from_dict(fields)
@@ -178,7 +177,7 @@ def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool)
 
 @contextlib.contextmanager
 def _without_progress_bars():
-    """transformers shows a bar for weights that it does not read."""
+    """transformers shows a bar even for weights that it does not read."""
     was_on = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -208,7 +207,7 @@ def _check_processor(report: CheckReport, config: LlavaConfig, processor):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    except Exception as error:  # a template can fail in any way that a program can
+    except Exception as error:  # a template is a program
         report.add("template", "failed", f"{type(error).__name__}: {error}")
         return None
     image_token = processor.image_token
@@ -236,7 +235,7 @@ def _check_processor(report: CheckReport, config: LlavaConfig, processor):
 
 
 def probe_image(width: int = 96, height: int = 64) -> Image.Image:
-    """A picture with something in every channel and place: two gradients and a pattern."""
+    """An image with content in every channel and region: two gradients and a pattern."""
     x, y = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     pixels = torch.stack([x * 255 // width, y * 255 // height, (x * 7 + y * 13) % 256], dim=-1)
     return Image.fromarray(pixels.to(torch.uint8).numpy())

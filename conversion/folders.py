@@ -67,7 +67,7 @@ def read_json(path: Path, of_what: str) -> dict:
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """OSError where there is no tokenizer: of `tokenizer_config.json` alone transformers 5 makes one without words."""
+    """OSError without a tokenizer: from `tokenizer_config.json` alone transformers 5 makes an empty one."""
     if not load_errors.has_tokenizer(folder):
         raise OSError(
             f"{folder} has no tokenizer (tokenizer.model or tokenizer.json). Copy the language model's tokenizer files there."

@@ -31,7 +31,7 @@ class HfCheckpoint:
     A HF LLaVA folder with a CLIP tower and a LLaMA or Mistral language model.
 
     Args:
-        folder (`Path`): Where it lies.
+        folder (`Path`): The folder.
         config ([`LlavaConfig`]): Its configuration; `projector_num_layers` is what the weights show.
         sizes ([`Sizes`]): Of its parts.
         tensors (`dict[Entry, LazyTensor]`): All of its tensors, the identity of a one-layer projector included.
@@ -60,15 +60,15 @@ def read_hf(source: str | Path) -> HfCheckpoint:
     Read a HF LLaVA folder.
 
     Raises:
-        ValueError: it is an adapter, in the original's form or quantised; its tower or language model is none that the
-            original or llama.cpp's LLaVA knows; its weights do not fit its configuration.
+        ValueError: it is an adapter, in the original's form or quantised, its tower or language model is not supported, or
+            its weights do not fit its configuration.
         OSError: it is not there.
     """
     folder = local_folder(source, "checkpoint")
     if require_llava(folder):
-        raise ValueError(f"{folder} is an adapter. Fold it into its model first: llava merge {folder} OUT.")
+        raise ValueError(f"{folder} is an adapter. Merge it first: llava merge {folder} OUT.")
     if (folder / PROJECTOR_CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} is a projector alone. Put it into its model first: llava merge {folder} OUT.")
+        raise ValueError(f"{folder} is a projector alone. Merge it first: llava merge {folder} OUT.")
     fields = read_config(folder)
     if "quantization_config" in fields:
         raise ValueError(f"{folder} is quantised; give the 16-bit checkpoint from which it was made.")

@@ -4,9 +4,9 @@ HF checkpoints → GGUF: the two files of llama.cpp's multimodal programs (and O
 `model-TYPE.gguf` holds the language model with tokenizer and chat template, `mmproj-TYPE.gguf` the CLIP tower up to the
 selected layer and the projector. How they are written and read back: `gguf_files.py`.
 
-llama.cpp has had a defect since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
-behind the patches but reads positions and results as if it stood in front. Every LLaVA-1.5 suffers: each patch gets its
-neighbour's position, the first patch is lost. `class_token_last=True` writes a file that such builds compute correctly
+llama.cpp has had a bug since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
+after the patches but reads positions and results as if it came first. In every LLaVA-1.5 each patch gets its
+neighbour's position, and the first patch is lost. `class_token_last=True` writes a file that such builds compute correctly
 (see `_for_class_token_last`).
 """
 
@@ -30,7 +30,7 @@ from .writing import OutputFolder
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16"}
 SMALL_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json", "chat_template.json")
-"""What the fields of the two files are made from, beside `config.json`."""
+"""What the fields of the two files are made from, next to `config.json`."""
 
 
 def convert_hf_to_gguf(
@@ -101,9 +101,7 @@ def convert_hf_to_gguf(
     return Conversion(Path(output), _notes(hf, processor, class_token_last), report)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What llama.cpp can express
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def feature_layers(hf: HfCheckpoint) -> list[int]:
@@ -156,25 +154,23 @@ def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> None:
 def _notes(hf: HfCheckpoint, processor: LlavaProcessor, class_token_last: bool) -> list[str]:
     notes = []
     if class_token_last:
-        notes.append(
-            "mmproj is for builds of llama.cpp with the defect of issue 25814; a mended build needs the other."
-        )
+        notes.append("mmproj is for builds of llama.cpp with the bug of issue 25814; a fixed build needs the other.")
     else:
         notes.append(
-            "llama.cpp since May 2025 has a defect (issue 25814) that spoils the image features of every LLaVA-1.5. For a "
+            "llama.cpp since May 2025 has a bug (issue 25814) that spoils the image features of every LLaVA-1.5. For a "
             "build with it, convert with --class-token-last."
         )
     if not getattr(processor.image_processor, "do_pad", False):
-        notes.append("llama.cpp pads pictures to a square; this checkpoint was trained on ones that are cut to it.")
+        notes.append(
+            "llama.cpp pads images to a square; this checkpoint was trained on images that are cropped to it."
+        )
     window = getattr(hf.config.text_config, "sliding_window", None)
     if window is not None:
-        notes.append(f"llama.cpp attends to all positions, this language model to the last {window}: keep below that.")
+        notes.append(f"llama.cpp attends to all tokens, this language model to the last {window}: stay below that.")
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def language_tensors(hf: HfCheckpoint, kind: str) -> dict[str, GgufTensor]:
@@ -249,8 +245,8 @@ def _for_class_token_last(tensors: dict[str, GgufTensor], processor: LlavaProces
 
     It lays out `[patch 0, …, patch n−1, class]`, adds position row i to token i, and gives tokens 1 to n to the
     projector. So token 0, which it does not give on, becomes the class token: its position row is the class token times
-    10⁵, beside which the patch vanishes in the layer norm that follows. Token n, a constant, becomes patch 0, as padding
-    looks there (in a picture that is not square it is padding), and tokens 1 to n−1 get their own positions.
+    10⁵, against which the patch vanishes in the layer norm that follows. Token n, a constant, becomes patch 0 of padding
+    (which it is unless the image is square), and tokens 1 to n−1 get their own positions.
     """
     images = processor.image_processor
     background = [(int(mean * 255) / 255 - mean) / std for mean, std in zip(images.image_mean, images.image_std)]
@@ -290,9 +286,7 @@ def _typed(tensor: LazyTensor, kind: str) -> GgufTensor:
     return GgufTensor(tensor, kind)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Metadata: functions that fill a `gguf.GGUFWriter`
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def language_metadata(hf: HfCheckpoint, processor: LlavaProcessor, kind: str) -> Callable:

@@ -43,12 +43,10 @@ def convert_hf_to_original(
     """
     Convert a HF LLaVA folder to the original's form.
 
-    A checkpoint that came from the original goes back bit for bit: the rows that the HF vocabulary gained are dropped,
-    an identity layer is recognised, configuration and tokenizer files are those that it came with.
+    A checkpoint that came from the original is restored bit for bit.
 
-    The original takes its tower from where `mm_vision_tower` says. A tower that is still the named one is named; one
-    that was trained is written into the checkpoint too, as the original does (`unfreeze_mm_vision_tower`); one without
-    a name gets a folder of its own in `output`.
+    The original loads its tower from `mm_vision_tower`. An unchanged tower is only named; a trained one is written into the
+    checkpoint, as the original does (`unfreeze_mm_vision_tower`); one without a name gets a folder in `output`.
 
     Args:
         source (`str` or `Path`): HF folder or Hub name.
@@ -62,8 +60,8 @@ def convert_hf_to_original(
         overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
 
     Raises:
-        ValueError: the original has no form for it (several feature layers, a projector with another activation), or
-            it is damaged; or the check failed.
+        ValueError: the original does not support it (several feature layers, another activation), it is damaged, or the
+            check failed.
         OSError: a file is not there, or the disk is too small.
     """
     dtype = as_dtype(dtype)
@@ -112,17 +110,14 @@ def _check_has_original_form(hf: HfCheckpoint) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def original_vocabulary(hf: HfCheckpoint, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
     """
     Rows of the original's vocabulary, and whether the tokenizer files that it came with still fit.
 
-    What HF needs and the original does not is left out: the image token, a pad token right behind it, the filling rows.
-    Tokens that were added after those stay, and then nothing can be left out before them.
+    Left out are the image token, a pad token right after it and the padding rows, unless later tokens follow them.
     """
     ids = tokenizer.get_vocab()
     image = hf.config.image_token_id
@@ -177,15 +172,12 @@ def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
     return {"name": name, "inside": inside or trained, "folder": name if is_ours else None, "trained": trained}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Configuration and small files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
     """
-    The original's `config.json`: the one that the checkpoint came with, where it did, brought up to date; a field is
-    changed only where its meaning is another.
+    The original's `config.json`: the recorded one, if any, with the fields whose meaning has changed.
     """
     layers, config = hf.config.projector_num_layers, hf.config
     recorded = dict(hf.record.get("config") or {})
@@ -241,7 +233,7 @@ def _text_fields(hf: HfCheckpoint) -> dict:
 
 
 def _fields_of_4(text: PreTrainedConfig) -> dict:
-    """A language model's fields as transformers 4 (which the original stands on) writes them."""
+    """A language model's fields as transformers 4, which the original uses, writes them."""
     fields = text.to_dict()
     rope = dict(fields.pop("rope_parameters", None) or {})
     fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
@@ -274,7 +266,7 @@ def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, 
 
 
 def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
-    """What transformers 4's `LlamaTokenizer` reads beside `tokenizer.model`, without the tokens that HF needs."""
+    """What transformers 4's `LlamaTokenizer` reads next to `tokenizer.model`, without the tokens that HF needs."""
     named = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: getattr(tokenizer, name) for name in named if getattr(tokenizer, name) is not None}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
@@ -334,17 +326,17 @@ def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:
     notes = []
     if tower["trained"]:
         notes.append(
-            f"The vision tower is no longer exactly {tower['name']} (trained, or saved in another dtype): its weights lie "
+            f"The vision tower is no longer exactly {tower['name']} (trained, or saved in another dtype): its weights are "
             "in the checkpoint, with unfreeze_mm_vision_tower, as the original writes it."
         )
     if tower["folder"]:
         notes.append(
-            f"The vision tower lies in {Path(output) / tower['folder']}. The original looks for mm_vision_tower "
+            f"The vision tower is in {Path(output) / tower['folder']}. The original looks for mm_vision_tower "
             f"({tower['folder']!r}) from the working directory: start it in {output}."
         )
     if not has_sentencepiece(hf.folder):
         notes.append(
-            "The tokenizer is not of SentencePiece's kind; the original asks for a slow one (use_fast=False), which "
+            "The tokenizer is not a SentencePiece model; the original requires a slow one (use_fast=False), which "
             "transformers may not have for it."
         )
     return notes

@@ -1,10 +1,9 @@
 """
 The names that one tensor has in each form of a checkpoint, written out once, tensor by tensor.
 
-`key_table` lists every tensor that a LLaVA of given sizes has, with its name in the original's form, in the HF form and
-in llama.cpp's two files, and its shape. It is pure: it looks at sizes only. `match_keys` then holds a checkpoint against
-one column of the table, and every difference (a tensor too many, one too few, a wrong shape or dtype) is an error that
-lists all of them. No name is ever made by replacing parts of another.
+`key_table` lists every tensor of a LLaVA of given sizes: its name in the original's form, in the HF form and in llama.cpp's
+files, and its shape. `match_keys` compares a checkpoint with one column of the table and lists every difference in one
+error. No name is made by replacing parts of another.
 """
 
 import re
@@ -230,9 +229,7 @@ def vision_entries(s: Sizes, tower: str = "inside") -> list[Entry]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names that are recognised and put into the table's form, or left out
-# ---------------------------------------------------------------------------------------------------------------------
+# Names that are normalised or left out
 
 DERIVED = (
     re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
@@ -240,7 +237,7 @@ DERIVED = (
     re.compile(r"(model\.vision_tower\.vision_tower\.)?(vision_model\.)?embeddings\.position_ids"),
     re.compile(r"vision_tower\.(vision_model\.)?embeddings\.position_ids"),
 )
-"""Buffers that old versions of transformers saved and every version computes from the configuration."""
+"""Buffers that old versions of transformers saved, computed from the configuration."""
 
 CLIP_TEXT_SIDE = re.compile(r"(text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale)")
 """What a CLIP pair holds besides its vision tower."""
@@ -267,7 +264,7 @@ def canonical_hf_key(key: str) -> str:
 
 
 def drop_derived(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Without the buffers that every version computes by itself ([`DERIVED`])."""
+    """Without the buffers of [`DERIVED`]."""
     return {key: value for key, value in tensors.items() if not any(rule.fullmatch(key) for rule in DERIVED)}
 
 
@@ -289,9 +286,7 @@ def tower_form(keys) -> str | None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Holding a checkpoint against the table
-# ---------------------------------------------------------------------------------------------------------------------
+# Comparing a checkpoint with the table
 
 
 def match_keys(
@@ -305,7 +300,7 @@ def match_keys(
         column (`str`): Which form `tensors` are in.
         tensors (`Mapping[str, LazyTensor]`): What is there.
         source (`str`): For the error: what was read.
-        hint (`str`, *optional*): For the error: the likely cause and the mend.
+        hint (`str`, *optional*): For the error: the likely cause and the fix.
 
     Raises:
         ValueError: a tensor that the table does not have, one that is missing, one of another shape, or one that is

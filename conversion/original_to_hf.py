@@ -34,12 +34,12 @@ from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards
 logger = logging.getLogger(__name__)
 
 VOCABULARY_MULTIPLE = 64
-"""Rows of the embedding are filled up to a multiple of this, which matrix products on GPUs prefer."""
+"""The embedding is padded to a multiple of this number of rows, as matrix products on GPUs prefer."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 IMAGE_MARKS = ("<im_start>", "<im_end>")
-"""Around each image where `mm_use_im_start_end` is set."""
+"""Around each image if `mm_use_im_start_end` is set."""
 
 IMAGE_FIELDS = (
     "do_convert_rgb",
@@ -90,15 +90,15 @@ def convert_original_to_hf(
     """
     Convert an original LLaVA checkpoint, of any of its five forms, to a HF folder.
 
-    Tensors that do not change are copied byte for byte. The vocabulary gains the image token and, where there is none,
-    a pad token, and is filled up to a multiple of 64 rows; a new row is the mean of the old ones. A linear projector W
-    is saved as `linear_1 = W`, `linear_2 =` identity, with a linear activation: stock transformers computes the same.
+    Unchanged tensors are copied byte for byte. The vocabulary gains the image token and, if there is none, a pad token, and
+    is padded to a multiple of 64 rows; a new row is the mean of the old ones. A linear projector W is saved as
+    `linear_1 = W`, `linear_2 =` identity, with a linear activation, so that stock transformers computes the same.
 
     Args:
         source (`str` or `Path`):
             Folder or Hub name of a full checkpoint, a delta, a LoRA or a projector, or a `mm_projector.bin`.
         output (`str` or `Path`):
-            Folder to write. It appears when it is whole; a conversion that was stopped goes on where it was.
+            Folder to write. It appears when it is complete; an interrupted conversion resumes.
         base (`str` or `Path`, *optional*): The language model to which a delta, LoRA or projector belongs.
         vision_tower (`str` or `Path`, *optional*): The CLIP tower; by default the one that the configuration names.
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`):
@@ -116,7 +116,7 @@ def convert_original_to_hf(
         [`Conversion`].
 
     Raises:
-        ValueError: `source` cannot be converted, is damaged, or its parts do not belong together; or the check failed.
+        ValueError: `source` cannot be converted or is damaged, its parts do not match, or the check failed.
         OSError: a file is not there, or the disk is too small.
     """
     dtype = as_dtype(dtype)
@@ -159,7 +159,7 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def fingerprint_of(direction: str, files: Iterable[Path], shards: Mapping[str, Mapping[str, LazyTensor]]) -> dict:
-    """What the bytes of a conversion's shards depend on; a partial folder is continued only if it is the same."""
+    """What the shards of a conversion depend on; only with the same one a partial folder is resumed."""
     states = {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     content = {name: [[key, str(t.dtype), t.shape] for key, t in part.items()] for name, part in shards.items()}
     return {"direction": direction, "version": __version__, "files": states, "shards": content}
@@ -168,18 +168,16 @@ def fingerprint_of(direction: str, files: Iterable[Path], shards: Mapping[str, M
 def _notes(original: Original, config: LlavaConfig) -> list[str]:
     notes = []
     if original.kind != "full":
-        notes.append(f"A {original.kind} and its base became one whole checkpoint.")
+        notes.append(f"A {original.kind} and its base were merged into one checkpoint.")
     if config.projector_num_layers > 2:
         notes.append(
-            f"The projector has {config.projector_num_layers} layers, for which stock transformers has no form: this "
-            "package loads, trains and runs the checkpoint; stock transformers, vLLM and llama.cpp do not."
+            f"The projector has {config.projector_num_layers} layers, which stock transformers does not have: only "
+            "this package loads, trains and runs the checkpoint."
         )
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
@@ -205,12 +203,12 @@ def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = 
 
 
 def _added_entries(original: Original) -> list[Entry]:
-    """The second layer that stock transformers asks for where the original has one."""
+    """The second layer, which stock transformers requires where the original has one."""
     return [entry for entry in projector_entries(original.sizes) if entry.original is None]
 
 
 def checksum(tensors: Mapping[str, LazyTensor]) -> str:
-    """CRC-32 over names and contents: tells whether a tower is still the one that was converted."""
+    """CRC-32 over names and contents: tells whether a tower has changed since its conversion."""
     value = 0
     for key in sorted(tensors):
         value = zlib.crc32(key.encode(), value)
@@ -219,9 +217,7 @@ def checksum(tensors: Mapping[str, LazyTensor]) -> str:
     return f"{value:08x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Configuration, processor, small files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_processor(original: Original, chat_template: str | None = None) -> tuple[LlavaProcessor, str]:
@@ -236,7 +232,7 @@ def make_processor(original: Original, chat_template: str | None = None) -> tupl
         tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     add_image_token(tokenizer)
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
-        # The original tokenizes what follows an image on its own, which puts a space in front of it.
+        # The original tokenizes the text after an image separately, which puts a space in front of it.
         marks = (marks[0], marks[1] + " ")
     wrap = marks if any(marks) else None
     if chat_template is None:
@@ -256,7 +252,7 @@ def make_processor(original: Original, chat_template: str | None = None) -> tupl
 
 
 def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The original gives tokens that it adds while it loads random rows: there is nothing to compare with."""
+    """The original adds missing tokens with random rows, to which nothing can be compared."""
     for mark in IMAGE_MARKS if original.config.get("mm_use_im_start_end") else ():
         if (number := tokenizer.get_vocab()[mark]) >= original.sizes.vocabulary:
             raise ValueError(
@@ -270,11 +266,11 @@ def find_chat_template(
     original: Original, tokenizer: PreTrainedTokenizerBase, image_wrap: tuple[str, str] | None
 ) -> tuple[str, str]:
     """
-    The chat template with which an original checkpoint was trained, as well as its files tell, and its name with the reason.
+    The chat template of an original checkpoint, as far as its files tell, and its name with the reason.
 
-    A template that the tokenizer brings is the one of its training: Llama-3's, ChatML. That of LLaMA-2 and Mistral
-    (`[INST]`) is known to the original as `llava_llama_2`, for Mistral without a system message. Otherwise, as in the
-    original's programs, the names tell the version: of v0 (`v0`, `mmtag`; only with its linear projector), of LLaMA-2.
+    A template of the tokenizer (Llama-3, ChatML) is used. For `[INST]` (LLaMA-2, Mistral) it is the original's
+    `llava_llama_2`, for Mistral without a system message. Otherwise the names tell the version, as in the original: v0
+    (`v0`, `mmtag`; only with a linear projector) or LLaMA-2.
     """
     own = _own(tokenizer)
     is_mistral = original.text_config.model_type == "mistral"
@@ -307,7 +303,7 @@ def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _own_or_other(name: str, tokenizer: PreTrainedTokenizerBase, image_wrap: tuple[str, str] | None) -> str:
-    """A template that is asked for; a text that knows no images is made to write them."""
+    """The requested template; images are inserted into one without them."""
     if name == "own" and (own := _own(tokenizer)) is not None and writes_images(own):
         return own
     template = choose_chat_template(name, tokenizer, image_wrap)
@@ -390,7 +386,7 @@ def _write_small_files(original: Original, processor: LlavaProcessor, config: Ll
 
 
 def make_generation_config(original: Original, processor: LlavaProcessor) -> GenerationConfig:
-    """How to generate: the source's file where it has one, and the tokens that begin, end and pad a text."""
+    """The source's generation configuration, with the tokens that begin, end and pad a text."""
     for folder in (original.folder, original.tokenizer_folder):
         if (folder / "generation_config.json").is_file():
             fields = read_json(folder / "generation_config.json", "a checkpoint")

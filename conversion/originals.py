@@ -1,14 +1,14 @@
 """
-Reading the original's checkpoints: what lies in a folder, and the whole model that it stands for.
+Reading the original's checkpoints: what a folder holds, and the whole model that it stands for.
 
-| kind | told by | needs |
+| kind | recognised by | needs |
 |---|---|---|
-| full | weights of a language model and a projector | its vision tower, unless it was trained and lies inside |
+| full | weights of a language model and a projector | its vision tower, unless it was trained and is inside |
 | delta | the same, and a base is given | base, tower |
 | lora | `adapter_model.*` (and `non_lora_trainables.bin`) | base, tower |
 | projector | `mm_projector.bin` alone | base, tower |
 
-Nothing but the chat template is decided by a folder's name: the original's files say nothing of it.
+Only the chat template is decided by a folder's name, since the original's files do not say it.
 """
 
 import logging
@@ -58,17 +58,17 @@ NOT_TEXT_FIELDS = re.compile(
 @dataclass
 class Original:
     """
-    An original LLaVA, whole: base and parts are put together, nothing is read yet.
+    A whole original LLaVA, its parts and base put together; no weight is read yet.
 
     Args:
         kind (`str`): What the folder held: `"full"`, `"delta"`, `"lora"` or `"projector"`.
         folder, tokenizer_folder, tower_folder (`Path`):
-            Where configuration, tokenizer and the tower's `preprocessor_config.json` lie.
+            With the configuration, the tokenizer and the tower's `preprocessor_config.json`.
         config (`dict`): The original's `config.json`.
         text_config, vision_config (`PreTrainedConfig`):
             Of the language model (`vocab_size` is the embedding's rows) and the tower.
         names (`str`):
-            All names that the checkpoint has or notes: its folder's, its base's. They tell its version, if anything does.
+            Names of the checkpoint's folder and base, which may tell its version.
         sizes ([`Sizes`]): Of the whole.
         tensors (`dict[Entry, LazyTensor]`): All of its tensors.
         tower_inside (`bool`): The checkpoint held the tower's weights (it was trained).
@@ -107,10 +107,10 @@ def read_original(
             Folder or Hub name of the language model (or LLaVA) to which a delta, LoRA or projector belongs.
         vision_tower (`str` or `Path`, *optional*):
             Folder or Hub name of the CLIP tower. By default the one that `mm_vision_tower` names: a path, a folder in
-            or beside `source`, or a Hub name.
+            or next to `source`, or a Hub name.
 
     Raises:
-        ValueError: it is no original LLaVA; a part is missing, too many or of another size.
+        ValueError: it is not an original LLaVA, or a part is missing, superfluous or of another size.
         OSError: a folder or file is not there.
     """
     folder = local_folder(source, "checkpoint")
@@ -170,7 +170,7 @@ def read_original(
 
 
 def _names(*names: str | Path | None) -> str:
-    """The last part of each, in lower case: where a folder lies says nothing."""
+    """The last component of each path or name, in lower case."""
     return " ".join(os.path.basename(os.path.abspath(name)).lower() for name in names if name)
 
 
@@ -178,9 +178,7 @@ def _hint(kind: str) -> str:
     return "" if kind == "full" else WRONG_BASE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Configurations
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _check_is_original(config: dict, folder: Path) -> None:
@@ -221,13 +219,11 @@ def read_projector_type(config: dict) -> tuple[int, bool]:
     return int(match[1]), True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Weights
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: list[Path]):
-    """Kind, tensors under the original's names, and the folder of the tokenizer."""
+    """Kind, tensors under the original's names, folder of the tokenizer."""
     adapter = find_weights(folder, ADAPTER_FILES)
     weights = find_weights(folder)
     projector = find_weights(folder, PROJECTOR_FILES)
@@ -268,7 +264,7 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
     trained = find_weights(folder, NON_LORA_FILES)
     if trained is None and not any(key.startswith("model.mm_projector.") for key in below):
         raise ValueError(
-            f"{folder} has no non_lora_trainables.bin, in which a LoRA's projector lies, and its base has none either."
+            f"{folder} has no non_lora_trainables.bin, with a LoRA's projector, and its base has no projector either."
         )
     own = without_adapter_prefix(_read(trained, files)) if trained else {}
     tensors = put_over(below, own, gap=gap)
@@ -297,9 +293,7 @@ def _warn_if_delta(tensors: dict[str, LazyTensor], folder: Path) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Vision tower
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def find_tower(folder: Path, config: dict, vision_tower: str | Path | None) -> Path:
@@ -346,7 +340,9 @@ def read_tower(folder: Path, sizes: Sizes, files: list[Path]) -> dict[Entry, Laz
     tensors = drop_derived(_read(weights, files))
     form = tower_form(tensors)
     if form is None:
-        raise ValueError(f"{weights} holds no CLIP vision tower: it has no '{TOWER_PREFIXES['clip']}embeddings…'.")
+        raise ValueError(
+            f"{weights} does not hold a CLIP vision tower: it has no '{TOWER_PREFIXES['clip']}embeddings…'."
+        )
     tensors = {key: value for key, value in tensors.items() if not CLIP_TEXT_SIDE.fullmatch(key)}
     matched = match_keys(vision_entries(sizes, form), "original", tensors, f"The vision tower {weights}")
     return dict(zip(vision_entries(sizes), matched.values(), strict=True))

@@ -1,8 +1,7 @@
 """
-What the original saves instead of a whole model, put together with its base: deltas, LoRA adapters, projectors.
+Deltas, LoRA weights and projectors of the original, added to their base: tables of lazy tensors under the original's names.
 
-Each function takes and gives tables of lazy tensors under the original's names; nothing is computed until it is
-written, and then in pieces of a few megabytes. Sums are taken in float32 and rounded once, to the base's dtype.
+Sums are computed in float32, while they are written, and rounded once to the base's dtype.
 """
 
 import math
@@ -48,7 +47,7 @@ def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], s
     The model of a delta: the base's tensors plus the delta's, the projector from the delta alone.
 
     Raises:
-        ValueError: the base lacks a tensor or has another shape; or `delta` is no delta but a whole model.
+        ValueError: the base lacks a tensor or has another shape; or `delta` is a whole model.
     """
     base, summed = drop_derived(base), {}
     for key, tensor in delta.items():
@@ -58,7 +57,7 @@ def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], s
         summed[key] = tensor if other is None else _sum(key, tensor, other)
     if base:
         raise ValueError(
-            f"{source} is no delta of this base: it lacks {len(base)} of its tensors, such as '{next(iter(base))}'. "
+            f"{source} is not a delta of this base: it lacks {len(base)} of its tensors, such as '{next(iter(base))}'. "
             f"{WRONG_BASE}"
         )
     _refuse_whole_model(delta, summed, source)
@@ -85,7 +84,7 @@ def _sum(key: str, delta: LazyTensor, base: LazyTensor) -> LazyTensor:
 
 
 def _refuse_whole_model(delta: Mapping[str, LazyTensor], summed: Mapping[str, LazyTensor], source: str) -> None:
-    """A whole model that is given a base would come out doubled; its last norm gives it away."""
+    """A whole model plus its base would be doubled; recognised by its last norm."""
     key = "model.norm.weight"
     if key in delta:
         own, total = delta[key].tensor().float(), summed[key].tensor().float()
@@ -104,7 +103,7 @@ def fold_lora(
 
     Args:
         adapter (`Mapping[str, LazyTensor]`):
-            PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors beside them
+            PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors
             (biases, modules to save), which replace the base's.
         config (`Mapping`):
             The `adapter_config.json`: `r`, `lora_alpha`, `fan_in_fan_out`, `use_rslora`, `alpha_pattern`.

@@ -1,9 +1,7 @@
 """
-Running a model whose weights stay in their files.
+A model whose weights stay in their files, for checks of models that are larger than the memory.
 
-The check after a conversion computes logits before and after, for models larger than the memory: transformers' own
-modules run, but their large matrices (linear layers, token embeddings) are read piece by piece while they are used.
-Everything is computed in float32.
+transformers' own modules run, in float32; their linear layers and token embeddings read the weights while they are used.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,12 +1,10 @@
 """
 Tensors of checkpoint files, described without being read.
 
-A conversion is a table of [`LazyTensor`]s: each knows its dtype, its shape and where it lies, and hands out its content
-in pieces of a few megabytes, or as a range of a file that the operating system copies by itself. No conversion ever
-holds more than a few pieces, whatever the checkpoint's size.
+A conversion is a table of [`LazyTensor`]s, which give their content in pieces of a few megabytes, or as a range of a file
+for the operating system to copy. A conversion holds a few pieces in memory, whatever the checkpoint's size.
 
-`.bin` files are pickles: they are only ever read by torch's restricted unpickler (`weights_only=True`), which builds
-tensors and refuses everything else, and only their directory is read, not their tensors.
+`.bin` files are pickles: only torch's restricted unpickler (`weights_only=True`) reads them.
 """
 
 import errno
@@ -32,7 +30,7 @@ from modeling_llava.io.load_errors import (
 
 
 PIECE_BYTES = 16 * 2**20
-"""Upper bound, in bytes, of what is computed or copied at once."""
+"""Maximum bytes that are computed or copied at once."""
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -97,7 +95,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[FileRange | torch.Tensor]:
-        """The content in order: file ranges where the bytes lie in a file as they are, tensors elsewhere."""
+        """The content in order: file ranges where a file has the bytes as they are, tensors elsewhere."""
         if self.ranges is not None:
             yield from self.ranges(self.num_rows)
             return
@@ -117,13 +115,11 @@ class LazyTensor:
         return f"LazyTensor({self.dtype}, {list(self.shape)}, {self.origin})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kinds of tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def stored(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], key: str) -> LazyTensor:
-    """A tensor that lies in a file from `offset` (bytes) on, row after row."""
+    """A tensor in a file, from `offset` (bytes) on, row after row."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read(start: int, stop: int) -> torch.Tensor:
@@ -183,8 +179,7 @@ class Extended(LazyTensor):
     """
     `source` with rows added below it, each the mean of its first `num_known` rows.
 
-    The mean of the rows gives a new token the mean of the known tokens' logits, which never exceeds the largest of
-    them: greedy continuations are those of the model before.
+    The logit of a new token is the mean of the known tokens' logits, so greedy continuations do not change.
     """
 
     def __init__(self, source: LazyTensor, num_rows: int, num_known: int):
@@ -212,9 +207,7 @@ class Extended(LazyTensor):
         yield self._added_rows(self.num_rows - self.source.num_rows).contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -239,7 +232,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def read_torch_file(path: Path) -> dict[str, LazyTensor]:
     """
-    The tensors of a `.bin` file (a pickle). It is never unpickled freely: tensors are built, all else is refused.
+    The tensors of a `.bin` file (a pickle). Of torch's zip form only the directory is read; the older form is loaded.
 
     Raises:
         ValueError: the pickle holds something other than tensors (its code is not run), or the file is damaged.
@@ -250,13 +243,10 @@ def read_torch_file(path: Path) -> dict[str, LazyTensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        what = (
-            "a pickle that holds more than tensors" if reason else "damaged, or a pickle of another kind than torch's"
-        )
+        what = "a pickle that holds more than tensors" if reason else "damaged, or not a pickle of torch"
         raise ValueError(
-            f"{path} was refused: it is {what}, and such a file can run any program when it is opened. Nothing of it was "
-            f"run. {reason}{' ' if reason else ''}If you trust its author, download it again, or ask for the weights as "
-            "safetensors."
+            f"{path} was refused: it is {what}, and such a file can run any program when it is opened. It was not run. "
+            f"{reason}{' ' if reason else ''}Download it again, or ask for the weights as safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
@@ -294,7 +284,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _strided(path: Path, offset: int, value: torch.Tensor, key: str) -> LazyTensor:
-    """A saved tensor; one that was saved transposed or expanded is put in order in memory when it is read."""
+    """A saved tensor; one that was saved transposed or expanded is reordered when it is read."""
     if value.is_contiguous():
         return stored(path, offset, value.dtype, tuple(value.shape), key)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
@@ -315,7 +305,7 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def find_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Path | None:
-    """The file of `folder` through which its weights are read: an index, or the one file. `None` without any."""
+    """The index or the single file of the weights in `folder`; `None` without any."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -324,8 +314,8 @@ def read_checkpoint(file: Path) -> dict[str, LazyTensor]:
     All tensors of a checkpoint, given its index (`*.index.json`) or its one file.
 
     Raises:
-        ValueError: the index is damaged, names a shard that is not there or a tensor that its shard does not hold,
-            or two shards hold the same tensor; a tensor is empty.
+        ValueError: the index is damaged, a shard or a tensor in it is missing, two shards hold the same tensor, or a tensor
+            is empty.
     """
     tensors = _read_checkpoint(file)
     for key, tensor in tensors.items():

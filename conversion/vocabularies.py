@@ -60,10 +60,9 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     """
     A LLaVA's chat template for llama.cpp.
 
-    llama.cpp's programs hand an image over as a marker (`<__media__>`) before the text of a string; the template puts
-    what the training had around it: `<im_start>`, `<im_end>`, the line break, as the template itself writes them for
-    an image item. `{% generation %}` goes, since some readers (llama-cpp-python) do not know it. llama.cpp tokenizes
-    the text after an image on its own, so the space that stands for this (`image_wrap` of `load_chat_template`) goes.
+    llama.cpp's programs pass an image as a marker (`<__media__>`) before a text; the template puts `<im_start>`, `<im_end>`
+    and the line break around it as it does for an image item. `{% generation %}`, which llama-cpp-python does not know, and
+    the space after an image (`image_wrap` of `load_chat_template`), which llama.cpp adds itself, are removed.
 
     Raises:
         ValueError: the template writes no image for an image item, or not the question.
@@ -83,8 +82,8 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
     if probe not in without or around.count(image_token) != 1:
         raise ValueError(
-            f"The chat template makes {with_image!r} of an image and the question {probe!r}: it is none for pictures. Give "
-            "the checkpoint one of LLaVA's (chat_template.jinja)."
+            f"The chat template makes {with_image!r} of an image and the question {probe!r}: it does not support images. "
+            "Give the checkpoint a template of LLaVA's (chat_template.jinja)."
         )
     start, _, end = around.partition(image_token)
     start, end = (text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for text in (start, end))
@@ -94,7 +93,7 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
 
 
 def writes_images(template: str, image_token: str = IMAGE_TOKEN) -> bool:
-    """Whether a chat template knows image items: a language model's own does not."""
+    """Whether a chat template supports image items; a language model's own does not."""
     text = _render(template, [{"type": "image"}, {"type": "text", "text": "One question"}])
     return text.count(image_token) == 1 and "One question" in text and "'type'" not in text
 
@@ -109,7 +108,7 @@ def _render(template: str, content: str | list[dict]) -> str:
             eos_token="",
             add_generation_prompt=True,
         )[0][0]
-    except Exception:  # a template can fail in any way that a program can
+    except Exception:  # a template is a program
         return ""
 
 
@@ -126,7 +125,7 @@ def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> d
         `dict`: `model` (`"llama"` or `"gpt2"`), `pre`, `tokens`, `scores`, `types`, `merges` (`None` where it has none).
 
     Raises:
-        ValueError: a kind of tokenizer that llama.cpp has no name for.
+        ValueError: a kind of tokenizer that is not known for llama.cpp.
     """
     if (folder / "tokenizer.model").is_file():
         table = _from_sentencepiece(folder / "tokenizer.model")
@@ -201,7 +200,7 @@ def _table(content: dict) -> dict:
 
 
 def _table_by_score(content: dict) -> dict:
-    """SentencePiece's kind: joining in the order of merges is joining by score, a piece's score being its first rank."""
+    """A SentencePiece table: the score of a piece is its first rank among the merges."""
     table, ids = _table(content), content["model"]["vocab"]
     scores = [FILL_SCORE] * len(table["tokens"])
     for rank, (left, right) in enumerate(_merges(content)):
@@ -220,7 +219,7 @@ def _pre_tokenizer_name(pre_tokenizer: dict, path: Path) -> str:
         if [_without_defaults(part) for part in parts] == [_without_defaults(part) for part in known]:
             return name
     raise ValueError(
-        f"{path} splits text in a way for which llama.cpp has no name that we know ({json.dumps(pre_tokenizer)[:200]}); "
+        f"{path} splits text in a way that is not known for llama.cpp ({json.dumps(pre_tokenizer)[:200]}); "
         f"known are {', '.join(PRE_TOKENIZERS)}."
     )
 
@@ -233,7 +232,7 @@ def _without_defaults(part: dict) -> dict:
 
 
 def has_sentencepiece(folder: Path) -> bool:
-    """Whether a folder's tokenizer is of SentencePiece's kind: it has the file, or one can be made."""
+    """Whether a folder has a SentencePiece model, or one can be made."""
     if (folder / "tokenizer.model").is_file():
         return True
     if not (folder / "tokenizer.json").is_file():
@@ -246,8 +245,8 @@ def sentencepiece_model(tokenizer_json: Path) -> bytes:
     """
     A `tokenizer.model` that gives the ids of a `tokenizer.json` which was made from one.
 
-    transformers drops `tokenizer.model` when a fast tokenizer is loaded and saved again, as it is after training.
-    Tokens that were added (they come after all pieces) are left out: they stand in `tokenizer_config.json`.
+    transformers drops `tokenizer.model` when a fast tokenizer is loaded and saved again, as after training. Added tokens are
+    left out: they are in `tokenizer_config.json`.
     """
     content = _read_bpe(tokenizer_json)
     table = _table_by_score(content)

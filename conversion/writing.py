@@ -1,9 +1,9 @@
 """
 Writing a converted checkpoint: streamed, resumable, and never half there.
 
-A folder is built beside its place as `OUT.partial` and renamed when it is whole and checked. Inside, a shard gets its name
-only when its last byte is written, and `config.json`, without which nothing loads a folder, gets its name as the very last
-step of all. A run that was killed leaves `OUT.partial`; the same command again keeps the shards that are complete.
+A folder is built as `OUT.partial` and renamed when it is complete and checked. Each shard gets its name when it is complete,
+and `config.json`, without which nothing loads a folder, gets its name last. A killed run leaves `OUT.partial`; the same
+command again keeps its complete shards.
 """
 
 import errno
@@ -32,7 +32,7 @@ UNFINISHED = ".*.[0-9]*"
 """Names of the files that `atomic_path` had open when a process died."""
 
 PENDING_CONFIG = "config.json.pending"
-"""Name of `config.json` until everything else is in its place."""
+"""Name of `config.json` until everything else is written."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -48,11 +48,11 @@ def parse_size(size: int | str) -> int:
 
 def format_bytes(count: float) -> str:
     """`14.2 GB`, `310 MB`, `12 KB`: decimal units."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.1f} {unit}" if unit == "GB" else f"{count:.0f} {unit}"
+    for unit in ("B", "KB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
         count /= 1000
-    raise AssertionError("unreachable")
+    return f"{count:.1f} GB"
 
 
 def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str) -> dict[str, dict[str, LazyTensor]]:
@@ -93,7 +93,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def copy_range(source: FileRange, target, advance: Callable[[int], None]) -> None:
-    """Append a range of a file to the open file `target`; the kernel copies where it can."""
+    """Append a range of a file to the open file `target`, by the kernel where possible."""
     done = 0
     with open(source.path, "rb", buffering=0) as file:
         fast = hasattr(os, "copy_file_range")
@@ -145,7 +145,7 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Calla
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space. Libraries in Rust raise a bare `Exception` with the number in its text."""
+    """Whether a write failed because the disk is full. Rust libraries raise an `Exception` with the number in its text."""
     numbers = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
     return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
 
@@ -183,7 +183,7 @@ class OutputFolder:
 
     def __enter__(self) -> "OutputFolder":
         if self.output.exists() and any(self._visible(self.output)):
-            if self._read_journal(self.output) == self.journal:  # killed between the renaming and the last line
+            if self._read_journal(self.output) == self.journal:  # killed just before its end
                 self._finish()
                 self.is_done = True
                 return self
@@ -192,7 +192,7 @@ class OutputFolder:
             if any(Path(path).resolve().is_relative_to(self.output.resolve()) for path in self._sources):
                 raise ValueError(f"{self.output} is read from in this conversion and cannot be replaced by it.")
         if not self.output.is_dir() and self.output.exists():
-            raise ValueError(f"{self.output} is a file; a folder is written.")
+            raise ValueError(f"{self.output} is a file; give a folder.")
 
         found = self._read_journal(self.partial)
         if self.partial.exists() and found is None and any(self._visible(self.partial)):
@@ -217,12 +217,12 @@ class OutputFolder:
             self._lock.close()
         if error is not None and is_full_disk(error):
             raise OSError(
-                f"The disk of {self.partial} is full. What is whole was kept there: free some space and run the same "
-                "command again, or delete it."
+                f"The disk of {self.partial} is full. Free some space and run the same command again: it resumes from what "
+                "is there."
             ) from error
 
     def write_shards(self, shards: dict[str, dict[str, LazyTensor]]) -> None:
-        """Write each safetensors file that is not there yet; then, of several, their index."""
+        """Write each missing safetensors file and, of several, their index."""
         for name, tensors in shards.items():
             if (self.partial / name).exists():
                 self.progress.update(sum(tensor.nbytes for tensor in tensors.values()))
@@ -237,12 +237,12 @@ class OutputFolder:
             )
 
     def write_config(self, text: str) -> Path:
-        """Write `config.json` under the name that it has until `commit`, and return its place."""
+        """Write `config.json` under its name until `commit`, and return the path."""
         write_atomic(self.partial / PENDING_CONFIG, text, sync=True)
         return self.partial / PENDING_CONFIG
 
     def commit(self) -> None:
-        """Put the folder in its place, and then `config.json`."""
+        """Rename the folder, and then `config.json`."""
         for path in self.partial.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
@@ -272,7 +272,7 @@ class OutputFolder:
 
     @classmethod
     def _visible(cls, folder: Path) -> Iterator[Path]:
-        """What others see in a folder: without the lock, and without a journal that was being written at a kill."""
+        """The files of a folder without the lock and an unfinished journal."""
         if not folder.is_dir():
             return iter(())
         return (path for path in folder.iterdir() if path.name != cls._lock_name and not path.match(f".{JOURNAL}.*"))
@@ -299,8 +299,8 @@ class OutputFolder:
             )
 
     def _take_lock(self) -> None:
-        """Two conversions into one folder would mix their shards. The lock ends with its process."""
-        if os.name == "nt":  # a folder with an open file in it could not be renamed: two at once are the user's care
+        """Two conversions into one folder would mix their shards."""
+        if os.name == "nt":  # a folder with an open file cannot be renamed there
             return
         self._lock = open(self.partial / self._lock_name, "wb")
         if not lock(self._lock.fileno()):

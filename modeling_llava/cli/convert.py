@@ -8,7 +8,7 @@ examples:
   llava convert liuhaotian/llava-v1.5-7b llava-hf                          original → HF
   llava convert llava-lora llava-hf --base lmsys/vicuna-7b-v1.5            a LoRA folder of the original, folded in
   llava convert mm_projector.bin llava-hf --base lmsys/vicuna-7b-v1.5      a projector with its language model
-  llava convert delta llava-hf --base huggyllama/llama-7b                  a delta and the weights it stands on
+  llava convert delta llava-hf --base huggyllama/llama-7b                  a delta and its base
   llava convert llava-hf original --to original                            HF → original
   llava convert llava-hf gguf --to gguf --dtype q8_0                       HF → llama.cpp, Ollama
   llava convert --check llava-hf                                           is it a stock checkpoint?
@@ -35,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-shard-size", default="2GB", help="largest file of weights (default: 2GB)")
     parser.add_argument(
-        "--chat-template", help="hf: a template in place of the one that the checkpoint's version implies"
+        "--chat-template",
+        help="hf: name of a template, own, or a file; by default as the checkpoint's version implies",
     )
     parser.add_argument(
         "--class-token-last",
         action="store_true",
         help="gguf: for builds of llama.cpp since May 2025 that misplace CLIP's class token (its issue 25814)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what lies at OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder OUT")
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="do not prove the result at the end (runs the model on one image: minutes for 7B on a CPU)",
+        help="do not check the result (which runs the model on one image: minutes for 7B on a CPU)",
     )
     parser.add_argument("--check", action="store_true", help="only check that stock transformers can use the folder")
     parser.add_argument("--against", help="with --check: the original whose logits the folder must give")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.check:
         if args.output is not None:
-            raise ValueError(f"--check looks at one folder and writes nothing: leave {args.output} out.")
+            raise ValueError(f"--check reads one folder and writes nothing: leave {args.output} out.")
         print(f"checking {args.source}: the model runs on one image (seconds; minutes for 7B on a CPU)")
         report = check_stock_ready(
             args.source,
@@ -75,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         print("stock transformers runs it" if report.is_stock_ready else "stock transformers does not run it")
         return 0 if report.is_stock_ready else 1
     if args.against is not None:
-        raise ValueError("--against goes with --check; a conversion compares with its source by itself.")
+        raise ValueError("--against goes with --check; a conversion always compares with its source.")
     if args.output is None:
-        raise ValueError("where to? Give the folder to write: llava convert SRC OUT.")
+        raise ValueError("no output folder is given: llava convert SRC OUT.")
     given = {"--base": args.base, "--chat-template": args.chat_template} if args.to != "hf" else {}
     if args.to == "gguf":
         given["--vision-tower"] = args.vision_tower
@@ -124,5 +125,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"next: llava chat {result.output}")
     elif args.to == "gguf":
         model, mmproj = (next(result.output.glob(f"{name}-*.gguf")) for name in ("model", "mmproj"))
-        print(f"next: llama-mtmd-cli -m {model} --mmproj {mmproj} --image PICTURE -p QUESTION")
+        print(f"next: llama-mtmd-cli -m {model} --mmproj {mmproj} --image IMAGE -p QUESTION")
     return 0 if result.check is None or result.check.is_sound else 1

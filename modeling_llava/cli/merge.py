@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="the base model, if it is no longer where the adapter says")
     parser.add_argument(
         "--as-trained", action="store_true",
-        help="QLoRA: round the base to the 4 bits beside which the adapter was trained, and back, before it is added",
+        help="QLoRA: add the adapter to the dequantized NF4 base that was used in training",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
 
@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
     from ..training import merge_adapter
 
     trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None
-    print(f"folding {args.adapter} into its base, read in 16 bit")
+    print(f"merging {args.adapter} into its base, read in 16 bit")
     print("this takes about as long as reading the model")
     output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
     if trained_in_4_bits and not args.as_trained:
         print(
-            "The adapter was trained beside 4-bit weights and is now on 16-bit ones, which it has not seen. If the answers "
-            "have become worse, merge with --as-trained."
+            "The adapter was trained on a 4-bit base and is merged into the 16-bit one. If the answers have become worse, "
+            "merge with --as-trained."
         )
     print(f"next: llava chat {output}")
     return 0

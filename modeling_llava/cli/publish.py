@@ -8,7 +8,7 @@ examples:
   llava publish runs/my-merged my-name/my-llava --dry-run
   llava publish runs/my my-name/my-llava --merge --results runs/vqa --license llama2 --private
   llava publish runs/data my-name/my-instructions --license cc-by-4.0
-Log in first: `hf auth login`. A broken-off upload goes on with the same command.
+Log in first: `hf auth login`. The same command resumes an interrupted upload.
 """
 
 
@@ -20,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("repo", help="name on the Hub: owner/name, or name for your own")
     parser.add_argument(
-        "--private", action="store_true", help="make the new repository private (one that is public is refused)"
+        "--private", action="store_true", help="make the new repository private (an existing public one is refused)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="gather and check everything, send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="gather and check everything, upload nothing")
     parser.add_argument(
-        "--merge", action="store_true", help="an adapter or projector: put it into its base and publish the full model"
+        "--merge",
+        action="store_true",
+        help="an adapter or projector: merge it into its base and publish the full model",
     )
     parser.add_argument("--base-model", action="append", metavar="NAME", help="Hub name of a base model (repeatable)")
     parser.add_argument("--dataset", action="append", metavar="NAME", help="Hub name of training data (repeatable)")
@@ -35,13 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-license", metavar="TEXT", help="licence of the training data, for the card")
     parser.add_argument("--language", default="en", help="language of the answers, by its ISO 639 code (default: en)")
     parser.add_argument("--summary", help="first paragraph of the model card")
-    parser.add_argument("--revision", help="branch to push to; made from main if absent")
+    parser.add_argument("--revision", help="branch to push to; created from main if absent")
     parser.add_argument("--tag", action="append", metavar="TAG", help="git tag for the commit (repeatable)")
     parser.add_argument("--message", default="Upload with llava publish", help="first line of the commit")
     parser.add_argument("--out", help="folder to gather in (default: MODEL-to-publish)")
-    parser.add_argument(
-        "--no-run", action="store_true", help="do not ask the model a question first (it is loaded for that)"
-    )
+    parser.add_argument("--no-run", action="store_true", help="do not load the model and ask it a question first")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,21 +83,18 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(name, f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB")
         console.print(table)
         if publication.left_out:
-            console.print(f"Stays here: {', '.join(publication.left_out)}")
+            console.print(f"Not published: {', '.join(publication.left_out)}")
         for problem in publication.problems[:20]:
             console.print(f"problem: {problem}", style="red")
         if len(publication.problems) > 20:
             console.print(f"… and {len(publication.problems) - 20:,} more", style="red")
         if publication.problems:
-            raise ValueError(
-                f"{len(publication.problems)} problem(s) to fix before it can be published; nothing was sent."
-            )
+            raise ValueError(f"cannot publish: {len(publication.problems)} problems; nothing was uploaded.")
         if publication.kind == "full":
             say_who_runs_it(console, publication.folder)
         if publication.generate_kwargs:
             console.print(
-                f"note: to end its answers, generate of stock transformers has to be given {publication.generate_kwargs}; the "
-                "card says so.",
+                f"note: to end its answers, stock transformers' generate needs {publication.generate_kwargs}; the card says so.",
                 style="yellow",
             )
         if publication.kind in ("full", "adapter") and not args.no_run:
@@ -106,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             answer = ask_once(publication.folder, source)
             console.print(f"The pipeline answers: {answer!r}")
         if args.dry_run:
-            console.print(f"Nothing was sent. What would be sent lies in {publication.folder}; read README.md there.")
+            console.print(f"Nothing was uploaded. The publication is in {publication.folder}; read its README.md.")
             return 0
         url = push(publication, private=args.private, revision=args.revision, tags=args.tag, message=args.message)
     console.print(f"Published: {url}")
@@ -114,27 +111,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def merged(console, source, stack):
-    """The full model of an adapter or projector, in a folder that is deleted when `stack` ends."""
+    """The merged model of an adapter or projector, in a folder that is deleted when `stack` ends."""
     import tempfile
     from pathlib import Path
 
     from ..training import merge_adapter
 
-    console.print(f"Putting {source} into its base …")
-    beside = source.resolve().parent  # not the folder for temporary files, which may be small, or in memory
-    scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=beside, prefix=".merging-"))
+    console.print(f"Merging {source} into its base …")
+    parent = source.resolve().parent  # the folder for temporary files may be small, or in memory
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".merging-"))
     folder = Path(scratch, source.resolve().name)
     merge_adapter(str(source), str(folder))
     return folder
 
 
 def say_who_runs_it(console, folder) -> None:
-    """
-    Hold a full model against stock transformers, without computing anything.
-
-    Raises:
-        ValueError: neither stock transformers nor this package would load it as it is.
-    """
+    """Prints which runtimes load a full model. ValueError if neither stock transformers nor this package does."""
     from modeling_llava.conversion import check_stock_ready
 
     report = check_stock_ready(folder, logits=False)
@@ -142,11 +134,11 @@ def say_who_runs_it(console, folder) -> None:
         if item.state != "skipped":
             console.print(f"{item.state}: {item.name}: {item.detail}")
     if not report.is_sound:
-        raise ValueError(f"the model is not sound: {report.failures()}; nothing was sent.")
+        raise ValueError(f"the model cannot be loaded: {report.failures()}; nothing was uploaded.")
 
 
 def warn_of_other_weights(console, results, source) -> None:
-    """Results carry a fingerprint of what was evaluated; say it where that is not what is published."""
+    """Warns where the fingerprint in the results is not that of the published weights."""
     from pathlib import Path
 
     from ..evaluation.results import fingerprint
@@ -157,7 +149,7 @@ def warn_of_other_weights(console, results, source) -> None:
     evaluated = [about[key] for key in ("fingerprint", "adapter_fingerprint") if about.get(key)]
     if source.is_dir() and evaluated and fingerprint(source) not in evaluated:
         console.print(
-            f"note: {results} is of {about.get('name')}, whose files are not those of {source}: is it the "
-            "same model? Evaluate it again if not.",
+            f"note: {results} is of {about.get('name')}, whose files differ from those of {source}. Evaluate again if it is "
+            "another model.",
             style="yellow",
         )

@@ -1,4 +1,4 @@
-"""The fields of a card for which the Hub knows a list of values: it refuses others, once the repository is made."""
+"""Fields of a card for which the Hub has a list of values; it rejects others after the repository was created."""
 
 import difflib
 import re
@@ -29,14 +29,9 @@ LANGUAGES = frozenset(
 
 def check_card_fields(license: str | list[str] | None, language: str | list[str] | None, where: str = "") -> None:
     """
-    Args:
-        license (`str` or `list[str]`, *optional*), language (`str` or `list[str]`, *optional*):
-            As they would stand in the card.
-        where (`str`, *optional*):
-            The file from which they come, for the error; by default the options of `llava publish`.
-
     Raises:
-        ValueError: the Hub does not know one of them; says which it may be.
+        ValueError: the Hub does not know one of them; names similar ones. `where` is the file they come from, by default
+            the options of `llava publish`.
     """
     for value in _values(license):
         if value not in LICENSES:

@@ -24,22 +24,21 @@ PUBLISHED = {
     ),
     "run": ("instruct.json", "rejected.jsonl", "prompts.json", "summary.json", "*.png", "README.md", "LICENSE*"),
 }  # fmt: skip
-"""File names that are published, by what a folder is: a model, a data set, or a run of the data engine without one (its
-ledger, its record and what it was made from stay). Everything else stays here, and is listed."""
+"""File names that are published, by kind of folder: a model, a data set, or a run of the data engine without one."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill")
-"""Endings of files that can hold a pickle, which runs code when it is loaded."""
+"""Suffixes of files that can hold a pickle, which runs code when it is loaded."""
 
 PICKLE_BEGINNINGS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x93NUMPY")
-"""And how such files begin, whatever they are called: pickles, what `torch.save` writes, arrays."""
+"""First bytes of pickles, of what `torch.save` writes, and of arrays."""
 ARCHIVE_BEGINNINGS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"\x28\xb5\x2f\xfd", b"Rar!")
-"""How gzip, bzip2, xz, 7z, zstd and rar begin: what lies in them cannot be searched."""
+"""First bytes of gzip, bzip2, xz, 7z, zstd and rar, whose content cannot be searched."""
 
 TEXT_ENDINGS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".jinja", ".txt", "")
 SEARCHED_BYTES = 16 * 2**20
-"""Of a file that is not text, so much is searched: what GGUF and PNG say of themselves lies in front."""
+"""How much of a binary file is searched: GGUF and PNG have their metadata in front."""
 CHUNK_BYTES = 2**22
-"""Of a text, so much is looked at before its lines are."""
+"""How much of a text is searched before its lines are."""
 
 SECRETS = {
     "a Hugging Face token": (("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
@@ -64,8 +63,7 @@ SECRETS = {
         r"(?=[\w+/.-]*\d)[\w+/.-]{20,}",
     ),
 }  # fmt: skip
-"""What it is → what a text that holds it has in it, in lower case (a pattern alone takes a second for each megabyte), and its
-pattern. The first that fits is told."""
+"""What it is → substrings in lower case, one of which a text with it has (they are faster than patterns), and its pattern."""
 
 ROOTS = (
     "home", "users", "root", "mnt", "media", "tmp", "work", "data", "scratch", "workspace", "content", "var", "opt", "srv",
@@ -83,14 +81,14 @@ LOCAL_PATH = (
         | \\\\\\\\?[\w.-]+\\\\[^\s"'`,)]+
     )""".replace("ROOTS", "|".join(ROOTS)),
 )
-"""POSIX, home, Windows and network paths. Text that is about paths is found as well: it is better asked than leaked."""
+"""POSIX, home, Windows and network paths. Text about paths is found as well."""
 HOME = (tuple(f"/{root}/" for root in ("home", "users", "root")), r"/(?:home|Users|root)/[\w.-]{2,}")
-"""A home in a file that is not text, where nothing says where a path begins."""
+"""A home folder in a binary file."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a folder must not be published: the file, the line (0: the whole file), and what is wrong with the mend."""
+    """Why a folder must not be published: the file, the line (0: the whole file), what is wrong and the fix."""
 
     file: str
     line: int
@@ -130,9 +128,11 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
         if path.is_symlink():
             problems.append(Problem(name, 0, "is a link; publish the file itself."))
         elif ending in PICKLES or _beginning(path).startswith(PICKLE_BEGINNINGS):
-            problems.append(Problem(name, 0, "can hold a pickle, which runs code when loaded; save as safetensors."))
+            problems.append(
+                Problem(name, 0, "can hold a pickle, which runs code when loaded; save it as safetensors.")
+            )
         elif _is_archive(path):
-            problems.append(Problem(name, 0, "is an archive, which is not looked into; unpack it, or take it away."))
+            problems.append(Problem(name, 0, "is an archive, which is not searched; unpack or remove it."))
         elif ending == ".safetensors":
             problems += _problems_in_safetensors(path, name)
         elif ending == ".parquet":
@@ -147,8 +147,7 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
 
 def link_problems(folder: str | os.PathLike, kind: str) -> list[Problem]:
     """
-    Links among the files that would be published that lead out of the folder, or nowhere. Those of the Hub's cache, where
-    each file is a link to a blob beside the snapshots, are none.
+    Links among the published files that lead out of the folder, or nowhere. Links of the Hub's cache to its blobs are fine.
     """
     folder = Path(folder).resolve()
     inside = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
@@ -162,16 +161,18 @@ def link_problems(folder: str | os.PathLike, kind: str) -> list[Problem]:
             continue
         place = path.resolve()
         if not path.exists():
-            problems.append(Problem(name.as_posix(), 0, "is a link to a file that is not there."))
+            problems.append(Problem(name.as_posix(), 0, "is a link to a missing file."))
         elif not path.is_file():
             problems.append(Problem(name.as_posix(), 0, "is a link to a folder; put the folder itself here."))
         elif not any(place.is_relative_to(root) for root in inside):
-            problems.append(Problem(name.as_posix(), 0, f"is a link out of this folder ({place}); put the file here."))
+            problems.append(
+                Problem(name.as_posix(), 0, f"is a link out of this folder ({place}); copy the file here.")
+            )
     return problems
 
 
 def missing_files(folder: Path, kind: str) -> list[Problem]:
-    """Files without which a publication (`full`, `adapter`, `projector` or `dataset`) cannot be used."""
+    """Missing files without which a publication cannot be used."""
     if kind == "dataset":
         has_card = (folder / "README.md").is_file()
         return (
@@ -183,7 +184,7 @@ def missing_files(folder: Path, kind: str) -> list[Problem]:
     if kind != "projector":
         needed += ["processor_config.json"]
     problems = [
-        Problem(name, 0, "is missing; save the processor beside the weights (processor.save_pretrained).")
+        Problem(name, 0, "is missing; save the processor next to the weights (processor.save_pretrained).")
         for name in needed
         if not (folder / name).is_file()
     ]
@@ -199,9 +200,7 @@ def missing_files(folder: Path, kind: str) -> list[Problem]:
     if not any(folder.glob("*.safetensors")):
         problems.append(Problem("*.safetensors", 0, "there are no weights; save them as safetensors."))
     if kind == "full" and not any(folder.glob("chat_template*")):
-        problems.append(
-            Problem("chat_template.jinja", 0, "is missing; the model does not know how questions are asked.")
-        )
+        problems.append(Problem("chat_template.jinja", 0, "is missing; the model needs one to be asked questions."))
     return problems
 
 
@@ -216,16 +215,16 @@ def _is_archive(path: Path) -> bool:
 
 
 def _is_text(path: Path) -> bool:
-    """A notebook, for one; not by its ending, of which there are too many."""
+    """By its content, since there are too many suffixes."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(beginning := _beginning(path))  # may end within a letter
+        codecs.getincrementaldecoder("utf-8")().decode(beginning := _beginning(path))  # may end within a character
     except UnicodeDecodeError:
         return False
     return b"\0" not in beginning
 
 
 def _decoded(content: bytes) -> str:
-    """For the search: UTF-16, which is what PowerShell writes, reads as its letters; so does JSON's `\\/`."""
+    """Text for the search: UTF-16, as PowerShell writes it, and JSON's `\\/` are read as their characters."""
     return content.replace(b"\0", b"").decode("utf-8", "replace").replace("\\/", "/")
 
 
@@ -252,9 +251,9 @@ def _problems_in_text(
     secret = next((what for what, looks in SECRETS.items() if search(*looks)), None)
     if secret is not None:
         problems.append(Problem(name, number, f"holds what looks like {secret}; remove it, and revoke it."))
-    if name not in ("tokenizer.json", "vocab.json", "tokenizer.model"):  # their pieces are text, not places
+    if name not in ("tokenizer.json", "vocab.json", "tokenizer.model"):  # their tokens are not paths
         if found := search(*local_path):
-            message = f"names a place on this machine ({found[0]}); name it by its Hub name."
+            message = f"names a path on this machine ({found[0]}); use a Hub name."
             problems.append(Problem(name, number, message))
     return problems
 
@@ -269,7 +268,7 @@ def _problems_in_safetensors(path: Path, name: str) -> list[Problem]:
 
 
 def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
-    """The first problem of each kind in its text columns and its footer; pictures in it are not looked into."""
+    """The first problem of each kind in its text columns and its footer; images in it are not searched."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The model card, filled from what a run left beside its weights. What is not known is said to be unknown."""
+"""The model card, filled from the records next to the weights."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from .files import read_record
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
-PICTURES = {
+FIGURES = {
     "loss_curve*.png": "Loss over the optimizer steps",
-    "answers*.png": "Answers to questions about pictures that were not in the training data",
+    "answers*.png": "Answers to questions about images that were not in the training data",
     "results*.png": "Evaluation",
 }
-"""Pattern of a picture's file name → its caption."""
+"""Pattern of a file name → its caption."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -44,12 +44,11 @@ def render_model_card(
     Args:
         folder (`str` or `Path`):
             A full, adapter or projector folder. `config.json` or `adapter_config.json`, and where there are any
-            `recipe.yaml`, `run.json`, `trainer_state.json`, `results*.json` and pictures are read.
+            `recipe.yaml`, `run.json`, `trainer_state.json`, `results*.json` and figures are read.
         repo (`str`): Name on the Hub, `owner/name`.
         kind (`str`): `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.io.checkpoints.checkpoint_kind`]).
         base_models (`list[str]`, *optional*):
-            Hub names of the models that these weights derive from; by default those that the run or the configuration
-            names.
+            Hub names of the base models; by default those that the run or the configuration names.
         datasets (`list[str]`, *optional*): Hub names of the training data; by default those that the run names.
         license (`str`, *optional*, defaults to `"other"`): The Hub's identifier of the weights' licence.
         data_license (`str`, *optional*): Licence of the training data, in words.
@@ -57,9 +56,6 @@ def render_model_card(
         summary (`str`, *optional*): First paragraph, in place of the one that is written from the facts.
         generate_kwargs (`dict`, *optional*):
             What `generate` has to be given to end an answer ([`modeling_llava.text.stops.needed_by_stock`]).
-
-    Returns:
-        `str`
     """
     folder = Path(folder)
     run = read_record(folder / "run.json")
@@ -92,7 +88,7 @@ def render_model_card(
         hardware=_hardware(run, settings),
         duration=_duration(read_record(folder / "trainer_state.json"), read_record(folder / "all_results.json")),
         versions=", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items()),
-        pictures={file.name: text for pattern, text in PICTURES.items() for file in sorted(folder.glob(pattern))},
+        figures={file.name: text for pattern, text in FIGURES.items() for file in sorted(folder.glob(pattern))},
         evaluation=evaluation,
         model_index=[row for row in evaluation if row["whole"]],
     )
@@ -126,7 +122,7 @@ def _needs_us(config: dict) -> str | None:
 
 
 def _runtimes(kind: str, repo: str, config: dict, base: str) -> dict[str, str]:
-    """Runtime → how it runs this model, or why it does not."""
+    """Runtime → how to run this model with it, or why it does not run."""
     ours = f"`llava chat {repo}`, `llava web {repo}`; `LlavaPredictor` encodes an image once for many questions"
     if kind == "projector":
         merged = f"after `llava merge {repo} merged`"
@@ -171,9 +167,9 @@ def _llama_cpp(repo: str, config: dict) -> str:
 
 def _summary(kind: str, settings: dict, base_models: list[str] | None) -> str:
     what = {
-        "full": "A LLaVA: it answers questions about pictures",
-        "adapter": "A LoRA adapter for LLaVA, which answers questions about pictures",
-        "projector": "The projector of a LLaVA after its first stage, which aligns picture features with words",
+        "full": "A LLaVA: it answers questions about images",
+        "adapter": "A LoRA adapter for LLaVA, which answers questions about images",
+        "projector": "The projector of a LLaVA after its first stage, which aligns image features with words",
     }[kind]
     how = {"lora": "fine-tuned with LoRA", "qlora": "fine-tuned with QLoRA", "none": "trained"}
     trained = f", {how[settings['adapter']]}" if settings.get("adapter") in how else ""
@@ -199,7 +195,7 @@ def _architecture(folder: Path, kind: str) -> dict[str, str]:
             f"{text.get('model_type')}, {text.get('num_hidden_layers')} layers × {text.get('hidden_size')}, "
             f"vocabulary {text.get('vocab_size')}"
         )
-        parts["image tokens"] = f"{config.get('image_seq_length')} per picture"
+        parts["image tokens"] = f"{config.get('image_seq_length')} per image"
     if kind == "adapter":
         adapter = read_record(folder / "adapter_config.json")
         parts["adapter"] = (
@@ -248,8 +244,8 @@ def _duration(state: dict, results: dict) -> str:
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the evaluation table: every overall score of every `results*.json` beside the weights. `whole`: of the
-    whole benchmark, so that it may stand in the Hub's index."""
+    """Rows of the evaluation table: the overall scores of every `results*.json`. `whole`: of the whole benchmark, and so
+    part of the Hub's index."""
     rows = []
     for file in sorted(folder.glob("results*.json")):
         results = read_record(file)

@@ -24,7 +24,7 @@ from .staging import drop_local_names, finish_data_card, name_base, stage_files,
 logger = logging.getLogger(__name__)
 
 HTTP_ERROR = (getattr(hf_api, "httpx2", None) or hf_api.httpx).HTTPError
-"""Of the library through which this huggingface_hub speaks; a connection that breaks is no `OSError` there."""
+"""Of huggingface_hub's HTTP library; a broken connection is not an `OSError` there."""
 
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 BASE_FILES = {"adapter": "adapter_config.json", "projector": PROJECTOR_CONFIG_NAME}
@@ -33,23 +33,17 @@ BASE_FILES = {"adapter": "adapter_config.json", "projector": PROJECTOR_CONFIG_NA
 
 @dataclass
 class Publication:
-    """What is to be sent, gathered in a folder of its own."""
+    """What is to be published, gathered in a folder of its own."""
 
     repo: str
-    kind: str
-    """`full`, `adapter`, `projector` or `dataset`."""
+    kind: str  # `full`, `adapter`, `projector` or `dataset`
     folder: Path
-    files: dict[str, int]
-    """Size in bytes of each file that is sent."""
-    left_out: list[str]
-    """Files of the source folder that stay."""
+    files: dict[str, int]  # name → bytes
+    left_out: list[str]  # files of the source folder that are not published
     problems: list[Problem] = field(default_factory=list)
-    source: Path | None = None
-    """What was gathered; of a run of the data engine, its data set."""
-    generate_kwargs: dict | None = None
-    """What stock's `generate` has to be given to end its answers, where the generation configuration does not say it."""
-    url: str | None = None
-    """Where it is, once it has been pushed."""
+    source: Path | None = None  # of a run of the data engine, its data set
+    generate_kwargs: dict | None = None  # what stock's `generate` needs to end its answers
+    url: str | None = None  # once it has been pushed
 
     @property
     def repo_type(self) -> str:
@@ -75,22 +69,21 @@ def gather(
     Args:
         source (`str` or `os.PathLike`):
             A full model, an adapter, a projector, or a data set or a run of the data engine. It is not changed.
-        repo (`str`): Name on the Hub: `owner/name`, or `name` for one's own (the Hub is asked who that is).
+        repo (`str`): Name on the Hub: `owner/name`, or `name` for your own.
         folder (`str` or `os.PathLike`, *optional*):
-            Where to gather; by default beside `source`, with `-to-publish` behind its name. An earlier one is replaced.
+            Where to gather; by default `SOURCE-to-publish`. An earlier one is replaced.
         results (`list[str]`, *optional*):
-            Output folders of `llava eval` (or their `results.json`) for the card, beside those that lie in `source`.
+            Output folders of `llava eval` (or their `results.json`) for the card, in addition to those in `source`.
         base_models, datasets, license, data_license, language, summary:
-            See [`render_model_card`]. An adapter's base is taken from its configuration if it is a Hub name. A data set
-            has its own card, into which `license` is written.
+            See [`render_model_card`]. A data set has its own card, into which `license` is written.
 
     Returns:
         [`Publication`]: with `problems`, which must be empty for [`push`].
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the name is not a Hub name, license or language are not the Hub's, the folder holds neither a model nor a data set, or an adapter's base is
-            a local folder and `base_models` does not say its Hub name.
+        ValueError: a name, the license or the language is not valid on the Hub, the folder holds neither a model nor a data
+            set, or an adapter's base is a local folder and `base_models` does not name it.
     """
     source = Path(source).resolve()
     if not source.is_dir():
@@ -106,7 +99,7 @@ def gather(
         if not HUB_NAME.fullmatch(base) or os.path.isdir(base):
             raise ValueError(
                 f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}, which others do not have. "
-                "Give its name on the Hub with --base-model, or put it into its model first (--merge) and publish the whole."
+                "Give its name on the Hub with --base-model, or publish the merged model (--merge)."
             )
         base_models = [base]
     published, left_out = select_files(source, form)
@@ -114,13 +107,13 @@ def gather(
     linked = {problem.file for problem in problems}
 
     if folder == source or source in folder.parents:
-        raise ValueError(f"{folder} lies in {source}, which is being published. Choose another folder.")
+        raise ValueError(f"{folder} is inside {source}, which is being published. Choose another folder.")
     marker = folder / ".gathered-by-llava-publish"
     if folder.exists() and any(folder.iterdir()) and not marker.is_file():
         raise ValueError(f"{folder} exists and was not made by this command. Choose another folder.")
     if folder in source.parents:
         raise ValueError(
-            f"{source}, which is being published, lies in {folder}, which is made anew. Choose another folder."
+            f"{source}, which is being published, is inside {folder}, which is replaced. Choose another folder."
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -165,10 +158,7 @@ def gather(
 
 
 def check_names(*names: str) -> None:
-    """
-    Raises:
-        ValueError: one of `names` is not the form of a name on the Hub.
-    """
+    """Raises a `ValueError` if one of `names` is not a valid name on the Hub."""
     for name in names:
         try:
             validate_repo_id(name)
@@ -177,10 +167,7 @@ def check_names(*names: str) -> None:
 
 
 def check_refs(*names: str) -> None:
-    """
-    Raises:
-        ValueError: one of `names` cannot be the name of a branch or a tag.
-    """
+    """Raises a `ValueError` if one of `names` cannot be the name of a branch or a tag."""
     for name in names:
         if re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
             raise ValueError(f"{name!r} cannot be the name of a branch or a tag. Choose another, such as v1.0.")
@@ -196,34 +183,29 @@ def push(
     endpoint: str | None = None,
 ) -> str:
     """
-    Create the repository if it is absent, and send what was gathered. Run it again after an interruption: what the Hub
-    has already is not sent twice.
-
-    The token is that of `hf auth login` or `HF_TOKEN`; it is handed to nobody but `huggingface_hub`.
+    Create the repository if it does not exist, and upload what was gathered. After an interruption, call it again: files
+    that the Hub has are not uploaded twice.
 
     Args:
         publication ([`Publication`]): From [`gather`].
-        private (`bool`, *optional*, defaults to `False`):
-            The repository is private: a new one is made so, one that is there and public is refused.
+        private (`bool`, *optional*, defaults to `False`): Make a new repository private; an existing public one is refused.
         revision (`str`, *optional*): Branch to push to; it is created from `main` if absent.
         tags (`list[str]`, *optional*):
-            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before anything is sent; one
-            of the latest commit is left where it is, with an error if this push makes another.
+            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before the upload.
         message (`str`, *optional*): The commit's first line.
         endpoint (`str`, *optional*): Another Hub; `HF_ENDPOINT` or the public one by default.
 
     Returns:
-        `str`: where it is.
+        `str`: its URL.
 
     Raises:
-        ValueError: the publication has problems; the repository is public and should be private; a tag is taken; the Hub
-            does not take something, and says what.
+        ValueError: the publication has problems, the repository is public, a tag is taken, or the Hub rejects something.
         PermissionError: there is no token, or it may not write there.
-        OSError: the upload broke off.
+        OSError: the upload was interrupted.
     """
     if publication.problems:
         raise ValueError(
-            f"It cannot be published as it is, {len(publication.problems)} problem(s):\n"
+            f"cannot publish: {len(publication.problems)} problems:\n"
             + "\n".join(f"  {problem}" for problem in publication.problems)
         )
     api = HfApi(endpoint=endpoint)
@@ -232,7 +214,7 @@ def push(
     try:
         held = _check_repository(api, publication, private, revision, tags or [])
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
-        if revision is not None and not revision.startswith("refs/"):  # such as a pull request, which is there
+        if revision is not None and not revision.startswith("refs/"):  # such as an existing pull request
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
         commit = api.upload_folder(
             repo_id=repo,
@@ -245,7 +227,7 @@ def push(
         )
         if moved := sorted(tag for tag, at in held.items() if at != commit.oid):
             raise ValueError(
-                f"The files were sent, but {repo} has the tag {moved[0]!r} already, of the commit before. Choose another."
+                f"The files were uploaded, but {repo} has the tag {moved[0]!r} already, of the commit before. Choose another."
             )
         for tag in tags or []:
             api.create_tag(repo, tag=tag, revision=revision, exist_ok=True, **kind)
@@ -262,21 +244,21 @@ def push(
                 "(`hf auth login`), and check the owner's name."
             ) from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise ValueError(f"The Hub does not take {publication.repo} as it is ({status}: {said}).") from None
-        raise _broke_off("too many requests: wait a while" if status == 429 else str(status or error)) from None
+            raise ValueError(f"The Hub rejects {publication.repo} ({status}: {said}).") from None
+        raise _interrupted("too many requests: wait a while" if status == 429 else str(status or error)) from None
     except (OSError, HTTP_ERROR) as error:
-        raise _broke_off(str(error)) from None
-    except RuntimeError as error:  # of a large file: the Hub's storage, which is not asked with the token
+        raise _interrupted(str(error)) from None
+    except RuntimeError as error:  # of a large file: the Hub's storage
         if not isinstance(error.__cause__, (OSError, HTTP_ERROR)):
             raise
         response = getattr(error.__cause__, "response", None)
-        raise _broke_off(f"{error} {error.__cause__ if response is None else response.status_code}") from None
+        raise _interrupted(f"{error} {error.__cause__ if response is None else response.status_code}") from None
     publication.url = str(commit.commit_url).split("/commit/")[0]
     return publication.url
 
 
-def _broke_off(why: str) -> OSError:
-    return OSError(f"The upload broke off ({' '.join(why.split())}). Run the same command again: it goes on.")
+def _interrupted(why: str) -> OSError:
+    return OSError(f"The upload was interrupted ({' '.join(why.split())}). Run the same command again to resume it.")
 
 
 def _with_owner(repo: str) -> str:
@@ -286,16 +268,16 @@ def _with_owner(repo: str) -> str:
         return f"{HfApi().whoami()['name']}/{repo}"
     except (OSError, HTTP_ERROR):
         raise ValueError(
-            f"{repo!r} names no owner, and the Hub does not say who you are. Give owner/name, or log in: `hf auth login`."
+            f"{repo!r} has no owner, and you are not logged in. Give owner/name, or run `hf auth login`."
         ) from None
 
 
 def _kind(source: Path) -> tuple[str, Path, str]:
-    """What is published, the folder where it lies, and the key of `PUBLISHED` for its files."""
+    """What is published, its folder, and the key of `PUBLISHED` for its files."""
     if any((source / name).is_file() for name in ("config.json", *BASE_FILES.values())):
         kind = checkpoint_kind(source)
         return kind, source, "model"
-    for folder in (source, source / "dataset"):  # itself, or a run of the data engine with a data set in it
+    for folder in (source, source / "dataset"):  # or the data set of a run of the data engine
         if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
             return "dataset", folder, "dataset"
     if (source / "instruct.json").is_file():
@@ -312,21 +294,14 @@ def _stage_all_results(paths: list[str | os.PathLike], folder: Path) -> None:
     for path in paths:
         name = stage_results(Path(path), folder)
         if name in staged:
-            raise ValueError(
-                f"{path} and {staged[name]} are of the same benchmark; a card has room for one. Give one."
-            )
+            raise ValueError(f"{path} and {staged[name]} are of the same benchmark. Give one.")
         staged[name] = path
 
 
 def _check_repository(
     api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
 ) -> dict[str, str]:
-    """
-    What would go wrong silently in a repository that is there already.
-
-    Returns:
-        `dict[str, str]`: those of `tags` that are there, with their commit, which is the latest.
-    """
+    """Refuses what would silently go wrong in an existing repository; returns those of `tags` that the latest commit has."""
     kind: dict[str, Any] = {"repo_type": publication.repo_type}
     try:
         info = api.repo_info(publication.repo, **kind)
@@ -334,8 +309,8 @@ def _check_repository(
         return {}
     if private and info.private is False:
         raise ValueError(
-            f"{publication.repo} is there already and public: --private makes new repositories private only. Make it "
-            "private in its settings first, or choose another name."
+            f"{publication.repo} exists and is public: --private applies to new repositories. Make it private in its settings "
+            "first, or choose another name."
         )
     if not tags:
         return {}
@@ -349,7 +324,7 @@ def _check_repository(
 
 
 def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: str | None) -> list[str]:
-    """Weights of an earlier publication that are not replaced: other shards, or pickles. A loader might take them."""
+    """Weights of an earlier publication that are not replaced (other shards, pickles): a loader might use them."""
     if publication.kind == "dataset":
         return []
     there = api.list_repo_files(repo, revision=revision, repo_type=publication.repo_type)

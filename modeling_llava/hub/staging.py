@@ -1,4 +1,4 @@
-"""Puts what is published into a folder of its own, without what means nothing, or too much, elsewhere."""
+"""Copies what is published into a folder of its own, without local paths."""
 
 import json
 import os
@@ -18,21 +18,19 @@ RECORDS = (
     "config.json", "tokenizer_config.json", "trainer_state.json", "all_results.json", "adapter_config.json",
     "projector_config.json",
 )  # fmt: skip
-"""What the card is written from, beside the run's own record: read before it is copied, so that an error names the source."""
+"""Read before they are copied, so that an error names the source."""
 
 LINKED = (".safetensors", ".gguf", ".parquet")
-"""Endings of large files, which nobody edits: gathered as hard links. Everything else is a copy that may be changed."""
+"""Suffixes of large files, which are hard links; the others are copies."""
 
 PLACE = r"""(?<![\w:/.\\])(?:~|[A-Za-z]:(?=[\\/])|\.{1,2}(?=[\\/]))?[\\/](?:[^\s"'\\/]+[\\/])*([^\s"'\\/]+)[\\/]?"""
-"""A path in a line of words, such as a recipe's `benchmarks`; its last component is the group."""
+"""A path in a text, such as a recipe's `benchmarks`; its last component is the group."""
 
 
 def stage_files(source: Path, target: Path, files: list[Path]) -> None:
     """
-    Put `files` into `target`: weights as hard links where the disk allows, records of the run with local paths shortened.
-
-    A recipe, a run's record and results name data and models by their places on this machine. Such a place means nothing
-    elsewhere, so only its last component is kept.
+    Put `files` into `target`: weights as hard links where possible; of local paths in a recipe, a run record and results
+    only the last component is kept.
 
     Raises:
         ValueError: a record cannot be read.
@@ -55,9 +53,7 @@ def stage_files(source: Path, target: Path, files: list[Path]) -> None:
 
 
 def _shortened(file: Path) -> str:
-    """A record of the run whose paths are cut to their last component."""
-
-    is_prose = file.name.startswith("results")  # a path among words was meant to be read: whoever publishes is asked
+    is_prose = file.name.startswith("results")  # a path within a sentence is a problem that the user is asked about
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -79,21 +75,11 @@ def _shortened(file: Path) -> str:
             raise ValueError(f"a {type(content).__name__} where lines of `key: value` should be")
         return yaml.safe_dump(shorten(content), sort_keys=False)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({' '.join(str(error).split())}). Mend it, or take it away."
-        ) from None
+        raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}). Fix or remove it.") from None
 
 
 def stage_results(path: Path, folder: Path) -> str:
-    """
-    `results.json` of an evaluation, and its plot, under names that several benchmarks can share a folder with.
-
-    Returns:
-        `str`: the name of its file.
-
-    Raises:
-        FileNotFoundError, ValueError: there are no results, or they are not of `llava eval`.
-    """
+    """Copies `results.json` of an evaluation and its plot under names of their own; returns the name of the first."""
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
@@ -110,12 +96,7 @@ def stage_results(path: Path, folder: Path) -> str:
 
 
 def finish_data_card(card: Path, repo: str, license: str | None) -> None:
-    """
-    The data set's own card, with its licence and its name on the Hub.
-
-    Raises:
-        ValueError: what stands between its first two lines of `---` is not YAML's `key: value`.
-    """
+    """Writes license and Hub name into a data set's own card. ValueError if its metadata is not YAML's `key: value`."""
     if not card.is_file():
         return
     text = card.read_text("utf-8-sig", errors="replace").replace("PATH OR REPOSITORY", repo)
@@ -144,7 +125,7 @@ def name_base(file: Path, base: str) -> None:
 
 
 def drop_local_names(folder: Path) -> None:
-    """Drop the place a model was loaded from, which transformers and tokenizers note in their files."""
+    """Drop the path a model was loaded from, which transformers and tokenizers note in their files."""
     for name in ("config.json", "tokenizer_config.json", "trainer_state.json"):
         if (file := folder / name).is_file() and _drop_paths(content := read_record(file)):
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""One question to what is about to be published, through the same pipeline that its users will call."""
+"""One question to a gathered model, through the pipeline that its users call."""
 
 import os
 
@@ -7,19 +7,15 @@ from PIL import Image
 
 def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None) -> str:
     """
-    Load a gathered model with `pipeline("image-text-to-text")` and ask it about a plain picture.
+    Load a gathered model with `pipeline("image-text-to-text")` and ask it about a plain image.
 
     Args:
         folder (`str` or `os.PathLike`): A full model or an adapter, as it would be sent.
         source (`str` or `os.PathLike`, *optional*):
-            An adapter's folder as it was trained: its base may lie on this machine only under the name that stands there.
-
-    Returns:
-        `str`: the answer, whatever it is.
+            An adapter's folder as it was trained, which may name its base by a local path.
 
     Raises:
-        ValueError: the processor writes another number of image tokens than the model has features; or an adapter's base
-            is no longer where it was.
+        ValueError: processor and model differ in the number of image tokens, or an adapter's base is missing.
     """
     from transformers import pipeline
 
@@ -40,12 +36,12 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike | None = None)
     expected, actual = pipe.model.config.image_seq_length, num_image_tokens(processor)
     if expected != actual:
         raise ValueError(
-            f"{folder}: the processor writes {actual} image tokens per picture, but config.json says {expected} "
+            f"{folder}: the processor writes {actual} image tokens per image, but config.json says {expected} "
             "(image_seq_length). Save the processor that belongs to this model."
         )
-    picture = Image.new("RGB", (64, 64), (120, 160, 200))
+    image = Image.new("RGB", (64, 64), (120, 160, 200))
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]}
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]}
     ]
     return pipe(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
 

@@ -22,7 +22,7 @@ def test_original_to_hf_and_back(golden, tmp_path, capsys):
     "words, message",
     [
         (["{nowhere}", "{out}"], "nowhere"),
-        (["{source}"], "where to"),
+        (["{source}"], "no output folder"),
         (["{source}", "{out}", "--to", "original", "--base", "x"], "--base has no effect"),
         (["{source}", "{out}", "--check"], "writes nothing"),
         (["{lora}", "{out}"], "base"),

@@ -235,7 +235,7 @@ def test_command_converts_with_base_and_tower(tmp_path, capsys):
     folder = GOLDEN / "llava_v15_tiny_lora"
     words = [str(folder / "llava-lora"), str(tmp_path / "out"), "--base", str(folder / "language_model")]
     assert main(["convert", *words, "--vision-tower", str(folder / "vision_tower"), "--dtype", "float16"]) == 0
-    assert "note: A lora and its base became one whole checkpoint" in capsys.readouterr().out
+    assert "note: A lora and its base were merged into one checkpoint" in capsys.readouterr().out
     assert next(iter(original_tensors(tmp_path / "out").values())).dtype == torch.float16
 
 

@@ -242,8 +242,8 @@ def test_template_that_reads_items_only_is_given_llama_cpps_strings_as_items(fol
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "USER: <image>"])
-def test_template_that_is_none_for_pictures_is_refused(template):
-    with pytest.raises(ValueError, match="none for pictures"):
+def test_template_that_is_none_for_images_is_refused(template):
+    with pytest.raises(ValueError, match="does not support images"):
         gguf_chat_template(template)
 
 

@@ -206,7 +206,7 @@ def composed(tmp_path):
 
 def test_checkpoint_that_never_was_an_original_becomes_one(tmp_path, composed):
     conversion = convert_hf_to_original(composed, tmp_path / "back")
-    assert conversion.check.is_sound and any("vision tower lies in" in note for note in conversion.notes)
+    assert conversion.check.is_sound and any("vision tower is in" in note for note in conversion.notes)
     config = json.loads((tmp_path / "back/config.json").read_text())
     expected = {
         "model_type": "llava_llama",
@@ -356,7 +356,7 @@ def test_what_the_original_has_no_form_for_is_said(tmp_path, composed, fields, m
 def test_adapter_is_sent_to_merge(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter. Fold it into its model first: llava merge"):
+    with pytest.raises(ValueError, match="is an adapter. Merge it first: llava merge"):
         convert_hf_to_original(tmp_path / "adapter", tmp_path / "back")
 
 

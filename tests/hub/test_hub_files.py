@@ -32,8 +32,8 @@ def name_lost_shard(folder):
     [
         ("results_notes.json", '{"key": "hf_' + "a" * 34 + '"}', "Hugging Face token"),
         ("results_notes.json", '{"key": "sk-' + "a" * 40 + '"}', "OpenAI key"),
-        ("results_notes.json", '{"note": "see /home/someone/notes"}', "a place on this machine"),
-        ("results_notes.json", '{"note": "see C:\\\\\\\\Users\\\\\\\\me"}', "a place on this machine"),
+        ("results_notes.json", '{"note": "see /home/someone/notes"}', "a path on this machine"),
+        ("results_notes.json", '{"note": "see C:\\\\\\\\Users\\\\\\\\me"}', "a path on this machine"),
     ],
 )
 def test_secrets_and_local_paths_stop_the_push(hub, model_folder, name, content, message):
@@ -79,8 +79,8 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, model_fold
     (model_folder / "added_tokens.json").write_text("{}")
     publication = gather(model_folder, "tester/my-llava")
     assert [str(problem) for problem in publication.problems] == [
-        f"results-mine.json: is a link out of this folder ({tmp_path / 'diary.json'}); put the file here.",
-        "vocab.json: is a link to a file that is not there.",
+        f"results-mine.json: is a link out of this folder ({tmp_path / 'diary.json'}); copy the file here.",
+        "vocab.json: is a link to a missing file.",
     ]
     assert "results-mine.json" not in publication.files and "special_tokens_map.json" in publication.files
 
@@ -113,25 +113,25 @@ def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("model-x.safetensors", safetensors({"note": "/home/someone/run"}), "a place on this machine"),
+        ("model-x.safetensors", safetensors({"note": "/home/someone/run"}), "a path on this machine"),
         ("answers.png", b"\x89PNG" + b"tEXtComment hf_" + b"a" * 34 + b"\0", "Hugging Face token"),
-        ("LICENSE", b"see file:///home/someone/licence", "a place on this machine"),
+        ("LICENSE", b"see file:///home/someone/licence", "a path on this machine"),
         ("vocab.json", b'{"key": "AIza' + b"a" * 35 + b'"}', "Google key"),
-        ("added_tokens.json", b'{"a": "~/models/llava"}', "a place on this machine"),
-        ("added_tokens.json", b'{"a": "C:/Users/me"}', "a place on this machine"),
+        ("added_tokens.json", b'{"a": "~/models/llava"}', "a path on this machine"),
+        ("added_tokens.json", b'{"a": "C:/Users/me"}', "a path on this machine"),
         ("added_tokens.json", b'{"a": "Q:\\nWhat? https://huggingface.co/data/x"}', None),
-        ("added_tokens.json", b'{"a": "\\/home\\/me\\/x"}', "a place on this machine (/home/me/x)"),
+        ("added_tokens.json", b'{"a": "\\/home\\/me\\/x"}', "a path on this machine (/home/me/x)"),
         ("README.md", b"|/home/me/x|", "(/home/me/x)"),
         ("README.md", b"user@example.org, https://example.org:8000/a@b, sk-learn, eyJust, key: value", None),
         ("README.md", b"git clone https://me:hunter22@example.org/x", "a password in a URL"),
         ("recipe.yaml", b"aws_secret_access_key: wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "an AWS secret"),
         ("recipe.yaml", b"hub_token: abcdefghij0123456789", "a key"),
         ("results.json", '{"key": "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"}'.encode("utf-16"), "Hugging Face token"),
-        ("model.gguf", b"GGUF\x0c\0\0\0\0/home/someone/llava\x05\0", "a place on this machine (/home/someone"),
+        ("model.gguf", b"GGUF\x0c\0\0\0\0/home/someone/llava\x05\0", "a path on this machine (/home/someone"),
         ("LICENSE", pickle.dumps({"a": 1}), "can hold a pickle"),
         ("weights.BIN", b"x", "can hold a pickle"),
         ("data.parquet", parquet(text=["fine", "hf_" + "a" * 30]), "Hugging Face token"),
-        ("data.parquet", parquet(rows=[[{"value": "see /home/someone/x"}]]), "a place on this machine"),
+        ("data.parquet", parquet(rows=[[{"value": "see /home/someone/x"}]]), "a path on this machine"),
         ("data.parquet", parquet(text=["fine"], image=[b"hf_" + b"a" * 30]), None),
         ("data.parquet", parquet(text=["fine"])[:-9], "data.parquet: is damaged or cut short"),
         ("data.parquet", parquet(text=pa.array([SECRET]).dictionary_encode()), "Hugging Face token"),
@@ -142,7 +142,7 @@ def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
         ),
         ("data.parquet", parquet(text=pa.array([["k", SECRET]], pa.list_(pa.string(), 2))), "Hugging Face token"),
         ("data.parquet", parquet(**{SECRET: ["fine"]}), "Hugging Face token"),
-        ("model-x.safetensors", save({"/home/someone/x": torch.zeros(1)}), "a place on this machine"),
+        ("model-x.safetensors", save({"/home/someone/x": torch.zeros(1)}), "a path on this machine"),
         (
             "images.ipynb",
             '{"source": "open(\'/mnt/me/pictures\')  # \N{BLACK HEART SUIT}"}'.encode(),

@@ -24,7 +24,7 @@ def test_card_holds_the_facts_of_the_run(hub, model_folder):
     assert (result["dataset"]["name"], result["metrics"][0]["value"]) == ("ScienceQA", 0.8984)
     for fact in ("1,234 samples", "abababababab", "42 optimizer steps in 2 h 3 min", "torch 2.13.0", "2 processes"):
         assert fact in body, fact
-    assert "28 pixels in patches of 14" in body and "4 per picture" in body
+    assert "28 pixels in patches of 14" in body and "4 per image" in body
     for runtime in ("vllm serve tester/my-llava", "sglang", "llama.cpp", "transformers serve", "llava chat"):
         assert runtime in body
 
