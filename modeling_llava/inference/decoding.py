@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..constants import CACHE
 from ..kernels.early_exit import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
-from .memory import MARGIN, free_memory, key_value_bytes, pass_bytes
+from .memory import MARGIN, compute_device, free_memory, key_value_bytes, pass_bytes
 from .model_lock import turns_of
 from .prefix_cache import Prefix, RowCache
 from .prune_last_layer import last_layer_for
@@ -83,7 +83,7 @@ class Decoder:
         self.tokenizer = tokenizer
         self.num_layers = self.language_model.config.num_hidden_layers
         with self.turns:
-            self.shares_prefixes = supports_shared_prefix(self.language_model)
+            self.shares_prefixes = supports_shared_prefix(self.language_model, self.device)
         if not self.shares_prefixes:
             logger.warning(
                 f"{type(self.language_model).__name__} has layers whose keys and values cannot be shared between questions: "
@@ -97,13 +97,14 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where the embeddings are computed."""
+        return compute_device(self.model, self.model.get_input_embeddings())
 
     @torch.inference_mode()
     def encode_images(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
         tower = self.model.model.vision_tower
-        pixel_values = pixel_values.to(tower.device, tower.dtype)
+        pixel_values = pixel_values.to(compute_device(self.model, tower), tower.dtype)
         with self.turns, without_later_layers(tower, self.model.config.vision_feature_layer):
             return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
@@ -239,8 +240,8 @@ class Decoder:
     def _embed(self, row: Row) -> torch.Tensor:
         """The embeddings `[num_tokens, hidden]` of a row's own tokens, with its images' features in their places."""
         ids = torch.tensor(row.own_ids, device=self.device)
-        embeds = self.model.get_input_embeddings()(ids)
         is_image = ids == self.model.config.image_token_id
+        embeds = self.model.get_input_embeddings()(ids.masked_fill(is_image, 0))  # its id may have no embedding
         num_features = sum(len(features) for features in row.features)
         if int(is_image.sum()) != num_features:
             raise ValueError(

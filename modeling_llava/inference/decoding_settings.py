@@ -42,7 +42,7 @@ class DecodingSettings:
     Args:
         max_new_tokens (`int`, defaults to 512): Tokens of an answer at most, its end token included.
         do_sample (`bool`, defaults to `False`): Draw tokens rather than take the likeliest.
-        temperature, top_k, top_p: As in transformers' `GenerationConfig`; used with `do_sample`.
+        temperature, top_k, top_p: As in transformers' `GenerationConfig`; they need `do_sample`.
         repetition_penalty (`float`, defaults to 1.0): As in `GenerationConfig`; over prompt and answer.
         no_repeat_ngram_size (`int`, defaults to 0): As in `GenerationConfig`; over prompt and answer.
         min_new_tokens (`int`, defaults to 0): Tokens of an answer before an end token may come.
@@ -72,6 +72,11 @@ class DecodingSettings:
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {self.max_new_tokens!r}.")
+        if not self.do_sample and (self.temperature not in (0, 1) or self.top_k is not None or self.top_p is not None):
+            raise ValueError(
+                f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p} change nothing in a greedy answer. "
+                "Set do_sample=True, or leave them out."
+            )
         if self.do_sample and not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}. For greedy answers: do_sample=False."

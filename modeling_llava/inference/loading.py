@@ -63,8 +63,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor the form of a Hub name.
-        ValueError: the folder holds no model, its base is gone, `adapter` is given beside an adapter folder, or `device` is
-            none.
+        ValueError: the folder holds no model, its base is gone, `adapter` is given with an adapter folder, or this machine
+            does not have `device`.
         ImportError: `load_in_4bit` without bitsandbytes.
     """
     path = os.fspath(path)
@@ -80,10 +80,7 @@ def load_model(
     if kind != "full":
         base, base_revision = find_base(path, revision, base, base_revision)
 
-    try:
-        device = torch.device(device) if device is not None else default_device()
-    except RuntimeError:
-        raise ValueError(f"{device!r} is no device that torch knows: give cpu, cuda, cuda:1 or mps.") from None
+    device = default_device() if device is None else usable_device(device)
     settings = {"dtype": dtype, "device_map": {"": device}}
     if attn_implementation is not None:
         settings["attn_implementation"] = attn_implementation
@@ -146,6 +143,27 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def usable_device(device: str | int | torch.device) -> torch.device:
+    """
+    The device of a name.
+
+    Raises:
+        ValueError: PyTorch does not know it, or this machine does not have it.
+    """
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+        is_there = found.type == "cpu" or module.is_available() and (found.index or 0) < module.device_count()
+    except (AttributeError, RuntimeError):
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f'PyTorch {torch.__version__} finds no device {str(device)!r} on this machine. Use device="cpu", or leave it out '
+            "to take the GPU if there is one; `llava doctor` says what works here and why a GPU is not found."
+        )
+    return found
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which 4-bit weights are computed with: bfloat16 where the device has it, float16 on other GPUs."""
     if device.type == "cuda":
@@ -153,4 +171,4 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-__all__ = ["choose_four_bits", "default_device", "default_dtype", "load_model"]
+__all__ = ["choose_four_bits", "default_device", "default_dtype", "load_model", "usable_device"]

@@ -11,6 +11,15 @@ WORKING_BYTES = 2**28
 """What a pass takes besides its activations: attention scores, logits, the vision tower on a few images."""
 
 
+def compute_device(model, module) -> torch.device:
+    """The device on which a part of a model computes, wherever accelerate keeps its weights meanwhile (disk, CPU)."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    places = [place for place in model.hf_device_map.values() if place not in ("cpu", "disk")]
+    return torch.device(places[0] if places else "cpu")
+
+
 def free_memory(device: torch.device) -> int:
     """
     Bytes that can be allocated: of a GPU what it has free, within this process's share of it
@@ -44,4 +53,4 @@ def pass_bytes(config, dtype: torch.dtype, num_tokens: int) -> int:
     return (num_tokens * (4 * intermediate + 8 * hidden) + hidden * intermediate) * dtype.itemsize + WORKING_BYTES
 
 
-__all__ = ["MARGIN", "free_memory", "key_value_bytes", "pass_bytes"]
+__all__ = ["MARGIN", "compute_device", "free_memory", "key_value_bytes", "pass_bytes"]

@@ -333,6 +333,8 @@ class LlavaPredictor:
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise TypeError(f"There is no setting {', '.join(unknown)}; the settings are {', '.join(known)}.")
+        if changes.get("do_sample") is False:  # greedy, whatever the predictor's own settings are
+            changes = {"temperature": 1.0, "top_k": None, "top_p": None, **changes}
         return replace(self.settings, **changes)
 
     def _evict(self) -> None:

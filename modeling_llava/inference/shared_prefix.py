@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from ..versions import is_older
 from .prefix_cache import RowCache
 
 
@@ -30,6 +31,9 @@ ATTENTION_NAME = "llava_shared_prefix"
 
 MAX_SCORES = 2**24
 """Attention scores against a prefix that exist at one time, in elements (64 MiB in float32)."""
+
+HAS_MIXED_BMM = torch.version.cuda is not None and not is_older(torch.__version__, "2.8")
+"""Whether `torch.bmm` multiplies 16-bit tensors into float32 on the GPU."""
 
 
 class Prefill:
@@ -212,14 +216,23 @@ def partial_attention(query, key, value, mask, scaling):
             for i in range(0, query.shape[-2], rows)
         ]
         return torch.cat([part[0] for part in parts], dim=-2), torch.cat([part[1] for part in parts], dim=-2)
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2)).float()  # [*, num_queries, num_keys]
+    scores = _product(query, key.transpose(-1, -2)).mul_(scaling)  # [*, num_queries, num_keys]
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)
     highest = scores.amax(dim=-1, keepdim=True)
     scores = scores.sub_(highest.clamp(min=torch.finfo(torch.float32).min)).exp_()
     total = scores.sum(dim=-1, keepdim=True)
-    output = torch.matmul(scores.to(value.dtype), value).float() / total.clamp(min=torch.finfo(torch.float32).tiny)
+    output = _product(scores, value) / total.clamp(min=torch.finfo(torch.float32).tiny)
     return output, highest + total.log()
+
+
+def _product(first, second):
+    """`first @ second` in float32: scores that were rounded to 16 bits make an answer several times less exact."""
+    if second.dtype == torch.float32 or second.device.type != "cuda" or not HAS_MIXED_BMM:
+        return torch.matmul(first.float(), second.float())
+    shape = (*first.shape[:-1], second.shape[-1])
+    first = first.flatten(0, -3).to(second.dtype)
+    return torch.bmm(first, second.flatten(0, -3), out_dtype=torch.float32).view(shape)
 
 
 def _causal_attention(query, key, value, scaling, window):
@@ -230,12 +243,9 @@ def _causal_attention(query, key, value, scaling, window):
         position = torch.arange(length, device=query.device)
         distance = position[:, None] - position
         mask = (distance >= 0) & (distance < window)
-    shares_heads = group > 1 and mask is None and query.device.type == "cuda"  # elsewhere the slow way would be taken
-    if group > 1 and not shares_heads:
+    if group > 1:  # not `enable_gqa`: in float32 and on older GPUs it builds all scores
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shares_heads
-    )
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
 
 
 class _CannotShare(RuntimeError):
@@ -280,9 +290,9 @@ def shared_prefix_implementation(config):
         config._attn_implementation = before
 
 
-def supports_shared_prefix(language_model) -> bool:
+def supports_shared_prefix(language_model, device: torch.device) -> bool:
     """
-    Whether a language model has full or sliding-window attention only, takes it from the interface, and computes a token's
+    Whether a language model, which computes its embeddings on `device`, has full or sliding-window attention only, takes it from the interface, and computes a token's
     keys from this token and its position alone.
     """
     config = language_model.config
@@ -295,16 +305,16 @@ def supports_shared_prefix(language_model) -> bool:
         and not capped
         and not sinks
         and not _rope_types(config) & {"dynamic", "longrope"}  # their angles go by the longest row of a pass
-        and _hands_on_steps(language_model)
+        and _hands_on_steps(language_model, device)
     )
 
 
 @torch.inference_mode()
-def _hands_on_steps(language_model) -> bool:
-    """Whether each layer calls the attention function once, with the step; tried with one token."""
+def _hands_on_steps(language_model, device: torch.device) -> bool:
+    """Whether each layer calls the attention function once, with the step; checked with a probe forward of one token."""
     embedding, probe = language_model.get_input_embeddings().weight, _Probe()
-    token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=embedding.device)
-    position = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
+    token = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         with shared_prefix_implementation(language_model.config):
             language_model(

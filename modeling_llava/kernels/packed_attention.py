@@ -288,7 +288,10 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, dropout, sc
     is_windowed = sliding_window is not None and max(lengths) > sliding_window
     if query.device.type == "cpu" and dropout == 0.0 and not is_windowed and _has_cpu_kernel():
         return _CpuSegments.apply(query, key, value, lengths, scaling)
-    arguments = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # not `enable_gqa`: in float32 and on older GPUs it builds all scores
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    arguments = {"dropout_p": dropout, "scale": scaling}
     # `split` is undone by one concatenation in the backward pass; slices would each be padded to the whole row
     parts = [states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)]
     outputs = []
