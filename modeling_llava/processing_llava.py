@@ -87,10 +87,15 @@ class LlavaProcessor(ProcessorMixin):
                 "modeling_llava.text.tokenization.add_image_token(tokenizer), and resize the model's embeddings."
             )
         self.image_token_id = ids[0]
-        own = chat_template or tokenizer.chat_template
-        if (completed := with_image_token(own, self.image_token)) != own:
-            chat_template = completed
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        processor = super().from_pretrained(*args, **kwargs)
+        own = processor.chat_template or processor.tokenizer.chat_template
+        if (completed := with_image_token(own, processor.image_token)) != own:
+            processor.chat_template = completed
+        return processor
 
     @classmethod
     def from_vision_language_pretrained(
