@@ -1,6 +1,7 @@
 """Our model against stock transformers' on tiny random models: the same keys, logits, losses, gradients, answers."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -444,11 +445,33 @@ def test_logits_to_keep_slices_logits_and_not_the_loss():
 def test_logits_are_built_when_asked_for_and_not_in_training():
     model = LlavaForConditionalGeneration(tiny_config())
     batch = tiny_batch()
+    for outputs in (model.eval()(**batch, skip_logits=True), model.train()(**batch)):
+        assert not hasattr(outputs, "logits")
+        with pytest.raises(AttributeError, match="skip_logits=False"):
+            outputs.logits  # noqa: B018
+        with pytest.raises(AttributeError, match="skip_logits=False"):
+            outputs["logits"]
     assert model.eval()(**batch).logits is not None
-    assert model.eval()(**batch, skip_logits=True).logits is None
-    assert model.train()(**batch).logits is None
     assert model.train()(**batch, skip_logits=False).logits is not None
     assert model.train()(**without_labels(batch)).logits is not None
+
+
+def test_skipped_logits_keep_their_place_in_a_tuple_and_break_nothing_that_reads_every_field():
+    model = LlavaForConditionalGeneration(tiny_config()).train()
+    batch = tiny_batch()
+    whole = model(**batch, skip_logits=False)
+    outputs, as_tuple = model(**batch), model(**batch, return_dict=False)
+    torch.testing.assert_close([as_tuple[0], as_tuple[2]], [whole[0], whole[2]])  # the last: the image features
+    assert as_tuple[1] is outputs[1] is None and len(as_tuple) == len(whole.to_tuple())
+    copied = pickle.loads(pickle.dumps(model.eval()(**batch, skip_logits=True)))
+    torch.testing.assert_close(copied.loss, model(**batch).loss)
+    leaves, structure = torch.utils._pytree.tree_flatten(outputs)
+    assert (
+        type(torch.utils._pytree.tree_unflatten(leaves, structure))
+        is type(dataclasses.replace(outputs))
+        is type(outputs)
+    )
+    assert "loss" in repr(outputs)
 
 
 def test_trainer_finds_the_labels_alone():

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, pipeline
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.inference import LlavaPredictor, load_model
+from modeling_llava.inference.loading import usable_device
 from modeling_llava.io.checkpoints import base_model_of, checkpoint_kind
 from modeling_llava.training import merge_adapter, train
 
@@ -208,6 +209,13 @@ def test_a_base_that_moved_is_named_and_can_be_given(folders, tmp_path):
         load_model(tmp_path / "adapter")
     model, processor = load_model(tmp_path / "adapter", base=str(folders / "full"), device="cpu")
     assert torch.equal(logits(model, processor), logits(*load_model(folders / "lora", device="cpu")))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", "graphics card"])
+def test_a_device_that_is_not_there_is_one_error(device):
+    with pytest.raises(ValueError, match='finds no device.*"cpu".*llava doctor'):
+        usable_device(device)
+    assert usable_device("cpu") == torch.device("cpu")
 
 
 def test_mistakes_are_clear(tmp_path):

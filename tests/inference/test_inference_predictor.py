@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from tiny_predictor import QUESTIONS, assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
+from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.inference import decoding_settings
 from modeling_llava.inference.decoding import Row
 from modeling_llava.inference.decoding_settings import DecodingSettings
@@ -14,10 +15,11 @@ from modeling_llava.inference.prompts import encode_prompt
 
 
 def test_stock_class_and_stock_processor_give_the_same(model, processor):
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig
+    from transformers import LlavaForConditionalGeneration as StockModel
     from transformers.models.llava.processing_llava import LlavaProcessor
 
-    stock = LlavaForConditionalGeneration(LlavaConfig(**model.config.to_dict())).eval()
+    stock = StockModel(LlavaConfig(**model.config.to_dict())).eval()
     stock.load_state_dict(model.state_dict())
     stock.generation_config = model.generation_config
     stock_processor = LlavaProcessor(
@@ -350,6 +352,42 @@ def test_training_flag_and_attention_are_left_as_they_were(model, processor):
     predictor.ask("What?", max_new_tokens=2)
     assert model.model.language_model.config._attn_implementation == before
     assert model.training is False
+
+
+def test_a_temperature_needs_do_sample(predictor):
+    predictor.set_image(picture(1))
+    for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
+        with pytest.raises(ValueError, match="do_sample=True"):
+            predictor.ask("What?", **changes)
+    greedy = predictor.ask("What?", max_new_tokens=4)
+    assert predictor.ask("What?", max_new_tokens=4, temperature=0) == greedy
+    predictor.settings = DecodingSettings(max_new_tokens=4, do_sample=True, temperature=30.0, top_k=50)
+    assert predictor.ask("What?", do_sample=False) == greedy
+
+
+LANGUAGE_MODEL_PARTS = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+
+
+@pytest.mark.parametrize("away", ["language_model.embed_tokens", "vision_tower", "language_model.layers.1"])
+def test_parts_of_the_model_may_lie_on_the_disk(away, model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    parts = ("vision_tower", "multi_modal_projector", *(f"language_model.{part}" for part in LANGUAGE_MODEL_PARTS))
+    places = {**{f"model.{part}": "cpu" for part in parts}, "lm_head": "cpu", f"model.{away}": "disk"}
+    offloaded = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    predictor = LlavaPredictor(offloaded, processor)
+    predictor.set_image(picture(3))
+    expected = [generated(model, processor, [user_turn(question, [picture(3)])], 4) for question in QUESTIONS[:2]]
+    assert predictor.ask(QUESTIONS[:2], max_new_tokens=4) == expected
+
+
+def test_an_image_token_outside_the_vocabulary_needs_no_embedding(processor):
+    model = tiny_llava(processor, vocab_size=processor.image_token_id)
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(3))
+    expected = generated(model, processor, [user_turn("What?", [picture(3)])], 4)
+    assert predictor.ask("What?", max_new_tokens=4) == expected
 
 
 def test_settings_are_checked():

@@ -1,7 +1,10 @@
 """The parts of attention over a shared prefix."""
 
+import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
+from modeling_llava.inference import shared_prefix
 from modeling_llava.inference.prefix_cache import Prefix, match_chain
 from modeling_llava.inference.shared_prefix import partial_attention
 
@@ -20,9 +23,38 @@ def test_prefix_in_several_parts_is_one_softmax():
     assert torch.isneginf(first[1][:, :, 2]).all()
 
 
-def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
-    from modeling_llava.inference import shared_prefix
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_is_as_exact_as_sdpa(dtype):
+    generator = torch.Generator().manual_seed(0)
+    states = [3 * torch.randn(1, 4, length, 64, generator=generator) for length in (16, 700, 700)]  # peaked scores
+    query, key, value = (tensor.to(dtype) for tensor in states)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
+    first = partial_attention(query, key[:, :, :350], value[:, :, :350], None, 0.125)
+    second = partial_attention(query, key[:, :, 350:], value[:, :, 350:], None, 0.125)
+    total = torch.logaddexp(first[1], second[1])
+    merged = first[0] * (first[1] - total).exp() + second[0] * (second[1] - total).exp()
+    error, error_of_sdpa = (
+        (output.double() - exact).norm()
+        for output in (merged.to(dtype), scaled_dot_product_attention(query, key, value))
+    )
+    assert error <= 2 * error_of_sdpa
 
+
+def test_grouped_heads_never_ask_for_the_kernel_that_builds_all_scores(monkeypatch):
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    heads = []
+
+    def sdpa(query, key, value, enable_gqa=False, **kwargs):
+        heads.append((query.shape[1], key.shape[1], value.shape[1], enable_gqa))
+        return scaled_dot_product_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(shared_prefix, "scaled_dot_product_attention", sdpa)
+    torch.testing.assert_close(shared_prefix._causal_attention(query, key, value, 0.3, None), expected)
+    assert heads == [(4, 4, 4, False)]
+
+
+def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
     query, key, value = torch.randn(2, 50, 8), torch.randn(2, 40, 8), torch.randn(2, 40, 8)
     whole = partial_attention(query, key, value, None, 0.3)
     sizes = []

@@ -167,6 +167,31 @@ def test_blocks_of_a_sliding_window_equal_one_dense_window(length, window):
     torch.testing.assert_close(actual.transpose(0, 1)[None], expected)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_grouped_heads_of_a_segment_never_ask_for_the_kernel_that_builds_all_scores(window, monkeypatch):
+    states = [torch.randn(14, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    ends = torch.tensor([0, 9, 14], dtype=torch.int32)
+    arguments = {"dropout": 0.0, "scaling": None, "sliding_window": window}
+    sdpa, heads = attention_module.scaled_dot_product_attention, []
+
+    def noting_sdpa(query, key, value, enable_gqa=False, **kwargs):
+        heads.append((query.shape[1], key.shape[1], value.shape[1], enable_gqa))
+        return sdpa(query, key, value, **kwargs)
+
+    mask = torch.block_diag(torch.ones(9, 9), torch.ones(5, 5)).tril().bool()
+    if window is not None:
+        mask &= ~torch.ones(14, 14).tril(-window).bool()
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in states)
+    expected = sdpa(query, key, value, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    monkeypatch.setattr(attention_module, "scaled_dot_product_attention", noting_sdpa)
+    monkeypatch.setattr(attention_module, "_has_cpu_kernel", lambda: False)
+    output = attention_module._sdpa_per_segment(*states, ends, 9, **arguments)
+    torch.testing.assert_close(output, expected)
+    gradients = [torch.autograd.grad(out.pow(2).sum(), states, retain_graph=True) for out in (output, expected)]
+    torch.testing.assert_close(*gradients)
+    assert set(heads) == {(4, 4, 4, False)}
+
+
 def test_a_pack_builds_no_square_matrix():
     model = language_model("llama-gqa").train()
     model.set_attn_implementation(VARLEN)
