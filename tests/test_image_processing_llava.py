@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +307,20 @@ def test_arrays_that_have_a_range_of_their_own_are_left_as_they_are():
     for settings, scale in (({"do_rescale": False}, 1), ({"rescale_factor": 1 / 65535}, 65535)):
         pixels = processor(DEEP, return_tensors="np", **settings).pixel_values[0, 0]
         np.testing.assert_allclose(pixels, DEEP[1:29, 6:34] / scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats_that_are_scaled_already_are_warned_of(dtype):
+    processor = LlavaImageProcessor(size=28, crop_size=28)
+    values = torch.from_numpy(np.array(noise(40, 30))).permute(2, 0, 1).to(dtype)
+    for image in (values / 255, values / 127.5 - 1):
+        with pytest.warns(UserWarning, match="do_rescale"):
+            processor(image, do_resize=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        processor(values)
+        processor(values / 255, do_rescale=False)
+        processor(values / 255, rescale_factor=1.0)
 
 
 def test_grey_arrays_and_bfloat16_tensors_are_taken():

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
 
-from modeling_llava import LlavaImageProcessor, LlavaProcessor
+from modeling_llava import LlavaImageProcessor, LlavaProcessor, processing_llava
 from modeling_llava.configuration_llava import count_image_tokens
 from modeling_llava.processing_llava import image_size, load_chat_template, num_image_tokens
 from modeling_llava.text.tokenization import load_tokenizer
@@ -287,6 +287,56 @@ def test_control_tokens_in_a_prompt_are_the_callers_own(processor):
     output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, sanitize_control_tokens=False)
     assert output["input_ids"][0].count(2) == 1
     assert "a</s>" in processor.apply_chat_template(messages)
+
+
+def test_template_variables_are_the_callers_own(processor):
+    def ids(image_text, stop_text, **variables):
+        template = (
+            "{% for m in messages %}{% for c in m['content'] %}{{ IMAGE if c['type'] == 'image' else c['text'] }}"
+            "{% endfor %}{{ STOP }}{% endfor %}"
+        ).replace("IMAGE", image_text)
+        options = {"tokenize": True, "return_dict": True, "chat_template": template.replace("STOP", stop_text)}
+        return processor.apply_chat_template([user(PICTURE, "a</s>")], **options, **variables)["input_ids"][0]
+
+    expected = ids("'<image>'", "'</s>'")
+    assert expected.count(2) == 1 and expected.count(IMAGE_ID) == 4
+    assert ids("picture", "stop", picture="<image>", stop="</s>") == expected
+
+
+def test_an_empty_conversation_is_refused_in_one_line(processor):
+    for conversation in ([], [[]], [[user("Hi.")], []], None):
+        with pytest.raises(ValueError, match="list of messages"):
+            processor.apply_chat_template(conversation)
+
+
+def test_texts_joined_across_an_image_are_told(processor, caplog):
+    for parts, said in ((("Look at", "and tell."), True), (("Look at ", "and tell."), False)):
+        processing_llava.warn_of_joined_texts.__globals__["logger"].warning_once.cache_clear()
+        caplog.clear()
+        processor.apply_chat_template([user(parts[0], PICTURE, parts[1])], keep_image_order=True)
+        assert not caplog.text
+        processor.apply_chat_template([user(parts[0], PICTURE, parts[1])])
+        assert ("without a space" in caplog.text) == said
+
+
+def test_the_old_order_of_prompt_and_image_is_read(processor):
+    prompt = "USER: <image>\nWhat? ASSISTANT:"
+    expected = processor(images=PICTURE, text=prompt)["input_ids"]
+    for swapped in ((prompt, PICTURE), ([prompt], [PICTURE]), ([prompt], [[PICTURE]])):
+        assert processor(*swapped)["input_ids"] == expected
+    with pytest.raises(ValueError, match="Images come first, then text"):
+        processor("Why?")
+
+
+def test_a_loaded_template_of_strings_gets_the_image_token(processor, tmp_path):
+    own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + eos_token }}{% endfor %}"
+    tokenizer = tiny_processor(patches=2).tokenizer
+    tokenizer.chat_template = own
+    LlavaProcessor(processor.image_processor, tokenizer, 14, "default", num_additional_image_tokens=1).save_pretrained(
+        tmp_path
+    )
+    loaded = LlavaProcessor.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template([user(PICTURE, "What?")]) == "user: <image>\nWhat?</s>"
 
 
 def test_messages_are_not_changed(processor):

@@ -12,7 +12,7 @@ def near_path(path: str, folder: str | os.PathLike = "") -> str | None:
     """
     found = os.path.join(folder, "")
     for part in path.replace("\\", "/").split("/"):
-        if not os.path.lexists(found + part):
+        if part and not os.path.lexists(found + part):
             names = _names(found or ".", os.stat(found or ".").st_mtime_ns) if os.path.isdir(found or ".") else {}
             part = names.get(_plain(part)) or names.get(_plain(os.path.splitext(part)[0]) + ".")
             if part is None:

@@ -1,6 +1,7 @@
 import base64
 import io
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers.image_utils import load_image as load_image_of_transformers
 
 from modeling_llava.data.images import image_key, load_image, read_image_size
 from modeling_llava.data.schema import CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
+from modeling_llava.io.images import read_image
 
 
 def noise(width=40, height=30, channels=3, seed=0):
@@ -198,6 +200,20 @@ def test_missing_file(tmp_path):
         read_image_size("\ud83d.jpg", None, "s")
     fails(MISSING_IMAGE, "cannot be opened", "a" * 5000, tmp_path)
     fails(MISSING_IMAGE, "a URL: download", "https://example.com/a.jpg", tmp_path)
+
+
+def test_a_missing_path_is_answered_with_where_it_was_looked_for_and_the_near_name(tmp_path, monkeypatch):
+    (tmp_path / "Train").mkdir()
+    for name in ("0.PNG", unicodedata.normalize("NFD", "é.png")):
+        noise().save(tmp_path / "Train" / name)
+    nfd = ascii(unicodedata.normalize("NFD", "Train/é.png"))
+    for wrong, near in (("train/0.png", "'Train/0.PNG'"), ("Train\\0.jpg", "'Train/0.PNG'"), ("Train/é.png", nfd)):
+        fails(MISSING_IMAGE, f"There is {near} instead.", wrong, tmp_path)
+    fails(MISSING_IMAGE, "in place of its backslashes", "Train\\no.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fails(MISSING_IMAGE, f"(looked in {str(tmp_path)!r}). There is 'Train/0.PNG' instead.", "train/0.png")
+    with pytest.raises(ValueError, match="looked in .*There is 'Train/0.PNG' instead"):
+        read_image("train/0.png")
 
 
 def test_folder_and_pipe_in_place_of_a_file(tmp_path):

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
 
+from modeling_llava.data import labels
 from modeling_llava.data.labels import conversation_length, encode_conversation
 from modeling_llava.data.schema import NOTHING_SUPERVISED, TOO_LONG, BadSampleError
 from modeling_llava.processing_llava import load_chat_template
@@ -247,6 +248,51 @@ def test_truncation_never_cuts_an_image(processors):
     assert cut["input_ids"].tolist() == ids[:last]
     with pytest.raises(ValueError, match=f"cut to max_length={last - 1} it would keep 3 of these"):
         encode_conversation(messages, processor, max_length=last - 1, overflow="truncate_text")
+
+
+def test_a_cut_within_an_answer_is_said(processors, caplog):
+    processor = processors["vicuna_v1"]
+    length = conversation_length(SAMPLE, processor)
+    for max_length, said in ((length - 1, True), (length, False)):
+        labels.logger.warning_once.cache_clear()
+        caplog.clear()
+        messages = [*SAMPLE, user("Why?"), assistant("So.")]
+        encode_conversation(messages, processor, max_length=max_length, overflow="truncate_text")
+        assert ("without its stop" in caplog.text) == said
+
+
+def test_an_answer_that_is_not_to_be_learned_is_not_supervised(processors):
+    own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    llava_hf = tiny_processor(patches=2)
+    llava_hf.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% elif m.role == "
+        "'assistant' %}{% generation %}{{ c.text }}{% endgeneration %}{% else %}{{ c.text }}{% endif %}{% endfor %}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    unmarked = tiny_processor(patches=2)
+    unmarked.chat_template = insert_image_token(own)
+    two_texts = {"role": "assistant", "content": [{"type": "text", "text": "WRO"}, {"type": "text", "text": "NG."}]}
+    marked = [processors[name] for name in CHAT_TEMPLATES if name != "plain"]  # its answers follow one another
+    messages = [user(IMAGE, "Hello?"), two_texts, user("No."), assistant("right.")]
+    for processor in (*marked, llava_hf, unmarked):
+        whole = encode_conversation(messages, processor)
+        for flag in ({"weight": 0}, {"loss": False}, {"train": False}):
+            encoded = encode_conversation([messages[0], {**two_texts, **flag}, *messages[2:]], processor)
+            assert torch.equal(encoded["input_ids"], whole["input_ids"])
+            assert supervised_runs(encoded) == supervised_runs(whole)[-1:]
+    with pytest.raises(ValueError, match="excludes all its answers"):
+        encode_conversation([messages[0], {**two_texts, "weight": 0}], processor)
+
+
+def test_special_tokens_that_were_added_are_tokens_in_answers_alone():
+    processor = tiny_processor(patches=2)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<seg>", "<box>"]})
+    seg, box = processor.tokenizer.convert_tokens_to_ids(["<seg>", "<box>"])
+    for answer in ("Sure, <seg> and <box>.", "<seg><box>", "</s> <seg>, <image> <box>"):
+        encoded = encode_conversation([user(IMAGE, "Where is <seg>?"), assistant(answer)], processor)
+        ids, learned = encoded["input_ids"].tolist(), encoded["labels"].tolist()
+        assert [ids.count(i) for i in (seg, box, 2)] == [1, 1, 1] == [learned.count(i) for i in (seg, box, 2)]
+        assert ids.count(processor.image_token_id) == 4
 
 
 def test_nothing_supervised_names_the_sample_and_the_cause(processors):

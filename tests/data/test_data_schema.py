@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -218,6 +219,54 @@ def test_the_row_is_not_changed():
     before = pickle.dumps(row)
     from_llava_row(row)["images"].append("b.jpg")
     assert pickle.dumps(row) == before
+
+
+PLAIN = from_row(llava_row("<image>\nWhat?", "A lamp."))
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+@pytest.mark.parametrize("roles", [("human", "gpt"), ("User", "Assistant"), ("user", "model"), ("USER", "bot")])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_turns_of_other_tools_are_read_as_the_plain_ones(key, names, roles, as_json):
+    turns = [dict(zip(names, turn)) for turn in zip(roles, ("<image>\nWhat?", "A lamp."))]
+    assert from_row({"id": "s", "image": "a.jpg", key: json.dumps(turns) if as_json else turns}) == PLAIN
+
+
+@pytest.mark.parametrize("image", [{"image": "a.jpg"}, {"0.jpg": "a.jpg"}, {"jpeg": "a.jpg", "png": None}])
+def test_a_sample_of_a_webdataset_is_read(image):
+    turns = llava_row("<image>\nWhat?", "A lamp.")["conversations"]
+    own = {} if "image" in image else {"image": "name in the archive"}
+    names = {"json": {"conversations": turns, "id": None, **own, **image}} if "image" in image else image
+    row = {"__key__": "s", "__url__": "x.tar", "json": json.dumps({"conversations": turns, **own}), **names}
+    assert from_row(row) == PLAIN
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_the_system_prompt_of_a_row_is_its_first_message(key):
+    row = llava_row("<image>\nWhat?", "A lamp.")
+    system = {"role": "system", "content": [text("Answer in French.")]}
+    assert from_row({**row, key: "Answer in French."})["messages"] == [system, *PLAIN["messages"]]
+    for none in (None, "", float("nan")):
+        assert from_row({**row, key: none}) == PLAIN
+    row["conversations"].insert(0, {"from": "system", "value": "Answer in French."})
+    assert from_row({**row, key: "Answer in French."})["messages"][1:] == PLAIN["messages"]
+    with pytest.raises(BadSampleError, match=f"a system prompt as '{key}'"):
+        from_row({**row, key: "Be short."})
+
+
+def test_weights_of_turns_are_kept_or_refused():
+    row = llava_row("Hi?", "WRONG.", "No.", "Right.", image=None)
+    for name, no in (("weight", 0), ("weight", 0.0), ("loss", False), ("train", False)):
+        row["conversations"][1] = {"from": "gpt", "value": "WRONG.", name: no}
+        assert [message.get("weight") for message in from_row(row)["messages"]] == [None, 0, None, None]
+    row["conversations"][1] = {"from": "gpt", "value": "Fine.", "weight": 1, "loss": None}
+    assert all("weight" not in message for message in from_row(row)["messages"])
+    for turn, weight in ((1, 0.5), (1, "no"), (0, 1)):
+        changed = [dict(turn) for turn in row["conversations"]]
+        changed[turn]["weight"] = weight
+        with pytest.raises(BadSampleError, match="weight"):
+            from_row({"conversations": changed})
 
 
 BAD_ROWS = [

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import tarfile
 
 import datasets
 import numpy as np
@@ -454,6 +455,48 @@ def test_other_wrong_sources(tmp_path):
         load_conversations([llava_row(0)], on_bad_sample="skip")
     with pytest.raises(ValueError, match="rank is 2 but there are 2"):
         load_conversations([llava_row(0)], streaming=True, rank=2, world_size=2)
+
+
+def test_a_set_transform_is_applied(hf_dataset):
+    def numbered(batch):
+        return {**batch, "id": [f"{name} seen" for name in batch["id"]]}
+
+    dataset = hf_dataset.with_transform(numbered)
+    assert ids(load_conversations(dataset)) == ids(load_conversations(dataset, streaming=True)) == ids(dataset)
+    assert ids(dataset)[3] == "s3 seen"
+
+
+def test_folders_and_patterns_of_json(tmp_path):
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    write_json(tmp_path / "data" / "a.json", [text_row(0)])
+    write_lines(tmp_path / "data" / "more" / "b.jsonl", [text_row(1), text_row(2)])
+    for source in (tmp_path / "data", f"{tmp_path}/data/**/*.json*"):
+        for streaming in (False, True):
+            assert ids(load_conversations(source, streaming=streaming)) == ["t0", "t1", "t2"]
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_conversations(f"{tmp_path}/*.json")
+    write_json(tmp_path / "data" / "my-train.json", [text_row(3)])
+    write_json(tmp_path / "data" / "test.json", [text_row(4)])
+    assert ids(load_conversations(tmp_path / "data")) == ["t3"]
+    assert ids(load_conversations(tmp_path / "data", split="test")) == ["t4"]
+    with pytest.raises(FileNotFoundError, match="There is .*test.json' instead"):
+        load_conversations(tmp_path / "Data" / "Test.json")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_webdataset_is_read_through_datasets(tmp_path, streaming):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(2):
+            png = io.BytesIO()
+            PILImage.new("RGB", (8, 6), (number, 9, 9)).save(png, "PNG")
+            turns = json.dumps({"conversations": llava_row(number)["conversations"]}).encode()
+            for suffix, content in (("png", png.getvalue()), ("json", turns)):
+                member = tarfile.TarInfo(f"s{number}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    samples = list(load_conversations(tmp_path / "0.tar", streaming=streaming))
+    assert ids(samples) == ["s0", "s1"]
+    assert [load_image(sample["images"][0]).getpixel((0, 0)) for sample in samples] == [(0, 9, 9), (1, 9, 9)]
 
 
 # Streams
