@@ -7,9 +7,9 @@ import os
 EPILOG = """\
 examples:
   llava web llava-hf/llava-1.5-7b-hf --load-in-4bit
-  llava web runs/my-adapter --examples my-pictures
+  llava web runs/my-adapter --examples my-images
   llava web runs/my-adapter --root-path /llava --allow-host demo.example.org    behind a proxy
-Only this machine reaches the page, unless --host is given. Nothing is sent anywhere.
+Only this machine reaches the page, unless --host is given. Nothing is sent to other hosts.
 """
 
 
@@ -22,24 +22,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)",
+        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all)",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument(
         "--root-path",
         metavar="PATH",
-        help="behind a proxy: where it serves the page, such as /llava, or the whole URL",
+        help="behind a proxy: the path of the page, such as /llava, or the whole URL",
     )
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME",
-        help="behind a proxy: a name by which it is called, such as demo.example.org (repeatable)",
+        help="behind a proxy: its host name, such as demo.example.org (repeatable)",
     )  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
-    parser.add_argument("--examples", metavar="FOLDER", help="pictures to choose from (default: two drawn ones)")
-    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="longest answer that may be set")
-    parser.add_argument("--max-upload-mb", type=float, default=20, metavar="MB", help="of one picture (default: 20)")
-    parser.add_argument("--people", type=int, default=4, metavar="N", help="answered at a time (default: 4)")
+    parser.add_argument("--examples", metavar="FOLDER", help="images to choose from (default: two drawn ones)")
+    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="upper limit of the answer length"
+    )
+    parser.add_argument(
+        "--max-upload-mb", type=float, default=20, metavar="MB", help="limit of one image (default: 20)"
+    )
+    parser.add_argument(
+        "--people", type=int, default=4, metavar="N", help="visitors answered at the same time (default: 4)"
+    )
     add_loading_arguments(parser)
 
 
@@ -57,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
     from .chat import load_from_arguments
 
     if args.max_new_tokens < 1 or args.people < 1 or not 0 < args.max_upload_mb < 1e6:
-        raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0 (and a picture below a TB).")
+        raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0 (and an image below a TB).")
     require_address(args.host, args.port)
     limits = Limits(
         upload_bytes=int(args.max_upload_mb * 2**20), new_tokens=args.max_new_tokens, answers_at_once=args.people
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves the same way: nothing stays behind
-    with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # only this user may read it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is removed
+    with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # readable by this user only
         examples = collect_examples(args.examples, folder)
-        import_gradio(folder)  # a missing package is said before minutes of loading
+        import_gradio(folder)  # raises before minutes of loading
         model, processor = load_from_arguments(args)
         predictor = {"system": args.system, "max_cached_images": 1}
         sessions = Sessions(lambda: Chat(LlavaPredictor(model, processor, **predictor)), args.people)
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         url = launch(page, folder, args.host, args.port, args.open, args.root_path, args.allow_host)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
             print(
-                "Everyone who reaches this machine can use the page: there is no password and no encryption.",
+                "Everyone who can reach this machine can use the page: it has no password and no encryption.",
                 file=sys.stderr,
             )
         print(f"Open {url} (Ctrl-C ends).", flush=True)
@@ -86,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 
 def require_address(host: str, port: int | None) -> None:
     """
-    Gradio would load the model first, and then try a hundred ports at an address that is not this machine's.
+    Checked before the model is loaded; Gradio would try a hundred ports at an address that is not this machine's.
 
     Raises:
-        ValueError: nothing can listen there.
+        ValueError: the server cannot listen there.
     """
     import socket
 
@@ -98,19 +104,15 @@ def require_address(host: str, port: int | None) -> None:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host or None, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
-            if os.name != "nt":  # there it would share a port that is taken
+            if os.name != "nt":  # where it would share a port that is in use
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
     except OSError as error:
         at = f"--host {host}" + (f" --port {port}" if port else "")
-        mend = (
-            "Choose another port, or leave --port out: the first free one is taken."
-            if port
-            else "Is it this machine's?"
-        )
-        raise ValueError(f"{at}: {error.strerror or error}. {mend}") from None
+        fix = "Choose another port, or leave --port out for the first free one." if port else "Is it this machine's?"
+        raise ValueError(f"{at}: {error.strerror or error}. {fix}") from None
 
 
 def _title(model: str) -> str:
-    """What visitors read: a Hub name as it is, of a folder its last part, not where it lies."""
+    """What visitors read: a Hub name, or the last part of a folder's path."""
     return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model

@@ -18,7 +18,7 @@ from tiny_predictor import assistant_turn, generated, png_header, tiny_llava, ti
 
 from modeling_llava.cli.main import main
 from modeling_llava.cli.web import _title
-from modeling_llava.inference.web.page import NO_PICTURE
+from modeling_llava.inference.web.page import NO_IMAGE
 
 
 # Nothing of the browser's own may reach the network: it is the page that is watched.
@@ -54,7 +54,7 @@ def square(colour):
     [
         (["/nowhere/model"], "neither a folder nor the name"),
         (["MODEL", "--people", "0"], "must be above 0"),
-        (["MODEL", "--examples", "/nowhere"], "/nowhere holds no pictures"),
+        (["MODEL", "--examples", "/nowhere"], "/nowhere has no images"),
         (["MODEL", "--max-upload-mb", "inf"], "must be above 0"),
         (["MODEL", "--port", "0"], "--port must be 1 to 65535, got 0"),
         (["MODEL", "--port", "99999"], "--port must be 1 to 65535, got 99999"),
@@ -94,7 +94,7 @@ def test_an_old_gradio_is_named(folder, capsys, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
     assert main(["web", str(folder)]) == 2
-    assert "needs gradio ≥ 6.24, 5.50.0 is installed" in capsys.readouterr().err.splitlines()[-1]
+    assert "requires gradio ≥ 6.24, 5.50.0 is installed" in capsys.readouterr().err.splitlines()[-1]
 
 
 @contextlib.contextmanager
@@ -190,11 +190,11 @@ class Page:
         self.find(f"#{button}")[0].click()
 
     def upload(self, path):
-        self.find("#picture input[type=file]")[0].send_keys(str(path))
+        self.find("#image input[type=file]")[0].send_keys(str(path))
 
     def upload_another(self, path):
-        self.find("#picture button[aria-label='Remove Image']")[0].click()
-        self.wait(lambda: self.find("#picture input[type=file]"))
+        self.find("#image button[aria-label='Remove Image']")[0].click()
+        self.wait(lambda: self.find("#image input[type=file]"))
         self.upload(path)
 
     def type(self, text):
@@ -248,7 +248,7 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     page = Page(browser, site)
     page.upload(tmp_path / "red.png")
     page.wait(lambda: "4 image tokens" in page.status())
-    page.wait(lambda: page.find("#picture img"))
+    page.wait(lambda: page.find("#image img"))
 
     # A streamed answer: it is there before it is whole, and it grows. Its length is set on the page.
     page.set_longest_answer(300)
@@ -295,18 +295,18 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     # A new beginning; what is no picture is named; an example is there for the asking, and keeps what was typed.
     page.press("reset")
     page.wait(lambda: page.said() == [] and "4 image tokens" in page.status() and not page.enabled("retry"))
-    for name, message in (("fake.png", "is not a picture"), ("bomb.png", "has far more than 50.0 million pixels")):
+    for name, message in (("fake.png", "is not an image"), ("bomb.png", "has far more than 50.0 million pixels")):
         other.upload(tmp_path / name)
         other.wait(lambda message=message: message in other.find("body")[0].text)
-        other.wait(lambda: other.status() == "No picture: the one above cannot be read." and other.said() == [])
-        other.find("#picture button[aria-label='Remove Image']")[0].click()
-        other.wait(lambda: other.status() == NO_PICTURE)
+        other.wait(lambda: other.status() == "No image: the one above cannot be read." and other.said() == [])
+        other.find("#image button[aria-label='Remove Image']")[0].click()
+        other.wait(lambda: other.status() == NO_IMAGE)
     for typed in ("", "And what is on the left?"):
         page.type(typed)
         for number, suggested in enumerate(("How many balls", "What is shown")):
             page.find("#examples button")[number].click()
             page.wait(lambda begin=typed or suggested: page.question().startswith(begin))
-            page.wait(lambda: page.find("#picture img") and "4 image tokens" in page.status())
+            page.wait(lambda: page.find("#image img") and "4 image tokens" in page.status())
         page.press("reset")
         page.wait(lambda: page.question() == "")
 

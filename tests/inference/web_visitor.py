@@ -55,7 +55,7 @@ class Visitor:
         """Uploads a picture and looks at it, as the page does. Returns the messages that Gradio sent."""
         path = self.upload(content, name)
         self.upload_value = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-        return self.press("picture", "change", [self.upload_value])
+        return self.press("image", "change", [self.upload_value])
 
     def ask(self, question):
         return self.press("ask", "click", [question, self.upload_value, *self.sampling])

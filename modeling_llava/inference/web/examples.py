@@ -1,11 +1,11 @@
-"""Pictures that a visitor can choose without having one."""
+"""Example images of the page."""
 
 import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..image_references import SUFFIXES, read_picture
+from ..image_references import SUFFIXES, read_image
 
 
 QUESTION = "What is shown in this picture?"
@@ -16,33 +16,33 @@ MAX_SIDE = 1024
 
 def collect_examples(source: str | os.PathLike | None, folder: str | os.PathLike) -> list[tuple[str, str]]:
     """
-    Copies of the first pictures in `source`, made smaller and without what a camera wrote into them; or two drawn ones.
+    Small copies, without metadata, of the first images in `source`; or two drawn ones.
 
     Args:
-        source (`str` or `os.PathLike`, *optional*): A folder with pictures.
+        source (`str` or `os.PathLike`, *optional*): A folder with images.
         folder (`str` or `os.PathLike`): Where to write the copies.
 
     Returns:
         `list[tuple[str, str]]`: path and question of each.
 
     Raises:
-        ValueError: there is no picture in `source`, or one cannot be read.
+        ValueError: there is no image in `source`, or one cannot be read.
     """
     if source is None:
-        pictures = {"balls.png": _balls(), "house.png": _house()}
+        images = {"balls.png": _balls(), "house.png": _house()}
         questions = {"balls.png": "How many balls are there, and what colour are they?"}
     else:
         if not Path(source).is_dir():
-            raise ValueError(f"{source} holds no pictures: it is not a folder.")
+            raise ValueError(f"{source} has no images: it is not a folder.")
         names = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:MAX_EXAMPLES]
         if not names:
-            raise ValueError(f"{source} holds no pictures ({', '.join(SUFFIXES)}).")
-        pictures = {f"{path.name}.png": read_picture(str(path)).image for path in names}
+            raise ValueError(f"{source} has no images ({', '.join(SUFFIXES)}).")
+        images = {f"{path.name}.png": read_image(str(path)).image for path in names}
         questions = {}
     place = Path(folder, "examples")
     place.mkdir(parents=True, exist_ok=True)
     examples = []
-    for name, image in pictures.items():
+    for name, image in images.items():
         if max(image.size) > MAX_SIDE:
             image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE))
         Image.frombytes("RGB", image.size, image.tobytes()).save(place / name)

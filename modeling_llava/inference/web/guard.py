@@ -1,8 +1,8 @@
 """
-What the web server lets in and out, in front of Gradio.
+The web server's filter in front of Gradio.
 
-Gradio serves far more than a chat needs (an API with its own description, a proxy for URLs, recordings, monitoring).
-Here only what the page uses passes; everything else does not exist.
+Gradio serves far more than a chat needs (an API with its description, a proxy for URLs, recordings, monitoring), fetches
+"uploads" that are URLs, and answers whatever Host and Origin say. Only what the page uses passes.
 """
 
 import json
@@ -25,9 +25,9 @@ UPLOAD = _API + "upload"
 MAX_MESSAGE_BYTES = 2**20
 """Of a request that is not an upload."""
 MAX_REFUSALS_LOGGED = 200
-"""Each once; whoever tries names or paths by the thousand does not fill the terminal."""
+"""Each once, so that a scan does not fill the terminal."""
 
-# The page asks no other host for anything, whatever an answer's Markdown says. Gradio's page has inline scripts.
+# The page loads nothing from other hosts, whatever an answer's Markdown says. Gradio's page has inline scripts.
 POLICY = "; ".join(
     [
         "default-src 'self'",
@@ -51,18 +51,15 @@ HEADERS = [
 
 class Guard:
     """
-    ASGI middleware: passes on what the page needs, refuses the rest, and forbids the page to load from elsewhere.
+    ASGI middleware that passes on what the page needs, refuses the rest, and forbids the page to load from other hosts.
 
     Args:
         app: The application behind it.
         folder (`str`): The only folder from which files are served: uploads and examples.
         max_upload_bytes (`int`): Of one upload.
-        hosts (`Iterable[str]`, *optional*):
-            Names by which the server may be called. A web page elsewhere whose name has been made to lead here comes with
-            its own. `None`: any.
-        proxied (`Iterable[str]`, *optional*):
-            Names under which a proxy serves the page: hosts too, and the page may say that it is of them.
-        root_path (`str`, *optional*): Where below its name the proxy serves the page; with it or without it in a request.
+        hosts (`Iterable[str]`, *optional*): Names that a request's Host may have (against DNS rebinding). `None`: any.
+        proxied (`Iterable[str]`, *optional*): Names under which a proxy serves the page, allowed as Host and as Origin.
+        root_path (`str`, *optional*): The path at which the proxy serves the page; requests may contain it or not.
     """
 
     def __init__(self, app, folder: str, max_upload_bytes: int, hosts=None, proxied: Iterable[str] = (), root_path=""):
@@ -89,12 +86,12 @@ class Guard:
                 self.told.add(told)
                 logger.warning(told)
             return await _refuse(send, *refusal)
-        begun = False
+        started = False
 
         async def send_with_headers(message):
-            nonlocal begun
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 names = {name for name, _ in HEADERS}
                 own = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
                 message = {**message, "headers": [*own, *HEADERS]}
@@ -102,72 +99,63 @@ class Guard:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception as error:  # Gradio's, about what no page of ours sends: a line on the terminal, not a hundred
+        except Exception as error:  # Gradio's, for a forged request: a line on the terminal, not a traceback
             what = " ".join(str(error).split())[:200]
             logger.warning("%s %.80r failed: %s: %s", scope["method"], scope["path"], type(error).__name__, what)
-            if begun:
+            if started:
                 await send({"type": "http.response.body", "body": b""})
             else:
-                await _refuse(send, 400, "That cannot be answered.")
+                await _refuse(send, 400, "Bad request.")
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         if self.hosts is not None and (name := host_name(host)) not in self.hosts:
-            return 403, f"this server is not known as {name!r:.80}. If it is by a proxy: --allow-host {name:.80}"
+            return 403, f"unknown host {name!r:.80}. If a proxy serves the page under it: --allow-host {name:.80}"
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             if (name := host_name(origin)) not in self.proxied:
-                return (
-                    403,
-                    f"the page is another site's, {origin!r:.80}. If a proxy serves it: --allow-host {name:.80}",
-                )
+                return 403, f"page of another site, {origin!r:.80}. If a proxy serves it: --allow-host {name:.80}"
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD"):
             if path.startswith(FILE):
-                return None if self._may_serve(path[len(FILE) :]) else (403, "This file is not served.")
+                return None if self._may_serve(path[len(FILE) :]) else (403, "File not served.")
             known = path in GET_EXACT or path.startswith(GET_BELOW)
-            return None if known and ".." not in path else (404, "There is nothing here.")
+            return None if known and ".." not in path else (404, "Not found.")
         if method != "POST" or path not in POST_EXACT:
-            return 404, "There is nothing here."
+            return 404, "Not found."
         length, limit = headers.get("content-length"), MAX_MESSAGE_BYTES
         if path == UPLOAD:
             limit = self.max_upload_bytes + 2**16  # the form around it
         if length is None or not length.isdigit():
-            return 411, "How long is it?"
-        return None if int(length) <= limit else (413, f"At most {limit / 2**20:.0f} MiB are taken.")
+            return 411, "Content-Length is required."
+        return None if int(length) <= limit else (413, f"The limit is {limit / 2**20:.0f} MiB.")
 
     async def _read(self, receive) -> tuple[Any, tuple[int, str] | None]:
-        """
-        A message whole, and why it is refused. Gradio would fetch an "upload" whose place is a URL.
-        """
+        """Reads a message; returns it as a `receive`, and why it is refused. Gradio would fetch an "upload" that is a URL."""
         body, more = b"", True
         while more:
             part = await receive()
             if part["type"] != "http.request":
-                return receive, (400, "Broken off.")
+                return receive, (400, "Incomplete.")
             body, more = body + part.get("body", b""), part.get("more_body", False)
             if len(body) > MAX_MESSAGE_BYTES:
-                return receive, (413, "That is too long.")
+                return receive, (413, "Too long.")
         try:
-            places = list(_places(json.loads(body or b"null")))
+            paths = list(_paths(json.loads(body or b"null")))
         except (ValueError, RecursionError):
-            return receive, (400, "That is not JSON.")
-        if not all(isinstance(place, str) and self._may_serve(place) for place in places):
+            return receive, (400, "Not JSON.")
+        if not all(isinstance(path, str) and self._may_serve(path) for path in paths):
             return receive, (403, "That file was not uploaded here.")
-        told = False
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again():
-            nonlocal told
-            if told:  # whatever comes after: the visitor leaves
-                return await receive()
-            told = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return messages.pop() if messages else await receive()
 
         return receive_again, None
 
     def _may_serve(self, name: str) -> bool:
-        """Whether it is a file in the folder, by its real place."""
+        """Whether it is in the folder, with symbolic links resolved."""
         if not os.path.isabs(name) or "\0" in name:
             return False
         return os.path.realpath(name).startswith(self.folder + os.sep)
@@ -179,18 +167,18 @@ async def _refuse(send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
-def _places(value: Any) -> Iterator[Any]:
-    """Every `path` in a message: that is how Gradio names files."""
+def _paths(value: Any) -> Iterator[Any]:
+    """Every `path` in a message, Gradio's field of a file."""
     if isinstance(value, dict):
         if value.get("path") is not None:
             yield value["path"]
         value = list(value.values())
     for item in value if isinstance(value, list) else ():
-        yield from _places(item)
+        yield from _paths(item)
 
 
 def host_name(host: str) -> str:
-    """Without the scheme, the port and the path: `localhost:7860`, `[::1]:7860`, `https://demo.example.org/llava`."""
+    """The name in `localhost:7860`, `[::1]:7860` or `https://demo.example.org/llava`, in lower case."""
     host = re.sub(r"[^\w.:\[\]-]", "?", host.rpartition("://")[2].partition("/")[0])  # it is printed
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()

@@ -1,4 +1,4 @@
-"""The page: a picture on the left, the conversation on the right. Everything that a visitor does ends in a function here."""
+"""The page: an image on the left, the conversation on the right."""
 
 import os
 import re
@@ -16,9 +16,9 @@ from .sessions import Sessions
 
 
 OLDEST_GRADIO = (6, 24)
-"""Before, it could not be told to keep no record of its runs. setup.py says the same."""
+"""The first with `run_history=False`. setup.py says the same."""
 REDRAW_SECONDS = 0.05
-NO_PICTURE = "No picture: questions are answered from words alone."
+NO_IMAGE = "No image: questions are answered from text alone."
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _CSS = """
 footer {display: none !important}
@@ -32,14 +32,14 @@ footer {display: none !important}
 @dataclass(frozen=True)
 class Limits:
     """
-    What a visitor may ask of the server.
+    Limits of the server.
 
     Attributes:
-        upload_bytes, pixels: Of a picture. 50 million pixels take 150 MB while they are read.
+        upload_bytes, pixels: Of an image. 50 million pixels take 150 MB while they are read.
         question_characters: Of one question.
         new_tokens: Of one answer.
-        answers_at_once: Visitors who are answered at a time, a token each in turn; the others wait in line.
-        waiting: How long that line may be.
+        answers_at_once: Visitors who are answered at the same time; the others wait in the queue.
+        waiting: Length of the queue.
     """
 
     upload_bytes: int = 20 * 2**20
@@ -63,12 +63,11 @@ def build_page(
     The Gradio application.
 
     Args:
-        sessions ([`Sessions`]): Who talks.
+        sessions ([`Sessions`])
         processor: Of the model.
-        folder (`str` or `os.PathLike`):
-            Private to this server: uploads are put there, and nothing that lies elsewhere is served.
+        folder (`str` or `os.PathLike`): The folder of uploads and examples; no other file is served.
         title (`str`): The model's name.
-        examples (`list[tuple[str, str]]`, *optional*): Paths of pictures, each with a question.
+        examples (`list[tuple[str, str]]`, *optional*): Image paths, each with a question.
         limits ([`Limits`], *optional*)
 
     Returns:
@@ -90,7 +89,7 @@ def build_page(
         return buttons(True, False, bool(chat.conversation.turns))
 
     def choose(number: int, question: str) -> tuple[str, str]:
-        """An example, with its own question unless the visitor has begun one."""
+        """An example, with its question unless the visitor has typed one."""
         path, suggested = examples[number]
         own = question.strip() and question not in [suggestion for _, suggestion in examples]
         return path, question if own else suggested
@@ -100,35 +99,35 @@ def build_page(
             return None
         path = Path(upload).resolve()
         if folder not in path.parents or not path.is_file():
-            raise ValueError("That picture was not uploaded here. Upload it again.")
+            raise ValueError("That image was not uploaded here. Upload it again.")
         return path
 
     def look(upload, request: gr.Request):
         tab = sessions[request.session_hash]
         try:
-            if not tab.look(place(upload), limits.upload_bytes, limits.pixels):
+            if not tab.look(place(upload), limits.pixels):
                 return [gr.skip()] * 5
         except ValueError as error:
-            gr.Warning(str(error), title="This picture cannot be read")
-            return [[], "No picture: the one above cannot be read.", *idle(tab.chat)]
+            gr.Warning(str(error), title="This image cannot be read")
+            return [[], "No image: the one above cannot be read.", *idle(tab.chat)]
         return [[], about(tab.chat), *idle(tab.chat)]
 
     def about(chat: Chat) -> str:
-        if not chat.conversation.pictures:
-            return NO_PICTURE
+        if not chat.conversation.images:
+            return NO_IMAGE
         return f"{num_image_tokens(processor)} image tokens, computed once for all questions."
 
     def answer(again, question, upload, temperature, top_p, new_tokens, request: gr.Request) -> Iterator[list[Any]]:
-        """Yields messages, the question's box, the line below, and the three buttons."""
+        """Yields messages, the question's box, the status line, and the three buttons."""
         tab = sessions[request.session_hash]
         chat = tab.chat
-        kept = question  # what a retry leaves in the box
+        kept = question  # a retry leaves the box as it is
         try:
-            tab.look(place(upload), limits.upload_bytes, limits.pixels)  # new to a server that was started again
+            tab.look(place(upload), limits.pixels)  # a restarted server does not know it
             settings = _settings(temperature, top_p, new_tokens, limits)
             if len(question) > limits.question_characters:
                 raise ValueError(
-                    f"The question has {len(question):,} characters; at most {limits.question_characters:,} are taken."
+                    f"The question has {len(question):,} characters; the limit is {limits.question_characters:,}."
                 )
             conversation, before = chat.conversation, _messages(chat)
             if again:
@@ -142,7 +141,7 @@ def build_page(
             yield [[*before, _message("assistant", "…")], kept, "Looking …", *buttons(False, True, False)]
             for piece in pieces:
                 said += piece
-                if chat.conversation is not conversation:  # another picture, or a new beginning
+                if chat.conversation is not conversation:  # another image, or a new chat
                     break
                 if time.monotonic() - drawn > REDRAW_SECONDS:
                     drawn = time.monotonic()
@@ -155,11 +154,11 @@ def build_page(
         except ValueError as error:
             gr.Warning(str(error), title="No answer")
             yield [_messages(chat), question, about(chat), *idle(chat)]
-        except Exception:  # shown by Gradio as an error, and on the terminal; the page must be of use afterwards
+        except Exception:  # Gradio shows it as an error, and on the terminal; the page stays usable
             yield [_messages(chat), question, "Something went wrong; the server's terminal says what.", *idle(chat)]
             raise
 
-    # Gradio reads these signatures.
+    # Gradio reads the signatures: it passes `request` for its annotation.
     def ask(question, upload, temperature, top_p, new_tokens, request: gr.Request):
         yield from answer(False, question, upload, temperature, top_p, new_tokens, request)
 
@@ -183,33 +182,42 @@ def build_page(
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 image = gr.Image(
-                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="picture"
+                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="image"
                 )
-                # Gradio would decode an upload before anyone looked at its size.
+                # Gradio would decode an upload before its size is checked.
                 image.preprocess = lambda payload: payload.path if payload is not None else None
-                # Not `gr.Examples`: those pass by the queue, so the guard would have to let any function be called so.
+                # Not `gr.Examples`: they bypass the queue, by a route that the guard does not allow.
                 gallery = gr.Dataset(
                     label="Or one of these", components=["image"], samples=[[path] for path, _ in examples],
                     type="index", samples_per_page=len(examples) or 1, visible=bool(examples), elem_id="examples",
                 )  # fmt: skip
-                with gr.Accordion("How answers are chosen", open=False, elem_id="sampling"):
+                with gr.Accordion("Generation settings", open=False, elem_id="sampling"):
                     temperature = gr.Slider(
-                        0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; higher: more varied"
+                        0, 2, 0, step=0.05, label="Temperature", info="0: greedy; higher: more varied"
                     )
                     top_p = gr.Slider(
-                        0.05, 1, 1, step=0.05, label="Top-p", info="draw from the likeliest tokens of this probability"
+                        0.05,
+                        1,
+                        1,
+                        step=0.05,
+                        label="Top-p",
+                        info="sample from the most likely tokens of this total probability",
                     )
                     new_tokens = gr.Slider(
-                        1, limits.new_tokens, min(512, limits.new_tokens), step=1, label="Longest answer, in tokens"
+                        1,
+                        limits.new_tokens,
+                        min(512, limits.new_tokens),
+                        step=1,
+                        label="Maximum answer length, in tokens",
                     )
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
                     label="Conversation", show_label=False, height="max(320px, 100vh - 300px)", latex_delimiters=[],
-                    buttons=["copy_all"], elem_id="chat", placeholder="Choose a picture and ask about it.",
+                    buttons=["copy_all"], elem_id="chat", placeholder="Choose an image and ask about it.",
                 )  # fmt: skip
-                status = gr.Markdown(NO_PICTURE, elem_id="status")
+                status = gr.Markdown(NO_IMAGE, elem_id="status")
                 question = gr.Textbox(
-                    label="Question", show_label=False, placeholder="What is in the picture?", lines=1, max_lines=8,
+                    label="Question", show_label=False, placeholder="What is in the image?", lines=1, max_lines=8,
                     autofocus=True, max_length=limits.question_characters, container=False, elem_id="question",
                 )  # fmt: skip
                 with gr.Row():
@@ -217,8 +225,8 @@ def build_page(
                     ask_button = gr.Button("Ask", variant="primary", elem_id="ask", **look_alike)
                     stop_button = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", **look_alike)
                     retry_button = gr.Button("Retry", interactive=False, elem_id="retry", **look_alike)
-                    reset_button = gr.Button("Begin anew", elem_id="reset", **look_alike)
-                gr.Markdown("A model can be wrong about what it sees, and sound certain.", elem_id="caution")
+                    reset_button = gr.Button("New chat", elem_id="reset", **look_alike)
+                gr.Markdown("The model can be wrong, and sound certain.", elem_id="caution")
 
         inputs = [question, image, temperature, top_p, new_tokens]
         outputs = [chatbot, question, status, ask_button, stop_button, retry_button]
@@ -245,17 +253,14 @@ def launch(
     allow_hosts: Iterable[str] = (),
 ) -> str:
     """
-    Starts the server in threads of its own, behind [`Guard`].
+    Starts the server in threads of its own, behind [`Guard`]; returns its address.
 
     Args:
         page: From [`build_page`], with its `folder`.
         host (`str`), port (`int`, *optional*): Where to listen.
         browser (`bool`): Open the page on this machine.
-        root_path (`str`, *optional*): As for Gradio: the path, or the whole URL, at which a proxy serves the page.
+        root_path (`str`, *optional*): The path, or the whole URL, at which a proxy serves the page.
         allow_hosts (`Iterable[str]`, *optional*): Names that a proxy passes on.
-
-    Returns:
-        `str`: its address.
 
     Raises:
         OSError: the port is taken.
@@ -287,12 +292,8 @@ def launch(
         quiet=True,
         prevent_thread_lock=True,
         ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        allowed_paths=[],
         max_file_size=page.llava_limits.upload_bytes,
         theme=gr.themes.Soft(primary_hue="indigo", **fonts),
         css=_CSS,
@@ -303,28 +304,28 @@ def launch(
 
 def import_gradio(folder: str | os.PathLike):
     """
-    The package, told to keep its files in `folder` and to itself.
+    The package, set to keep its files in `folder` and to send no analytics.
 
     Raises:
         ImportError: it is not installed, or too old.
     """
-    # Gradio reads these when it is imported, and when it makes a component.
+    # Gradio reads these at import, and when it makes a component.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(Path(folder).resolve())
     try:
         import gradio
     except ImportError:
-        raise ImportError("llava web needs Gradio: pip install 'modeling-llava[web]'.") from None
+        raise ImportError("llava web requires Gradio: pip install 'modeling-llava[web]'.") from None
     if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
         oldest = ".".join(map(str, OLDEST_GRADIO))
         raise ImportError(
-            f"llava web needs gradio ≥ {oldest}, {gradio.__version__} is installed: pip install --upgrade gradio."
+            f"llava web requires gradio ≥ {oldest}, {gradio.__version__} is installed: pip install --upgrade gradio."
         )
     return gradio
 
 
 def _settings(temperature, top_p, new_tokens, limits: Limits) -> dict[str, Any]:
-    """What the sliders say, or what was sent in their place."""
+    """The sliders' settings within the limits: a request can be forged."""
     new_tokens = max(1, min(int(new_tokens), limits.new_tokens))
     if not temperature > 0:
         return {"max_new_tokens": new_tokens}
@@ -343,7 +344,7 @@ def _message(role: str, text: str) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Markdown in which `<` is a character: a tag that someone wrote is shown, not obeyed."""
+    """Markdown with `<` escaped outside of code: tags are shown as text."""
     parts = _CODE.split(text)
     return "".join(part if number % 2 else part.replace("<", "&lt;") for number, part in enumerate(parts))
 
@@ -352,7 +353,7 @@ def _line(chat: Chat) -> str:
     statistics = chat.statistics
     if statistics is None:
         return ""
-    ends = {"length": " Cut off: the longest answer is set below.", "broken off": " Stopped."}
+    ends = {"length": " Cut off at the maximum answer length.", "broken off": " Stopped."}
     return (
         f"{statistics.num_tokens} tokens, {statistics.tokens_per_second:.1f} per second, the first after "
         f"{statistics.first_token_seconds:.1f} s.{ends.get(statistics.finish_reason, '')}"

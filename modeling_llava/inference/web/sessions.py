@@ -1,4 +1,4 @@
-"""Who talks to the model through the browser, and what they may upload."""
+"""The browser tabs, each with a chat of its own, and their uploads."""
 
 import io
 import threading
@@ -12,19 +12,16 @@ from PIL import Image, UnidentifiedImageError
 from ...data.images import load_image
 from ...data.schema import BadSampleError
 from ..chat import Chat, Conversation
-from ..image_references import Picture
+from ..image_references import NamedImage
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""What a browser shows and Pillow decodes by itself, told by a file's content. Not, for one, EPS, which starts a program."""
+"""Recognized by content. Not EPS, for example, for which Pillow starts a program."""
 
 
 class Tab:
     """
-    One browser tab: its chat, and which upload the chat is about.
-
-    Args:
-        chat ([`Chat`]): Of its own.
+    One browser tab: its [`Chat`], and the upload that the chat is about.
     """
 
     def __init__(self, chat: Chat):
@@ -32,15 +29,15 @@ class Tab:
         self.shown: Path | None = None
         self._lock = threading.Lock()
 
-    def look(self, path: Path | None, max_bytes: int, max_pixels: int) -> bool:
+    def look(self, path: Path | None, max_pixels: int) -> bool:
         """
-        Begins a conversation about an upload, unless it is about it already.
+        Starts a conversation about an upload, unless the conversation is about it already.
 
         Returns:
-            `bool`: whether it was begun.
+            `bool`: whether it was started.
 
         Raises:
-            ValueError: as [`read_upload`]; the conversation before is over all the same, and there is no picture.
+            ValueError: as [`read_upload`]; the earlier conversation ends too, and there is no image.
         """
         with self._lock:
             if path == self.shown:
@@ -48,11 +45,11 @@ class Tab:
             self.chat.stop()
             self.shown = path
             self.chat.conversation = Conversation()
-            self.chat.show([] if path is None else [read_upload(path, max_bytes, max_pixels)])
+            self.chat.show([] if path is None else [read_upload(path, max_pixels)])
             return True
 
     def reset(self) -> None:
-        """Begins a new conversation about the same picture."""
+        """Starts a new conversation about the same image."""
         with self._lock:
             self.chat.stop()
             self.chat.reset()
@@ -60,16 +57,14 @@ class Tab:
 
 class Sessions:
     """
-    The [`Tab`]s, by their keys, over one model.
-
-    A picture's keys and values stay in memory for the tabs that asked last; those that wait longer keep their conversation,
-    and their picture is encoded again with their next question.
+    The [`Tab`]s of one model, by key. The most recent tabs keep their image encoded; others keep their conversation, and their
+    image is encoded again with the next question.
 
     Args:
         make_chat (`Callable[[], Chat]`): Makes a tab's chat.
-        max_encoded (`int`, defaults to 4): Tabs whose pictures stay encoded (7B in 16 bits: 0.3 GB each, and more as they
-            talk).
-        max_sessions (`int`, defaults to 256): Tabs that are remembered at all.
+        max_encoded (`int`, defaults to 4): Tabs that keep their image encoded (7B in 16 bits: 0.3 GB each, plus their
+            conversation).
+        max_sessions (`int`, defaults to 256): Tabs that are kept; the least recent is dropped.
     """
 
     def __init__(self, make_chat: Callable[[], Chat], max_encoded: int = 4, max_sessions: int = 256):
@@ -81,7 +76,7 @@ class Sessions:
         return len(self._tabs)
 
     def __getitem__(self, key: str) -> Tab:
-        """The tab of that key, made if it is new."""
+        """The tab of that key; a new one if there is none."""
         with self._lock:
             if key not in self._tabs:
                 self._tabs[key] = Tab(self.make_chat())
@@ -95,23 +90,20 @@ class Sessions:
         return tab
 
     def leave(self, key: str) -> None:
-        """A tab was closed, or its machine sleeps: an answer that is being written ends; the conversation is kept."""
+        """A tab is closed, or its machine sleeps: its answer ends; the conversation is kept."""
         with self._lock:
             tab = self._tabs.get(key)
         if tab is not None:
             tab.chat.stop()
 
 
-def read_upload(path: Path, max_bytes: int, max_pixels: int) -> Picture:
+def read_upload(path: Path, max_pixels: int) -> NamedImage:
     """
-    Read an uploaded picture. Its format and its size are looked at before anything is decoded.
+    Reads an uploaded image. Format and size are checked before anything is decoded.
 
     Raises:
-        ValueError: not a picture of `FORMATS`, more bytes or pixels than allowed, or damaged.
+        ValueError: not an image of `FORMATS`, more pixels than allowed, or damaged.
     """
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{path.name} has {size / 2**20:.1f} MiB; at most {max_bytes / 2**20:.1f} are taken.")
     content = path.read_bytes()
     try:
         with warnings.catch_warnings():
@@ -121,18 +113,14 @@ def read_upload(path: Path, max_bytes: int, max_pixels: int) -> Picture:
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} has far more than {max_pixels / 1e6:.1f} million pixels.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):  # what Pillow's readers raise on broken headers
-        raise ValueError(f"{path.name} is not a picture of the kinds {', '.join(FORMATS)}.") from None
+        raise ValueError(f"{path.name} is not an image of the formats {', '.join(FORMATS)}.") from None
     if pixels > max_pixels:
-        raise ValueError(
-            f"{path.name} has {pixels / 1e6:.1f} million pixels; at most {max_pixels / 1e6:.1f} are taken."
-        )
+        raise ValueError(f"{path.name} has {pixels / 1e6:.1f} million pixels; the limit is {max_pixels / 1e6:.1f}.")
     try:
         load_image(content)
     except BadSampleError:
-        raise ValueError(f"{path.name} is damaged: its beginning is a picture, the rest cannot be read.") from None
-    return Picture(
-        path.name, content
-    )  # as it was sent: a decoded one takes ten times as much for as long as a tab is open
+        raise ValueError(f"{path.name} is damaged: its header is that of an image, the rest cannot be read.") from None
+    return NamedImage(path.name, content)  # not decoded, which would take ten times the memory while the tab is open
 
 
 __all__ = ["FORMATS", "Sessions", "Tab", "read_upload"]
