@@ -11,7 +11,7 @@ examples:
   llava train qlora-12gb model=llava-hf/llava-1.5-13b-hf data=my.json image_folder=images output_dir=runs/my
   llava train examples/recipes/llava-1.5-7b/pretrain.yaml output_dir=runs/pretrain
   accelerate launch --num_processes 8 -m modeling_llava.cli.main train RECIPE.yaml
-An interrupted run goes on where it stopped when the same command is given again.
+An interrupted run resumes when the same command is given again.
 """
 
 
@@ -21,26 +21,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         nargs="?",
-        help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora; for one GPU of so many GB "
-        "qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb (llava estimate says what a run takes)",
+        help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora; for one GPU by its memory: "
+        "qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb (llava estimate shows what a run needs)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and stop")
+    parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.list_settings:
         return _list_settings()
     if args.recipe is None:
-        raise ValueError("which recipe? Give a YAML file or the name of a preset (llava train --help).")
+        raise ValueError("RECIPE is missing: a YAML file, or the name of a preset (llava train --help).")
     if "=" in args.recipe:
-        raise ValueError(f"the recipe comes before key=value: llava train RECIPE {args.recipe}")
+        raise ValueError(f"RECIPE comes before key=value: llava train RECIPE {args.recipe}")
 
     from ..training import parse_recipe, train
 
     settings = parse_recipe(args.recipe, args.overrides)
     is_main = settings.process_index == 0
-    if is_main and settings.model and settings.data:  # else what is missing is said next
+    if is_main and settings.model and settings.data:  # else an error follows
         what = settings.stage if settings.adapter == "none" else f"{settings.stage} with {settings.adapter}"
         print(f"{what} of {settings.model} on {settings.data} → {settings.output_dir}")
     result = train(settings, callbacks=_callbacks(settings))
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _callbacks(settings) -> list:
-    """What answers, and is scored, during training."""
+    """Callbacks that answer questions or score benchmarks during training."""
     callbacks = []
     if settings.sample_answers:
         from ..evaluation.sample_answers import SampleAnswersCallback

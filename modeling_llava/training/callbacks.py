@@ -1,4 +1,4 @@
-"""Callbacks of a run: a preview before step 1, speed in each log, noise per sample of a pack, and the loss curve."""
+"""Callbacks of a run: a preview before step 1, speed in each log, NEFTune per sample, and the loss curve."""
 
 import io
 import logging
@@ -30,9 +30,9 @@ class PreviewCallback(TrainerCallback):
 
     Args:
         trainer ([`LlavaTrainer`]):
-            The trainer; its collator makes the batch.
+            The trainer, whose collator makes the batch.
         console (`rich.console.Console`, *optional*):
-            Where to write; the terminal by default.
+            Where to print; the terminal by default.
     """
 
     def __init__(self, trainer: Any, console: Any = None):
@@ -50,8 +50,8 @@ class PreviewCallback(TrainerCallback):
             console.print(str(self.trainer.kernel_report))
         dataset, processor = self.trainer.train_dataset, self.trainer.processing_class
         if args.preview_samples < 1 or processor is None or isinstance(dataset, IterableDataset):
-            return  # a stream would have to be begun, and what is read of it is not read again
-        # The preview must not change the run: dropout and sampling continue from the state before it.
+            return  # samples that are read from a stream would be missing in training
+        # The preview must not change the run.
         random_state = torch.random.get_rng_state()
         batch = self.trainer.data_collator([dataset[i] for i in range(min(args.preview_samples, len(dataset)))])
         torch.random.set_rng_state(random_state)
@@ -87,16 +87,16 @@ class LossCurveCallback(TrainerCallback):
 
 def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) -> Path | None:
     """
-    Draw training loss (with its centred moving mean) and evaluation loss over optimizer steps.
+    Plot training loss (with its centred moving mean) and evaluation loss over optimizer steps.
 
     Args:
         log_history (`list[dict]`):
             `trainer.state.log_history`, or that of a `trainer_state.json`.
         path (`str` or `os.PathLike`):
-            The PNG to write.
+            The PNG file.
 
     Returns:
-        `Path` of the picture; `None` if matplotlib is not installed or nothing was logged.
+        `Path` of the plot; `None` if matplotlib is not installed or nothing was logged.
     """
     trained = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
@@ -106,7 +106,7 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logger.info(f"{path} is not drawn: matplotlib is not installed (pip install 'modeling-llava[plots]').")
+        logger.info(f"{path} is not written: matplotlib is not installed (pip install 'modeling-llava[plots]').")
         return None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -114,7 +114,7 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     if trained:
         steps, losses = zip(*trained)
         axes.plot(steps, losses, color="#4c72b0", alpha=0.35, linewidth=1, label="training")
-        # The mean of a window around each entry, narrower towards both ends; a trailing mean would lag behind.
+        # A centred window, narrower towards both ends: a trailing mean would lag
         half = max(len(losses) // 40, 1)
         smoothed = []
         for i in range(len(losses)):
@@ -129,37 +129,37 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     axes.legend(frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    write_atomic(path, picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
+    write_atomic(path, png.getvalue())
     return path
 
 
 class SpeedCallback(TrainerCallback):
     """
-    Measures optimizer steps, and adds what it found to each log of the training loss:
+    Measures optimizer steps, and adds to each log of the training loss:
 
-    - `samples_per_second`, `supervised_tokens_per_second`: of all processes together, over the steps since the last log.
-      Evaluations and checkpoints between steps are not counted.
-    - `utilization`: share of the rows' positions that hold a token, in [0, 1]; the rest is padding, or room in packs.
-    - `memory_gib`: the most that this process held of its GPU so far; without a GPU, the main memory that it holds now.
+    - `samples_per_second`, `supervised_tokens_per_second`: of all processes, over the steps since the last log, without
+      evaluations and checkpoints.
+    - `utilization`: fraction of a batch that is not padding or free space of packs, in [0, 1].
+    - `memory_gib`: peak GPU memory of this process; without a GPU, its current main memory.
     - `minutes_left`: until the last step, at the pace since the start of the run, evaluations and checkpoints included.
 
     Args:
-        micro_batch_positions (`int`, *optional*):
-            With `packing="full"`: positions that the packs of a micro-batch could hold.
+        micro_batch_tokens (`int`, *optional*):
+            With `packing="full"`: tokens for which the packs of a micro-batch have room.
     """
 
-    def __init__(self, micro_batch_positions: int | None = None):
-        self.micro_batch_positions = micro_batch_positions
+    def __init__(self, micro_batch_tokens: int | None = None):
+        self.micro_batch_tokens = micro_batch_tokens
         self._step_began = self._run_began = None
         self._first_step = 0
         self.num_batches = 0  # of this process since training began
         self._clear()
 
     def _clear(self) -> None:
-        self._seconds, self._samples, self._positions = 0.0, 0, 0
-        # Sums stay on their device until a log: reading them would make the host wait for the GPU at each step.
+        self._seconds, self._samples, self._room = 0.0, 0, 0
+        # Sums stay on their device until a log: reading them would synchronize with the GPU at each step
         self._supervised, self._filled = 0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -181,28 +181,28 @@ class SpeedCallback(TrainerCallback):
         self.num_batches += 1
         self._supervised = self._supervised + (labels[..., 1:] != IGNORE_INDEX).sum()
         self._filled = self._filled + (ids.numel() if mask is None else mask.sum())
-        self._positions += self.micro_batch_positions or ids.numel()
+        self._room += self.micro_batch_tokens or ids.numel()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._step_began is not None:
             self._seconds += time.perf_counter() - self._step_began
 
     def report(self, state, num_processes: int) -> dict[str, float]:
-        """What was found since the last report; empty if no step was measured."""
+        """The measurements since the last report; empty if no step was measured."""
         if not self._seconds or not self._samples:
             return {}
-        found = {
+        measured = {
             "samples_per_second": round(num_processes * self._samples / self._seconds, 3),
             "supervised_tokens_per_second": round(num_processes * int(self._supervised) / self._seconds, 1),
-            "utilization": round(int(self._filled) / self._positions, 4),
+            "utilization": round(int(self._filled) / self._room, 4),
             "memory_gib": round(_memory() / 2**30, 3),
         }
         done = state.global_step - self._first_step
         if done > 0:
             pace = (time.perf_counter() - self._run_began) / done
-            found["minutes_left"] = round(pace * (state.max_steps - state.global_step) / 60, 1)
+            measured["minutes_left"] = round(pace * (state.max_steps - state.global_step) / 60, 1)
         self._clear()
-        return found
+        return measured
 
 
 def _memory() -> int:
@@ -214,12 +214,10 @@ def _memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-class NoiseBySample(TrainerCallback):
+class PerSampleNEFTune(TrainerCallback):
     """
-    NEFTune in packs (Jain et al. 2023, §2): noise on the embeddings of each sample as strong as if it stood alone.
-
-    Adds uniform noise in ±`alpha` / √(L · hidden_size) to embeddings in training, L being the length of the sample.
-    `Trainer` would take the length of the row, and a pack of nine samples would get a third of the noise.
+    NEFTune (Jain et al. 2023, §2) for packs: uniform noise in ±`alpha` / √(L · hidden_size) on the embeddings of each
+    sample, L being its length. `Trainer` takes the length of the row: a pack of nine samples gets a third of the noise.
     """
 
     def __init__(self, alpha: float):
@@ -228,11 +226,11 @@ class NoiseBySample(TrainerCallback):
         self.hooks = []
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        self._remove_hooks()  # of a training that was broken off: noise would be added twice
+        self._remove_hooks()  # of an interrupted training: noise would be added twice
         core = core_model(model)
         self.hooks = [
-            # not on `core` itself, whose forward PEFT calls without its hooks
-            core.model.register_forward_pre_hook(self._note_lengths, with_kwargs=True),
+            # not on `core` itself: PEFT calls its forward without hooks
+            core.model.register_forward_pre_hook(self._store_lengths, with_kwargs=True),
             core.get_input_embeddings().register_forward_hook(self._add_noise),
         ]
 
@@ -244,7 +242,7 @@ class NoiseBySample(TrainerCallback):
             hook.remove()
         self.hooks = []
 
-    def _note_lengths(self, module, args, kwargs):
+    def _store_lengths(self, module, args, kwargs):
         ends = kwargs.get("cu_seq_lens_q")
         self.lengths = None if ends is None else ends.diff()
 
@@ -253,16 +251,16 @@ class NoiseBySample(TrainerCallback):
         if not module.training:
             return embeddings
         lengths = torch.tensor(embeddings.shape[1]) if self.lengths is None else self.lengths
-        strength = self.alpha / (lengths * embeddings.shape[-1]).sqrt()
+        scale = self.alpha / (lengths * embeddings.shape[-1]).sqrt()
         if self.lengths is not None:
-            strength = strength.repeat_interleave(self.lengths)[:, None]  # [sequence_length, 1]
+            scale = scale.repeat_interleave(self.lengths)[:, None]  # [sequence_length, 1]
         noise = torch.empty_like(embeddings).uniform_(-1, 1)
-        return embeddings + noise * strength.to(embeddings.device, embeddings.dtype)
+        return embeddings + noise * scale.to(embeddings.device, embeddings.dtype)
 
 
 __all__ = [
     "LossCurveCallback",
-    "NoiseBySample",
+    "PerSampleNEFTune",
     "PreviewCallback",
     "SpeedCallback",
     "component_table",

@@ -1,4 +1,4 @@
-"""What a run starts from: its data, processor and model, which is frozen, adapted, cast and checked for packing."""
+"""What a run starts from: the datasets, the processor, and the model, frozen and adapted, with packing resolved."""
 
 import logging
 from typing import Any
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str | None]:
     """
-    Where the weights of a run lie: the full model, its revision, and the adapter that is trained further, if any.
+    The full model of a run, its revision, and the adapter that is trained further, if any.
 
     Raises:
-        ValueError: `model` is not set, is a pretrain run's output, or an adapter that the settings do not fit.
+        ValueError: `model` is not set, is the output of a pretrain run, or is an adapter and `adapter="none"`.
         FileNotFoundError: `model` does not exist.
     """
     if args.model is None:
@@ -48,7 +48,7 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
         if args.adapter == "none":
             raise ValueError(
                 f"model={args.model} is an adapter, but adapter=none. Set adapter=lora or qlora to train it further, "
-                "or make a full model of it first (llava merge)."
+                "or merge it first (llava merge)."
             )
         return (*find_base(args.model, args.model_revision), args.model)
     return args.model, args.model_revision, None
@@ -56,13 +56,11 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
 
 def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    The model of a run, with the pretrain run's projector and the adapter to be trained further where they are asked
-    for, and its processor.
-
-    Weights come in the dtype of their file: trained ones become float32 later, without a loss on the way.
+    The model of a run, with the projector of a pretrain run and the adapter to be trained further if there are any, and
+    its processor. Weights have the dtype of their file until [`prepare_model`].
 
     Raises:
-        ValueError: `model` is a pretrain run's output or an adapter that the settings do not fit.
+        ValueError: as in [`base_and_adapter`]; the projector does not fit.
         FileNotFoundError: `model` or `projector` does not exist.
     """
     base, revision, adapter_path = base_and_adapter(args)
@@ -77,15 +75,15 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
     if args.adapter == "qlora":
         settings["quantization_config"] = four_bit_config(args.compute_dtype, args.quant_type, args.double_quant)
     if args.device.type == "cuda" and not args.fsdp and not args.deepspeed:
-        settings["device_map"] = {"": args.device}  # straight to this process's GPU: main memory may be too small
+        settings["device_map"] = {"": args.device}  # not through main memory, which may be too small
     model = AutoModelForImageTextToText.from_pretrained(base, **settings)
 
     if args.projector is not None:
         replaced = load_projector(model, args.projector)
         if args.adapter != "none" and "vision_tower" in replaced and not args.train_vision_tower:
             raise ValueError(
-                f"projector={args.projector} brings a trained vision tower, which an adapter would not hold. Make a "
-                "full model of it first (llava merge), or set train_vision_tower=true."
+                f"projector={args.projector} brings a trained vision tower, which an adapter would not save. Merge it into a "
+                "full model first (llava merge), or set train_vision_tower=true."
             )
     if adapter_path is not None:
         model = load_adapter(model, adapter_path, args, args.model_revision)
@@ -93,7 +91,7 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
 
 
 def _choose_chat_template(processor: ProcessorMixin, args: LlavaTrainingArguments) -> None:
-    """The template that is asked for; or the processor's own, whose answers end with the EOS token if nothing ends them."""
+    """Set `chat_template`, or let the answers of the processor's own template end with the EOS token if nothing ends them."""
     if args.chat_template not in (None, "keep"):
         processor.chat_template = load_chat_template(args.chat_template)
     elif args.chat_template is None and args.stage == "finetune" and teaches_no_stop(processor):
@@ -102,21 +100,21 @@ def _choose_chat_template(processor: ProcessorMixin, args: LlavaTrainingArgument
             processor.chat_template = end_answers_with_eos(chat_template_of(processor), tokens)
         except ValueError as error:
             raise ValueError(
-                f"{error} Set chat_template=vicuna_v1, LLaVA-1.5's own, or chat_template=keep to train without a stop."
+                f"{error} Set chat_template=vicuna_v1, LLaVA-1.5's own, or chat_template=keep to train without one."
             ) from error
         if args.process_index == 0:
             logger.warning(
-                f"The model's chat template ends an answer with white space, which teaches no stop: {tokens['eos_token']} "
-                "takes its place, and is saved with the result (chat_template=keep leaves it as it is)."
+                f"The model's chat template ends an answer with white space, which teaches no stop: it is replaced by "
+                f"{tokens['eos_token']}, and the template is saved with the result (chat_template=keep: as it is)."
             )
 
 
 def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
     """
-    Training and evaluation data of a run: conversations, chosen and split as the settings say.
+    Training and evaluation data of a run, selected and split by its settings.
 
     Raises:
-        ValueError: `data` is not set, or nothing is left of it.
+        ValueError: `data` is not set, or no sample is left.
     """
     from ..data.sources import load_conversations
 
@@ -158,7 +156,7 @@ def _shuffled(total: int, seed: int) -> list[int]:
 
 
 def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
-    """Freeze, add the adapter if there is none, set dtypes, and keep 4-bit weights trainable on the CPU."""
+    """Freeze what is not trained, add the adapter if there is none, set dtypes, and keep 4-bit weights trainable on the CPU."""
     if args.adapter == "none":
         if is_peft(model):
             raise ValueError(
@@ -177,10 +175,10 @@ def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
 
 def resolve_packing(model: nn.Module, args: LlavaTrainingArguments, has_own_collator: bool = False) -> None:
     """
-    Decide `packing=auto`, and give the language model an attention that keeps packed samples apart.
+    Resolve `packing=auto` in place, and set an attention that keeps packed samples apart.
 
     Raises:
-        ValueError: packing is asked for, but samples would see each other, or a T × T mask would be needed.
+        ValueError: `packing` is set, but samples would attend to each other, or need an attention mask of T × T.
     """
     if args.packing == "none":
         return
@@ -197,9 +195,9 @@ def resolve_packing(model: nn.Module, args: LlavaTrainingArguments, has_own_coll
 def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | None:
     attention = args.attn_implementation
     if attention is not None and attention != VARLEN and "flash" not in attention:
-        return f"attn_implementation={attention} would build a mask of all positions × all positions for a pack"
+        return f"attn_implementation={attention} would build an attention mask of tokens × tokens for a pack"
     if args.torch_compile:
-        return "torch_compile would compile anew for each length of a pack"
+        return "torch_compile would recompile for each length of a pack"
     language_model = model.model.language_model
     if attention is None:
         before = language_model.config._attn_implementation
@@ -208,24 +206,25 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
         except ValueError as error:
             return str(error).rstrip(".")
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
-        return None  # weights that are not here cannot be tried
-    reason = _why_packs_are_wrong(language_model)
+        return None  # sharded or offloaded: no probe forward
+    reason = _why_packs_leak(language_model)
     if reason is not None and attention is None:
         model.set_attn_implementation({"text_config": before})
     return reason
 
 
-def _why_packs_are_wrong(language_model: nn.Module) -> str | None:
+def _why_packs_leak(language_model: nn.Module) -> str | None:
+    """Checked with a probe forward."""
     try:
         leak = packs_leak(language_model)
-    except ValueError as error:  # an attention with parts that a pack's does not know: Gemma 2, GPT-OSS
+    except ValueError as error:  # an attention with features that the packed one lacks: Gemma 2, GPT-OSS
         return str(error).removesuffix(" Do not pack.").rstrip(".")
     if leak > _LEAK:
-        return f"samples of a pack see each other in {type(language_model).__name__} (relative error {leak:.2g})"
+        return f"samples of a pack attend to each other in {type(language_model).__name__} (relative error {leak:.2g})"
     return None
 
 
-_LEAK = 0.1  # 16-bit rounding makes about 0.01, another sample's influence about 1
+_LEAK = 0.1  # relative: rounding to 16 bits gives about 0.01, another sample about 1
 
 
 def core_model(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from . import distributed as sharding
 from .adapters import initial_lora
 from .arguments import LlavaTrainingArguments
 from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
-from .callbacks import NoiseBySample, SpeedCallback
+from .callbacks import PerSampleNEFTune, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
 from .setup import core_model, is_peft, prepare_model, resolve_packing
 from .stages import optimizer_groups
@@ -108,7 +108,7 @@ class LlavaTrainer(CheckpointingTrainer):
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
         if self.neftune_noise_alpha is not None and args.packing != "none":
-            self.add_callback(NoiseBySample(self.neftune_noise_alpha))
+            self.add_callback(PerSampleNEFTune(self.neftune_noise_alpha))
             self.neftune_noise_alpha = None
         # Whether forward takes label_smoothing and skip_logits: ours does, stock's does not.
         self._has_own_loss = isinstance(core_model(self.model), LlavaForConditionalGeneration)

@@ -1,4 +1,4 @@
-"""What a run says about itself while it goes."""
+"""Callbacks: the speed in each log."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_rates_are_counted_by_hand(clock):
 
 
 def test_full_packs_count_the_room_that_they_leave(clock):
-    callback, state = SpeedCallback(micro_batch_positions=20), TrainerState(max_steps=2)
+    callback, state = SpeedCallback(micro_batch_tokens=20), TrainerState(max_steps=2)
     callback.on_train_begin(None, state, None)
     step(callback, state, {"input_ids": torch.ones(1, 15), "labels": torch.ones(1, 15)})
     assert callback.report(state, 1)["utilization"] == 0.75

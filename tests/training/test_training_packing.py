@@ -18,7 +18,7 @@ from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.kernels.packed_attention import VARLEN, DeferredMask, packs_leak
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.callbacks import NoiseBySample
+from modeling_llava.training.callbacks import PerSampleNEFTune
 from modeling_llava.training.setup import (
     core_model,
     load_datasets,
@@ -205,7 +205,7 @@ def test_auto_packs_where_the_language_model_allows_it(settings):
 def test_auto_pads_with_an_attention_that_would_need_a_dense_mask(settings):
     trainer = trainer_for(settings, attn_implementation="sdpa")
     assert trainer.args.packing == "none" and not trainer.data_collator.packing
-    with pytest.raises(ValueError, match="attn_implementation=eager would build a mask.*Set packing=none"):
+    with pytest.raises(ValueError, match="attn_implementation=eager would build an attention mask.*Set packing=none"):
         trainer_for(settings, attn_implementation="eager", packing="batch")
 
 
@@ -229,7 +229,7 @@ def test_a_language_model_in_which_samples_see_each_other_is_found_out(settings,
     assert language_model.training
     monkeypatch.setattr("modeling_llava.training.setup.use_varlen_attention", lambda model: None)
     args.packing = "batch"
-    with pytest.raises(ValueError, match="samples of a pack see each other in LlamaModel"):
+    with pytest.raises(ValueError, match="samples of a pack attend to each other in LlamaModel"):
         resolve_packing(model, args)
     args.packing = "auto"
     resolve_packing(model, args)
@@ -277,7 +277,7 @@ def test_neftune_gives_each_sample_of_a_pack_the_noise_that_it_gets_alone(settin
     """Against transformers' own hook, on each sample by itself."""
     trainer = trainer_for(settings, neftune_noise_alpha=5.0, adapter=adapter)
     model, samples = trainer.model, samples_with_everything(instructions)
-    (noise,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, NoiseBySample)]
+    (noise,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, PerSampleNEFTune)]
     seen, embedding = [], model.get_input_embeddings()
 
     def embed(packed):
