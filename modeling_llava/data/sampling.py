@@ -1,5 +1,5 @@
 """
-The order of samples: batches of samples that are alike in length and modality, and a mixture by conversation type.
+The order of samples: grouped by length and modality, or mixed by conversation type.
 
 The original groups by `group_by_modality_length`: a batch has either images in all samples or in none, and within
 that its samples are of similar length. Ours does the same, and depends on seed, epoch and the size of a global batch
@@ -19,16 +19,16 @@ class GroupedSampler(Sampler[int]):
     """
     Indices in an order in which each global batch holds samples of similar length and of one modality.
 
-    An epoch's samples are shuffled, cut into stretches of 50 global batches, sorted by length within a stretch, cut
+    An epoch's samples are shuffled, split into stretches of 50 global batches, sorted by length within a stretch, split
     into global batches, and these are shuffled. Samples that do not fill a global batch of their modality go into the
-    last, mixed ones. The first global batch holds the longest sample, so that a lack of memory shows at once.
+    last, mixed ones. The first global batch holds the longest sample: a run that lacks memory fails at once.
 
     Within a global batch, longer samples come first: micro-batches cut from it in order are of similar lengths too,
-    and processes that take them in turn get nearly equal work.
+    and processes that take turns get nearly equal work.
 
     Args:
         lengths (`Sequence[int]` of length `num_samples`):
-            Length of each sample, in positions.
+            Length of each sample, in tokens.
         global_batch_size (`int`):
             Samples of an optimizer step, over all processes and accumulated micro-batches.
         has_image (`Sequence[bool]` of length `num_samples`, *optional*):
@@ -41,7 +41,7 @@ class GroupedSampler(Sampler[int]):
     """
 
     STRETCH = 50
-    """Global batches within which samples are sorted; more of them make batches more even and less random."""
+    """Global batches within which samples are sorted; more make batches more uniform and less random."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GroupedSampler(Sampler[int]):
         if batches:
             longest = max(range(len(batches)), key=lambda i: self.lengths[batches[i][0]])
             batches[0], batches[longest] = batches[longest], batches[0]
-        # Mixed batches are sorted one by one: only their order within a batch is free, not what they hold.
+        # Mixed batches keep their samples, in sorted order
         rest = generator.permutation(np.concatenate(rest))
         batches.extend(self._sorted(rest[start : start + size]) for start in range(0, len(rest), size))
         return np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
