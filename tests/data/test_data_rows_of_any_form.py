@@ -1,0 +1,129 @@
+"""Rows of any form, container by key by role by image by None, train as the plain row does, or are refused by name."""
+
+import base64
+import io
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from PIL import Image
+
+from modeling_llava.data import BadSampleError, LlavaDataCollator, load_conversations
+
+
+QUESTION, ANSWER = "What colour is it?", "It is red."
+PIXELS = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+PNG = io.BytesIO()
+PIXELS.save(PNG, "PNG")
+URL = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
+
+IMAGES = {"path": "0.png", "data URL": URL, "bytes": PNG.getvalue(), "dict": {"bytes": PNG.getvalue(), "path": None}}
+PLACES = ("image", "images", "image_path", "img", "file_name", "item image", "item path", "item image_url", "turn pic")
+TURNS = tuple(itertools.product(("conversations", "messages"), (("from", "value"), ("role", "content"))))
+ROLES = (("human", "gpt"), ("User", "Assistant"), ("user", "model"), ("user", "bot"))
+CONTENTS = ("text", "items", "items with None", "JSON")
+
+
+def row_of(turns, roles, content, place, image):
+    key, names = turns
+    in_item = place.startswith("item ")
+    if in_item or content != "text":
+        item = {"type": "image"}
+        if in_item:
+            name = place.removeprefix("item ")
+            item = {
+                "type": name if name == "image_url" else "image",
+                name: {"url": URL} if name == "image_url" else image,
+            }
+        items = [item, {"type": "text", "text": QUESTION}]
+        answer = [{"type": "text", "text": ANSWER}]
+        if content == "items with None":
+            filled = dict.fromkeys(("type", "text", "image", "path", "url", "image_url"))
+            items, answer = ([{**filled, **part} for part in parts] for parts in (items, answer))
+    else:
+        items, answer = f"<image>\n{QUESTION}", ANSWER
+    messages = [dict(zip(names, turn)) for turn in zip(roles, (items, answer))]
+    row = {
+        "id": "a",
+        "other": None,
+        key: json.dumps(messages) if content == "JSON" and not in_item else messages,
+    }
+    if place == "turn pic":
+        messages[0]["pic"] = "0.png"
+        row[key] = messages
+    elif not in_item:
+        row[place] = [image] if place == "images" else image
+    return row
+
+
+def arrays(value):
+    """Lists of dicts as NumPy arrays of objects, as pandas holds them."""
+    if isinstance(value, dict):
+        return {key: arrays(item) for key, item in value.items()}
+    if isinstance(value, list):
+        array = np.empty(len(value), dtype=object)
+        array[:] = [arrays(item) for item in value]
+        return array
+    return value
+
+
+def written(rows, folder, container):
+    if container == "list":
+        return rows
+    if container == "numpy":
+        return [arrays(row) for row in rows]
+    if container == "json":
+        (folder / "rows.json").write_text(json.dumps(rows))
+        return folder / "rows.json"
+    dataset = Dataset.from_list(rows)
+    if container == "parquet":
+        dataset.to_parquet(folder / "rows.parquet")
+        return folder / "rows.parquet"
+    if container == "disk":
+        dataset.save_to_disk(folder / "saved")
+        return load_from_disk(folder / "saved")
+    return dataset.to_iterable_dataset() if container == "stream" else dataset
+
+
+CASES = list(itertools.product(TURNS, ROLES, CONTENTS, PLACES, IMAGES))
+
+
+@pytest.mark.parametrize("container", ["list", "numpy", "json", "dataset", "parquet", "disk", "stream"])
+def test_a_row_of_any_form_trains_as_the_plain_one_or_is_refused_by_name(container, processor, tmp_path):
+    PIXELS.save(tmp_path / "0.png")
+    collator = LlavaDataCollator(processor, max_length=None, image_folder=tmp_path)
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWER}]
+    plain = collator(list(load_conversations([{"id": "a", "image": "0.png", "conversations": turns}])))
+    rng, trained = random.Random(container), 0
+    for number, (turns, roles, content, place, image) in enumerate(rng.sample(CASES, 40)):
+        if container == "json" and image in ("bytes", "dict"):
+            continue
+        row = row_of(turns, roles, content, place, IMAGES[image])
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            batch = collator(
+                list(load_conversations(written([row], folder, container), streaming=container == "stream"))
+            )
+        except BadSampleError as error:
+            assert place == "turn pic" and "'pic'" in str(error), (row, error)
+            continue
+        assert place != "turn pic"
+        assert batch.keys() == plain.keys(), row
+        assert all(torch.equal(batch[key], plain[key]) for key in plain), row
+        trained += 1
+    assert trained > 10
+
+
+def test_counts_of_taken_and_dropped_rows_add_up():
+    cases = random.Random(0).sample(CASES, 200)
+    rows = [row_of(*case[:4], IMAGES[case[4]]) for case in cases]
+    bad = sum(case[3] == "turn pic" for case in cases)
+    dataset = load_conversations(rows, on_bad_sample="drop")
+    stream = load_conversations(rows, on_bad_sample="drop", streaming=True)
+    assert len(dataset) == len(list(stream)) == len(rows) - bad
+    assert sum(dataset.dropped.values()) == sum(stream.dropped.values()) == bad > 0
