@@ -1,4 +1,4 @@
-"""`llava doctor`: versions, GPU, 4-bit support, disk, and what of LLaVA will work on this machine."""
+"""`llava doctor`: versions, GPU, 4-bit support, disk, and what will work on this machine."""
 
 import argparse
 
@@ -29,7 +29,7 @@ NEEDS_GIB = {
     "chat with 7B in 16 bit": 15.5,
     "LoRA of 7B in bf16": 20.0,
 }
-"""GPU memory, in GiB, at the least; `llava estimate RECIPE` says it exactly."""
+"""Least GPU memory, in GiB; `llava estimate RECIPE` computes it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
 def diagnose() -> dict:
     """
-    What there is, and what is wrong.
+    The machine and what is wrong with it.
 
     Returns:
-        `dict`: `python`, `packages`, `extras`, `gpus`, `cpu`, `four_bit`, `disk_free_gib`, `works`, `problems` (each with
-        its mend; empty if all that is required is there).
+        `dict`: `python`, `packages`, `extras`, `gpus`, `cpu`, `four_bit`, `disk_free_gib`, `works`, `problems` (each with its
+        fix).
     """
     import os
     import platform
@@ -82,7 +82,7 @@ def diagnose() -> dict:
         "extras": extras,
         "gpus": [],
         "cpu": {"cores": os.cpu_count(), "memory_gib": _memory_gib()},
-        "four_bit": "not tried: torch is missing",
+        "four_bit": "not tested: torch is missing",
         "disk_free_gib": round(shutil.disk_usage(os.getcwd()).free / 2**30, 1),
         "problems": problems,
     }
@@ -123,13 +123,13 @@ def _gpus() -> list[dict]:
 
 
 def _try_four_bit(on_gpu: bool) -> str:
-    """Run one 4-bit layer forward and backward: having the package does not mean that it works here."""
+    """Runs one 4-bit layer forward and backward: an installed package may not work here."""
     try:
         import bitsandbytes
         import torch
     except ImportError:
         return "bitsandbytes is not installed: pip install 'modeling-llava[qlora]' (Linux, Windows)"
-    except Exception as error:  # it loads a compiled library, which may fail in many ways
+    except Exception as error:  # it loads a compiled library
         return f"bitsandbytes does not load: {error}"
     try:
         device = "cuda" if on_gpu else "cpu"
@@ -144,7 +144,7 @@ def _try_four_bit(on_gpu: bool) -> str:
 
 def _what_works(report: dict) -> dict[str, str]:
     if report.get("problems"):
-        return {"llava": "no: mend the problems below first"}
+        return {"llava": "no: fix the problems below first"}
     gpus = [gpu for gpu in report["gpus"] if gpu["compute_capability"]]
     memory = max((gpu["memory_gib"] for gpu in gpus), default=0.0)
     works = {"llava quickstart (CPU)": "yes"}
@@ -155,21 +155,21 @@ def _what_works(report: dict) -> dict[str, str]:
         elif not gpus:
             works[what] = _without_nvidia(report, what, needed)
         elif memory < needed:
-            works[what] = f"no: needs {needed} GiB of GPU memory, there are {memory}"
+            works[what] = f"no: requires {needed} GiB of GPU memory, there are {memory}"
         else:
             works[what] = "yes"
     if gpus and not any(gpu["bf16"] for gpu in gpus):
-        works["bf16"] = "no: recipes use fp16 here by themselves"
+        works["bf16"] = "no: recipes use fp16 here"
     return works
 
 
 def _without_nvidia(report: dict, what: str, needed: float) -> str:
-    """On a processor, or an Apple GPU, whose memory is the machine's: 7B can be talked to, not trained in any useful time."""
+    """On a CPU or an Apple GPU, which use the machine's memory: chat works, training takes too long."""
     memory = report["cpu"]["memory_gib"] or 0.0
     if not what.startswith("chat"):
-        return "no: needs an NVIDIA GPU"
-    if memory < 1.25 * needed:  # the rest of the machine lives there too
-        return f"no: needs {1.25 * needed:.0f} GiB of memory, there are {memory}"
+        return "no: requires an NVIDIA GPU"
+    if memory < 1.25 * needed:  # the system uses it too
+        return f"no: requires {1.25 * needed:.0f} GiB of memory, there are {memory}"
     return "yes, on the Apple GPU" if report["gpus"] and "4 bit" not in what else "yes, slowly: on the CPU"
 
 
@@ -177,7 +177,7 @@ def _print(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)  # the mends have brackets
+    console = Console(markup=False, highlight=False)  # fixes have brackets
     console.print(f"Python {report['python']}, {report['system']}", soft_wrap=True)
     table = Table("package", "found", "needed")
     for name, found in report["packages"].items():
@@ -189,7 +189,7 @@ def _print(report: dict) -> None:
         table.add_row(name, extra["for"], found)
     console.print(table)
     if any(None in extra["packages"].values() for extra in report["extras"].values()):
-        console.print("What is missing of an extra: pip install 'modeling-llava[EXTRA]', such as [web], or [all].")
+        console.print("To install what an extra lacks: pip install 'modeling-llava[EXTRA]', such as [web], or [all].")
     cpu = report["cpu"]
     console.print(
         f"CPU: {cpu['cores']} cores, {cpu['memory_gib']} GiB; {report['disk_free_gib']} GiB of disk free here"

@@ -6,7 +6,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vision", help="CLIP- or SigLIP-like model: folder or Hub name")
     parser.add_argument("language", help="causal language model: folder or Hub name, or a .gguf file")
-    parser.add_argument("out", help="folder to write; must not exist, or be empty")
+    parser.add_argument("out", help="folder to write; new or empty")
     parser.add_argument(
         "--chat-template",
         default="vicuna_v1",
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feature-layer", type=int, default=-2, help="hidden state of the tower to project (default: -2)"
     )
     parser.add_argument(
-        "--crop", action="store_true", help="cut a square out of pictures (LLaVA v1) instead of padding"
+        "--crop", action="store_true", help="crop images to a square (LLaVA v1) instead of padding them"
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the language model's")
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     out = Path(os.path.abspath(args.out))
     if out == Path.cwd():
-        raise ValueError("The folder to write cannot be the current one: name a new folder.")
+        raise ValueError("OUT cannot be the current folder: give a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty. Choose another folder.")
     console.print(f"Composing {args.vision} and {args.language} …")
@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
         vision_feature_layer=args.feature_layer,
     )
     _check_agreement(model, processor, num_image_tokens(processor))
-    beside = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
+    partial = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
     if out.is_dir():
         out.rmdir()
-    os.replace(beside, out)
+    os.replace(partial, out)
 
     table = Table("part", "parameters", "what", title=str(out), title_justify="left")
     parts = {
@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
     }
     for name, module in parts.items():
         table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,}", type(module).__name__)
-    table.add_row("image tokens per picture", f"{model.config.image_seq_length:,}", f"layer {args.feature_layer}")
+    table.add_row("tokens per image", f"{model.config.image_seq_length:,}", f"layer {args.feature_layer}")
     table.add_row("vocabulary", f"{model.lm_head.weight.shape[0]:,}", f"<image> is {model.config.image_token_id}")
     console.print(table)
     console.print(
-        f"The projector knows nothing yet. Next: llava train pretrain model={args.out} data=captions.json image_folder=images "
+        f"The projector is not trained yet. Next: llava train pretrain model={args.out} data=captions.json image_folder=images "
         "output_dir=pretrain",
         soft_wrap=True,
     )
@@ -82,27 +82,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_agreement(model, processor, image_tokens: int) -> None:
-    """One picture through processor and model, before anything is written."""
+    """A probe forward of one image, before anything is written."""
     import torch
     from PIL import Image
 
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.new("RGB", (32, 24))},
-                {"type": "text", "text": "What is this?"},
-            ],
-        }
-    ]
+    content = [{"type": "image", "image": Image.new("RGB", (32, 24))}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     found = int((inputs["input_ids"] == model.config.image_token_id).sum())
     if not found == image_tokens == model.config.image_seq_length:
         raise ValueError(
-            f"The processor writes {found} image tokens, its settings say {image_tokens} and the model expects "
-            f"{model.config.image_seq_length}. The vision tower's preprocessor_config.json is for another image size."
+            f"The processor writes {found} image tokens, its settings give {image_tokens} and the model expects "
+            f"{model.config.image_seq_length} (tokens). The vision tower's preprocessor_config.json is for another image size."
         )
     with torch.no_grad():
         model(**inputs, logits_to_keep=1)

@@ -1,8 +1,8 @@
 """
 `llava COMMAND …`: the table of commands.
 
-Each command is one small module with `add_arguments(parser)` and `run(args)`. A command that needs none of our models
-says `USES_MODELS = False` and starts at once.
+Each command is a module with `add_arguments(parser)` and `run(args)`. A command without models has `USES_MODELS = False` and
+starts at once.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ..versions import check_transformers
 
 
 COMMANDS: dict[str, str] = {
-    "quickstart": "the whole life of a small LLaVA on this machine's CPU, in minutes",
+    "quickstart": "a small LLaVA from data to evaluation on this machine's CPU, in minutes",
     "init": "compose a new LLaVA from a vision encoder and a language model",
     "train": "pretrain, finetune, LoRA or QLoRA, from a recipe",
     "estimate": "memory by part, before anything is loaded",
@@ -50,10 +50,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script. A user's mistake is one line on stderr and exit code 2.
-
-    `LLAVA_DEBUG=1` shows the traceback instead. Ctrl-C ends with exit code 130.
-    """
+    """Entry point of the console script. A user's mistake is one line on stderr and exit code 2; `LLAVA_DEBUG=1` shows the
+    traceback. Ctrl-C ends with exit code 130."""
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if word in COMMANDS), None)
     parser = build_parser(command)
@@ -62,24 +60,24 @@ def main(argv: list[str] | None = None) -> int:
         from .errors import unknown_words
 
         parser.exit(2, f"llava {args.command}: error: {unknown_words(unknown, parser, argv)}\n")
-    if not os.environ.get("LLAVA_DEBUG"):  # what other packages tell their programmers, and no user can mend
+    if not os.environ.get("LLAVA_DEBUG"):  # warnings for other packages' developers
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for name, value in ONEDNN_CACHES.items():  # before a convolution makes the caches
+    for name, value in ONEDNN_CACHES.items():  # before a convolution creates the caches
         os.environ.setdefault(name, value)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
-        if args.command != "doctor":  # which says more about it
+        if args.command != "doctor":  # which reports it in full
             check_transformers()
         if getattr(module, "USES_MODELS", True):  # `import modeling_llava` does not register for the console script
             importlib.import_module("modeling_llava.registration").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
-        goes_on = args.command in ("quickstart", "train", "eval", "data", "publish")
-        print(f"\nstopped{'; the same command goes on where it was' if goes_on else ''}", file=sys.stderr)
+        resumes = args.command in ("quickstart", "train", "eval", "data", "publish")
+        print(f"\nstopped{'; the same command resumes' if resumes else ''}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has read enough; Python would complain once more as it ends
+    except BrokenPipeError:  # `| head` has read enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`llava quickstart`: the whole life of a small LLaVA on this machine's CPU, in minutes."""
+"""`llava quickstart`: a small LLaVA from data to evaluation on this machine's CPU, in minutes."""
 
 import argparse
 
@@ -6,19 +6,17 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draws a small world, writes instruction data from its captions and boxes, trains a vision encoder, a language "
-        "model, stage 1 and stage 2 (LoRA), examines the result on pictures never seen, and reloads it through "
-        "pipeline(). No download, no GPU. The same command again goes on where it was stopped."
+        "model, stage 1 and stage 2 (LoRA), evaluates on unseen images, and reloads the result through pipeline(). No "
+        "download, no GPU. The same command resumes."
     )
     parser.add_argument("--out", default="quickstart", metavar="DIR", help="folder to write (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the world and of every training (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the world and of all training (default: %(default)s)")
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, metavar="X", help="multiplies every number of training steps"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores, at most 4)")
-    parser.add_argument("--keep", action="store_true", help="keep what was only a step on the way (DIR/parts)")
-    parser.add_argument("--fast", action="store_true", help="every phase, and nothing learnt: a minute's check")
+    parser.add_argument("--keep", action="store_true", help="keep intermediate results (DIR/parts)")
+    parser.add_argument("--fast", action="store_true", help="every phase with almost no training: a minute's check")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tiny_world.quickstart import FAST, PHASES, Quickstart, QuickstartSettings
 
     if not args.steps_scale > 0:
-        raise ValueError(f"--steps-scale is {args.steps_scale}; it must be above 0.")
+        raise ValueError(f"--steps-scale must be above 0, got {args.steps_scale}.")
     settings = dataclasses.replace(FAST if args.fast else QuickstartSettings(), seed=args.seed)
     settings = settings.scaled(args.steps_scale)
     out = Path(args.out)
@@ -39,14 +37,14 @@ def run(args: argparse.Namespace) -> int:
     quickstart = Quickstart(out, settings, on_phase=display.begin, on_step=display.step)
     if "figures" in quickstart.progress["phases"]:
         print(
-            f"{out} holds a finished quickstart with these settings; delete it, or give another --out, to run it again."
+            f"{out} holds a finished quickstart with these settings. To run it again, delete it or give another --out."
         )
         _report(quickstart.results(), out)
         return 0
     done = [phase for phase in PHASES if phase in quickstart.progress["phases"]]
     print(f"A small LLaVA from nothing, on this machine's CPU, into {out}: about three minutes on two cores.")
     if done:
-        print(f"Going on after: {', '.join(done)}.")
+        print(f"Resuming after: {', '.join(done)}.")
     display.number = len(done)
 
     import torch
@@ -87,7 +85,7 @@ class _Display:
         from tqdm import tqdm
 
         if self.bar is None:
-            # A log file gets one line at the end, a terminal a bar.
+            # A terminal gets a bar, a log file only the line at the end.
             self.bar = tqdm(total=steps, leave=False, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update(step - self.bar.n)
@@ -112,8 +110,8 @@ def _report(results: dict, out) -> None:
 
     scores = results["scores"]
     console = Console()
-    # One column for each of the five conditions: of eight kinds of questions, a terminal of 80 characters cuts the names.
-    table = Table(title="Right answers about pictures never seen", title_justify="left")
+    # Kinds of questions as rows: eight columns do not fit into a terminal of 80 characters.
+    table = Table(title="Right answers about unseen images", title_justify="left")
     table.add_column("questions", no_wrap=True)
     for name in scores:
         table.add_column(name, justify="right", style="bold green" if name == "with the picture" else None)

@@ -32,7 +32,7 @@ def test_four_bit_is_tried_and_not_assumed():
     assert doctor._try_four_bit(on_gpu=False).startswith("works") == bitsandbytes_is_there
 
 
-def test_old_and_missing_packages_are_problems_with_their_mend(monkeypatch, capsys):
+def test_old_and_missing_packages_are_problems_with_their_fix(monkeypatch, capsys):
     found = {"transformers": "4.57.1", "peft": None}
     real = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda name: found.get(name, real(name)))
@@ -41,10 +41,10 @@ def test_old_and_missing_packages_are_problems_with_their_mend(monkeypatch, caps
     assert any("transformers 4.57.1 is too old" in p and "pip install --upgrade" in p for p in problems)
     assert any("peft is missing: pip install 'peft>=" in p for p in problems)
     assert main(["doctor"]) == 1
-    assert "no: mend the problems below first" in capsys.readouterr().out
+    assert "no: fix the problems below first" in capsys.readouterr().out
 
 
-def test_mends_keep_their_brackets(monkeypatch, capsys):
+def test_fixes_keep_their_brackets(monkeypatch, capsys):
     """rich would take `[qlora]` for a style."""
     monkeypatch.setattr(doctor, "_try_four_bit", lambda on_gpu: "is missing: pip install 'modeling-llava[qlora]'")
     main(["doctor"])
@@ -55,8 +55,8 @@ def test_without_an_nvidia_gpu_a_machine_with_memory_can_be_talked_to_but_trains
     machine = {"gpus": [], "cpu": {"memory_gib": 16.0}, "four_bit": "works (cpu)"}
     works = doctor._what_works(machine)
     assert works["chat with 7B in 4 bit"] == "yes, slowly: on the CPU"
-    assert works["chat with 7B in 16 bit"] == "no: needs 19 GiB of memory, there are 16.0"
-    assert works["LoRA of 7B in bf16"] == works["QLoRA of 13B"] == "no: needs an NVIDIA GPU"
+    assert works["chat with 7B in 16 bit"] == "no: requires 19 GiB of memory, there are 16.0"
+    assert works["LoRA of 7B in bf16"] == works["QLoRA of 13B"] == "no: requires an NVIDIA GPU"
     apple = {"name": "Apple GPU (mps)", "memory_gib": 32.0, "compute_capability": None, "bf16": True}
     works = doctor._what_works({**machine, "gpus": [apple], "cpu": {"memory_gib": 32.0}, "four_bit": "is missing"})
     assert works["chat with 7B in 16 bit"] == "yes, on the Apple GPU"
@@ -67,7 +67,7 @@ def test_small_gpu_without_bf16(monkeypatch):
     gpu = {"name": "small", "memory_gib": 8.0, "compute_capability": "7.5", "bf16": False}
     works = doctor._what_works({"gpus": [gpu], "four_bit": "works (cuda)"})
     assert works["QLoRA of 7B (qlora-8gb … qlora-24gb)"] == "yes"
-    assert works["LoRA of 7B in bf16"] == "no: needs 20.0 GiB of GPU memory, there are 8.0"
+    assert works["LoRA of 7B in bf16"] == "no: requires 20.0 GiB of GPU memory, there are 8.0"
     assert "fp16" in works["bf16"]
 
 

@@ -22,7 +22,7 @@ def parts(tmp_path, golden):
 def test_init_composes_a_model_that_the_pipeline_answers_with(parts, tmp_path, capsys):
     assert main(["init", *parts, str(tmp_path / "llava")]) == 0
     printed = capsys.readouterr().out
-    assert "image tokens per picture" in printed and "llava train pretrain" in printed
+    assert "tokens per image" in printed and "llava train pretrain" in printed
     from PIL import Image
 
     content = [{"type": "image", "image": Image.new("RGB", (40, 30))}, {"type": "text", "text": "What is it?"}]
@@ -67,7 +67,7 @@ def test_the_current_folder_is_not_replaced(parts, tmp_path, capsys, monkeypatch
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert main(["init", *parts, "."]) == 2
-    assert "name a new folder" in capsys.readouterr().err
+    assert "give a new folder" in capsys.readouterr().err
 
 
 def test_a_folder_with_something_in_it_is_not_touched(parts, tmp_path, capsys):

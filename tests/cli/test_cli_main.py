@@ -57,7 +57,7 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
         ("chat model --imgae a.jpg", "llava chat: error: there is no option --imgae. Did you mean --image?"),
         ("data check my.json --imagefolder x", "llava data: error: there is no option --imagefolder. Did you mean --image-folder?"),
         ("train qlora --learning_rate 3", "llava train: error: there is no option --learning_rate. Settings are given as key=value: learning_rate=…"),
-        ("publish model me/my llava", "llava publish: error: 'llava' is one word too many. A path with spaces stands in quotes;"),
+        ("publish model me/my llava", "llava publish: error: 'llava' is one word too many. Put a path with spaces in quotes;"),
         ("doctor --frobnicate", "llava doctor: error: there is no option --frobnicate. llava doctor --help lists them."),
     ],
 )  # fmt: skip
