@@ -32,7 +32,7 @@ class CaptionRow:
         id: Its name.
         image: Path of the image, relative to the image folder.
         captions: Its captions, one or more.
-        row: The row as it stands in the file.
+        row: The row of the file.
     """
 
     id: str
@@ -164,7 +164,7 @@ def expand_captions(
                 writer.write({"id": name, "image": row.image, "conversations": turns})
                 summary.samples += 1
         if not summary.samples:
-            raise ValueError(f"{source} holds no caption.")
+            raise ValueError(f"{source} has no caption.")
     return summary
 
 
@@ -212,10 +212,10 @@ def filter_captions(
     engine: str = "local",
     progress: bool = False,
 ) -> FilterSummary:
-    """Chooses captions by their concepts and writes their rows as they stand in the source, in its order.
+    """Chooses captions by their concepts and writes their rows unchanged, in the source's order.
 
-    Beside the target lie `OUT.report.json`, `OUT.concepts.png` and `OUT.phrases/` with the noun phrases, from which a
-    call that was stopped goes on and one with other settings begins.
+    Next to the target it writes `OUT.report.json`, `OUT.concepts.png` and `OUT.phrases/`: the noun phrases, which an
+    interrupted call, or one with other settings, reuses.
 
     Args:
         source: File of captions (`read_captions`). A row is chosen if one of its captions is.

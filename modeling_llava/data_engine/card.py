@@ -20,13 +20,13 @@ QUESTIONS_LOOKED_AT = 5000
 FAULTS = {
     "429": "limit of the endpoint",
     "connection": "connection refused or cut",
-    "malformed": "reply that is no chat completion",
+    "malformed": "reply that is not a chat completion",
     "timeout": "timed out",
 }
 
 
 def count_verbs(questions: Iterable[str], model: str = DEFAULT_MODEL) -> Counter:
-    """(first verb, first noun after it) → questions, as lemmas; auxiliaries and "be" are no verbs here.
+    """(first verb, first noun after it) → questions, as lemmas; without auxiliaries and "be".
 
     Raises:
         ImportError: spaCy or its model is absent.
@@ -181,7 +181,7 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
         if fingerprint
         else 'import json\n\ndata = json.load(open("instruct.json", encoding="utf-8"))\nprint(data[0]["conversations"])'
     )
-    pictures = "\n\n".join(f"![{title}]({name})" for title, name in plots.items())
+    figures = "\n\n".join(f"![{title}]({name})" for title, name in plots.items())
     return "\n".join(
         [
             *front,
@@ -231,14 +231,14 @@ def render_card(about: dict[str, Any], plots: dict[str, str], fingerprint: str) 
             "### Rejected",
             "",
             "Every rejected reply was asked for once more with the reason; both are kept in `rejected.jsonl`."
-            + (" What the endpoint refused to answer stands there too." if refused else ""),
+            + (" What the endpoint refused to answer is there too." if refused else ""),
             "",
             table(["reason", *kinds], reasons),
             "",
             f"{about['emptied']:,} conversations had no question left, {about['dropped_by_hand']:,} were dropped by hand, "
             f"{about['missing_images']:,} had no image.",
             "",
-            *(["## What is in it", "", pictures, ""] if plots else []),
+            *(["## What is in it", "", figures, ""] if plots else []),
             "## Limits",
             "",
             "The model that wrote this saw captions and boxes, not images: it can be wrong about what neither names, and it "

@@ -1,7 +1,6 @@
 """Instruction data from contexts by a language-only model (LLaVA §3): conversation, detailed description, reasoning.
 
-The ledger in the run's folder is the run's only state: what to ask next, what was paid, what the data holds all follow
-from it, so a run that was stopped by whatever means goes on with the same call.
+The ledger in the run's folder is the run's only state; the same call resumes an interrupted run.
 """
 
 import logging
@@ -47,12 +46,12 @@ class GenerateSummary:
     """What `generate` did.
 
     Attributes:
-        run: How the asking ended.
-        output: What was written, `None` while nothing is accepted or rejected.
-        tasks: Tasks of the run so far as it was looked at, by type.
-        missing_images: Images that are not in the image folder; they were not asked for.
-        ledger: The ledger's sums over all runs.
-        cost: Dollars so far, by the prices given.
+        run: How the requests ended.
+        output: What was written; `None` while nothing is accepted or rejected.
+        tasks: Tasks of the run, by type.
+        missing_images: Images that are not in the image folder; their tasks were skipped.
+        ledger: The ledger's counts over all runs.
+        cost: Dollars so far.
     """
 
     run: RunSummary
@@ -65,12 +64,12 @@ class GenerateSummary:
 
 @dataclass
 class Estimate:
-    """What a run is expected to take, before anything is asked.
+    """Expected usage of a run.
 
     Attributes:
         tasks: Tasks that are not settled, by type.
-        usage: Their tokens: prompts by characters, replies by the examples' lengths.
-        most_usage: The same with every reply at its longest.
+        usage: Expected tokens: prompts by characters, replies by the examples' lengths.
+        most_usage: The same with every reply at its maximum length.
         samples: The messages of the first task of each type.
         missing_images: Images that are not in the image folder.
     """
@@ -83,14 +82,7 @@ class Estimate:
 
 
 class Plan:
-    """The tasks of a run, drawn one by one; counts what it passes over.
-
-    Args:
-        folder: The run.
-        ledger: Settled tasks are passed over without being built.
-        images: Image folder; tasks without their image are passed over. `None` does not look.
-        limit: Most contexts.
-    """
+    """The open tasks of a run, one by one, without those whose image is missing (`images=None`: no check)."""
 
     def __init__(self, folder: RunFolder, ledger: Ledger, images: Path | None = None, limit: int | None = None):
         self.folder, self.ledger, self.images, self.limit = folder, ledger, images, limit
@@ -101,7 +93,7 @@ class Plan:
         self.missing_tasks = 0
 
     def __iter__(self) -> Iterator[Task]:
-        absent, present = None, None  # the last image looked up: its types come one after the other
+        absent, present = None, None  # the last image: its types follow one another
         for task_id, context, kind in self.folder.plan(self.limit):
             self.tasks[kind] += 1
             if self.ledger.state(task_id).final:
@@ -172,7 +164,7 @@ def open_folder(
 
 
 def estimate(folder: RunFolder, *, images: Path | None = None, limit: int | None = None) -> Estimate:
-    """What a run, or the rest of it, is expected to take. Asks nobody."""
+    """Expected usage of the rest of a run, without a request."""
     found = Estimate()
     budget = Budget()
     examples = {kind: [len(answered) for _, answered in prompt.examples] for kind, prompt in folder.prompts.items()}
@@ -216,26 +208,24 @@ def generate(
     progress: bool = False,
     handle_interrupt: bool = False,
 ) -> GenerateSummary:
-    """Makes instruction data; called again with the same arguments it goes on where it stopped.
+    """Makes instruction data; the same call resumes an interrupted run.
 
     Args:
-        out: The run's folder (`run.py` says what it holds).
-        model: Who is asked.
+        out: The run's folder (see `run.py`).
+        model: The language model.
         config: What is made.
         contexts: The contexts, or instead of them:
         captions: File of captions (`read_contexts`).
         boxes: File of boxes.
-        images: Image folder. Images that are not in it are not asked for. `None` makes data without looking at images,
-            and no `datasets` folder.
+        images: Image folder; contexts without their image are skipped. `None`: no check, and no `datasets` folder.
         prompts: Folder of prompts; `None` for the package's own.
-        limit: Most contexts; a later call may raise it.
+        limit: Maximum number of contexts; a later call may raise it.
         settings: Concurrency, limits, back-off.
-        max_tokens: Most tokens, over all calls on this folder.
-        max_cost: Most dollars, over all calls on this folder; needs `prices`.
+        max_tokens, max_cost: Budget in tokens and dollars over all calls on this folder; `max_cost` requires `prices`.
         prices: Of the model.
-        validation: What a reply must be like; the language is the configuration's.
+        validation: Rules for a reply.
         output: How the data is written.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
         handle_interrupt: Whether the first Ctrl-C finishes what is in flight.
 
     Raises:
@@ -267,7 +257,7 @@ def generate(
         summary.skipped = plan.settled
         if plan.missing_images:
             logger.warning(
-                "%s images are not in %s (%s …); they were not asked for.",
+                "%s images are not in %s (%s …); they were skipped.",
                 f"{plan.missing_images:,}",
                 images,
                 ", ".join(plan.missing),
@@ -307,12 +297,7 @@ def total_cost(ledger: Ledger, prices: Prices) -> float:
 
 
 def check_images(folder: RunFolder, images: str | Path | None, limit: int | None) -> Path | None:
-    """The image folder, if at least one image of the run lies in it.
-
-    Raises:
-        ValueError: none does.
-        OSError: there is no such folder.
-    """
+    """The image folder, if it has at least one image of the run. ValueError without any, OSError without the folder."""
     if images is None:
         return None
     images = Path(images)
@@ -325,7 +310,7 @@ def check_images(folder: RunFolder, images: str | Path | None, limit: int | None
         first = first or context.image
         number += 1
     raise ValueError(
-        f"None of the {number:,} images lies in {images}: '{images / first}' is absent. Is --images the folder to which "
+        f"None of the {number:,} images is in {images}: '{images / first}' does not exist. Is --images the folder to which "
         "the file names in the captions are relative?"
     )
 
@@ -343,7 +328,7 @@ class _Bar:
 
     def settled(self, task: Task, accepted: bool) -> None:
         self.counts[accepted] += 1
-        self.bar.total = self.total - self.plan.missing_tasks  # that an image is absent is seen on the way
+        self.bar.total = self.total - self.plan.missing_tasks  # missing images are found on the way
         self.bar.update(1)
         self.bar.set_postfix(accepted=self.counts[1], rejected=self.counts[0], refresh=False)
 
@@ -386,6 +371,6 @@ def batch_in(
 
 
 def batch_forget(folder: RunFolder) -> int:
-    """Frees what waits in batch files, to be asked again (`forget_batch`)."""
+    """Frees tasks that wait in batch files (`forget_batch`)."""
     with Ledger(folder.path / "ledger.jsonl") as ledger:
         return forget_batch(Plan(folder, ledger), ledger)

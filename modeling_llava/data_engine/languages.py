@@ -1,4 +1,4 @@
-"""Tells whether a text is in a language, by its script and its commonest words. Enough to reject a reply in another one."""
+"""Whether a text is in a language, by its script and its commonest words. Enough to reject a reply in another one."""
 
 import re
 import unicodedata
@@ -56,11 +56,11 @@ def looks_like(text: str, language: str) -> bool:
         language: Code out of `LANGUAGES`.
 
     Raises:
-        ValueError: the language cannot be told.
+        ValueError: the language cannot be recognised.
     """
     if language not in LANGUAGES:
         raise ValueError(
-            f"'{language}' is no language that can be told; these can: {', '.join(LANGUAGES)}. "
+            f"'{language}' cannot be recognised; these languages can: {', '.join(LANGUAGES)}. "
             "Give 'any' to take replies in every language."
         )
     letters = Counter(text)

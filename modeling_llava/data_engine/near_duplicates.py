@@ -38,7 +38,7 @@ class QuestionIndex:
 
     def __init__(self, frequencies: Counter[str], threshold: float = 0.8, repeats: int = 1):
         if not 0 < threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; an overlap lies in (0, 1].")
+            raise ValueError(f"threshold is {threshold}; an overlap is in (0, 1].")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; at least one of near duplicates is kept.")
         self.threshold, self.repeats = threshold, repeats

@@ -102,7 +102,7 @@ def extract_shards(
     progress: bool = False,
     total: int | None = None,
 ) -> list[Path]:
-    """Extracts the noun phrases of captions into shards; goes on where an earlier call stopped.
+    """Extracts the noun phrases of captions into shards; resumes an earlier call.
 
     Returns:
         The shards, in the captions' order.

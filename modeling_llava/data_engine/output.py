@@ -1,7 +1,6 @@
 """Makes the data set from the ledger: LLaVA's JSON, a `datasets` folder, what was left out, card and report.
 
-Everything here follows from the ledger and the contexts; it is written beside the old files and put in their place, so
-it can be made again at any time and holds every sample once.
+It follows from the ledger and the contexts, so that it can be made again at any time.
 """
 
 import hashlib
@@ -87,9 +86,8 @@ def write_dataset(
 ) -> None:
     """Writes `data/train-*.parquet` with the images in it; the folder is whole or absent.
 
-    Columns: `id`, `images` (encoded as they lie in the image folder), `messages` (HF form), `type`. The files' names end
-    with a fingerprint of their content, which the card names too: `load_dataset` finds its cache by the card's text, and
-    would give the rows of another run, or those before a drop list, for a card with the same text.
+    Columns: `id`, `images` (encoded as in the image folder), `messages` (HF form), `type`. The files' names end with a
+    fingerprint, which the card names: `load_dataset` caches by the card's text, and would else return older rows.
     """
     need = sum(path.stat().st_size for path in (find_image(images, name) for name in names) if path)
     need = int(need * summary.samples.total() / max(1, len(names)) * 1.05)
@@ -113,7 +111,7 @@ def write_dataset(
             "type": Value("string"),
         }
     )
-    schema = features.arrow_schema  # carries the features, by which the Hub's viewer shows pictures
+    schema = features.arrow_schema  # carries the features, by which the Hub's viewer shows images
     unnamed = target.with_name(target.name + ".part")
     shutil.rmtree(unnamed, ignore_errors=True)
     (unnamed / "data").mkdir(parents=True)
@@ -136,14 +134,14 @@ def write_dataset(
     last, data = None, None  # the samples of an image come one after the other
     for sample in samples:
         if sample.context.image != last:
-            last, data = sample.context.image, _read_picture(images, sample.context.image)
+            last, data = sample.context.image, _read_image(images, sample.context.image)
         if data is None:
             summary.missing_images += 1
             continue
         fingerprint.update(json.dumps(sample.llava_row(), ensure_ascii=False).encode())
         fingerprint.update(data)
-        picture = {"bytes": data, "path": Path(sample.context.image).name}
-        rows.append({"id": sample.id, "images": [picture], "messages": sample.messages(), "type": sample.type})
+        image = {"bytes": data, "path": Path(sample.context.image).name}
+        rows.append({"id": sample.id, "images": [image], "messages": sample.messages(), "type": sample.type})
         size += len(data)
         if len(rows) >= ROWS_PER_GROUP or size >= SHARD_BYTES:
             flush()
@@ -159,8 +157,8 @@ def write_dataset(
     summary.files.append(target)
 
 
-def _read_picture(images: Path, name: str) -> bytes | None:
-    """An image as it lies in the image folder; `None` if it is absent, or no image by what it begins with."""
+def _read_image(images: Path, name: str) -> bytes | None:
+    """The bytes of an image file; `None` if it is missing or not an image."""
     from PIL import Image
 
     path = find_image(images, name)
@@ -169,6 +167,6 @@ def _read_picture(images: Path, name: str) -> bytes | None:
     try:
         Image.open(path).close()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers put it
-        logger.warning("The datasets folder lacks the picture %s: %s", path, error)
+        logger.warning("The datasets folder lacks the image %s: %s", path, error)
         return None
     return path.read_bytes()

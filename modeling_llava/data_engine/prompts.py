@@ -10,7 +10,7 @@ complex_reasoning/    …
 
 `NNN_caps.txt` is what the model is given, `NNN_conv.txt` what it is to answer. Whether a type's contexts carry boxes
 follows from its examples: where these list boxes, the contexts do (in the published prompts conversation has captions
-only). `questions.txt` beside the descriptions replaces the list of detailed questions.
+only). `questions.txt` next to the descriptions replaces the list of detailed questions.
 """
 
 import hashlib
@@ -97,23 +97,23 @@ def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tupl
     prompts = {}
     for kind in types:
         if kind not in FOLDERS:
-            raise ValueError(f"'{kind}' is no type of data; the types are {', '.join(FOLDERS)}.")
+            raise ValueError(f"'{kind}' is not a type of data; the types are {', '.join(FOLDERS)}.")
         at = root / FOLDERS[kind]
         if not (at / "system_message.txt").is_file():
             raise OSError(
                 f"{at / 'system_message.txt'} is absent: a folder of prompts holds {', '.join(FOLDERS.values())}."
             )
         examples = []
-        # Names that begin with a dot are what macOS leaves beside a file.
+        # Names that begin with a dot are macOS's own.
         for given in sorted(at.glob("[!.]*_caps.txt")):
             answered = given.with_name(given.name.removesuffix("_caps.txt") + "_conv.txt")
             if not answered.is_file():
-                raise ValueError(f"{given} has no {answered.name} beside it: an example is a pair of both.")
+                raise ValueError(f"{given} has no {answered.name} next to it: an example is a pair of both.")
             examples.append((_text(given), _text(answered)))
         for answered in at.glob("[!.]*_conv.txt"):
             given = answered.with_name(answered.name.removesuffix("_conv.txt") + "_caps.txt")
             if not given.is_file():
-                raise ValueError(f"{answered} has no {given.name} beside it: an example is a pair of both.")
+                raise ValueError(f"{answered} has no {given.name} next to it: an example is a pair of both.")
         # Without examples nothing says that boxes are unwanted: they are given.
         with_boxes = not examples or any(BOX_LINE.search(given) for given, _ in examples)
         questions: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def load_questions(path: str | Path) -> tuple[str, ...]:
     lines = [line.strip() for line in _read(Path(path)).splitlines()]
     questions = tuple(line for line in lines if line and not line.startswith("#"))
     if not questions:
-        raise ValueError(f"{path} holds no question; write one per line.")
+        raise ValueError(f"{path} has no question; write one per line.")
     for question in questions:
         if IMAGE_TOKEN in question:
             raise ValueError(
@@ -164,4 +164,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}.") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None

@@ -89,7 +89,7 @@ def choose_with_ray(
 
 
 def _extract_all(ray: Any, captions_of: Path, extracted: Path, model: str, workers: int | None) -> None:
-    """Noun phrases of every shard that has none yet, one file per shard: a run that was killed goes on there."""
+    """Noun phrases of every shard that has none yet, one file per shard: a killed run resumes there."""
     missing = [path for path in _shards(captions_of) if not (extracted / path.name).exists()]
     if not missing:
         return

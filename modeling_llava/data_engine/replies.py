@@ -1,7 +1,7 @@
 """Reads what a model wrote as questions and answers, or as a description.
 
-Models wrap what they were asked for into chatter, code fences, markdown and thoughts. What can be told from the reply itself
-is taken off here; what cannot is a `Rejection`.
+Models wrap what they were asked for into chatter, code fences, markdown and thoughts. What is recognised is removed; the rest is a
+`Rejection`.
 """
 
 import re
@@ -88,7 +88,7 @@ INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
 
 def unwrap(text: str) -> str:
-    """A reply without what stands around it: thoughts, a code fence, stop tokens, "Sure, here is …:", "I hope this helps!"."""
+    """A reply without what is around it: thoughts, a code fence, stop tokens, "Sure, here is …:", "I hope this helps!"."""
     text = remove_thoughts(INVISIBLE.sub("", text.replace("\r\n", "\n"))).strip()
     if ">" in text:  # looked for first: the pattern would be searched for in every reply
         text = STOPS.sub("", text).strip()

@@ -1,4 +1,4 @@
-"""One HTML page of samples with their pictures, to skim and to mark what is to be dropped. No server, no other file."""
+"""One HTML page of samples with their images, to skim and to mark what is to be dropped. No server, no other file."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ from .samples import OutputSettings, OutputSummary, Sample, find_image, kept_sam
 logger = logging.getLogger(__name__)
 
 THUMBNAIL = 320
-"""Longest side of a picture in the report, in pixels."""
+"""Longest side of a image in the report, in pixels."""
 
 
 def choose_samples(samples: list[tuple[str, str]], number: int, seed: int = 0) -> set[str]:
@@ -52,8 +52,8 @@ def write_report(
         return kept_samples(folder, ledger, settings, OutputSummary(), limit=limit)
 
     chosen = choose_samples([(sample.id, sample.type) for sample in all_samples()], settings.report_samples)
-    picture = lru_cache(maxsize=1)(thumbnail)  # the samples of an image come one after the other
-    cards = [_card(sample, picture(images, sample.context.image)) for sample in all_samples() if sample.id in chosen]
+    source_of = lru_cache(maxsize=1)(thumbnail)  # the samples of an image come one after the other
+    cards = [_card(sample, source_of(images, sample.context.image)) for sample in all_samples() if sample.id in chosen]
     path = folder.path / "report.html"
     write_atomic(path, _page(folder, summary, cards))
     summary.files.append(path)
@@ -64,7 +64,7 @@ def read_drop_list(path: str | Path) -> frozenset[str]:
     """The ids in a list that was downloaded from the report.
 
     Raises:
-        ValueError: the file is no such list.
+        ValueError: the file is not such a list.
         OSError: it is absent.
     """
     try:
@@ -73,12 +73,12 @@ def read_drop_list(path: str | Path) -> frozenset[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is no drop list: {{"drop": ["id", …]}}, as the report downloads it.') from None
+        raise ValueError(f'{path} is not a drop list: {{"drop": ["id", …]}}, as the report downloads it.') from None
     return frozenset(names)
 
 
 def thumbnail(images: Path | None, name: str) -> str:
-    """A picture as the value of `src`; empty where there is none or it cannot be read."""
+    """A image as the value of `src`; empty where there is none or it cannot be read."""
     path = find_image(images, name) if images is not None else None
     if path is None:
         return ""
@@ -89,7 +89,7 @@ def thumbnail(images: Path | None, name: str) -> str:
             image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # JPEG: decodes no larger than needed
             small = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers put it
-        logger.warning("The report lacks the picture %s: %s", path, error)
+        logger.warning("The report lacks the image %s: %s", path, error)
         return ""
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     data = io.BytesIO()
@@ -99,18 +99,18 @@ def thumbnail(images: Path | None, name: str) -> str:
 
 def _card(sample: Sample, source: str) -> str:
     name, kind = html.escape(sample.id, quote=True), html.escape(sample.type)
-    picture = f'<img src="{source}" alt="">' if source else f"<p class=none>{html.escape(sample.context.image)}</p>"
+    image = f'<img src="{source}" alt="">' if source else f"<p class=none>{html.escape(sample.context.image)}</p>"
     turns = "".join(
         f"<p class=q>{html.escape(question)}</p><p class=a>{html.escape(answer)}</p>"
         for question, answer in sample.turns
     )
-    told = html.escape(
+    context = html.escape(
         sample.context.caption_text + ("\n\n" + sample.context.box_text if sample.context.boxes else "")
     )
     return (
         f'<article data-id="{name}" data-type="{kind}"><header><b class="{kind}">{kind}</b> <code>{name}</code>'
-        f"<label><input type=checkbox> drop</label></header><div class=body><div class=left>{picture}"
-        f"<details><summary>what the model was told</summary><pre>{told}</pre></details></div>"
+        f"<label><input type=checkbox> drop</label></header><div class=body><div class=left>{image}"
+        f"<details><summary>the context of the model</summary><pre>{context}</pre></details></div>"
         f"<div class=turns>{turns}</div></div></article>"
     )
 

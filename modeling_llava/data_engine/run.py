@@ -32,19 +32,19 @@ from .prompts import FOLDERS, Prompt, hash_prompts
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What a run makes. All of it must stay the same when the run is resumed.
+    """What a run makes; unchanged when the run is resumed.
 
     Attributes:
         model: Name of the language model.
         types: Types of data to make.
-        mix: Relative numbers of the three types, conversation : detail : complex. The largest of those made is asked of
-            every image, the others of as many images as their number says (LLaVA-Instruct: 58 : 23 : 77 thousand).
-        seed: Of the draws (which image gets which type, questions, order) and of the model's sampling.
-        temperature: Sampling temperature; `None` leaves the endpoint's own.
-        max_reply_tokens: Longest reply, in tokens.
+        mix: Relative numbers of conversation : detail : complex (LLaVA-Instruct: 58 : 23 : 77 thousand). The largest one is
+            made for every image.
+        seed: Of all random choices and of the model's sampling.
+        temperature: Sampling temperature; `None` for the endpoint's default.
+        max_reply_tokens: Maximum length of a reply, in tokens.
         language: Language of the replies (`"en"`), `None` for any.
         send_seed: Whether the endpoint is given a sampling seed.
-        max_boxes: Most boxes per context, the largest; `None` for all.
+        max_boxes: Maximum boxes per context, the largest; `None` for all.
     """
 
     model: str
@@ -75,13 +75,13 @@ class GenerateConfig:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the images that each type is asked of, 0..1."""
+        """Share of the images for which each type is made, 0..1."""
         mix = {kind: number for kind, number in zip(FOLDERS, self.mix) if kind in self.types}
         most = max(mix.values()) or 1
         return {kind: number / most for kind, number in mix.items()}
 
     def wants(self, context_id: str, kind: str) -> bool:
-        """Whether an image is asked for a type; the same in every run with the same seed, whatever else is asked."""
+        """Whether a type is made for an image; it depends on the seed alone."""
         draw = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{context_id}".encode()).digest()[:7], "big")
         return draw < self.shares.get(kind, 0.0) * 2**56
 
@@ -122,7 +122,7 @@ class RunFolder:
         if self.about is None:
             if self.is_answered():
                 raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
-            # The name goes into each request's id: a second run with the same prompts asks anew.
+            # Part of each request's id, so that two runs with the same prompts differ.
             self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
             texts = {kind: dataclasses.asdict(prompt) for kind, prompt in prompts.items()}
             write_json(self.path / "prompts.json", texts)
@@ -133,7 +133,7 @@ class RunFolder:
         return self.about["run"]
 
     def is_answered(self) -> bool:
-        """Whether anything was answered or waits in a batch: from then on settings, prompts and contexts stay as they are.
+        """Whether anything was answered or waits in a batch: from then on settings, prompts and contexts are fixed.
 
         Raises:
             OSError: another process asks in this folder.
@@ -147,7 +147,7 @@ class RunFolder:
         write_json(self.path / "run.json", self.about)
 
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
-        """Writes the contexts beside the ledger, or checks that they are those that the run began with.
+        """Writes the contexts next to the ledger, or checks that they are those of the run.
 
         Raises:
             ValueError: they differ from those that the run began with, or there are none.
@@ -166,7 +166,7 @@ class RunFolder:
                     file.write(line)
                     number += 1
             if number == 0:
-                raise ValueError(f"There is no context with captions: {counts.summary()}.")
+                raise ValueError(f"No context has captions: {counts.summary()}.")
             if known and known["sha256"] != digest.hexdigest() and self.is_answered():
                 raise ValueError(
                     f"The captions or boxes are not those with which the run in {self.path} began ({known['number']:,} "
@@ -197,11 +197,7 @@ class RunFolder:
 
 
 class StoredContext:
-    """A context as it lies in a run's folder. It is put together when it is needed: a run that goes on passes over many.
-
-    Args:
-        row: What `Context.to_dict` made.
-    """
+    """A row of `Context.to_dict`; the context is made when it is needed, since a resumed run skips many."""
 
     __slots__ = ("row", "_context")
 
@@ -266,7 +262,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _mark(path: Path) -> list[Any]:
-    """Name, size and time of a file: unchanged, it is taken to be the same file."""
+    """Path, size and time of a file, by which it counts as unchanged."""
     stat = Path(path).stat()
     return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
 

@@ -135,7 +135,7 @@ QUOTED = re.compile(
 
 
 def refusal_in(text: str) -> str | None:
-    """Where a text refuses to answer; `None` if it does not. What it quotes is said by the picture."""
+    """Where a text refuses to answer; `None` if it does not. What it quotes is said by the image."""
     text = QUOTED.sub("", _straight(text))
     lower = " ".join(text.lower().split())
     found = REFUSAL.search(text) if any(word in lower for word in REFUSAL_WORDS) else None
@@ -147,7 +147,7 @@ def _straight(text: str) -> str:
 
 
 def mention_of_source(text: str) -> str | None:
-    """Where a text speaks of captions, boxes or coordinates; `None` if it does not. A box may stand in the picture."""
+    """Where a text speaks of captions, boxes or coordinates; `None` if it does not. A box may stand in the image."""
     lower = text.lower()
     if any(word in lower for word in SOURCE_WORDS) and (found := SOURCE.search(_straight(text))):
         return " ".join(found[0].split())

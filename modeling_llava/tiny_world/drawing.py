@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from .scenes import Scene, Thing
 
 
-PICTURE_SIZE = 160
-"""Side of a picture in pixels."""
+SCENE_SIZE = 160
+"""Side of a image in pixels."""
 
 SUPERSAMPLING = 3
 """Things are drawn this many times larger and scaled down: PIL's own drawing is not anti-aliased."""
@@ -48,8 +48,8 @@ def shade(colour: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
     return tuple(round(channel + (target - channel) * abs(amount)) for channel in colour)
 
 
-def draw_place(place: str, rng: np.random.Generator, size: int = PICTURE_SIZE) -> Image.Image:
-    """A place without things: sky, horizon and ground with their texture. Returns an RGB picture of `size` pixels."""
+def draw_place(place: str, rng: np.random.Generator, size: int = SCENE_SIZE) -> Image.Image:
+    """A place without things: sky, horizon and ground with their texture. Returns an RGB image of `size` pixels."""
     horizon = round(size * rng.uniform(0.46, 0.56))
     rows = np.arange(size)[:, None] / size
     sky_mix, ground_mix = rows * size / horizon, (rows - horizon / size) / (1 - horizon / size)
@@ -192,8 +192,8 @@ def make_sticker(tile: Image.Image) -> Image.Image:
     return sticker
 
 
-def draw_picture(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
-    """The picture of a scene: RGB, `size` × `size` pixels. The same scene gives the same pixels."""
+def draw_image(scene: Scene, size: int = SCENE_SIZE) -> Image.Image:
+    """The image of a scene: RGB, `size` × `size` pixels. The same scene gives the same pixels."""
     rng = random.Random(scene.seed)
     picture = draw_place(scene.place, np.random.default_rng(scene.seed), size)
     for thing in scene.things:

@@ -1,8 +1,7 @@
 """The quickstart's exam: questions about scenes that were never trained on, and proofs that the model looks at them.
 
-The same questions are asked three times: with their picture, with a blank picture, and with the pictures shuffled among
-the questions. Beside the scores stands what a model could reach that never looks: for every question text, the answer
-that is right most often in the training data.
+The same questions are asked with their image, with a blank image, and with the images shuffled. The scores are compared with
+the majority answer: for every question text, the answer that is right most often in the training data.
 """
 
 import random
@@ -25,7 +24,7 @@ HELD_OUT_NAMES = frozenset(f"{colour} {category}" for colour, category in HELD_O
 
 @dataclass(frozen=True)
 class ExamItem:
-    """A question about a picture. `answer` is the only right one."""
+    """A question about a image. `answer` is the only right one."""
 
     id: str
     image: Path
@@ -35,7 +34,7 @@ class ExamItem:
 
 
 def set_exam(split: Path, seed: int, limit: int | None = None, held_out: bool = False) -> list[ExamItem]:
-    """Questions about a split's pictures, one of each kind where a picture has one, from captions and boxes."""
+    """Questions about a split's images, one of each kind where a image has one, from captions and boxes."""
     items = []
     for context in read_contexts(split / "captions.json", split / "instances.json", limit=limit):
         rng = random.Random(f"{seed}:exam:{context.id}")
@@ -58,14 +57,14 @@ def _draw_fairly(questions: list[Question], rng: random.Random) -> Question:
     return rng.choice(no if no and rng.random() < 0.5 else [q for q in questions if q not in no] or no)
 
 
-def blank_picture(like: Path) -> Image.Image:
-    """A grey picture of the same size."""
-    with Image.open(like) as picture:
-        return Image.new("RGB", picture.size, (127, 127, 127))
+def blank_image(like: Path) -> Image.Image:
+    """A grey image of the same size."""
+    with Image.open(like) as image:
+        return Image.new("RGB", image.size, (127, 127, 127))
 
 
-def shuffle_pictures(items: list[ExamItem], seed: int) -> list[Path]:
-    """For each item the picture of another scene: the scenes are dealt out anew, none keeps its own."""
+def shuffle_images(items: list[ExamItem], seed: int) -> list[Path]:
+    """For each item the image of another scene."""
     scenes = sorted({item.image for item in items})
     dealt = scenes[:]
     random.Random(f"{seed}:shuffle").shuffle(dealt)
@@ -73,7 +72,7 @@ def shuffle_pictures(items: list[ExamItem], seed: int) -> list[Path]:
     return [other[item.image] for item in items]
 
 
-def answer_items(predictor, items: list[ExamItem], pictures: Iterable, batch_size: int = 64) -> list[str]:
+def answer_items(predictor, items: list[ExamItem], images: Iterable, batch_size: int = 64) -> list[str]:
     """The model's answers, greedy, in the items' order."""
     samples = [
         {
@@ -81,9 +80,9 @@ def answer_items(predictor, items: list[ExamItem], pictures: Iterable, batch_siz
             "messages": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]},
             ],
-            "images": [picture if isinstance(picture, Image.Image) else str(picture)],
+            "images": [image if isinstance(image, Image.Image) else str(image)],
         }
-        for number, (item, picture) in enumerate(zip(items, pictures))
+        for number, (item, image) in enumerate(zip(items, images))
     ]
     answers = predictor.answer_many(samples, batch_size=batch_size, max_new_tokens=32)
     found = {answer.id: answer.text for answer in answers}

@@ -1,4 +1,4 @@
-"""The quickstart's two pictures: the loss curves, and answers beside the pictures they are about."""
+"""The quickstart's figures: the loss curves, and answers next to their images."""
 
 import random
 import textwrap
@@ -26,7 +26,7 @@ def _figure(width: float, height: float):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The pictures need matplotlib: pip install 'modeling-llava[plots]'.") from error
+        raise ImportError("The figures need matplotlib: pip install 'modeling-llava[plots]'.") from error
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -85,7 +85,7 @@ def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Answers for the picture: as many kinds as there are, each picture once, right and wrong in their true proportion.
+    """Answers for the image: as many kinds as there are, each image once, right and wrong in their true proportion.
 
     At least one is wrong if any is, and at least one is about a held-out pair.
     """
@@ -115,7 +115,7 @@ def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) ->
 def plot_answers(
     answers: list[dict[str, Any]], scores: dict[str, dict[str, float]], folder: Path, path: Path, seed: int = 0
 ) -> None:
-    """A grid of pictures with question and answer, over bars that show what the model reaches without its picture."""
+    """A grid of images with question and answer, over bars that show what the model reaches without its image."""
     columns, rows = 5, 2
     chosen = choose_answers(answers, columns * rows, seed)
     figure = _figure(13, 11)
@@ -134,8 +134,8 @@ def plot_answers(
         column, line = index % columns, index // columns
         left, top = 0.03 + column * 0.192, 0.907 - line * 0.33
         axes = figure.add_axes([left, top - 0.2056, 0.174, 0.2056])
-        with Image.open(folder / row["image"]) as picture:
-            axes.imshow(picture.convert("RGB"), interpolation="lanczos")
+        with Image.open(folder / row["image"]) as image:
+            axes.imshow(image.convert("RGB"), interpolation="lanczos")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():

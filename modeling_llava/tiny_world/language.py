@@ -1,6 +1,6 @@
 """The tiny world's language model: a tokenizer and a Llama that learn to read about scenes and to answer questions.
 
-It never sees a picture. Scenes that nobody draws are described to it in words, and it answers questions about them; so,
+It never sees a image. Scenes that nobody draws are described to it in words, and it answers questions about them; so,
 like Vicuna before LLaVA, it understands questions and can talk about what it was told before it is given eyes.
 """
 
@@ -137,7 +137,7 @@ def train_language_model(
     )
     model = LlamaForCausalLM(tiny_language_config(tokenizer))
     _initialise(model)
-    model.set_attn_implementation(VARLEN)  # documents stand behind one another; none is padded
+    model.set_attn_implementation(VARLEN)  # documents are concatenated into one sequence; none is padded
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
     losses, num_tokens = [], 0

@@ -1,7 +1,7 @@
 """The whole life of a small LLaVA, phase by phase: draw, write, train, train, compose, align, instruct, examine, reload.
 
-Each phase writes into a folder of its own and is noted in `progress.json` when it is whole; the same call again goes on
-after the last one noted.
+Each phase writes into a folder of its own and is noted in `progress.json` when it is complete; the same call again resumes
+after the last one.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .world import draw_scenes, write_json, write_split
 
 
 PHASES: dict[str, str] = {
-    "world": "draw pictures, with captions and boxes",
+    "world": "draw images, with captions and boxes",
     "data": "turn captions and boxes into instruction data",
     "language": "train a language model on words alone",
     "vision": "train a vision encoder on the boxes",
@@ -29,7 +29,7 @@ PHASES: dict[str, str] = {
     "pretrain": "stage 1: the projector, on captions",
     "finetune": "stage 2: LoRA and the projector, on instructions",
     "reload": "merge, save, reload through pipeline()",
-    "exam": "ask about pictures never seen",
+    "exam": "ask about images never seen",
     "figures": "draw the loss curve and the answers",
 }
 STAGES = ("language", "vision", "pretrain", "finetune")
@@ -42,18 +42,18 @@ class QuickstartSettings:
 
     Attributes:
         seed: Of the world, the data and every training.
-        things: Most things in a picture, 1 to 3. To tell several apart takes far more than minutes of training.
-        pictures: Training pictures.
-        unseen: Pictures of the exam.
-        held_out: Pictures of the exam with pairs of colour and category that are nowhere in training.
+        things: Most things in a image, 1 to 3. To tell several apart takes far more than minutes of training.
+        images: Training images.
+        unseen: Images of the exam.
+        held_out: Images of the exam with pairs of colour and category that are nowhere in training.
         language_steps, vision_steps, pretrain_steps, finetune_steps: Optimizer steps.
         batch_size: Texts per step. Few: packs of some thousand tokens are slower on a CPU than as many in several steps.
-        vision_batch_size: Pictures per step of the vision encoder.
+        vision_batch_size: Images per step of the vision encoder.
     """
 
     seed: int = 0
     things: int = 1
-    pictures: int = 3000
+    images: int = 3000
     unseen: int = 120
     held_out: int = 60
     language_steps: int = 700
@@ -75,7 +75,7 @@ class QuickstartSettings:
 
 
 FAST = QuickstartSettings(
-    pictures=64,
+    images=64,
     unseen=8,
     held_out=4,
     language_steps=4,
@@ -84,7 +84,7 @@ FAST = QuickstartSettings(
     finetune_steps=3,
     vision_batch_size=8,
 )
-"""Every phase, and nothing learnt: for tests."""
+"""Every phase, too short to learn anything: for tests."""
 
 
 class Quickstart:
@@ -124,14 +124,14 @@ class Quickstart:
                 )
             return progress
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} exists and is no quickstart. Give another --out.")
+            raise ValueError(f"{self.out} exists and is not a quickstart. Give another --out.")
         self.out.mkdir(parents=True, exist_ok=True)
         progress = {"settings": settings, "phases": {}}
         write_json(file, progress)
         return progress
 
     def run(self) -> dict[str, Any]:
-        """Runs every phase that is not whole yet.
+        """Runs every phase that is not complete yet.
 
         Returns:
             What `results.json` holds: scores, seconds per phase, peak memory.
@@ -162,18 +162,18 @@ class Quickstart:
             "settings": self.progress["settings"],
         }
 
-    # The phases. Each makes its folders anew, so that one that was interrupted leaves nothing behind.
+    # The phases. Each starts with an empty folder, so that an interrupted one leaves nothing behind.
 
     def _world(self) -> dict[str, Any]:
         shutil.rmtree(self.out / "world", ignore_errors=True)
         settings = self.settings
-        splits = {"train": settings.pictures, "unseen": settings.unseen, "held_out": settings.held_out}
+        splits = {"train": settings.images, "unseen": settings.unseen, "held_out": settings.held_out}
         for split, number in splits.items():
             scenes = draw_scenes(
                 number, settings.seed, split, held_out=split == "held_out", most_things=settings.things
             )
             write_split(self.out / "world" / split, scenes, workers=min(2, os.cpu_count() or 1))
-        return {"pictures": splits}
+        return {"images": splits}
 
     def _data(self) -> dict[str, Any]:
         from ..data_engine.captions import expand_captions
@@ -194,7 +194,7 @@ class Quickstart:
             boxes=train / "instances.json",
             images=train / "images",
             prompts=PROMPTS,
-            # The world is small: its answers are short and its questions come again with every picture.
+            # The world is small: its answers are short and its questions come again with every image.
             validation=ValidationSettings(
                 answer_words={"conversation": (1, 60), "detail": (8, 90), "complex": (6, 60)}
             ),
@@ -346,16 +346,16 @@ class Quickstart:
         seed = self.settings.seed
         items = exam.set_exam(self.out / "world" / "unseen", seed)
         held_out = exam.set_exam(self.out / "world" / "held_out", seed, held_out=True)
-        pictures = [item.image for item in items]
-        blank = exam.blank_picture(pictures[0])
+        images = [item.image for item in items]
+        blank = exam.blank_image(images[0])
         rows = json.loads((self.out / "data" / "instruct" / "instruct.json").read_text("utf-8"))
-        answers = exam.answer_items(predictor, items, pictures)
+        answers = exam.answer_items(predictor, items, images)
         held_out_answers = exam.answer_items(predictor, held_out, [item.image for item in held_out])
         scores = {
             "with the picture": exam.score(items, answers),
             "blank pictures": exam.score(items, exam.answer_items(predictor, items, [blank] * len(items))),
             "pictures shuffled": exam.score(
-                items, exam.answer_items(predictor, items, exam.shuffle_pictures(items, seed))
+                items, exam.answer_items(predictor, items, exam.shuffle_images(items, seed))
             ),
             "majority answer": exam.score(items, exam.answer_by_majority(items, exam.read_turns(rows))),
             "held-out pairs": exam.score(held_out, held_out_answers),
@@ -413,7 +413,7 @@ def _loss_callback(losses: _Losses):
 
 
 def peak_rss() -> int:
-    """Highest resident memory of this process so far, in bytes; the present one where the system does not tell."""
+    """Peak resident memory of this process, in bytes; where the system does not say, the present one."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,6 +1,6 @@
 """A scripted responder: it answers the data engine's requests in place of a language model.
 
-Like the language-only model of the paper (LLaVA §3) it is told of a picture in captions and boxes and never sees it:
+Like the language-only model of the paper (LLaVA §3) it is told of a image in captions and boxes and never sees it:
 colours and the place come from the captions, positions, sizes and numbers from the boxes. It stands behind the same
 interface as the client of OpenAI-compatible endpoints, so what is made with it went the way of real data.
 """
@@ -50,7 +50,7 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class SeenScene:
-    """A picture as it follows from captions and boxes. `things` are in the boxes' order, the largest first."""
+    """A image as it follows from captions and boxes. `things` are in the boxes' order, the largest first."""
 
     place: str
     things: tuple[SeenThing, ...]
@@ -58,7 +58,7 @@ class SeenScene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture with its only right answer. `kind` groups questions in reports."""
+    """A question about a image with its only right answer. `kind` groups questions in reports."""
 
     kind: str
     text: str
@@ -68,7 +68,7 @@ class Question:
 
 
 def read_context(text: str) -> SeenScene:
-    """Understands what the data engine says of a picture: captions, an empty line, boxes.
+    """Understands what the data engine says of a image: captions, an empty line, boxes.
 
     Raises:
         ValueError: there is no box, or the captions do not say the colour of a box's category or the place.
@@ -119,7 +119,7 @@ def list_questions(scene: SeenScene, rng: random.Random) -> list[Question]:
 
 
 def list_reasoning(scene: SeenScene) -> list[Question]:
-    """Questions that need the picture and what is known about things in general."""
+    """Questions that need the image and what is known about things in general."""
     questions = []
     for thing in scene.things:
         text, answer = KNOWLEDGE[thing.category]

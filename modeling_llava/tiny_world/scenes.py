@@ -15,7 +15,7 @@ PLACES = {"meadow": "in a meadow", "beach": "on a beach", "snow": "in the snow",
 ROWS = ("top", "bottom")
 COLUMNS = ("left", "middle", "right")
 SIZES = {"large": (0.36, 0.40), "small": (0.24, 0.27)}
-"""Side of a thing's square, as a fraction of the picture's side."""
+"""Side of a thing's square, as a fraction of the image's side."""
 
 HELD_OUT = frozenset({("blue", "star"), ("green", "heart"), ("orange", "boat"), ("purple", "ball")})
 """Pairs of colour and category that are in no training scene and in no training text; each half of them is common."""
@@ -23,7 +23,7 @@ HELD_OUT = frozenset({("blue", "star"), ("green", "heart"), ("orange", "boat"), 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene. `centre` and `side` are fractions of the picture's side, x to the right and y down."""
+    """One thing of a scene. `centre` and `side` are fractions of the image's side, x to the right and y down."""
 
     category: str
     colour: str

@@ -1,6 +1,6 @@
 """The tiny world's vision encoder: a CLIP-style transformer that learns to say what lies where.
 
-CLIP learnt from 400 million captions. For a few thousand pictures their boxes are a better teacher: every patch inside
+CLIP learnt from 400 million captions. For a few thousand images their boxes are a better teacher: every patch inside
 the middle of a box learns category, colour, size and position of its thing, every patch outside of all boxes learns that
 there is nothing, and the class token learns the place. Colours and places come from the captions.
 """
@@ -48,7 +48,7 @@ def tiny_vision_config(hidden_size: int = 128, num_layers: int = 4) -> CLIPVisio
 
 
 def tiny_image_processor() -> LlavaImageProcessor:
-    """The tower's image processor; it is saved beside the tower."""
+    """The tower's image processor; it is saved next to the tower."""
     return LlavaImageProcessor(size=IMAGE_SIZE, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_pad=True)
 
 
@@ -65,17 +65,17 @@ HEAD_WEIGHTS = {"category": 1.0, "colour": 1.0, "size": 0.3, "position": 0.3}
 
 
 def patch_labels(split: Path) -> tuple[list[Path], dict[str, torch.Tensor], torch.Tensor]:
-    """Pictures of a split and what their captions and boxes say of each patch.
+    """Images of a split and what their captions and boxes say of each patch.
 
     Args:
         split: Folder with `images`, `captions.json` and `instances.json`.
 
     Returns:
-        The pictures' paths; for each of `HEADS` labels `[num_pictures, num_patches]` (`IGNORE_INDEX`: not taught);
+        The images' paths; for each of `HEADS` labels `[num_pictures, num_patches]` (`IGNORE_INDEX`: not taught);
         places `[num_pictures]`.
     """
     grid = IMAGE_SIZE // PATCH_SIZE
-    centres = (np.arange(grid) + 0.5) / grid  # of patches, as fractions of the picture's side
+    centres = (np.arange(grid) + 0.5) / grid  # of patches, as fractions of the image's side
 
     def inside(low: float, high: float, share: float) -> np.ndarray:
         return np.abs(centres - (low + high) / 2) <= share * (high - low) / 2
@@ -151,7 +151,7 @@ def train_vision_tower(
     torch.manual_seed(seed)
     paths, labels, places = patch_labels(split)
     processor = tiny_image_processor()
-    pictures = torch.cat(
+    images = torch.cat(
         [
             processor([load_image(path) for path in paths[i : i + 256]], return_tensors="pt")["pixel_values"]
             for i in range(0, len(paths), 256)
@@ -167,7 +167,7 @@ def train_vision_tower(
         if len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(paths))])
         rows, order = order[:batch_size], order[batch_size:]
-        logits, place_logits = teacher(pictures[rows])
+        logits, place_logits = teacher(images[rows])
         loss = 0.2 * F.cross_entropy(place_logits, places[rows])
         for head in HEADS:
             expected, found = labels[head][rows].flatten(), logits[head].flatten(0, 1)  # [batch · num_patches, …]

@@ -1,4 +1,4 @@
-"""Makes the tiny world: pictures on disk with captions and boxes in COCO's form, and nothing else."""
+"""Makes the tiny world: images on disk with captions and boxes in COCO's form, and nothing else."""
 
 import json
 import random
@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ..io.atomic import write_atomic
-from .drawing import PICTURE_SIZE, draw_picture
+from .drawing import SCENE_SIZE, draw_image
 from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
 
 
@@ -20,18 +20,17 @@ def draw_scenes(number: int, seed: int, split: str, held_out: bool = False, most
     return [draw_scene(rng, held_out, most_things) for _ in range(number)]
 
 
-def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int = PICTURE_SIZE) -> None:
-    """Writes `images/*.jpg`, `captions.json` and `instances.json` (COCO's form) of some scenes; the JSON files last.
-    """
+def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int = SCENE_SIZE) -> None:
+    """Writes `images/*.jpg`, `captions.json` and `instances.json` (COCO's form) of some scenes; the JSON files last."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     jobs = [(scene, images / f"{index:06d}.jpg", size) for index, scene in enumerate(scenes)]
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            list(pool.map(_save_picture, jobs, chunksize=64))
+            list(pool.map(_save_image, jobs, chunksize=64))
     else:
         for job in jobs:
-            _save_picture(job)
+            _save_image(job)
     entries = [{"id": i, "file_name": path.name, "width": size, "height": size} for i, (_, path, _) in enumerate(jobs)]
     captions = [
         {"id": 3 * i + j, "image_id": i, "caption": caption}
@@ -49,9 +48,9 @@ def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int =
     write_json(folder / "instances.json", {"images": entries, "annotations": boxes, "categories": categories})
 
 
-def _save_picture(job: tuple[Scene, Path, int]) -> None:
+def _save_image(job: tuple[Scene, Path, int]) -> None:
     scene, path, size = job
-    draw_picture(scene, size).save(path, quality=JPEG_QUALITY)
+    draw_image(scene, size).save(path, quality=JPEG_QUALITY)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -60,7 +60,7 @@ def test_instruction_data_holds_no_held_out_pair_and_trains_with_llava_train(fin
     for file in (data / "captions.json", data / "instruct" / "instruct.json"):
         assert not any(name in file.read_text() for name in HELD_OUT_NAMES)
         rows = load_conversations(str(file), str(finished / "world" / "train" / "images"))
-        assert len(rows) >= FAST.pictures
+        assert len(rows) >= FAST.images
 
 
 def test_the_same_command_says_that_it_is_finished(finished, capsys):
@@ -91,7 +91,7 @@ def test_another_seed_in_the_same_folder_is_one_line(finished, capsys):
 def test_a_folder_with_something_else_is_not_touched(tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("x")
     assert main(["quickstart", "--fast", "--out", str(tmp_path)]) == 2
-    assert "is no quickstart" in capsys.readouterr().err
+    assert "is not a quickstart" in capsys.readouterr().err
     assert main(["quickstart", "--out", str(tmp_path), "--steps-scale", "0"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

@@ -142,8 +142,8 @@ def test_captions_that_mark_an_image_are_left_out_and_half_an_emoji_is_written(t
         ([{"image": "a.jpg"}], {}, "row 0 has no 'caption'"),
         ([{"caption": "x"}], {}, "row 0 has no 'image'"),
         ([{"caption": "x", "image": ""}], {}, "row 0 has no 'image'"),
-        ([{"image": "a.jpg", "conversations": ["x"]}], {}, "holds no caption"),
-        ([{"image": "a.jpg", "caption": " "}], {}, "holds no caption"),
+        ([{"image": "a.jpg", "conversations": ["x"]}], {}, "has no caption"),
+        ([{"image": "a.jpg", "caption": " "}], {}, "has no caption"),
     ],
 )
 def test_what_cannot_be_expanded_is_named_and_leaves_no_file(tmp_path, rows, options, message):

@@ -74,7 +74,7 @@ def test_a_budget_that_runs_out_is_its_own_exit_code(files, capsys):
     with FaultServer() as server:
         more = ["--base-url", server.url, "--no-parquet", "--concurrency", "1"]
         assert main(line(files, *more, "--max-tokens", "4000")) == 3
-        assert "a token for each byte of the prompt" in capsys.readouterr().err and not server.asked
+        assert "one per byte of the prompt" in capsys.readouterr().err and not server.asked
         assert main(line(files, *more, "--max-tokens", "8000")) == 3
         assert 1 <= sum(server.asked.values()) < 15
     assert "The same command goes on" in capsys.readouterr().err
@@ -93,16 +93,16 @@ def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
         (["--max-tokens", "0"], "A budget of 0 tokens"),
         (["--mix", "58-23-77"], "--mix must be three numbers"),
         (["--types", "poem"], "types are poem; choose out of conversation, detail, complex"),
-        (["--language", "tlh"], "'tlh' is no language that can be told"),
+        (["--language", "tlh"], "'tlh' cannot be recognised"),
         (["--temperature", "hot"], "--temperature must be a number"),
         (["--captions", "absent.json"], "absent.json is absent"),
         (["--images", "absent"], "image folder absent is absent"),
         (["--prompts", "absent"], "system_message.txt is absent"),
-        (["--base-url", "localhost:8000"], "begins with http:// or https://"),
+        (["--base-url", "localhost:8000"], "begin with http:// or https://"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--question-repeats", "0"], "--question-repeats must be"),
         (["--samples", "-1"], "--samples must be 0"),
-        (["--requests-per-minute", "0"], "lets nothing through"),
+        (["--requests-per-minute", "0"], "allows no request"),
         (["--timeout", "0"], "timeout is 0 s"),
         (["--price-in", "-1"], "0 or more"),
         (["--mix", "nan:1:1"], "three numbers"),

@@ -209,7 +209,7 @@ def test_what_the_endpoint_refuses_is_kept_and_counted_as_rejected(tmp_path):
     assert rejected_of(out) == [{**row, "detail": "400: Your prompt was filtered", "reply": ""}]
     for file in ("README.md", "report.html"):
         assert "the endpoint refuses the request" in (out / file).read_text()
-    assert "What the endpoint refused to answer stands there too." in (out / "README.md").read_text()
+    assert "What the endpoint refused to answer is there too." in (out / "README.md").read_text()
     figures = json.loads((out / "summary.json").read_text())
     assert (figures["requests"], figures["replies"], figures["faults"]) == (4, 3, {"400": 1})
 
@@ -261,7 +261,7 @@ def test_images_that_are_absent_are_not_asked_for(tmp_path, images):
 def test_an_image_folder_without_any_of_the_images_is_named_before_anything_is_asked(tmp_path, images):
     model = Responder()
     elsewhere = [Context("a", "train2017/a.jpg", ("x",))]
-    with pytest.raises(ValueError, match="None of the 1 images lies in .*relative"):
+    with pytest.raises(ValueError, match="None of the 1 images is in .*relative"):
         generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=images, output=BARE)
     with pytest.raises(OSError, match="image folder .* is absent"):
         generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=tmp_path / "no", output=BARE)
@@ -323,7 +323,7 @@ def test_a_file_that_is_no_picture_is_left_out_of_the_datasets_folder_and_said(t
     data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == 6 and found.missing_images == 3 and len(rows_of(out)) == 9
     assert len({row["images"][0].size for row in data}) == 2  # every picture decodes
-    assert caplog.text.count("lacks the picture") == 2  # once for the folder, once for the report, not once a sample
+    assert caplog.text.count("lacks the image") == 2  # once for the folder, once for the report, not once a sample
     folder = open_run(out)
     with Ledger(out / "ledger.jsonl") as ledger:
         again = write_output(folder, ledger, images=images, settings=BARE)
@@ -462,7 +462,7 @@ def test_samples_in_the_report_are_spread_over_the_types():
 
 def test_drop_list_of_no_known_form_is_named(tmp_path):
     (tmp_path / "d.json").write_text('{"dropped": 3}')
-    with pytest.raises(ValueError, match="is no drop list"):
+    with pytest.raises(ValueError, match="is not a drop list"):
         read_drop_list(tmp_path / "d.json")
 
 

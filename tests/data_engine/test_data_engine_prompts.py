@@ -173,7 +173,7 @@ def test_hash_changes_with_every_text(tmp_path):
 def test_an_example_without_its_counterpart_is_named(tmp_path, name):
     shutil.copytree(DEFAULT_PROMPTS, tmp_path / "p")
     (tmp_path / "p" / "complex_reasoning" / name).unlink()
-    with pytest.raises(ValueError, match=f"no {name} beside it"):
+    with pytest.raises(ValueError, match=f"no {name} next to it"):
         load_prompts(tmp_path / "p")
 
 
@@ -188,7 +188,7 @@ def test_prompts_are_read_as_windows_and_macos_write_them(tmp_path):
     prompt = load_prompts(tmp_path / "prompts", ("conversation",))["conversation"]
     assert (prompt.system, prompt.examples) == ("Be brief.", (("A cat.\nA mat.", "Question:\nWhat is it?"),))
     (folder / "000_conv.txt").write_bytes("Überall".encode("latin-1"))
-    with pytest.raises(ValueError, match="000_conv.txt is no text in UTF-8"):
+    with pytest.raises(ValueError, match="000_conv.txt is not UTF-8 text"):
         load_prompts(tmp_path / "prompts", ("conversation",))
 
 
@@ -201,12 +201,12 @@ def test_a_question_that_marks_an_image_is_named(tmp_path):
 def test_absent_folders_unknown_types_and_empty_files_are_named(tmp_path):
     with pytest.raises(OSError, match="conversation/system_message.txt is absent"):
         load_prompts(tmp_path)
-    with pytest.raises(ValueError, match="'poem' is no type of data; the types are conversation, detail, complex"):
+    with pytest.raises(ValueError, match="'poem' is not a type of data; the types are conversation, detail, complex"):
         load_prompts(None, ("poem",))
     shutil.copytree(DEFAULT_PROMPTS, tmp_path / "p")
     (tmp_path / "p" / FOLDERS["conversation"] / "000_caps.txt").write_text("\n")
     with pytest.raises(ValueError, match="000_caps.txt is empty"):
         load_prompts(tmp_path / "p")
     (tmp_path / "q.txt").write_text("# none\n")
-    with pytest.raises(ValueError, match="holds no question"):
+    with pytest.raises(ValueError, match="has no question"):
         load_questions(tmp_path / "q.txt")

@@ -11,12 +11,12 @@ from modeling_llava.tiny_world.exam import (
     KINDS,
     ExamItem,
     answer_by_majority,
-    blank_picture,
+    blank_image,
     is_right,
     read_turns,
     score,
     set_exam,
-    shuffle_pictures,
+    shuffle_images,
 )
 from modeling_llava.tiny_world.figures import choose_answers, smooth
 from modeling_llava.tiny_world.world import draw_scenes, write_split
@@ -91,14 +91,14 @@ def test_turns_are_read_from_llava_rows_on_either_side_of_the_image():
 def test_no_question_keeps_its_picture_when_they_are_shuffled(scenes):
     items = [item(number) for number in range(scenes) for _ in range(3)]
     for seed in range(20):
-        shuffled = shuffle_pictures(items, seed)
+        shuffled = shuffle_images(items, seed)
         assert all(one.image != picture for one, picture in zip(items, shuffled))
         assert set(shuffled) == {one.image for one in items}
 
 
 def test_a_blank_picture_has_the_size_and_one_colour(tmp_path):
     Image.new("RGB", (7, 5), "red").save(tmp_path / "a.png")
-    blank = blank_picture(tmp_path / "a.png")
+    blank = blank_image(tmp_path / "a.png")
     assert blank.size == (7, 5) and len(blank.getcolors()) == 1
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from modeling_llava.data_engine.contexts import ContextCounts, read_contexts
-from modeling_llava.tiny_world.drawing import draw_picture, draw_place
+from modeling_llava.tiny_world.drawing import draw_image, draw_place
 from modeling_llava.tiny_world.scenes import (
     CATEGORIES,
     COLOURS,
@@ -74,8 +74,8 @@ def test_captions_name_every_thing_and_the_place_and_nothing_that_boxes_are_for(
 
 def test_a_picture_is_reproducible_and_changes_only_where_the_boxes_and_their_shadows_are():
     for scene in draw_scenes(20, 6, "train"):
-        picture = np.asarray(draw_picture(scene)).astype(int)
-        assert np.array_equal(picture, np.asarray(draw_picture(scene)))
+        picture = np.asarray(draw_image(scene)).astype(int)
+        assert np.array_equal(picture, np.asarray(draw_image(scene)))
         empty = np.asarray(draw_place(scene.place, np.random.default_rng(scene.seed))).astype(int)
         changed = np.abs(picture - empty).max(axis=-1) > 40
         allowed = np.zeros_like(changed)
@@ -95,7 +95,7 @@ def test_every_category_shows_its_colour(category):
 
     for colour in COLOURS:
         thing = Thing(category, colour, "large", "top", "left", (0.5, 0.5), 0.5)
-        picture = np.asarray(draw_picture(Scene("snow", (thing,), 7))).astype(int)[40:120, 40:120]
+        picture = np.asarray(draw_image(Scene("snow", (thing,), 7))).astype(int)[40:120, 40:120]
         near = np.abs(picture - np.array(PAINT[colour])).max(axis=-1) < 24
         assert near.mean() > 0.08, f"a {colour} {category} is hardly {colour}"
 
