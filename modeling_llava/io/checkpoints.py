@@ -9,9 +9,10 @@ What a folder on disk (or on the Hub) holds, and how its weights get into a mode
 """
 
 import functools
+import hashlib
 import json
+import logging
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .load_errors import (
     EMPTY_TENSOR,
+    HUB_NAME,
     explained,
     has_tokenizer,
     other_than_llava,
@@ -43,7 +45,10 @@ from .load_errors import (
 )
 
 
+logger = logging.getLogger(__name__)
+
 PROJECTOR_CONFIG_NAME = "projector_config.json"
+RUN_RECORD_NAME = "run.json"
 PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
 
 COMPONENTS = ("language_model", "multi_modal_projector", "vision_tower")
@@ -162,7 +167,39 @@ def find_base(
     if require_llava(base, revision=base_revision):
         raise ValueError(f"The base of {path}, {base}, is an adapter itself. Merge that first: llava merge {base} OUT")
     require_adapter_fits(path, base, {"revision": revision}, {"revision": base_revision})
+    file = file_of(path, RUN_RECORD_NAME, revision)
+    trained_on = (json.loads(Path(file).read_text("utf-8")) if file else {}).get("base")
+    found = base_record(base, base_revision) if trained_on and trained_on["weights"] else None
+    if found and found["weights"] not in (None, trained_on["weights"]):
+        logger.warning(
+            f"{path} was trained on other weights than those of {base}: on {trained_on}, and these are {found}. Give the model on "
+            "which it was trained with --base, or expect other answers."
+        )
     return base, base_revision
+
+
+def base_record(path: str | os.PathLike, revision: str | None = None) -> dict[str, str | None]:
+    """
+    What tells the weights of a full checkpoint from others: its name, revision and dtype, and a hash of the header and the last
+    MiB of each file (`None` where there are none).
+    """
+    path, digest = os.fspath(path), hashlib.sha256()
+    index = file_of(path, SAFE_WEIGHTS_INDEX_NAME, revision)
+    for name in weight_names(index):
+        file = file_of(path, name, revision)
+        if file is not None:
+            digest.update(json.dumps(safetensors_header(file), sort_keys=True).encode())
+            with open(file, "rb") as opened:
+                opened.seek(max(os.path.getsize(file) - 2**20, 0))
+                digest.update(opened.read())
+    is_empty = digest.digest() == hashlib.sha256().digest()
+    config = read_config(file_of(path, "config.json", revision)) or {}
+    return {
+        "name": path,
+        "revision": revision,
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "weights": None if is_empty else digest.hexdigest(),
+    }
 
 
 def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
@@ -206,7 +243,7 @@ def _require_folder_or_hub_name(path: str) -> None:
     """No LLaVA on the Hub has a name without an owner, and a typed path should not wait for the Hub."""
     if os.path.isdir(path):
         return
-    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+    if os.path.exists(path) or not HUB_NAME.fullmatch(path) or path.startswith("."):
         raise FileNotFoundError(
             f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
         )
@@ -393,9 +430,14 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     """The safetensors files of a full checkpoint, one or its shards."""
     folder = Path(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    return [folder / SAFE_WEIGHTS_NAME]
+    return [folder / name for name in weight_names(index if index.is_file() else None)]
+
+
+def weight_names(index: str | os.PathLike | None) -> list[str]:
+    """Names of the weight files of a full checkpoint, by its index if it has one."""
+    if index is None:
+        return [SAFE_WEIGHTS_NAME]
+    return sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, name: str, file: Path) -> None:
@@ -579,7 +621,9 @@ __all__ = [
     "PROJECTOR_CONFIG_NAME",
     "PROJECTOR_WEIGHTS_NAME",
     "UNQUANTISED_MODULES",
+    "RUN_RECORD_NAME",
     "base_model_of",
+    "base_record",
     "base_name_to_record",
     "base_revision_of",
     "by_module_names",

@@ -44,6 +44,7 @@ class CheckpointingTrainer(Trainer):
     args: LlavaTrainingArguments
     data_record: dict[str, Any] | None
     base_generation_config: GenerationConfig
+    base_record: dict[str, Any] | None = None
     initial_lora: dict[str, torch.Tensor]
     _num_supervised: int | torch.Tensor = 0
     """Supervised tokens trained on so far, by all processes together."""
@@ -61,7 +62,7 @@ class CheckpointingTrainer(Trainer):
             return
         with disk_errors_explained(folder):
             self._write_weights(folder, state_dict)
-            write_run_record(folder, self.args, self.data_record)
+            write_run_record(folder, self.args, self.data_record, self.base_record)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
@@ -119,7 +120,7 @@ class CheckpointingTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
-                write_run_record(folder, self.args, self.data_record)
+                write_run_record(folder, self.args, self.data_record, self.base_record)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.atomic import sha256_of, write_atomic
+from ..io.checkpoints import RUN_RECORD_NAME
 from ..io.load_errors import safetensors_header
 from ..io.locks import lock
 from ..versions import recorded_versions
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe.yaml"
-RUN_RECORD_NAME = "run.json"
 
 WAIT_FOR_WORKERS = 15.0
 """Seconds that a new run waits for the lock: the data loader's workers outlive a killed process by five."""
@@ -264,7 +264,7 @@ def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str
 
 
 def write_run_record(
-    folder: str | os.PathLike, args: LlavaTrainingArguments, data_record: dict[str, Any] | None = None
+    folder: str | os.PathLike, args: LlavaTrainingArguments, data: dict[str, Any] | None, base: dict[str, Any] | None
 ) -> None:
     """
     Write `recipe.yaml` (every setting, resolved) and `run.json` (versions, machine, hash of the data).
@@ -274,8 +274,10 @@ def write_run_record(
             The folder of the weights.
         args ([`LlavaTrainingArguments`]):
             The settings of the run.
-        data_record (`dict`, *optional*):
+        data (`dict`, *optional*):
             See [`record_data`].
+        base (`dict`, *optional*):
+            Of an adapter: the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +286,8 @@ def write_run_record(
         "versions": recorded_versions(),
         "machine": platform.platform(),
         "devices": args.world_size * max(args.n_gpu, 1),
-        "data": data_record or {},
+        "data": data or {},
+        **({"base": base} if base else {}),
     }
     write_atomic(folder / RUN_RECORD_NAME, json.dumps(record, indent=2) + "\n")
 
@@ -320,7 +323,6 @@ def _hash(source: str) -> str | None:
 
 __all__ = [
     "RECIPE_NAME",
-    "RUN_RECORD_NAME",
     "TRAINED_PARTS",
     "changed_settings",
     "checkpoint_folders",

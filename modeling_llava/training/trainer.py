@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
+from ..io.checkpoints import base_name_to_record, base_record
 from ..kernels import KernelReport, apply_kernels
 from ..modeling_llava import LlavaForConditionalGeneration
 from . import distributed as sharding
@@ -91,6 +93,9 @@ class LlavaTrainer(CheckpointingTrainer):
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
+        base = base_name_to_record(core_model(model)) if args.adapter != "none" and args.process_index == 0 else None
+        if base and (os.path.isdir(base) or not os.path.isabs(base)):
+            self.base_record = base_record(base, model.active_peft_config.revision)
         super().__init__(
             model=model,
             args=args,

@@ -1,6 +1,7 @@
 """LoRA, DoRA, rsLoRA, QLoRA: what they touch, and folders that plain PEFT and plain transformers load back."""
 
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.io.checkpoints import (
     UNQUANTISED_MODULES,
+    find_base,
     forbid_inference_packing,
     four_bit_config,
     is_quantised,
@@ -496,3 +499,21 @@ def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'modeling-llava\[qlora\]'.*adapter=lora works without"):
         run({**settings, "adapter": "qlora"})
+
+
+def test_a_base_that_has_changed_since_is_reported(base, tmp_path, caplog):
+    """Its files may have been replaced, or converted to another dtype."""
+    shutil.copytree(base, tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "adapter")
+    for other, expected in ((base, False), (tmp_path / "base", False), (tmp_path / "half", True)):
+        if expected:
+            load(base, dtype=torch.float16).save_pretrained(other)
+        caplog.clear()
+        find_base(tmp_path / "adapter", base=str(other))
+        assert ("other weights" in caplog.text and "float32" in caplog.text) == expected
+    load(base).save_pretrained(tmp_path / "changed")
+    weights = load_file(tmp_path / "changed" / "model.safetensors")
+    weights = {name: w + 0.01 for name, w in weights.items()}
+    save_file(weights, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
+    find_base(tmp_path / "adapter", base=str(tmp_path / "changed"))
+    assert f"those of {tmp_path / 'changed'}" in caplog.text
