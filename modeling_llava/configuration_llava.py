@@ -16,7 +16,7 @@ def count_image_tokens(
     vision_feature_select_strategy: Literal["default", "full"] = "default",
 ) -> int:
     """
-    Image tokens (positions of the language model) that one image takes. Processor, collator and model all use this.
+    Image tokens that one image takes in the language model. Processor, collator and model all use this.
 
     Args:
         height (`int`), width (`int`):
@@ -72,7 +72,7 @@ class LlavaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`;
-            `vision_feature_layer` is none of the tower's hidden states.
+            `vision_feature_layer` is not one of the tower's hidden states.
 
     Example:
 
@@ -124,7 +124,7 @@ class LlavaConfig(PreTrainedConfig):
         depth = getattr(self.vision_config, "num_hidden_layers", None)
         if not layers or (isinstance(depth, int) and any(not -depth - 1 <= layer <= depth for layer in layers)):
             raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} is none of the vision tower's hidden states: it has "
+                f"vision_feature_layer={self.vision_feature_layer} is not one of the vision tower's hidden states: it has "
                 f"{depth} layers, so 0 (the patch embeddings) to {depth}, or {-depth - 1 if depth else None} to -1 "
                 "(the last layer's)."
             )
@@ -163,7 +163,7 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
                 "as CLIP's or SigLIP's."
             ) from error
     patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
-    shape = next(iter(shapes))  # [1, positions, hidden]
+    shape = next(iter(shapes))  # [1, tokens, hidden]
     if len(shapes) > 1 or len(shape) != 3 or shape[1] < patches:
         raise ValueError(
             f"The vision tower ({vision_config.model_type}) does not keep one position for each of its {patches} patches: "

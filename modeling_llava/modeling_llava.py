@@ -6,7 +6,7 @@ LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuni
 
 Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock
 `llava` checkpoint. What differs is the work per step, not the result: see `kernels/linear_cross_entropy.py` (the head sees supervised
-positions only), `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once) and
+tokens only), `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once) and
 `kernels/early_exit.py` (layers of the tower that nothing reads are not computed).
 """
 
@@ -53,11 +53,11 @@ class LlavaModelOutputWithPast(BaseModelOutputWithPast):
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The language model's output, before the head.
         past_key_values (`Cache`, *optional*; called `cache` since transformers 5.24):
-            Keys and values of the positions so far.
+            Keys and values of the tokens so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*), attentions (`tuple[torch.Tensor]`, *optional*):
             The language model's, one per layer.
         image_hidden_states (`torch.Tensor` of shape `(num_images * tokens_per_image, hidden_size)`, *optional*):
-            The projected image features, in the order of their positions.
+            The projected image features, in the order of their image tokens.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.Tensor`, a float32 scalar, *optional*):
-            Next-token loss over the supervised positions; given with `labels`.
+            Next-token loss over the supervised tokens; given with `labels`.
         logits (`torch.Tensor` of shape `(batch_size, num_kept_tokens, vocab_size)`):
             Scores before the softmax. Reading logits that were skipped (see `skip_logits`) raises.
         past_key_values, hidden_states, attentions, image_hidden_states:
@@ -157,12 +157,12 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 def _takes_part(module: nn.Module) -> bool:
-    """Whether a module is trained, or its weights are shared out."""
-    return any(p.requires_grad for p in module.parameters()) or _is_shared_out(module)
+    """Whether a module is trained, or its weights are sharded."""
+    return any(p.requires_grad for p in module.parameters()) or _is_sharded(module)
 
 
-def _is_shared_out(module: nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP2, DeepSpeed ZeRO-3)."""
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a shard of the weights (FSDP2, DeepSpeed ZeRO-3)."""
     return any(type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
 
 
@@ -290,7 +290,7 @@ class LlavaModel(LlavaPreTrainedModel):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        selected = [outputs.hidden_states[layer] for layer in layers]  # each [num_images, positions, vision_hidden]
+        selected = [outputs.hidden_states[layer] for layer in layers]  # each [num_images, tokens, vision_hidden]
         if vision_feature_select_strategy == "default":
             selected = [hidden_state[:, 1:] for hidden_state in selected]
         selected = selected[0] if isinstance(vision_feature_layer, int) else torch.cat(selected, dim=-1)
@@ -313,21 +313,21 @@ class LlavaModel(LlavaPreTrainedModel):
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
         """
-        Which positions are image tokens.
+        Which tokens are image tokens.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids; without them, positions are found by the image token's embedding.
+                Token ids; without them, image tokens are found by the image token's embedding.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
                 Token embeddings.
             image_features (`torch.Tensor` of shape `(num_features, hidden_size)`):
-                What is to fill these positions.
+                What replaces them.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
 
         Raises:
-            ValueError: as many positions as features are needed. This counts over the batch, for the sake of
+            ValueError: there are more or fewer image tokens than features. This counts over the batch, for the sake of
                 `torch.compile`; processor and collator check every sample and name it.
         """
         if input_ids is not None:
@@ -335,12 +335,12 @@ class LlavaModel(LlavaPreTrainedModel):
         else:
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        num_positions = mask.sum()
+        num_tokens = mask.sum()
         _check(
-            num_positions * inputs_embeds.shape[-1] == image_features.numel(),
+            num_tokens * inputs_embeds.shape[-1] == image_features.numel(),
             lambda: (
-                f"Image features and image tokens do not match: the batch has {int(num_positions)} image tokens but its "
-                f"images yield {image_features.shape[0]} (tokens: {int(num_positions)}, features: "
+                f"Image features and image tokens do not match: the batch has {int(num_tokens)} image tokens but its "
+                f"images yield {image_features.shape[0]} (tokens: {int(num_tokens)}, features: "
                 f"{image_features.shape[0]}). Let the processor expand the image tokens, and do not truncate them; its "
                 "patch_size and num_additional_image_tokens have to be those of the vision tower."
             ),
@@ -375,7 +375,7 @@ class LlavaModel(LlavaPreTrainedModel):
             return several or not any(p.requires_grad for p in self.language_model.parameters())
         if not several or (past_key_values is not None and past_key_values.get_seq_length() > 0):
             return False
-        return _is_shared_out(self.vision_tower) or _is_shared_out(self.multi_modal_projector)
+        return _is_sharded(self.vision_tower) or _is_sharded(self.multi_modal_projector)
 
     def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """
@@ -656,21 +656,21 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions; in a pack they restart at 0 with each sample.
             past_key_values, cache (`Cache`, *optional*):
-                Keys and values of earlier positions; transformers has called them `cache` since 5.24.
+                Keys and values of earlier tokens; transformers has called them `cache` since 5.24.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embeddings in place of `input_ids`; image positions are found by the image token's embedding.
+                Embeddings in place of `input_ids`; image tokens are found by their embedding.
             vision_feature_layer, vision_feature_select_strategy, image_sizes, image_indices:
                 See [`LlavaModel.get_image_features`].
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids to learn, `IGNORE_INDEX` elsewhere. They are shifted here.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                The last so many positions, or these positions, get logits; 0 for all. The loss is not affected.
+                The last so many tokens, or the tokens at these positions, get logits; 0 for all. The loss is not affected.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, in place of `pixel_values`.
             skip_logits (`bool`, *optional*):
-                Build no logits beside the loss. By default: in training, with labels.
+                Compute the loss without logits. By default: in training, with labels.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Supervised positions of the optimizer step, by which the summed loss is divided (`Trainer` gives it).
+                Supervised tokens of the optimizer step, by which the summed loss is divided (`Trainer` gives it).
             label_smoothing (`float`, *optional*, defaults to 0.0):
                 As in `torch.nn.functional.cross_entropy`.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):

@@ -10,7 +10,7 @@ from published import build
 from tiny import tiny_text_config, tiny_vision_config
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
-from modeling_llava.inference.model_lock import turns_of
+from modeling_llava.inference.model_lock import model_lock
 from modeling_llava.processing_llava import load_chat_template
 from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
@@ -113,7 +113,7 @@ def generated(model, processor, messages, max_new_tokens=12, **kwargs):
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    with torch.inference_mode(), turns_of(model):  # a server's thread may be at its last token
+    with torch.inference_mode(), model_lock(model):  # a server's thread may be at its last token
         output = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs})
     tokens = output[0, inputs["input_ids"].shape[1] :]
     return processor.decode(tokens, skip_special_tokens=True).strip()

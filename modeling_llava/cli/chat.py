@@ -1,4 +1,4 @@
-"""`llava chat MODEL`: talk to a model about pictures, in the terminal or from a script."""
+"""`llava chat MODEL`: talk to a model about images, in the terminal or from a script."""
 
 import argparse
 
@@ -8,7 +8,7 @@ examples:
   llava chat llava-hf/llava-1.5-7b-hf --load-in-4bit --image street.jpg
   llava chat runs/my-adapter
   echo "What is written on the sign?" | llava chat MODEL --image sign.jpg
-Drag a picture into the terminal, or paste its path or URL, to talk about it. /help tells the rest.
+Drag an image into the terminal, or paste its path or URL, to talk about it. /help tells the rest.
 """
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         action="append",
         metavar="PATH",
-        help="picture to begin with: path or URL (repeatable: several at once)",
+        help="image to begin with: path or URL (repeatable: several at once)",
     )
     add_loading_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
@@ -92,7 +92,7 @@ def load_from_arguments(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> int:
     from ..inference.chat import Chat
     from ..inference.decoding_settings import DecodingSettings
-    from ..inference.image_references import read_picture
+    from ..inference.image_references import read_image
     from ..inference.predictor import LlavaPredictor
     from .chat_terminal import Terminal
 
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.top_p is not None or args.top_k is not None:
         raise ValueError("--top-p and --top-k draw an answer, so they need --temperature above 0, such as 0.7.")
     DecodingSettings(**settings)  # a mistake is found before the model is loaded, and so is a wrong path
-    pictures = [read_picture(reference) for reference in args.image or []]
+    images = [read_image(reference) for reference in args.image or []]
     model, processor = load_from_arguments(args)
     chat = Chat(LlavaPredictor(model, processor, system=args.system), seed=args.seed, **settings)
     terminal = Terminal(chat, name=args.model, remember=not args.no_history)
-    return terminal.run(pictures)
+    return terminal.run(images)

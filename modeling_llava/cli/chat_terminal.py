@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..inference.chat import Chat, Conversation, save_transcript
-from ..inference.image_references import Picture, are_pictures, read_picture, split_references
+from ..inference.image_references import NamedImage, are_images, read_image, split_references
 
 
 HISTORY = "~/.llava_history"
 COMMANDS: dict[str, tuple[str, str]] = {
     "/image": (
         "PATH …",
-        "talk about this picture (or these); without PATH: which one it is; `none`: about no picture",
+        "talk about this image (or these); without PATH: which one it is; `none`: about no image",
     ),
-    "/reset": ("", "forget what was said, keep the picture"),
-    "/retry": ("", "answer the last question anew"),
+    "/reset": ("", "forget what was said, keep the image"),
+    "/retry": ("", "answer the last question again"),
     "/save": ("FILE", "write the conversation: .json as training data, any other name as Markdown"),
     "/help": ("", "this list"),
     "/quit": ("", "leave (also Ctrl-D)"),
@@ -53,13 +53,13 @@ class Terminal:
         self.read_line = _line_reader(remember) if self.interactive else None
         self.colour = self.interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
-    def run(self, pictures: list[Picture]) -> int:
+    def run(self, images: list[NamedImage]) -> int:
         """Until the person leaves. Returns the exit code."""
-        if not pictures:
+        if not images:
             self.chat.show([])
             if self.interactive:
-                self.note("Paste a picture's path or URL, or ask without one. /help tells the rest.")
-        elif not self.guarded(lambda: self.show(pictures)):
+                self.note("Paste an image's path or URL, or ask without one. /help tells the rest.")
+        elif not self.guarded(lambda: self.show(images)):
             return 1
         if not self.interactive:
             try:
@@ -87,7 +87,7 @@ class Terminal:
         return 0
 
     def handle(self, line: str) -> bool:
-        """One line: a command, pictures, or a question. Returns whether the chat goes on."""
+        """One line: a command, images, or a question. Returns whether the chat continues."""
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit", "/q"):
             return False
@@ -100,7 +100,7 @@ class Terminal:
         }
         if command in actions:
             self.guarded(lambda: actions[command](rest.strip()))
-        elif are_pictures(line):
+        elif are_images(line):
             self.guarded(lambda: self.image(line))
         elif line.startswith("/") and "/" not in command[1:]:
             self.complain(f"There is no command {command}. /help lists them.")
@@ -109,7 +109,7 @@ class Terminal:
         return True
 
     def guarded(self, action: Callable[[], None]) -> bool:
-        """Runs an action; a mistake is one line, and the chat goes on."""
+        """Runs an action; a mistake is one line, and the chat continues."""
         try:
             action()
         except BrokenPipeError:
@@ -128,12 +128,12 @@ class Terminal:
             self.show([])
         else:
             try:
-                self.show([read_picture(reference) for reference in split_references(rest)])
+                self.show([read_image(reference) for reference in split_references(rest)])
             except ValueError as error:
                 raise ValueError(f"{error} {self.about('Still about')}") from None
 
-    def show(self, pictures: list[Picture]) -> None:
-        self.chat.show(pictures)
+    def show(self, images: list[NamedImage]) -> None:
+        self.chat.show(images)
         self.began()
         self.note(self.about())
 
@@ -147,10 +147,10 @@ class Terminal:
         self.conversations.append(self.chat.conversation)
 
     def about(self, begin: str = "About") -> str:
-        pictures = self.chat.conversation.pictures
-        if not pictures:
-            return f"{begin} no picture."
-        sizes = (f"{_printable(picture.name)} ({picture.image.width}×{picture.image.height})" for picture in pictures)
+        images = self.chat.conversation.images
+        if not images:
+            return f"{begin} no image."
+        sizes = (f"{_printable(image.name)} ({image.image.width}×{image.image.height})" for image in images)
         return f"{begin} {', '.join(sizes)}."
 
     def save(self, rest: str) -> None:
@@ -214,7 +214,7 @@ def _first_ctrl_c(action: Callable[[], None]) -> Iterator[list[bool]]:
     The first Ctrl-C calls `action` and is kept in the list that is yielded; a second one interrupts whatever is going on.
 
     Python raises `KeyboardInterrupt` wherever it is: in a finalizer or a callback, while a token is computed, it would be
-    lost, and the answer would go on.
+    lost, and the answer would continue.
     """
     pressed: list[bool] = []
     before = signal.getsignal(signal.SIGINT) or signal.default_int_handler

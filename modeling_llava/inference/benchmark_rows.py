@@ -55,20 +55,20 @@ def rows_of_samples(
             yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder)
 
 
-def encode_pictures(pictures: list[Image.Image], decoder: Decoder, processor) -> list:
-    """The features `[num_image_tokens, hidden]` of each picture."""
-    if not pictures:
+def encode_images(images: list[Image.Image], decoder: Decoder, processor) -> list:
+    """The features `[num_image_tokens, hidden]` of each image."""
+    if not images:
         return []
-    return decoder.encode_images(processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"])
+    return decoder.encode_images(processor.image_processor(images=images, return_tensors="pt")["pixel_values"])
 
 
 def _rows_of_groups(groups, decoder: Decoder, processor, image_folder) -> Iterator[Row]:
-    pictures = [
+    images = [
         [load_image(reference, image_folder, str(group[0][0]["id"])) for reference in group[0][0]["images"]]
         for group in groups
     ]
-    features = iter(encode_pictures([picture for some in pictures for picture in some], decoder, processor))
-    for group, some in zip(groups, pictures):
+    features = iter(encode_images([image for some in images for image in some], decoder, processor))
+    for group, some in zip(groups, images):
         own_features = list(islice(features, len(some)))
         prefix = _group_prefix([ids for _, ids in group], own_features, decoder, processor.image_token_id)
         for sample, ids in group:
@@ -114,4 +114,4 @@ def _checked_sample(sample: dict) -> dict:
     return sample
 
 
-__all__ = ["encode_pictures", "rows_of_samples"]
+__all__ = ["encode_images", "rows_of_samples"]

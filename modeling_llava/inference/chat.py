@@ -1,4 +1,4 @@
-"""A conversation about pictures as a person has it: stop an answer, ask again, begin anew, keep what was said."""
+"""A conversation about images as a person has it: stop an answer, ask again, start over, save it."""
 
 import itertools
 import json
@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .image_references import Picture
+from ..io.atomic import write_atomic
+from .image_references import NamedImage
 from .predictor import LlavaPredictor
 
 
 @dataclass
 class Conversation:
-    """Pictures, and what was said about them so far. A stopped answer counts as far as it went."""
+    """Images, and what was said about them so far. A stopped answer counts as far as it went."""
 
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[NamedImage] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -49,7 +50,7 @@ class Statistics:
 
 class Chat:
     """
-    One person's conversation over a [`LlavaPredictor`]. Pictures are encoded once and stay encoded over all turns.
+    One person's conversation over a [`LlavaPredictor`]. Images are encoded once and stay encoded over all turns.
 
     Args:
         predictor ([`LlavaPredictor`]): This chat's own; several may share a model, and take turns in threads.
@@ -72,7 +73,7 @@ class Chat:
         self._stop = False
         self._busy = threading.Lock()
         self.encoded = False
-        """Whether the predictor holds the conversation's pictures."""
+        """Whether the predictor holds the conversation's images."""
 
     @property
     def max_length(self) -> int | None:
@@ -84,19 +85,19 @@ class Chat:
         """Whether an answer is being streamed."""
         return self._busy.locked()
 
-    def show(self, pictures: list[Picture]) -> None:
-        """Begins a conversation about these pictures (none: about text alone), and encodes them."""
+    def show(self, images: list[NamedImage]) -> None:
+        """Begins a conversation about these images (none: about text alone), and encodes them."""
         with self._predicting:
-            self.predictor.set_image([picture.image for picture in pictures])
+            self.predictor.set_image([image.image for image in images])
             self.encoded = True
-        self.conversation = Conversation(list(pictures))
+        self.conversation = Conversation(list(images))
 
     def reset(self) -> None:
-        """Begins a new conversation about the same pictures."""
-        self.conversation = Conversation(self.conversation.pictures)
+        """Begins a new conversation about the same images."""
+        self.conversation = Conversation(self.conversation.images)
 
     def release(self) -> None:
-        """Frees what the predictor holds; the conversation goes on all the same, its pictures are encoded again."""
+        """Frees what the predictor holds; the next question encodes the images again."""
         with self._predicting:
             self.predictor.reset()
             self.encoded = False
@@ -120,7 +121,7 @@ class Chat:
 
     def retry(self, **settings) -> Iterator[str]:
         """
-        Answers the latest question anew, in the place of the answer before.
+        Answers the latest question again; the new answer replaces the old one.
 
         Raises:
             ValueError: nothing was asked yet; and as [`ask`].
@@ -140,7 +141,7 @@ class Chat:
         try:
             with self._predicting:
                 if not self.encoded:
-                    predictor.set_image([picture.image for picture in conversation.pictures])
+                    predictor.set_image([image.image for image in conversation.images])
                     self.encoded = True
                 predictor.history = before.copy()
                 prompt_tokens = predictor.prompt_length(question, keep_history=True)
@@ -177,7 +178,7 @@ class Chat:
         if room < 1:
             raise ValueError(
                 f"The conversation is {prompt_tokens:,} tokens long, and the model takes {self.max_length:,}. Begin a new "
-                "one about the same picture with a reset."
+                "one about the same image with a reset."
             )
         wanted = settings.get("max_new_tokens", self.predictor.settings.max_new_tokens)
         return {**settings, "max_new_tokens": min(wanted, room)}
@@ -199,12 +200,7 @@ def save_transcript(conversations: list[Conversation], path: str | os.PathLike, 
         raise ValueError("Nothing was said yet, so there is nothing to save.")
     path = Path(path).expanduser()
     text = _as_rows(told) if path.suffix.lower() == ".json" else _as_markdown(told, model)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        beside.write_text(text, "utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomic(path, text)
     return path
 
 
@@ -213,10 +209,10 @@ def _as_rows(conversations: list[Conversation]) -> str:
     for number, conversation in enumerate(conversations, start=1):
         messages = []
         for turn, (question, answer) in enumerate(conversation.turns):
-            images = [{"type": "image"} for _ in conversation.pictures] if turn == 0 else []
+            images = [{"type": "image"} for _ in conversation.images] if turn == 0 else []
             messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        names = [_absolute(picture.name) for picture in conversation.pictures]
+        names = [_absolute(image.name) for image in conversation.images]
         rows.append({"id": f"chat-{number}", "messages": messages, "images": names})
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
 
@@ -228,8 +224,8 @@ def _absolute(name: str) -> str:
 def _as_markdown(conversations: list[Conversation], model: str) -> str:
     lines = [f"# A conversation with {model}" if model else "# A conversation", ""]
     for conversation in conversations:
-        names = ", ".join(f"`{picture.name}`" for picture in conversation.pictures)
-        lines += [f"## About {names}" if names else "## Without a picture", ""]
+        names = ", ".join(f"`{image.name}`" for image in conversation.images)
+        lines += [f"## About {names}" if names else "## Without an image", ""]
         for question, answer in conversation.turns:
             quoted = "\n".join(f"> {line}".rstrip() for line in question.splitlines())
             lines += [quoted, "", answer, ""]

@@ -14,9 +14,9 @@ from ..constants import CACHE
 from ..kernels.early_exit import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
 from .memory import MARGIN, compute_device, free_memory, key_value_bytes, pass_bytes
-from .model_lock import turns_of
+from .model_lock import model_lock
 from .prefix_cache import Prefix, RowCache
-from .prune_last_layer import last_layer_for
+from .prune_last_layer import prune_last_layer
 from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
 
 
@@ -62,7 +62,7 @@ class Row:
 
 class Decoder:
     """
-    Runs a LLaVA over rows. Decoders of one model in threads take turns (`turns_of`).
+    Runs a LLaVA over rows. Decoders of one model in several threads share its `model_lock`.
 
     Args:
         model ([`LlavaForConditionalGeneration`], stock or ours, or a `PeftModel` around it)
@@ -82,18 +82,18 @@ class Decoder:
         self.language_model = self.model.model.language_model
         self.tokenizer = tokenizer
         self.num_layers = self.language_model.config.num_hidden_layers
-        with self.turns:
+        with self.lock:
             self.shares_prefixes = supports_shared_prefix(self.language_model, self.device)
         if not self.shares_prefixes:
             logger.warning(
                 f"{type(self.language_model).__name__} has layers whose keys and values cannot be shared between questions: "
-                "images are encoded once, but each prompt is computed anew, one at a time."
+                "images are encoded once, but each prompt is computed on its own, one at a time."
             )
 
     @property
-    def turns(self):
+    def lock(self):
         """The model's lock; looked up each time, for a lock can be neither copied nor pickled."""
-        return turns_of(self.model)
+        return model_lock(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +105,7 @@ class Decoder:
         """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
         tower = self.model.model.vision_tower
         pixel_values = pixel_values.to(compute_device(self.model, tower), tower.dtype)
-        with self.turns, without_later_layers(tower, self.model.config.vision_feature_layer):
+        with self.lock, without_later_layers(tower, self.model.config.vision_feature_layer):
             return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
 
     @property
@@ -127,7 +127,7 @@ class Decoder:
         step = Prefill([num_tokens], [None], write, self.device)
         embeds = self._embed(Row("the prefix", prefix.ids, features=prefix.features))[None]
         last = torch.tensor([num_tokens - 1], device=self.device)
-        with self.turns, last_layer_for(self.language_model, last, num_tokens):
+        with self.lock, prune_last_layer(self.language_model, last, num_tokens):
             self._forward(embeds, step)
         prefix.features = []
         return prefix
@@ -213,7 +213,7 @@ class Decoder:
             step = Prefill(lengths, [row.prefix for row in some], write, self.device)
             embeds = torch.cat([self._embed(row) for row in some])[None]
             last = torch.tensor([end - 1 for _, end in step.spans], device=self.device)
-            with self.turns, last_layer_for(self.language_model, last, embeds.shape[1]):
+            with self.lock, prune_last_layer(self.language_model, last, embeds.shape[1]):
                 hidden = self._forward(embeds, step)
             self._choose(self.model.lm_head(hidden[0, last]), some, settings)
 
@@ -227,7 +227,7 @@ class Decoder:
 
     def _forward(self, embeds: torch.Tensor, step: Prefill | Decode) -> torch.Tensor:
         # embeds [1, num_tokens, hidden]
-        with self.turns, shared_prefix_implementation(self.language_model.config):
+        with self.lock, shared_prefix_implementation(self.language_model.config):
             outputs = self.language_model(
                 inputs_embeds=embeds,
                 position_ids=step.positions[None],
@@ -259,7 +259,7 @@ class Decoder:
             cache = DynamicCache(config=self.language_model.config)
             embeds = self._embed(row)[None]
             while row.finish_reason is None:
-                with self.turns:
+                with self.lock:
                     _forget_lengths(self.language_model)  # of what another decoder answered meanwhile
                     outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
                     _forget_lengths(self.language_model)

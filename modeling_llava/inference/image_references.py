@@ -1,4 +1,4 @@
-"""What a person types, pastes or drags where a picture is asked for: paths in every terminal's spelling, and URLs."""
+"""What a person types, pastes or drags where an image is asked for: paths in every terminal's spelling, and URLs."""
 
 import os
 import re
@@ -18,8 +18,8 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and what the person calls it.
+class NamedImage:
+    """An image and what the person calls it.
 
     Attributes:
         name (`str`): Path or URL; for an upload, the file's name.
@@ -70,10 +70,10 @@ def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:
     return [_clean(part) for part in [*words, word] if part]
 
 
-def are_pictures(text: str) -> bool:
+def are_images(text: str) -> bool:
     """
-    Whether a line holds nothing but pictures, so that it need not be asked about: URLs, files with a picture's ending,
-    or paths (with a folder) that end as a picture's would.
+    Whether a line holds nothing but images, so that it need not be asked about: URLs, files with an image's ending,
+    or paths (with a folder) that end as an image's would.
     """
     if "\n" in text.strip():
         return False
@@ -90,20 +90,20 @@ def is_url(reference: str) -> bool:
     return reference.lower().startswith(("http://", "https://"))
 
 
-def read_picture(reference: str) -> Picture:
+def read_image(reference: str) -> NamedImage:
     """
-    Read one picture from a path or an `http(s)` URL.
+    Read one image from a path or an `http(s)` URL.
 
     Raises:
-        ValueError: it is not there, not a picture, damaged, too large, or cannot be downloaded; in one line.
+        ValueError: it is not there, not an image, damaged, too large, or cannot be downloaded; in one line.
     """
     reference = reference if is_url(reference) else _clean(reference)
     if not reference.strip():
-        raise ValueError("A picture's path is empty.")
+        raise ValueError("An image's path is empty.")
     if "://" in reference and not is_url(reference):
         raise ValueError(f"{reference} is neither a path nor an http(s) URL.")
     try:
-        return Picture(reference, load_image(download(reference) if is_url(reference) else reference))
+        return NamedImage(reference, load_image(download(reference) if is_url(reference) else reference))
     except BadSampleError as error:
         raise ValueError(_about(reference, error.message)) from None
 
@@ -130,4 +130,4 @@ def _clean(word: str) -> str:
     return word
 
 
-__all__ = ["Picture", "are_pictures", "is_url", "read_picture", "split_references"]
+__all__ = ["NamedImage", "are_images", "is_url", "read_image", "split_references"]

@@ -1,4 +1,4 @@
-"""One at a time: while a predictor computes, its model attends in another way, and some layers do less than their own work."""
+"""One lock per model: while a predictor computes, its model attends in another way and some layers compute less."""
 
 import threading
 from weakref import WeakKeyDictionary
@@ -10,13 +10,13 @@ _LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
 _MAKING = threading.Lock()
 
 
-def turns_of(model: nn.Module):
+def model_lock(model: nn.Module):
     """
-    The lock of a model, which every predictor over it holds while it computes (a token at a time), so that predictors in
-    threads take turns by themselves. Whoever else uses the model meanwhile, `generate` for one, holds it as well:
+    The lock that every predictor over a model holds while it computes a token. Hold it for other uses of the model in
+    another thread, such as `generate`:
 
     ```python
-    >>> with turns_of(model):
+    >>> with model_lock(model):
     ...     model.generate(**inputs)
     ```
 
@@ -28,4 +28,4 @@ def turns_of(model: nn.Module):
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-__all__ = ["turns_of"]
+__all__ = ["model_lock"]

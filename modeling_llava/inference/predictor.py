@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..data.images import image_key, load_image
 from ..data.schema import BadSampleError
-from .benchmark_rows import encode_pictures, rows_of_samples
+from .benchmark_rows import encode_images, rows_of_samples
 from .decoding import Decoder, Row
 from .decoding_settings import DecodingSettings, default_settings
 from .prefix_cache import Prefix, join, match_chain
@@ -56,8 +56,8 @@ class LlavaPredictor:
     of `generate`, token for token (float32).
 
     The model is put into `eval()`; its weights are not touched. A predictor is for one thread at a time; predictors over
-    one model may be in threads, where they take turns, token by token (what else uses the model meanwhile holds
-    [`~modeling_llava.inference.model_lock.turns_of`] it).
+    one model may be in several threads: they share its lock, token by token. Hold
+    [`~modeling_llava.inference.model_lock.model_lock`] for other uses of the model.
 
     Args:
         model ([`LlavaForConditionalGeneration`]):
@@ -71,7 +71,7 @@ class LlavaPredictor:
             present image is kept whatever it takes. 7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
         settings ([`DecodingSettings`], *optional*):
             How answers are chosen; by default greedy, at most 512 tokens, with the end tokens and what else the model's
-            generation configuration asks of greedy answers. Any field can be given anew with each question.
+            generation configuration asks of greedy answers. Each question can override any field.
 
     Example:
 
@@ -136,7 +136,7 @@ class LlavaPredictor:
 
         Args:
             image (`str`, `PIL.Image.Image`, `bytes`, a list of them, or `None`):
-                A path, a picture, the bytes of an image file; several images stand before the question in this order;
+                A path, an image, the bytes of an image file; several images stand before the question in this order;
                 `None` for questions without an image.
 
         Raises:
@@ -148,11 +148,11 @@ class LlavaPredictor:
             try:
                 key = tuple(_content_key(reference) for reference in references)
                 encoded = self._cache.get(key)
-                pictures = [load_image(reference) for reference in references] if encoded is None else []
+                images = [load_image(reference) for reference in references] if encoded is None else []
             except BadSampleError as error:  # "has the image …"
                 raise ValueError(f"set_image: the question {error.message}") from None
             if encoded is None:
-                encoded = _EncodedImages(encode_pictures(pictures, self.decoder, self.processor))
+                encoded = _EncodedImages(encode_images(images, self.decoder, self.processor))
                 self._cover(encoded, encode_prompt(self._messages([("?", None)], len(references)), self.processor))
             self._cache[key] = encoded
             self._cache.move_to_end(key)
@@ -191,7 +191,7 @@ class LlavaPredictor:
         if not isinstance(question, Iterable):
             raise TypeError(f"A question is a string, or a list of strings, not {type(question).__name__}.")
         if keep_history:
-            raise ValueError("A conversation goes on with one question. Ask a list without keep_history.")
+            raise ValueError("keep_history takes one question, not a list. Ask a list without keep_history.")
         settings = self._settings(settings)
         rows = [self._row([(text, None)], number) for number, text in enumerate(question)]
         for _ in self.decoder.run(rows, settings, batch_size):
@@ -201,7 +201,7 @@ class LlavaPredictor:
     def stream(self, question: str, *, keep_history: bool = False, **settings) -> Iterator[str]:
         """
         As [`ask`] with one question; yields the answer's text piece by piece, as it grows. With `keep_history` the turn
-        is kept once the last piece has been taken; an answer that is broken off, or outlived by a new conversation, leaves
+        is kept once the last piece has been taken; an answer that is closed early, or ends after a new conversation began, leaves
         the conversation as it was.
 
         What was streamed, its number of tokens and why it ended are in `last_answer` afterwards.
@@ -345,12 +345,12 @@ class LlavaPredictor:
 
 
 def _content_key(reference: Any) -> tuple:
-    """Equal for the same picture: a file that has not changed, or the same pixels, upright and in RGB."""
+    """Equal for the same image: a file that has not changed, or the same pixels, upright and in RGB."""
     if isinstance(reference, Mapping) and reference.get("bytes") is None:
         reference = reference.get("path")
     if isinstance(reference, Image.Image):
-        picture = load_image(reference)  # equal values are another picture under another palette or orientation
-        return "pixels", picture.size, hashlib.blake2b(picture.tobytes()).digest()
+        image = load_image(reference)  # equal values are another image under another palette or orientation
+        return "pixels", image.size, hashlib.blake2b(image.tobytes()).digest()
     if isinstance(reference, (str, os.PathLike)) and os.path.isfile(reference):
         info = os.stat(reference)
         return "file", os.path.abspath(reference), info.st_mtime_ns, info.st_size

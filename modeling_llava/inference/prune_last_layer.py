@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def last_layer_for(language_model, tokens: torch.Tensor, num_tokens: int):
+def prune_last_layer(language_model, tokens: torch.Tensor, num_tokens: int):
     """
     The output of the last layer is that of `tokens`, and meaningless for the others, for the duration: the layer's output
     projection and its MLP, which treat each token apart, are computed for `tokens` only. Keys and values are all there.
@@ -39,4 +39,4 @@ def last_layer_for(language_model, tokens: torch.Tensor, num_tokens: int):
         yield
 
 
-__all__ = ["last_layer_for"]
+__all__ = ["prune_last_layer"]

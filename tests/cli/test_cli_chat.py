@@ -92,7 +92,7 @@ def test_commands(script, folder, tmp_path, model_and_processor):
     code, out, err = script(lines, [folder, "--image", image, *ASK])
     a = answer(model_and_processor, "What is it?", [picture(1)])
     assert code == 0 and out == [a, a, a, answer(model_and_processor, "What is it?", [])]
-    assert "A new conversation. About" in err and "About no picture." in err and "/save FILE" in err
+    assert "A new conversation. About" in err and "About no image." in err and "/save FILE" in err
     assert err.count("Written: ") == 4
     rows = json.loads((tmp_path / "chat.json").read_text())
     assert [len(row["messages"]) for row in rows] == [2, 2, 2]

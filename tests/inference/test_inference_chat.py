@@ -1,4 +1,4 @@
-"""A conversation about pictures: against `generate` on the whole conversation, stopped, asked again, saved, read back."""
+"""A conversation about images: against `generate` on the whole conversation, stopped, asked again, saved, read back."""
 
 import functools
 import http.server
@@ -11,7 +11,7 @@ from tiny_predictor import assistant_turn, generated, picture, user_turn
 
 from modeling_llava.data import load_conversations
 from modeling_llava.inference.chat import Chat, save_transcript
-from modeling_llava.inference.image_references import Picture, are_pictures, read_picture, split_references
+from modeling_llava.inference.image_references import NamedImage, are_images, read_image, split_references
 from modeling_llava.inference.predictor import LlavaPredictor
 
 
@@ -21,7 +21,7 @@ QUESTIONS = ["What is this?", "Why is it so?", "And the one on the left?"]
 @pytest.fixture
 def chat(model, processor):
     chat = Chat(LlavaPredictor(model, processor), max_new_tokens=10)
-    chat.show([Picture("a.png", picture(1))])
+    chat.show([NamedImage("a.png", picture(1))])
     return chat
 
 
@@ -66,7 +66,7 @@ def test_stopped_answer_is_kept_as_far_as_it_went(chat, model, processor):
 def test_retry_replaces_the_answer_and_sampling_gives_another(model, processor):
     def answers(seed):
         chat = Chat(LlavaPredictor(model, processor), seed=seed, do_sample=True, temperature=3.0, max_new_tokens=8)
-        chat.show([Picture("a.png", picture(1))])
+        chat.show([NamedImage("a.png", picture(1))])
         first = "".join(chat.ask(QUESTIONS[0]))
         second = "".join(chat.retry())
         assert chat.conversation.turns == [(QUESTIONS[0], second)]
@@ -99,7 +99,7 @@ def test_reset_keeps_the_picture_and_show_takes_another(chat, model, processor):
     first = "".join(chat.ask(QUESTIONS[0]))
     chat.reset()
     assert chat.conversation.turns == [] and "".join(chat.ask(QUESTIONS[0])) == first
-    chat.show([Picture("b.png", picture(2)), Picture("c.png", picture(3))])
+    chat.show([NamedImage("b.png", picture(2)), NamedImage("c.png", picture(3))])
     both = expected(model, processor, [], QUESTIONS[0], [picture(2), picture(3)])
     assert "".join(chat.ask(QUESTIONS[0])) == both != first
     chat.show([])
@@ -146,7 +146,7 @@ def test_chats_that_share_a_model_in_threads_do_not_mix(model, processor):
     answers: list[list[str]] = [[] for _ in chats]
 
     def talk(number):
-        chats[number].show([Picture(f"{number}.png", picture(number))])
+        chats[number].show([NamedImage(f"{number}.png", picture(number))])
         for question in QUESTIONS[:2]:
             answers[number].append("".join(chats[number].ask(question)))
 
@@ -166,7 +166,7 @@ def test_chats_that_share_a_model_in_threads_do_not_mix(model, processor):
 
 def test_transcript_in_json_is_training_data(chat, tmp_path):
     picture(1).save(tmp_path / "a.png")
-    chat.show([read_picture(str(tmp_path / "a.png"))])
+    chat.show([read_image(str(tmp_path / "a.png"))])
     answers = ["".join(chat.ask(question)) for question in QUESTIONS[:2]]
     first = chat.conversation
     chat.show([])
@@ -224,13 +224,13 @@ def test_a_file_that_exists_is_taken_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("two words.png", "it's a 'cat'.png"):
         picture(1).save(name)
-        assert split_references(name) == [name] and are_pictures(name)
+        assert split_references(name) == [name] and are_images(name)
 
 
 def test_what_is_a_picture_and_what_a_question(tmp_path):
     picture(1).save(tmp_path / "a.png")
     for line in (f"{tmp_path}/a.png", f"'{tmp_path}/a.png'", "/not/there.jpg", "https://example.org/x", r"C:\a\b.JPG"):
-        assert are_pictures(line), line
+        assert are_images(line), line
     for line in (
         "What is a.png?",
         "cat.jpg",
@@ -240,7 +240,7 @@ def test_what_is_a_picture_and_what_a_question(tmp_path):
         "",
         "/etc/passwd",
     ):
-        assert not are_pictures(line), line
+        assert not are_images(line), line
 
 
 class Site(http.server.SimpleHTTPRequestHandler):
@@ -264,37 +264,37 @@ def site(tmp_path, monkeypatch):
 def test_pictures_by_url(site, monkeypatch):
     folder, url = site
     picture(5).save(folder / "eine Straße.png")
-    read = read_picture(f"{url}/eine Straße.png")
+    read = read_image(f"{url}/eine Straße.png")
     assert read.name == f"{url}/eine Straße.png" and read.image.tobytes() == picture(5).tobytes()
     (folder / "page.jpg").write_text("<!doctype html>")
     with pytest.raises(ValueError, match="page.jpg is not an image: .* looks like a web page"):
-        read_picture(f"{url}/page.jpg")
+        read_image(f"{url}/page.jpg")
     with pytest.raises(ValueError, match="absent.jpg cannot be downloaded: the server says 404"):
-        read_picture(f"{url}/absent.jpg")
+        read_image(f"{url}/absent.jpg")
     monkeypatch.setattr("modeling_llava.io.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match="is larger than"):
-        read_picture(f"{url}/eine Straße.png")
+        read_image(f"{url}/eine Straße.png")
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        read_picture("http://127.0.0.1:1/a.jpg")
+        read_image("http://127.0.0.1:1/a.jpg")
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        read_picture("http://[bad/a.jpg")
+        read_image("http://[bad/a.jpg")
 
 
 def test_wrong_pictures_are_one_line_that_names_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^nope.jpg is not there \(looked in .*\)\.$"):
-        read_picture("nope.jpg")
+        read_image("nope.jpg")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match="^cut.png is"):
-        read_picture("cut.png")
+        read_image("cut.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     picture(1).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="^large.png has more pixels"):
-        read_picture("large.png")
+        read_image("large.png")
 
 
 def test_rows_keep_urls_and_names_that_are_no_files(chat, tmp_path):
-    chat.show([Picture("https://example.org/a.jpg", picture(1))])
+    chat.show([NamedImage("https://example.org/a.jpg", picture(1))])
     list(chat.ask(QUESTIONS[0]))
     path = save_transcript([chat.conversation], tmp_path / "chat.json")
     assert json.loads(path.read_text())[0]["images"] == ["https://example.org/a.jpg"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_predictor import QUESTIONS, generated, picture, tiny_llava, user_turn
 
-from modeling_llava.inference.model_lock import turns_of
+from modeling_llava.inference.model_lock import model_lock
 from modeling_llava.inference.predictor import LlavaPredictor
 
 
@@ -69,7 +69,7 @@ def test_whoever_uses_the_model_beside_predictors_can_take_a_turn(model, process
     predictor.set_image(picture(1))
     answers = []
     asking = threading.Thread(target=lambda: answers.append(predictor.ask(QUESTIONS[0], max_new_tokens=4)))
-    with turns_of(model):
+    with model_lock(model):
         asking.start()
         asking.join(0.2)
         assert asking.is_alive() and not answers
@@ -82,10 +82,10 @@ def test_an_adapter_and_its_base_take_turns_too(model, processor):
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
-    assert turns_of(adapted) is turns_of(model)
+    assert model_lock(adapted) is model_lock(model)
     with torch.device("meta"):
         other = tiny_llava(processor)
-    assert turns_of(other) is not turns_of(model)
+    assert model_lock(other) is not model_lock(model)
 
 
 def test_answers_that_grow_side_by_side_do_not_lend_each_other_their_angles(processor):
@@ -111,7 +111,7 @@ def test_a_predictor_can_be_copied_with_its_model(model, processor):
     predictor.set_image(picture(1))
     answer = predictor.ask(QUESTIONS[0], max_new_tokens=4)
     copied = copy.deepcopy(predictor)
-    assert copied.model is not model and turns_of(copied.model) is not turns_of(model)
+    assert copied.model is not model and model_lock(copied.model) is not model_lock(model)
     assert copied.ask(QUESTIONS[0], max_new_tokens=4) == answer
 
 
@@ -139,7 +139,7 @@ def test_an_answer_closed_or_broken_by_an_error_in_a_thread_leaves_the_turn_to_o
     thread.join()
     begun.pop().close()  # begun in a thread that has ended
     assert predictor.last_answer.finish_reason == "broken off"
-    assert turns_of(model).acquire(timeout=5)
-    turns_of(model).release()
+    assert model_lock(model).acquire(timeout=5)
+    model_lock(model).release()
     assert predictor.ask(QUESTIONS[0], max_new_tokens=4) == answer
     assert generated(model, processor, [user_turn(QUESTIONS[0], [picture(1)])], 4) == answer

@@ -6,7 +6,7 @@ from tiny_predictor import picture, user_turn
 
 from modeling_llava.inference.predictor import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
-from modeling_llava.inference.prune_last_layer import last_layer_for
+from modeling_llava.inference.prune_last_layer import prune_last_layer
 from modeling_llava.kernels.early_exit import without_later_layers
 
 
@@ -18,7 +18,7 @@ def test_the_last_layer_gives_the_tokens_that_are_read_and_all_keys(model):
     read = torch.tensor([2, 6])
     seen = []
     hook = language_model.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    with last_layer_for(language_model, read, 7):
+    with prune_last_layer(language_model, read, 7):
         part = language_model(inputs_embeds=embeds, use_cache=True)
     torch.testing.assert_close(part.last_hidden_state[:, read], whole.last_hidden_state[:, read])
     for a, b in zip(part.past_key_values.layers, whole.past_key_values.layers):
