@@ -148,42 +148,54 @@ def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Con
         )
     row = _of_webdataset(row)
     sample_id = str(index if row.get("id") is None else row["id"])
+    try:
+        messages, images = _read(row)
+        type = _checked(messages, row.get("type") or type)
+        messages = _with_system(row, messages)
+    except _Bad as error:
+        raise BadSampleError(sample_id, *error.args) from None
+    require_an_image_for_each_place(sample_id, messages, images)
+    return {"id": sample_id, "messages": messages, "images": images, "type": type}
+
+
+from_llava_row = from_messages_row = from_row
+
+
+class _Bad(Exception):
+    """Reason and message of a [`BadSampleError`] whose sample is known further up."""
+
+
+def _read(row: Mapping) -> tuple[list[dict], list]:
+    """The messages and the image references of a row."""
     key = next((key for key in ("conversations", "messages") if row.get(key) is not None), None)
     if key is None:
-        raise BadSampleError(
-            sample_id,
+        raise _Bad(
             BAD_ROW,
             f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): its keys are {sorted(row)}.",
         )
     turns = plain_messages(row[key])
     if not isinstance(turns, list):
-        raise BadSampleError(sample_id, BAD_ROW, f"has no list of {key!r} but {_short(turns)}.")
-    images, own, messages = _images(row, sample_id), [], []
+        raise _Bad(BAD_ROW, f"has no list of {key!r} but {_short(turns)}.")
+    images, own, messages = _images(row), [], []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise BadSampleError(
-                sample_id,
+            raise _Bad(
                 BAD_ROW,
                 f"has a turn {number} that is neither {{'from': …, 'value': …}} nor {{'role': …, 'content': …}}: "
                 f"{_short(turn)}.",
             )
-        role, content = _role(turn["role"], sample_id), turn["content"]
+        role, content = _role(turn["role"]), turn["content"]
         if isinstance(content, str):
             content = _cut(content) if images and role == "user" else _text(content)
         elif isinstance(content, list):
             own += [item["image"] for item in content if isinstance(item, Mapping) and item.get("image") is not None]
-            content = [_item(item, role, number, sample_id) for item in content]
+            content = [_item(item, role, number) for item in content]
         else:
-            raise BadSampleError(
-                sample_id, BAD_ROW, f"has a turn {number} whose content is neither text nor a list: {_short(content)}."
-            )
-        messages.append({"role": role, "content": content, **_weight(turn, role, number, sample_id)})
+            raise _Bad(BAD_ROW, f"has a turn {number} whose content is neither text nor a list: {_short(content)}.")
+        messages.append({"role": role, "content": content, **_weight(turn, role, number)})
     images = images or own
-    _require_all_read(sample_id, row, turns, images)
-    return _checked(sample_id, _with_system(row, messages, sample_id), images, row.get("type") or type)
-
-
-from_llava_row = from_messages_row = from_row
+    _require_all_read(row, turns, images)
+    return messages, images
 
 
 def _of_webdataset(row: Mapping) -> Mapping:
@@ -199,21 +211,19 @@ def _of_webdataset(row: Mapping) -> Mapping:
     return {"id": row["__key__"], "images": images or None, **content}
 
 
-def _weight(turn: Mapping, role: str, number: int, sample_id: str) -> dict:
+def _weight(turn: Mapping, role: str, number: int) -> dict:
     try:
         weight = turn_weight(turn)
     except ValueError as error:
-        raise BadSampleError(sample_id, BAD_ROW, f"has in turn {number} {error}.") from None
+        raise _Bad(BAD_ROW, f"has in turn {number} {error}.") from None
     if weight and role != "assistant":
-        raise BadSampleError(
-            sample_id,
-            BAD_ROW,
-            f"wants turn {number} learned, which is the {role}'s: only answers are. Take its weight out.",
+        raise _Bad(
+            BAD_ROW, f"wants turn {number} learned, which is the {role}'s: only answers are. Take its weight out."
         )
     return {} if weight or weight is None else {"weight": 0}
 
 
-def _with_system(row: Mapping, messages: list[dict], sample_id: str) -> list[dict]:
+def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
     """The messages behind the system prompt that the row holds next to its turns, if it does."""
     given = {key: row[key] for key in _SYSTEM_KEYS if row.get(key) and row[key] == row[key]}  # NaN is none
     if not given:
@@ -223,9 +233,7 @@ def _with_system(row: Mapping, messages: list[dict], sample_id: str) -> list[dic
     if messages[:1] == [message]:
         return messages
     if others or not isinstance(text, str) or any(message["role"] == "system" for message in messages):
-        raise BadSampleError(
-            sample_id, BAD_ROW, f"has a system prompt as {key!r} and another one, or not as text: keep one."
-        )
+        raise _Bad(BAD_ROW, f"has a system prompt as {key!r} and another one, or not as text: keep one.")
     return [message, *messages]
 
 
@@ -270,16 +278,14 @@ def summarize_drops(counts: Mapping[str, int]) -> str:
     return f"{total} sample{'' if total == 1 else 's'} dropped: {parts}"
 
 
-def _role(name: Any, sample_id: str) -> str:
+def _role(name: Any) -> str:
     role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise BadSampleError(
-            sample_id, BAD_ROLES, f"has the unknown role {name!r}; the roles are {', '.join(sorted(_ROLES))}."
-        )
+        raise _Bad(BAD_ROLES, f"has the unknown role {name!r}; the roles are {', '.join(sorted(_ROLES))}.")
     return role
 
 
-def _images(row: Mapping, sample_id: str) -> list:
+def _images(row: Mapping) -> list:
     """The image references of a row, one or many; none where they are null or empty."""
     given = {key: _image_list(row[key]) for key in ("image", "images") if key in row}
     if not any(given.values()):
@@ -287,12 +293,11 @@ def _images(row: Mapping, sample_id: str) -> list:
         given = {key: _image_list(row[key]) for key in others}
     keys = [key for key, images in given.items() if images]
     if len(keys) > 1:
-        raise BadSampleError(sample_id, BAD_ROW, f"has both {keys[0]!r} and {keys[1]!r}: keep one of them.")
+        raise _Bad(BAD_ROW, f"has both {keys[0]!r} and {keys[1]!r}: keep one of them.")
     images = given[keys[0]] if keys else []
     for image in images:
         if isinstance(image, (int, float)):
-            raise BadSampleError(
-                sample_id,
+            raise _Bad(
                 BAD_ROW,
                 f"has the image {_short(image)}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
             )
@@ -319,7 +324,7 @@ def _is_medium(value: Any) -> bool:
     return isinstance(value, (bytes, bytearray, memoryview, Image.Image, os.PathLike))
 
 
-def _require_all_read(sample_id: str, row: Mapping, turns: list[Mapping], images: list) -> None:
+def _require_all_read(row: Mapping, turns: list[Mapping], images: list) -> None:
     """
     A row must not be trained on without the image that it names.
 
@@ -329,7 +334,7 @@ def _require_all_read(sample_id: str, row: Mapping, turns: list[Mapping], images
     videos = [key for key in ("video", "videos") if _image_list(row.get(key))]
     if images and not videos:
         return
-    texts = [turn["content"] for turn in turns if _role(turn["role"], sample_id) != "assistant"]
+    texts = [turn["content"] for turn in turns if _role(turn["role"]) != "assistant"]
     markers = [token for token in (_VIDEO_TOKEN, IMAGE_TOKEN) if any(isinstance(t, str) and token in t for t in texts)]
     if images and _VIDEO_TOKEN not in markers:
         return
@@ -337,15 +342,13 @@ def _require_all_read(sample_id: str, row: Mapping, turns: list[Mapping], images
         key for part in (row, *turns) for key, value in part.items() if key not in _READ_KEYS and _is_medium(value)
     ]
     if unread:
-        raise BadSampleError(
-            sample_id,
+        raise _Bad(
             UNREAD_IMAGE,
             f"names an image or a video by the key {unread[0]!r}, which is not read: give images as 'image' or 'images' of "
             f"the row, each marked by {IMAGE_TOKEN} in its text (of a video, its frames), or take the key out.",
         )
     if markers:
-        raise BadSampleError(
-            sample_id,
+        raise _Bad(
             BAD_MARKERS,
             f"has {markers[0]} in its text but no image: its keys are {sorted(row)}. Give the image as 'image', several (or "
             f"a video's frames) as 'images'. If {markers[0]} is meant as text, write the row in HF form, where it is: "
@@ -373,7 +376,7 @@ def _cut(value: str) -> list[dict]:
     return content
 
 
-def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
+def _item(item: Any, role: str, number: int) -> dict:
     """One item of a content list."""
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind == "text" and isinstance(item.get("text"), str):
@@ -381,23 +384,16 @@ def _item(item: Any, role: str, number: int, sample_id: str) -> dict:
     if kind == "image" and role == "user":
         return {"type": "image"}
     if kind == "image":
-        raise BadSampleError(
-            sample_id,
-            BAD_MARKERS,
-            f"has an image in message {number}, which is the {role}'s: images belong to the user.",
-        )
-    raise BadSampleError(
-        sample_id, BAD_ROW, f"has an item in message {number} that is neither an image nor a text: {_short(item)}."
-    )
+        raise _Bad(BAD_MARKERS, f"has an image in message {number}, which is the {role}'s: images belong to the user.")
+    raise _Bad(BAD_ROW, f"has an item in message {number} that is neither an image nor a text: {_short(item)}.")
 
 
-def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> Conversation:
-    """The conversation, if its roles alternate, its answers are not empty, and its image items match its images."""
+def _checked(messages: list[dict], type: Any) -> str | None:
+    """The type, if the roles alternate and the answers are not empty."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise BadSampleError(
-            sample_id,
+        raise _Bad(
             BAD_ROLES,
             f"has its roles out of order ({', '.join(roles[:8]) or 'no turn at all'}{', …' if len(roles) > 8 else ''}): "
             "after an optional system message, user and assistant must take turns, and the last turn is an answer.",
@@ -406,20 +402,16 @@ def _checked(sample_id: str, messages: list[dict], images: list, type: Any) -> C
         for item in message["content"]:
             half = _SURROGATE.search(item.get("text", ""))
             if half:
-                raise BadSampleError(
-                    sample_id,
+                raise _Bad(
                     BAD_ROW,
                     f"has {half[0]!r}, half of a character, in turn {number}: the text was cut within an emoji. Take it out.",
                 )
         if message["role"] == "assistant" and not any(item["text"].strip() for item in message["content"]):
-            raise BadSampleError(
-                sample_id, EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it."
-            )
-    require_an_image_for_each_place(sample_id, messages, images)
+            raise _Bad(EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it.")
     type = None if type is None else str(type)
     if type is not None and _SURROGATE.search(type):
-        raise BadSampleError(sample_id, BAD_ROW, f"has the type {type!r}, with half of a character. Take it out.")
-    return {"id": sample_id, "messages": messages, "images": images, "type": type}
+        raise _Bad(BAD_ROW, f"has the type {type!r}, with half of a character. Take it out.")
+    return type
 
 
 def count_images(messages: Sequence[Mapping]) -> int:

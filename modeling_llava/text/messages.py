@@ -69,7 +69,7 @@ def _plain_item(item: Any) -> Any:
     image = item[key]
     if key == "image_url" and isinstance(image, Mapping):
         image = image.get("url")
-    elif key == "base64" and not image.startswith("data:"):
+    elif key == "base64" and isinstance(image, str) and not image.startswith("data:"):
         image = f"data:;base64,{image}"
     others = {name: value for name, value in item.items() if name not in _IMAGE_KEYS}
     return {**others, "type": "image", "image": image}
