@@ -34,8 +34,10 @@ _SPAN = np.dtype((np.int64, 2))  # first byte, bytes
 _SPACE = re.compile(rb"\s*")
 _SEPARATOR = re.compile(rb"\s*[\[,]\s*")
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-_NESTED = re.compile(_STRING + rb'|["\[\]{}]', re.DOTALL)
-_TOP_LEVEL = re.compile(_STRING + rb'|["\[\]{},]', re.DOTALL)
+_NESTED = rb'[^"\[\]{}]++|' + _STRING
+for _ in range(16):  # levels
+    _NESTED = rb'[^"\[\]{}]++|' + _STRING + rb"|[\[{](?:" + _NESTED + rb")*+[\]}]"
+_ITEM = re.compile(rb'\s*((?:[^",\[\]{}]++|' + _STRING + rb"|[\[{](?:" + _NESTED + rb")*+[\]}])*+)", re.DOTALL)
 _OBJECT_OVER_LINES = re.compile(rb"{[ \t]*\r?\n")
 _NAME = re.compile(rb"\s*(" + _STRING + rb")\s*:\s*", re.DOTALL)
 
@@ -200,21 +202,17 @@ def _split(path: Path, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[
     The spans between the commas of the array or object at `data[start:end]`, by its brackets and strings alone: for what
     msgspec refuses, without saying which row it is in.
     """
-    depth, number, position = 0, 0, start
-    begin = _SPACE.match(data, start + 1, end).end()
-    while depth or position == start:
-        token = (_TOP_LEVEL if depth == 1 else _NESTED).search(data, position, end)
-        if token is None or token[0] == b'"':  # a string that does not end
+    closing, number, following = b"]" if data[start : start + 1] == b"[" else b"}", 0, b","
+    while following == b",":
+        begin, start = _ITEM.match(data, start + 1, end).span(1)
+        following = data[start : min(start + 1, end)]
+        if following not in (b",", closing):  # what follows is not closed
             if begin < end:
                 yield begin, end - begin
-            raise ValueError(
-                f"{path} ends in item {number}, before its '{chr(data[start])}' is closed: is it cut off?"
-            )
-        position = token.end()
-        depth += (token[0] in (b"[", b"{")) - (token[0] in (b"]", b"}"))
-        if depth == 0 or token[0] == b",":
-            yield begin, token.start() - begin
-            begin, number = _SPACE.match(data, position, end).end(), number + 1
+            raise ValueError(f"{path} ends in item {number}, before its list or object is closed: is it cut off?")
+        yield begin, start - begin
+        number += 1
+    begin = _SPACE.match(data, start + 1, end).end()
     if begin < end:
         raise ValueError(f"{path} has more text after its end, at byte {begin}: are two files joined?")
 

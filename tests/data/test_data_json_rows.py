@@ -55,7 +55,7 @@ def test_rows_are_found_by_msgspec(tmp_path, monkeypatch):
         ('{"a": 1}', "'a' is not a list"),
         ('{"b": NaN, "a" 1}', "at byte 11: expected a name and ':'"),
         ('{"a": [1, NaN 2]}', "row 1, which starts at byte 10: expected ',' or ']'"),
-        ('{"a": [1, NaN]', "ends in item 0, before its '{' is closed"),
+        ('{"a": [1, NaN]', "ends in item 0, before its list"),
         ('{"a": [1]} {}', "more text after its end, at byte 11"),
         ('{"a": ["x]}', "ends in item 0"),
     ],

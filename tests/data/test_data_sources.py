@@ -97,7 +97,8 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
     [
         ('[{"a": 1}, {"b": ', "row 1"),
         ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
-        ('[{"a": 1},', "ends in item 1, before its '[' is closed"),
+        ('[{"a": 1},', "ends in item 1, before its list"),
+        ('[{"a": 1}}', "row 0, which starts at byte 1: expected ',' or ']'"),
         ('[{"a": 1}][{"a": 2}]', "more text after its end, at byte 10"),
         ('[{"a": tru}]', "row 0"),
         ("", "is empty"),
