@@ -12,14 +12,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..data.images import image_key
 from ..io.atomic import write_atomic
 from ..io.locks import lock
-from .results import RUN_NAME, Scored, hash_json, make_results, write_results
+from .results import RUN_NAME, Scored, hash_files, hash_json, make_results, write_results
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,28 @@ def question_sample(sample_id: str, image: str, text: str, instruction: str | No
         text = text if instruction.lower() in text.lower() else f"{text}\n{instruction}"
     content = [{"type": "image"}, {"type": "text", "text": text}]
     return {"id": sample_id, "messages": [{"role": "user", "content": content}], "images": [image]}
+
+
+def question_benchmark(
+    name: str,
+    questions: list[dict],
+    image_folder: str | os.PathLike,
+    score: Callable[[list[dict], dict[str, str]], Scored],
+    *,
+    instruction: str | None,
+    files: Sequence[str | os.PathLike] = (),
+    **settings,
+) -> Benchmark:
+    """A [`Benchmark`] of questions `{"id", "image", "text"}` with short answers; `files` are those of the questions."""
+    return Benchmark(
+        name=name,
+        samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
+        score=lambda answers: score(questions, answers),
+        data={"files": hash_files(files)},
+        settings={"instruction": instruction, **settings},
+        image_folder=os.fspath(image_folder),
+        max_new_tokens=16,
+    )
 
 
 class Shard:
@@ -399,5 +421,6 @@ __all__ = [
     "check_samples",
     "data_identity",
     "evaluate",
+    "question_benchmark",
     "question_sample",
 ]

@@ -77,17 +77,12 @@ def read_questions(
     image_folder: str | os.PathLike | None = None,
 ) -> list[Question]:
     """
-    Reads the three files and joins them.
-
-    Args:
-        questions, contexts (`str` or `os.PathLike`)
-        references (`str` or `os.PathLike`, *optional*): Without it, see [`ask_references`].
-        image_folder (`str` or `os.PathLike`, *optional*): Where images may have COCO's name
-            (`COCO_val2014_000000460149.jpg`).
+    Reads the three files and joins them; without `references` see [`ask_references`]. In `image_folder` images may have COCO's
+    names (`COCO_val2014_000000460149.jpg`).
 
     Raises:
         ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
-            the same id. File and line are named.
+            the same id. File and row are named.
     """
     context_of: dict[str, tuple[str, bool]] = {}
     for number, row in enumerate(read_jsonl(contexts), 1):
@@ -131,12 +126,8 @@ def ask_references(
     progress: bool = True,
 ) -> list[Question]:
     """
-    The questions with the answers of a language-only model, which is given captions and boxes in place of the image. With
-    `partial`, questions without a reply have the reference `None`.
-
-    Raises:
-        ConnectionError: questions without a reply, and `partial` is off.
-        ValueError: questions that the endpoint refuses, and `partial` is off.
+    The questions with the answers of a language-only model, which is given captions and boxes in place of the image. A question
+    without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`.
     """
     tasks = [
         Task(
@@ -227,11 +218,8 @@ def judge_answers(
     progress: bool = True,
 ) -> Reviews:
     """
-    Has every answered question reviewed; resumes.
-
-    Raises:
-        ConnectionError: reviews without a reply, and `partial` is off.
-        ValueError: a question has no reference answer, and `partial` is off.
+    Has every answered question reviewed; resumes. Without `partial`, a review without a reply and a question without a
+    reference raise.
     """
     keys, tasks = {}, []
     for question in questions:

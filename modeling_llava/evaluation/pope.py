@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .benchmark import Benchmark, question_sample
-from .results import Scored, hash_files, id_of, interval_of, read_rows, scores_by_group, text_of
+from .benchmark import Benchmark, question_benchmark
+from .results import Scored, id_of, interval_of, read_rows, scores_by_group, text_of
 
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -63,22 +63,11 @@ def parse_yes_no(text: str) -> str | None:
 
 
 def make_benchmark(
-    questions: list[dict],
-    image_folder: str | os.PathLike,
-    *,
-    instruction: str | None = INSTRUCTION,
-    files: Sequence[str | os.PathLike] = (),
+    questions: list[dict], image_folder: str | os.PathLike, *, instruction: str | None = INSTRUCTION, files=()
 ) -> Benchmark:
     """POPE as a [`Benchmark`]."""
-    return Benchmark(
-        name="pope",
-        samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
-        score=lambda answers: score(questions, answers),
-        data={"files": hash_files(files)},
-        settings={"instruction": instruction, "answer_rule": ANSWER_RULE},
-        image_folder=os.fspath(image_folder),
-        max_new_tokens=16,
-    )
+    settings = {"instruction": instruction, "answer_rule": ANSWER_RULE}
+    return question_benchmark("pope", questions, image_folder, score, files=files, **settings)
 
 
 def score(questions: list[dict], answers: dict[str, str]) -> Scored:

@@ -189,14 +189,7 @@ def _sentence(difference: dict) -> str:
 
 
 def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = ()) -> None:
-    """
-    A comparison as bars, by group where the benchmark has groups.
-
-    Args:
-        comparison (`dict`): From [`compare`].
-        path (`str` or `os.PathLike`): The PNG.
-        published (`Sequence[str]`): Published rows to draw as well.
-    """
+    """A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows."""
     primary = comparison["primary_score"]
     columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
     if len(columns) == 1:
@@ -227,17 +220,12 @@ def plot_bars(
     unit: str = "%",
 ) -> None:
     """
-    Draws grouped bars.
+    Draws grouped bars into a PNG.
 
     Args:
-        path (`str` or `os.PathLike`): The PNG.
         columns (`Sequence[str]`): Names of the groups.
         series (`dict[str, Sequence[dict | None]]`): For each run its score (`{"value", "interval"}`) in every column.
-        title, subtitle (`str`)
         published (`dict`, *optional*): Published values in every column, in grey.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     try:
         import matplotlib

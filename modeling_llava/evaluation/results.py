@@ -83,14 +83,7 @@ def interval_of(scores: Sequence[float], out_of: Sequence[float] | None = None, 
 def scores_by_group(
     rows: Sequence[dict], groups: Iterable[str], table: Callable[[list[dict]], dict[str, dict]]
 ) -> dict[str, dict]:
-    """
-    The scores of `table` for each group as `score/group`, then for all as `score`.
-
-    Args:
-        rows (`Sequence[dict]`): With `groups`, as in `samples.jsonl`; all have the group `"all"`.
-        groups (`Iterable[str]`): In the order of the table, also those without rows.
-        table (`Callable`): From rows to scores by name.
-    """
+    """The scores that `table` makes of rows, for each group as `score/group`, then for all rows as `score`."""
     scores = {}
     for group in [*dict.fromkeys(groups), "all"]:
         suffix = "" if group == "all" else f"/{group}"
@@ -161,12 +154,7 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """
-    The objects of a JSONL file.
-
-    Raises:
-        ValueError: a line is not a JSON object; the line is named.
-    """
+    """The objects of a JSONL file; a `ValueError` names a line that is not a JSON object."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().removeprefix(_BOM).split(b"\n"), 1):
         if not line.strip():
@@ -190,12 +178,7 @@ def read_rows(path: str | os.PathLike) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """
-    The content of a JSON file.
-
-    Raises:
-        ValueError: it is not JSON; the file is named.
-    """
+    """The content of a JSON file; a `ValueError` names a file that is not JSON."""
     try:
         return json.loads(Path(path).read_bytes().removeprefix(_BOM))
     except ValueError as error:
@@ -203,16 +186,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def id_of(row: dict, place: str) -> str:
-    """
-    The `question_id` of a row.
-
-    Args:
-        row (`dict`)
-        place (`str`): File and number of the row, for the error.
-
-    Raises:
-        ValueError: there is none, or it is neither a number nor text.
-    """
+    """The `question_id` of a row; a `ValueError` that begins with `place` (file and row) if there is none."""
     found = row.get("question_id")
     if not isinstance(found, (int, str)) or isinstance(found, bool):
         what = (
@@ -230,12 +204,7 @@ def fields_of(row: dict) -> str:
 
 
 def text_of(row: dict, key: str, place: str) -> str:
-    """
-    A text of a row.
-
-    Raises:
-        ValueError: there is none, or it is empty or not text.
-    """
+    """A text of a row; a `ValueError` that begins with `place` if there is none."""
     if not isinstance(row.get(key), str) or not row[key].strip():
         what = f"has {key} = {row[key]!r}, which is empty or not text" if key in row else f"has no {key!r}"
         raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")

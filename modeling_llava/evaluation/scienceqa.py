@@ -95,13 +95,8 @@ def read_problems(
     problems: str | os.PathLike, splits: str | os.PathLike, split: str, images: str | os.PathLike | None = None
 ) -> list[Problem]:
     """
-    The problems of one split, in its order.
-
-    Args:
-        problems, splits (`str` or `os.PathLike`): `problems.json`, `pid_splits.json`.
-        split (`str`): `train`, `val`, `test`, `minival`, `minitest`, … as the splits file names them.
-        images (`str` or `os.PathLike`, *optional*):
-            Folder with `<split>/<id>/image.png`, or with `<id>/image.png`. Without it images keep the official path.
+    The problems of one split (`train`, `val`, `test`, `minival`, …), in its order. `images` is a folder with
+    `<split>/<id>/image.png` or `<id>/image.png`; without it images keep the official path.
 
     Raises:
         ValueError: a file is not of its form, the split is unknown or names an unknown problem, a problem has a missing or

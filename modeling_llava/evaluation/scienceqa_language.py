@@ -106,18 +106,13 @@ def score_with_language_model(
     Args:
         problems (`list[Problem]`), own (`dict[str, str]`): LLaVA's answers by the problem's id.
         model (`ChatModel`): The language-only model.
-        folder (`Path`): Where the ledgers go.
+        folder (`Path`): Folder of the ledgers.
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
-        max_tokens (`int`): Longest reply.
-        partial (`bool`): Score without the problems that have no reply or are refused.
+        partial (`bool`): Leave out problems without a reply, which raise otherwise ([`Asked.require_all`]).
 
     Returns:
-        `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`. All three are over the same problems.
-
-    Raises:
-        ConnectionError: problems have no reply, and `partial` is off.
-        ValueError: the endpoint refuses problems, and `partial` is off.
+        `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`, over the same problems.
     """
     problems = [problem for problem in problems if problem.id in own]
 

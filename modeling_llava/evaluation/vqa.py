@@ -14,8 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from .benchmark import Benchmark, question_sample
-from .results import Scored, fields_of, hash_files, id_of, interval_of, read_rows, scores_by_group, text_of
+from .benchmark import Benchmark, question_benchmark
+from .results import Scored, fields_of, id_of, interval_of, read_rows, scores_by_group, text_of
 
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -148,22 +148,10 @@ def instruction_for(questions: list[dict]) -> str:
 
 
 def make_benchmark(
-    questions: list[dict],
-    image_folder: str | os.PathLike,
-    *,
-    instruction: str | None = INSTRUCTION,
-    files: Sequence[str | os.PathLike] = (),
+    questions: list[dict], image_folder: str | os.PathLike, *, instruction: str | None = INSTRUCTION, files=()
 ) -> Benchmark:
     """Questions with short answers as a [`Benchmark`]."""
-    return Benchmark(
-        name="vqa",
-        samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
-        score=lambda answers: score(questions, answers),
-        data={"files": hash_files(files)},
-        settings={"instruction": instruction},
-        image_folder=os.fspath(image_folder),
-        max_new_tokens=16,
-    )
+    return question_benchmark("vqa", questions, image_folder, score, instruction=instruction, files=files)
 
 
 def score(questions: list[dict], answers: dict[str, str]) -> Scored:
