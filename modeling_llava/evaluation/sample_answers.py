@@ -14,7 +14,7 @@ from ..data.images import load_image
 from ..data.schema import NOTHING
 from ..inference import LlavaPredictor
 from ..io.atomic import write_atomic
-from ..training.batches import EvenDataset
+from ..training.batches import FilledDataset
 from .callback import running_arithmetic, unwrap
 from .llava_bench_page import thumbnail_of
 
@@ -107,7 +107,7 @@ def write_page(path: Path, title: str, samples: Sequence[dict], answers: Sequenc
 
 
 def _spread(dataset: Any, number: int) -> list[dict]:
-    if isinstance(dataset, EvenDataset):  # of several processes
+    if isinstance(dataset, FilledDataset):  # of several processes
         dataset = dataset.dataset
     if not hasattr(dataset, "__len__"):  # a stream
         return [sample for sample in islice(dataset, number) if sample is not NOTHING]

@@ -1,11 +1,11 @@
 """
-What a folder on disk (or on the Hub) holds, and how its weights get into a model. Training and inference stand on it.
+What a folder on disk or on the Hub holds, and how its weights get into a model.
 
-| kind | told by | holds |
+| kind | recognised by | holds |
 |---|---|---|
 | `full` | `config.json` with weights | a stock `llava` checkpoint |
 | `adapter` | `adapter_config.json` | PEFT: LoRA, the whole projector, the vision tower if it was trained |
-| `projector` | `projector_config.json` | what a pretrain run trained; the frozen weights stay where they were |
+| `projector` | `projector_config.json` | what a pretrain run trained, without the frozen weights |
 """
 
 import functools
@@ -58,7 +58,7 @@ DORA_MAGNITUDE = ".lora_magnitude_vector"
 """How PEFT names DoRA's magnitudes in a file; transformers looks for this with `.weight` behind it."""
 
 UNQUANTISED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-"""Kept out of 4-bit. In full: transformers silently ignores `["vision_tower"]`. PEFT cannot train a 4-bit projector."""
+"""Not quantised to 4-bit. Full names, since transformers silently ignores `["vision_tower"]`."""
 
 
 def component_of(parameter_name: str) -> str:
@@ -95,19 +95,17 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
 
 def require_llava(path: str | os.PathLike, **hub) -> bool:
     """
-    The one answer to "what is this folder?", before anything large is read: another model, a checkpoint in the original's
-    format and an adapter without weights are refused.
+    Refuses another model, a checkpoint in the original's format and an adapter without weights, before they are read.
 
     Args:
         path (`str` or `os.PathLike`): A folder or a Hub name.
-        hub:
-            `revision`, `cache_dir`, `token` and what else transformers' `cached_file` takes.
+        hub: `revision`, `cache_dir`, `token` and other arguments of transformers' `cached_file`.
 
     Returns:
         `bool`: whether it is an adapter.
 
     Raises:
-        ValueError: it is not a LLaVA, with the command that helps ([`other_than_llava`]).
+        ValueError: it is not a LLaVA; the message names the command that helps ([`other_than_llava`]).
     """
     path = os.fspath(path)
     config = read_config(file_of(path, "config.json", **hub))
@@ -116,6 +114,11 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
     if reason is None and adapter is not None:
         empty = [name for name, shape in _adapter_shapes(path, **hub).items() if 0 in shape]
         reason = f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
+        if str(init := adapter.get("init_lora_weights")).startswith("pissa_niter"):
+            reason = (
+                f"{path} was saved with init_lora_weights={init!r}: its base lacks what a random decomposition took out of it, which "
+                "cannot be repeated. Save the trained model again, with PEFT's path_initial_model_for_weight_conversion."
+            )
     if reason is not None:
         raise ValueError(reason)
     return adapter is not None
@@ -150,13 +153,7 @@ def find_base(
     path: str | os.PathLike, revision: str | None = None, base: str | None = None, base_revision: str | None = None
 ) -> tuple[str, str | None]:
     """
-    The base of an adapter or a projector, and its revision, before its weights are read.
-
-    Args:
-        path (`str` or `os.PathLike`), revision (`str`, *optional*):
-            The adapter or projector.
-        base (`str`, *optional*), base_revision (`str`, *optional*):
-            In place of the one that it names.
+    The base of an adapter or a projector, and its revision; `base` and `base_revision` replace those that it names.
 
     Raises:
         ValueError: there is no base, it is not a LLaVA, or tensors of the adapter are not for it.
@@ -204,7 +201,7 @@ def base_record(path: str | os.PathLike, revision: str | None = None) -> dict[st
 
 def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
     """
-    Loaders warn of tensors for which the model has no module, at most, and answer with the untouched base.
+    Loaders only warn of tensors for which the model has no module, and run the plain base.
 
     Raises:
         ValueError: such a tensor, or one of another size.
@@ -240,10 +237,10 @@ def _without_clip_pair(name: str) -> str:
 
 
 def _require_folder_or_hub_name(path: str) -> None:
-    """No LLaVA on the Hub has a name without an owner, and a typed path should not wait for the Hub."""
+    """A mistyped path must not wait for the Hub."""
     if os.path.isdir(path):
         return
-    if os.path.exists(path) or not HUB_NAME.fullmatch(path) or path.startswith("."):
+    if os.path.exists(path) or not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(
             f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
         )
@@ -288,8 +285,7 @@ def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
         ValueError: the folder does not say, or the local folder that it names is gone.
     """
     path = os.fspath(path)
-    adapter_config = find_adapter_config_file(path, revision=revision)
-    config_file = adapter_config or file_of(path, PROJECTOR_CONFIG_NAME, revision)
+    config_file = _config_file(path, revision)
     base = json.loads(Path(config_file).read_text("utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
@@ -305,16 +301,17 @@ def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
 
 def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> str | None:
     """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
-    path = os.fspath(path)
-    adapter_config = find_adapter_config_file(path, revision=revision)
-    config_file = adapter_config or file_of(path, PROJECTOR_CONFIG_NAME, revision)
-    return json.loads(Path(config_file).read_text("utf-8")).get("revision")
+    return json.loads(Path(_config_file(os.fspath(path), revision)).read_text("utf-8")).get("revision")
+
+
+def _config_file(path: str, revision: str | None) -> str:
+    return find_adapter_config_file(path, revision=revision) or file_of(path, PROJECTOR_CONFIG_NAME, revision)
 
 
 def name_stock_class_in_adapters() -> None:
     """
-    From now on, PEFT names the stock class in the adapters that it saves, not ours: its `AutoPeftModel` imports what stands
-    there, and whoever loads an adapter need not have this package. Idempotent.
+    Make PEFT name the stock class, not ours, in the adapters that it saves: its `AutoPeftModel` imports that class, also
+    where this package is not installed. Idempotent.
     """
     from peft import PeftConfig
 
@@ -338,7 +335,7 @@ def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
 
 
 def base_name_to_record(model: PreTrainedModel) -> str | None:
-    """The name under which `model` was loaded, so that it is found from any working directory; `None` if it was not."""
+    """The name under which `model` was loaded, as an absolute path for a folder; `None` if it was not loaded."""
     name = getattr(model, "name_or_path", None) or None
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
@@ -395,7 +392,7 @@ def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None
     Copy the weights of a full checkpoint into a model that exists, exactly and without a second model in memory.
 
     `model.load_state_dict(file, strict=False)`, which `Trainer` uses to resume, finds not one key of a `llava`
-    checkpoint, since saved names differ from names in memory, and goes on with the weights that it had.
+    checkpoint, since saved names differ from names in memory, and keeps the old weights.
 
     Raises:
         ValueError: names or shapes of the file and of the model differ.
@@ -516,7 +513,7 @@ def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: st
         names = set(tensors.keys())
         if names != targets.keys():
             raise ValueError(
-                f"{weights_file} does not fit the model: {', '.join(sorted(names ^ targets.keys())[:4])} stand on one "
+                f"{weights_file} does not fit the model: {', '.join(sorted(names ^ targets.keys())[:4])} are on one "
                 "side only. They come from different vision towers or projectors."
             )
         for name in names:

@@ -1,4 +1,4 @@
-"""How samples become batches: padded or packed, grouped by length, shared among processes."""
+"""How samples become batches: padded or packed, grouped by length, sharded over processes."""
 
 import itertools
 import logging
@@ -24,9 +24,8 @@ logger = logging.getLogger(__name__)
 
 class EndlessStream(IterableDataset):
     """
-    A stream that begins its next epoch when it ends, after every row has been given once. The shares of processes and
-    workers are not equally long, and one that ended would leave the others waiting; and a run that resumes counts
-    batches from its beginning, whatever the epoch.
+    A stream that starts its next epoch when it ends. The shards of processes and workers differ in length, and one that ended
+    would leave the others waiting; and a run that resumes counts batches from its beginning, whatever the epoch.
     """
 
     def __init__(self, stream: Iterable, world_size: int = 1):
@@ -39,7 +38,7 @@ class EndlessStream(IterableDataset):
 
     def __iter__(self) -> Iterator:
         worker = get_worker_info()
-        shares = self.world_size * (worker.num_workers if worker else 1)
+        num_shards = self.world_size * (worker.num_workers if worker else 1)
         num_empty, held_back = 0, 0
         for epoch in itertools.count(self._epoch):
             _set_epoch(self.stream, epoch)
@@ -52,27 +51,27 @@ class EndlessStream(IterableDataset):
                 yield from itertools.repeat(NOTHING, held_back)
                 held_back = 0
                 yield sample
-            if num_empty <= 2 * shares:  # with fewer rows than shares, each has its turn within so many epochs
+            if num_empty <= 2 * num_shards:  # with fewer rows than shards, each has a row within so many epochs
                 continue
             if worker is None or worker.id == 0:
                 raise ValueError(
-                    "This process's share of the streamed data holds no sample that can be used: either there are too "
-                    "few rows (use fewer processes or workers), or all were left out (`llava data check` says why)."
+                    "This process's shard of the streamed data holds no usable sample: there are too few rows (use fewer processes or "
+                    "workers), or all were dropped (`llava data check` says why)."
                 )
-            return  # a worker too many: a `datasets` stream is shared by its shards
+            return  # a worker too many: `datasets` divides a stream by its own shards
 
 
-class SkimmingCollator:
+class SkipBatchesCollator:
     """
-    A collator that leaves the first `num_batches` batches empty: a stream that is resumed is read up to where it stopped,
-    but no image is opened and nothing tokenized for what `Trainer` throws away.
+    A collator that returns the first `num_batches` batches empty: a resumed stream is read up to where it stopped, but no image is
+    opened and nothing tokenized for what `Trainer` throws away.
     """
 
     def __init__(self, collator: Callable[[list], dict]):
         self.collator = collator
-        self.skim(0)
+        self.skip(0)
 
-    def skim(self, num_batches: int) -> None:
+    def skip(self, num_batches: int) -> None:
         self.num_batches = num_batches
         self._made = 0  # in this process or worker
 
@@ -83,10 +82,10 @@ class SkimmingCollator:
         return self.collator(examples) if number >= self.num_batches else {}
 
 
-class EvenDataset(Dataset):
+class FilledDataset(Dataset):
     """
-    The samples of a dataset, then nothing, until there are as many as the processes' batches take. Accelerate would
-    begin again at the first sample, which then counted twice in an evaluation.
+    The samples of a dataset, then placeholders, up to a multiple of what the processes' batches take. Accelerate would start over
+    at the first sample, which an evaluation would count twice.
     """
 
     def __init__(self, dataset: Any, multiple: int):
@@ -100,10 +99,10 @@ class EvenDataset(Dataset):
         return self.dataset[index] if index < len(self.dataset) else NOTHING
 
 
-class EvenStream(IterableDataset):
+class ShardedStream(IterableDataset):
     """
-    A process's part of a stream that knows of no processes: everyone reads it through, and takes one sample of each
-    round. Who finds none left in the last round takes nothing, so that all have equally many.
+    A process's shard of a stream that knows of no processes: each reads all of it, and takes one sample of each round, or a
+    placeholder where the last round has none left, so that all have equally many.
     """
 
     def __init__(self, stream: Iterable, rank: int, world_size: int):
@@ -125,24 +124,24 @@ def _set_epoch(stream: Any, epoch: int) -> None:
         stream.set_epoch(epoch)
 
 
-def even(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
-    """Evaluation data that comes out even on all processes; other collators than ours take it as it is."""
+def pad_to_world_size(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
+    """Evaluation data with equally many samples on all processes; other collators than ours take it as it is."""
     if not isinstance(collator, LlavaDataCollator):
         return dataset
     if isinstance(dataset, IterableDataset):
         stream = dataset.shared_by(0, 1) if isinstance(dataset, ConversationStream) else dataset
-        return EvenStream(stream, args.process_index, args.world_size)
-    return dataset if args.world_size == 1 else EvenDataset(dataset, args.world_size * args.eval_batch_size)
+        return ShardedStream(stream, args.process_index, args.world_size)
+    return dataset if args.world_size == 1 else FilledDataset(dataset, args.world_size * args.eval_batch_size)
 
 
-def shares_by_itself(dataset: Any) -> bool:
-    """Whether a stream gives each process its own rows already, so that accelerate must not share them again."""
-    return isinstance(dataset, EndlessStream | EvenStream)
+def is_sharded_stream(dataset: Any) -> bool:
+    """Whether a stream gives each process its own rows already, so that accelerate must not shard it again."""
+    return isinstance(dataset, EndlessStream | ShardedStream)
 
 
-def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
+def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
     """
-    The training data as the run takes it: in packs for `packing=full`, a stream shared out and without an end.
+    The training data of a run: in packs for `packing=full`, a stream sharded and without an end.
 
     Args:
         dataset: Conversations, by index or as a stream.
@@ -158,7 +157,7 @@ def arrange(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
         elif not isinstance(collator, LlavaDataCollator):
             return dataset
         elif not isinstance(dataset, PackedStream):
-            dataset = EvenStream(dataset, args.process_index, args.world_size)
+            dataset = ShardedStream(dataset, args.process_index, args.world_size)
         if args.packing == "full" and not isinstance(dataset, PackedStream):
             measure = _DroppingMeasure(_measure_of(collator, args), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
@@ -341,12 +340,12 @@ def _measure_all(dataset: Any, measure: Callable[[Any], int], args: LlavaTrainin
 
 __all__ = [
     "EndlessStream",
-    "EvenDataset",
-    "EvenStream",
-    "SkimmingCollator",
-    "arrange",
-    "even",
+    "FilledDataset",
+    "ShardedStream",
+    "SkipBatchesCollator",
+    "prepare_train_dataset",
+    "pad_to_world_size",
     "grouped_sampler",
-    "shares_by_itself",
+    "is_sharded_stream",
     "usable_lengths",
 ]

@@ -1,12 +1,12 @@
 """
-FSDP2: what is gathered at a time, checkpoints to which each process writes its own part, whole weights at the end.
+FSDP2: what is gathered at a time, checkpoints to which each process writes its own shard, whole weights at the end.
 
     checkpoint-N/pytorch_model_fsdp_0/   __0_0.distcp, __1_0.distcp, …, .metadata (written last)
                  optimizer_0/            the same, of the optimizer
                  …                       processor, recipe and what else every checkpoint holds
 
-`Trainer` saves no weights at all at the end of a run whose checkpoints are sharded, and in a checkpoint the frozen ones
-too; `accelerate` turns FSDP on for accelerators only, and stops at class names that a LLaVA lists but does not have.
+`Trainer` saves no weights at the end of a run whose checkpoints are sharded, and in a checkpoint the frozen ones too;
+`accelerate` turns FSDP on for accelerators only, and fails on class names that a LLaVA lists but does not have.
 """
 
 import os
@@ -30,7 +30,7 @@ WEIGHTS_FOLDER = f"{FSDP_MODEL_NAME}_0"
 
 
 def allow_on_cpu(args: LlavaTrainingArguments) -> None:
-    """Let `accelerate` shard among processes without an accelerator too; it would leave FSDP out without a word."""
+    """Let `accelerate` shard on the CPU too; it would silently leave FSDP out."""
     is_asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if is_asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
         let_cpu_shard()
@@ -39,7 +39,7 @@ def allow_on_cpu(args: LlavaTrainingArguments) -> None:
 def configure(accelerator: Accelerator, model: nn.Module, args: LlavaTrainingArguments) -> None:
     """
     Fill in what the launch configuration leaves open: a layer is gathered at a time, and in mixed precision gradients
-    are summed in float32 and outputs are left as they are (accelerate would round the loss itself to 16 bit).
+    are summed in float32 and outputs keep their dtype (accelerate would round the loss itself to 16 bit).
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
@@ -60,8 +60,8 @@ def is_sharded_checkpoint(folder: str | os.PathLike) -> bool:
 
 def weights_to_save(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, torch.Tensor]:
     """
-    The weights that a checkpoint of this run holds, by their names in memory: all of a full model, otherwise what is
-    trained. No copies; of sharded ones this process's part.
+    The weights of a checkpoint of this run, by their names in memory: all of a full model, otherwise what is trained. No
+    copies; this process's shard of sharded ones.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -76,7 +76,7 @@ def weights_to_save(model: nn.Module, args: LlavaTrainingArguments) -> dict[str,
 
 
 def save_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTrainingArguments) -> None:
-    """Write the weights of a checkpoint, each process its part. Every process must call it."""
+    """Write the weights of a checkpoint, each process its shard. Every process must call it."""
     from torch.distributed import checkpoint
 
     with _one_error():
@@ -84,7 +84,7 @@ def save_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTraining
 
 
 def load_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTrainingArguments) -> None:
-    """Read what [`save_shards`] wrote, into a model that is sharded among any number of processes, or not at all."""
+    """Read what [`save_shards`] wrote, into a model that is sharded over any number of processes, or not at all."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

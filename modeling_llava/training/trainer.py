@@ -23,7 +23,14 @@ from ..modeling_llava import LlavaForConditionalGeneration
 from . import distributed as sharding
 from .adapters import initial_lora
 from .arguments import LlavaTrainingArguments
-from .batches import SkimmingCollator, arrange, data_seed, even, grouped_sampler, shares_by_itself
+from .batches import (
+    SkipBatchesCollator,
+    data_seed,
+    grouped_sampler,
+    is_sharded_stream,
+    pad_to_world_size,
+    prepare_train_dataset,
+)
 from .callbacks import PerSampleNEFTune, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
 from .setup import core_model, is_peft, prepare_model, resolve_packing
@@ -41,7 +48,7 @@ class LlavaTrainer(CheckpointingTrainer):
 
     - freezes what the stage freezes, and adds the adapter (unless `model` is PEFT-wrapped already);
     - a learning rate per component;
-    - packs samples instead of padding them, groups them by length and modality, and shares streams among processes;
+    - packs samples instead of padding them, groups them by length and modality, and shards streams over processes;
     - `neftune_noise_alpha` is scaled by the length of each sample of a pack;
     - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
     - an evaluation of the loss alone builds no logits;
@@ -100,7 +107,7 @@ class LlavaTrainer(CheckpointingTrainer):
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=None if train_dataset is None else arrange(train_dataset, data_collator, args),
+            train_dataset=None if train_dataset is None else prepare_train_dataset(train_dataset, data_collator, args),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -175,22 +182,22 @@ class LlavaTrainer(CheckpointingTrainer):
     _grouped_sampler: GroupedSampler | None = None
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        """In order: `Trainer` groups an evaluation as it groups training, by lengths that conversations do not have yet."""
+        """In order: `Trainer` would group an evaluation as it groups training, by lengths that conversations do not have."""
         return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> torch.utils.data.DataLoader:
-        """As in `Trainer`, but what is evaluated comes out even, and a stream that is shared out already is left so."""
+        """As in `Trainer`, but with equal evaluation shards, and streams that are sharded already are not sharded again."""
         if description == "Evaluation" or not (is_training or hasattr(dataset, "__len__")):
-            dataset = even(dataset, self.data_collator, self.args)
-        if not shares_by_itself(dataset):
+            dataset = pad_to_world_size(dataset, self.data_collator, self.args)
+        if not is_sharded_stream(dataset):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         collator = self.data_collator
         if is_training and self.args.dataloader_in_order:
-            collator = SkimmingCollator(collator)
-            self.pop_callback(_SkimOnResume)
-            self.add_callback(_SkimOnResume(collator))
+            collator = SkipBatchesCollator(collator)
+            self.pop_callback(_SkipOnResume)
+            self.add_callback(_SkipOnResume(collator))
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_size=batch_size,
@@ -302,7 +309,7 @@ def _smoothed_loss(label_smoothing: float):
 
 
 class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch, also after a resume and behind accelerate's wrappers."""
+    """Tells the sampler its epoch, also after a resume and inside accelerate's wrappers."""
 
     def __init__(self, sampler: TypeMixtureSampler | GroupedSampler):
         self.sampler = sampler
@@ -311,14 +318,14 @@ class _EpochOfSampler(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-class _SkimOnResume(TrainerCallback):
+class _SkipOnResume(TrainerCallback):
     """Tells the collator of a stream how many batches were trained on already, and will be skipped."""
 
-    def __init__(self, collator: SkimmingCollator):
+    def __init__(self, collator: SkipBatchesCollator):
         self.collator = collator
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.collator.skim(0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps)
+        self.collator.skip(0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps)
 
 
 __all__ = ["LlavaTrainer", "default_collator"]

@@ -287,6 +287,19 @@ def test_an_initialisation_that_changes_the_base_is_undone_in_what_is_saved(base
     assert torch.allclose(logits(resumed.model), logits(whole.model), atol=1e-4)
 
 
+def test_an_adapter_of_random_pissa_that_peft_saved_is_refused(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj", init_lora_weights="pissa_niter_4")
+    get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
+    for call in (
+        lambda: merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "out")),
+        lambda: load(tmp_path / "adapter"),
+    ):
+        with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4'"):
+            call()
+
+
 def test_loftq_is_refused(base, tmp_path):
     """It rounds the base, which no adapter can undo."""
     model = load(base)

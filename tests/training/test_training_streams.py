@@ -13,7 +13,7 @@ from modeling_llava.data.collator import LlavaDataCollator
 from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.batches import EndlessStream, EvenStream
+from modeling_llava.training.batches import EndlessStream, ShardedStream
 from modeling_llava.training.setup import load_model_and_processor
 
 
@@ -141,7 +141,7 @@ def test_rows_that_go_on_in_an_epoch_named_by_hand_are_shared_out_alike(tmp_path
 
 def test_an_empty_stream_is_said():
     stream = load_conversations(rows(4), streaming=True, types=["complex"])
-    with pytest.raises(ValueError, match="share of the streamed data holds no sample"):
+    with pytest.raises(ValueError, match="holds no usable sample"):
         next(iter(EndlessStream(stream.shared_by(1, 2), 2)))
     none_fits = PackedStream(load_conversations(rows(4), streaming=True), lambda row: 0, capacity=10)
     with pytest.raises(ValueError, match="all were left out"):
@@ -179,7 +179,7 @@ def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, worke
 @pytest.mark.parametrize("number, world_size", [(7, 3), (2, 4), (8, 2)])
 def test_a_stream_that_is_evaluated_comes_out_even_on_all_processes(number, world_size):
     stream = load_conversations(rows(number), streaming=True)
-    found = [[row["id"] for row in EvenStream(stream, rank, world_size)] for rank in range(world_size)]
+    found = [[row["id"] for row in ShardedStream(stream, rank, world_size)] for rank in range(world_size)]
     assert {len(share) for share in found} == {-(-number // world_size)}
     in_turn = [share[i] for i in range(len(found[0])) for share in found]
     assert in_turn == [str(i) for i in range(number)] + ["nothing"] * (-number % world_size)
