@@ -678,22 +678,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
 
         Returns:
             [`LlavaCausalLMOutputWithPast`]
-
-        Example:
-
-        ```python
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-        >>> import modeling_llava
-
-        >>> model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf", dtype="auto")
-        >>> processor = AutoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
-        >>> messages = [{"role": "user", "content": [
-        ...     {"type": "image", "image": "stop_sign.jpg"}, {"type": "text", "text": "What is this?"}]}]
-        >>> inputs = processor.apply_chat_template(
-        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-        >>> answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
-        >>> processor.decode(answer, skip_special_tokens=True)
-        ```"""
+        """
         label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
