@@ -109,28 +109,20 @@ class ControlTokens:
             `tuple[tuple, Marks | None]`: The values, as new objects, and what takes the marks back; or the values
             themselves and `None` if there is nothing to mark.
         """
-        said = self._said(template) if template else None
-        texts: list[str] = []
-        suspicious = []
-
-        def look(text: str, role: Any) -> None:
-            texts.append(text)
-            suspicious.append(bool(self._marked_positions(text, said if role == "assistant" else None)))
-
-        _map_texts(values, look)
-        if not any(suspicious):
+        said = {"assistant": self._said(template)} if template else {}
+        texts: list[tuple[str, re.Pattern | None]] = []
+        _map_texts(values, lambda text, role: texts.append((text, said.get(role))))
+        if not any(self._marked_positions(text, own) for text, own in texts):
             return values, None
-        taken = {ord(character) >> 12 for text in texts for character in text if ord(character) >= _FIRST}
+        taken = {ord(character) >> 12 for text, _ in texts for character in text if ord(character) >= _FIRST}
         block = next((b for b in range(_FIRST >> 12, (_LAST >> 12) + 1) if b not in taken), None)
         if block is None:
             raise ValueError(
                 "The conversation uses Unicode's private-use planes up; it cannot be told from control tokens."
             )
         marks = Marks(self, block << 12)
-        return tuple(
-            _map_texts(value, lambda text, role: marks.mark(text, said if role == "assistant" else None))
-            for value in values
-        ), marks
+        values = _map_texts(values, lambda text, role: marks.mark(text, said.get(role)))
+        return tuple(values), marks
 
     def _said(self, template: str) -> re.Pattern | None:
         """The special tokens that stay tokens in what the assistant says."""
@@ -217,12 +209,12 @@ class Marks:
         return self._control.twin(tokenizer, self._base)
 
 
-def _map_texts(value: Any, change, role: Any = None) -> Any:
+def _map_texts(value: Any, change, role: str | None = None) -> Any:
     """`value` with `change(text, role)` of its texts, where `role` is that of the message that holds the text."""
     if isinstance(value, str):
         return change(value, role)
     if isinstance(value, dict):
-        role = value.get("role", role)
+        role = value["role"] if isinstance(value.get("role"), str) else role
         return {key: item if key in _LOCATIONS else _map_texts(item, change, role) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_texts(item, change, role) for item in value]
