@@ -6,7 +6,6 @@ logits of one image, which must equal the original's if it is given. Weights sta
 """
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -273,7 +272,7 @@ def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bo
     model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
     config = config_class.from_dict(fields)
     config._attn_implementation = "sdpa"
-    model = streamed(lambda: model_class(config), _ByModule(tensors))
+    model = streamed(lambda: model_class(config), tensors, canonical_hf_key)
     output = model(
         input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].float(), logits_to_keep=NUM_COMPARED
     )
@@ -295,22 +294,6 @@ def check_original(
         after = original_logits(original, inputs, hf.config.image_token_id, dtype)
         _compare(report, before[..., : after.shape[-1]], after)
     return report
-
-
-class _ByModule(Mapping):
-    """Tensors under HF's names, looked up by the names that the modules have in memory."""
-
-    def __init__(self, tensors: Mapping[str, LazyTensor]):
-        self.tensors = tensors
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self.tensors[canonical_hf_key(name)]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 @torch.no_grad()

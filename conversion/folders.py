@@ -1,7 +1,6 @@
 """A checkpoint's folder, here or from the Hub, and the small files in it."""
 
 import os
-import re
 from pathlib import Path
 
 from modeling_llava.io import load_errors
@@ -17,7 +16,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
@@ -33,7 +31,7 @@ def local_folder(name: str | Path, what: str) -> Path:
         return path
     if path.is_file() and path.name in load_errors.PROJECTOR_FILES:
         return path.parent
-    if path.exists() or not HUB_NAME.fullmatch(str(name)):
+    if path.exists() or not load_errors.HUB_NAME.fullmatch(str(name)):
         raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
     return _from_hub(str(name), what)
 

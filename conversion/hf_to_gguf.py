@@ -23,6 +23,7 @@ from .gguf_files import BLOCK, TYPES, GgufTensor, check_gguf, import_gguf, write
 from .hf_checkpoints import HfCheckpoint, read_hf
 from .keymaps import Entry
 from .original_to_hf import Conversion, fingerprint_of
+from .overlays import below
 from .tensors import LazyTensor, in_memory, permuted_rows
 from .vocabularies import gguf_chat_template, vocabulary
 from .writing import OutputFolder
@@ -225,7 +226,7 @@ def _projector(hf: HfCheckpoint, tensors: Mapping[Entry, LazyTensor]) -> dict[st
     if hf.config.projector_hidden_act == "gelu":
         return own
     for name in ("mm.0.weight", "mm.0.bias"):
-        own[name] = _mirrored_rows(own[name])
+        own[name] = below(own[name], _negated(own[name]))  # [W; −W]
     second = own["mm.2.weight"]
 
     def read(start: int, stop: int) -> torch.Tensor:
@@ -263,19 +264,8 @@ def _computed(like: LazyTensor, shape: tuple[int, ...], read: Callable[[int, int
     return LazyTensor(like.dtype, shape, lambda a, b: read(a, b).to(like.dtype), like.origin)
 
 
-def _mirrored_rows(tensor: LazyTensor) -> LazyTensor:
-    """`[X; −X]`: the rows, and below them their negatives."""
-    split = tensor.num_rows
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        parts = []
-        if start < split:
-            parts.append(tensor.rows(start, min(stop, split)))
-        if stop > split:
-            parts.append(-tensor.rows(max(start, split) - split, stop - split))
-        return torch.cat(parts)
-
-    return LazyTensor(tensor.dtype, (2 * split, *tensor.shape[1:]), read, tensor.origin)
+def _negated(tensor: LazyTensor) -> LazyTensor:
+    return _computed(tensor, tensor.shape, lambda start, stop: -tensor.rows(start, stop))
 
 
 def _typed(tensor: LazyTensor, kind: str) -> GgufTensor:

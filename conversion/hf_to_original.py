@@ -8,9 +8,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_llava.io.atomic import write_atomic
+from modeling_llava.io.load_errors import HUB_NAME
 
 from .checks import check_original
-from .folders import HUB_NAME, TOKENIZER_FILES, read_json
+from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
 from .keymaps import vision_entries
 from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of

@@ -192,12 +192,13 @@ def put_over(base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, g
         known = base.get(key)
         if known is not None and key in LONGER_IN_DELTA and tensor.num_rows < known.num_rows:
             upper = Extended(known, known.num_rows + gap, known.num_rows) if gap else known
-            tensor = _below(upper, tensor)
+            tensor = below(upper, tensor)
         result[key] = tensor
     return result
 
 
-def _below(upper: LazyTensor, lower: LazyTensor) -> LazyTensor:
+def below(upper: LazyTensor, lower: LazyTensor) -> LazyTensor:
+    """The rows of `upper`, then those of `lower` in the dtype of `upper`."""
     if upper.shape[1:] != lower.shape[1:]:
         raise ValueError(
             f"{lower.origin} has rows of {lower.shape[1:]} values, {upper.origin} of {upper.shape[1:]}. {WRONG_BASE}"

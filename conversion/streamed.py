@@ -45,7 +45,9 @@ class StreamedEmbedding(nn.Module):
         return rows.float()[places]
 
 
-def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) -> nn.Module:
+def streamed(
+    build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor], rename: Callable[[str], str] = str
+) -> nn.Module:
     """
     A model in evaluation mode whose weights are read while it runs.
 
@@ -59,7 +61,8 @@ def streamed(build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor]) 
     saved = set(model.state_dict())
 
     def find(name: str) -> LazyTensor:
-        return tensors[tied[name]] if name in tied and name not in tensors else tensors[name]
+        key = rename(name)
+        return tensors[rename(tied[name]) if name in tied and key not in tensors else key]
 
     for name, module in list(model.named_modules()):
         prefix = f"{name}." if name else ""

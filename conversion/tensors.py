@@ -160,8 +160,7 @@ def first_rows(source: LazyTensor, num_rows: int) -> LazyTensor:
     if num_rows == source.num_rows:
         return source
     shape = (num_rows, *source.shape[1:])
-    ranges = None if source.ranges is None else lambda rows: source.ranges(rows)
-    return LazyTensor(source.dtype, shape, source.rows, source.origin, ranges)
+    return LazyTensor(source.dtype, shape, source.rows, source.origin, source.ranges)
 
 
 def permuted_rows(source: LazyTensor, order: torch.Tensor) -> LazyTensor:

@@ -91,31 +91,15 @@ def run(args: argparse.Namespace) -> int:
         f"converting {args.source} to {FORMS[args.to]}: about as long as copying the files"
         + ("" if args.no_check else ", then a check of the result (--no-check leaves it out)")
     )
-    common = {"check": not args.no_check, "overwrite": args.overwrite}
+    options = {"check": not args.no_check, "overwrite": args.overwrite}
     if args.to == "gguf":
-        result = convert_hf_to_gguf(
-            args.source, args.output, dtype=args.dtype or "f16", class_token_last=args.class_token_last, **common
-        )
-    elif args.to == "original":
-        result = convert_hf_to_original(
-            args.source,
-            args.output,
-            vision_tower=args.vision_tower,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            **common,
-        )
+        options |= {"dtype": args.dtype or "f16", "class_token_last": args.class_token_last}
     else:
-        result = convert_original_to_hf(
-            args.source,
-            args.output,
-            base=args.base,
-            vision_tower=args.vision_tower,
-            max_shard_size=args.max_shard_size,
-            dtype=args.dtype,
-            chat_template=args.chat_template,
-            **common,
-        )
+        options |= {"dtype": args.dtype, "vision_tower": args.vision_tower, "max_shard_size": args.max_shard_size}
+    if args.to == "hf":
+        options |= {"base": args.base, "chat_template": args.chat_template}
+    convert = {"hf": convert_original_to_hf, "original": convert_hf_to_original, "gguf": convert_hf_to_gguf}[args.to]
+    result = convert(args.source, args.output, **options)
     if result.check is not None:
         print(result.check)
     for note in result.notes:

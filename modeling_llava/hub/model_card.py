@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ..io.load_errors import HUB_NAME
 from .files import read_record
 
 
@@ -21,8 +22,6 @@ FIGURES = {
     "results*.png": "Evaluation",
 }
 """Pattern of a file name → its caption."""
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def render_model_card(

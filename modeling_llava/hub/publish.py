@@ -14,10 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
+from ..io.load_errors import HUB_NAME
 from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields
 from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files
-from .model_card import HUB_NAME, render_model_card
+from .model_card import render_model_card
 from .staging import drop_local_names, finish_data_card, name_base, stage_files, stage_results
 
 

@@ -7,6 +7,7 @@ What a folder or a Hub repository is where it is not a LLaVA, and why a folder c
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +50,8 @@ EMPTY_TENSOR = (
 LFS_ERROR = "is Git LFS's pointer to the file, not the file: `git lfs pull`, or `hf download`."
 
 AGAIN = "copy or download it again"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""No LLaVA on the Hub has a name without an owner."""
 
 
 def other_than_llava(

@@ -393,7 +393,7 @@ def test_languages_are_told_apart(expected):
 
 def test_any_language_passes_without_the_flag_and_unknown_ones_are_named():
     assert reason_of(SENTENCES["ru"] * 3, "detail", language=None) is None
-    with pytest.raises(ValueError, match=f"these can: {LANGUAGES[0]}"):
+    with pytest.raises(ValueError, match=f"these languages can: {LANGUAGES[0]}"):
         looks_like("x", "tlh")
 
 
