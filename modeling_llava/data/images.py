@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..io.images import EMBEDDED, check_size, embedded_or_path, open_upright
-from ..io.paths import near_hint
+from ..io.paths import where_looked
 from .schema import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
 
 
@@ -217,14 +217,8 @@ def _require_file(path: str, name: str, image_folder, sample_id: str) -> None:
     try:
         info = os.stat(path)
     except FileNotFoundError:
-        if image_folder is None:
-            hint = near_hint(path)
-            where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()!r})"
-        else:
-            hint = near_hint(os.path.relpath(path, image_folder), image_folder)
-        raise BadSampleError(
-            sample_id, MISSING_IMAGE, f"has the image {name}, which is not there{where}.{hint}"
-        ) from None
+        where = where_looked(path, image_folder)
+        raise BadSampleError(sample_id, MISSING_IMAGE, f"has the image {name}, which is not there{where}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise BadSampleError(
             sample_id, MISSING_IMAGE, f"has the image {name}, which cannot be opened: {error}."

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..io.paths import near_hint
+from ..io.paths import where_looked
 from .images import is_no_path
 from .json_rows import JsonRows
 from .rows import ArrowRows, ListRows, Share, StreamedRows
@@ -370,11 +370,9 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
     elif glob.has_magic(name):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not files:
-            raise FileNotFoundError(f"there is no file {name!r} (looked in {os.getcwd()!r}).")
+            raise FileNotFoundError(f"there is no file or folder {name!r}{where_looked(str(path))}")
     elif path.suffix in (*_JSON_SUFFIXES, *_TABLES) or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(
-            f"there is no file or folder {name!r} (looked in {os.getcwd()!r}).{near_hint(str(path))}"
-        )
+        raise FileNotFoundError(f"there is no file or folder {name!r}{where_looked(str(path))}")
     else:
         return [table(name, name=config_name, revision=revision)]
     opened = []

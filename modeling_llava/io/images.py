@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .paths import near_hint
+from .paths import where_looked
 
 
 MAX_DOWNLOAD_BYTES = 50 * 2**20
@@ -66,8 +66,7 @@ def read_image(reference: Any) -> Image.Image:
     except MemoryError:
         raise
     except FileNotFoundError as error:
-        where = "" if os.path.isabs(source) else f" (looked in {os.getcwd()!r})"
-        raise ValueError(f"The image {name} is not there{where}.{near_hint(source)}") from error
+        raise ValueError(f"The image {name} is not there{where_looked(source)}") from error
     except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
         raise ValueError(f"The image {name} cannot be read: {error}") from error
 

@@ -5,10 +5,10 @@ import os
 import unicodedata
 
 
-def near_path(path: str, folder: str | os.PathLike = "") -> str | None:
+def _near_path(path: str, folder: str | os.PathLike) -> str | None:
     """
-    The path (relative to `folder`, if given) that is there when case, backslashes, the form of Unicode characters and the
-    suffix do not count.
+    The path, relative to `folder` if that is not empty, that is there when case, backslashes, the form of Unicode
+    characters and the suffix do not count.
     """
     found = os.path.join(folder, "")
     for part in path.replace("\\", "/").split("/"):
@@ -21,13 +21,16 @@ def near_path(path: str, folder: str | os.PathLike = "") -> str | None:
     return found[len(os.path.join(folder, "")) : -1]
 
 
-def near_hint(path: str, folder: str | os.PathLike = "") -> str:
-    """A sentence about the file that was probably meant, with a space before it; `""` if none is known."""
-    near = near_path(path, folder)
+def where_looked(path: str, folder: str | os.PathLike | None = None) -> str:
+    """The end of an error's sentence about a missing path, and the sentence about what was probably meant."""
+    where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()!r})"
+    if folder is not None:
+        where, path = f" in the image folder {os.fspath(folder)!r}", os.path.relpath(path, folder)
+    near = _near_path(path, folder or "")
     if near is not None:
         looks_alike = unicodedata.normalize("NFC", near) == unicodedata.normalize("NFC", path)
-        return f" There is {ascii(near) if looks_alike else repr(near)} instead."
-    return " Write '/' in place of its backslashes." if "\\" in path else ""
+        return f"{where}. There is {ascii(near) if looks_alike else repr(near)} instead."
+    return f"{where}.{' Write / in place of its backslashes.' if chr(92) in path else ''}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,4 +47,4 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-__all__ = ["near_hint", "near_path"]
+__all__ = ["where_looked"]
