@@ -276,8 +276,6 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"vision_tower_learning_rate={self.vision_tower_learning_rate} but train_vision_tower=False. "
                 "Set train_vision_tower=true, or leave the learning rate out."
             )
-        if self.lora_r < 1 or self.lora_alpha < 1:
-            raise ValueError(f"lora_r={self.lora_r} and lora_alpha={self.lora_alpha} must both be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is not in [0, 1).")
         if isinstance(self.lora_target, str):
@@ -287,14 +285,10 @@ class LlavaTrainingArguments(TrainingArguments):
                 raise ValueError(f"lora_target={self.lora_target!r} is not a regular expression: {error}.") from None
 
     def _check_data(self):
-        if self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length} positions: at least 1 is needed.")
         if self.eval_data is not None and self.eval_size is not None:
             raise ValueError("eval_data and eval_size are both given. Keep one: own data, or a part of `data`.")
         if self.eval_size is not None and self.eval_size <= 0:
             raise ValueError(f"eval_size={self.eval_size}: give a share in (0, 1) or a number of samples.")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples={self.max_samples}: at least 1 is needed.")
         if self.pack_length is not None and (self.packing != "full" or self.pack_length < self.max_length):
             raise ValueError(
                 f"pack_length={self.pack_length} needs packing=full (it is {self.packing}) and at least "
@@ -343,10 +337,21 @@ class LlavaTrainingArguments(TrainingArguments):
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "global_batch_size",
+            "lora_r",
+            "lora_alpha",
+            "max_length",
+            "max_samples",
+            "early_stopping_patience",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed.")
-        for name in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha"):
+        for name in (
+            "learning_rate",
+            "projector_learning_rate",
+            "vision_tower_learning_rate",
+            "neftune_noise_alpha",
+            "sample_answers",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
@@ -360,8 +365,6 @@ class LlavaTrainingArguments(TrainingArguments):
         for name in ("sample_answers", "benchmarks"):
             if getattr(self, name) and not has_eval_data:
                 raise ValueError(f"{name} are run at each evaluation: set eval_size, or eval_data.")
-        if self.sample_answers < 0:
-            raise ValueError(f"sample_answers={self.sample_answers}: give a number of samples, or 0 for no page.")
         chooses_best = {
             "early_stopping_patience": self.early_stopping_patience is not None,
             "load_best_model_at_end": self.load_best_model_at_end,
@@ -383,8 +386,6 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"{self.global_batch_size} requires a fixed one. Keep one."
             )
         if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise ValueError(f"early_stopping_patience={self.early_stopping_patience}: at least 1 is needed.")
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             # without its count of evaluations a resumed run would stop later than one that was not interrupted
             self.restore_callback_states_from_checkpoint = True

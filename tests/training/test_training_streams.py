@@ -144,7 +144,7 @@ def test_an_empty_stream_is_said():
     with pytest.raises(ValueError, match="holds no usable sample"):
         next(iter(EndlessStream(stream.shared_by(1, 2), 2)))
     none_fits = PackedStream(load_conversations(rows(4), streaming=True), lambda row: 0, capacity=10)
-    with pytest.raises(ValueError, match="all were left out"):
+    with pytest.raises(ValueError, match="all were dropped"):
         next(iter(EndlessStream(none_fits)))
 
 
