@@ -18,7 +18,7 @@ TYPES = ("f16", "bf16", "f32", "q8_0")
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 BLOCK = 32
-"""Values per block of `q8_0`: a row whose length is no multiple of it is stored as `f16`."""
+"""Values per block of `q8_0`: a row whose length is not a multiple of it is stored as `f16`."""
 
 
 @dataclass(frozen=True)

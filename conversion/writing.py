@@ -156,19 +156,17 @@ def write_json(path: Path, content) -> None:
 
 class OutputFolder:
     """
-    The folder that a conversion writes, as a context: built beside its place, put there by `commit`.
+    The output of a conversion, as a context: built as `OUT.partial`, renamed by `commit`.
 
     Args:
-        output (`str` or `Path`): Where the folder shall be. It must not exist, or be empty, unless `overwrite`.
-        fingerprint (`dict`):
-            What the conversion's result depends on (sources, options). Shards of a partial folder are kept only if it
-            is the same.
+        output (`str` or `Path`): The folder. It must not exist, or be empty, unless `overwrite`.
+        fingerprint (`dict`): What the result depends on (sources, options); a partial folder of another one starts anew.
         total_bytes (`int`): What will be written, for the check of free space and the progress bar.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace what is at `output`, once the new folder is whole.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace `output` once the new folder is complete.
 
     Raises:
-        ValueError: `output` exists; another conversion is writing it; `OUT.partial` is not of a conversion.
-        OSError: the disk has too little space (nothing was written), or others filled it meanwhile.
+        ValueError: `output` exists, another conversion is writing it, or `OUT.partial` is not of a conversion.
+        OSError: the disk is too small or full.
     """
 
     def __init__(self, output: str | Path, fingerprint: dict, total_bytes: int, *, overwrite: bool = False):

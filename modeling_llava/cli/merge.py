@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"],
         help="of the written weights; auto: the base model's (default)",
     )  # fmt: skip
-    parser.add_argument("--base", help="the base model, if it is no longer where the adapter says")
+    parser.add_argument("--base", help="the base model, if it has moved")
     parser.add_argument(
         "--as-trained", action="store_true",
         help="QLoRA: add the adapter to the dequantized NF4 base that was used in training",

@@ -1,4 +1,4 @@
-"""COCO's files of captions and of instances, read item by item; and the text and numbers that rows of other forms share."""
+"""COCO's files, read item by item, and texts and numbers of rows."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def one_line(text: str) -> str:
 
 
 def writable(text: str) -> str:
-    """Half a surrogate pair, which JSON can escape, is no text that can be written or sent: it becomes a `?`."""
+    """A text with a `?` for half a surrogate pair, which JSON can escape and no file can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -64,7 +64,7 @@ def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
     """What is wrong with an item of a COCO file is said with the file and the item."""
     try:
         if not isinstance(item, dict):
-            raise TypeError("it is no object")
+            raise TypeError("it is not an object")
         yield
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"{error} is absent" if isinstance(error, KeyError) else error
@@ -74,7 +74,7 @@ def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
 def coco_name(item: dict[str, Any], key: str) -> str:
     """`item[key]`, if it is a name."""
     if not isinstance(item[key], str) or not item[key].strip():
-        raise ValueError(f"'{key}' is no name")
+        raise ValueError(f"'{key}' is not a name")
     return writable(item[key])
 
 

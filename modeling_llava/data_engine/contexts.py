@@ -28,10 +28,9 @@ logger = logging.getLogger(__name__)
 
 DECIMALS = 3
 LARGEST_FRACTION = 2.0
-"""A corner beyond it is no fraction that reaches over the image's edge, it is in pixels. (In pixels a box within it is a
-fraction: also one whose [x1, y1, x2, y2] were read as [x, y, width, height].)"""
+"""Corners beyond it are pixels; where pixels are expected, a box within it is in fractions."""
 FAR_OVER = 1.05
-"""Boxes that end beyond it, in widths or heights of the image, are not just drawn carelessly."""
+"""Boxes that end beyond it, in widths or heights of the image, are not in COCO's form."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Context:
-    """An image as a language-only model is told of it.
+    """What a language-only model is given for an image.
 
     Attributes:
         id: Name of the sample, unique in its file.
@@ -187,7 +186,7 @@ def _largest_first(boxes: Iterable[Box]) -> tuple[Box, ...]:
 def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[str, ...]:
     captions = [captions] if isinstance(captions, str) else captions or ()
     if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where}: {captions!r} are no captions; they are a list of texts.")
+        raise ValueError(f"{where}: {captions!r} are not captions, which are a list of texts.")
     cleaned = [one_line(caption) for caption in captions]
     if empty := cleaned.count(""):
         counts.dropped["empty_caption"] += empty

@@ -94,8 +94,7 @@ def _extract_all(ray: Any, captions_of: Path, extracted: Path, model: str, worke
     if not missing:
         return
     workers = min(workers or max(1, int(ray.cluster_resources().get("CPU", 1))), len(missing))
-    # The actors read and write by themselves. Reading and writing by Ray would be tasks beside them, which wait for a
-    # core for ever where the actors have taken them all.
+    # The actors read and write: separate tasks of Ray would wait forever where the actors have taken all cores.
     found = _files(ray, missing).map_batches(
         _Extract,
         fn_constructor_args=(model, str(extracted)),

@@ -156,7 +156,7 @@ class _Run:
     async def wait_for_limits(self, estimate: Usage) -> bool:
         """Waits for `retry_after` and for the limits; `False` if the run was stopped.
 
-        A slot that comes up during such a pause is dropped and taken anew afterwards, so that not all are used at once.
+        A slot that comes up during such a pause is dropped and taken again afterwards, so that not all are used at once.
         """
         while not self.stopping.is_set():
             if (rest := self.not_before - time.monotonic()) > 0:

@@ -1,5 +1,5 @@
 """
-What a folder or a Hub repository is where it is not a LLaVA, and why a folder cannot be loaded: one line each, with the fix.
+What a folder or a Hub repository is if it is not a LLaVA, and why a folder cannot be loaded: one line each, with the fix.
 
 [`other_than_llava`] is asked before anything large is read, [`what_is_broken`] after a load has failed.
 """
@@ -19,7 +19,7 @@ PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 MODEL_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
-"""Where a folder's weights may lie, in the order of preference."""
+"""Files with a folder's weights, in the order of preference."""
 
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
@@ -74,8 +74,8 @@ def other_than_llava(
         return reason
     if adapter is not None and (is_original(config) or any(map(has, NON_LORA_FILES))):
         what, base = "a LoRA", adapter.get("base_model_name_or_path") or "BASE"
-        beside = os.path.join(os.path.dirname(os.path.abspath(name)), base)
-        base = beside if os.path.isdir(beside) and not os.path.isdir(base) else base
+        neighbour = os.path.join(os.path.dirname(os.path.abspath(name)), base)
+        base = neighbour if os.path.isdir(neighbour) and not os.path.isdir(base) else base
     elif (is_original(config) or not config) and any(map(has, PROJECTOR_FILES)) and not any(map(has, MODEL_FILES)):
         what, base = "a projector", "BASE"
     elif is_original(config):
@@ -165,7 +165,7 @@ def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | Non
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
-    """Whether a tokenizer's words lie in a folder. Of `tokenizer_config.json` alone transformers 5 makes one without any."""
+    """Whether a folder has a tokenizer. From `tokenizer_config.json` alone transformers 5 makes an empty one."""
     return any((Path(folder) / name).is_file() for name in (*TOKENIZERS, "vocab.txt", "tekken.json")) or any(
         path.suffix in (".model", ".tiktoken") for path in Path(folder).iterdir()
     )

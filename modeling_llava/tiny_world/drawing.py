@@ -58,8 +58,8 @@ def draw_place(place: str, rng: np.random.Generator, size: int = SCENE_SIZE) -> 
     pixels = np.repeat(np.where(rows < horizon / size, sky, ground)[:, None, :], size, axis=1)  # [size, size, 3]
     grain = rng.normal(0, 1, (size, size, 1))
     pixels += grain * np.where(rows[:, :, None] < horizon / size, 1.5, 5.0 if place in ("beach", "meadow") else 3.0)
-    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture, "RGBA")
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image, "RGBA")
 
     def points(count, top, bottom):
         return zip(rng.integers(0, size, count).tolist(), rng.integers(top, bottom, count).tolist())
@@ -99,7 +99,7 @@ def draw_place(place: str, rng: np.random.Generator, size: int = SCENE_SIZE) -> 
                     if rng.random() < 0.45:
                         draw.rectangle([window_x, window_y, window_x + 1, window_y + 2], fill=(250, 220, 130, 220))
             x += width + 1
-    return picture
+    return image
 
 
 def _regular(points: int, inner: float = 1.0, turn: float = -90.0) -> list[tuple[float, float]]:
@@ -195,7 +195,7 @@ def make_sticker(tile: Image.Image) -> Image.Image:
 def draw_image(scene: Scene, size: int = SCENE_SIZE) -> Image.Image:
     """The image of a scene: RGB, `size` × `size` pixels. The same scene gives the same pixels."""
     rng = random.Random(scene.seed)
-    picture = draw_place(scene.place, np.random.default_rng(scene.seed), size)
+    image = draw_place(scene.place, np.random.default_rng(scene.seed), size)
     for thing in scene.things:
         side = round(thing.side * size)
         tile = make_sticker(draw_thing(thing, rng, side * SUPERSAMPLING))
@@ -205,6 +205,6 @@ def draw_image(scene: Scene, size: int = SCENE_SIZE) -> Image.Image:
         shade_of = Image.new("L", (side + 2 * margin, side + 2 * margin))
         shade_of.paste(tile.getchannel("A").point(SHADOW), (margin, margin))
         shade_of = shade_of.filter(ImageFilter.GaussianBlur(side / 26))
-        picture.paste((10, 10, 30), (left - margin + side // 24, top - margin + side // 16), shade_of)
-        picture.paste(tile, (left, top), tile)
-    return picture
+        image.paste((10, 10, 30), (left - margin + side // 24, top - margin + side // 16), shade_of)
+        image.paste(tile, (left, top), tile)
+    return image

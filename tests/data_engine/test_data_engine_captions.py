@@ -99,7 +99,7 @@ def test_expanded_data_is_what_training_reads(tmp_path):
     [
         ({"images": [{"id": 1}]}, "'images' is not in COCO's form .'file_name' is absent"),
         ({"annotations": [{"image_id": 1, "caption": "x"}]}, "'annotations' is not in COCO's form .'id' is absent"),
-        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is no object"),
+        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is not an object"),
         (
             {"annotations": [{"id": 1, "image_id": "1", "caption": "x"}]},
             "belongs to image '1', which is not among its 1",

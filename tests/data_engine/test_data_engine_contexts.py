@@ -105,9 +105,9 @@ def test_boxes_of_one_size_in_different_places_keep_the_order_of_the_file(tmp_pa
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"images": [{"id": 1, "file_name": 3, "width": 9, "height": 9}]}, "'file_name' is no name.*'file_name': 3"),
-        ({"categories": [{"id": 7, "name": None}]}, "'name' is no name"),
-        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is no object"),
+        ({"images": [{"id": 1, "file_name": 3, "width": 9, "height": 9}]}, "'file_name' is not a name.*'file_name': 3"),
+        ({"categories": [{"id": 7, "name": None}]}, "'name' is not a name"),
+        ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is not an object"),
         ({"annotations": None}, "'annotations' is not a list"),
         ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4, 5]}]}, "'bbox' has 5 numbers, not 4"),
         (
@@ -176,7 +176,7 @@ def test_limit_and_max_boxes(tmp_path):
     "rows, message",
     [
         ([{"captions": ["x"]}], "line 1 has no 'image'"),
-        ([{"image": "a.jpg", "captions": [3]}], "sample 'a': \\[3\\] are no captions"),
+        ([{"image": "a.jpg", "captions": [3]}], "sample 'a': \\[3\\] are not captions"),
         ([{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c"}]}], "sample 'a': box .* is not"),
         (
             [{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c", "bbox": [1, 2]}]}],
@@ -196,7 +196,7 @@ BOX = {"category": "cat", "bbox": [0.1, 0.1, 0.5, 0.5]}
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"captions": {"a": 1}}, "are no captions"),
+        ({"captions": {"a": 1}}, "are not captions"),
         ({"boxes": [{**BOX, "category": " "}]}, "is not {'category': name"),
         ({"boxes": [{**BOX, "bbox": [1, 2, 3]}]}, "is not {'category': name"),
         ({"width": -200, "height": 100}, "width -200 and height 100 are not the size"),
