@@ -136,7 +136,9 @@ def test_evaluation_loss_is_the_models_and_builds_no_logits(settings, quiet):
     dataset = dataset.select(range(4))
     trainer = LlavaTrainer(model, args, eval_dataset=dataset, processing_class=processor)
     seen = []
-    handle = trainer.model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits))
+    handle = trainer.model.register_forward_hook(
+        lambda module, inputs, output: seen.append(getattr(output, "logits", None))
+    )
     loss = trainer.evaluate()["eval_loss"]
     handle.remove()
     assert seen == [None]
