@@ -77,7 +77,7 @@ def test_a_budget_that_runs_out_is_its_own_exit_code(files, capsys):
         assert "one per byte of the prompt" in capsys.readouterr().err and not server.asked
         assert main(line(files, *more, "--max-tokens", "8000")) == 3
         assert 1 <= sum(server.asked.values()) < 15
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
 
 
 def test_an_endpoint_that_is_not_there_is_said_in_one_line(files, capsys):
