@@ -140,7 +140,9 @@ def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_goes_
     monkeypatch.setattr(
         *((writing, "write_safetensors") if kind == "file" else (LlavaProcessor, "save_pretrained")), full
     )
-    with pytest.raises(OSError, match=r"The disk of .*out\.partial is full\. Free some space and run the same command again"):
+    with pytest.raises(
+        OSError, match=r"The disk of .*out\.partial is full\. Free some space and run the same command again"
+    ):
         convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()

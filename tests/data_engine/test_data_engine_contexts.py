@@ -105,7 +105,10 @@ def test_boxes_of_one_size_in_different_places_keep_the_order_of_the_file(tmp_pa
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"images": [{"id": 1, "file_name": 3, "width": 9, "height": 9}]}, "'file_name' is not a name.*'file_name': 3"),
+        (
+            {"images": [{"id": 1, "file_name": 3, "width": 9, "height": 9}]},
+            "'file_name' is not a name.*'file_name': 3",
+        ),
         ({"categories": [{"id": 7, "name": None}]}, "'name' is not a name"),
         ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is not an object"),
         ({"annotations": None}, "'annotations' is not a list"),

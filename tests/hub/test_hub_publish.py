@@ -85,7 +85,9 @@ def test_a_storage_that_refuses_a_large_file_is_one_clear_error(hub, model_folde
     """huggingface_hub raises a `RuntimeError` there; and it is not about the token."""
     publication = gather(model_folder, "tester/my-llava")
     hub.fail_next("PUT", "/lfs-storage/", "403")
-    with pytest.raises(OSError, match=r"The upload was interrupted \(.*uploading .* 403\). Run the same command again"):
+    with pytest.raises(
+        OSError, match=r"The upload was interrupted \(.*uploading .* 403\). Run the same command again"
+    ):
         push(publication, endpoint=hub.url)
     push(publication, endpoint=hub.url)
     assert "model.safetensors" in hub.files("tester/my-llava")
@@ -103,7 +105,10 @@ def test_a_token_that_may_not_write_is_one_clear_error_without_the_token(hub, mo
 def test_a_cut_connection_is_one_clear_error_and_no_log_holds_the_token(hub, model_folder, caplog, method, path):
     publication = gather(model_folder, "tester/my-llava")
     hub.fail_next(method, path, "drop")
-    with caplog.at_level("DEBUG"), pytest.raises(OSError, match="The upload was interrupted .* Run the same command again"):
+    with (
+        caplog.at_level("DEBUG"),
+        pytest.raises(OSError, match="The upload was interrupted .* Run the same command again"),
+    ):
         push(publication, endpoint=hub.url)
     with caplog.at_level("DEBUG"):
         push(publication, endpoint=hub.url)

@@ -79,7 +79,11 @@ def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, caplog
 def test_a_text_that_ends_answers_is_named_for_stock(settings, tmp_path, caplog):
     changed = {**settings, "chat_template": "vicuna_v0", "max_steps": 1, "preview_samples": 0}
     train(changed, console=Console(file=StringIO()))
-    assert "{'stop_strings': ['###']}" in caplog.text and "tokenizer=" in caplog.text and "generate_kwargs=" in caplog.text
+    assert (
+        "{'stop_strings': ['###']}" in caplog.text
+        and "tokenizer=" in caplog.text
+        and "generate_kwargs=" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("form", ["llama3", "qwen3", "phi3", "gemma", "mistral"])
