@@ -21,8 +21,8 @@ def test_weights_of_llava_7b_are_those_of_its_layers(capsys):
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096  # attention, MLP, norms
     assert gib(printed, "language model, layers") == pytest.approx((32 * layer + 4096) * 2 / 2**30, abs=0.02)
     assert gib(printed, "projector") == pytest.approx(
-        (1024 * 4096 + 4096**2) * 4 / 2**30, abs=0.02
-    )  # trained: float32
+        (1024 * 4096 + 4096**2) * (4 + 2) / 2**30, abs=0.01
+    )  # the trained copy in float32, and the base's, which disable_adapter() gives back
 
 
 def test_a_gpu_that_is_too_small_is_reported_with_the_change_that_helps(capsys):
