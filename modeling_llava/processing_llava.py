@@ -4,8 +4,8 @@ import copy
 import os
 from typing import Any
 
-from transformers import AutoImageProcessor
-from transformers.image_utils import is_valid_image
+from transformers import AutoImageProcessor, BatchFeature
+from transformers.image_utils import ImageInput, is_valid_image
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
@@ -164,7 +164,14 @@ class LlavaProcessor(ProcessorMixin):
         """Positions of the language model that one image takes, in tokens."""
         return num_image_tokens(self)
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, *, control_token_marks=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        *,
+        control_token_marks: Marks | None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """
         Model inputs for prompts that hold one `<image>` per image; each becomes `num_image_tokens` of them.
 
@@ -187,7 +194,7 @@ class LlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: a sample has another number of `<image>` than of images; `images` holds `None`.
         """
-        if videos is not None or audio is not None:
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise ValueError("LLaVA reads images and text; there is no video or audio part.")
         if _is_text(images) and not (text is None or _is_text(text)) or self._is_prompt(images, text):
             images, text = text, images
@@ -244,8 +251,8 @@ class LlavaProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images):
             if len(images) != len(text):
                 raise ValueError(
-                    f"There are {len(text)} texts but {len(images)} lists of images. Give one list per text, an empty "
-                    "one for a text without images."
+                    f"There are {len(text)} texts but {len(images)} lists of images: image tokens in the prompts should be the "
+                    "same as the number of images. Give one list per text, an empty one for a text without images."
                 )
             for i, (in_sample, own) in enumerate(zip(in_text, map(_count, images))):
                 if in_sample != own:

@@ -29,7 +29,7 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 saved = torch.load(file, weights_only=False)
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava import loss as loss_module
+from modeling_llava.kernels import linear_cross_entropy as loss_module
 loss_module.CHUNK_ELEMENTS = loss_module.MIN_CHUNK_ROWS = loss_module.MIN_CHUNK_ROWS_TRAINED = 3  # several chunks
 
 model = LlavaForConditionalGeneration(saved["config"]).train()
