@@ -52,5 +52,5 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert list(folder.glob("*to-publish/README.md"))
     assert (folder / "report" / "report.md").is_file()
     printed = "\n".join(texts(code_cells(notebook)))
-    assert "modeling_llava was imported: False" in printed and "Nothing was sent" in printed
+    assert "modeling_llava was imported: False" in printed and "Nothing was uploaded" in printed
     assert not re.search(r"^llava \w+: error", printed, re.MULTILINE)
