@@ -138,7 +138,7 @@ def test_draws_depend_on_seed_and_epoch_alone():
     assert draws(0, 1) == draws(0, 1)
     assert draws(0, 1) != draws(0, 2) and draws(0, 1) != draws(1, 1)
     sampler = TypeMixtureSampler(TYPES, {"conversation": 1, "detail": 2, "complex": 3})
-    assert [list(sampler), list(sampler)] == [draws(0, 0), draws(0, 1)]  # goes on by itself
+    assert [list(sampler), list(sampler)] == [draws(0, 0), draws(0, 1)]  # the next epoch follows
 
 
 def test_a_type_without_a_weight_and_a_weight_without_a_type_are_errors():
