@@ -215,7 +215,10 @@ def _end_block(chat_template: str, block: re.Match, num_blanks: int) -> str:
     opening, body, closing = block.groups()
     loops: list[str] = []
     for tag in _LOOPS.finditer(chat_template, 0, block.start()):
-        loops.append(tag[2]) if tag[2] is not None else loops.pop()
+        if tag[2] is not None:
+            loops.append(tag[2])
+        elif loops:  # none is open where a comment of the template names the tag
+            loops.pop()
     over_items = bool(loops) and "content" in loops[-1]  # an answer of several texts ends once
     answer = f"answer[:-{num_blanks}]" if num_blanks else "answer"
     return (

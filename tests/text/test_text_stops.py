@@ -43,6 +43,7 @@ WITHOUT_STOP = {  # name: template, and the white space in which it ends an answ
     "published": (PUBLISHED, " "),
     "without marks": (PUBLISHED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), " "),
     "a line break": (PUBLISHED.replace("c['text'] + ' ' }}{% endg", "c['text'] + '\n' }}{% endg"), "\n"),
+    "a tag in a comment": ("{# {% endfor %} #}" + PUBLISHED, " "),
     "two blanks": (PUBLISHED.replace("c['text'] + ' ' }}{% endg", "c['text'] }}  {% endg"), "  "),
     "nothing": (PUBLISHED.replace("c['text'] + ' ' }}{% endg", "c['text'] }}{% endg"), ""),
     "trimmed, without marks": (
