@@ -38,7 +38,7 @@ from .constants import CACHE
 from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
 from .kernels.early_exit import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss
-from .kernels.packed_attention import packs_cheaply
+from .kernels.packed_attention import VARLEN, packs_cheaply
 
 
 logger = logging.get_logger(__name__)
@@ -588,15 +588,27 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         As in transformers: continuous batching, which `cache_implementation="paged"` chooses too.
 
         Raises:
-            ValueError: a prompt has images, which the model would not see.
+            ValueError: a prompt has images, which the model would not see, or padding, which would be read as text; "varlen"
+                attention.
         """
         has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         for ids in inputs:
             self._require_text(ids, has_images)
+        config, mask = kwargs.get("generation_config") or self.generation_config, kwargs.get("attention_mask")
+        pad, eos = config.pad_token_id, config.eos_token_id
+        begins_padded = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
+        if mask is not None and not mask.all() or begins_padded and any(list(ids[:1]) == [pad] for ids in inputs):
+            raise ValueError(
+                "Continuous batching and the paged cache read padding as text. Give generate_batch a list of ids per prompt."
+            )
         return super().generate_batch(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers; the manager takes text alone."""
+        if self.config.text_config._attn_implementation == VARLEN:
+            raise ValueError(
+                'Continuous batching does not work with "varlen" attention. Set model.set_attn_implementation("sdpa").'
+            )
         manager = super().init_continuous_batching(*args, **kwargs)
 
         def add_request(input_ids, *args, **kwargs):

@@ -128,6 +128,18 @@ def test_continuous_batching_refuses_images(model):
         manager.add_request(batch["input_ids"][0].tolist())
 
 
+def test_continuous_batching_refuses_padding_and_packed_attention(model):
+    """The first would be read as text, and in a pack no key before the pass would be seen."""
+    options = {"generation_config": PAGED, "continuous_batching_config": SMALL}
+    ids = torch.tensor([[0, 0, 1, 5], [1, 77, 78, 9]])
+    for padded in ({}, {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}):
+        with pytest.raises(ValueError, match="padding"):
+            model.generate(ids, cache_implementation="paged", **padded, **options)
+    model.set_attn_implementation({"text_config": "varlen"})
+    with pytest.raises(ValueError, match="varlen"):
+        model.generate_batch(TEXT, **options)
+
+
 @pytest.mark.parametrize("image_token_id", [299, -200])
 def test_an_image_token_outside_the_vocabulary_needs_no_embedding(image_token_id):
     text = tiny_text_config(vocab_size=299)
