@@ -9,18 +9,25 @@ an answer's text. Stock is stock's class with stock's processor. They take turns
 machine does slows both; times are medians over the rounds, the ratio is the median of the rounds' ratios. Answers of both
 sides are compared in every round, and the run fails if they differ.
 
-    10, 40     so many questions on one picture of 336 pixels, 8 new tokens each; stock: one `generate` per question
-    scienceqa  48 questions, each with a picture of its own and as long as ScienceQA's are (question, context and choices),
+    one        one question on one image, 64 tokens after the first: the time of each, against those of `generate`
+    10, 40     so many questions on one image of 336 pixels, 8 new tokens each; stock: one `generate` per question
+    scienceqa  48 questions, each with an image of its own and as long as ScienceQA's are (question, context and choices),
                16 new tokens each; stock: padded batches of 8 in the order of the data. Also answered by stock one by one,
                once: ours must give just these answers
-    memory     10,000 samples, each with its own picture, through a tiny model: resident memory after 1,000 and after all
+    lengths    the same questions; every twentieth token ends an answer, so that they have 1 to 64 tokens
+    memory     10,000 samples, each with its own image, through a tiny model: resident memory after 1,000 and after all
 
 The model: CLIP 12 layers × 384 at 336 pixels (576 image tokens), Llama 12 layers × 576, vocabulary 32,064, random weights.
-The tokenizer is the small one of the tests; questions have 12 to 40 tokens in the first two cases.
+The tokenizer is the small one of the tests; questions have 12 to 40 tokens in the first three cases.
 
 Predicted before the first run, from counted multiplications and the weights that a step must read (a stock question is
-about 0.9 s, of it 0.85 s the picture and the prompt): 10 questions 7 ×, 40 questions 17 ×, ScienceQA-like 1.4 × (padding a
+about 0.9 s, of it 0.85 s the image and the prompt): 10 questions 7 ×, 40 questions 17 ×, ScienceQA-like 1.4 × (padding a
 quarter of the prompts' tokens, and the cache that stock copies at each step).
+
+Predicted before one row got the image's keys and values as a copy in front of its own, and before a finished row's place was
+taken at once: `one` 1.1 × (the same products as stock, a token is written in place instead of copying the cache, no logits
+processors; 0.8 × before, when each layer merged two attentions); `scienceqa` as before, for its rows end together;
+`lengths` 1.7 × (a batch of stock's ends with its longest answer, about twice the mean; most of the time is the prompts').
 """
 
 import argparse
