@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from modeling_llava import __version__
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.image_processing_llava import LlavaImageProcessor
-from modeling_llava.processing_llava import LlavaProcessor, choose_chat_template
-from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
+from modeling_llava.processing_llava import LlavaProcessor
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, choose_chat_template, insert_image_token
 from modeling_llava.text.stops import add_generation_stop, missing_stop
 from modeling_llava.text.tokenization import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 

@@ -4,8 +4,8 @@ import copy
 import os
 from typing import Any
 
-from transformers import AutoImageProcessor, BatchFeature
-from transformers.image_utils import ImageInput, is_valid_image
+from transformers import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
@@ -13,9 +13,8 @@ from .configuration_llava import count_additional_image_tokens, count_image_toke
 from .constants import IMAGE_TOKEN
 from .image_processing_llava import LlavaImageProcessor
 from .text.chat_templates import (
-    CHAT_TEMPLATES,
     chat_template_of,
-    insert_image_token,
+    choose_chat_template,
     load_chat_template,
     warn_of_joined_texts,
     with_image_token,
@@ -30,11 +29,10 @@ logger = logging.get_logger(__name__)
 
 class LlavaProcessor(ProcessorMixin):
     r"""
-    Image processor and tokenizer in one. Constructor, attributes and saved files are those of the stock
-    `LlavaProcessor`.
+    Image processor and tokenizer in one. Constructor, attributes and saved files are those of the stock `LlavaProcessor`.
 
-    Differs from stock: images are counted against `<image>` per sample, not over the batch; `apply_chat_template`
-    treats a `<image>` or `</s>` that a user typed as ordinary text.
+    Differs from stock: images are counted against `<image>` per sample; `apply_chat_template` treats a `<image>` or `</s>`
+    that a user typed as ordinary text.
 
     Args:
         image_processor ([`LlavaImageProcessor`]):
@@ -110,8 +108,7 @@ class LlavaProcessor(ProcessorMixin):
         gguf_file: str | None = None,
     ) -> "LlavaProcessor":
         """
-        The processor of a new LLaVA, for
-        [`LlavaForConditionalGeneration.from_vision_language_pretrained`] with the same two names.
+        The processor of a new LLaVA, for [`LlavaForConditionalGeneration.from_vision_language_pretrained`] with the same names.
 
         Args:
             vision (`str` or `os.PathLike`):
@@ -122,7 +119,7 @@ class LlavaProcessor(ProcessorMixin):
             chat_template (`str`, *optional*, defaults to `"vicuna_v1"`):
                 As for [`choose_chat_template`].
             do_pad (`bool`, *optional*, defaults to `True`):
-                Pad a picture to a square (LLaVA-1.5) instead of cutting one out of it (LLaVA v1, the paper).
+                Pad an image to a square (LLaVA-1.5) instead of cropping it (LLaVA v1, the paper).
             vision_feature_select_strategy (`str`, *optional*):
                 Defaults to `"default"` for a tower with a class token and to `"full"` for one without.
             image_wrap (`tuple[str, str]`, *optional*):
@@ -196,7 +193,7 @@ class LlavaProcessor(ProcessorMixin):
         """
         if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise ValueError("LLaVA reads images and text; there is no video or audio part.")
-        if _is_text(images) and not (text is None or _is_text(text)) or self._is_prompt(images, text):
+        if _is_text(images) and (self.image_token in "".join(images) or not (text is None or _is_text(text))):
             images, text = text, images
             logger.warning_once("The processor takes images first, then text: processor(images, text).")
         processor = self
@@ -220,11 +217,6 @@ class LlavaProcessor(ProcessorMixin):
                 )
         return outputs
 
-    def _is_prompt(self, images, text) -> bool:
-        """Whether the text stands in the images' place, by the image tokens in it."""
-        holds_token = [_is_text(value) and self.image_token in "".join(value) for value in (images, text)]
-        return holds_token == [True, False]
-
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if isinstance(images, (list, tuple)):
             for i, image in enumerate(images):
@@ -233,62 +225,39 @@ class LlavaProcessor(ProcessorMixin):
                         f"images[{i}] is None. For samples without an image give one list per sample, an empty one for "
                         "those: images=[[image], []]."
                     )
-        images, text, videos, audio = super().prepare_inputs_layout(
-            images=images, text=text, videos=videos, audio=audio, **kwargs
-        )
-        if isinstance(images, (list, tuple)) and not any(map(_count, images)):
-            images = None  # [[], []]: text only
-        return images, text, videos, audio
+            if all(isinstance(image, (list, tuple)) and not image for image in images):
+                images = None  # [[], []]: text only
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if images is None and text is None:
-            raise ValueError("Give the processor text, images or both.")
-        if text is None:
-            return
-        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
-            raise ValueError("`text` must be a string or a list of strings.")
-        in_text = [sample.count(self.image_token) for sample in text]
-        if isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images):
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
+        if is_nested and isinstance(text, list):
             if len(images) != len(text):
                 raise ValueError(
-                    f"There are {len(text)} texts but {len(images)} lists of images: image tokens in the prompts should be the "
-                    "same as the number of images. Give one list per text, an empty one for a text without images."
+                    f"There are {len(text)} texts but {len(images)} lists of images. Image tokens in the prompts should be the "
+                    "same as the number of images: give one list per text, an empty one for a text without images."
                 )
-            for i, (in_sample, own) in enumerate(zip(in_text, map(_count, images))):
-                if in_sample != own:
+            for i, (sample, own) in enumerate(zip(text, images)):
+                is_empty = isinstance(own, (list, tuple)) and not own
+                in_text, given = sample.count(self.image_token), 0 if is_empty else len(make_flat_list_of_images(own))
+                if in_text != given:
                     raise ValueError(
-                        f"Sample {i} has {in_sample} {self.image_token} in its text but {own} images. Every image needs "
-                        "one of its own, and a text without images none."
+                        f"Sample {i} has {in_text} {self.image_token} in its text but {given} images. Every image needs one "
+                        "of its own, and a text without images none."
                     )
-            return
-        given = (
-            0 if images is None else sum(map(_count, images)) if isinstance(images, (list, tuple)) else _count(images)
-        )
-        if sum(in_text) != given:
-            where = ", ".join(f"sample {i}: {n}" for i, n in enumerate(in_text) if n) or "none"
-            raise ValueError(
-                f"The text has {sum(in_text)} {self.image_token} ({where}) but there are {given} images. Every image "
-                "needs one of its own. A user's text is safe in `apply_chat_template(..., tokenize=True)`."
-            )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return self.image_token * self._count_image_tokens(height, width)
-
-    def _count_image_tokens(self, height: int, width: int) -> int:
-        if self.patch_size is None or self.vision_feature_select_strategy is None:
-            raise ValueError(_INCOMPLETE.format("patch_size and vision_feature_select_strategy"))
-        return count_image_tokens(
-            height, width, self.patch_size, self.num_additional_image_tokens, self.vision_feature_select_strategy
-        )
+        return self.image_token * num_image_tokens(self, (height, width))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """Image tokens and patches (one per image) of images of `image_sizes`, in pixels; vLLM asks for it."""
         if image_sizes is None:
             return MultiModalData()
         options = self._merge_kwargs(**kwargs)["images_kwargs"]
-        height, width = image_size(self, **{k: options[k] for k in ("size", "crop_size") if options.get(k)})
-        num_tokens = self._count_image_tokens(height, width)
+        size = image_size(self, **{k: options[k] for k in ("size", "crop_size") if options.get(k)})
+        num_tokens = num_image_tokens(self, size)
         return MultiModalData(
             num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -362,22 +331,27 @@ class _MarkedTextReader:
         return self._tokenizer([self._marks.rename(sample) for sample in text], **kwargs)
 
 
-def num_image_tokens(processor: ProcessorMixin) -> int:
+def num_image_tokens(processor: ProcessorMixin, size: tuple[int, int] | None = None) -> int:
     """
-    Positions of the language model that one image takes, in tokens; for stock processors too.
+    Image tokens of one image; for stock processors too.
+
+    Args:
+        processor (`ProcessorMixin`):
+            A processor of ours or a stock one.
+        size (`tuple[int, int]`, *optional*):
+            Height and width of the preprocessed image, in pixels; those of every image by default.
 
     Raises:
         ValueError: the processor lacks `patch_size` or the like, or its images have no fixed size.
     """
-    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
-        if getattr(processor, name, None) is None:
-            raise ValueError(_INCOMPLETE.format(name))
-    return count_image_tokens(
-        *image_size(processor),
-        processor.patch_size,
-        processor.num_additional_image_tokens,
-        processor.vision_feature_select_strategy,
-    )
+    names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    if missing := [name for name in names if getattr(processor, name, None) is None]:
+        raise ValueError(
+            f"The processor lacks {' and '.join(missing)}. They are in the model's configuration: "
+            "patch_size=config.vision_config.patch_size, vision_feature_select_strategy=config.vision_feature_select_strategy, "
+            "and num_additional_image_tokens=1 for a tower with a class token (CLIP), 0 without (SigLIP)."
+        )
+    return count_image_tokens(*(size or image_size(processor)), *(getattr(processor, name) for name in names))
 
 
 def image_size(processor: ProcessorMixin, size=None, crop_size=None) -> tuple[int, int]:
@@ -388,7 +362,7 @@ def image_size(processor: ProcessorMixin, size=None, crop_size=None) -> tuple[in
         processor (`ProcessorMixin`):
             A processor of ours or a stock one.
         size, crop_size (`dict` or `int`, *optional*):
-            In place of the image processor's own.
+            The image processor's own by default.
 
     Raises:
         ValueError: the image processor's output has no fixed size.
@@ -404,16 +378,9 @@ def image_size(processor: ProcessorMixin, size=None, crop_size=None) -> tuple[in
     if getattr(images, "do_pad", False) and sides.get("shortest_edge"):
         return sides["shortest_edge"], sides["shortest_edge"]
     raise ValueError(
-        f"The image processor keeps the proportions of a picture (size={sides}, do_center_crop=False), so images have "
-        "no fixed size, which LLaVA needs. Set do_center_crop=True with a crop_size, or do_pad=True."
+        f"The image processor keeps the proportions of an image (size={sides}, do_center_crop=False), so images have "
+        "no fixed size, which LLaVA requires. Set do_center_crop=True with a crop_size, or do_pad=True."
     )
-
-
-_INCOMPLETE = (
-    "The processor lacks {}. They are in the model's configuration: patch_size=config.vision_config.patch_size, "
-    "vision_feature_select_strategy=config.vision_feature_select_strategy, and num_additional_image_tokens=1 for a tower "
-    "with a class token (CLIP), 0 without (SigLIP)."
-)
 
 
 def _is_text(value) -> bool:
@@ -421,62 +388,17 @@ def _is_text(value) -> bool:
     return len(values) > 0 and all(isinstance(item, str) for item in values)
 
 
-def _count(images) -> int:
-    """Images in what `images` may hold: an image, a batch of arrays, or a list of images."""
-    if isinstance(images, (list, tuple)):
-        return sum(map(_count, images))
-    if is_valid_image(images) and getattr(images, "ndim", 3) == 4:
-        return images.shape[0]
-    return 1
-
-
-def choose_chat_template(chat_template: str, tokenizer, image_wrap: tuple[str, str] | None = None) -> str:
-    """
-    A chat template by name ([`load_chat_template`]), `"own"` (the tokenizer's, with the image token put in), Jinja text or
-    the file that holds it.
-    """
-    if os.path.isfile(chat_template):
-        with open(chat_template, encoding="utf-8") as file:
-            chat_template = file.read()
-    if chat_template == "own":
-        own = tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own
-        if own is None:
-            raise ValueError(
-                f"The language model has no chat template of its own. Choose one of: {', '.join(CHAT_TEMPLATES)}."
-            )
-        return insert_image_token(own, image_token=tokenizer.image_token, image_wrap=image_wrap)
-    template = chat_template
-    if "{" not in chat_template:
-        template = load_chat_template(chat_template, image_token=tokenizer.image_token, image_wrap=image_wrap)
-    if tokenizer.eos_token is None and "eos_token" in template:
-        raise ValueError(f"The tokenizer has no eos token, with which chat template {chat_template!r} ends an answer.")
-    if chat_template == "chatml" and len(tokenizer.encode("<|im_end|>", add_special_tokens=False)) > 1:
-        logger.warning(
-            'Chat template "chatml" ends an answer with <|im_end|>, which this tokenizer splits into several tokens. '
-            'If the language model was not made for it, take another template, such as "vicuna_v1".'
-        )
-    return template
-
-
 def _image_processor_of(vision: str, side: int, do_pad: bool) -> LlavaImageProcessor:
-    """The settings of a tower's own image processor, as a [`LlavaImageProcessor`]."""
+    """A [`LlavaImageProcessor`] with the settings of a tower's own image processor."""
     try:
-        settings = AutoImageProcessor.from_pretrained(vision).to_dict()
+        return LlavaImageProcessor.from_pretrained(vision, do_pad=do_pad, do_convert_rgb=True)
     except OSError:  # a tower saved alone
         logger.warning(
-            f"{vision} has no preprocessor_config.json: pictures are prepared as for CLIP, at {side}×{side} pixels."
+            f"{vision} has no preprocessor_config.json: images are prepared as for CLIP, at {side}×{side} pixels."
         )
-        settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    names = (
-        *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"),
-        *("rescale_factor", "do_normalize", "image_mean", "image_std"),
-    )
-    known = {name: settings[name] for name in names if settings.get(name) is not None}
-    if len(settings) > 2:  # what a whole file does not mention is off, as for SigLIP's crop
-        known.setdefault("do_center_crop", False)
-        known["do_convert_rgb"] = True
-    return LlavaImageProcessor(**known, do_pad=do_pad)
+        return LlavaImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=do_pad
+        )
 
 
-__all__ = ["LlavaProcessor", "choose_chat_template", "image_size", "load_chat_template", "num_image_tokens"]
+__all__ = ["LlavaProcessor", "image_size", "load_chat_template", "num_image_tokens"]

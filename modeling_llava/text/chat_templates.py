@@ -100,6 +100,34 @@ def insert_image_token(
     return changed
 
 
+def choose_chat_template(chat_template: str, tokenizer, image_wrap: tuple[str, str] | None = None) -> str:
+    """
+    A chat template by name ([`load_chat_template`]), `"own"` (the tokenizer's, with the image token put in), Jinja text or
+    the file that holds it.
+    """
+    if os.path.isfile(chat_template):
+        chat_template = Path(chat_template).read_text("utf-8")
+    if chat_template == "own":
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if own is None:
+            raise ValueError(
+                f"The language model has no chat template of its own. Choose one of: {', '.join(CHAT_TEMPLATES)}."
+            )
+        return insert_image_token(own, image_token=tokenizer.image_token, image_wrap=image_wrap)
+    template = chat_template
+    if "{" not in chat_template:
+        template = load_chat_template(chat_template, image_token=tokenizer.image_token, image_wrap=image_wrap)
+    if tokenizer.eos_token is None and "eos_token" in template:
+        raise ValueError(f"The tokenizer has no eos token, with which chat template {chat_template!r} ends an answer.")
+    if chat_template == "chatml" and len(tokenizer.encode("<|im_end|>", add_special_tokens=False)) > 1:
+        logger.warning(
+            'Chat template "chatml" ends an answer with <|im_end|>, which this tokenizer splits into several tokens. '
+            'If the language model was not made for it, take another template, such as "vicuna_v1".'
+        )
+    return template
+
+
 def with_image_token(chat_template: Any, image_token: str) -> Any:
     """A template that writes the image token: the one given, or, if it is a language model's own, with the token put in."""
     if not isinstance(chat_template, str):
@@ -199,6 +227,7 @@ def _set_image(template: str, image_token: str, image_wrap: tuple[str, str] | No
 __all__ = [
     "CHAT_TEMPLATES",
     "chat_template_of",
+    "choose_chat_template",
     "has_generation_marks",
     "insert_image_token",
     "load_chat_template",
