@@ -164,8 +164,9 @@ class LlavaTrainingArguments(TrainingArguments):
     packing: str = _setting(
         "auto",
         "none: pad. batch: the samples of a micro-batch share a row; the same steps without padding. full: rows of "
-        "pack_length, filled by best fit; batch sizes count rows then. auto: batch where the language model allows it.",
-        ("auto", "none", "batch", "full"),
+        "pack_length, filled by best fit; batch sizes count rows then. auto, auto_full: batch, full where the language model "
+        "allows it.",
+        ("auto", "auto_full", "none", "batch", "full"),
     )
     pack_length: int | None = _setting(None, "packing=full: most positions of a row; max_length by default.")
     group_by_modality: bool = _setting(
@@ -304,7 +305,9 @@ class LlavaTrainingArguments(TrainingArguments):
             isinstance(self.eval_size, int | float) and self.eval_size >= 0
         ):
             raise ValueError(f"eval_size={self.eval_size}: give a share in (0, 1), a number of samples, or auto.")
-        if self.pack_length is not None and (self.packing != "full" or self.pack_length < self.max_length):
+        if self.pack_length is not None and (
+            self.packing not in ("full", "auto_full") or self.pack_length < self.max_length
+        ):
             raise ValueError(
                 f"pack_length={self.pack_length} needs packing=full (it is {self.packing}) and at least "
                 f"max_length={self.max_length} positions. Leave it out, or change these."
