@@ -1,6 +1,7 @@
-"""`llava estimate RECIPE [key=value …]`: memory by part and wall time, before anything is loaded."""
+"""`llava estimate RECIPE [key=value …]`: memory by part, download, disk and wall time, before anything is loaded."""
 
 import argparse
+from typing import Any
 
 
 EPILOG = """\
@@ -36,43 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from rich.console import Console
 
-    from ..training.estimate import LIKE_LLAMA, Settings, estimate, fits, load_config, propose, sizes_of
+    from ..training import estimate as e
     from ..training.recipes import read_recipe
 
     recipe = read_recipe(args.recipe, args.overrides)
     if not recipe.get("model"):
         raise ValueError("model is not set. Give a LLaVA folder or Hub name: llava estimate RECIPE model=…")
-    sizes = sizes_of(load_config(recipe["model"], recipe.get("model_revision")))
-    recipe.setdefault("activation_checkpointing", recipe.get("gradient_checkpointing"))  # its older name
-    known = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(
-        **{name: value for name, value in recipe.items() if name in known and value is not None},
-        devices=args.devices,
-        sharding=args.sharding,
-        device=args.device,
-    )
-    both = [estimate(sizes, dataclasses.replace(settings, activation_checkpointing=on)) for on in (False, True)]
-    result = both[settings.activation_checkpointing]
-    console = Console()
-    console.print(_table(both, settings, f"{recipe['model']}, one of {args.devices} device(s)"))
+    sizes = e.sizes_of(e.load_config(recipe["model"], recipe.get("model_revision")))
+    settings = e.Settings(**recipe, devices=args.devices, sharding=args.sharding, device=args.device)
+    if settings.activation_checkpointing == "auto":
+        available = USABLE * (args.gpu or 0) * e.GIB - e.CUDA_CONTEXT
+        settings.activation_checkpointing, _ = e.choose_checkpointing(sizes, settings, available)
+    columns = {value: e.estimate(sizes, settings.replace(activation_checkpointing=value)) for value in e.CHECKPOINTING}
+    result = columns[settings.activation_checkpointing]
+    console = Console(soft_wrap=True)
+    names = [f"{name}{'*' * (columns[value] is result)}" for value, name in e.CHECKPOINTING.items()]
+    title = f"{recipe['model']}, one of {args.devices} device(s)\nGiB by activation checkpointing (*: the recipe)"
+    console.print(_table(list(columns.values()), names, title), soft_wrap=False)
     console.print(
         f"{result.trained_parameters:,} trained parameters; {settings.micro_batch_tokens:,} tokens per micro-batch. "
-        "Compared with measurements on the CPU (within 15 %), on a GPU not yet.",
-        soft_wrap=True,
+        "Compared with measurements on the CPU (within 15 %), on a GPU not yet."
     )
-    if sizes.text.model_type not in LIKE_LLAMA:
+    if sizes.config.text_config.model_type not in e.LIKE_LLAMA:
         console.print(
-            f"The language model ({sizes.text.model_type}) is estimated as a Llama of its sizes. It may take more: the activations "
-            "of a Gemma 2, whose attention keeps every score, took twice as much.",
-            soft_wrap=True,
+            f"The language model ({sizes.config.text_config.model_type}) is estimated as a Llama of its sizes. It may take "
+            "more: the activations of a Gemma 2, whose attention keeps every score, took twice as much."
         )
-    seconds = _seconds(args, recipe)
-    if seconds is not None:
-        console.print(f"Wall time: {seconds}", soft_wrap=True)
+    for line in needs(settings, result):
+        console.print(line)
+    console.print(f"Wall time: {_wall_time(args, recipe)}")
     if args.gpu is None:
         return 0
     if fits(result, args.gpu):
@@ -81,59 +76,122 @@ def run(args: argparse.Namespace) -> int:
     changes = propose(sizes, settings, args.gpu)
     if changes is None:
         console.print(
-            f"It does not fit {args.gpu:g} GiB, and no change of the recipe makes it fit. Use a smaller model.",
-            soft_wrap=True,
+            f"It does not fit {args.gpu:g} GiB, and no change of the recipe makes it fit. Use a smaller model."
         )
     else:
-        after = estimate(sizes, dataclasses.replace(settings, **changes))
+        after = e.estimate(sizes, settings.replace(**changes))
         words = " ".join(f"{name}={value}" for name, value in changes.items())
-        console.print(
-            f"It does not fit {args.gpu:g} GiB. It does with ({_gib(after.total)} GiB): {words}", soft_wrap=True
-        )
+        console.print(f"It does not fit {args.gpu:g} GiB. It does with ({_gib(after.total)} GiB): {words}")
     return 1
 
 
-def _table(both: list, settings, title: str):
-    """A column without and one with activation checkpointing; that of the recipe is marked."""
+USABLE = 0.98
+"""Share of a GPU's memory; the driver takes the rest."""
+
+
+def fits(result, gpu_gib: float) -> bool:
+    return result.total <= USABLE * gpu_gib * 2**30
+
+
+def propose(sizes, settings, gpu_gib: float) -> dict[str, Any] | None:
+    """The settings to change for a recipe to fit, the mildest first; `None` if nothing helps."""
+    from ..training.estimate import estimate
+
+    def fit(changes: dict[str, Any]) -> bool:
+        return fits(estimate(sizes, settings.replace(**changes, tokens=None, images=None)), gpu_gib)
+
+    steps: list[dict[str, Any]] = []
+    batch = settings.per_device_train_batch_size
+    if (settings.per_device_eval_batch_size or 1) > 1:
+        steps.append({"per_device_eval_batch_size": 1})
+    steps.append({"activation_checkpointing": True})
+    steps += [{"per_device_train_batch_size": batch >> i} for i in range(1, batch.bit_length())]
+    if settings.stage == "finetune":
+        steps += [{"adapter": "lora"}] if settings.adapter == "none" else []
+        steps += [{"adapter": "qlora"}, {"optim": "paged_adamw_8bit"}]
+        steps += [{"lora_r": rank} for rank in (64, 32, 16, 8) if rank < settings.lora_r]
+    steps += [{"max_length": length} for length in (1536, 1280, 1024, 768) if length < settings.max_length]
+    changes: dict[str, Any] = {}
+    for step in steps:
+        changes |= step
+        if fit(changes):
+            for name in list(changes):  # those that turn out not to be needed
+                fewer = {key: value for key, value in changes.items() if key != name}
+                changes = fewer if fit(fewer) else changes
+            return changes
+    return None
+
+
+def needs(settings, result) -> list[str]:
+    """Lines on what a run takes besides memory: the download of its model, and the disk of its checkpoints and its result."""
+    import os
+    import shutil
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+
+    lines, download = [], 0
+    if not os.path.isdir(settings.model):
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        try:
+            files = snapshot_download(
+                settings.model, revision=settings.model_revision, allow_patterns=patterns, dry_run=True
+            )
+            download = sum(file.file_size or 0 for file in files if file.will_download)
+            lines.append(f"Download: {_gib(download)} GiB." if download else "Download: nothing, all is in the cache.")
+        except OSError:
+            lines.append("Download: unknown, since the Hub was not reached.")
+    checkpoints = (settings.save_total_limit or 1) + 1  # a new one is written before the oldest is deleted
+    disk = checkpoints * result.checkpoint * (settings.save_strategy != "no") + result.saved
+    folder = Path(settings.output_dir or ".").absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    lines.append(
+        f"Disk: {_gib(disk)} GiB for {checkpoints} checkpoints and the result{' (more without save_total_limit)' * (settings.save_total_limit is None)}, "
+        f"{_gib(free)} GiB are free{': too little' * (disk + download > free)}."
+    )
+    return lines
+
+
+def _table(columns: list, names: list[str], title: str):
+    """A column for each value of activation_checkpointing."""
     from rich.table import Table
 
-    marks = [" ", "*"] if settings.activation_checkpointing else ["*", " "]
-    title += "\nGiB without and with activation checkpointing (*: the recipe)"
     table = Table("part", title=title, title_justify="left")
-    for word, mark in zip(("without", "with"), marks):
-        table.add_column(word + mark, justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
 
     def row(name: str, values: list[float]) -> None:
         table.add_row(name, *map(_gib, values))
 
-    for name in both[0].weights:
-        row(name, [result.weights[name] for result in both])
-    row("optimizer", [result.optimizer for result in both])
+    for name in columns[0].weights:
+        row(name, [result.weights[name] for result in columns])
+    row("optimizer", [result.optimizer for result in columns])
     table.add_section()
-    row("gradients", [result.gradients for result in both])
-    row("activations", [result.activations for result in both])
-    row("loss", [result.loss for result in both])
-    row("backward pass of one layer", [result.working for result in both])
-    row("evaluation batch", [result.evaluation for result in both])
-    row("peak of these five", [result.peak_of_step for result in both])
+    for name, field in _PEAKS.items():
+        row(name, [getattr(result, field) for result in columns])
+    row("peak of these six", [result.peak_of_step for result in columns])
     table.add_section()
-    row("16-bit copies, communication buffers", [result.buckets for result in both])
-    row("CUDA context, workspaces, fragmentation", [result.overhead for result in both])
+    row("16-bit copies, communication buffers", [result.buckets for result in columns])
+    row("CUDA context, workspaces, fragmentation", [result.overhead for result in columns])
     table.add_section()
-    row("total (the peak in place of the five)", [result.total for result in both])
+    row("total (the peak in place of the six)", [result.total for result in columns])
     return table
+
+
+_PEAKS = {
+    "gradients": "gradients", "activations": "activations", "loss": "loss", "backward pass of one layer": "working",
+    "evaluation batch": "evaluation", "generation of an answer": "generation",
+}  # fmt: skip
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _seconds(args: argparse.Namespace, recipe: dict) -> str | None:
-    """Wall time in words, if a throughput is given or measured."""
+def _wall_time(args: argparse.Namespace, recipe: dict) -> str:
+    """In words, if a throughput is given or measured; else how to get it."""
     import json
     from pathlib import Path
-
-    from ..training.estimate import hours
 
     rate = args.samples_per_second
     if args.measured is not None:
@@ -142,7 +200,9 @@ def _seconds(args: argparse.Namespace, recipe: dict) -> str | None:
             raise FileNotFoundError(f"{path} does not exist: --measured expects the output folder of a finished run.")
         rate = json.loads(path.read_text("utf-8"))["train_samples_per_second"]
     if rate is None:
-        return None
+        return f"llava train {args.recipe} … --trial 20 measures it; --samples-per-second and --samples compute it."
+    if not rate > 0:
+        raise ValueError(f"{rate:g} samples per second: the throughput must be above 0.")
     per_step = recipe.get("global_batch_size") or (
         recipe.get("per_device_train_batch_size", 8) * recipe.get("gradient_accumulation_steps", 1) * args.devices
     )
@@ -154,4 +214,4 @@ def _seconds(args: argparse.Namespace, recipe: dict) -> str | None:
         total, words = samples * epochs, f"{epochs:g} epoch(s) of {samples:,} samples"
     else:
         raise ValueError("The wall time needs the number of samples: --samples N.")
-    return f"{hours(total, rate):.1f} h for {words} at {rate:g} samples/s."
+    return f"{total / rate / 3600:.1f} h for {words} at {rate:g} samples/s."

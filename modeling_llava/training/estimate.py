@@ -3,19 +3,19 @@ Memory and time of a run, by part, from the model's configuration: parameters ar
 
     weights      what is stored, by component and dtype
     gradients    of what is trained, in its dtype
-    optimizer    two moments per trained parameter (AdamW)
-    activations  what autograd keeps of one micro-batch (see `kernels/efficient_layers.py`), or one layer of it with checkpointing
+    optimizer    two moments per trained parameter (AdamW); paged ones are in main memory
+    activations  what autograd keeps of one micro-batch (see `kernels/efficient_layers.py`); of a checkpointed layer its input
     loss         the head's logits, a chunk of tokens at a time
-    evaluation   activations of one layer of an evaluation batch, without gradients
+    evaluation   activations of one layer of an evaluation batch, without gradients; generation: of one answer, and its cache
     device       CUDA context, libraries' workspaces, fragmentation
 
 The formulas are sums over the layers' operations, in bytes per token. On the CPU the growth is within 15 % of what is
 measured (tests/training/test_training_estimate.py); on a GPU they have not been compared with measurements yet.
 """
 
-import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,12 +25,10 @@ from transformers import PreTrainedConfig
 from ..configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from ..io.checkpoints import base_model_of, base_revision_of, checkpoint_kind
 from ..modeling_llava import LlavaForConditionalGeneration
+from .arguments import LlavaTrainingArguments
 
 
 MIB, GIB = 2**20, 2**30
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a 4-bit weight: itself, an 8-bit scale per 64 weights, a float32 scale per 256 of those (double_quant)."""
 
 CUDA_CONTEXT = 0.55 * GIB
 """CUDA context, cuBLAS and FlashAttention workspaces, before anything of ours is on the device."""
@@ -38,11 +36,11 @@ CUDA_CONTEXT = 0.55 * GIB
 FRAGMENTATION = 0.06
 """Fraction by which PyTorch's caching allocator reserves more than a step allocates."""
 
-_OPTIMIZER_BYTES = {
-    # bytes of state per trained parameter of four bytes
-    "adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2.1, "adamw_bnb_8bit": 2.1, "paged_adamw": 0.0,
-    "paged_adamw_32bit": 0.0, "paged_adamw_8bit": 0.0, "lion_8bit": 1.05, "sgd": 0, "adafactor": 0.1,
-}  # fmt: skip
+MARGIN = 0.1
+"""Fraction of the free memory that `activation_checkpointing=auto` leaves alone: what the estimate may be wrong by."""
+
+CHECKPOINTING = {False: "off", "every_second": "every second layer", True: "on"}
+"""Values of `activation_checkpointing`, the fastest first."""
 
 # Language models of the presets, for a machine that has neither a copy nor a network.
 _PRESET_TEXT_CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,147 +77,101 @@ class ModelSizes:
 
     config: LlavaConfig
     tower: int
-    """Parameters of the vision tower."""
     projector: int
-    """Parameters of the projector."""
     language_model: int
-    """Parameters of the language model, its head included."""
+    """With its head."""
+    head: int
+    embeddings: int
+    """The embedding matrix, and the head if it has its own."""
     linears: tuple[tuple[int, int], ...]
     """(inputs, outputs) of each linear layer of the language model but its head: what QLoRA keeps in 4 bits."""
+    layer_matrices: int
+    """Of `linears`."""
+    layer_rest: int
+    """Norms and biases of the language model."""
+    patches: int
+    """Per image; the vision tower's tokens are these and its class token."""
     vision_tokens: int
-    """Tokens of the vision tower per image."""
-
-    @property
-    def text(self) -> PreTrainedConfig:
-        return self.config.text_config
-
-    @property
-    def vision(self) -> PreTrainedConfig:
-        return self.config.vision_config
-
-    @property
-    def embeddings(self) -> int:
-        """Parameters of the embedding matrix, and of the head if it has its own."""
-        return self.head * (1 if self.config.tie_word_embeddings else 2)
-
-    @property
-    def head(self) -> int:
-        """Parameters of the head."""
-        return self.text.vocab_size * self.text.hidden_size
-
-    @property
-    def feature_layers(self) -> int:
-        """Hidden states of the vision tower that are concatenated."""
-        layers = self.config.vision_feature_layer
-        return 1 if isinstance(layers, int) else len(layers)
-
-    @property
-    def layer_matrices(self) -> int:
-        """Parameters of `linears`."""
-        return sum(inputs * outputs for inputs, outputs in self.linears)
-
-    @property
-    def layer_rest(self) -> int:
-        """Norms and biases of the language model."""
-        return self.language_model - self.embeddings - self.layer_matrices
 
     def lora(self, rank: int) -> int:
         """Parameters of the LoRA weights of every linear layer of the language model."""
         return sum(rank * (inputs + outputs) for inputs, outputs in self.linears)
 
 
-def sizes_of(config: LlavaConfig) -> ModelSizes:
+def sizes_of(config: PreTrainedConfig) -> ModelSizes:
     """
     Count the parameters of a model that is built on the meta device.
 
     Raises:
         ValueError: the configuration lacks a size, or the language model is a mixture of experts.
     """
-    for part in (config.text_config, config.vision_config):
+    text, vision = config.text_config, config.vision_config
+    for part in (text, vision):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(part, name, None) is None:
                 raise ValueError(f"The configuration of {part.model_type} has no {name}: nothing can be estimated.")
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tower, projector, language_model = (
-        model.get_submodule(f"model.{name}") for name in ("vision_tower", "multi_modal_projector", "language_model")
+        sum(p.numel() for p in model.get_submodule(f"model.{name}").parameters())
+        for name in ("vision_tower", "multi_modal_projector", "language_model")
     )
-    if any(p.dim() > 2 for p in language_model.parameters()):
+    layers = model.model.language_model
+    if any(p.dim() > 2 for p in layers.parameters()):
         raise ValueError(
-            f"The language model ({config.text_config.model_type}) has weights that are not linear layers, as a mixture of "
-            "experts has: nothing can be estimated."
+            f"The language model ({text.model_type}) has weights that are not linear layers, as a mixture of experts has: "
+            "nothing can be estimated."
         )
-    linears = [m for m in language_model.modules() if isinstance(m, nn.Linear)]
+    linears = tuple((m.in_features, m.out_features) for m in layers.modules() if isinstance(m, nn.Linear))
+    matrices = sum(inputs * outputs for inputs, outputs in linears)
+    head = text.vocab_size * text.hidden_size
+    embeddings = head if config.tie_word_embeddings else 2 * head
+    language_model += embeddings - head
+    rest = language_model - embeddings - matrices
+    patches = count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, 0, "full")
+    vision_tokens = patches + count_additional_image_tokens(vision)
     return ModelSizes(
-        config,
-        tower=tower.num_parameters(),
-        projector=sum(p.numel() for p in projector.parameters()),
-        language_model=language_model.num_parameters()
-        + (0 if config.tie_word_embeddings else model.lm_head.weight.numel()),
-        linears=tuple((linear.in_features, linear.out_features) for linear in linears),
-        vision_tokens=_patches(config) + count_additional_image_tokens(config.vision_config),
+        config, tower, projector, language_model, head, embeddings, linears, matrices, rest, patches, vision_tokens
     )
 
 
-def _patches(config: LlavaConfig) -> int:
-    size = config.vision_config.image_size
-    return count_image_tokens(size, size, config.vision_config.patch_size, 0, "full")
+class Settings(SimpleNamespace):
+    """
+    What of a recipe decides about memory: the settings of [`LlavaTrainingArguments`] with its defaults, and
 
+        tokens      of a micro-batch; by default the most possible
+        images      of a micro-batch; by default one per sample, as many as fit with packing=full
+        supervised  fraction of the tokens that are supervised
+        devices     number of them
+        sharding    ddp: every device holds everything; zero2: gradients and optimizer are sharded; fsdp, zero3: weights too
+        device      cuda or cpu
+    """
 
-@dataclass
-class Settings:
-    """What of a recipe decides about memory. The defaults are those of [`LlavaTrainingArguments`]."""
+    def __init__(self, **given: Any):
+        ours = {"tokens": None, "images": None, "supervised": 0.5, "devices": 1, "sharding": "ddp", "device": "cuda"}
+        theirs = {f.name: f.default for f in fields(LlavaTrainingArguments) if f.default is not MISSING}
+        super().__init__(**theirs | ours | given)
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)  # its older name
 
-    stage: str = "finetune"
-    adapter: str = "none"
-    lora_r: int = 128
-    lora_dropout: float = 0.05
-    train_vision_tower: bool = False
-    precision: str = "auto"
-    trained_dtype: str = "float32"
-    double_quant: bool = True
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int | None = None
-    """By default the training batch, which takes more than its evaluation."""
-    gradient_accumulation_steps: int = 1
-    global_batch_size: int | None = None
-    max_length: int = 2048
-    packing: str = "auto"
-    pack_length: int | None = None
-    activation_checkpointing: bool = False
-    optim: str = "adamw_torch_fused"
-    kernels: bool = True
+    def replace(self, **changes: Any) -> "Settings":
+        return Settings(**vars(self) | changes)
 
-    tokens: int | None = None
-    """Tokens of a micro-batch; by default the most possible."""
-    images: int | None = None
-    """Images of a micro-batch; by default one per sample."""
-    supervised: float = 0.5
-    """Fraction of the tokens that are supervised."""
-    devices: int = 1
-    sharding: str = "ddp"
-    """ddp: every device holds everything; zero2: gradients and optimizer are sharded; fsdp, zero3: weights too."""
-    device: str = "cuda"
+    @property
+    def length(self) -> int:
+        """Most tokens of a row: a sample or a pack."""
+        return (self.pack_length or self.max_length) if self.packing.endswith("full") else self.max_length
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of one micro-batch."""
-        if self.tokens is not None:
-            return self.tokens
-        length = (self.pack_length or self.max_length) if self.packing == "full" else self.max_length
-        return self.per_device_train_batch_size * length
+        return self.tokens or self.per_device_train_batch_size * self.length
 
     @property
-    def micro_batch_images(self) -> int:
-        """Images of one micro-batch."""
-        return self.per_device_train_batch_size if self.images is None else self.images
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients of earlier micro-batches are kept while the next is computed."""
-        if self.global_batch_size is not None:
-            return self.global_batch_size > self.per_device_train_batch_size * self.devices
-        return self.gradient_accumulation_steps > 1
+    def accumulated(self) -> int:
+        """Micro-batches of an optimizer step; they are on the device together."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        return max(self.global_batch_size // (self.per_device_train_batch_size * self.devices), 1)
 
     @property
     def compute_bytes(self) -> int:
@@ -230,6 +182,16 @@ class Settings:
     @property
     def trained_bytes(self) -> int:
         return 4 if self.trained_dtype == "float32" else 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the language model's own weights are trained."""
+        return self.stage == "finetune" and self.adapter == "none"
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of a number between two layers."""
+        return 4 if self.is_full and self.trained_bytes == 4 else self.compute_bytes
 
 
 @dataclass
@@ -246,13 +208,18 @@ class Estimate:
     loss: float = 0.0
     """Of the loss, which is computed before the layers' backward passes."""
     evaluation: float = 0.0
-    """What an evaluation batch takes, if its size is given."""
+    generation: float = 0.0
+    """Of one answer; as many more are generated at a time as memory has room for."""
     buckets: float = 0.0
     """16-bit copies of trained float32 weights, and what is in transit between devices."""
     peak_of_step: float = 0.0
     """Highest sum of gradients, activations and working memory, or evaluation; they do not peak at the same time."""
     overhead: float = 0.0
     trained_parameters: int = 0
+    checkpoint: float = 0.0
+    """On the disk: the weights that are saved, and the optimizer's state."""
+    saved: float = 0.0
+    """On the disk: the result."""
     flops_per_token: float = 0.0
 
     @property
@@ -266,31 +233,25 @@ class Estimate:
 
 
 def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
-    """
-    Estimate the memory of one device.
-
-    Args:
-        sizes ([`ModelSizes`]): Of the model.
-        settings ([`Settings`]): Of the run.
-
-    Returns:
-        [`Estimate`]
-    """
-    c, t = settings.compute_bytes, settings.trained_bytes
-    full = settings.stage == "finetune" and settings.adapter == "none"
+    """Estimate the memory of one device."""
+    c, t, full = settings.compute_bytes, settings.trained_bytes, settings.is_full
     trains_lora = settings.adapter != "none"
     result = Estimate()
+    text, vision = sizes.config.text_config, sizes.config.vision_config
+    h, m, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    tokens, images = settings.micro_batch_tokens, settings.images
+    if images is None:
+        per_row = settings.length // sizes.patches if settings.packing.endswith("full") else 1
+        images = settings.per_device_train_batch_size * max(per_row, 1)
 
     # Weights and what is trained of them
-    text, vision, images = sizes.text, sizes.vision, settings.micro_batch_images
-    h, m, layers, head = text.hidden_size, text.intermediate_size, text.num_hidden_layers, sizes.head
     frozen = t if full else c
     original = c if trains_lora else 0  # PEFT keeps it next to the copy that is trained
+    matrices, of_matrices = frozen, _dtype(frozen)
+    if settings.adapter == "qlora":
+        # a scale per 64 weights: in 8 bits, with a float32 scale per 256 of those, or in float32
+        matrices, of_matrices = 0.5 + (1 / 64 + 4 / (64 * 256) if settings.double_quant else 4 / 64), "4-bit"
     of_tower = t + original if settings.train_vision_tower else c
-    matrices = NF4_BYTES if settings.adapter == "qlora" else frozen
-    if settings.adapter == "qlora" and not settings.double_quant:
-        matrices = 0.5 + 4 / 64
-    of_matrices = "4-bit" if settings.adapter == "qlora" else _dtype(frozen)
     result.weights = {
         f"vision tower, {_dtype(t if settings.train_vision_tower else c)}": sizes.tower * of_tower,
         f"projector, {_dtype(t)}": sizes.projector * (t + original),
@@ -305,65 +266,70 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         trained += lora
     result.trained_parameters = trained
     result.gradients = trained * t
-    result.optimizer = trained * _optimizer_bytes(settings.optim, t)
+    state = trained * _state_bytes(settings.optim, t)
+    result.optimizer = 0.0 if settings.optim.startswith("paged") else state
+    result.checkpoint = state + (sum(result.weights.values()) if full else trained * t)
+    result.saved = (sizes.tower + sizes.projector + sizes.language_model) * c if full else trained * t
     # Autocast keeps 16-bit copies of trained float32 weights for the length of a step.
     if c == 2 and t == 4 and (full or trains_lora):
         result.buckets += (trained - sizes.projector) * 2
 
     # What is kept of one micro-batch
-    layer, of_down = _language_layer(sizes, settings)
-    tokens = settings.micro_batch_tokens
-    residual = 4 if full and t == 4 else c
-    per_layer = tokens * layer
-    outside = tokens * h * (3 * residual + c)  # embeddings, last norm, hidden states
-    outside += images * _patches(sizes.config) * (vision.hidden_size * sizes.feature_layers + 2 * h) * max(c, 4)
+    layer, of_down, recomputed = (tokens * size for size in _language_layer(sizes, settings))
+    layer_input = tokens * h * settings.residual_bytes
+    feature_layers = sizes.config.vision_feature_layer
+    feature_layers = 1 if isinstance(feature_layers, int) else len(feature_layers)
+    outside = tokens * h * (3 * settings.residual_bytes + c)  # embeddings, last norm, hidden states
+    outside += images * sizes.patches * (vision.hidden_size * feature_layers + 2 * h) * max(c, 4)
     if settings.train_vision_tower:
-        outside += _tower_activations(sizes, settings)
+        of_layer, tower_layers = (8 * vision.hidden_size + 4 * vision.intermediate_size) * c, vision.num_hidden_layers
+        kept = tower_layers * of_layer
+        if settings.activation_checkpointing:
+            kept = tower_layers * vision.hidden_size * c + of_layer
+        outside += images * sizes.vision_tokens * kept
     # The peak is where the MLP's last product is differentiated, or just after it, when its inputs are freed
     at_down = ((3 if trains_lora and settings.lora_dropout else 2) * m + h) * c
-    backward = tokens * max(at_down, (4 * m + 2 * h) * c - of_down)
-    dequantised = max(inputs * outputs for inputs, outputs in sizes.linears) * c if settings.adapter == "qlora" else 0
-    backward += dequantised
-    if settings.activation_checkpointing:
-        # a layer's input each; the first one's is counted outside of the layers
-        result.activations = outside + (layers - 1) * tokens * h * residual
-        backward += per_layer
-        per_kept_layer = tokens * h * residual
-    else:
-        result.activations = outside + layers * per_layer
-        per_kept_layer = per_layer
-    result.loss, head_gradient = _loss(sizes, settings, full, head)
+    backward = max(tokens * at_down, tokens * (4 * m + 2 * h) * c - of_down)
+    dequantized = max(inputs * outputs for inputs, outputs in sizes.linears) * c if settings.adapter == "qlora" else 0
+    backward += dequantized
+    step = {False: layers + 1, True: 1}.get(settings.activation_checkpointing, 2)
+    is_checkpointed = [index % step == 0 and step <= layers for index in range(layers)]
+    of_layers = [layer_input if checkpointed else layer for checkpointed in is_checkpointed]
+    of_layers[0] -= layer_input if is_checkpointed[0] else 0  # it is counted outside of the layers
+    result.activations = outside + sum(of_layers)
+    result.loss, head_gradient = _loss(sizes, settings)
     tower = images * sizes.vision_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
-    pixels = images * 3 * vision.image_size**2 * 4
+    pixels = images * 3 * vision.image_size**2 * 4 * settings.accumulated
 
     # The peak: after the loss, or in the backward pass of some layer, where gradients replace activations
-    fixed = result.gradients if settings.accumulates else 0.0
+    accumulates = settings.accumulated > 1
+    fixed = result.gradients if accumulates else 0.0
     in_layers = sizes.layer_matrices + sizes.layer_rest if full else trained - sizes.projector
     layer_gradient = in_layers * t / layers if full or trains_lora else 0.0
-    tied_up = result.activations + backward + head_gradient
-    moments = [fixed + result.activations + result.loss, fixed + pixels + tower * c]
-    for done in range(layers):
-        gradients = fixed + layer_gradient if settings.accumulates else done * layer_gradient
-        moments.append(tied_up - done * per_kept_layer + gradients)
+    moments = [fixed + result.activations + result.loss, fixed + tower * c]
+    for index in reversed(range(layers)):
+        done = layers - 1 - index
+        gradients = fixed + layer_gradient if accumulates else done * layer_gradient
+        again = recomputed if is_checkpointed[index] else 0.0
+        moments.append(outside + sum(of_layers[: index + 1]) + again + backward + head_gradient + gradients)
     # Last the gradient of the embeddings; where they are tied to the head, the head's gradient is still kept.
-    keeps_head_gradient = settings.accumulates or sizes.config.tie_word_embeddings
+    keeps_head_gradient = accumulates or sizes.config.tie_word_embeddings
     moments.append(result.gradients + (head_gradient if keeps_head_gradient else 0.0))
-    if settings.per_device_eval_batch_size is not None:
-        # gate, up and their product; the layer's input and output, queries, keys, values, attention
-        result.evaluation = (
-            settings.per_device_eval_batch_size * settings.max_length * (3 * m + 6 * h) * c + dequantised
-        )
-    result.peak_of_step = max(max(moments) + pixels, result.evaluation)
-    result.working = max(backward, result.loss)
+    # Without gradients: gate, up and their product; the layer's input and output, queries, keys, values, attention
+    per_token = (3 * m + 6 * h) * c
+    eval_tokens = (settings.per_device_eval_batch_size or settings.per_device_train_batch_size) * settings.max_length
+    result.evaluation = eval_tokens * per_token + dequantized
+    result.generation = settings.max_length * (per_token + layers * _key_value_width(text) * c) + dequantized
+    result.peak_of_step = max(max(moments) + pixels, result.evaluation, result.generation)
+    result.working = max(backward + (recomputed if any(is_checkpointed) else 0.0), result.loss)
 
-    _shard(result, sizes, settings, trained, t)
+    _shard(result, sizes, settings)
     result.overhead = CUDA_CONTEXT + FRAGMENTATION * result.peak_of_step if settings.device == "cuda" else 0.0
     # Multiplications and additions: forward 2 per weight and token, as many for the gradients of the activations,
     # as many again for those of the weights (full finetuning only)
     passes = 6 if full else 4
-    result.flops_per_token = passes * sizes.layer_matrices + passes * head * settings.supervised
-    if settings.activation_checkpointing:
-        result.flops_per_token += 2 * sizes.layer_matrices
+    result.flops_per_token = passes * (sizes.layer_matrices + sizes.head * settings.supervised)
+    result.flops_per_token += 2 * sizes.layer_matrices * sum(is_checkpointed) / layers
     result.flops_per_token += 2 * sizes.tower * images * sizes.vision_tokens / max(tokens, 1)
     return result
 
@@ -372,21 +338,25 @@ def _dtype(size: int) -> str:
     return "float32" if size == 4 else "16-bit"
 
 
-def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float]:
-    """Bytes per token that autograd keeps of one layer, and how many of them the MLP's last matrix keeps."""
-    c = settings.compute_bytes
-    full = settings.stage == "finetune" and settings.adapter == "none"
-    residual = 4 if full and settings.trained_bytes == 4 else c
-    h, m, heads = sizes.text.hidden_size, sizes.text.intermediate_size, sizes.text.num_attention_heads
-    head_dim = getattr(sizes.text, "head_dim", None) or h // heads
-    queries, keys = heads * head_dim, (getattr(sizes.text, "num_key_value_heads", None) or heads) * head_dim
+def _key_value_width(text: PreTrainedConfig) -> int:
+    """Numbers of the keys and values of a token in one layer."""
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+
+
+def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float, float]:
+    """Bytes per token that autograd keeps of one layer, how many of them the MLP's last matrix keeps, and those of a checkpointed
+    layer while it is computed again."""
+    c, text, full = settings.compute_bytes, sizes.config.text_config, settings.is_full
+    h, m, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    queries = heads * (getattr(text, "head_dim", None) or h // heads)
 
     def inputs_of(width: int, siblings: int, is_kept_anyway: bool = False) -> float:
         """Inputs of `siblings` linear layers that share them."""
         if full:
-            if c == 4:
-                return 0 if is_kept_anyway else width * 4
-            return 0 if is_kept_anyway else siblings * width * 2  # autocast makes a copy for each
+            copies = 1 if c == 4 else siblings  # autocast makes one for each
+            return 0 if is_kept_anyway else copies * width * c
         if settings.adapter == "none":
             return 0  # frozen
         low = siblings * settings.lora_r * c
@@ -395,127 +365,78 @@ def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float
             return siblings * width * (c + mask) + low
         return low + (0 if is_kept_anyway else width * c)
 
-    kept = 2 * h * residual  # inputs of the norms
-    kept += inputs_of(h, 3)
-    kept += (2 * queries + 2 * keys) * c + 4 * heads  # queries, keys, values, output, its log-sums
-    kept += inputs_of(queries, 1, is_kept_anyway=True)
-    kept += inputs_of(h, 2)
+    kept = 2 * h * settings.residual_bytes  # inputs of the norms
+    kept += inputs_of(h, 3) + inputs_of(queries, 1, is_kept_anyway=True) + inputs_of(h, 2)
+    kept += (2 * queries + _key_value_width(text)) * c + 4 * heads  # queries, keys, values, output, its log-sums
     kept += 2 * m * c  # gate, up
     # without dropout the product is recomputed; with dropout the masked product is another tensor
     of_down = inputs_of(m, 1, is_kept_anyway=True) if settings.adapter != "none" else 0
     kept += of_down
     if not settings.kernels:
-        kept += 2 * h * (residual + c) + m * c * (2 if full else 1)
-    return kept, of_down
+        kept += 2 * h * (settings.residual_bytes + c) + m * c * (2 if full else 1)
+    return kept, of_down, kept
 
 
-def _tower_activations(sizes: ModelSizes, settings: Settings) -> float:
-    """Bytes that a trained vision tower keeps of a micro-batch."""
-    v, m = sizes.vision.hidden_size, sizes.vision.intermediate_size
-    layer = (8 * v + 4 * m) * settings.compute_bytes
-    tokens = settings.micro_batch_images * sizes.vision_tokens
-    if settings.activation_checkpointing:
-        return tokens * (sizes.vision.num_hidden_layers * v * settings.compute_bytes + layer)
-    return tokens * sizes.vision.num_hidden_layers * layer
-
-
-def _loss(sizes: ModelSizes, settings: Settings, full: bool, head: int) -> tuple[float, float]:
+def _loss(sizes: ModelSizes, settings: Settings) -> tuple[float, float]:
     """Bytes at the peak of the loss, and of the head's gradient, which is kept for the backward pass."""
-    c = settings.compute_bytes
-    rows = min(max(2**23 // sizes.text.vocab_size, 512 if full else 256), settings.micro_batch_tokens)
+    c, full, vocabulary = settings.compute_bytes, settings.is_full, sizes.config.text_config.vocab_size
+    rows = min(max(2**23 // vocabulary, 512 if full else 256), settings.micro_batch_tokens)
     supervised = settings.micro_batch_tokens * settings.supervised
-    chunk = rows * sizes.text.vocab_size * (4 if c == 4 else 6)  # logits; in 16 bits, and their float32 form
-    gradient = head * 4 if full else 0  # summed in float32
-    copies = head * 4 if full and c == 2 else 0  # 16-bit: of the weight, and of one chunk's gradient
-    return chunk + supervised * sizes.text.hidden_size * c * 2 + gradient + copies, gradient
+    chunk = rows * vocabulary * (4 if c == 4 else 6)  # logits; in 16 bits, and their float32 form
+    gradient = sizes.head * 4 if full else 0  # summed in float32
+    copies = sizes.head * 4 if full and c == 2 else 0  # 16-bit: of the weight, and of one chunk's gradient
+    return chunk + supervised * sizes.config.text_config.hidden_size * c * 2 + gradient + copies, gradient
 
 
-def _optimizer_bytes(optim: str, trained_bytes: int) -> float:
-    if optim not in _OPTIMIZER_BYTES:
-        return 2 * trained_bytes
-    known = _OPTIMIZER_BYTES[optim]
-    return known * trained_bytes / 4 if known == 8 else known
+def _state_bytes(optim: str, trained_bytes: int) -> float:
+    """Bytes of the optimizer's state per trained parameter."""
+    if optim in ("sgd", "adafactor"):
+        return 0.0 if optim == "sgd" else 0.1
+    return (1 if "lion" in optim else 2) * (1.05 if "8bit" in optim else trained_bytes)
 
 
-def _shard(result: Estimate, sizes: ModelSizes, settings: Settings, trained: int, trained_bytes: int) -> None:
+def _shard(result: Estimate, sizes: ModelSizes, settings: Settings) -> None:
     """Divide among devices what is sharded, in place."""
     n = settings.devices
     if n == 1:
         return
     if settings.sharding == "ddp":
-        result.buckets += trained * trained_bytes  # gradients on their way
+        result.buckets += result.gradients  # on their way
         return
     result.optimizer /= n
     result.peak_of_step -= result.gradients * (1 - 1 / n)
     result.gradients /= n
     if settings.sharding in ("fsdp", "zero3"):
-        for name in result.weights:
-            result.weights[name] /= n
-        layer = (sizes.layer_matrices + sizes.layer_rest) / sizes.text.num_hidden_layers
+        result.weights = {name: size / n for name, size in result.weights.items()}
+        layer = (sizes.layer_matrices + sizes.layer_rest) / sizes.config.text_config.num_hidden_layers
         result.buckets += (2 * layer + sizes.embeddings) * settings.compute_bytes  # gathered: this layer and the next
     result.buckets += 2 * 200 * MIB
 
 
-def fits(result: Estimate, gpu_gib: float) -> bool:
-    """Whether it fits a GPU of so many GiB, of which the driver and a display take 2 %."""
-    return result.total <= gpu_gib * GIB * 0.98
-
-
-def propose(sizes: ModelSizes, settings: Settings, gpu_gib: float) -> dict[str, Any] | None:
+def choose_checkpointing(sizes: ModelSizes, settings: Settings, available: float) -> tuple[bool | str, str]:
     """
-    The first change of the recipe that makes it fit, the mildest first; each is applied on top of the earlier ones.
+    The fastest `activation_checkpointing` for which a device has room, and why in words.
 
-    Returns:
-        `dict`: settings to change; empty if it fits as it is, `None` if nothing helps.
+    Args:
+        available (`float`): Bytes for the allocator, weights included (see [`available_memory`]).
     """
-    changes: dict[str, Any] = {}
-    current = settings
-    if fits(estimate(sizes, current), gpu_gib):
-        return changes
-    steps: list[dict[str, Any]] = []
-    if settings.per_device_eval_batch_size is not None:
-        steps.append({"per_device_eval_batch_size": 1})
-    if not settings.activation_checkpointing:
-        steps.append({"activation_checkpointing": True})
-    batch = settings.per_device_train_batch_size
-    while batch > 1:
-        batch //= 2
-        steps.append({"per_device_train_batch_size": batch})
-    if settings.stage == "finetune":
-        if settings.adapter == "none":
-            steps.append({"adapter": "lora"})
-        if settings.adapter != "qlora":
-            steps.append({"adapter": "qlora"})
-        steps.append({"optim": "paged_adamw_8bit"})
-        steps += [{"lora_r": rank} for rank in (64, 32, 16, 8) if rank < settings.lora_r]
-    steps += [{"max_length": length} for length in (1536, 1280, 1024, 768) if length < settings.max_length]
-    for step in steps:
-        changes |= step
-        current = dataclasses.replace(settings, **changes, tokens=None, images=None)
-        if fits(estimate(sizes, current), gpu_gib):
-            return _shortest(sizes, settings, changes, gpu_gib)
-    return None
+    needed = {
+        value: estimate(sizes, settings.replace(activation_checkpointing=value)).total - CUDA_CONTEXT
+        for value in CHECKPOINTING
+    }
+    chosen = next((value for value, size in needed.items() if size <= (1 - MARGIN) * available), True)
+    figures = ", ".join(f"{CHECKPOINTING[value]} {size / GIB:.1f}" for value, size in needed.items())
+    return (
+        chosen,
+        f"activation_checkpointing: {CHECKPOINTING[chosen]} (estimated GiB: {figures}; {available / GIB:.1f} free)",
+    )
 
 
-def _shortest(sizes: ModelSizes, settings: Settings, changes: dict[str, Any], gpu_gib: float) -> dict[str, Any]:
-    """Leave out changes that turned out not to be needed."""
-    for name in list(changes):
-        fewer = {key: value for key, value in changes.items() if key != name}
-        if fits(estimate(sizes, dataclasses.replace(settings, **fewer, tokens=None, images=None)), gpu_gib):
-            changes = fewer
-    return changes
-
-
-def hours(samples: float, samples_per_second: float) -> float:
-    """
-    Wall time of a number of samples, in hours.
-
-    Raises:
-        ValueError: the throughput is not above 0.
-    """
-    if not samples_per_second > 0:
-        raise ValueError(f"{samples_per_second:g} samples per second: the throughput must be above 0.")
-    return samples / samples_per_second / 3600
+def available_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process can hold: its share of what other programs leave, what it holds included."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free + torch.cuda.memory_reserved(device), share)
 
 
 __all__ = [
@@ -523,10 +444,9 @@ __all__ = [
     "Estimate",
     "ModelSizes",
     "Settings",
+    "available_memory",
+    "choose_checkpointing",
     "estimate",
-    "fits",
-    "hours",
     "load_config",
-    "propose",
     "sizes_of",
 ]
