@@ -51,6 +51,7 @@ class SampleAnswersCallback(TrainerCallback):
         self.num_samples = num_samples
         self.max_new_tokens = max_new_tokens
         self.is_sharded = is_sharded
+        self.answered: dict[int, list[tuple[str, str, str]]] = {}  # step → question, reference, answer
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.is_sharded and state.is_world_process_zero:
@@ -72,6 +73,11 @@ class SampleAnswersCallback(TrainerCallback):
             torch.random.set_rng_state(random_state)
             for module, training in modes.items():
                 module.training = training
+        asked = [_question(sample) for sample in samples]
+        self.answered[state.global_step] = [
+            (_text(question[-1]), _text(sample["messages"][len(question)]), answers[str(n)])
+            for n, (sample, question) in enumerate(zip(samples, asked))
+        ]
         page = Path(args.output_dir) / FOLDER / f"step-{state.global_step}.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, f"Step {state.global_step}", samples, [answers[str(n)] for n in range(len(samples))])
