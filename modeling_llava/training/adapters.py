@@ -2,7 +2,7 @@
 LoRA, DoRA, rsLoRA and QLoRA: one adapter folder that plain PEFT, and transformers by itself, load back.
 
     adapter_config.json        target_modules: a regular expression; modules_to_save: what is trained whole
-    adapter_model.safetensors  LoRA weights of the language model; the whole projector; the tower if trained
+    adapter_model.safetensors  LoRA weights; the projector and the tower where they are trained whole
     processor files            so that the folder is all a pipeline needs (there must be no config.json: with one,
                                transformers takes the folder for a full model and does not look for the base)
 
@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..io.atomic import atomic_path, write_atomic
-from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record, resize_to_adapter
+from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record, component_of, file_of, resize_to_adapter
+from ..io.load_errors import read_config
 from .arguments import LlavaTrainingArguments
 
 
@@ -33,12 +34,24 @@ LANGUAGE_MODEL = "model.language_model"
 """Where the language model lies in `LlavaForConditionalGeneration`; its head is `lm_head`, next to it."""
 
 
+def core_model(model: nn.Module) -> nn.Module:
+    """The LLaVA under PEFT's wrapper."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+# What is adapted
+
+
 def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None = None) -> str:
     r"""
     The regular expression over full module names for an `lora_target`: by default, and for `all-linear`, every linear layer
     of the language model and no other.
 
-    For Llama: `model\.language_model\..*\.(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
+    For Llama: `model\.language_model\.(.*\.)?(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
 
     Raises:
         ValueError: a name that no layer of the language model has, or it has no linear layers (but some of its own type).
@@ -54,13 +67,12 @@ def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None =
             if not any(layer.endswith(f".{name}") for layer in layers):
                 raise ValueError(f"lora_target: no layer of the language model is called {name!r}. {_TARGET_HINT}")
         return rf"{re.escape(LANGUAGE_MODEL)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
-    endings = {name.rpartition(".")[2] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
-    if not endings:
+    if not (pattern := _linear_layers(model, LANGUAGE_MODEL)):
         raise ValueError(
             f"The language model ({type(language_model).__name__}) has no torch.nn.Linear layers for LoRA. "
             "Set lora_target to a regular expression over its module names."
         )
-    return rf"{re.escape(LANGUAGE_MODEL)}\..*\.({'|'.join(sorted(endings))})"
+    return pattern
 
 
 _TARGET_HINT = (
@@ -69,10 +81,54 @@ _TARGET_HINT = (
 )
 
 
+def _linear_layers(model: nn.Module, place: str) -> str | None:
+    """The regular expression of all linear layers of a part of the model; `None` if it has none."""
+    modules = model.get_submodule(place).named_modules()
+    endings = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    return rf"{re.escape(place)}\.(.*\.)?({'|'.join(sorted(endings))})" if endings else None
+
+
+def tower_layers(model: nn.Module) -> tuple[nn.Module, str | None, int]:
+    """
+    The vision tower (the copy that is trained, under PEFT), the name of its list of layers, `None` if there is none, and how many
+    of them reach the loss: hidden state 0 is the embedding, hidden state i the output of layer i − 1.
+    """
+    tower = model.model.vision_tower
+    for trained in getattr(tower, "modules_to_save", {}).values():
+        tower = trained
+    number = getattr(tower.config, "num_hidden_layers", None)
+    lists = ((name, m) for name, m in tower.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    name = next(lists, (None, None))[0]
+    if name is None:
+        return tower, None, 0
+    feature_layers = model.config.vision_feature_layer
+    feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
+    return tower, name, max(layer % (number + 1) for layer in feature_layers)  # −2 of 25 states is 23: layers 0 to 22
+
+
 def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
-    """The `peft.LoraConfig` for a run; the projector, and the tower if it is trained, are trained whole."""
+    """
+    The `peft.LoraConfig` for a run.
+
+    Raises:
+        ValueError: `lora_target` matches nothing, or something outside the language model.
+    """
     from peft import LoraConfig
 
+    targets = [lora_target_pattern(model, args.lora_target)]
+    matched = [name for name, _ in model.named_modules() if re.fullmatch(targets[0], name)]
+    outside = [name for name in matched if not name.startswith(LANGUAGE_MODEL + ".")]
+    if not matched or outside:
+        found = f"matches {', '.join(outside[:3])}, outside of the language model" if outside else "matches no module"
+        raise ValueError(f"lora_target={args.lora_target!r} {found}. {_TARGET_HINT}")
+    if args.train_projector == "lora":
+        targets.append(_linear_layers(model, "model.multi_modal_projector"))
+    if args.lora_vision_tower:
+        _, layers, num_used = tower_layers(model)
+        place = f"model.vision_tower.{layers}" if layers else "model.vision_tower"
+        numbers = rf"\.({'|'.join(map(str, range(num_used)))})\." if layers else r"\."
+        targets.append(_linear_layers(model, place).replace(r"\.(.*", numbers + "(.*", 1))
+    whole = {"multi_modal_projector": args.train_projector == "full", "vision_tower": args.train_vision_tower}
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -80,29 +136,29 @@ def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
         bias=args.lora_bias,
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
-        target_modules=lora_target_pattern(model, args.lora_target),
-        modules_to_save=["multi_modal_projector", *(["vision_tower"] if args.train_vision_tower else [])],
+        target_modules="|".join(targets),
+        modules_to_save=[name for name, is_whole in whole.items() if is_whole] or None,
     )
 
 
+def trained_forms(model: nn.Module) -> dict[str, str]:
+    """How an adapter trains projector and tower: `full`, `lora` or `frozen`."""
+    forms = {}
+    for component in ("multi_modal_projector", "vision_tower"):
+        names = [name for name, _ in model.named_parameters() if component_of(name) == component]
+        is_full, is_lora = (any(sign in name for name in names) for sign in (".modules_to_save.", ".lora_"))
+        forms[component] = "full" if is_full else "lora" if is_lora else "frozen"
+    return forms
+
+
+# Adding, loading, saving
+
+
 def add_adapter(model: PreTrainedModel, args: LlavaTrainingArguments):
-    """
-    Wrap a model with a new adapter; everything but the adapter is frozen.
-
-    Returns:
-        `peft.PeftModel`
-
-    Raises:
-        ValueError: `lora_target` matches nothing, or something outside the language model.
-    """
+    """Wrap a model with a new adapter (`peft.PeftModel`); everything but the adapter is frozen."""
     from peft import get_peft_model
 
     config = lora_config(model, args)
-    matched = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
-    outside = [name for name in matched if not name.startswith(LANGUAGE_MODEL + ".")]
-    if not matched or outside:
-        found = f"matches {', '.join(outside[:3])}, outside of the language model" if outside else "matches no module"
-        raise ValueError(f"lora_target={args.lora_target!r} {found}. {_TARGET_HINT}")
     peft_model = get_peft_model(model, config)
     config.base_model_name_or_path = base_name_to_record(model)
     config.revision = args.model_revision
@@ -111,31 +167,63 @@ def add_adapter(model: PreTrainedModel, args: LlavaTrainingArguments):
 
 def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments, revision: str | None = None):
     """
-    Wrap a model with an adapter that was trained before, to be trained further; its own rank and targets hold.
-
-    Returns:
-        `peft.PeftModel`
+    Wrap a model with an adapter (`peft.PeftModel`) to be trained further; its own rank and targets hold.
 
     Raises:
-        ValueError: the adapter does not train the vision tower but `train_vision_tower` is set, or the reverse.
+        ValueError: the adapter trains projector or tower in another form than the run.
     """
     from peft import PeftModel
 
     resize_to_adapter(model, path, revision)
     peft_model = PeftModel.from_pretrained(model, path, is_trainable=True, revision=revision)
+    forms = trained_forms(peft_model)
+    for name, theirs, ours in (
+        ("train_projector", forms["multi_modal_projector"], args.train_projector),
+        ("train_vision_tower", forms["vision_tower"] == "full", args.train_vision_tower),
+        ("lora_vision_tower", forms["vision_tower"] == "lora", args.lora_vision_tower),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"{path} was trained with {name}={theirs}, this run has {ours}. Set {name}={str(theirs).lower()}, or merge the "
+                "adapter first (llava merge)."
+            )
     config = peft_model.peft_config["default"]
-    has_tower = "vision_tower" in (config.modules_to_save or ())
-    if has_tower != args.train_vision_tower:
-        raise ValueError(
-            f"{path} was trained with train_vision_tower={has_tower}, this run has {args.train_vision_tower}. "
-            f"Set train_vision_tower={str(has_tower).lower()}, or merge the adapter first (llava merge)."
-        )
     for name, ours in (("r", args.lora_r), ("lora_alpha", args.lora_alpha), ("use_dora", args.use_dora)):
         theirs = getattr(config, name)
         if ours != theirs:
             logger.warning(f"{path} has {name}={theirs}, which stays; the recipe's {ours} is not used.")
     config.base_model_name_or_path = base_name_to_record(model)  # PEFT would write a relative path as it was given
     return peft_model
+
+
+def require_new_rows_are_saved(model: nn.Module) -> None:
+    """
+    Raise ValueError where tokens were added to the base and the adapter does not hold their rows of the embeddings or of an untied
+    head: PEFT leaves frozen ones out, and the result would have random rows there.
+    """
+    from peft import get_peft_model_state_dict
+
+    core = core_model(model)
+    base = base_name_to_record(core)
+    config = read_config(file_of(base, "config.json")) if base else None
+    before = (config or {}).get("text_config", {}).get("vocab_size")
+    number = core.get_input_embeddings().weight.shape[0]
+    if before is None or number <= before:
+        return
+    rows = [name for name, tensor in get_peft_model_state_dict(model).items() if len(tensor) == number]
+    config = model.peft_config[model.active_adapter]
+    has_new_tokens = bool(getattr(config, "trainable_token_indices", None))
+    is_tied = core.get_output_embeddings().weight is core.get_input_embeddings().weight
+    lost = [
+        name
+        for name, is_held in (("embed_tokens", has_new_tokens), ("lm_head", is_tied))
+        if not is_held and not any(name in row for row in rows)
+    ]
+    if lost:
+        raise ValueError(
+            f"The model has {number} tokens, its base {base} {before}, and the adapter would not hold the new rows of "
+            f"{' and '.join(lost)}. Add {lost} to modules_to_save of the LoraConfig, or save the resized model and adapt that."
+        )
 
 
 def initial_lora(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -165,25 +253,27 @@ _LORA = re.compile(r"\.lora_[AB]\.")
 
 def finish_adapter_folder(folder: str | Path, initial: dict[str, torch.Tensor]) -> None:
     """
-    Make an adapter that PEFT has saved loadable on the base that others have, by transformers too: with DoRA's magnitudes under
-    the names that it reads, and without what [`initial_lora`] took out of the base, as LoRA of twice the rank.
+    Make an adapter that PEFT has saved loadable on the base that others have, by transformers too: without what [`initial_lora`]
+    took out of the base, as LoRA of twice the rank, and with DoRA's magnitudes as `….lora_magnitude_vector.weight`. PEFT reads them
+    with and without the end; transformers' own loading only with it, and leaves them untrained otherwise.
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    if config.get("use_dora"):
-        write_dora_keys_for_transformers(folder)
-    if not initial:
+    if not config.get("use_dora") and not initial:
         return
     tensors = load_file(folder / WEIGHTS_NAME)
+    tensors = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in tensors.items()}
     for name, start in initial.items():  # B A − B₀ A₀ = [B, −B₀] [A; A₀]
         start, axis = (start, 0) if ".lora_A." in name else (-start, 1)
         tensors[name] = torch.cat([tensors[name], start.to(tensors[name].dtype)], axis)
-    alpha = 2**0.5 if config.get("use_rslora") else 2
-    config |= {"r": 2 * config["r"], "lora_alpha": alpha * config["lora_alpha"], "init_lora_weights": True}
-    for name, factor in (("rank_pattern", 2), ("alpha_pattern", alpha)):
-        config[name] = {layer: factor * value for layer, value in (config.get(name) or {}).items()}
-    _save(tensors, folder)
-    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+    with atomic_path(folder / WEIGHTS_NAME) as path:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    if initial:
+        alpha = 2**0.5 if config.get("use_rslora") else 2
+        config |= {"r": 2 * config["r"], "lora_alpha": alpha * config["lora_alpha"], "init_lora_weights": True}
+        for name, factor in (("rank_pattern", 2), ("alpha_pattern", alpha)):
+            config[name] = {layer: factor * value for layer, value in (config.get(name) or {}).items()}
+        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
 
 
 @torch.no_grad()
@@ -203,28 +293,17 @@ def load_unfinished(model: nn.Module, folder: str | Path, initial: dict[str, tor
     set_peft_model_state_dict(model, tensors)
 
 
-def write_dora_keys_for_transformers(folder: str | Path) -> None:
-    """
-    Rename DoRA's magnitudes in a saved adapter from `….lora_magnitude_vector` to `….lora_magnitude_vector.weight`.
-
-    PEFT reads both. transformers' own adapter loading (pipelines, `from_pretrained` on the folder) reads the second
-    only; of the first it says "unexpected", and leaves the magnitudes as they were before training.
-    """
-    tensors = load_file(Path(folder) / WEIGHTS_NAME)
-    _save({f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in tensors.items()}, folder)
-
-
-def _save(tensors: dict[str, torch.Tensor], folder: str | Path) -> None:
-    with atomic_path(Path(folder) / WEIGHTS_NAME) as path:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-
-
 __all__ = [
     "add_adapter",
+    "core_model",
     "finish_adapter_folder",
     "initial_lora",
+    "is_peft",
     "load_adapter",
     "load_unfinished",
     "lora_config",
     "lora_target_pattern",
+    "require_new_rows_are_saved",
+    "tower_layers",
+    "trained_forms",
 ]

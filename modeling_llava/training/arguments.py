@@ -80,7 +80,14 @@ class LlavaTrainingArguments(TrainingArguments):
         "pretrain: the projector alone, on captions. finetune: projector and language model, on instructions.",
         ("pretrain", "finetune"),
     )
+    train_projector: str = _setting(
+        "full",
+        "full: the projector's own weights, which an adapter then holds whole. lora: LoRA weights, of which alone some servers "
+        "take an adapter. frozen: nothing.",
+        ("full", "lora", "frozen"),
+    )
     train_vision_tower: bool = _setting(False, "Train the vision tower as well.")
+    lora_vision_tower: bool = _setting(False, "LoRA weights for the vision tower's linear layers as well.")
     projector_learning_rate: float | None = _setting(
         None, "Learning rate of the projector; by default `learning_rate`, and 2e-5 next to an adapter."
     )
@@ -177,7 +184,7 @@ class LlavaTrainingArguments(TrainingArguments):
 
     kernels: bool = _setting(
         True,
-        "Memory-efficient layers in the language model, and oneDNN's linear layers on the CPU; the same gradients. false: "
+        "Memory-efficient layers in the language model; the same gradients. false: "
         "transformers' own layers.",
     )
 
@@ -275,17 +282,26 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"adapter={self.adapter} with stage=pretrain: pretraining trains the projector itself. "
                 "Set adapter=none, or stage=finetune."
             )
+        if self.stage == "pretrain" and self.train_projector != "full":
+            raise ValueError(f"train_projector={self.train_projector} with stage=pretrain, which trains it whole.")
         if self.adapter == "none":
-            for name in ("use_dora", "use_rslora", "lora_target"):
+            for name in ("use_dora", "use_rslora", "lora_target", "lora_vision_tower"):
                 if getattr(self, name):
                     raise ValueError(
                         f"{name}={getattr(self, name)} has no effect with adapter=none. Set adapter=lora."
                     )
-        if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
-            raise ValueError(
-                f"vision_tower_learning_rate={self.vision_tower_learning_rate} but train_vision_tower=False. "
-                "Set train_vision_tower=true, or leave the learning rate out."
-            )
+            if self.train_projector == "lora":
+                raise ValueError("train_projector=lora has no effect with adapter=none. Set adapter=lora.")
+        if self.train_vision_tower and self.lora_vision_tower:
+            raise ValueError("train_vision_tower and lora_vision_tower are both set. Keep one.")
+        for part, is_trained, remedy in (
+            ("projector", self.train_projector != "frozen", "train_projector=full"),
+            ("vision_tower", self.train_vision_tower or self.lora_vision_tower, "train_vision_tower=true"),
+        ):
+            if getattr(self, f"{part}_learning_rate") is not None and not is_trained:
+                raise ValueError(
+                    f"{part}_learning_rate is set, but the {part} is frozen. Set {remedy}, or leave it out."
+                )
         checkpointing = self.activation_checkpointing
         self.activation_checkpointing = {"on": True, "off": False}.get(checkpointing, checkpointing)
         if self.activation_checkpointing not in (None, False, True, "every_second", "auto"):
@@ -444,7 +460,8 @@ class LlavaTrainingArguments(TrainingArguments):
         """Highest learning rate of each component."""
         projector, tower = self.projector_learning_rate, self.vision_tower_learning_rate
         if projector is None:
-            projector = self.learning_rate if self.adapter == "none" else ADAPTER_PROJECTOR_LEARNING_RATE
+            is_next_to_lora = self.adapter != "none" and self.train_projector == "full"
+            projector = ADAPTER_PROJECTOR_LEARNING_RATE if is_next_to_lora else self.learning_rate
         return {
             "language_model": self.learning_rate,
             "multi_modal_projector": projector,
@@ -520,6 +537,11 @@ class LlavaTrainingArguments(TrainingArguments):
         """Whether FSDP or DeepSpeed cuts the parameters, as this run's settings or `accelerate launch` say."""
         launched = [os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED")]
         return bool(self.fsdp or self.deepspeed) or "true" in [value.lower() for value in launched]
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of what is drawn from the data."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def output_is_default(self) -> bool:

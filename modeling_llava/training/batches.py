@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 class EndlessStream(IterableDataset):
     """
-    A stream that starts its next epoch when it ends. The shards of processes and workers differ in length, and one that ended
-    would leave the others waiting; and a run that resumes counts batches from its beginning, whatever the epoch.
+    A stream that starts its next epoch when it ends: the shards of processes and workers differ in length, and one that ended
+    would leave the others waiting. A run that resumes counts batches from its beginning, whatever the epoch.
     """
 
     def __init__(self, stream: Iterable, world_size: int = 1):
@@ -134,11 +135,6 @@ def pad_to_world_size(dataset: Any, collator: Any, args: LlavaTrainingArguments)
     return dataset if args.world_size == 1 else FilledDataset(dataset, args.world_size * args.eval_batch_size)
 
 
-def is_sharded_stream(dataset: Any) -> bool:
-    """Whether a stream gives each process its own rows already, so that accelerate must not shard it again."""
-    return isinstance(dataset, EndlessStream | ShardedStream)
-
-
 def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
     """
     The training data of a run: in packs for `packing=full`, a stream sharded and without an end.
@@ -150,6 +146,7 @@ def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArgume
 
     Raises:
         BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
+        ValueError: no sample can be used, or `dataloader_drop_last` leaves out all of them.
     """
     if isinstance(dataset, IterableDataset):
         if isinstance(dataset, ConversationStream):
@@ -159,7 +156,7 @@ def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArgume
         elif not isinstance(dataset, PackedStream):
             dataset = ShardedStream(dataset, args.process_index, args.world_size)
         if args.packing == "full" and not isinstance(dataset, PackedStream):
-            measure = _DroppingMeasure(_measure_of(collator, args), args)
+            measure = partial(_length_or_drop, _require_lengths(collator), args)
             dataset = PackedStream(dataset, measure, args.pack_length or args.max_length)
         return EndlessStream(dataset, args.world_size)
     if args.packing == "full" and not isinstance(dataset, PackedDataset):
@@ -168,16 +165,15 @@ def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArgume
     if args.dataloader_drop_last and len(dataset) < needed:
         what = "packs" if isinstance(dataset, PackedDataset) else "samples"
         raise ValueError(
-            f"{len(dataset)} {what} do not fill a batch of {args.train_batch_size} on each of {args.world_size} "
-            "process(es), and dataloader_drop_last leaves out what does not. Set it to false, or "
-            "per_device_train_batch_size lower."
+            f"{len(dataset)} {what} do not fill a batch of {args.train_batch_size} on each of {args.world_size} process(es), "
+            "and dataloader_drop_last leaves out what does not. Set it to false, or per_device_train_batch_size lower."
         )
     return dataset
 
 
 def _packed(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> PackedDataset:
-    lengths, kept = usable_lengths(dataset, collator, args)
-    chosen = np.flatnonzero(kept)
+    lengths = usable_lengths(dataset, collator, args)
+    chosen = np.flatnonzero(lengths)
     if not len(chosen):
         raise ValueError(
             f"none of the {len(dataset)} samples can be used: there is nothing to pack. The lines above, or "
@@ -185,9 +181,9 @@ def _packed(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Packed
         )
     if args.type_weights is not None:
         # The draw of the first epoch; packs keep their samples in the epochs after it.
-        drawn = np.array(list(TypeMixtureSampler.from_dataset(dataset, args.type_weights, data_seed(args))))
-        chosen = drawn[kept[drawn]]
-    plan = best_fit_packs(lengths[chosen], args.pack_length or args.max_length, seed=data_seed(args))
+        drawn = np.array(list(TypeMixtureSampler.from_dataset(dataset, args.type_weights, args.sampling_seed)))
+        chosen = drawn[lengths[drawn] > 0]
+    plan = best_fit_packs(lengths[chosen], args.pack_length or args.max_length, seed=args.sampling_seed)
     if args.process_index == 0:
         logger.warning("Packing: %s. Batch sizes count packs.", plan.summary())
     return PackedDataset(Subset(dataset, chosen.tolist()), plan)
@@ -195,7 +191,7 @@ def _packed(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Packed
 
 def grouped_sampler(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> GroupedSampler:
     """The sampler for `train_sampling_strategy=group_by_length`, or by modality as well."""
-    lengths, kept = usable_lengths(dataset, collator, args, drop=False)
+    lengths = usable_lengths(dataset, collator, args, drop=False)
     has_image = None
     if args.group_by_modality:
         num_images = getattr(dataset, "num_images", None)
@@ -203,89 +199,101 @@ def grouped_sampler(dataset: Any, collator: Any, args: LlavaTrainingArguments) -
             num_images = [len(dataset[i].get("images") or ()) for i in range(len(dataset))]
         has_image = np.asarray(num_images) > 0
     global_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return GroupedSampler(lengths, global_batch, has_image, seed=data_seed(args))
+    return GroupedSampler(lengths, global_batch, has_image, seed=args.sampling_seed)
 
 
-def data_seed(args: LlavaTrainingArguments) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
-
-
-def usable_lengths(
-    dataset: Any, collator: Any, args: LlavaTrainingArguments, drop: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def usable_lengths(dataset: Any, collator: Any, args: LlavaTrainingArguments, drop: bool = True) -> np.ndarray:
     """
-    Lengths of all samples, in positions, and which of them can be used. No image is opened.
-
-    The processes share the work, and the DataLoader's workers do it in parallel.
+    Lengths of all samples, in tokens; no image is opened. The work is sharded over processes and the DataLoader's workers.
 
     Args:
         drop (`bool`, *optional*, defaults to `True`):
             Whether unusable samples can be left out here; otherwise they are left to the collator.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: int64 `[num_samples]`, 0 where a sample cannot be used, and bool `[num_samples]`.
+        `np.ndarray`: int64 `[num_samples]`, 0 where a sample cannot be used.
 
     Raises:
         BadSampleError: a sample cannot be used, and is not to be dropped.
     """
-    measured = _measure_all(dataset, _measure_of(collator, args), args)
+    rank, world_size = args.process_index, args.world_size
+    own = _Lengths(dataset, _require_lengths(collator), args.max_length, range(rank, len(dataset), world_size))
+    workers = args.dataloader_num_workers if len(dataset) > 2_000 else 0
+    loader = DataLoader(own, batch_size=256, num_workers=workers, collate_fn=list)
+    measured = []
+    with tqdm(total=len(own), desc="measuring samples", unit=" samples", delay=3, disable=rank != 0) as progress:
+        for results in loader:
+            measured.extend(results)
+            progress.update(len(results))
+    if world_size > 1:
+        parts: list = [None] * world_size
+        torch.distributed.all_gather_object(parts, measured)
+        measured = [None] * len(dataset)
+        for number, part in enumerate(parts):
+            measured[number::world_size] = part
     dropped = Counter()
-    for result in measured:
+    for number, result in enumerate(measured):
         if isinstance(result, BadSampleError):
             if drop and _is_asked_to_raise(result, args):
                 raise result
             dropped[result.reason] += 1
-    if dropped and drop and args.process_index == 0:
+            measured[number] = 0
+    if dropped and drop and rank == 0:
         logger.warning("Before packing: %s.", summarize_drops(dict(dropped)))
-    lengths = np.array([0 if isinstance(result, BadSampleError) else result for result in measured], dtype=np.int64)
-    return lengths, lengths > 0
+    return np.array(measured, dtype=np.int64)
 
 
-def _measure_of(collator: Any, args: LlavaTrainingArguments) -> Callable[[Any], int]:
+class _Lengths(Dataset):
+    """The length of each sample, or the error in its place."""
+
+    def __init__(self, dataset: Any, collator: Any, max_length: int, indices: range):
+        self.dataset = dataset
+        self.collator = collator
+        self.max_length = max_length
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> int | BadSampleError:
+        try:
+            return _length(self.collator, self.max_length, self.dataset[self.indices[index]])
+        except BadSampleError as error:
+            return error
+
+
+def _require_lengths(collator: Any) -> Any:
     if not hasattr(collator, "length"):
         raise ValueError(
             f"{type(collator).__name__} cannot tell the length of a conversation. Let LlavaTrainer make its own collator, "
             "or set packing=none and train_sampling_strategy=random."
         )
-    return _Measure(collator, args.max_length)
+    return collator
 
 
-class _Measure:
-    """Length of a conversation in positions; too long is an error here already."""
-
-    def __init__(self, collator: Any, max_length: int):
-        self.collator = collator
-        self.max_length = max_length
-
-    def __call__(self, conversation: Any) -> int:
-        length = self.collator.length(conversation)
-        if length > self.max_length:
-            raise BadSampleError(
-                str(conversation.get("id")),
-                TOO_LONG,
-                f"has {length} tokens, max_length is {self.max_length}. Raise max_length, shorten the text, or set "
-                'overflow="truncate_text" or "drop".',
-            )
-        return length
+def _length(collator: Any, max_length: int, conversation: Any) -> int:
+    length = collator.length(conversation)
+    if length > max_length:
+        raise BadSampleError(
+            str(conversation.get("id")),
+            TOO_LONG,
+            f"has {length} tokens, max_length is {max_length}. Raise max_length, shorten the text, or set "
+            'overflow="truncate_text" or "drop".',
+        )
+    return length
 
 
-class _DroppingMeasure:
-    """For a stream: 0 for a sample that is to be dropped, which is counted by the collator."""
-
-    def __init__(self, measure: _Measure, args: LlavaTrainingArguments):
-        self.measure = measure
-        self.args = args
-
-    def __call__(self, conversation: Any) -> int:
-        if conversation is NOTHING:
-            return 0
-        try:
-            return self.measure(conversation)
-        except BadSampleError as error:
-            if _is_asked_to_raise(error, self.args):
-                raise
-            self.measure.collator.count_dropped(error)
-            return 0
+def _length_or_drop(collator: Any, args: LlavaTrainingArguments, conversation: Any) -> int:
+    """For a stream: 0 for a sample that is to be dropped, which the collator counts."""
+    if conversation is NOTHING:
+        return 0
+    try:
+        return _length(collator, args.max_length, conversation)
+    except BadSampleError as error:
+        if _is_asked_to_raise(error, args):
+            raise
+        collator.count_dropped(error)
+        return 0
 
 
 def _is_asked_to_raise(error: BadSampleError, args: LlavaTrainingArguments) -> bool:
@@ -294,58 +302,13 @@ def _is_asked_to_raise(error: BadSampleError, args: LlavaTrainingArguments) -> b
     return args.on_bad_sample == "raise"
 
 
-class _Measured(Dataset):
-    """Lengths by index, or the error in their place."""
-
-    def __init__(self, dataset: Any, measure: Callable[[Any], int], indices: range):
-        self.dataset = dataset
-        self.measure = measure
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> int | BadSampleError:
-        try:
-            return self.measure(self.dataset[self.indices[index]])
-        except BadSampleError as error:
-            return error
-
-
-def _measure_all(dataset: Any, measure: Callable[[Any], int], args: LlavaTrainingArguments) -> list:
-    rank, world_size = args.process_index, args.world_size
-    loader = DataLoader(
-        _Measured(dataset, measure, range(rank, len(dataset), world_size)),
-        batch_size=256,
-        num_workers=args.dataloader_num_workers if len(dataset) > 2_000 else 0,
-        collate_fn=list,
-    )
-    progress = tqdm(
-        total=len(loader.dataset), desc="measuring samples", unit=" samples", delay=3, mininterval=1, disable=rank != 0
-    )
-    measured = []
-    with progress:
-        for results in loader:
-            measured.extend(results)
-            progress.update(len(results))
-    if world_size == 1:
-        return measured
-    parts: list = [None] * world_size
-    torch.distributed.all_gather_object(parts, measured)
-    everything: list = [None] * len(dataset)
-    for number, part in enumerate(parts):
-        everything[number::world_size] = part
-    return everything
-
-
 __all__ = [
     "EndlessStream",
     "FilledDataset",
     "ShardedStream",
     "SkipBatchesCollator",
-    "prepare_train_dataset",
-    "pad_to_world_size",
     "grouped_sampler",
-    "is_sharded_stream",
+    "pad_to_world_size",
+    "prepare_train_dataset",
     "usable_lengths",
 ]

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import TrainerCallback
 from ..constants import IGNORE_INDEX
 from ..data.preview import render_sample
 from ..io.atomic import write_atomic
-from .setup import core_model
-from .stages import ComponentSummary, summarise_components
+from ..io.checkpoints import COMPONENTS, component_of
+from .adapters import core_model
+from .arguments import LlavaTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class PreviewCallback(TrainerCallback):
         from rich.console import Console
 
         console = self.console or Console()
-        console.print(component_table(summarise_components(self.trainer.model, args)))
+        console.print(component_table(self.trainer.model, args))
         if self.trainer.kernel_report is not None:
             console.print(str(self.trainer.kernel_report))
         dataset, processor = self.trainer.train_dataset, self.trainer.processing_class
@@ -61,20 +63,33 @@ class PreviewCallback(TrainerCallback):
             console.print(render_sample(processor, ids[attended].tolist(), labels[attended].tolist()))
 
 
-def component_table(rows: list[ComponentSummary]):
-    """`rich.table.Table` of what is trained."""
+def component_table(model: nn.Module, args: LlavaTrainingArguments):
+    """`rich.table.Table` of what is trained: parameters, dtype (trained ones first) and learning rate of each component."""
     from rich.table import Table
 
     table = Table(title="What is trained")
     for name in ("component", "trained", "of", "dtype", "learning rate"):
         table.add_column(name, justify="left" if name in ("component", "dtype") else "right")
-    for row in rows:
-        rate = "frozen" if row.learning_rate is None else f"{row.learning_rate:g}"
-        table.add_row(row.component, f"{row.num_trainable:,}", f"{row.num_parameters:,}", row.dtypes, rate)
-    trainable, total = sum(row.num_trainable for row in rows), sum(row.num_parameters for row in rows)
+    rates, all_trained, all_parameters = args.learning_rates(), 0, 0
+    for component in COMPONENTS:
+        # the frozen original of what PEFT trains as a copy is not counted
+        named = [(n, p) for n, p in model.named_parameters() if ".original_module." not in n]
+        parameters = [p for n, p in named if component_of(n) == component]
+        parameters.sort(key=lambda p: not p.requires_grad)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        number = sum(p.quant_state.shape.numel() if _is_4_bit(p) else p.numel() for p in parameters)
+        dtypes = dict.fromkeys("4-bit" if _is_4_bit(p) else str(p.dtype).removeprefix("torch.") for p in parameters)
+        rate = f"{rates[component]:g}" if trained else "frozen"
+        table.add_row(component, f"{trained:,}", f"{number:,}", " + ".join(dtypes), rate)
+        all_trained, all_parameters = all_trained + trained, all_parameters + number
     table.add_section()
-    table.add_row("all", f"{trainable:,}", f"{total:,}", f"{100 * trainable / max(total, 1):.2f} %", "")
+    share = f"{100 * all_trained / max(all_parameters, 1):.2f} %"
+    table.add_row("all", f"{all_trained:,}", f"{all_parameters:,}", share, "")
     return table
+
+
+def _is_4_bit(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "quant_state", None) is not None
 
 
 class LossCurveCallback(TrainerCallback):
@@ -214,6 +229,39 @@ def _memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+class DurationCallback(TrainerCallback):
+    """
+    Says once, after eleven optimizer steps, how long the run takes. The first one, which is slower, is not counted.
+
+    Args:
+        num_epochs (`float`), max_steps (`int`): Of the whole run, which a trial cuts short.
+    """
+
+    whole: str | None = None
+    """The duration in words; `None` before the second step, and for a stream without `max_steps`."""
+
+    def __init__(self, num_epochs: float, max_steps: int = -1):
+        self.num_epochs = num_epochs
+        self.max_steps = max_steps
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._first_step, self._total = state.global_step, self.max_steps
+        if self._total <= 0 and hasattr(train_dataloader, "__len__"):
+            steps_per_epoch = max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
+            self._total = math.ceil(self.num_epochs * steps_per_epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        done = state.global_step - self._first_step
+        if done == 1:
+            self._began = time.perf_counter()
+        elif self._total > 0:
+            minutes = round((time.perf_counter() - self._began) / (done - 1) * self._total / 60)
+            epochs = f"{self.num_epochs:g} epochs, " if self.max_steps <= 0 else ""
+            self.whole = f"about {minutes // 60} h {minutes % 60} min ({epochs}{self._total:,} optimizer steps)"
+            if done == 11 and state.max_steps > 20 and state.is_world_process_zero:
+                logger.warning("By its first steps, the run takes %s.", self.whole)
+
+
 class PerSampleNEFTune(TrainerCallback):
     """
     NEFTune (Jain et al. 2023, §2) for packs: uniform noise in ±`alpha` / √(L · hidden_size) on the embeddings of each
@@ -259,6 +307,7 @@ class PerSampleNEFTune(TrainerCallback):
 
 
 __all__ = [
+    "DurationCallback",
     "LossCurveCallback",
     "PerSampleNEFTune",
     "PreviewCallback",

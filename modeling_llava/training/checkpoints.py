@@ -1,9 +1,20 @@
-"""How a run's weights and state are written and read. `_save_checkpoint` itself is `Trainer`'s: the original overrode it,
-and lost its resumable pretraining that way."""
+"""
+How a run's weights and state are written and read. `_save_checkpoint` itself is `Trainer`'s.
+
+Under FSDP2 each process writes its own shard:
+
+    checkpoint-N/pytorch_model_fsdp_0/   __0_0.distcp, __1_0.distcp, …, .metadata (written last)
+                 optimizer_0/            the same, of the optimizer
+                 …                       processor, recipe and what else every checkpoint holds
+
+`Trainer` saves no weights at the end of such a run, and in its checkpoints the frozen ones too.
+"""
 
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +22,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import GenerationConfig, Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import FSDP_MODEL_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,22 +31,24 @@ from ..data.schema import summarize_drops
 from ..io.checkpoints import (
     PROJECTOR_CONFIG_NAME,
     PROJECTOR_WEIGHTS_NAME,
+    component_of,
     load_full_weights,
     load_projector,
     save_projector,
 )
 from ..text.stops import add_generation_stop, note_generation_stop
-from . import distributed as sharding
-from .adapters import finish_adapter_folder, load_unfinished
+from .adapters import core_model, finish_adapter_folder, is_peft, load_unfinished
 from .arguments import LlavaTrainingArguments
 from .callbacks import SpeedCallback
 from .resume import disk_errors_explained, find_resumable_checkpoint, write_run_record
-from .setup import core_model, is_peft
 
 
 logger = logging.getLogger(__name__)
 
 ABSENT = object()
+
+SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"
+"""In a sharded checkpoint: the weights, under the name that accelerate's own tools expect."""
 
 
 class CheckpointingTrainer(Trainer):
@@ -51,10 +64,6 @@ class CheckpointingTrainer(Trainer):
     _speed: SpeedCallback
     _use_cache: Any
     """`use_cache` of the model's configuration as it was given, or `ABSENT`: `Trainer` writes its own into it."""
-
-    @property
-    def _saves_projector_only(self) -> bool:
-        return self.args.stage == "pretrain"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -72,16 +81,13 @@ class CheckpointingTrainer(Trainer):
         elif _internal_call:  # a checkpoint: its weights come with the optimizer
             self._save_companions(Path(output_dir))
         else:
-            self._save(output_dir, sharding.gather_weights(self.model, self.args))
+            self._save(output_dir, gather_weights(self.model, self.args))
             self.accelerator.wait_for_everyone()
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _check_weights(self) -> None:
-        """
-        Raise ValueError where nothing was learnt so far, or weights are not finite: such a checkpoint would be resumed from, and
-        replace a good one.
-        """
+        """Raise ValueError where nothing was learnt so far, or weights are not finite: such a checkpoint would replace a good one."""
         if not self._speed.num_batches:
             return
         broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
@@ -127,7 +133,7 @@ class CheckpointingTrainer(Trainer):
         with disk_errors_explained(output_dir):
             if not self.saves_shards:
                 return super()._save_optimizer_and_scheduler(output_dir)
-            sharding.save_shards(self.model, output_dir, self.args)
+            save_shards(self.model, output_dir, self.args)
             save_fsdp_optimizer(
                 self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
             )
@@ -143,7 +149,7 @@ class CheckpointingTrainer(Trainer):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             # A finished checkpoint is one with this file, which is written last: none may be left from before.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        if self._saves_projector_only:
+        if self.args.stage == "pretrain":
             save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args.model_revision)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
@@ -166,7 +172,7 @@ class CheckpointingTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""
         for name in (PROJECTOR_CONFIG_NAME, PROJECTOR_WEIGHTS_NAME):
-            if self._saves_projector_only and self.is_world_process_zero():
+            if self.args.stage == "pretrain" and self.is_world_process_zero():
                 shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(self.args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -189,15 +195,26 @@ class CheckpointingTrainer(Trainer):
             self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if sharding.is_sharded_checkpoint(resume_from_checkpoint):
-            sharding.load_shards(target, resume_from_checkpoint, self.args)
-        elif self.initial_lora:
-            load_unfinished(target, resume_from_checkpoint, self.initial_lora)
-        elif self._loads_by_itself(resume_from_checkpoint):
-            self._load_weights(target, resume_from_checkpoint)
-        else:
+        if not self._load_weights(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: str, model: nn.Module) -> bool:
+        """Whether the weights were loaded here. PEFT, and sharded engines that write their own files, load as in `Trainer`."""
+        if is_sharded_checkpoint(folder):
+            load_shards(model, folder, self.args)
+        elif self.initial_lora:
+            load_unfinished(model, folder, self.initial_lora)
+        elif self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft(self.model) or not os.path.isdir(folder):
+            return False
+        elif os.path.isfile(os.path.join(folder, PROJECTOR_CONFIG_NAME)):
+            load_projector(self.accelerator.unwrap_model(model), folder)
+        else:
+            load_full_weights(self.accelerator.unwrap_model(model), folder)
+        return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, but learning rates and weight decay are this run's, and not those of the run that stopped."""
@@ -206,6 +223,7 @@ class CheckpointingTrainer(Trainer):
         groups, names = self.optimizer.param_groups, ("initial_lr", "weight_decay")
         settings = [{name: group[name] for name in names if name in group} for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        page_optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         for number, (group, ours) in enumerate(zip(self.optimizer.param_groups, settings)):
             loaded, rate = group.get("initial_lr"), ours.get("initial_lr")
@@ -214,30 +232,6 @@ class CheckpointingTrainer(Trainer):
                 group["lr"] *= rate / loaded
                 scheduler.base_lrs[number] = rate
                 set_last_learning_rate(scheduler, number, group["lr"])
-
-    def _load_best_model(self) -> None:
-        if sharding.is_sharded_checkpoint(self.state.best_model_checkpoint):
-            sharding.load_shards(self.model, self.state.best_model_checkpoint, self.args)
-        elif self.initial_lora:
-            load_unfinished(self.model, self.state.best_model_checkpoint, self.initial_lora)
-        elif self._loads_by_itself(self.state.best_model_checkpoint):
-            logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-            self._load_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _loads_by_itself(self, folder: str) -> bool:
-        """Full and projector checkpoints. PEFT, and sharded engines that write their own files, load as in Trainer."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft(self.model):
-            return False
-        return os.path.isdir(folder)
-
-    def _load_weights(self, model: nn.Module, folder: str) -> None:
-        model = self.accelerator.unwrap_model(model)
-        if os.path.isfile(os.path.join(folder, PROJECTOR_CONFIG_NAME)):
-            load_projector(model, folder)
-        else:
-            load_full_weights(model, folder)
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
@@ -256,4 +250,98 @@ def _set_or_remove(config: Any, name: str, value: Any) -> Any:
     return before
 
 
-__all__ = ["ABSENT", "CheckpointingTrainer"]
+@torch.no_grad()
+def page_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Page the state of a bitsandbytes optimizer again: a checkpoint's is read into memory of the device."""
+    if getattr(optimizer, "is_paged", False):
+        for parameter, state in optimizer.state.items():
+            for name in state.keys() & {"state1", "state2"}:
+                buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = buffer.copy_(state[name])
+
+
+# Sharded checkpoints
+
+
+def is_sharded_checkpoint(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / SHARDS_NAME).is_dir()
+
+
+def weights_to_save(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, torch.Tensor]:
+    """
+    The weights of a checkpoint of this run, by their names in memory: all of a full model, otherwise what is trained. No
+    copies; this process's shard of sharded ones.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    weights = get_model_state_dict(model)
+    if args.adapter != "none":
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: w for name, w in weights.items() if name in trained or ".modules_to_save." in name}
+    if args.stage == "pretrain":
+        trained = {component_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: w for name, w in weights.items() if component_of(name) in trained}
+    return weights
+
+
+def save_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTrainingArguments) -> None:
+    """Write the weights of a checkpoint, each process its shard. Every process must call it."""
+    from torch.distributed import checkpoint
+
+    with _one_error():
+        checkpoint.save({"model": weights_to_save(model, args)}, checkpoint_id=Path(folder) / SHARDS_NAME)
+
+
+def load_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTrainingArguments) -> None:
+    """Read what [`save_shards`] wrote, into a model that is sharded over any number of processes, or not at all."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    weights = weights_to_save(model, args)
+    with _one_error():
+        checkpoint.load({"model": weights}, checkpoint_id=Path(folder) / SHARDS_NAME)
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+
+
+@torch.no_grad()
+def gather_weights(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, torch.Tensor]:
+    """
+    Whole weights of a run's result on the first process, in main memory; nothing on the others. A tensor at a time, so
+    that no device must hold more. Every process must call it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    is_full = args.adapter == "none" and args.stage == "finetune"
+    gathered: dict[str, torch.Tensor] = {}
+    for name, weight in weights_to_save(model, args).items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if not args.should_save:
+            continue
+        if is_full and whole.is_floating_point():
+            whole = whole.to(args.compute_dtype)  # as published checkpoints are
+        gathered[name] = whole.cpu()
+    return gathered
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """`OSError` in place of torch's own exception, which no `except Exception` catches."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"process {rank}: {' '.join(str(cause).split())}") from error
+
+
+__all__ = [
+    "ABSENT",
+    "CheckpointingTrainer",
+    "gather_weights",
+    "is_sharded_checkpoint",
+    "load_shards",
+    "page_optimizer_state",
+    "save_shards",
+    "weights_to_save",
+]

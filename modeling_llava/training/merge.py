@@ -1,14 +1,22 @@
 """Adapters and projectors folded into their base: a full checkpoint, which needs neither PEFT nor this package."""
 
+import copy
+import json
 import logging
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..io.atomic import write_atomic
 from ..io.checkpoints import (
     checkpoint_kind,
     file_of,
@@ -20,6 +28,7 @@ from ..io.checkpoints import (
     load_processor,
     load_projector,
     resize_to_adapter,
+    saved_tensors,
 )
 from ..io.load_errors import explained
 from ..text.stops import add_generation_stop
@@ -27,6 +36,9 @@ from .adapters import LANGUAGE_MODEL
 
 
 logger = logging.getLogger(__name__)
+
+MERGED_SHARD_SIZE = "4GB"
+"""What a merge holds in memory at a time, besides the adapter."""
 
 RUN_RECORD_FILES = ("recipe.yaml", "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png")
 """Of a run's folder, what goes along when its adapter or projector becomes part of a full model."""
@@ -44,12 +56,10 @@ def merge_adapter(
     Fold an adapter into its base and write a full stock checkpoint with its processor, and with the record of its run,
     from which `llava publish` writes the model card.
 
-    The base is read again in 16 bit (or `dtype`), also where the adapter was trained on a 4-bit base: merging into 4-bit
-    weights would round what was learned away. The products are added in float32.
-
-    A QLoRA adapter makes up for the rounding of its 4-bit base. `as_trained` rounds the base in the same way before the adapter is
-    added, so that the result computes what was trained; without it the adapter is added to weights that it has not seen, which
-    a model of 135M notices (`examples/results/real_pictures`).
+    The base is read in 16 bits, also where the adapter was trained on a 4-bit base: merging into 4-bit weights would round what
+    was learned away. A QLoRA adapter makes up for the rounding of its 4-bit base: `as_trained` rounds the base in the same way
+    first, so that the result computes what was trained; without it a model of 135M is worse (`examples/results/real_pictures`).
+    Sums are made in float32 and rounded once. The base stays on the disk (mapped); a shard of the result is in memory at a time.
 
     Args:
         adapter (`str`):
@@ -67,11 +77,9 @@ def merge_adapter(
 
     Raises:
         ImportError: `as_trained` without bitsandbytes.
-        ValueError: `adapter` is a full model already; the base holds 4-bit weights; `output` is not empty; `as_trained`
-            for an adapter that was not trained on a 4-bit base.
+        ValueError: `adapter` is a full model already, or holds weights that are not finite; the base holds 4-bit weights; `output`
+            is not empty; `as_trained` for an adapter that was not trained on a 4-bit base.
     """
-    from transformers import AutoModelForImageTextToText
-
     kind = checkpoint_kind(adapter, revision)
     if kind == "full" and file_of(adapter, "config.json", revision) is None:  # a Hub name that was not found
         raise OSError(
@@ -88,67 +96,117 @@ def merge_adapter(
             f"{adapter} was not trained on a 4-bit base (its recipe.yaml does not say adapter: qlora): there is no "
             "rounding to repeat. Merge it without --as-trained."
         )
+    if rounding is not None:
+        four_bit_config(torch.float32)  # says what to install
     base, base_revision = find_base(adapter, revision, base)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    # Training rounded the weights of the file.
-    loaded_as = "auto" if as_trained else dtype
     with explained(base):
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=loaded_as, revision=base_revision)
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", revision=base_revision)
     if is_quantised(model):
         raise ValueError(
             f"{base} holds 4-bit weights: merging into them would round away what was learned. Give the model in 16 "
             "bit from which it was made, with --base."
         )
-    if rounding is not None:
-        _round_to_four_bits(model, *rounding)
-        if dtype != "auto":
-            model.to(dtype)
-    if kind == "projector":
-        load_projector(model, adapter, revision)
-    else:
-        model = _merge(model, adapter, revision)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    source = next(
-        (path for path in (adapter, base) if has_processor(path, revision if path == adapter else None)), None
-    )
-    if source is None:
+    processor, sources = None, ((adapter, revision), (base, base_revision))
+    if (source := next((s for s in sources if has_processor(*s)), None)) is None:
         logger.warning("Neither %s nor %s holds a processor: %s holds the weights alone.", adapter, base, output)
     else:
-        processor = load_processor(source, revision if source == adapter else None)
+        processor = load_processor(*source)
         add_generation_stop(model.generation_config, processor)
-        processor.save_pretrained(output)
-    model.save_pretrained(output)
-    for pattern in RUN_RECORD_FILES:
-        for file in sorted(Path(adapter).glob(pattern)):
-            shutil.copyfile(file, output / file.name)
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    written_dtype = model.dtype if dtype == "auto" else dtype
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tensors, merged = _merged_tensors(model, adapter, revision, kind, rounding)
+    tensors = {name: t for name, t in tensors.items() if not (is_tied and name.endswith("lm_head.weight"))}
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        _write_shards(tensors, merged, unfinished, adapter, dtype)
+        model.config.dtype = written_dtype
+        model.config.save_pretrained(unfinished)
+        model.generation_config.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        for pattern in RUN_RECORD_FILES:
+            for file in sorted(Path(adapter).glob(pattern)):
+                shutil.copyfile(file, unfinished / file.name)
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return output
 
 
-def _merge(model: PreTrainedModel, adapter: str, revision: str | None) -> PreTrainedModel:
+@torch.no_grad()
+def _merged_tensors(model: PreTrainedModel, adapter: str, revision: str | None, kind: str, rounding: tuple | None):
+    """
+    Saved name → tensor of the base, and address → function that gives what replaces it, for those that change.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[int, Callable[[], torch.Tensor]]]`
+    """
+    if kind == "projector":
+        load_projector(model, adapter, revision)
+        return saved_tensors(model), {}
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     resize_to_adapter(model, adapter, revision)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    peft_model = PeftModel.from_pretrained(model, adapter, revision=revision)
-    # PEFT's safe_merge would round the product to 16 bit before it is added; here the sum is rounded, once.
-    merged = peft_model.merge_and_unload()
-    for name, parameter in merged.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{adapter} is broken: with it, {name} is not finite. Merge an earlier checkpoint.")
-        parameter.data = parameter.data.to(dtypes[name])  # whole modules come from the adapter in float32
-    return merged
+    tensors, merged, rounded = saved_tensors(model), {}, set()
+    if rounding is not None:
+        linear = [m for m in model.get_submodule(LANGUAGE_MODEL).modules() if isinstance(m, nn.Linear)]
+        rounded = {module.weight.data_ptr() for module in linear}
+        merged = {m.weight.data_ptr(): partial(_rounded_to_four_bits, m.weight, *rounding) for m in linear}
+    for module in PeftModel.from_pretrained(model, adapter, revision=revision).modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, parameter in module.get_base_layer().named_parameters():
+                address = parameter.data_ptr()
+                merged[address] = partial(_merged_layer, module, name, rounding if address in rounded else None)
+        elif isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[module.active_adapters[0]]
+            for name, parameter in module.original_module.named_parameters():
+                merged[parameter.data_ptr()] = partial(trained.get_parameter, name)
+    return tensors, merged
 
 
 @torch.no_grad()
-def _round_to_four_bits(model: PreTrainedModel, quant_type: str, double_quant: bool) -> None:
-    """What `four_bit_config` quantises, quantised and read back."""
-    four_bit_config(torch.float32)  # says what to install
+def _merged_layer(layer: nn.Module, name: str, rounding: tuple | None) -> torch.Tensor:
+    """A weight or bias of a layer with its adapter added by PEFT, in float32; the layer stays as it is."""
+    original, changed = layer.base_layer, copy.deepcopy(layer.base_layer)
+    if rounding is not None:
+        changed.weight.data = _rounded_to_four_bits(changed.weight, *rounding)
+    layer.base_layer = changed.float()
+    layer.merge()
+    layer.base_layer = original
+    layer.merged_adapters.clear()
+    return changed.get_parameter(name)
+
+
+def _rounded_to_four_bits(weight: torch.Tensor, quant_type: str, double_quant: bool) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    linear = [m for m in model.get_submodule(LANGUAGE_MODEL).modules() if isinstance(m, nn.Linear)]
-    for module in tqdm(linear, desc=f"Rounding to {quant_type} and back", unit="layer", leave=False):
-        packed, state = quantize_4bit(module.weight.data, quant_type=quant_type, compress_statistics=double_quant)
-        module.weight.data = dequantize_4bit(packed, state).to(module.weight.dtype)
+    packed, state = quantize_4bit(weight.detach(), quant_type=quant_type, compress_statistics=double_quant)
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+@torch.no_grad()
+def _write_shards(tensors: dict, merged: dict, folder: Path, adapter: str, dtype: str | torch.dtype) -> None:
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=MERGED_SHARD_SIZE)
+    for file, names in tqdm(plan.filename_to_tensors.items(), desc="merging", unit="file"):
+        shard = {}
+        for name in names:
+            tensor = merged.get(tensors[name].data_ptr(), lambda name=name: tensors[name])()
+            if tensor.is_floating_point():
+                tensor = tensor.to(tensors[name].dtype if dtype == "auto" else dtype)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{adapter} is broken: with it, {name} is not finite. Merge an earlier checkpoint.")
+            shard[name] = tensor.contiguous()
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_atomic(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 __all__ = ["merge_adapter"]

@@ -252,15 +252,27 @@ def is_finished(trainer: "LlavaTrainer", checkpoint: Path) -> bool:
 
 def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str, str]:
     """Settings that differ from those of a checkpoint, as "before → now"; empty if it has no recipe."""
-    file = checkpoint / RECIPE_NAME
-    # not `read_recipe`, which refuses a setting of another version of this package
-    before = (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
+    before = _recipe_of(checkpoint)
     now = args.to_recipe() if before else {}
     return {
         name: f"{before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name not in ("resume", "output_dir")
     }
+
+
+def keep_resolved(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Resolve what is `auto` as the run did before it stopped, in place."""
+    before = _recipe_of(checkpoint)
+    for name in ("activation_checkpointing", "eval_size"):
+        if getattr(args, name) == "auto" and name in before:
+            setattr(args, name, before[name])
+
+
+def _recipe_of(checkpoint: Path) -> dict[str, Any]:
+    """Not by `read_recipe`, which refuses a setting of another version of this package; empty if there is none."""
+    file = checkpoint / RECIPE_NAME
+    return (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
 
 
 def write_run_record(
@@ -330,6 +342,7 @@ __all__ = [
     "disk_errors_explained",
     "find_resumable_checkpoint",
     "is_finished",
+    "keep_resolved",
     "output_dir_lock",
     "record_data",
     "why_incomplete",

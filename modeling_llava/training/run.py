@@ -1,5 +1,6 @@
 """`train(recipe)`: from a recipe to trained weights, a record of the run and its loss curve."""
 
+import copy
 import json
 import logging
 import os
@@ -15,9 +16,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..data.schema import summarize_drops
 from ..io.atomic import write_atomic
 from ..text.stops import missing_stop
+from .adapters import core_model
 from .arguments import LlavaTrainingArguments
-from .callbacks import LossCurveCallback, PreviewCallback
-from .distributed import is_sharded_checkpoint
+from .callbacks import DurationCallback, LossCurveCallback, PreviewCallback
+from .checkpoints import is_sharded_checkpoint
 from .recipes import parse_recipe
 from .resume import (
     TRAINED_PARTS,
@@ -25,11 +27,11 @@ from .resume import (
     checkpoint_to_resume,
     disk_errors_explained,
     is_finished,
+    keep_resolved,
     output_dir_lock,
     record_data,
 )
-from .setup import base_and_adapter, core_model, load_datasets, load_model_and_processor
-from .stages import cast_weights
+from .setup import base_and_adapter, cast_weights, load_datasets, load_model_and_processor
 from .trainer import LlavaTrainer
 
 
@@ -139,8 +141,10 @@ def _check_sharding(trainer: LlavaTrainer, checkpoint: Path) -> None:
 
 
 def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], console: Any) -> TrainResult:
+    args = copy.copy(args)  # what is auto is resolved in it
     checkpoint = checkpoint_to_resume(args)
     if checkpoint is not None:
+        keep_resolved(args, checkpoint)
         _check_checkpoint(args, checkpoint)
     train_dataset, eval_dataset = load_datasets(args)  # before the model: a mistyped path is reported at once
     set_seed(args.seed)  # before the LoRA weights are drawn
@@ -154,7 +158,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        callbacks=[LossCurveCallback(), *callbacks],
+        callbacks=[LossCurveCallback(), DurationCallback(args.num_train_epochs, args.max_steps), *callbacks],
         data_record=record_data(args.data, train_dataset) if args.process_index == 0 else None,
     )
     trainer.add_callback(PreviewCallback(trainer, console))

@@ -9,32 +9,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_callback import TrainerCallback
 
+from ..compat import let_cpu_shard
 from ..constants import IGNORE_INDEX
 from ..data.packing import PackedDataset
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..io.checkpoints import base_name_to_record, base_record
 from ..kernels import KernelReport, apply_kernels
 from ..modeling_llava import LlavaForConditionalGeneration
-from . import distributed as sharding
-from .adapters import initial_lora
+from .adapters import core_model, initial_lora, is_peft, require_new_rows_are_saved
 from .arguments import LlavaTrainingArguments
 from .batches import (
+    EndlessStream,
+    ShardedStream,
     SkipBatchesCollator,
-    data_seed,
     grouped_sampler,
-    is_sharded_stream,
     pad_to_world_size,
     prepare_train_dataset,
 )
 from .callbacks import PerSampleNEFTune, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
-from .setup import core_model, is_peft, prepare_model, resolve_packing
-from .stages import optimizer_groups
+from .setup import (
+    CheckpointEverySecondLayer,
+    optimizer_groups,
+    prepare_model,
+    resolve_checkpointing,
+    resolve_packing,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -116,9 +123,11 @@ class LlavaTrainer(CheckpointingTrainer):
         self.model_init = model_init
         full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
         if self.is_fsdp_enabled:
-            sharding.configure(self.accelerator, self.model, args)
+            _configure_fsdp(self.accelerator, self.model, args)
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
+        if args.activation_checkpointing == "every_second":
+            self.add_callback(CheckpointEverySecondLayer())
         if self.neftune_noise_alpha is not None and args.packing != "none":
             self.add_callback(PerSampleNEFTune(self.neftune_noise_alpha))
             self.neftune_noise_alpha = None
@@ -136,7 +145,10 @@ class LlavaTrainer(CheckpointingTrainer):
     def _prepare_model(self, model: nn.Module, has_own_collator: bool = False) -> nn.Module:
         self.initial_lora = initial_lora(model) if is_peft(model) else {}
         model = prepare_model(model, self.args)
+        if is_peft(model):
+            require_new_rows_are_saved(model)
         resolve_packing(core_model(model), self.args, has_own_collator)
+        resolve_checkpointing(core_model(model), self.args)
         if self.args.kernels and not self.args.torch_compile:
             self.kernel_report = apply_kernels(model)
             logger.info("%s.", self.kernel_report)
@@ -146,7 +158,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return self._prepare_model(super().call_model_init(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
-        sharding.allow_on_cpu(self.args)
+        _allow_fsdp_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
 
     # Optimizer and data
@@ -172,7 +184,7 @@ class LlavaTrainer(CheckpointingTrainer):
                 self._grouped_sampler = grouped_sampler(dataset, self.data_collator, self.args)
             sampler = self._grouped_sampler
         elif self.args.type_weights is not None and not isinstance(dataset, PackedDataset):
-            sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, data_seed(self.args))
+            sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, self.args.sampling_seed)
         else:
             return super()._get_train_sampler(train_dataset)
         self.pop_callback(_EpochOfSampler)
@@ -191,7 +203,7 @@ class LlavaTrainer(CheckpointingTrainer):
         """As in `Trainer`, but with equal evaluation shards, and streams that are sharded already are not sharded again."""
         if description == "Evaluation" or not (is_training or hasattr(dataset, "__len__")):
             dataset = pad_to_world_size(dataset, self.data_collator, self.args)
-        if not is_sharded_stream(dataset):
+        if not isinstance(dataset, EndlessStream | ShardedStream):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         collator = self.data_collator
         if is_training and self.args.dataloader_in_order:
@@ -288,10 +300,35 @@ def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, mo
         follow_symlinks=args.follow_symlinks,
         on_bad_sample=args.on_bad_sample,
         first_turn_order=args.first_turn_order,
-        seed=data_seed(args),
+        seed=args.sampling_seed,
         share_images="image_indices" in inspect.signature(model.forward).parameters,
         packing=args.packing in ("batch", "full"),
     )
+
+
+def _allow_fsdp_on_cpu(args: LlavaTrainingArguments) -> None:
+    """Let `accelerate` shard on the CPU too; it would silently leave FSDP out."""
+    is_asked = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if is_asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        let_cpu_shard()
+
+
+def _configure_fsdp(accelerator: Accelerator, model: nn.Module, args: LlavaTrainingArguments) -> None:
+    """
+    Fill in what the launch configuration leaves open: a layer is gathered at a time, and in mixed precision gradients
+    are summed in float32 and outputs keep their dtype (accelerate would round the loss itself to 16 bit).
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        core = core_model(model)
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(core._no_split_modules or ()))
+    if plugin.fsdp_version == 2 and args.compute_dtype != torch.float32:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=args.compute_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def _smoothed_loss(label_smoothing: float):
