@@ -10,7 +10,7 @@ from published import build
 from tiny import tiny_text_config, tiny_vision_config
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
-from modeling_llava.inference.model_lock import model_lock
+from modeling_llava.inference import model_lock
 from modeling_llava.processing_llava import load_chat_template
 from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 

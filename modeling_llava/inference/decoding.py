@@ -1,23 +1,24 @@
 """
 From prompts to answers, many rows at a time: rows that share an image share its keys and values, prompts are computed
-without padding, a finished row leaves and the next one takes its place.
+without padding, and a finished row's place is taken by the next one at once.
 """
 
+import threading
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..constants import CACHE
 from ..kernels.early_exit import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
-from .memory import MARGIN, compute_device, free_memory, key_value_bytes, pass_bytes
-from .model_lock import model_lock
-from .prefix_cache import Prefix, RowCache
-from .prune_last_layer import prune_last_layer
-from .shared_prefix import Decode, Prefill, shared_prefix_implementation, supports_shared_prefix
+from .prefix_cache import MARGIN, Prefix, RowCache, free_memory, key_value_bytes, pass_bytes
+from .shared_prefix import Step, prune_last_layer, shared_prefix_implementation, supports_shared_prefix
 
 
 logger = logging.get_logger(__name__)
@@ -27,6 +28,27 @@ MAX_PREFILL_TOKENS = 4096
 
 MAX_ROWS = {"cpu": 8}
 """Rows at a time, as far as memory suffices, where no batch size is given: by device type, 32 on others."""
+
+_LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def model_lock(model: nn.Module):
+    """
+    The lock that every predictor over a model holds while it computes a token: meanwhile the model attends in another way and
+    some layers compute less. Hold it for other uses of the model in another thread, such as `generate`:
+
+    ```python
+    >>> with model_lock(model):
+    ...     model.generate(**inputs)
+    ```
+
+    Args:
+        model: A LLaVA, or a `PeftModel` around it: both are one model.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with _MAKING:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @dataclass(eq=False)
@@ -98,15 +120,15 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are computed."""
-        return compute_device(self.model, self.model.get_input_embeddings())
+        return self._device_of(self.model.get_input_embeddings())
 
-    @torch.inference_mode()
-    def encode_images(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
-        tower = self.model.model.vision_tower
-        pixel_values = pixel_values.to(compute_device(self.model, tower), tower.dtype)
-        with self.lock, without_later_layers(tower, self.model.config.vision_feature_layer):
-            return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+    def _device_of(self, module: nn.Module) -> torch.device:
+        """Where a part of the model computes, wherever accelerate keeps its weights meanwhile (disk, CPU)."""
+        device = next(module.parameters()).device
+        if device.type != "meta":
+            return device
+        places = [place for place in self.model.hf_device_map.values() if place not in ("cpu", "disk")]
+        return torch.device(places[0] if places else "cpu")
 
     @property
     def max_rows(self) -> int:
@@ -114,22 +136,25 @@ class Decoder:
         return MAX_ROWS.get(self.device.type, 32)
 
     @torch.inference_mode()
+    def encode_images(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """`pixel_values [num_images, 3, height, width]` → the features `[num_image_tokens, hidden]` of each image."""
+        tower = self.model.model.vision_tower
+        pixel_values = pixel_values.to(self._device_of(tower), tower.dtype)
+        with self.lock, without_later_layers(tower, self.model.config.vision_feature_layer):
+            return list(self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output)
+
+    @torch.inference_mode()
     def compute(self, prefix: Prefix) -> Prefix:
         """Computes a prefix's keys and values, unless they are there."""
-        if prefix.keys:
-            return prefix
-
-        def write(layer, row, keys, values):
-            prefix.keys.append(keys.clone())
-            prefix.values.append(values.clone())
-
-        num_tokens = len(prefix.ids)
-        step = Prefill([num_tokens], [None], write, self.device)
-        embeds = self._embed(Row("the prefix", prefix.ids, features=prefix.features))[None]
-        last = torch.tensor([num_tokens - 1], device=self.device)
-        with self.lock, prune_last_layer(self.language_model, last, num_tokens):
-            self._forward(embeds, step)
-        prefix.features = []
+        if not prefix.keys:
+            cache = RowCache(self.num_layers)
+            cache.fit(1, len(prefix.ids))
+            cache.add(None, False)
+            self._forward(
+                self._embed(Row("the prefix", prefix.ids, features=prefix.features)), cache, [len(prefix.ids)]
+            )
+            prefix.keys, prefix.values = [keys[0] for keys in cache.keys], [values[0] for values in cache.values]
+            prefix.features = []
         return prefix
 
     def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int | None = None) -> Iterator[Row]:
@@ -137,6 +162,8 @@ class Decoder:
         Answers rows, at most `batch_size` of them at a time (by default `max_rows`), and no more than memory has room for;
         one always is. Yields a row each time it has got a token; `row.finish_reason` says whether it was the last one.
         `rows` is read as others finish, so it may be longer than memory.
+
+        Rows that are answered one at a time begin with a copy of their prefix: a token then costs what it costs `generate`.
         """
         if batch_size is None:
             batch_size = self.max_rows
@@ -145,97 +172,84 @@ class Decoder:
         if not self.shares_prefixes:
             yield from self._run_unshared(rows, settings)
             return
-        pending, waiting = iter(rows), []  # waiting: a row for which there was no room
+        pending = iter(rows)
         active: list[Row] = []  # row i of the cache is active[i]
         cache = RowCache(self.num_layers)
-        refill_at = 0
+        limit = batch_size
         while True:
-            # A pass over few new tokens costs as much as one over many: wait until a quarter of the rows has finished.
-            if len(active) <= refill_at:
-                new: list[Row] = []
-                while len(active) + len(new) < batch_size:
-                    row = waiting.pop() if waiting else next(pending, None)
-                    if row is None:
-                        break
-                    if (active or new) and not self._has_room(cache, active, [*new, row], settings):
-                        waiting.append(row)
-                        break
-                    new.append(row)
-                num_rows = len(active) + len(new)
-                refill_at = num_rows - max(1, num_rows // 4)
-                if new:
-                    cache.fit(num_rows, _max_length([*active, *new], settings))
-                    self._prefill(new, cache, settings)
-                    active += new
-                    yield from new
-                    _remove_finished(active, cache)
-                    continue
-            if not active:
+            new: list[Row] = []
+            while len(active) + len(new) < limit and (row := next(pending, None)) is not None:
+                if new and sum(len(other.own_ids) for other in [*new, row]) > MAX_PREFILL_TOKENS:
+                    pending = chain([row], pending)
+                    break
+                if (active or new) and not self._has_room(cache, active, [*new, row], settings):
+                    pending, limit = chain([row], pending), len(active) + len(new)  # until one of them has finished
+                    break
+                new.append(row)
+            if not active and not new:
                 return
-            self._decode(active, cache, settings)
+            if new:
+                self._add(active, new, cache, settings, copies=batch_size == 1)
+            self._step(active, len(new), cache, settings)
             yield from active.copy()
-            _remove_finished(active, cache)
+            if any(row.finish_reason for row in active):
+                _remove_finished(active, cache)
+                limit = batch_size
 
     def _has_room(self, cache: RowCache, active: list[Row], new: list[Row], settings: DecodingSettings) -> bool:
         """Whether memory suffices for new rows next to the active ones, when all have grown to their full length."""
         config, dtype = self.language_model.config, self.model.get_input_embeddings().weight.dtype
         per_token = key_value_bytes(config, dtype)
-        num_slots, max_length = cache.shape_for(len(active) + len(new), _max_length([*active, *new], settings))
+        max_length = max(len(row.own_ids) for row in [*active, *new]) + settings.max_new_tokens
+        num_slots, max_length = cache.shape_for(len(active) + len(new), max_length)
         whole = num_slots * max_length * per_token
         growth = whole + whole // self.num_layers - cache.nbytes  # a layer's buffers are there twice when they grow
         prefixes = {id(row.prefix): len(row.prefix.ids) for row in new if row.prefix and not row.prefix.keys}
-        lengths = [len(row.own_ids) for row in new]
-        of_pass = max(min(sum(lengths), MAX_PREFILL_TOKENS), *lengths, *prefixes.values())
+        of_pass = max(len(active) + sum(len(row.own_ids) for row in new), *prefixes.values(), 0)
         needed = growth + sum(prefixes.values()) * per_token + pass_bytes(config, dtype, of_pass)
         return needed <= (1 - MARGIN) * free_memory(self.device)
 
     @torch.inference_mode()
-    def _prefill(self, new: list[Row], cache: RowCache, settings: DecodingSettings) -> None:
+    def _add(
+        self, active: list[Row], new: list[Row], cache: RowCache, settings: DecodingSettings, copies: bool
+    ) -> None:
         for row in new:
             if row.prefix is not None:
                 self.compute(row.prefix)
-        first = 0
-        while first < len(new):
-            end, num_tokens = first, 0
-            while end < len(new) and (end == first or num_tokens + len(new[end].own_ids) <= MAX_PREFILL_TOKENS):
-                num_tokens += len(new[end].own_ids)
-                end += 1
-            some, first = new[first:end], end
-            lengths = [len(row.own_ids) for row in some]
-            slots = [cache.add(length, row.prefix) for length, row in zip(lengths, some)]
-            cache.reserve(max(lengths) + 1)
-
-            def write(layer, index, keys, values, slots=slots):
-                cache_keys, cache_values = cache.buffers(layer, keys[None], values[None])
-                cache_keys[slots[index], :, : keys.shape[1]] = keys
-                cache_values[slots[index], :, : values.shape[1]] = values
-
-            step = Prefill(lengths, [row.prefix for row in some], write, self.device)
-            embeds = torch.cat([self._embed(row) for row in some])[None]
-            last = torch.tensor([end - 1 for _, end in step.spans], device=self.device)
-            with self.lock, prune_last_layer(self.language_model, last, embeds.shape[1]):
-                hidden = self._forward(embeds, step)
-            self._choose(self.model.lm_head(hidden[0, last]), some, settings)
+        active += new
+        longest = max(len(row.ids if copies else row.own_ids) for row in active)
+        cache.fit(len(active), longest + settings.max_new_tokens)
+        for row in new:
+            cache.add(row.prefix, copies)
 
     @torch.inference_mode()
-    def _decode(self, active: list[Row], cache: RowCache, settings: DecodingSettings) -> None:
-        tokens = torch.tensor([[row.tokens[-1] for row in active]], device=self.device)
-        step = Decode(cache, self.device)
-        hidden = self._forward(self.model.get_input_embeddings()(tokens), step)
-        cache.lengths = [length + 1 for length in cache.lengths]
-        self._choose(self.model.lm_head(hidden[0]), active, settings)
+    def _step(self, active: list[Row], num_new: int, cache: RowCache, settings: DecodingSettings) -> None:
+        """A token for each row; the last `num_new` rows are prompts."""
+        old, new = active[: len(active) - num_new], active[len(active) - num_new :]
+        latest = torch.tensor([row.tokens[-1] for row in old], dtype=torch.long, device=self.device)
+        embeds = [self.model.get_input_embeddings()(latest), *map(self._embed, new)]
+        lengths = [1] * len(old) + [len(row.own_ids) for row in new]
+        hidden = self._forward(torch.cat(embeds) if new else embeds[0], cache, lengths)
+        self._choose(self.model.lm_head(hidden), active, settings)
 
-    def _forward(self, embeds: torch.Tensor, step: Prefill | Decode) -> torch.Tensor:
-        # embeds [1, num_tokens, hidden]
-        with self.lock, shared_prefix_implementation(self.language_model.config):
+    def _forward(self, embeds: torch.Tensor, cache: RowCache, lengths: list[int]) -> torch.Tensor:
+        """`embeds [num_tokens, hidden]` → `[num_rows, hidden]` after each row's last token."""
+        step = Step(cache, lengths, self.device)
+        with (
+            self.lock,
+            shared_prefix_implementation(self.language_model.config),
+            prune_last_layer(self.language_model, step.last, len(embeds)),
+        ):
             outputs = self.language_model(
-                inputs_embeds=embeds,
+                inputs_embeds=embeds[None],
                 position_ids=step.positions[None],
                 attention_mask=None,
                 use_cache=False,
                 llava_step=step,
             )
-        return outputs.last_hidden_state
+        cache.lengths = [old + length for old, length in zip(cache.lengths, lengths)]
+        hidden = outputs.last_hidden_state[0]
+        return hidden if len(hidden) == len(lengths) else hidden[step.last]
 
     def _embed(self, row: Row) -> torch.Tensor:
         """The embeddings `[num_tokens, hidden]` of a row's own tokens, with its images' features in their places."""
@@ -269,11 +283,12 @@ class Decoder:
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
         """Gives each row its next token. logits `[num_rows, vocab_size]`."""
-        logits = logits.float()
         if settings.takes_likeliest:
             tokens = logits.argmax(dim=-1).tolist()
         else:
-            tokens = [draw_token(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.cpu())]
+            tokens = [
+                draw_token(row, row_logits[None], settings) for row, row_logits in zip(rows, logits.float().cpu())
+            ]
         for row, token in zip(rows, tokens):
             row.tokens.append(token)
             if token in settings.end_token_ids or self._stopped_by_text(row, settings.stop_strings):
@@ -302,11 +317,6 @@ def _forget_lengths(language_model) -> None:
             module(token.float(), token, **({} if kind is None else {"layer_type": kind}))  # a sequence of one token
 
 
-def _max_length(rows: list[Row], settings: DecodingSettings) -> int:
-    """Tokens of its own that the longest row has at last."""
-    return max(len(row.own_ids) for row in rows) + settings.max_new_tokens
-
-
 @torch.inference_mode()
 def _remove_finished(active: list[Row], cache: RowCache) -> None:
     for index in reversed(range(len(active))):
@@ -314,10 +324,10 @@ def _remove_finished(active: list[Row], cache: RowCache) -> None:
         if row.finish_reason is None:
             continue
         if row.keep:  # the last token of an answer was never an input
-            row.kept = cache.take(index, row.own_ids + row.tokens[:-1])
+            row.kept = cache.take(index, row.own_ids + row.tokens[:-1], row.prefix)
         cache.remove(index)
         active[index] = active[-1]
         active.pop()
 
 
-__all__ = ["Decoder", "Row"]
+__all__ = ["Decoder", "Row", "model_lock"]

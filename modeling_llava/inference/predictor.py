@@ -11,11 +11,11 @@ from PIL import Image
 
 from ..data.images import image_key, load_image
 from ..data.schema import BadSampleError
-from .benchmark_rows import encode_images, rows_of_samples
+from ..text.control_tokens import ControlTokens
 from .decoding import Decoder, Row
 from .decoding_settings import DecodingSettings, default_settings
-from .prefix_cache import Prefix, join, match_chain
-from .prompts import encode_prompt
+from .prefix_cache import Prefix, match_chain
+from .prompts import encode_images, encode_prompt, rows_of_samples
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LlavaPredictor:
 
     The model is put into `eval()`; its weights are not touched. A predictor is for one thread at a time; predictors over
     one model may be in several threads: they share its lock, token by token. Hold
-    [`~modeling_llava.inference.model_lock.model_lock`] for other uses of the model.
+    [`~modeling_llava.inference.model_lock`] for other uses of the model.
 
     Args:
         model ([`LlavaForConditionalGeneration`]):
@@ -107,6 +107,7 @@ class LlavaPredictor:
         self.max_cached_images, self.max_cached_bytes = max_cached_images, max_cached_bytes
         self.decoder = Decoder(model, processor.tokenizer)
         self.settings = settings or default_settings(self.decoder.model, processor)
+        self._unsaid = _unsaid_ids(processor, self.settings.end_token_ids)
         self._cache: OrderedDict[tuple, _EncodedImages] = OrderedDict()
         self.reset()
 
@@ -237,7 +238,7 @@ class LlavaPredictor:
             self.last_answer = Answer(row.id, shown, len(row.tokens), row.finish_reason or "broken off")
         if row.keep and self.history is history:  # no new conversation was begun meanwhile
             self.history.append((question, self._text(row, settings)))
-            self._past = join(row.kept) if row.kept else None
+            self._past = row.kept
 
     def answer_many(
         self,
@@ -323,7 +324,7 @@ class LlavaPredictor:
         return messages
 
     def _text(self, row: Row, settings: DecodingSettings) -> str:
-        text = self.processor.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        text = self.processor.tokenizer.decode([token for token in row.tokens if token not in self._unsaid])
         for stop in settings.stop_strings:
             text = text.split(stop, 1)[0]
         return text.strip()
@@ -342,6 +343,16 @@ class LlavaPredictor:
             len(self._cache) > 1 and sum(entry.nbytes for entry in self._cache.values()) > self.max_cached_bytes
         ):
             self._cache.popitem(last=False)
+
+
+def _unsaid_ids(processor, end_token_ids: tuple[int, ...]) -> set[int]:
+    """Special tokens that are no part of an answer's text; what a user added for answers to hold, such as `<seg>`, is."""
+    tokenizer = processor.tokenizer
+    said = ControlTokens.of(tokenizer, processor.image_token).said(
+        processor.chat_template or tokenizer.chat_template or ""
+    )
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {i for i, name in special.items() if i in end_token_ids or name not in said}
 
 
 def _content_key(reference: Any) -> tuple:

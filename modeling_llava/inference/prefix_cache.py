@@ -1,9 +1,19 @@
-"""What prompts and rows keep: the keys and values of tokens that are shared (`Prefix`) and of a row's own (`RowCache`)."""
+"""
+What prompts and rows keep, and the memory that it takes: the keys and values of tokens that are shared (`Prefix`) and of a
+row's own (`RowCache`).
+"""
 
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
+
+MARGIN = 0.1
+"""Share of the free memory that is left alone: fragmentation, what else computes on the device."""
+
+WORKING_BYTES = 2**28
+"""What a pass takes besides its activations: attention scores, logits, the vision tower on a few images."""
 
 MIN_GROWTH = 64
 """Tokens by which the buffers of the rows grow at least."""
@@ -20,7 +30,7 @@ class Prefix:
         start (`int`):
             Position of the first token: 0, or the number of tokens of all parents.
         parent (`Prefix`, *optional*):
-            What stands before it. A conversation is a parent (the image) and a child (the turns so far).
+            What stands before it. A conversation is a chain: the image, then each turn.
         keys, values (`list[torch.Tensor]`, one per layer, of shape `(num_kv_heads, num_tokens, head_dim)`):
             Empty until they are computed.
         features (`list[torch.Tensor]`):
@@ -66,9 +76,11 @@ def common_length(first: list[int], second: list[int]) -> int:
 
 
 def match_chain(prefix: Prefix | None, ids: list[int]) -> Prefix | None:
-    """The longest part of a chain that `ids` begins with, one token of `ids` at least being left over, as a view.
+    """
+    The longest part of a chain that `ids` begins with, one token of `ids` at least being left over, as a view.
 
-    A tokenizer may join what was two tokens; so it is the ids of the whole prompt that decide, never its pieces."""
+    A tokenizer may join what was two tokens, so the ids of the whole prompt decide, never its pieces.
+    """
     matched = None
     for link in prefix.chain() if prefix else []:
         length = common_length(link.ids, ids[link.start : len(ids) - 1])
@@ -82,7 +94,7 @@ def match_chain(prefix: Prefix | None, ids: list[int]) -> Prefix | None:
 class RowCache:
     """
     Keys and values of the rows' own tokens: per layer `[num_slots, num_kv_heads, capacity, head_dim]`. Row `i` has
-    `lengths[i]` tokens, at the front of slot `i`; the active rows are the first `len(lengths)` slots.
+    `lengths[i]` tokens, at the front of slot `i`, after the shared `prefixes[i]`; the active rows are the first slots.
     """
 
     def __init__(self, num_layers: int):
@@ -110,11 +122,15 @@ class RowCache:
         self.num_slots, self.max_length = self.shape_for(num_rows, max_length)
         self.capacity = min(self.capacity, self.max_length)
 
-    def add(self, length: int, prefix: Prefix | None) -> int:
-        """Takes the next free slot for a row whose own tokens are about to be computed."""
-        self.lengths.append(length)
-        self.prefixes.append(prefix)
-        return len(self.lengths) - 1
+    def add(self, prefix: Prefix | None, copies: bool) -> None:
+        """Takes the next free slot for a row after a prefix, which it shares, or `copies` to the front of the slot."""
+        self.lengths.append(prefix.end if prefix and copies else 0)
+        self.prefixes.append(None if copies else prefix)
+        self.reserve(self.lengths[-1])
+        for link in prefix.chain() if prefix and copies else []:
+            for layer, (keys, values) in enumerate(zip(link.keys, link.values)):
+                for buffer, tensor in zip(self.buffers(layer, keys[None], values[None]), (keys, values)):
+                    buffer[len(self.lengths) - 1, :, link.start : link.end] = tensor
 
     def remove(self, row: int) -> None:
         """Frees a slot; the last row moves into it."""
@@ -122,8 +138,7 @@ class RowCache:
         if row != last:
             length = self.lengths[last]
             for tensor in (*self.keys, *self.values):
-                if tensor is not None:
-                    tensor[row, :, :length] = tensor[last, :, :length]
+                tensor[row, :, :length] = tensor[last, :, :length]
             self.lengths[row], self.prefixes[row] = length, self.prefixes[last]
         self.lengths.pop()
         self.prefixes.pop()
@@ -150,12 +165,11 @@ class RowCache:
                 tensors[layer][:rows, :, :length] = old[:rows, :, :length]
         return self.keys[layer], self.values[layer]
 
-    def take(self, row: int, ids: list[int]) -> Prefix:
-        """The row's own tokens as a link after its prefix; a copy, for the slot will be used again."""
-        parent = self.prefixes[row]
-        own = slice(0, len(ids))
+    def take(self, row: int, ids: list[int], parent: Prefix | None) -> Prefix:
+        """The row's last `len(ids)` tokens as a link after `parent`; a copy, for the slot will be used again."""
+        own = slice(self.lengths[row] - len(ids), self.lengths[row])
         return Prefix(
-            list(ids),
+            ids,
             parent.end if parent else 0,
             parent,
             [keys[row, :, own].clone() for keys in self.keys],
@@ -163,18 +177,46 @@ class RowCache:
         )
 
 
-def join(prefix: Prefix) -> Prefix:
-    """A chain of more than two links as two: the first (an image) as it is, the others (turns) joined."""
-    first, *others = prefix.chain()
-    if len(others) < 2:
-        return prefix
-    return Prefix(
-        [token for link in others for token in link.ids],
-        first.end,
-        first,
-        [torch.cat(layer, dim=1) for layer in zip(*(link.keys for link in others))],
-        [torch.cat(layer, dim=1) for layer in zip(*(link.values for link in others))],
+def free_memory(device: torch.device) -> int:
+    """
+    Bytes that can be allocated: of a GPU what it has free, within this process's share of it
+    (`set_per_process_memory_fraction`), and the segments of PyTorch's allocator that hold nothing. On the CPU, and where
+    a GPU shares its memory (MPS), what the machine has available.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return psutil.virtual_memory().available
+    free, total = module.mem_get_info(device)
+    stats = module.memory_stats(device)
+    reserved, active, split = (
+        stats.get(f"{name}_bytes.all.current", 0) for name in ("reserved", "active", "inactive_split")
     )
+    if hasattr(module, "get_per_process_memory_fraction"):
+        free = min(free, int(module.get_per_process_memory_fraction(device) * total) - reserved)
+    return free + reserved - active - split
 
 
-__all__ = ["Prefix", "RowCache", "common_length", "join", "match_chain"]
+def key_value_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers of a language model."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+
+
+def pass_bytes(config, dtype: torch.dtype, num_tokens: int) -> int:
+    """Bytes that a pass over so many new tokens takes at most: one layer's activations, a 4-bit matrix in 16 bits."""
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    return (num_tokens * (4 * intermediate + 8 * hidden) + hidden * intermediate) * dtype.itemsize + WORKING_BYTES
+
+
+__all__ = [
+    "MARGIN",
+    "Prefix",
+    "RowCache",
+    "common_length",
+    "free_memory",
+    "key_value_bytes",
+    "match_chain",
+    "pass_bytes",
+]

@@ -1,7 +1,24 @@
-"""From messages to the ids of a prompt, exactly those that the processor gives, without touching the images."""
+"""From messages to the ids of a prompt, and from a benchmark's samples to rows: same images together, encoded once."""
 
+import os
+from collections.abc import Iterator
+from itertools import islice
+
+from PIL import Image
+
+from ..data.images import image_key, load_image
 from ..processing_llava import num_image_tokens
 from ..text.control_tokens import ControlTokens
+from ..text.messages import plain_messages
+from .decoding import Decoder, Row
+from .prefix_cache import Prefix, common_length
+
+
+WINDOW_BATCHES = 8
+"""So many batches of samples are looked at together, to group them by image and to order them by length."""
+
+MAX_GROUPS = 8
+"""Groups of samples whose images are encoded at one time: bounds the memory of the vision tower."""
 
 
 def encode_prompt(messages: list[dict], processor, **template_variables) -> list[int]:
@@ -44,4 +61,98 @@ def encode_prompt(messages: list[dict], processor, **template_variables) -> list
     return ids
 
 
-__all__ = ["encode_prompt"]
+def rows_of_samples(
+    samples: Iterator[dict],
+    decoder: Decoder,
+    processor,
+    *,
+    system: str | None,
+    batch_size: int,
+    image_folder: str | os.PathLike | None,
+    template_variables: dict,
+) -> Iterator[Row]:
+    """
+    Rows to be answered, read as they are needed; see [`LlavaPredictor.answer_many`].
+
+    Raises:
+        ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
+    """
+    own = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
+        groups: dict[tuple, list[tuple[dict, list[int]]]] = {}
+        for sample in window:
+            sample = _checked_sample(sample)
+            messages = sample["messages"]
+            ids = encode_prompt(
+                messages if messages[0]["role"] == "system" else [*own, *messages], processor, **template_variables
+            )
+            # A sample without an image shares nothing: a group of its own.
+            key = tuple(map(image_key, sample["images"])) or (id(sample),)
+            groups.setdefault(key, []).append((sample, ids))
+        # The longest first: the first batch makes the buffers as large as they will ever be.
+        ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
+        step = min(batch_size, MAX_GROUPS)
+        for start in range(0, len(ordered), step):
+            yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder)
+
+
+def encode_images(images: list[Image.Image], decoder: Decoder, processor) -> list:
+    """The features `[num_image_tokens, hidden]` of each image."""
+    if not images:
+        return []
+    return decoder.encode_images(processor.image_processor(images=images, return_tensors="pt")["pixel_values"])
+
+
+def _rows_of_groups(groups, decoder: Decoder, processor, image_folder) -> Iterator[Row]:
+    images = [
+        [load_image(reference, image_folder, str(group[0][0]["id"])) for reference in group[0][0]["images"]]
+        for group in groups
+    ]
+    features = iter(encode_images([image for some in images for image in some], decoder, processor))
+    for group, some in zip(groups, images):
+        own_features = list(islice(features, len(some)))
+        prefix = _group_prefix([ids for _, ids in group], own_features, decoder, processor.image_token_id)
+        for sample, ids in group:
+            yield Row(sample["id"], ids, prefix, [] if prefix else own_features)
+
+
+def _group_prefix(prompts: list[list[int]], features, decoder: Decoder, image_token_id: int) -> Prefix | None:
+    """
+    What all prompts of a group begin with, if that holds their images and is worth a pass of its own; computed when the
+    first of its rows is.
+    """
+    if len(prompts) < 2 or not features or not decoder.shares_prefixes:
+        return None
+    first = prompts[0]
+    length = min(min(common_length(first, ids) for ids in prompts), min(map(len, prompts)) - 1)
+    if image_token_id in first[length:]:
+        return None
+    return Prefix(first[:length], features=features)
+
+
+def _checked_sample(sample: dict) -> dict:
+    missing = [key for key in ("id", "messages", "images") if key not in sample]
+    if missing:
+        raise ValueError(f"A sample has no {', '.join(missing)}; its keys are {', '.join(map(str, sample))}.")
+    sample = {**sample, "messages": plain_messages(sample["messages"])}
+    if not sample["messages"]:
+        raise ValueError(f"sample {sample['id']!r} has no message; nothing is asked.")
+    for message in sample["messages"]:
+        if not isinstance(message["content"], list):
+            raise ValueError(
+                f"sample {sample['id']!r} has a message whose content is a {type(message['content']).__name__}; give a list "
+                'of {"type": "image"} and {"type": "text", "text": …}.'
+            )
+    num_items = sum(item["type"] == "image" for message in sample["messages"] for item in message["content"])
+    if num_items != len(sample["images"]):
+        raise ValueError(
+            f"sample {sample['id']!r} has {num_items} image items in its messages but {len(sample['images'])} images."
+        )
+    if sample["messages"][-1]["role"] != "user":
+        raise ValueError(
+            f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."
+        )
+    return sample
+
+
+__all__ = ["encode_images", "encode_prompt", "rows_of_samples"]

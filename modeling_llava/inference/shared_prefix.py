@@ -12,12 +12,12 @@ the two are merged by their log-sum-exp: exactly the softmax over both (online s
 Nothing is ever expanded or repeated per row.
 
 Every forward pass is one row of packed tokens, `[1, num_tokens, hidden]`: prompts of different lengths need no padding.
-The attention function takes everything that it needs from the step object (`Prefill` or `Decode`) that travels through the
-language model as a keyword argument. So this works for every language model of transformers that hands keyword arguments on
-to `ALL_ATTENTION_FUNCTIONS` and has full or sliding-window attention only (see `supports_shared_prefix`).
+The attention function takes everything that it needs from the `Step` that travels through the language model as a keyword
+argument. So this works for every language model of transformers that hands keyword arguments on to
+`ALL_ATTENTION_FUNCTIONS` and has full or sliding-window attention only (see `supports_shared_prefix`).
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,122 +36,112 @@ HAS_MIXED_BMM = torch.version.cuda is not None and not is_older(torch.__version_
 """Whether `torch.bmm` multiplies 16-bit tensors into float32 on the GPU."""
 
 
-class Prefill:
+class Step:
     """
-    A pass over new tokens of several rows, packed one after the other.
+    A pass over new tokens of every row of a `RowCache`, packed one after the other: whole prompts, questions after a prefix,
+    the latest tokens of answers.
 
     Args:
-        lengths (`list[int]`): Tokens of each row.
-        prefixes (`list[Prefix | None]`): What each row's tokens follow.
-        write (`Callable[[int, int, torch.Tensor, torch.Tensor], None]`):
-            Called with (layer, index of the row in this pass, its keys, its values), each
-            `[num_kv_heads, length, head_dim]`.
-        device (`torch.device`)
+        cache (`RowCache`):
+            Gets the tokens' keys and values; its `lengths` are the caller's to update afterwards.
+        lengths (`list[int]`): New tokens of each row.
+        device (`torch.device`): Where the embeddings are.
+
+    Attributes:
+        positions (`torch.Tensor` of shape `(num_tokens,)`)
+        last (`torch.Tensor` of shape `(num_rows,)`): Index of each row's last token in the pass.
     """
 
-    def __init__(self, lengths, prefixes, write, device):
-        self.write = write
+    def __init__(self, cache: RowCache, lengths: list[int], device: torch.device):
+        self.cache = cache
+        starts = [prefix.end if prefix else 0 for prefix in cache.prefixes]
         ends = torch.tensor(lengths).cumsum(0).tolist()
-        self.spans = [(end - length, end) for end, length in zip(ends, lengths)]
-        starts = [prefix.end if prefix else 0 for prefix in prefixes]
-        self.positions = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)]).to(
-            device
-        )  # [num_tokens]
-        self.alone = [i for i, prefix in enumerate(prefixes) if prefix is None]
-        last_positions = [start + length - 1 for start, length in zip(starts, lengths)]
-        self.shared = _links_with_tokens(prefixes, self.spans, last_positions, device)
+        spans = [(end - length, end) for end, length in zip(ends, lengths)]
+        slots = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [num_tokens]
+        columns = torch.cat([torch.arange(old, old + new) for old, new in zip(cache.lengths, lengths)])  # in the slot
+        cache.reserve(int(columns.max()) + 1)
+        self.slots, self.columns = slots.to(device), columns.to(device)
+        self.positions = self.columns + torch.tensor(starts)[slots].to(device)
+        self.last = torch.tensor(ends, device=device) - 1
 
-        # Rows with a prefix are short (questions): padded among themselves, they take one operation each.
-        followers = [i for i, prefix in enumerate(prefixes) if prefix is not None]
-        if followers:
-            longest = max(lengths[i] for i in followers)
-            column = torch.arange(longest, device=device)
-            first = torch.tensor([self.spans[i][0] for i in followers], device=device)[:, None]
-            length = torch.tensor([lengths[i] for i in followers], device=device)[:, None]
-            self.valid = column < length  # [num_followers, longest]
-            self.tokens = torch.where(self.valid, first + column, first)  # padding repeats the row's first token
-            self.distance = column[:, None] - column  # [longest, longest], of a query to a key before it
-        else:
-            self.tokens = None
+        follows = [start + old > 0 for start, old in zip(starts, cache.lengths)]
+        self.alone = [span for span, after in zip(spans, follows) if not after]
+        answers = [row for row, new in enumerate(lengths) if follows[row] and new == 1]
+        questions = [row for row, new in enumerate(lengths) if follows[row] and new > 1]
+        self.groups = [_PaddedRows(rows, spans, columns, device) for rows in (answers, questions) if rows]
+        last_positions = [start + old + new - 1 for start, old, new in zip(starts, cache.lengths, lengths)]
+        self.shared = _links_with_tokens(cache.prefixes, spans, last_positions, device)
 
     def attend(self, layer, query, key, value, scaling, window):
         # query [1, num_heads, num_tokens, head_dim], key and value [1, num_kv_heads, num_tokens, head_dim]
-        for row, (start, end) in enumerate(self.spans):
-            self.write(layer, row, key[0, :, start:end], value[0, :, start:end])
-        num_kv_heads, head_dim = key.shape[1], query.shape[-1]
-        output = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype, device=query.device)
-        for row in self.alone:
-            start, end = self.spans[row]
+        keys, values = self.cache.buffers(layer, key, value)
+        keys[self.slots, :, self.columns] = key[0].transpose(0, 1)
+        values[self.slots, :, self.columns] = value[0].transpose(0, 1)
+        output = query.new_empty((*query.shape[:3], value.shape[-1]))
+        for start, end in self.alone:
             span = slice(start, end)
             output[:, :, span] = _causal_attention(
                 query[:, :, span], key[:, :, span], value[:, :, span], scaling, window
             )
-        if self.tokens is None:
-            return output
-
-        num_followers, longest = self.tokens.shape
-        own_query = query[0][:, self.tokens].unflatten(
-            0, (num_kv_heads, -1)
-        )  # [kv_heads, group, followers, longest, d]
-        group = own_query.shape[1]
-        own_query = own_query.transpose(1, 2).reshape(num_kv_heads, num_followers, group * longest, head_dim)
-        mask = self.distance >= 0
-        if window is not None:
-            mask = mask & (self.distance < window)
-        own, own_lse = partial_attention(
-            own_query, key[0][:, self.tokens], value[0][:, self.tokens], mask.repeat(group, 1), scaling
-        )
-        valid, tokens = self.valid, self.tokens[self.valid]
-
-        def unpad(tensor):  # [kv_heads, followers, group * longest, x] → [kv_heads, group, tokens of the followers, x]
-            return tensor.unflatten(2, (group, longest)).transpose(1, 2)[:, :, valid]
-
-        merged = query.new_zeros((num_kv_heads, group, query.shape[2], value.shape[-1]), dtype=torch.float32)
-        lse = query.new_zeros((num_kv_heads, group, query.shape[2], 1), dtype=torch.float32)
-        merged[:, :, tokens], lse[:, :, tokens] = unpad(own), unpad(own_lse)
-        _attend_links(
-            self.shared, layer, query[0].unflatten(0, (num_kv_heads, -1)), self.positions, scaling, window, merged, lse
-        )
-        output[:, :, tokens] = merged[:, :, tokens].flatten(0, 1).to(output.dtype)
+        query = query[0].unflatten(0, (key.shape[1], -1))  # [num_kv_heads, group, num_tokens, head_dim]
+        if self.shared:
+            merged = query.new_zeros((*query.shape[:3], value.shape[-1]), dtype=torch.float32)
+            lse = query.new_zeros((*query.shape[:3], 1), dtype=torch.float32)
+        for rows in self.groups:
+            own = keys[rows.slots, :, : rows.num_keys], values[rows.slots, :, : rows.num_keys]
+            mask = rows.mask(query.shape[1], window)
+            if self.shared:
+                found = partial_attention(rows.pad(query), *own, mask, scaling)
+                merged[:, :, rows.tokens], lse[:, :, rows.tokens] = map(rows.unpad, found)
+            else:
+                found = scaled_dot_product_attention(rows.pad(query), *own, attn_mask=mask, scale=scaling)
+                if rows.is_pass:
+                    return rows.unpad(found).flatten(0, 1)[None]
+                output[0, :, rows.tokens] = rows.unpad(found).flatten(0, 1)
+        if self.shared:
+            _attend_links(self.shared, layer, query, self.positions, scaling, window, merged, lse)
+            for rows in self.groups:
+                output[0, :, rows.tokens] = merged[:, :, rows.tokens].flatten(0, 1).to(output.dtype)
         return output
 
 
-class Decode:
-    """A pass over one new token of every active row of a `RowCache`."""
+class _PaddedRows:
+    """Rows that follow something, padded among themselves, so that they take one operation each."""
 
-    def __init__(self, rows: RowCache, device):
-        self.rows = rows
-        num_rows = len(rows.lengths)
-        self.slots = torch.arange(num_rows, device=device)
-        self.columns = torch.tensor(rows.lengths, device=device)  # where the new token goes
-        self.longest = max(rows.lengths) + 1
-        rows.reserve(self.longest)
-        positions = [length + (prefix.end if prefix else 0) for length, prefix in zip(rows.lengths, rows.prefixes)]
-        self.positions = torch.tensor(positions, device=device)  # [num_rows]
-        self.shared = _links_with_tokens(rows.prefixes, [(i, i + 1) for i in range(num_rows)], positions, device)
-        self.distance = self.columns[:, None] - torch.arange(self.longest, device=device)  # [num_rows, longest]
+    def __init__(self, rows: list[int], spans: list[tuple[int, int]], columns: torch.Tensor, device: torch.device):
+        first, end = torch.tensor([spans[row] for row in rows])[:, :, None].unbind(1)  # [num_rows, 1]
+        self.longest = int((end - first).max())
+        column = torch.arange(self.longest)
+        valid = column < end - first  # [num_rows, longest]
+        padded = torch.where(valid, first + column, first)  # padding repeats the row's first token
+        self.is_pass = len(columns) == len(rows)  # every token of the pass, one each: nothing to pick
+        self.padded, self.tokens = padded.to(device), slice(None) if self.is_pass else padded[valid].to(device)
+        self.valid = valid.flatten().nonzero()[:, 0].to(device)
+        in_order = rows == list(range(rows[0], rows[-1] + 1))
+        self.slots = slice(rows[0], rows[-1] + 1) if in_order else torch.tensor(rows, device=device)
+        self.num_keys = int(columns[padded].max()) + 1
+        self.distance = (columns[padded][:, :, None] - torch.arange(self.num_keys)).to(device)  # query − key
+        self.masks: dict[int | None, torch.Tensor | None] = {}
 
-    def attend(self, layer, query, key, value, scaling, window):
-        # query [1, num_heads, num_rows, head_dim], key and value [1, num_kv_heads, num_rows, head_dim]
-        keys, values = self.rows.buffers(layer, key, value)
-        keys[self.slots, :, self.columns] = key[0].transpose(0, 1)
-        values[self.slots, :, self.columns] = value[0].transpose(0, 1)
-        num_rows, num_kv_heads = len(self.slots), key.shape[1]
-        keys, values = keys[:num_rows, :, : self.longest], values[:num_rows, :, : self.longest]
-        own_query = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # [num_rows, kv_heads, group, head_dim]
-        mask = self.distance >= 0
-        if window is not None:
-            mask = mask & (self.distance < window)
-        mask = mask[:, None, None]  # [num_rows, 1, 1, longest]
-        if not self.shared:
-            output = scaled_dot_product_attention(own_query, keys, values, attn_mask=mask, scale=scaling)
-            return output.flatten(1, 2).transpose(0, 1)[None]
-        own, own_lse = partial_attention(own_query, keys, values, mask, scaling)
-        merged, lse = own.permute(1, 2, 0, 3).contiguous(), own_lse.permute(1, 2, 0, 3).contiguous()
-        _attend_links(
-            self.shared, layer, query[0].unflatten(0, (num_kv_heads, -1)), self.positions, scaling, window, merged, lse
-        )
-        return merged.flatten(0, 1).to(query.dtype)[None]  # [1, num_heads, num_rows, head_dim]
+    def mask(self, group: int, window: int | None) -> torch.Tensor | None:
+        """`[num_rows, 1, group * longest, num_keys]`, or `None` where a single token sees all."""
+        if window not in self.masks:
+            sees_all = self.distance.shape[:2] == (1, 1) and (window is None or self.num_keys <= window)
+            mask = self.distance >= 0
+            if window is not None:
+                mask = mask & (self.distance < window)
+            self.masks[window] = None if sees_all else mask.repeat(1, group, 1)[:, None]
+        return self.masks[window]
+
+    def pad(self, query):
+        """`[num_kv_heads, group, num_tokens, head_dim]` → `[num_rows, num_kv_heads, group * longest, head_dim]`."""
+        padded = query[:, :, :, None] if self.is_pass else query[:, :, self.padded]
+        return padded.permute(2, 0, 1, 3, 4).flatten(2, 3)
+
+    def unpad(self, states):
+        """The way back: `[num_kv_heads, group, tokens of the rows, head_dim]`."""
+        states = states.unflatten(2, (-1, self.longest)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return states if self.longest == 1 else states[:, :, self.valid]
 
 
 def _links_with_tokens(prefixes, spans, last_positions, device):
@@ -290,10 +280,45 @@ def shared_prefix_implementation(config):
         config._attn_implementation = before
 
 
+@contextmanager
+def prune_last_layer(language_model, tokens: torch.Tensor, num_tokens: int):
+    """
+    The output of the last layer is that of `tokens`, and meaningless for the others, for the duration: nothing reads it, so the
+    layer's output projection and its MLP, which treat each token apart, are computed for `tokens` only. Keys and values are
+    all there.
+
+    Args:
+        language_model: A decoder of transformers. One whose last layer has neither `mlp` nor `self_attn.o_proj` is left as it is.
+        tokens (`torch.Tensor` of shape `(num_read,)`): Indices into the pass of `num_tokens` tokens.
+        num_tokens (`int`)
+    """
+    if len(tokens) == num_tokens:
+        yield
+        return
+    layer = (getattr(language_model, "layers", None) or [None])[-1]
+    modules = [getattr(layer, "mlp", None), getattr(getattr(layer, "self_attn", None), "o_proj", None)]
+
+    def choose(module, args):
+        return args[0][:, tokens.to(args[0].device)], *args[1:]  # the layer may lie on another device
+
+    def place(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        whole = first.new_zeros(first.shape[0], num_tokens, *first.shape[2:])
+        whole[:, tokens.to(first.device)] = first
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    with ExitStack() as hooks:
+        for module in modules:
+            if module is not None:
+                hooks.callback(module.register_forward_pre_hook(choose).remove)
+                hooks.callback(module.register_forward_hook(place).remove)
+        yield
+
+
 def supports_shared_prefix(language_model, device: torch.device) -> bool:
     """
-    Whether a language model, which computes its embeddings on `device`, has full or sliding-window attention only, takes it from the interface, and computes a token's
-    keys from this token and its position alone.
+    Whether a language model, which computes its embeddings on `device`, has full or sliding-window attention only, takes it
+    from the interface, and computes a token's keys from this token and its position alone.
     """
     config = language_model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -332,9 +357,4 @@ def _rope_types(config) -> set[str]:
     return {one["rope_type"] for one in every if "rope_type" in one}
 
 
-__all__ = [
-    "Decode",
-    "Prefill",
-    "shared_prefix_implementation",
-    "supports_shared_prefix",
-]
+__all__ = ["Step", "prune_last_layer", "shared_prefix_implementation", "supports_shared_prefix"]

@@ -109,7 +109,8 @@ class ControlTokens:
             `tuple[tuple, Marks | None]`: The values, as new objects, and what takes the marks back; or the values
             themselves and `None` if there is nothing to mark.
         """
-        said = {"assistant": self._said(template)} if template else {}
+        own = "|".join(map(re.escape, self.said(template) if template else []))
+        said = {"assistant": re.compile(own)} if own else {}
         texts: list[tuple[str, re.Pattern | None]] = []
         _map_texts(values, lambda text, role: texts.append((text, said.get(role))))
         if not any(self._marked_positions(text, own) for text, own in texts):
@@ -124,11 +125,10 @@ class ControlTokens:
         values = _map_texts(values, lambda text, role: marks.mark(text, said.get(role)))
         return tuple(values), marks
 
-    def _said(self, template: str) -> re.Pattern | None:
-        """The special tokens that stay tokens in what the assistant says."""
+    def said(self, template: str) -> list[str]:
+        """The special tokens that stay tokens in what the assistant says: they have no role, and the template writes none."""
         written = _written_by(template)
-        own = [literal for literal in self._literals if literal not in self._with_role and literal not in written]
-        return re.compile("|".join(map(re.escape, own))) if own else None
+        return [literal for literal in self._literals if literal not in self._with_role and literal not in written]
 
     def find_stop(self, text: str, start: int) -> int | None:
         """Where the control token ends that follows at `start` of a rendered text, perhaps after white space."""

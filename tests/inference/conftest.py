@@ -1,5 +1,7 @@
 """A tiny model, its processor and a predictor over them."""
 
+from types import SimpleNamespace
+
 import pytest
 from tiny_predictor import published_llava, tiny_llava, tiny_processor
 
@@ -28,3 +30,19 @@ def model(pair):
 @pytest.fixture
 def predictor(model, processor):
     return LlavaPredictor(model, processor)
+
+
+@pytest.fixture
+def passes(model):
+    """What went through the model, pass by pass: `images` of the vision tower, `tokens` and `rows` of the language model."""
+    seen = SimpleNamespace(images=[], tokens=[], rows=[])
+    hooks = [
+        model.model.vision_tower.register_forward_pre_hook(lambda _, args: seen.images.append(len(args[0]))),
+        model.model.language_model.layers[0].register_forward_pre_hook(
+            lambda _, args: seen.tokens.append(args[0].shape[1])
+        ),
+        model.lm_head.register_forward_pre_hook(lambda _, args: seen.rows.append(len(args[0]))),
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()

@@ -3,9 +3,7 @@
 import pytest
 from tiny_predictor import QUESTIONS, assistant_turn, generated, picture, user_turn
 
-from modeling_llava.inference import decoding
-from modeling_llava.inference.decoding import Decoder
-from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference import LlavaPredictor, decoding
 from modeling_llava.inference.prompts import encode_prompt
 
 
@@ -22,7 +20,7 @@ def samples_of(specification):
     return samples
 
 
-def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, tmp_path):
+def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, passes, tmp_path):
     specification = [
         ([1], QUESTIONS[0]),
         ([], QUESTIONS[1]),
@@ -46,16 +44,14 @@ def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, t
         for number, (seeds, question) in enumerate(specification)
     }
     predictor = LlavaPredictor(model, processor)
-    passes = []
-    encode = predictor.decoder.encode_images
-    predictor.decoder.encode_images = lambda pixels: passes.append(len(pixels)) or encode(pixels)
     for batch_size in (1, 3, 8, 64):
+        passes.images.clear()
         answers = list(
             predictor.answer_many(iter(samples), batch_size=batch_size, image_folder=tmp_path, max_new_tokens=9)
         )
         assert {answer.id: answer.text for answer in answers} == expected
         assert len(answers) == len(samples)
-    assert passes[-1] == 6  # six pictures in all, each encoded once
+    assert passes.images == [6]  # six images in all, each encoded once
 
 
 def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
@@ -76,19 +72,25 @@ def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
     assert all(answer.num_tokens == 30 for answer in answers if answer.finish_reason == "length")
 
 
-def test_benchmark_row_that_ends_before_the_others_makes_room(model, processor):
-    """The last row moves into its place; the others go on as if nothing had been."""
+def test_a_row_that_ends_makes_room_at_once(model, processor, passes):
+    """Another takes its place in the next pass, in which the others get their next token; their answers stay what they are."""
     samples = samples_of([([seed], QUESTIONS[seed]) for seed in range(4)])
     predictor = LlavaPredictor(model, processor)
-    free = {answer.id: answer.text for answer in predictor.answer_many(samples, max_new_tokens=30)}
-    early, others = free["s0"], [free[f"s{number}"] for number in (1, 2, 3)]
+    free = {answer.id: answer.text for answer in predictor.answer_many(samples, batch_size=4, max_new_tokens=30)}
+    early, others = free["s1"], [free[f"s{number}"] for number in (0, 2, 3)]  # s1 is the longest prompt: the first row
     stops = [early[i : i + n] for n in (1, 2, 3, 4) for i in range(len(early) // 2)]
     stop = next(stop for stop in stops if stop.strip() == stop and not any(stop in other for other in others))
-    answers = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30, stop_strings=(stop,))}
-    assert [answers[f"s{number}"].finish_reason for number in range(4)] == ["stop", "length", "length", "length"]
-    assert {name: answers[name].text for name in ("s1", "s2", "s3")} == {
-        name: free[name] for name in ("s1", "s2", "s3")
+    passes.tokens.clear(), passes.rows.clear()
+    options = {"batch_size": 3, "max_new_tokens": 30, "stop_strings": (stop,)}
+    answers = {answer.id: answer for answer in predictor.answer_many(samples, **options)}
+    assert [answers[f"s{number}"].finish_reason for number in range(4)] == ["length", "stop", "length", "length"]
+    assert {name: answers[name].text for name in ("s0", "s2", "s3")} == {
+        name: free[name] for name in ("s0", "s2", "s3")
     }
+    steps = answers["s1"].num_tokens
+    shortest = min(len(encode_prompt(sample["messages"], processor)) for sample in samples)
+    assert passes.tokens[1 : steps + 1] == [3] * (steps - 1) + [2 + shortest]
+    assert passes.rows[: steps + 1] == [3] * (steps + 1)
 
 
 def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
@@ -126,14 +128,12 @@ def test_benchmark_reads_its_samples_as_it_goes(model, processor):
     assert len(set(first)) == 40 and len(read) <= 40 + 2 * 16 + 2
 
 
-def test_long_prompts_are_computed_in_pieces(model, processor, monkeypatch):
+def test_long_prompts_are_computed_in_several_passes(model, processor, passes, monkeypatch):
     samples = samples_of([([seed], QUESTIONS[seed % 5] * (1 + seed % 3)) for seed in range(9)])
     predictor = LlavaPredictor(model, processor)
     expected = {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)}
-    sizes = []
-    forward = Decoder._forward
-    monkeypatch.setattr(Decoder, "_forward", lambda self, e, s: sizes.append(e.shape[1]) or forward(self, e, s))
+    passes.tokens.clear()
     monkeypatch.setattr(decoding, "MAX_PREFILL_TOKENS", 200)
     assert {a.id: a.text for a in predictor.answer_many(samples, max_new_tokens=4)} == expected
     longest = max(len(encode_prompt(sample["messages"], processor)) for sample in samples)
-    assert max(sizes) <= max(200, longest)
+    assert max(passes.tokens) <= max(200, longest) + 8  # and a token of each answer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_predictor import QUESTIONS, generated, picture, tiny_llava, user_turn
 
-from modeling_llava.inference.model_lock import model_lock
+from modeling_llava.inference import model_lock
 from modeling_llava.inference.predictor import LlavaPredictor
 
 

@@ -1,4 +1,6 @@
-"""`LlavaPredictor` against `generate`: the same answers from a prefix that is computed once and never copied."""
+"""`LlavaPredictor` against `generate`: the same answers from a prefix that is computed once."""
+
+import contextlib
 
 import numpy
 import pytest
@@ -7,11 +9,15 @@ from PIL import Image
 from tiny_predictor import QUESTIONS, assistant_turn, generated, picture, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.inference import decoding_settings
-from modeling_llava.inference.decoding import Row
-from modeling_llava.inference.decoding_settings import DecodingSettings
-from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference import DecodingSettings, LlavaPredictor, decoding, decoding_settings
+from modeling_llava.inference.prefix_cache import RowCache, key_value_bytes
 from modeling_llava.inference.prompts import encode_prompt
+
+
+def prompt_lengths(processor, *messages):
+    """Tokens of a prompt, and of its beginning, up to the last image token."""
+    ids = encode_prompt(list(messages), processor)
+    return len(ids), len(ids) - ids[::-1].index(processor.image_token_id)
 
 
 def test_stock_class_and_stock_processor_give_the_same(model, processor):
@@ -36,44 +42,32 @@ def test_stock_class_and_stock_processor_give_the_same(model, processor):
     assert ours.ask(QUESTIONS, max_new_tokens=8) == theirs.ask(QUESTIONS, max_new_tokens=8)
 
 
-def test_prefix_is_computed_once_and_never_copied(predictor):
-    image_passes, prefix_lengths = [], []
-    encode, forward = predictor.decoder.encode_images, predictor.decoder._forward
-    predictor.decoder.encode_images = lambda pixels: image_passes.append(len(pixels)) or encode(pixels)
-    predictor.decoder._forward = lambda embeds, step: prefix_lengths.append(embeds.shape[1]) or forward(embeds, step)
+def test_an_image_and_its_prefix_are_computed_once(predictor, processor, passes):
+    prompt, prefix = prompt_lengths(processor, user_turn(QUESTIONS[0], [picture(1)]))
     predictor.set_image(picture(1))
-    prefix = predictor._images.prefix
-    tensors = [tensor.data_ptr() for tensor in (*prefix.keys, *prefix.values)]
-    prompt = len(encode_prompt([user_turn(QUESTIONS[0], [picture(1)])], predictor.processor))
-    assert image_passes == [1] and prefix_lengths == [len(prefix.ids)]
-    assert predictor.processor.image_token_id == prefix.ids[-1]
-
-    predictor.ask([QUESTIONS[0]] * 7, max_new_tokens=3)
-    # One pass over the seven questions without their prefix, then two tokens for each.
-    assert prefix_lengths[1:] == [7 * (prompt - len(prefix.ids)), 7, 7]
-    predictor.ask(QUESTIONS[0], max_new_tokens=1)
-    assert image_passes == [1]
-    assert [tensor.data_ptr() for tensor in (*prefix.keys, *prefix.values)] == tensors
-    assert all(tensor.shape[1] == len(prefix.ids) for tensor in prefix.keys)
+    assert passes.images == [1] and passes.tokens == [prefix]
+    answers = predictor.ask([QUESTIONS[0]] * 7, max_new_tokens=3)
+    # One pass over the seven questions without their prefix, then two tokens for each; and a question alone.
+    assert answers == [predictor.ask(QUESTIONS[0], max_new_tokens=3)] * 7
+    assert passes.tokens[1:] == [7 * (prompt - prefix), 7, 7, prompt - prefix, 1, 1] and passes.images == [1]
 
 
-def test_memory_of_a_batch_does_not_hold_the_prefix_per_question(processor, monkeypatch):
+def test_a_batch_does_not_hold_the_prefix_per_question(monkeypatch):
     big = tiny_processor(side=28 * 8)  # 256 image tokens
-    predictor = LlavaPredictor(tiny_llava(big, side=28 * 8), big)
+    model = tiny_llava(big, side=28 * 8)
+    predictor = LlavaPredictor(model, big)
     predictor.set_image(picture(1))
-    rows = {}
-    take_buffers = predictor.decoder._decode
+    caches = []
 
-    def watch(active, cache, settings):
-        rows["bytes"] = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-        return take_buffers(active, cache, settings)
+    class Cache(RowCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(self)
 
-    monkeypatch.setattr(predictor.decoder, "_decode", watch)
+    monkeypatch.setattr(decoding, "RowCache", Cache)
     predictor.ask(QUESTIONS[:3] * 8, max_new_tokens=2)
-    prefix = predictor._images.prefix
-    assert len(prefix.ids) > 256
     # 24 copies would take 24 times the prefix; the rows' own buffers have room for some 100 tokens each.
-    assert rows["bytes"] < 12 * prefix.nbytes
+    assert 0 < caches[0].nbytes < 12 * 256 * key_value_bytes(model.config.get_text_config(), torch.float32)
 
 
 def test_conversation_equals_generate_on_the_whole_conversation(predictor, model, processor):
@@ -86,9 +80,6 @@ def test_conversation_equals_generate_on_the_whole_conversation(predictor, model
         assert predictor.ask(question, keep_history=True, max_new_tokens=10) == expected
         messages.append(assistant_turn(expected))
     assert [question for question, _ in predictor.history] == QUESTIONS
-    past = predictor._past
-    assert len(past.chain()) == 2 and past.chain()[0] is predictor._images.prefix
-
     alone = generated(model, processor, [user_turn(QUESTIONS[1], [image])], 10)
     assert predictor.ask(QUESTIONS[1], max_new_tokens=10) == alone
     assert len(predictor.history) == len(QUESTIONS)
@@ -96,17 +87,15 @@ def test_conversation_equals_generate_on_the_whole_conversation(predictor, model
     assert predictor.ask(QUESTIONS[1], keep_history=True, max_new_tokens=10) == alone
 
 
-def test_conversation_uses_what_it_has_computed(predictor):
+def test_conversation_uses_what_it_has_computed(predictor, processor, passes):
     predictor.set_image(picture(3))
     predictor.ask(QUESTIONS[0], keep_history=True, max_new_tokens=6)
-    lengths = []
-    forward = predictor.decoder._forward
-    predictor.decoder._forward = lambda embeds, step: lengths.append(embeds.shape[1]) or forward(embeds, step)
-    predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=1)
     turns = [user_turn(QUESTIONS[0], [None]), assistant_turn(predictor.history[0][1]), user_turn(QUESTIONS[2])]
-    whole = len(encode_prompt(turns, predictor.processor))
+    whole, prefix = prompt_lengths(processor, *turns)
+    passes.tokens.clear()
+    predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=1)
     # The answer's text may be cut into other tokens than those that were generated: at most the answer is computed anew.
-    assert lengths[0] < whole - len(predictor._images.prefix.ids) - 10
+    assert passes.tokens[0] < whole - prefix - 10
 
 
 def test_several_images_and_none(predictor, model, processor):
@@ -203,7 +192,7 @@ def test_stream_that_ends_after_a_new_conversation_was_begun_is_no_part_of_it(be
     assert predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=8) == expected
 
 
-def test_stream_never_shows_a_stop_string_or_half_a_character(predictor):
+def test_stream_never_shows_a_stop_string_or_half_a_character(predictor, model):
     predictor.set_image(picture(2))
     whole = predictor.ask(QUESTIONS[0], max_new_tokens=20)
     stop = whole[7:11]
@@ -211,40 +200,63 @@ def test_stream_never_shows_a_stop_string_or_half_a_character(predictor):
     assert "".join(pieces) == whole.split(stop)[0].strip()
     emoji = predictor.processor.tokenizer("\N{CAT FACE}\N{CAT FACE}", add_special_tokens=False)["input_ids"]
     assert len(emoji) > 4  # bytes
-    row = Row(0, [1])
-
-    def say(rows, settings, batch_size):
-        for token in emoji:
-            row.tokens.append(token)
-            row.finish_reason = "stop" if len(row.tokens) == len(emoji) else None
-            yield row
-
-    predictor.decoder.run = say
-    assert list(predictor._pieces(row, "", predictor.settings, [])) == ["\N{CAT FACE}", "\N{CAT FACE}"]
+    with says(model, emoji):
+        pieces = list(predictor.stream(QUESTIONS[0], max_new_tokens=len(emoji)))
+    assert pieces == ["\N{CAT FACE}", "\N{CAT FACE}"]
 
 
-def test_images_set_again_are_found_and_the_oldest_are_dropped(model, processor, tmp_path):
+@contextlib.contextmanager
+def says(model, tokens):
+    """The model gives these tokens, one after the other."""
+    rest = iter(tokens)
+    hook = model.lm_head.register_forward_hook(
+        lambda module, args, output: torch.nn.functional.one_hot(torch.tensor([next(rest)]), output.shape[-1]).float()
+    )
+    yield
+    hook.remove()
+
+
+def test_special_tokens_that_a_user_added_stay_in_answers():
+    """A model for masks says `<seg>`; the tokens that end an answer and those that stand for images are no text of it."""
+    processor = tiny_processor()
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<seg>"]})
+    model = tiny_llava(processor, vocab_size=720)
+    predictor = LlavaPredictor(model, processor)
+    predictor.set_image(picture(1))
+    ids = {name: processor.tokenizer.convert_tokens_to_ids(name) for name in ("<seg>", "<image>", "</s>")}
+    said = [
+        *processor.tokenizer("It is", add_special_tokens=False)["input_ids"],
+        ids["<image>"],
+        ids["<seg>"],
+        ids["</s>"],
+    ]
+    with says(model, said):
+        answer = predictor.ask("Where is it?", keep_history=True)
+    assert answer.replace(" ", "") == "Itis<seg>"
+    turns = [user_turn("Where is it?", [None]), assistant_turn(answer), user_turn("Why?")]
+    assert ids["<seg>"] in encode_prompt(turns, processor)
+
+
+def test_images_set_again_are_found_and_the_oldest_are_dropped(model, processor, passes, tmp_path):
+    def encoded(predictor, *images):
+        before = len(passes.images)
+        for image in images:
+            predictor.set_image(picture(image) if isinstance(image, int) else image)
+        return len(passes.images) - before
+
     predictor = LlavaPredictor(model, processor, max_cached_images=2)
-    passes = []
-    encode = predictor.decoder.encode_images
-    predictor.decoder.encode_images = lambda pixels: passes.append(1) or encode(pixels)
-    for seed in (1, 2, 1, 2, 3, 2, 1):
-        predictor.set_image(picture(seed))
-    assert len(passes) == 4 and len(predictor._cache) == 2  # 1, 2, 3, and 1 again
+    assert encoded(predictor, 1, 2, 1, 2, 3, 2, 1) == 4  # 1, 2, 3, and 1 again
     picture(1).save(tmp_path / "a.png")
-    predictor.set_image(tmp_path / "a.png")
-    predictor.set_image(str(tmp_path / "a.png"))
-    assert len(passes) == 5
+    assert encoded(predictor, tmp_path / "a.png", str(tmp_path / "a.png")) == 1
     picture(9).save(tmp_path / "a.png", compress_level=0)
-    predictor.set_image(tmp_path / "a.png")  # the file has changed
-    assert len(passes) == 6
-    one = predictor._images.nbytes
-    predictor = LlavaPredictor(model, processor, max_cached_bytes=int(2.5 * one))
-    for seed in range(5):
-        predictor.set_image(picture(seed))
-    assert len(predictor._cache) == 2
+    assert encoded(predictor, tmp_path / "a.png") == 1  # the file has changed
+    _, prefix = prompt_lengths(processor, user_turn("What?", [picture(1)]))
+    of_one = prefix * key_value_bytes(model.config.get_text_config(), torch.float32)
+    predictor = LlavaPredictor(model, processor, max_cached_bytes=3 * of_one)
+    assert encoded(predictor, 1, 2, 1, 2) == 2 and encoded(predictor, 3, 4, 5, 1) == 4
     predictor.reset()
-    assert not predictor._cache
+    assert encoded(predictor, 1) == 1
+    predictor.reset()
     with pytest.raises(ValueError, match="set_image"):
         predictor.ask("What?")
 
@@ -338,11 +350,10 @@ def test_sampling_depends_on_seed_and_row_only(predictor):
 
 
 def test_model_and_processor_that_do_not_belong_together(model):
-    other = tiny_processor(side=56)
-    with pytest.raises(ValueError, match="16 image tokens but its images yield 4"):
-        predictor = LlavaPredictor(model, other)
-        predictor.decoder.encode_images = lambda pixels: [torch.zeros(4, 64)]
-        predictor.set_image(picture(1))
+    other = tiny_processor()
+    other.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="5 image tokens but its images yield 4"):
+        LlavaPredictor(model, other).set_image(picture(1))
 
 
 def test_training_flag_and_attention_are_left_as_they_were(model, processor):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny_predictor import picture, tiny_llava, tiny_processor
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_llava.inference import shared_prefix
+from modeling_llava.inference import LlavaPredictor, shared_prefix
 from modeling_llava.inference.prefix_cache import Prefix, match_chain
 from modeling_llava.inference.shared_prefix import partial_attention
 
@@ -41,17 +42,20 @@ def test_in_16_bits_it_is_as_exact_as_sdpa(dtype):
 
 
 def test_grouped_heads_never_ask_for_the_kernel_that_builds_all_scores(monkeypatch):
-    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    processor = tiny_processor()
+    predictor = LlavaPredictor(tiny_llava(processor), processor)
+    config = predictor.model.config.get_text_config()
+    assert config.num_key_value_heads < config.num_attention_heads
     heads = []
 
     def sdpa(query, key, value, enable_gqa=False, **kwargs):
-        heads.append((query.shape[1], key.shape[1], value.shape[1], enable_gqa))
+        heads.append((query.shape[1] == key.shape[1] == value.shape[1], enable_gqa))
         return scaled_dot_product_attention(query, key, value, **kwargs)
 
     monkeypatch.setattr(shared_prefix, "scaled_dot_product_attention", sdpa)
-    torch.testing.assert_close(shared_prefix._causal_attention(query, key, value, 0.3, None), expected)
-    assert heads == [(4, 4, 4, False)]
+    predictor.set_image(picture(1))
+    predictor.ask("What is it?", max_new_tokens=2)
+    assert set(heads) == {(True, False)}
 
 
 def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
