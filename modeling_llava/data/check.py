@@ -56,8 +56,8 @@ def check_data(
     """
     Check every sample of a source as the collator would meet it.
 
-    An interrupted check goes on where it stopped when it is started again with the same arguments on the same files:
-    what was found is kept in a small file, in `out` or in the system's folder for temporary files, and deleted at the end.
+    An interrupted check resumes when it is started again with the same arguments on the same files: what was found is kept
+    in a small file, in `out` or in the system's folder for temporary files, and deleted at the end.
 
     Args:
         source: As in [`load_conversations`]; not a stream.
@@ -85,7 +85,12 @@ def check_data(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length} tokens: at least 1 is needed.")
     parts = open_sources(source, split, False, config_name)
-    places = _places(parts, show_progress)
+    places = []
+    for part, (rows, _, what) in enumerate(parts):
+        # Reading through a source once also finds where the rows of a JSON file lie.
+        scan = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, disable=not show_progress)
+        places += [(part, row) for row, _ in enumerate(scan)]
+    places = np.array(places, dtype=np.int64).reshape(-1, 2)  # [num_records, (part, row)]
     if not len(places):
         raise ValueError(f"{' + '.join(what for _, _, what in parts)} holds no sample.")
     records = _Records(parts, places, processor, image_folder, max_length, decode, follow_symlinks)
@@ -110,17 +115,7 @@ def check_data(
         report.resumed_at = start
         if out is not None:
             write_report(Path(out), report, findings, [record.length for record in progress.found if record.length])
-        progress.finished = True
     return report
-
-
-def _places(parts: list, show_progress: bool) -> np.ndarray:
-    """`[num_records, (part, row)]`. Reading through a source once also finds where the rows of a JSON file lie."""
-    places = []
-    for part, (rows, _, what) in enumerate(parts):
-        scan = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, disable=not show_progress)
-        places += [(part, row) for row, _ in enumerate(scan)]
-    return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
 class _Records(torch.utils.data.Dataset):
@@ -155,7 +150,7 @@ class _Records(torch.utils.data.Dataset):
         found |= {"type": conversation["type"], "images": len(conversation["images"]), "hash": _hash(conversation)}
         found["notices"] = list(self._unusual(conversation))
         found["problems"] = problems = []
-        for check in self.checks:  # all: a mended image should not bring the next surprise
+        for check in self.checks:  # all: a fixed image should not bring the next surprise
             try:
                 check(conversation, found)
             except BadSampleError as error:
@@ -229,57 +224,32 @@ def _hash(conversation: dict) -> str:
 
 
 class _Progress:
-    """
-    The records found so far, also as JSON lines in a file, one line per chunk, so that a check can go on after it was
-    killed. A last line that was cut is read again.
-    """
+    """The records found so far, also as JSON lines in a file, one per chunk, with which a killed check resumes."""
 
     def __init__(self, out: str | os.PathLike | None, fingerprint: str):
         folder = Path(out) if out is not None else Path(tempfile.gettempdir())
         self.path = folder / ("progress.jsonl" if out is not None else f"llava-data-check-{fingerprint[:16]}.jsonl")
-        self.fingerprint = fingerprint
-        self.found: list[Found] = []
-        self.finished = False
-
-    def __enter__(self) -> "_Progress":
-        end = 0
-        for size, line in self._lines():
-            self.found += [Found(*record) for record in line]
-            end += size
+        # What follows the last line break was cut.
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        if lines[:1] != [fingerprint.encode()]:
+            lines = [fingerprint.encode()]
+        self.found = [Found(*record) for line in lines[1:] for record in json.loads(line)]
         self.resumed_at = len(self.found)
-        # What follows the last whole line, or another check's findings, goes.
-        self.file = open(self.path, "r+b" if end else "wb")
-        self.file.truncate(end)
-        self.file.seek(end)
-        if not end:
-            self._write({"fingerprint": self.fingerprint})
-        return self
-
-    def _lines(self) -> Iterator[tuple[int, list[list]]]:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
-                try:
-                    content = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    content = None
-                if content is None or (number == 0 and content != {"fingerprint": self.fingerprint}):
-                    return
-                yield len(line), content if number else []
-
-    def _write(self, content: Any) -> None:
-        self.file.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
-        self.file.flush()
+        self._file = open(self.path, "wb")
+        self._write(*lines)
 
     def add(self, chunk: list[Found]) -> None:
         self.found += chunk
-        self._write(chunk)
+        self._write(json.dumps(chunk, separators=(",", ":")).encode())
 
-    def __exit__(self, *exception) -> None:
-        self.file.close()
-        if self.finished:
-            self.path.unlink(missing_ok=True)
+    def _write(self, *lines: bytes) -> None:
+        self._file.writelines(line + b"\n" for line in lines)
+        self._file.flush()
 
+    def __enter__(self) -> "_Progress":
+        return self
 
-__all__ = ["DataReport", "check_data"]
+    def __exit__(self, error: type | None, *_) -> None:
+        self._file.close()
+        if error is None:
+            self.path.unlink()

@@ -1,7 +1,7 @@
 """What [`check_data`] found, in numbers, examples and one picture."""
 
+import importlib.util
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..io.atomic import write_atomic
 from .packing import best_fit_packs
 
 
@@ -94,29 +95,24 @@ class DataReport:
 
 def summarize(found: list[Found], max_length: int | None, batch_size: int) -> tuple[DataReport, list[dict]]:
     """The report, and every problem and notice as `{"id", "kind", "reason", "message"}`."""
-    findings = []
-    for record in found:
-        for kind, entries in (("problem", record.problems), ("notice", record.notices)):
-            for reason, message in entries:
-                findings.append({"id": record.id, "kind": kind, "reason": reason, "message": message})
+    entries = [(r.id, kind, *e) for r in found for kind in ("problem", "notice") for e in getattr(r, f"{kind}s")]
     ids, hashes = set(), {}
     for record in found:
+        name = f"sample {record.id!r}"
         if record.id in ids:
-            message = f"sample {record.id!r} has the same id as an earlier one."
-            findings.append({"id": record.id, "kind": "notice", "reason": DUPLICATE_ID, "message": message})
+            entries.append((record.id, "notice", DUPLICATE_ID, f"{name} has the same id as an earlier one."))
         ids.add(record.id)
-        if record.hash is not None:
-            earlier = hashes.setdefault(record.hash, record)
-            if earlier is not record:
-                message = f"sample {record.id!r} has the same images and text as {earlier.id!r}."
-                findings.append({"id": record.id, "kind": "notice", "reason": DUPLICATE_SAMPLE, "message": message})
+        earlier = hashes.setdefault(record.hash, record) if record.hash is not None else record
+        if earlier is not record:
+            message = f"{name} has the same images and text as {earlier.id!r}."
+            entries.append((record.id, "notice", DUPLICATE_SAMPLE, message))
 
-    counts = {kind: Counter(f["reason"] for f in findings if f["kind"] == kind) for kind in ("problem", "notice")}
+    counts = {"problem": Counter(), "notice": Counter()}
     examples: dict[str, list[str]] = {}
-    for finding in findings:
-        shown = examples.setdefault(finding["reason"], [])
-        if len(shown) < _SHOWN:
-            shown.append(finding["message"])
+    for _, kind, reason, message in entries:
+        counts[kind][reason] += 1
+        if counts[kind][reason] <= _SHOWN:
+            examples.setdefault(reason, []).append(message)
     lengths = np.array([record.length for record in found if record.length], dtype=np.int64)
     usable = np.array([record.length for record in found if not record.problems], dtype=np.int64)
     cuts = [record.cut for record in found if record.cut]
@@ -149,37 +145,30 @@ def summarize(found: list[Found], max_length: int | None, batch_size: int) -> tu
         steps=-(-len(usable) // batch_size),
         packed_steps=-(-len(plan) // batch_size),
         pack_utilization=plan.utilization,
-    ), findings
+    ), [dict(zip(("id", "kind", "reason", "message"), entry)) for entry in entries]
 
 
 def write_report(out: Path, report: DataReport, findings: list[dict], lengths: list[int]) -> None:
     """Write `lengths.png`, `problems.jsonl` and, last, `report.json`; `report.files` names them."""
-    picture = plot_lengths(lengths, report.max_length, out / "lengths.png")
-    report.files = [str(out / "report.json"), str(out / "problems.jsonl"), *([str(picture)] if picture else [])]
+    plot = plot_lengths(lengths, report.max_length, out / "lengths.png")
+    report.files = [str(out / "report.json"), str(out / "problems.jsonl"), *([str(plot)] if plot else [])]
     lines = "".join(json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
-    texts = {"problems.jsonl": lines, "report.json": json.dumps(report.to_dict(), indent=2) + "\n"}
-    for name, text in texts.items():
-        beside = out / (name + ".tmp")
-        beside.write_text(text, "utf-8", "surrogatepass")
-        os.replace(beside, out / name)
+    write_atomic(out / "problems.jsonl", lines.encode("utf-8", "surrogatepass"))
+    write_atomic(out / "report.json", json.dumps(report.to_dict(), indent=2) + "\n")
 
 
-def plot_lengths(lengths: list[int], max_length: int | None, path: str | os.PathLike) -> Path | None:
+def plot_lengths(lengths: list[int], max_length: int | None, path: Path) -> Path | None:
     """
     Draw how many samples have how many tokens, as a PNG.
 
     Returns:
         `Path` of the picture; `None` if matplotlib is not installed or there is nothing to draw.
     """
-    if not len(lengths):
+    if not lengths or importlib.util.find_spec("matplotlib") is None:
         return None
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     bins = np.histogram_bin_edges(lengths, bins=min(60, max(10, len(set(lengths)))))
     axes.hist(lengths, bins=bins, color="#4c72b0")
@@ -196,9 +185,5 @@ def plot_lengths(lengths: list[int], max_length: int | None, path: str | os.Path
     axes.set(xlabel="tokens per sample, images included", ylabel="samples", xlim=(0, None))
     axes.set_title(f"{len(lengths):,} samples, median {np.median(lengths):,.0f} tokens, longest {max(lengths):,}")
     axes.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
     figure.savefig(path, dpi=120)
     return path
-
-
-__all__ = ["DataReport", "Found", "plot_lengths", "summarize", "write_report"]

@@ -35,26 +35,26 @@ class LlavaDataCollator:
     **Input**: a list of conversations (see [`Conversation`]), as `load_conversations` gives them; with `packing=True`
     also a list of packs, each a list of conversations. They are not changed.
 
-    **Output**, with `packing=True`: all samples behind one another in one row; `input_ids`, `labels`, `position_ids`,
-    `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` as in [`pack_sequences`], no `attention_mask`, and
-    `pixel_values` and `image_indices` as below. Otherwise a dict with
+    **Output**, a dict with
 
     - `input_ids` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on the right; each image takes
-      `processor.num_image_tokens` positions.
+      `processor.num_image_tokens` tokens.
     - `attention_mask` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): 1 for samples, 0 for padding.
     - `labels` (`torch.LongTensor` of shape `(batch_size, sequence_length)`): −100 (`IGNORE_INDEX`) wherever there is
       nothing to learn: system text, questions, images, padding.
     - `pixel_values` (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): the images of all samples, in the
       order of their places in the text. Absent where no sample has an image.
     - `image_indices` (`torch.LongTensor` of shape `(num_places,)`): only where an image occurs more than once in the
-      batch, which our model then encodes once: `pixel_values` holds each image once, and `image_indices[i]` is the row
-      of `pixel_values` that fills the i-th place.
+      batch, which our model then encodes once: `image_indices[i]` is the row of `pixel_values` that fills the i-th place.
+
+    With `packing=True` all samples are one row, as [`pack_sequences`] gives it, without `attention_mask`. With `share_images`
+    also `image_token_indices`, `supervised_indices` ([`LlavaForConditionalGeneration.forward`]) and `segment_lengths`
+    ([`~modeling_llava.kernels.packed_attention.varlen_attention_forward`]).
 
     Args:
-        processor ([`LlavaProcessor`]):
-            Ours or a stock one.
+        processor ([`LlavaProcessor`]): Ours or a stock one.
         max_length (`int`, *optional*, defaults to 2048):
-            Most tokens of a sample, images included. `None` for no limit.
+            Maximum tokens of a sample, images included. `None` for no limit.
         overflow (`str`, *optional*, defaults to `"error"`):
             What becomes of a longer sample: `"error"`, `"drop"` (counted), or `"truncate_text"`, which cuts its end
             but never an image.
@@ -67,12 +67,9 @@ class LlavaDataCollator:
             `"as_is"` renders images before the text, as the chat templates and the original code do; `"random"` puts the
             images of the first question before or behind it (LLaVA §4.1), drawn by `seed` and the sample's id alone:
             the same in every epoch, process and resume.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of that draw.
-        padding (`str`, *optional*, defaults to `"longest"`):
-            `"longest"` sample of the batch, or `"max_length"`.
-        pad_to_multiple_of (`int`, *optional*):
-            Round the sequence length up.
+        seed (`int`, *optional*, defaults to 0): Of that draw.
+        padding (`str`, *optional*, defaults to `"longest"`): `"longest"` sample of the batch, or `"max_length"`.
+        pad_to_multiple_of (`int`, *optional*): Round the sequence length up.
         follow_symlinks (`bool`, *optional*, defaults to `False`):
             Allow links inside `image_folder` to lead out of it.
         share_images (`bool`, *optional*, defaults to `True`):
@@ -165,13 +162,13 @@ class LlavaDataCollator:
 
     def __call__(self, examples: Sequence[Conversation | list[Conversation]]) -> dict[str, torch.Tensor | int]:
         """
-        Encode and pad, or pack, `examples`.
+        Encode and pad, or pack, `examples`. A batch whose every sample was dropped is a row of padding with nothing to
+        learn, so that a bad sample ends no run, whatever the batch size.
 
         Raises:
             BadSampleError: A sample cannot be used, and it is not to be dropped.
             ValueError: The first [`GIVE_UP_AFTER`] samples were all dropped; the processor's image tokens do not fit its
-                images. Otherwise a batch whose every sample was dropped is a row of padding with nothing to learn, so that
-                a bad sample ends no run, whatever the batch size.
+                images.
         """
         if self.packing:
             packs = [example if isinstance(example, list) else [example] for example in examples]
@@ -179,6 +176,14 @@ class LlavaDataCollator:
         samples, images = self.encode_all(examples)
         if self.packing:
             batch = pack_sequences([sample["input_ids"] for sample in samples], [s["labels"] for s in samples])
+            if self.share_images:  # our model: what it would otherwise ask the device for, and wait
+                is_image, is_supervised = (
+                    batch["input_ids"] == self.processor.image_token_id,
+                    batch["labels"] != IGNORE_INDEX,
+                )
+                batch["image_token_indices"] = is_image.flatten().nonzero().squeeze(1)
+                batch["supervised_indices"] = is_supervised.flatten()[1:].nonzero().squeeze(1)
+                batch["segment_lengths"] = [len(sample["input_ids"]) for sample in samples]
         else:
             batch = self._pad(samples)
         batch.update(self._pixels(samples, images))
@@ -206,8 +211,7 @@ class LlavaDataCollator:
             `tuple[list[dict], dict]`: a dict per sample with `id`, `input_ids` `[S]`, `labels` `[S]` and `keys`, one per
             image; and RGB images by key, each loaded once, in the order in which they first occur.
         """
-        samples, images, failures = [], {}, {}
-        errors = []
+        samples, images, errors = [], {}, []
         for position, example in enumerate(examples):
             if example is NOTHING:
                 samples.append(self._blank())
@@ -215,22 +219,16 @@ class LlavaDataCollator:
             if not isinstance(example, Mapping) or "messages" not in example:
                 raise TypeError(
                     f"example {position} of the batch is not a conversation with 'messages' and 'images', but "
-                    f"{_describe(example)}: read the data with load_conversations, and set remove_unused_columns=False."
+                    f"{sorted(example) if isinstance(example, Mapping) else type(example).__name__}: read the data with "
+                    "load_conversations, and set remove_unused_columns=False."
                 )
             try:
                 sample = self.encode(example)
                 for key, reference in zip(sample["keys"], example.get("images") or ()):
                     if key not in images:
-                        # Failed files are not tried again for the next sample of the batch, but are its error too.
-                        if key in failures:
-                            raise BadSampleError(sample["id"], failures[key].reason, failures[key].message)
-                        try:
-                            images[key] = load_image(
-                                reference, self.image_folder, sample["id"], follow_symlinks=self.follow_symlinks
-                            )
-                        except BadSampleError as error:
-                            failures[key] = error
-                            raise
+                        images[key] = load_image(
+                            reference, self.image_folder, sample["id"], follow_symlinks=self.follow_symlinks
+                        )
             except BadSampleError as error:
                 asked_to_raise = self.on_bad_sample == "raise"
                 if error.reason == TOO_LONG and self.overflow != "truncate_text":
@@ -315,9 +313,8 @@ class LlavaDataCollator:
         if not keys:
             return {}
         unique = list(dict.fromkeys(keys))  # images of dropped samples are not among them
-        pixel_values = self.processor.image_processor([images[key] for key in unique], return_tensors="pt")[
-            "pixel_values"
-        ]
+        inputs = self.processor.image_processor([images[key] for key in unique], return_tensors="pt")
+        pixel_values = inputs["pixel_values"]
         self._check_image_tokens(samples, pixel_values)
         if len(unique) == len(keys):
             return {"pixel_values": pixel_values}
@@ -363,10 +360,3 @@ def _with_images(content: Any, behind: bool) -> Any:
     text = "".join(item["text"] for item in content if item["type"] == "text").strip()
     texts = [{"type": "text", "text": text}] if text else []
     return texts + images if behind else images + texts
-
-
-def _describe(value: Any) -> str:
-    return f"a dict with the keys {sorted(value)}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-
-
-__all__ = ["LlavaDataCollator"]

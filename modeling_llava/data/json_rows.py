@@ -31,15 +31,11 @@ _NO_TEXT = {
 }
 """What a file named as JSON may be instead, by its first bytes."""
 _SPAN = np.dtype((np.int64, 2))  # first byte, bytes
-_SPACE = re.compile(rb"\s*")
+_SPACE = re.compile(r"\s*")
+_SPACE_BYTES = re.compile(rb"\s*")
 _SEPARATOR = re.compile(rb"\s*[\[,]\s*")
-_STRING = rb'"(?:[^"\\]++|\\.)*+"'
-_NESTED = rb'[^"\[\]{}]++|' + _STRING
-for _ in range(16):  # levels
-    _NESTED = rb'[^"\[\]{}]++|' + _STRING + rb"|[\[{](?:" + _NESTED + rb")*+[\]}]"
-_ITEM = re.compile(rb'\s*((?:[^",\[\]{}]++|' + _STRING + rb"|[\[{](?:" + _NESTED + rb")*+[\]}])*+)", re.DOTALL)
 _OBJECT_OVER_LINES = re.compile(rb"{[ \t]*\r?\n")
-_NAME = re.compile(rb"\s*(" + _STRING + rb")\s*:\s*", re.DOTALL)
+_decode = json.JSONDecoder().raw_decode
 
 
 class JsonRows:
@@ -50,7 +46,7 @@ class JsonRows:
 
     Args:
         path (`Path`): A JSON array or JSON lines, told apart by the first character.
-        spans (`np.ndarray` `[num_rows, 2]`, *optional*): First byte and number of bytes of each row of an array in the file.
+        spans (`np.ndarray` `[num_rows, 2]`, *optional*): First byte and number of bytes of each row of an array in it.
     """
 
     def __init__(self, path: Path, spans: np.ndarray | None = None):
@@ -60,7 +56,7 @@ class JsonRows:
         if spans is None:
             data, start = map_json(path)
             if data[start : start + 1] == b"[":
-                spans = _array(path, data, start, len(data))
+                spans = _array(path, data, start)
             elif _OBJECT_OVER_LINES.match(data, start):
                 raise ValueError(
                     f"{path} is one JSON object over several lines: give a list of conversations, or one conversation per "
@@ -121,9 +117,9 @@ class JsonRows:
             return BadSampleError(str(index), BAD_ROW, f"is not JSON ({self.where(index)}): {error}.")
 
 
-def json_arrays(path: Path, names: Iterable[str]) -> dict[str, JsonRows]:
+def json_arrays(path: Path, names: Iterable[str]) -> dict[str, Iterable]:
     """
-    The arrays of those `names` that the object in a JSON file has.
+    The items of the arrays of those `names` that the object in a JSON file has, read one by one.
 
     Raises:
         ValueError: The file is not JSON, is cut off, or has something other than an array under one of the names.
@@ -132,20 +128,20 @@ def json_arrays(path: Path, names: Iterable[str]) -> dict[str, JsonRows]:
     try:
         members = msgspec.json.decode(memoryview(data)[start:], type=dict[str, msgspec.Raw])
         first = np.frombuffer(data, np.uint8).ctypes.data
-        parts = {name: np.frombuffer(member, np.uint8) for name, member in members.items()}
-        spans = {name: (part.ctypes.data - first, part.size) for name, part in parts.items()}
+        arrays = {}
+        for name in (name for name in names if name in members):
+            begin = np.frombuffer(members[name], np.uint8).ctypes.data - first
+            arrays[name] = JsonRows(path, _found_by_msgspec(members[name], data, begin))
+        return arrays
     except (msgspec.DecodeError, RecursionError):
-        spans = {}
-        for begin, length in _split(path, data, start, len(data)):
-            name = _NAME.match(data, begin, begin + length)
-            if name is None:
-                raise ValueError(f"{path} is not valid JSON at byte {begin}: expected a name and ':'.") from None
-            spans[json.loads(name[1])] = name.end(), begin + length - name.end()
-    return {
-        name: JsonRows(path, _array(path, data, spans[name][0], sum(spans[name]), name))
-        for name in names
-        if name in spans
-    }
+        try:
+            whole = json.loads(data[start:])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}. Is the file cut off, or are two joined?") from None
+    wrong = [name for name in names if not isinstance(whole.get(name, []), list)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is not a list.")
+    return {name: whole[name] for name in names if name in whole}
 
 
 def map_json(path: Path) -> tuple[mmap.mmap, int]:
@@ -158,7 +154,7 @@ def map_json(path: Path) -> tuple[mmap.mmap, int]:
         if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"{path} is written in UTF-16: save it as UTF-8.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if head else b""
-    start = _SPACE.match(data, 3 if head.startswith(codecs.BOM_UTF8) else 0).end()
+    start = _SPACE_BYTES.match(data, 3 if head.startswith(codecs.BOM_UTF8) else 0).end()
     if start == len(data):
         raise ValueError(f"{path} is empty.")
     return data, start
@@ -178,62 +174,55 @@ def _lines(path: Path, start: int, blank: list[int]) -> Iterator[tuple[int, int]
             start += len(line)
 
 
-def _array(path: Path, data: mmap.mmap, start: int, end: int, name: str | None = None) -> np.ndarray:
-    """The spans of the items of the array at `data[start:end]`."""
-    if data[start : start + 1] != b"[":
-        raise ValueError(f"{path}: {name!r} is not a list.")
+def _array(path: Path, data: mmap.mmap, start: int) -> np.ndarray:
+    """The spans of the items of the array at `data[start:]`."""
     try:
-        items = msgspec.json.decode(memoryview(data)[start:end], type=list[msgspec.Raw])
-        return np.fromiter(_found(items, data, start), _SPAN, len(items))
-    except (msgspec.DecodeError, RecursionError):  # NaN, half a surrogate pair, or not JSON
-        return np.fromiter(_checked(path, data, _split(path, data, start, end)), _SPAN)
+        return _found_by_msgspec(memoryview(data)[start:], data, start)
+    except (msgspec.DecodeError, RecursionError):
+        return np.fromiter(_found_by_json(path, str(data, "latin-1"), start), _SPAN)
 
 
-def _found(items: list[msgspec.Raw], data: mmap.mmap, position: int) -> Iterator[tuple[int, int]]:
-    for item in items:
-        position = _SEPARATOR.match(data, position).end()
-        length = len(memoryview(item))
-        yield position, length
-        position += length
+def _found_by_msgspec(array: Any, data: mmap.mmap, start: int) -> np.ndarray:
+    def spans(position: int) -> Iterator[tuple[int, int]]:
+        for item in items:
+            position = _SEPARATOR.match(data, position).end()
+            length = len(memoryview(item))
+            yield position, length
+            position += length
+
+    items = msgspec.json.decode(array, type=list[msgspec.Raw])
+    return np.fromiter(spans(start), _SPAN, len(items))
 
 
-def _split(path: Path, data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _found_by_json(path: Path, text: str, start: int) -> Iterator[tuple[int, int]]:
     """
-    The spans between the commas of the array or object at `data[start:end]`, by its brackets and strings alone: for what
-    msgspec refuses, without saying which row it is in.
+    What msgspec refuses: NaN, half a surrogate pair, and what is not JSON, which it does not place. In `text`, the file as
+    Latin-1, each byte is a character; a row is decoded as UTF-8 when it is read.
     """
-    closing, number, following = b"]" if data[start : start + 1] == b"[" else b"}", 0, b","
-    while following == b",":
-        begin, start = _ITEM.match(data, start + 1, end).span(1)
-        following = data[start : min(start + 1, end)]
-        if following not in (b",", closing):  # what follows is not closed
-            if begin < end:
-                yield begin, end - begin
-            raise ValueError(f"{path} ends in item {number}, before its list or object is closed: is it cut off?")
-        yield begin, start - begin
-        number += 1
-    begin = _SPACE.match(data, start + 1, end).end()
-    if begin < end:
-        raise ValueError(f"{path} has more text after its end, at byte {begin}: are two files joined?")
-
-
-def _checked(path: Path, data: mmap.mmap, spans: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The same spans; names the first one that is not JSON."""
-    for index, (start, length) in enumerate(spans):
+    number, following = 0, ","
+    while following == ",":
+        start = _SPACE.match(text, start + 1).end()
         try:
-            json.loads(str(memoryview(data)[start : start + length], "utf-8"))
+            _, end = _decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise _invalid(path, index, start, error) from None
-        yield start, length
+            raise _invalid(path, number, start, getattr(error, "msg", error)) from None
+        yield start, end - start
+        end = _SPACE.match(text, end).end()
+        following = text[end : end + 1]
+        if following not in (",", "]"):
+            raise _invalid(path, number, start, "expected ',' or ']'")
+        start = end
+        number += 1
+    rest = _SPACE.match(text, end + 1).end()
+    if rest < len(text):
+        raise ValueError(f"{path} has more text after its end, at byte {rest}: are two files joined?")
 
 
-def _invalid(path: Path, index: int, start: int, error: Exception) -> ValueError:
+def _invalid(path: Path, index: int, start: int, error: Exception | str) -> ValueError:
     if isinstance(error, UnicodeDecodeError):
         found = error.object[error.start : error.start + 1]
         return ValueError(f"{path} is not UTF-8: byte {start + error.start} is {found!r}. Save it as UTF-8.")
-    reason = getattr(error, "msg", error)
-    reason = "expected ',' or ']'" if reason == "Extra data" else reason
     return ValueError(
-        f"{path} is not valid JSON in row {index}, which starts at byte {start}: {reason}. Is the file cut off, or are two "
+        f"{path} is not valid JSON in row {index}, which starts at byte {start}: {error}. Is the file cut off, or are two "
         "files joined?"
     )

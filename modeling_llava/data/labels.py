@@ -1,10 +1,10 @@
 """From a conversation to `input_ids` and `labels`: one render, one tokenization.
 
-How a line break beside an image is written
-===========================================
+How a line break next to an image is written
+============================================
 
 A LLaVA row marks an image by `<image>` inside the text of a human turn. In `messages` the image is an item of its own
-and **the line break beside it is written by the chat template, never stored**:
+and **the line break next to it is written by the chat template, never stored**:
 
     row                                           messages (content of the user turn)
     "<image>\\nWhat is this?"                      [image] [text "What is this?"]
@@ -14,26 +14,23 @@ and **the line break beside it is written by the chat template, never stored**:
     "Compare <image> with <image>, please."       [text "Compare "] [image] [text " with "] [image] [text ", please."]
     "No picture   here. "                         [text "No picture   here. "]
 
-Row → messages, for a human turn that holds markers: cut the text at every marker; strip the white space at the two ends
-of the turn (left of its first text piece, right of its last); drop pieces that are empty; keep everything else,
-also white space inside, as it is. A turn without a marker, and every answer, is kept to the letter.
+Row → messages, for a human turn that holds markers: cut the text at every marker, strip the white space at the two ends
+of the turn, and drop pieces that are empty. A turn without a marker, and every answer, is kept to the letter.
 
 Messages → text, by every template of ours, for a user turn that holds images:
 
 * default: the images come first, each followed by one line break, then the joined text pieces, stripped. No line break
-  follows when there is no text. This is what the original's `preprocess_multimodal` did with every turn, so "image after
-  text" gives the same tokens as "image before text" (the field `normalised` of the golden files).
-* with the template variable `keep_image_order=True` (`encode_conversation(..., keep_image_order=True)`,
-  `apply_chat_template(..., keep_image_order=True)`): the items stay in their order. One line break is written between an
+  follows when there is no text. This is what the original's `preprocess_multimodal` did with every turn (the field
+  `normalised` of the golden files).
+* with the template variable `keep_image_order=True`: the items stay in their order. One line break is written between an
   image and its neighbour, unless a neighbouring text already has one on that side; two texts are joined as they are. The
   paper's first turn (LLaVA §4.1: question and image in random order) is rendered so.
-
-A user turn without images, and every answer, is rendered to the letter.
 """
 
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jinja2
@@ -80,11 +77,11 @@ def encode_conversation(
     keep_image_order: bool = False,
 ) -> dict[str, torch.Tensor] | None:
     """
-    Ids and labels of one conversation, from one render and one tokenization.
+    Ids and labels of one conversation, from one render and one tokenization. No image is opened.
 
     What the template marks with `{% generation %}` is supervised: in our templates the answer and its stop (LLaVA §4.2,
     Table 2). A template without marks is asked where the answers went (see `_find_answers`). Every image token is then
-    repeated to its number of positions. No image is opened.
+    repeated to its number of tokens.
 
         <s> A chat … USER: <image> <image> … \n What is it ? ASSISTANT:  A cat . </s>
         -100  …                                            -100       |  A cat . </s>
@@ -96,19 +93,15 @@ def encode_conversation(
     Args:
         messages (`list[dict]`):
             `[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": …}]}, …]`. Not changed.
-        processor (`ProcessorMixin`):
-            A [`LlavaProcessor`], ours or stock.
+        processor (`ProcessorMixin`): A [`LlavaProcessor`], ours or stock.
         num_image_tokens (`int` or `list[int]`, *optional*):
             Tokens per image, or one number for each. Defaults to the processor's.
-        max_length (`int`, *optional*):
-            The most tokens, images included. No limit by default.
+        max_length (`int`, *optional*): Maximum tokens, images included. No limit by default.
         overflow (`str`, *optional*, defaults to `"error"`):
             What becomes of a longer conversation: `"error"` raises, `"drop"` returns `None` (the caller counts),
             `"truncate_text"` cuts tokens off its end, but never a part of an image.
-        sample_id (*optional*):
-            Names the sample in errors.
-        keep_image_order (`bool`, *optional*, defaults to `False`):
-            See the top of this file.
+        sample_id (*optional*): Names the sample in errors.
+        keep_image_order (`bool`, *optional*, defaults to `False`): See the top of this file.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids` and `labels`, both int64 `[sequence]`; `IGNORE_INDEX` where nothing is
@@ -168,7 +161,7 @@ def encode_conversation(
         cause = "it has no answer from the assistant"
         if encoded.supervised:
             cause = f"its answers lie beyond max_length={max_length} and were cut off"
-        elif answers and not any(map(_is_learned, answers)):
+        elif answers and all(turn_weight(answer) == 0 for answer in answers):
             cause = "a weight, loss or train of 0 excludes all its answers"
         elif answers:
             cause = "the chat template marks nothing of its answers with {% generation %}"
@@ -188,10 +181,7 @@ def conversation_length(
     sample_id: Any = None,
     keep_image_order: bool = False,
 ) -> int:
-    """
-    Tokens of a conversation, images included, as [`encode_conversation`] would give; no image is opened. For sampling
-    and packing by length.
-    """
+    """Tokens of a conversation, images included, as [`encode_conversation`] would give. No image is opened."""
     encoded = _encode(messages, processor, keep_image_order, sample_id)
     if not encoded.num_images:
         return len(encoded.ids)
@@ -256,8 +246,8 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
     supervised = []
     for start, end in spans:
         # A token is supervised if it shares a character with the span.
-        first = bisect_right(offsets, start, key=_end_of)
-        last = bisect_left(offsets, end, key=_start_of)
+        first = bisect_right(offsets, start, key=itemgetter(1))
+        last = bisect_left(offsets, end, key=itemgetter(0))
         if first < last:
             supervised.append((first + len(prefix), last + len(prefix)))
     num_images = count_images(messages)
@@ -271,14 +261,6 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
             'LlavaProcessor.from_vision_language_pretrained(..., chat_template="own").',
         )
     return _Encoded([*prefix, *ids, *suffix], supervised, num_images, control.image_token_id)
-
-
-def _start_of(offset: tuple[int, int]) -> int:
-    return offset[0]
-
-
-def _end_of(offset: tuple[int, int]) -> int:
-    return offset[1]
 
 
 def _image_lengths(encoded: _Encoded, processor, num_image_tokens, sample_id) -> list[int]:
@@ -302,9 +284,12 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
     if not messages:
         raise _bad(sample_id, BAD_ROW, "has no messages.")
     answers = [message for message in messages if message.get("role") == "assistant"]
-    learned = [_is_learned(answer) for answer in answers]
+    learned = [turn_weight(answer) != 0 for answer in answers]
     if not all(learned):  # one text, and so one span, for each answer
-        messages = [_of_one_text(message) if message.get("role") == "assistant" else message for message in messages]
+        messages = [
+            {**m, "content": [{"type": "text", "text": _text_of(m)}]} if m.get("role") == "assistant" else m
+            for m in messages
+        ]
     warn_of_joined_texts(messages, template, keep_image_order)
     (messages,), marks = control.mark(messages, template=template)
     variables = dict(processor.tokenizer.special_tokens_map)
@@ -334,14 +319,6 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
             )
         spans = [span for span, is_learned in zip(spans, learned) if is_learned]
     return text, spans, marks
-
-
-def _is_learned(answer: dict) -> bool:
-    return turn_weight(answer) != 0
-
-
-def _of_one_text(message: dict) -> dict:
-    return {**message, "content": [{"type": "text", "text": _text_of(message)}]}
 
 
 def _text_of(message: dict) -> str:
@@ -424,6 +401,3 @@ def _unused_characters(messages) -> tuple[str, str]:
     used = set().union(*map(_text_of, messages))
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
     return next(free), next(free)
-
-
-__all__ = ["conversation_length", "encode_conversation"]

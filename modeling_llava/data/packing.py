@@ -1,5 +1,5 @@
 """
-Packing: several samples in one row, so that no position is spent on padding.
+Packing: several samples in one row, so that no token is padding.
 
     padded                                   packed
     a a a a a a a . . . .                    input_ids     a a a a a a a b b b c c c c c c c c c c c
@@ -12,7 +12,6 @@ writes the row ([`pack_sequences`]), and `kernels/packed_attention.py` keeps its
 """
 
 import bisect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,24 +21,20 @@ import torch
 from ..constants import IGNORE_INDEX
 
 
-logger = logging.getLogger(__name__)
-
-
 class PackPlan(Sequence):
     """
     Which samples go into which pack: a sequence of lists of sample indices.
 
     Attributes:
-        capacity (`int`): Most positions of a pack.
+        capacity (`int`): Maximum tokens of a pack.
         num_samples (`int`): Samples in all packs together.
-        num_positions (`int`): Positions that they fill.
+        num_tokens (`int`): Their tokens.
     """
 
-    def __init__(self, indices: np.ndarray, ends: np.ndarray, num_positions: int, capacity: int):
-        self._indices = indices  # [num_samples], packs behind one another
+    def __init__(self, indices: np.ndarray, ends: np.ndarray, num_tokens: int, capacity: int):
+        self._indices = indices  # [num_samples], pack by pack
         self._ends = ends  # [num_packs]
-        self.num_positions = num_positions
-        self.capacity = capacity
+        self.num_samples, self.num_tokens, self.capacity = len(indices), num_tokens, capacity
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -52,18 +47,14 @@ class PackPlan(Sequence):
         return self._indices[start : self._ends[pack]].tolist()
 
     @property
-    def num_samples(self) -> int:
-        return len(self._indices)
-
-    @property
     def utilization(self) -> float:
-        """Share of the packs' capacity that is filled, in [0, 1]."""
-        return self.num_positions / (len(self) * self.capacity) if len(self) else 0.0
+        """Fraction of the packs' capacity that is filled, in [0, 1]."""
+        return self.num_tokens / (len(self) * self.capacity) if len(self) else 0.0
 
     def summary(self) -> str:
-        """One line for people: packs, samples per pack, utilisation."""
+        """One line for people: packs, samples per pack, utilization."""
         return (
-            f"{self.num_samples:,} samples in {len(self):,} packs of up to {self.capacity:,} positions: "
+            f"{self.num_samples:,} samples in {len(self):,} packs of up to {self.capacity:,} tokens: "
             f"{self.num_samples / max(len(self), 1):.2f} samples per pack, {self.utilization:.1%} filled"
         )
 
@@ -76,10 +67,8 @@ def best_fit_packs(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int
     room is found in one bit mask.
 
     Args:
-        lengths (`Sequence[int]` of length `num_samples`):
-            Length of each sample, in positions of the language model (image tokens included).
-        capacity (`int`):
-            Most positions of a pack.
+        lengths (`Sequence[int]` of length `num_samples`): Tokens of each sample, image tokens included.
+        capacity (`int`): Maximum tokens of a pack.
         seed (`int`, *optional*):
             Draws which of several equally long samples comes first, and the order of the packs. The data's order
             decides by default.
@@ -88,7 +77,7 @@ def best_fit_packs(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int
         [`PackPlan`]: every sample in exactly one pack.
 
     Raises:
-        ValueError: a sample is longer than `capacity`, or has no position at all.
+        ValueError: a sample is longer than `capacity`, or has no token at all.
 
     Example:
 
@@ -102,12 +91,9 @@ def best_fit_packs(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int
         return PackPlan(np.empty(0, np.int64), np.empty(0, np.int64), 0, capacity)
     longest, shortest = int(lengths.argmax()), int(lengths.argmin())
     if lengths[longest] > capacity:
-        raise ValueError(
-            f"Sample number {longest} has {lengths[longest]} positions, but a pack holds {capacity}. Raise the packs' "
-            'length, or let overflow="drop" or "truncate_text" shorten samples before they are packed.'
-        )
+        raise ValueError(_too_long(f"Sample number {longest}", lengths[longest], capacity))
     if lengths[shortest] < 1:
-        raise ValueError(f"Sample number {shortest} has {lengths[shortest]} positions: there is nothing to pack.")
+        raise ValueError(f"Sample number {shortest} has {lengths[shortest]} tokens: there is nothing to pack.")
 
     generator = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(lengths)) if generator is None else generator.permutation(len(lengths))
@@ -144,12 +130,8 @@ def best_fit_packs(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int
 
 class PackedDataset(torch.utils.data.Dataset):
     """
-    A dataset whose items are packs: lists of samples of another one. Random access, so that samplers, resuming and
+    Lists of samples of `dataset`, by the plan of [`best_fit_packs`]. Random access, so that samplers, resuming and
     sharing among processes work as for any dataset.
-
-    Args:
-        dataset: Samples by index.
-        plan ([`PackPlan`]): From [`best_fit_packs`].
     """
 
     def __init__(self, dataset: Any, plan: PackPlan):
@@ -161,9 +143,6 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, pack: int) -> list[Any]:
         return [self.dataset[index] for index in self.plan[pack]]
-
-
-_END = object()
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -178,171 +157,98 @@ class PackedStream(torch.utils.data.IterableDataset):
             Samples. Where processes and workers share the data, each must be given its own part of it
             (`load_conversations(streaming=True)` does that).
         length_of (`Callable`):
-            A sample's length in positions; 0 leaves it out. It must not need the image; see
-            [`LlavaDataCollator.length`].
-        capacity (`int`):
-            Most positions of a pack.
-        look_ahead (`int`, *optional*, defaults to 256):
-            Samples that are held at a time.
+            A sample's length in tokens; 0 leaves it out. It must not need the image; see [`LlavaDataCollator.length`].
+        capacity (`int`): Maximum tokens of a pack.
+        look_ahead (`int`, *optional*, defaults to 256): Samples that are held at a time.
 
     Raises:
-        ValueError: a sample is longer than `capacity`, or a stream that is resumed ends before the place to go on from.
+        ValueError: a sample is longer than `capacity`.
     """
 
-    def __init__(
-        self,
-        stream: Iterable,
-        length_of: Callable[[Any], int],
-        capacity: int,
-        look_ahead: int = 256,
-    ):
-        if look_ahead < 1:
-            raise ValueError(f"look_ahead={look_ahead} samples: at least 1 is needed.")
+    def __init__(self, stream: Iterable, length_of: Callable[[Any], int], capacity: int, look_ahead: int = 256):
         self.stream = stream
         self.length_of = length_of
         self.capacity = capacity
         self.look_ahead = look_ahead
-        self._epoch = 0
-        self._resumed: dict | None = None
-        self._reset()
-
-    def _reset(self):
-        self._waiting: list[tuple[int, int]] = []  # (length, number of the sample), in ascending order
-        self._lengths: dict[int, int] = {}  # number → length
-        self._samples: dict[int, Any] = {}  # number → sample; the first key is the oldest
-        self._next_number = 0  # of all samples that were read
-        self._read = 0  # samples of the stream that were read in this epoch
-        self._filled = self._packs = 0
-
-    @property
-    def utilization(self) -> float:
-        """Share of the capacity that was filled so far (in this process or worker), in [0, 1]."""
-        return self._filled / (self._packs * self.capacity) if self._packs else 0.0
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to the stream, which reorders itself by it."""
-        self._epoch = epoch
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(epoch)
 
-    def state_dict(self) -> dict:
-        """
-        Where the stream stands between two packs. It holds the samples that wait (images are paths there); what was
-        read before is skipped on resuming, or not read at all if the stream has a `state_dict` of its own.
-        """
-        state = {
-            "epoch": self._epoch, "read": self._read, "filled": self._filled, "packs": self._packs,
-            "waiting": [(length, self._samples[number]) for length, number in sorted(self._waiting, key=_number)],
-        }  # fmt: skip
-        if hasattr(self.stream, "state_dict"):
-            state["stream"] = self.stream.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        """The next `iter()` goes on behind the last pack that was given before `state_dict()`."""
-        self._resumed = state
-
     def __iter__(self) -> Iterator[list]:
-        for sample in self._begin():
-            self._read += 1
+        waiting: list[tuple[int, int]] = []  # (length, number of the sample), in ascending order
+        samples: dict[int, tuple[int, Any]] = {}  # number → (length, sample); the first key is the oldest
+        for number, sample in enumerate(self.stream):
             length = self.length_of(sample)
+            if length > self.capacity:
+                name = f"sample {sample['id']!r}" if isinstance(sample, dict) and "id" in sample else "A sample"
+                raise ValueError(_too_long(name, length, self.capacity))
             if length:
-                self._add(length, sample)
+                bisect.insort(waiting, (length, number))
+                samples[number] = length, sample
             # One more than is waited for: a pack is given before the look-ahead grows beyond its bound.
-            if len(self._samples) > self.look_ahead:
-                yield self._pop_pack()
-        while self._samples:
-            yield self._pop_pack()
+            if len(samples) > self.look_ahead:
+                yield self._pop_pack(waiting, samples)
+        while samples:
+            yield self._pop_pack(waiting, samples)
 
-    def _begin(self) -> Iterator:
-        state, self._resumed = self._resumed, None
-        self._reset()
-        if state is None:
-            return iter(self.stream)
-        self.set_epoch(state["epoch"])
-        self._filled, self._packs = state["filled"], state["packs"]
-        for length, sample in state["waiting"]:
-            self._add(length, sample)
-        if "stream" in state:
-            self.stream.load_state_dict(state["stream"])
-            self._read = state["read"]
-            return iter(self.stream)
-        source = iter(self.stream)
-        for number in range(state["read"]):
-            if next(source, _END) is _END:
-                raise ValueError(
-                    f"{state['read']} samples of the stream were read when its state was kept, but now it ends after "
-                    f"{number}. Resume with the data, processes and workers of before."
-                )
-        self._read = state["read"]
-        return source
-
-    def _add(self, length: int, sample: Any) -> None:
-        if length > self.capacity:
-            name = f"sample {sample['id']!r}" if isinstance(sample, dict) and "id" in sample else "A sample"
-            raise ValueError(
-                f"{name} has {length} positions, but a pack holds {self.capacity}. Raise the packs' length, or let "
-                'overflow="drop" or "truncate_text" shorten samples before they are packed.'
-            )
-        number = self._next_number
-        self._next_number += 1
-        bisect.insort(self._waiting, (length, number))
-        self._lengths[number] = length
-        self._samples[number] = sample
-
-    def _pop_pack(self) -> list:
-        oldest = next(iter(self._samples))
-        length = self._lengths[oldest]
-        del self._waiting[bisect.bisect_left(self._waiting, (length, oldest))]
+    def _pop_pack(self, waiting: list[tuple[int, int]], samples: dict[int, tuple[int, Any]]) -> list:
+        oldest = next(iter(samples))
+        length, sample = samples.pop(oldest)
+        del waiting[bisect.bisect_left(waiting, (length, oldest))]
         # One long sample, or several of about equal length: whatever leaves the least room. Taking the longest that
         # fits alone would pair samples that are better taken three by three (81 % against 88 % filled at 2,048).
-        fillings = [self._fill(self.capacity - length, parts) for parts in (1, 2, 3)]
-        room, places = min(fillings, key=lambda filling: filling[0])
-        numbers = [oldest, *(self._waiting[place][1] for place in places)]
+        fillings = [_fill(waiting, self.capacity - length, parts) for parts in (1, 2, 3)]
+        _, places = min(fillings, key=lambda filling: filling[0])
+        pack = [sample, *(samples.pop(waiting[place][1])[1] for place in places)]
         for place in sorted(places, reverse=True):
-            del self._waiting[place]
-        for number in numbers:
-            del self._lengths[number]
-        self._filled += self.capacity - room
-        self._packs += 1
-        return [self._samples.pop(number) for number in numbers]
-
-    def _fill(self, room: int, parts: int) -> tuple[int, list[int]]:
-        """Places in `_waiting` that fill `room`, the first ones with `1 / parts` of it each; and the room left."""
-        places: list[int] = []
-        while room:
-            place = bisect.bisect_right(self._waiting, (room // parts, self._next_number)) - 1
-            while place in places:
-                place -= 1
-            if place < 0:
-                break
-            places.append(place)
-            room -= self._waiting[place][0]
-            parts = max(parts - 1, 1)
-        return room, places
+            del waiting[place]
+        return pack
 
 
-def _number(waiting: tuple[int, int]) -> int:
-    return waiting[1]
+def _fill(waiting: list[tuple[int, int]], room: int, parts: int) -> tuple[int, list[int]]:
+    """The room left by, and the places of, samples that fill `room`, the first ones with `1 / parts` of it each."""
+    places: list[int] = []
+    while room:
+        place = bisect.bisect_right(waiting, room // parts, key=_length) - 1
+        while place in places:
+            place -= 1
+        if place < 0:
+            break
+        places.append(place)
+        room -= waiting[place][0]
+        parts = max(parts - 1, 1)
+    return room, places
+
+
+def _length(waiting: tuple[int, int]) -> int:
+    return waiting[0]
+
+
+def _too_long(name: str, length: int, capacity: int) -> str:
+    return (
+        f"{name} has {length} tokens, but a pack holds {capacity}. Raise the packs' length, or let "
+        'overflow="drop" or "truncate_text" shorten samples before they are packed.'
+    )
 
 
 def pack_sequences(input_ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | int]:
     """
-    Write samples behind one another in one row.
+    Concatenate samples into one row.
 
     Args:
         input_ids (`Sequence[torch.LongTensor]`, each of shape `(length_i,)`):
             Token ids, image tokens expanded. At least one sample, none of them empty.
-        labels (`Sequence[torch.LongTensor]`, each of shape `(length_i,)`):
-            As long as their `input_ids`.
+        labels (`Sequence[torch.LongTensor]`, each of shape `(length_i,)`): As long as their `input_ids`.
 
     Returns:
         `dict`: with T the sum of the lengths,
 
         - `input_ids`, `labels`, `position_ids` (`torch.LongTensor` of shape `(1, T)`): positions restart at 0 with each
-          sample; the first label of each is `IGNORE_INDEX`, since the position before it belongs to another sample;
+          sample; the first label of each is `IGNORE_INDEX`, since the token before it belongs to another sample;
         - `cu_seq_lens_q`, `cu_seq_lens_k` (`torch.IntTensor` of shape `(num_samples + 1,)`): where samples begin, and T;
-        - `max_length_q`, `max_length_k` (`int`): positions of the longest sample.
+        - `max_length_q`, `max_length_k` (`int`): tokens of the longest sample.
 
         The names are transformers' `FlashAttentionKwargs`. There is no `attention_mask`: nothing is padding.
 
@@ -360,7 +266,7 @@ def pack_sequences(input_ids: Sequence[torch.Tensor], labels: Sequence[torch.Ten
         raise ValueError("A pack needs at least one sample.")
     lengths = [len(ids) for ids in input_ids]
     if any(len(row) != length for row, length in zip(labels, lengths)) or not all(lengths):
-        raise ValueError(f"Samples of {lengths} positions came with labels of {[len(row) for row in labels]}.")
+        raise ValueError(f"Samples of {lengths} tokens came with labels of {[len(row) for row in labels]}.")
     packed_labels = torch.cat(tuple(labels))  # a copy: the samples' own labels stay as they are
     cu_seq_lens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     packed_labels[cu_seq_lens[:-1].long()] = IGNORE_INDEX
@@ -374,6 +280,3 @@ def pack_sequences(input_ids: Sequence[torch.Tensor], labels: Sequence[torch.Ten
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-__all__ = ["PackPlan", "PackedDataset", "PackedStream", "best_fit_packs", "pack_sequences"]

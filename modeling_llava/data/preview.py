@@ -11,12 +11,9 @@ def render_sample(processor: ProcessorMixin, input_ids: list[int], labels: list[
     supervised cyan, and each run of image tokens as `<image> × 576`.
 
     Args:
-        processor ([`~transformers.ProcessorMixin`]):
-            A LLaVA processor.
-        input_ids (`list[int]`):
-            Token ids, image tokens expanded.
-        labels (`list[int]`):
-            As long; `IGNORE_INDEX` where nothing is learnt.
+        processor ([`~transformers.ProcessorMixin`]): A LLaVA processor.
+        input_ids (`list[int]`): Token ids, image tokens expanded.
+        labels (`list[int]`): As long; `IGNORE_INDEX` where nothing is learnt.
     """
     from rich.text import Text
 
@@ -50,6 +47,3 @@ def render_sample(processor: ProcessorMixin, input_ids: list[int], labels: list[
 
 def _decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
-
-
-__all__ = ["render_sample"]

@@ -27,17 +27,11 @@ class GroupedSampler(Sampler[int]):
     and processes that take turns get nearly equal work.
 
     Args:
-        lengths (`Sequence[int]` of length `num_samples`):
-            Length of each sample, in tokens.
+        lengths (`Sequence[int]` of length `num_samples`): Of each sample, in tokens.
         global_batch_size (`int`):
             Samples of an optimizer step, over all processes and accumulated micro-batches.
-        has_image (`Sequence[bool]` of length `num_samples`, *optional*):
-            Group by modality as well.
-        seed (`int`, *optional*, defaults to 0):
-            Of the order, together with the epoch.
-
-    Raises:
-        ValueError: the arguments are not of the same length, or `global_batch_size` is below 1.
+        has_image (`Sequence[bool]` of length `num_samples`, *optional*): Group by modality as well.
+        seed (`int`, *optional*, defaults to 0): Of the order, together with the epoch.
     """
 
     STRETCH = 50
@@ -52,10 +46,6 @@ class GroupedSampler(Sampler[int]):
     ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.has_image = np.ones(len(lengths), dtype=bool) if has_image is None else np.asarray(has_image, dtype=bool)
-        if len(self.has_image) != len(self.lengths):
-            raise ValueError(f"{len(self.lengths)} lengths came with {len(self.has_image)} entries of has_image.")
-        if global_batch_size < 1:
-            raise ValueError(f"global_batch_size={global_batch_size} samples: at least 1 is needed.")
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.epoch = 0
@@ -96,19 +86,17 @@ class GroupedSampler(Sampler[int]):
 
 class TypeMixtureSampler(Sampler[int]):
     """
-    Draws samples by type, as the paper mixes its three types uniformly (LLaVA §4.2): each draw first picks a type by weight, then the next sample of that type.
+    Draws samples by type, as the paper mixes its three types uniformly (LLaVA §4.2): each draw first picks a type by
+    weight, then the next sample of that type.
 
     Within an epoch a type's samples are drawn in random order without repetition until all were drawn, then again in
     a new order. An epoch has as many draws as there are samples whose type has a weight above 0. The draws depend on
     `seed` and epoch alone, so that they are the same on every process and after a resume.
 
     Args:
-        types (`Sequence[str]`):
-            Type of each sample.
-        weights (`dict[str, float]`):
-            Weight of each type, on any scale; 0 leaves a type out.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the draws.
+        types (`Sequence[str]`): Type of each sample.
+        weights (`dict[str, float]`): Weight of each type, on any scale; 0 leaves a type out.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Raises:
         ValueError: a type without a weight, or a weight for a type that no sample has.
@@ -172,6 +160,3 @@ def conversation_types(dataset: Any) -> list[str | None]:
 
 def _listed(counts: dict[str | None, int]) -> str:
     return ", ".join(f"{kind} ({number} samples)" for kind, number in sorted(counts.items(), key=lambda i: str(i[0])))
-
-
-__all__ = ["GroupedSampler", "TypeMixtureSampler", "conversation_types"]

@@ -16,34 +16,23 @@ import torch
 from PIL import Image
 
 from ..constants import IMAGE_TOKEN
+from ..io.images import BAD_ROW, CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, ImageError
 from ..text.messages import as_list, plain_messages, turn_weight
 
 
 logger = logging.getLogger(__name__)
 
-# The reasons for which a sample can be bad, as they appear in counts and reports.
-BAD_ROW = "unreadable row"
+# The reasons for which a sample can be bad, as they appear in counts and reports; those of images are in io/images.py.
 BAD_ROLES = "roles out of order"
 EMPTY_ANSWER = "empty answer"
 BAD_MARKERS = "image markers do not match images"
 UNREAD_IMAGE = "image or video that is not read"
-MISSING_IMAGE = "missing image"
-OUTSIDE_IMAGE = "image outside the image folder"
-CORRUPT_IMAGE = "corrupt image"
 TOO_LONG = "too long"
 NOTHING_SUPERVISED = "nothing supervised"
 REASONS = (
-    BAD_ROW,
-    BAD_ROLES,
-    EMPTY_ANSWER,
-    BAD_MARKERS,
-    UNREAD_IMAGE,
-    MISSING_IMAGE,
-    OUTSIDE_IMAGE,
-    CORRUPT_IMAGE,
-    TOO_LONG,
+    BAD_ROW, BAD_ROLES, EMPTY_ANSWER, BAD_MARKERS, UNREAD_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, CORRUPT_IMAGE, TOO_LONG,
     NOTHING_SUPERVISED,
-)
+)  # fmt: skip
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -113,6 +102,10 @@ class BadSampleError(ValueError):
         self.sample_id = sample_id
         self.reason = reason
         self.message = message
+
+    @classmethod
+    def of_image(cls, sample_id: str, error: ImageError) -> "BadSampleError":
+        return cls(sample_id, error.reason, f"has the image {error.name}, which {error.what}.")
 
     def __reduce__(self):  # an exception of three arguments crosses process borders only with this
         return type(self), (self.sample_id, self.reason, self.message) if self.message is not None else self.args

@@ -19,19 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..io.paths import where_looked
-from .images import is_no_path
+from ..io.images import ImageError, inside, is_no_path, where_looked
 from .json_rows import JsonRows
 from .rows import ArrowRows, ListRows, Share, StreamedRows
-from .schema import (
-    NOTHING,
-    OUTSIDE_IMAGE,
-    BadSampleError,
-    Conversation,
-    DropCounter,
-    from_row,
-    summarize_drops,
-)
+from .schema import NOTHING, BadSampleError, Conversation, DropCounter, from_row, summarize_drops
 
 
 logger = logging.getLogger(__name__)
@@ -73,8 +64,7 @@ def load_conversations(
               kinds, or a folder written by `Dataset.save_to_disk`;
             - the name of a dataset on the Hub;
             - a `datasets` object (a transform that was set is applied), or a list of rows in memory;
-            - a list of any of these strings, or a dict that gives each source's rows a type where they name none:
-              `{"conversation": "conversation_58k.json", "detail": "detail_23k.json"}`.
+            - a list of any of these strings, or a dict of them by the type of the rows that name none.
         image_folder (`str`, *optional*):
             Relative image paths are joined to it; paths that leave it are bad samples.
         split (`str`, defaults to `"train"`): Which split of a dataset that has several.
@@ -138,23 +128,20 @@ class RowReader:
         self.folder = folder
 
     def __call__(self, row: Any, index: int, type_name: str | None) -> Conversation:
+        if isinstance(row, BadSampleError):
+            raise row
         conversation = from_row(row, index, type_name)
         if self.folder is not None:
-            conversation["images"] = [self._joined(image, conversation["id"]) for image in conversation["images"]]
+            try:
+                conversation["images"] = [self._joined(image) for image in conversation["images"]]
+            except ImageError as error:
+                raise BadSampleError.of_image(conversation["id"], error) from None
         return conversation
 
-    def _joined(self, image: Any, sample_id: str) -> Any:
+    def _joined(self, image: Any) -> Any:
         if not isinstance(image, (str, os.PathLike)) or is_no_path(os.fspath(image)):
             return image
-        path = os.path.normpath(os.path.join(self.folder, image))
-        if os.path.commonpath([path, self.folder]) != self.folder:
-            raise BadSampleError(
-                sample_id,
-                OUTSIDE_IMAGE,
-                f"has the image path {os.fspath(image)!r}, which leaves the image folder {self.folder!r}: give paths "
-                "relative to it, or an image folder that holds them all.",
-            )
-        return path
+        return inside(os.fspath(image), self.folder, follow_symlinks=True)
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -177,8 +164,6 @@ class ConversationDataset(torch.utils.data.Dataset):
             progress = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, mininterval=1)
             for index, row in enumerate(progress):
                 try:
-                    if isinstance(row, BadSampleError):
-                        raise row
                     conversation = self._read(row, index, type_name)
                 except BadSampleError as error:
                     if on_bad_sample == "raise":
@@ -283,8 +268,6 @@ class ConversationStream(torch.utils.data.IterableDataset):
             part = share.behind(before)
             for index, row in rows.stream(part, self._seed if self._shuffle_buffer else None, self._epoch):
                 try:
-                    if isinstance(row, BadSampleError):
-                        raise row
                     conversation = self._read(row, index, type_name)
                 except BadSampleError as error:
                     if not self._drop:
@@ -347,19 +330,36 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         )
 
     def table(builder: str, split: str = split, **kwargs) -> tuple:
-        ((rows, _),) = _open(_load_dataset(builder, split, streaming, **kwargs), split, streaming, None, None)
+        try:
+            loaded = datasets.load_dataset(builder, split=split, streaming=streaming, **kwargs)
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise FileNotFoundError(
+                f"{builder!r} is neither a file or folder here nor a dataset on the Hub: {error}"
+            ) from error
+        ((rows, _),) = _open(loaded, split, streaming, None, None)
         return rows, os.fspath(source)
 
     path, name = Path(source).expanduser(), os.fspath(source)
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _open(datasets.load_from_disk(str(path)), split, streaming, config_name, revision)
-        parquet = list(path.rglob("*.parquet"))
-        for file in parquet:
-            _require_parquet(file)
-        if parquet or any(path.rglob("*.tar")):
+        files = sorted(file for file in path.rglob("*") if file.suffix in (*_JSON_SUFFIXES, *_TABLES))
+        tables = [file for file in files if file.suffix in _TABLES]
+        if tables:
+            for file in tables:
+                _require_parquet(file)
+            if len(files) > len(tables):
+                logger.warning(
+                    "%s: of %d files those that end in %s are read, and the others, such as %s, are not. Give a pattern "
+                    "(%s) or a list of files to choose.",
+                    path,
+                    len(files),
+                    tables[0].suffix,
+                    next(file.name for file in files if file not in tables),
+                    path / "*.json",
+                )
             return [table(str(path))]
-        files = _of_split([file for file in sorted(path.rglob("*.json*")) if file.suffix in _JSON_SUFFIXES], split)
+        files = _of_split(files, split)
         if not files:
             raise ValueError(
                 f"the folder {name!r} holds neither parquet files nor JSON or tar files of the split {split!r}, nor a dataset "
@@ -367,18 +367,16 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
             )
     elif path.is_file():
         files = [path]
-    elif glob.has_magic(name):
+    elif path.suffix in (*_JSON_SUFFIXES, *_TABLES) or not _HUB_NAME.fullmatch(name):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not files:
-            raise FileNotFoundError(f"there is no file or folder {name!r}{where_looked(str(path))}")
-    elif path.suffix in (*_JSON_SUFFIXES, *_TABLES) or not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"there is no file or folder {name!r}{where_looked(str(path))}")
+            raise FileNotFoundError(f"there is no file or folder {name!r}{where_looked(str(path))}.")
     else:
         return [table(name, name=config_name, revision=revision)]
     opened = []
     for suffix, builder in _TABLES.items():
         own = [file for file in files if file.suffix.lower() == suffix]
-        for file in own if suffix == ".parquet" else ():
+        for file in own:
             _require_parquet(file)
         if own:
             opened.append(table(builder, "train", data_files=list(map(str, own))))
@@ -394,22 +392,13 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
 
 def _require_parquet(path: Path) -> None:
     """Arrow's own error for another or a cut file does not name it."""
+    if path.suffix.lower() != ".parquet":
+        return
     with open(path, "rb") as file:
         head = file.read(4)
         file.seek(max(0, os.path.getsize(path) - 4))
         tail = file.read()
     if head != b"PAR1":
-        raise ValueError(f"{path} is no parquet file: it begins with {head!r}, not with b'PAR1'.")
+        raise ValueError(f"{path} is not a parquet file: it begins with {head!r}, not with b'PAR1'.")
     if tail != b"PAR1":
         raise ValueError(f"{path} is cut off: it ends with {tail!r}, not with b'PAR1'. Copy or download it again.")
-
-
-def _load_dataset(path: str, split: str, streaming: bool, **kwargs):
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, split=split, streaming=streaming, **kwargs)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path!r} is neither a file or folder here nor a dataset on the Hub: {error}"
-        ) from error

@@ -10,9 +10,11 @@ What a folder on disk or on the Hub holds, and how its weights get into a model.
 
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +37,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .load_errors import (
     EMPTY_TENSOR,
     HUB_NAME,
+    PROCESSORS,
     explained,
     has_tokenizer,
+    listing,
+    of_file,
     other_than_llava,
     read_config,
     safetensors_header,
@@ -48,8 +53,8 @@ from .load_errors import (
 logger = logging.getLogger(__name__)
 
 PROJECTOR_CONFIG_NAME = "projector_config.json"
-RUN_RECORD_NAME = "run.json"
 PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
+RUN_RECORD_NAME = "run.json"
 
 COMPONENTS = ("language_model", "multi_modal_projector", "vision_tower")
 """The parts of a LLaVA, by the names of their modules; the head counts as the language model's."""
@@ -67,13 +72,12 @@ def component_of(parameter_name: str) -> str:
     return next((name for name in ("vision_tower", "multi_modal_projector") if name in parts), "language_model")
 
 
+# What a folder or a Hub repository is
+
+
 def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Literal["full", "adapter", "projector"]:
     """
-    What `path` holds, by the names and the contents of its small files.
-
-    Args:
-        path (`str` or `os.PathLike`): A folder or a Hub name.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+    What `path`, a folder or a Hub name, holds, by the names and the contents of its small files.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
@@ -88,21 +92,19 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(
             f"{path!r} holds no model: it has neither config.json nor adapter_config.json nor {PROJECTOR_CONFIG_NAME}. "
-            f"It holds: {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
+            f"{listing(path)}"
         )
     return "full"
 
 
 def require_llava(path: str | os.PathLike, **hub) -> bool:
     """
-    Refuses another model, a checkpoint in the original's format and an adapter without weights, before they are read.
+    Whether a folder or Hub name is an adapter. Another model, a checkpoint in the original's format and an adapter without
+    weights are refused before they are read.
 
     Args:
         path (`str` or `os.PathLike`): A folder or a Hub name.
         hub: `revision`, `cache_dir`, `token` and other arguments of transformers' `cached_file`.
-
-    Returns:
-        `bool`: whether it is an adapter.
 
     Raises:
         ValueError: it is not a LLaVA; the message names the command that helps ([`other_than_llava`]).
@@ -124,18 +126,6 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
     return adapter is not None
 
 
-def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
-    """The tensors of an adapter by their names in the file, `base_model.model.….lora_A.weight`."""
-    if file := file_of(path, "adapter_model.safetensors", **hub):
-        if reason := unreadable(Path(file)):
-            raise ValueError(reason)
-        return {name: entry["shape"] for name, entry in safetensors_header(file).items() if name != "__metadata__"}
-    if file := file_of(path, "adapter_model.bin", **hub):
-        with explained(path):
-            return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}
-    return {}
-
-
 def require_before_loading(path: str | os.PathLike, kwargs: dict) -> None:
     """[`require_llava`] and [`require_adapter_fits`] for `from_pretrained(path, **kwargs)` of a model."""
     names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -147,6 +137,64 @@ def require_before_loading(path: str | os.PathLike, kwargs: dict) -> None:
         require_llava(path)
     if adapter is not None:
         require_adapter_fits(os.fspath(adapter), os.fspath(path), of_adapter or hub, hub)
+
+
+def _require_folder_or_hub_name(path: str) -> None:
+    """A mistyped path must not wait for the Hub."""
+    if os.path.isfile(path):
+        raise ValueError(of_file(path))
+    if not os.path.isdir(path) and (os.path.exists(path) or not HUB_NAME.fullmatch(path)):
+        raise FileNotFoundError(
+            f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
+        )
+
+
+def file_of(path: str, name: str, revision: str | None = None, **hub) -> str | None:
+    """A file of a folder or Hub repository; `None` if it is not there."""
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
+    """Whether the folder or Hub repository holds a processor of its own."""
+    return file_of(os.fspath(path), "processor_config.json", revision) is not None
+
+
+def load_processor(path: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
+    """
+    The processor of a folder or Hub name. What older ones lack (`patch_size`) is the model's configuration's.
+
+    Raises:
+        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
+        ValueError: the folder holds no processor, or a damaged one.
+    """
+    path = os.fspath(path)
+    _require_folder_or_hub_name(path)
+    require_llava(path, revision=revision)
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in PROCESSORS):
+        raise ValueError(f"{path!r} holds no processor: it has neither {' nor '.join(PROCESSORS)}. {listing(path)}")
+    if os.path.isdir(path) and not has_tokenizer(path):
+        raise ValueError(what_is_broken(path, weights=False))
+    with explained(path, weights=False):
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+    if getattr(processor, "patch_size", 0) is None and file_of(path, "config.json", revision) is not None:
+        from ..configuration_llava import count_additional_image_tokens
+
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = count_additional_image_tokens(config.vision_config)
+    return processor
+
+
+# The base of an adapter or a projector
 
 
 def find_base(
@@ -164,8 +212,7 @@ def find_base(
     if require_llava(base, revision=base_revision):
         raise ValueError(f"The base of {path}, {base}, is an adapter itself. Merge that first: llava merge {base} OUT")
     require_adapter_fits(path, base, {"revision": revision}, {"revision": base_revision})
-    file = file_of(path, RUN_RECORD_NAME, revision)
-    trained_on = (json.loads(Path(file).read_text("utf-8")) if file else {}).get("base")
+    trained_on = (read_config(file_of(path, RUN_RECORD_NAME, revision)) or {}).get("base")
     found = base_record(base, base_revision) if trained_on and trained_on["weights"] else None
     if found and found["weights"] not in (None, trained_on["weights"]):
         logger.warning(
@@ -175,28 +222,235 @@ def find_base(
     return base, base_revision
 
 
+def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
+    """
+    The model on which an adapter or a projector was trained.
+
+    Raises:
+        ValueError: the folder does not say, or the local folder that it names is gone.
+    """
+    path = os.fspath(path)
+    config_file, config = _config_of(path, revision)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{config_file} names no base model. Write its folder or Hub name as base_model_name_or_path."
+        )
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(
+            f"{path} was trained on {base}, which is not there. Put it back, or write its new place into "
+            f"{config_file} as base_model_name_or_path."
+        )
+    return base
+
+
+def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> str | None:
+    """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
+    return _config_of(os.fspath(path), revision)[1].get("revision")
+
+
+def _config_of(path: str, revision: str | None) -> tuple[str, dict]:
+    file = find_adapter_config_file(path, revision=revision) or file_of(path, PROJECTOR_CONFIG_NAME, revision)
+    return file, read_config(file)
+
+
+def base_name_to_record(model: PreTrainedModel) -> str | None:
+    """The name under which `model` was loaded, as an absolute path for a folder; `None` if it was not loaded."""
+    name = getattr(model, "name_or_path", None) or None
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
 def base_record(path: str | os.PathLike, revision: str | None = None) -> dict[str, str | None]:
     """
     What tells the weights of a full checkpoint from others: its name, revision and dtype, and a hash of the header and the last
     MiB of each file (`None` where there are none).
     """
     path, digest = os.fspath(path), hashlib.sha256()
-    index = file_of(path, SAFE_WEIGHTS_INDEX_NAME, revision)
-    for name in weight_names(index):
-        file = file_of(path, name, revision)
-        if file is not None:
-            digest.update(json.dumps(safetensors_header(file), sort_keys=True).encode())
-            with open(file, "rb") as opened:
-                opened.seek(max(os.path.getsize(file) - 2**20, 0))
-                digest.update(opened.read())
-    is_empty = digest.digest() == hashlib.sha256().digest()
+    names = _weight_names(file_of(path, SAFE_WEIGHTS_INDEX_NAME, revision))
+    files = [file for file in (file_of(path, name, revision) for name in names) if file is not None]
+    for file in files:
+        digest.update(json.dumps(safetensors_header(file), sort_keys=True).encode())
+        with open(file, "rb") as opened:
+            opened.seek(max(os.path.getsize(file) - 2**20, 0))
+            digest.update(opened.read())
     config = read_config(file_of(path, "config.json", revision)) or {}
     return {
         "name": path,
         "revision": revision,
         "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "weights": None if is_empty else digest.hexdigest(),
+        "weights": digest.hexdigest() if files else None,
     }
+
+
+# Weights by their saved names
+
+
+def saved_tensors(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a model under the names that a checkpoint has for them (`language_model.lm_head.weight`): the model's own
+    storage, not copies, except where transformers fuses several saved tensors into one.
+    """
+    return revert_weight_conversion(model, state_dict if state_dict is not None else model.state_dict())
+
+
+def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A state dict of `model` by its names in memory, where it comes from a checkpoint, with other names.
+
+    Raises:
+        ValueError: some weights are fused in memory (mixture of experts), so that they have no saved name.
+    """
+    own = model.state_dict()
+    if state_dict.keys() <= own.keys():
+        return state_dict
+    names = {id(tensor): name for name, tensor in own.items()}
+    saved = {name: names.get(id(tensor)) for name, tensor in saved_tensors(model, own).items()}
+    if fused := [name for name in state_dict if name in saved and saved[name] is None]:
+        raise ValueError(
+            f"load_state_dict: {fused[0]} is fused with others in memory. Use from_pretrained, or LlavaTrainer."
+        )
+    return {saved.get(name, name): tensor for name, tensor in state_dict.items()}
+
+
+@torch.no_grad()
+def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """
+    Copy the weights of a full checkpoint into a model that exists, exactly and without a second model in memory.
+
+    `model.load_state_dict(file, strict=False)`, which `Trainer` uses to resume, finds not one key of a `llava`
+    checkpoint, since saved names differ from names in memory, and keeps the old weights.
+
+    Raises:
+        ValueError: names or shapes of the file and of the model differ.
+    """
+    targets = saved_tensors(model)
+    own_storage = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    if any(tensor.untyped_storage().data_ptr() not in own_storage for tensor in targets.values()):
+        # a language model whose saved tensors are fused in memory (mixture of experts): let transformers fuse them
+        fresh = type(model).from_pretrained(folder, dtype=torch.float32)
+        model.load_state_dict(fresh.state_dict())
+        return
+    _copy_tensors(weight_files(folder), targets)
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a full checkpoint, one or its shards."""
+    index = Path(folder) / SAFE_WEIGHTS_INDEX_NAME
+    return [Path(folder) / name for name in _weight_names(index if index.is_file() else None)]
+
+
+def _weight_names(index: str | os.PathLike | None) -> list[str]:
+    if index is None:
+        return [SAFE_WEIGHTS_NAME]
+    return sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
+
+
+def _copy_tensors(files: Iterable[Path], targets: dict[str, torch.Tensor]) -> None:
+    """Fill each of `targets` with the tensor of its name. ValueError where names or shapes differ."""
+    loaded, unexpected, file = set(), [], None
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name not in targets:
+                    unexpected.append(name)
+                    continue
+                source, target = tensors.get_tensor(name), targets[name]
+                if source.shape != target.shape:
+                    raise ValueError(
+                        f"{file}: {name} is {list(source.shape)}, but the model's is {list(target.shape)}. "
+                        "They come from different vision towers or language models."
+                    )
+                target.copy_(source)
+                loaded.add(name)
+    filled = {targets[name].data_ptr() for name in loaded}  # a tied head is saved once
+    missing = sorted(name for name in targets.keys() - loaded if targets[name].data_ptr() not in filled)
+    if missing or unexpected:
+        raise ValueError(
+            f"{file} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
+            f"{len(unexpected)} are not the model's ({', '.join(sorted(unexpected)[:3])})."
+        )
+
+
+# Projector folders
+
+
+def save_projector(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    revision: str | None = None,
+) -> None:
+    """
+    Write what a pretrain run trained, the projector and perhaps the vision tower, under stock names.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model; components with a trainable parameter are written whole.
+        folder (`str` or `os.PathLike`): Of `projector.safetensors` and `projector_config.json`; created if absent.
+        state_dict (`dict`, *optional*): The model's, if it had to be gathered from several processes.
+        revision (`str`, *optional*): Branch, tag or commit from which the model was loaded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    components = sorted({component_of(name) for name, p in model.named_parameters() if p.requires_grad})
+    assert "language_model" not in components, "a trained language model needs a full checkpoint"
+    tensors = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in saved_tensors(model, state_dict).items()
+        if component_of(name) in components
+    }
+    save_file(tensors, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
+    config = {
+        "base_model_name_or_path": base_name_to_record(model),
+        "revision": revision,
+        "components": components,
+        "projector_hidden_act": model.config.projector_hidden_act,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+    }
+    (folder / PROJECTOR_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+@torch.no_grad()
+def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> list[str]:
+    """
+    Put the projector of a pretrain run into a model, and the vision tower if the run trained it.
+
+    Returns:
+        `list[str]`: the components that were replaced.
+
+    Raises:
+        ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
+    """
+    path = os.fspath(path)
+    config = read_config(file_of(path, PROJECTOR_CONFIG_NAME, revision))
+    if config is None:
+        require_llava(path, revision=revision)
+        raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
+    for name in ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy"):
+        ours = getattr(model.config, name)
+        if config[name] != (list(ours) if isinstance(ours, tuple) else ours):
+            raise ValueError(f"{path} was trained with {name}={config[name]!r}, but the model has {ours!r}.")
+    weights_file = cached_file(path, PROJECTOR_WEIGHTS_NAME, revision=revision)
+    targets = {name: t for name, t in saved_tensors(model).items() if component_of(name) in config["components"]}
+    _copy_tensors([Path(weights_file)], targets)
+    return config["components"]
+
+
+# Adapters
+
+
+def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
+    """The tensors of an adapter by their names in the file, `base_model.model.….lora_A.weight`."""
+    if file := file_of(path, "adapter_model.safetensors", **hub):
+        if reason := unreadable(Path(file)):
+            raise ValueError(reason)
+        return {name: entry["shape"] for name, entry in safetensors_header(file).items() if name != "__metadata__"}
+    if file := file_of(path, "adapter_model.bin", **hub):
+        with explained(path):
+            return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}
+    return {}
 
 
 def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
@@ -236,76 +490,34 @@ def _without_clip_pair(name: str) -> str:
     return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
-def _require_folder_or_hub_name(path: str) -> None:
-    """A mistyped path must not wait for the Hub."""
-    if os.path.isdir(path):
+def resize_to_adapter(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+    """Give a base the vocabulary of its adapter, where tokens were added in training: those of the base are fewer."""
+    path = os.fspath(path)
+    config = read_config(find_adapter_config_file(path, revision=revision)) or {}
+    indices = config.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    sizes = [1 + max(tokens) for tokens in lists if tokens]
+    for name, shape in _adapter_shapes(path, revision=revision).items():
+        if ("embed_tokens" in name or "lm_head" in name) and "lora_A" not in name:
+            sizes.append(shape[1] if "lora_embedding_A" in name else shape[0] if "lora_embedding_B" not in name else 0)
+    if max(sizes, default=0) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(sizes), mean_resizing=False)
+
+
+def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+    """Put an adapter into a model by transformers' own means, so that it keeps its class and works in pipelines."""
+    from peft import PeftConfig
+    from peft.utils.save_and_load import load_peft_weights
+
+    path, hub = os.fspath(path), {"revision": revision} if revision else {}
+    resize_to_adapter(model, path, revision)
+    config = PeftConfig.from_pretrained(path, **hub)
+    if not getattr(config, "use_dora", False):
+        model.load_adapter(path, adapter_kwargs=hub)
         return
-    if os.path.exists(path) or not HUB_NAME.fullmatch(path):
-        raise FileNotFoundError(
-            f"{path!r} is neither a folder nor the name of a model on the Hub (owner/name); looked in {os.getcwd()}."
-        )
-
-
-def load_processor(path: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
-    """
-    The processor of a model, by its folder or Hub name. What older ones lack (`patch_size`) is the model's configuration's.
-
-    Raises:
-        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
-        ValueError: the folder holds no processor, or a damaged one.
-    """
-    path = os.fspath(path)
-    _require_folder_or_hub_name(path)
-    require_llava(path, revision=revision)
-    names = ("processor_config.json", "preprocessor_config.json")  # the second alone in older folders
-    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in names):
-        raise ValueError(
-            f"{path!r} holds no processor: it has neither {' nor '.join(names)}. It holds: "
-            f"{', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}."
-        )
-    if os.path.isdir(path) and not has_tokenizer(path):
-        raise ValueError(what_is_broken(path, weights=False))
-    with explained(path, weights=False):
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
-    if getattr(processor, "patch_size", 0) is None and file_of(path, "config.json", revision) is not None:
-        from ..configuration_llava import count_additional_image_tokens
-
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = count_additional_image_tokens(config.vision_config)
-    return processor
-
-
-def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
-    """
-    The model on which an adapter or projector folder was trained.
-
-    Raises:
-        ValueError: the folder does not say, or the local folder that it names is gone.
-    """
-    path = os.fspath(path)
-    config_file = _config_file(path, revision)
-    base = json.loads(Path(config_file).read_text("utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{config_file} names no base model. Write its folder or Hub name as base_model_name_or_path."
-        )
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise ValueError(
-            f"{path} was trained on {base}, which is not there. Put it back, or write its new place into "
-            f"{config_file} as base_model_name_or_path."
-        )
-    return base
-
-
-def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> str | None:
-    """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
-    return json.loads(Path(_config_file(os.fspath(path), revision)).read_text("utf-8")).get("revision")
-
-
-def _config_file(path: str, revision: str | None) -> str:
-    return find_adapter_config_file(path, revision=revision) or file_of(path, PROJECTOR_CONFIG_NAME, revision)
+    weights = load_peft_weights(path, device="cpu", **hub)
+    renamed = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in weights.items()}
+    model.load_adapter(peft_config=config, adapter_state_dict=renamed)
 
 
 def name_stock_class_in_adapters() -> None:
@@ -329,232 +541,6 @@ def name_stock_class_in_adapters() -> None:
     PeftConfig.save_pretrained = save_pretrained
 
 
-def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether the folder or Hub repository holds a processor of its own."""
-    return file_of(os.fspath(path), "processor_config.json", revision) is not None
-
-
-def base_name_to_record(model: PreTrainedModel) -> str | None:
-    """The name under which `model` was loaded, as an absolute path for a folder; `None` if it was not loaded."""
-    name = getattr(model, "name_or_path", None) or None
-    return os.path.abspath(name) if name and os.path.isdir(name) else name
-
-
-def file_of(path: str, name: str, revision: str | None = None, **hub) -> str | None:
-    """A file of a folder or Hub repository; `None` if it is not there."""
-    return cached_file(
-        path,
-        name,
-        revision=revision,
-        **hub,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-# Weights by their saved names
-
-
-def saved_tensors(
-    model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """
-    The tensors of a model under the names that a checkpoint has for them (`language_model.lm_head.weight`).
-
-    They are the model's own storage, not copies, except where transformers fuses several saved tensors into one.
-    """
-    return revert_weight_conversion(model, state_dict if state_dict is not None else model.state_dict())
-
-
-def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A state dict of `model` by its names in memory, where it comes from a checkpoint, with other names.
-
-    Raises:
-        ValueError: some weights are fused in memory (mixture of experts), so that they have no saved name.
-    """
-    own = model.state_dict()
-    if state_dict.keys() <= own.keys():
-        return state_dict
-    names = {id(tensor): name for name, tensor in own.items()}
-    saved = {name: names.get(id(tensor)) for name, tensor in saved_tensors(model, own).items()}
-    if fused := [name for name in state_dict if name in saved and saved[name] is None]:
-        raise ValueError(
-            f"load_state_dict: {fused[0]} is fused with others in memory. Use from_pretrained, or LlavaTrainer."
-        )
-    return {saved.get(name, name): tensor for name, tensor in state_dict.items()}
-
-
-@torch.no_grad()
-def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """
-    Copy the weights of a full checkpoint into a model that exists, exactly and without a second model in memory.
-
-    `model.load_state_dict(file, strict=False)`, which `Trainer` uses to resume, finds not one key of a `llava`
-    checkpoint, since saved names differ from names in memory, and keeps the old weights.
-
-    Raises:
-        ValueError: names or shapes of the file and of the model differ.
-    """
-    folder = Path(folder)
-    targets = saved_tensors(model)
-    own_storage = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    if any(tensor.untyped_storage().data_ptr() not in own_storage for tensor in targets.values()):
-        # a language model whose saved tensors are fused in memory (mixture of experts): let transformers fuse them
-        fresh = type(model).from_pretrained(folder, dtype=torch.float32)
-        model.load_state_dict(fresh.state_dict())
-        return
-    loaded, unexpected = set(), []
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                if name not in targets:
-                    unexpected.append(name)
-                    continue
-                _copy(tensors.get_tensor(name), targets[name], name, file)
-                loaded.add(name)
-    filled = {targets[name].data_ptr() for name in loaded}  # a tied head is saved once
-    missing = sorted(name for name in targets.keys() - loaded if targets[name].data_ptr() not in filled)
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder} does not fit the model: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
-            f"{len(unexpected)} are not the model's ({', '.join(sorted(unexpected)[:3])})."
-        )
-
-
-def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a full checkpoint, one or its shards."""
-    folder = Path(folder)
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    return [folder / name for name in weight_names(index if index.is_file() else None)]
-
-
-def weight_names(index: str | os.PathLike | None) -> list[str]:
-    """Names of the weight files of a full checkpoint, by its index if it has one."""
-    if index is None:
-        return [SAFE_WEIGHTS_NAME]
-    return sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor, name: str, file: Path) -> None:
-    if source.shape != target.shape:
-        raise ValueError(
-            f"{file}: {name} is {list(source.shape)}, but the model's is {list(target.shape)}. "
-            "They come from different vision towers or language models."
-        )
-    target.copy_(source)
-
-
-# Projector folders
-
-
-def save_projector(
-    model: PreTrainedModel,
-    folder: str | os.PathLike,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    revision: str | None = None,
-) -> None:
-    """
-    Write what a pretrain run trained: the projector and, if it was trained, the vision tower, under stock names.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model; components with a trainable parameter are written whole.
-        folder (`str` or `os.PathLike`):
-            Created if absent. `projector.safetensors` and `projector_config.json` are written.
-        state_dict (`dict`, *optional*): The model's, if it had to be gathered from several processes.
-        revision (`str`, *optional*): Branch, tag or commit from which the model was loaded.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    components = sorted({component_of(name) for name, p in model.named_parameters() if p.requires_grad})
-    assert "language_model" not in components, "a trained language model needs a full checkpoint"
-    tensors = {
-        name: tensor.detach().to("cpu").contiguous()
-        for name, tensor in saved_tensors(model, state_dict).items()
-        if component_of(name) in components
-    }
-    save_file(tensors, folder / PROJECTOR_WEIGHTS_NAME, metadata={"format": "pt"})
-    config = {
-        "base_model_name_or_path": base_name_to_record(model),
-        "revision": revision,
-        "components": components,
-        "projector_hidden_act": model.config.projector_hidden_act,
-        "vision_feature_layer": model.config.vision_feature_layer,
-        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
-    }
-    (folder / PROJECTOR_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-@torch.no_grad()
-def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> list[str]:
-    """
-    Put the projector of a pretrain run into a model, and the vision tower if the run trained it.
-
-    Returns:
-        `list[str]`: the components that were replaced.
-
-    Raises:
-        ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
-    """
-    path = os.fspath(path)
-    config_file = file_of(path, PROJECTOR_CONFIG_NAME, revision)
-    if config_file is None:
-        require_llava(path, revision=revision)
-        raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
-    config = json.loads(Path(config_file).read_text("utf-8"))
-    for name in ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy"):
-        ours = getattr(model.config, name)
-        if config[name] != (list(ours) if isinstance(ours, tuple) else ours):
-            raise ValueError(f"{path} was trained with {name}={config[name]!r}, but the model has {ours!r}.")
-    weights_file = cached_file(path, PROJECTOR_WEIGHTS_NAME, revision=revision)
-    targets = {name: t for name, t in saved_tensors(model).items() if component_of(name) in config["components"]}
-    with safe_open(weights_file, framework="pt") as tensors:
-        names = set(tensors.keys())
-        if names != targets.keys():
-            raise ValueError(
-                f"{weights_file} does not fit the model: {', '.join(sorted(names ^ targets.keys())[:4])} are on one "
-                "side only. They come from different vision towers or projectors."
-            )
-        for name in names:
-            _copy(tensors.get_tensor(name), targets[name], name, Path(weights_file))
-    return config["components"]
-
-
-# Adapters
-
-
-def resize_to_adapter(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
-    """Give a base the vocabulary of its adapter, where tokens were added in training: those of the base are fewer."""
-    path = os.fspath(path)
-    indices = (read_config(find_adapter_config_file(path, revision=revision)) or {}).get(
-        "trainable_token_indices"
-    ) or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    sizes = [1 + max(tokens) for tokens in lists if tokens]
-    for name, shape in _adapter_shapes(path, revision=revision).items():
-        if ("embed_tokens" in name or "lm_head" in name) and "lora_A" not in name:
-            sizes.append(shape[1] if "lora_embedding_A" in name else shape[0] if "lora_embedding_B" not in name else 0)
-    if max(sizes, default=0) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(max(sizes), mean_resizing=False)
-
-
-def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
-    """Put an adapter into a model by transformers' own means, so that it keeps its class and works in pipelines."""
-    from peft import PeftConfig
-    from peft.utils.save_and_load import load_peft_weights
-
-    path = os.fspath(path)
-    resize_to_adapter(model, path, revision)
-    config = PeftConfig.from_pretrained(path, revision=revision)
-    if not getattr(config, "use_dora", False):
-        model.load_adapter(path, adapter_kwargs={"revision": revision} if revision else None)
-        return
-    weights = load_peft_weights(path, device="cpu", **({"revision": revision} if revision else {}))
-    renamed = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in weights.items()}
-    model.load_adapter(peft_config=config, adapter_state_dict=renamed)
-
-
 # 4-bit weights
 
 
@@ -567,13 +553,11 @@ def four_bit_config(
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             "4-bit weights need bitsandbytes: pip install 'modeling-llava[qlora]' (Linux and Windows; not macOS). "
             "adapter=lora works without it."
-        ) from None
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -610,38 +594,3 @@ def forbid_inference_packing(model: nn.Module) -> None:
 def is_quantised(model: nn.Module) -> bool:
     """Whether any linear layer holds 4- or 8-bit weights."""
     return any(parameter.__class__.__name__ in ("Params4bit", "Int8Params") for parameter in model.parameters())
-
-
-__all__ = [
-    "COMPONENTS",
-    "DORA_MAGNITUDE",
-    "PROJECTOR_CONFIG_NAME",
-    "PROJECTOR_WEIGHTS_NAME",
-    "UNQUANTISED_MODULES",
-    "RUN_RECORD_NAME",
-    "base_model_of",
-    "base_record",
-    "base_name_to_record",
-    "base_revision_of",
-    "by_module_names",
-    "checkpoint_kind",
-    "component_of",
-    "file_of",
-    "find_base",
-    "forbid_inference_packing",
-    "four_bit_config",
-    "four_bits_of",
-    "has_processor",
-    "is_quantised",
-    "load_adapter_for_inference",
-    "load_full_weights",
-    "load_processor",
-    "load_projector",
-    "name_stock_class_in_adapters",
-    "require_before_loading",
-    "require_llava",
-    "resize_to_adapter",
-    "save_projector",
-    "saved_tensors",
-    "weight_files",
-]

@@ -1,13 +1,16 @@
 """
 An image in any form, as an upright RGB one: what processor, pipeline, predictor and training all read images with.
 
-The paths of training data, and errors that name a sample, are in `data/images.py`.
+Errors that name a sample are in `data/images.py`.
 """
 
 import base64
+import functools
 import io
 import os
 import re
+import stat
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,10 +19,13 @@ from http.client import HTTPException
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .paths import where_looked
 
+BAD_ROW = "unreadable row"
+MISSING_IMAGE = "missing image"
+OUTSIDE_IMAGE = "image outside the image folder"
+CORRUPT_IMAGE = "corrupt image"
 
 MAX_DOWNLOAD_BYTES = 50 * 2**20
 DOWNLOAD_TIMEOUT = 20
@@ -29,8 +35,33 @@ _ORIENTATION = 0x0112  # EXIF tag
 # An image this long would take gigabytes once it is padded to a square or resized by its shorter side.
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
-EMBEDDED = re.compile(r"data:[^,]*,|(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
+_EMBEDDED = re.compile(r"data:[^,]*,|(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
 """What stands before an image in base64; without `data:…,` it is known by how PNG, JPEG, GIF and WebP begin."""
+
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_OTHER_FORMATS = {
+    b"%PDF": "a PDF",
+    b"<svg": "a drawing (SVG)",
+    b"ftyphei": "HEIC",
+    b"ftypmif1": "HEIC",
+    b"PK\x03\x04": "an archive",
+}
+"""What a file that Pillow does not open has among its first bytes → what it is."""
+
+
+class ImageError(ValueError):
+    """
+    An image that cannot be read.
+
+    Args:
+        reason (`str`): One of the four above, for counting.
+        name (`str`): What the image is called.
+        what (`str`): What is wrong and how to fix it, behind "The image {name}" or "the image {name}, which".
+    """
+
+    def __init__(self, reason: str, name: str, what: str):
+        super().__init__(f"The image {name} {what}.")
+        self.reason, self.name, self.what = reason, name, what
 
 
 def read_image(reference: Any) -> Image.Image:
@@ -48,47 +79,169 @@ def read_image(reference: Any) -> Image.Image:
     Raises:
         ValueError: the image is not there or cannot be read.
     """
+    if isinstance(reference, Mapping) and reference.get("bytes") is None:
+        reference = reference.get("path")
+    if isinstance(reference, str) and reference.lower().startswith(("http://", "https://")):
+        reference = download(reference)
+    return open_image(*find_image(reference))
+
+
+def find_image(
+    reference: Any, folder: str | os.PathLike | None = None, follow_symlinks: bool = False
+) -> tuple[Any, str]:
+    """
+    What Pillow can open (an image, a path or a file of bytes), and the image's name for errors.
+
+    Raises:
+        ImageError: it is no image, not there, outside of `folder`, or a URL that a row, not `datasets`, gave.
+    """
+    if isinstance(reference, Image.Image):
+        return reference, f"given as a PIL image ({reference.mode})"
+    path, name = None, f"given as {type(reference).__name__}"
     if isinstance(reference, Mapping):
-        reference = reference["bytes"] if reference.get("bytes") is not None else reference.get("path")
-    source, name = reference, "given"
-    if isinstance(reference, (str, os.PathLike)):
-        source = os.fspath(reference)
-        name = repr(source if len(source) < 200 else f"{source[:40]}…")
-        if source.lower().startswith(("http://", "https://")):
-            source = download(source)
-    if not isinstance(source, (str, bytes, bytearray, memoryview, Image.Image)) or not source:
-        raise ValueError(
-            f"An image is given as {type(source).__name__}: give a PIL image, an array, a path, a URL or the bytes of a file."
-        )
+        path, data = reference.get("path"), reference.get("bytes")
+        name = f"given by the keys {sorted(reference)}"
+        reference = path if data is None else data
+    if isinstance(reference, (bytes, bytearray, memoryview)):
+        name = f"{os.fspath(path)!r} (embedded)" if path else "an embedded image"
+        if not len(reference):
+            raise ImageError(CORRUPT_IMAGE, name, "is empty (0 bytes)")
+        return io.BytesIO(reference), name
+    if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
+        raise ImageError(BAD_ROW, name, "is none: give a path, a PIL image, bytes, or {'bytes': …, 'path': …}")
+    text = os.fspath(reference)
+    name = repr(text) if len(text) < 200 else f"{text[:40]!r}…"
+    if embedded := _EMBEDDED.match(text):
+        try:
+            return io.BytesIO(base64.b64decode(text[embedded.end() :])), name
+        except ValueError as error:
+            raise ImageError(CORRUPT_IMAGE, name, f"is not base64: {error}") from None
+    if text.lower().startswith("file://"):
+        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+    if "://" in text:
+        if path is None or folder is not None:  # a row's own text is never followed to the network
+            raise ImageError(MISSING_IMAGE, name, "is a URL: download the images first and give their paths")
+        return _fetch(text, name), name
+    if "\0" in text or re.search("[\ud800-\udfff]", text) and not os.path.exists(text):
+        raise ImageError(MISSING_IMAGE, name, "has a name with a null byte or half of a character")
+    if folder is not None:
+        text = inside(text, os.fspath(folder), follow_symlinks)
+    _require_file(text, name, folder)
+    return text, name
+
+
+def is_no_path(text: str) -> bool:
+    """Whether a text in an image's place is a URL, the image itself in base64, or nothing."""
+    return not text or "://" in text or _EMBEDDED.match(text) is not None
+
+
+def inside(path: str, folder: str, follow_symlinks: bool) -> str:
+    """
+    `folder/path`.
+
+    Raises:
+        ImageError: it is not below `folder`, or, without `follow_symlinks`, not where the folder's links lead.
+    """
+    joined = os.path.normpath(os.path.join(folder, path))
+    is_below = _is_below(os.path.abspath(joined), os.path.abspath(folder))
+    if is_below if follow_symlinks else _is_below(os.path.realpath(joined), _real_folder(folder)):
+        return joined
+    fix = " by a symbolic link: pass follow_symlinks=True if the link is yours"
+    fix = fix if is_below else ": give paths relative to it, or a folder that holds them all"
+    raise ImageError(OUTSIDE_IMAGE, repr(path), f"leaves the image folder {folder!r}{fix}")
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _require_file(path: str, name: str, folder) -> None:
     try:
-        source = embedded_or_path(source) if isinstance(source, str) else source
-        return open_upright(io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source)
+        info = os.stat(path)
+    except FileNotFoundError:
+        raise ImageError(MISSING_IMAGE, name, f"is not there{where_looked(path, folder)}") from None
+    except OSError as error:
+        raise ImageError(MISSING_IMAGE, name, f"cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise ImageError(MISSING_IMAGE, name, "is not a file")
+    if info.st_size == 0:
+        raise ImageError(CORRUPT_IMAGE, name, "is empty (0 bytes)")
+
+
+def _fetch(url: str, name: str) -> io.BytesIO:
+    """The bytes behind a URL that a `datasets` stream gave."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return io.BytesIO(file.read())
+    except Exception as error:  # each protocol has its own
+        raise ImageError(MISSING_IMAGE, name, f"cannot be read: {error}") from error
+
+
+def open_image(source: Any, name: str) -> Image.Image:
+    """An image, or a file that Pillow opens, as an upright image of mode RGB. ImageError if it is damaged."""
+    try:
+        if isinstance(source, Image.Image):
+            check_size(source)
+            return to_rgb(upright(source))
+        with Image.open(source) as image:
+            check_size(image)
+            return to_rgb(upright(image))
     except MemoryError:
         raise
-    except FileNotFoundError as error:
-        raise ValueError(f"The image {name} is not there{where_looked(source)}") from error
     except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
-        raise ValueError(f"The image {name} cannot be read: {error}") from error
+        raise ImageError(CORRUPT_IMAGE, name, _why_unreadable(error, source)) from error
 
 
-def embedded_or_path(text: str) -> bytes | str:
-    """The bytes of an image that is written out in base64, or the path that the text (or `file:` URL) is."""
-    embedded = EMBEDDED.match(text)
-    if embedded:
-        return base64.b64decode(text[embedded.end() :])
-    if text.lower().startswith("file://"):
-        return urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
-    return text
-
-
-def open_upright(source: Any) -> Image.Image:
-    """An image, or a file that Pillow opens, as an upright image of mode RGB. Broken files raise errors of any type."""
+def open_size(source: Any, name: str) -> tuple[int, int]:
+    """
+    `(width, height)` in pixels from the file's header, before the EXIF orientation. A JPEG or PNG without its end marker
+    is decoded after all, since it is most likely cut off.
+    """
     if isinstance(source, Image.Image):
-        check_size(source)
-        return to_rgb(upright(source))
-    with Image.open(source) as image:
-        check_size(image)
-        return to_rgb(upright(image))
+        return source.size
+    try:
+        with Image.open(source) as image:
+            check_size(image)
+            size = image.size
+            if image.format in _END_MARKERS and _END_MARKERS[image.format] not in _ends(source)[1]:
+                image.load()
+            return size
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(CORRUPT_IMAGE, name, _why_unreadable(error, source)) from error
+
+
+def _why_unreadable(error: Exception, source: Any) -> str:
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"has more pixels than Pillow opens ({error}). If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
+    if isinstance(error, UnidentifiedImageError):
+        head = _ends(source)[0]
+        kind = next((kind for mark, kind in _OTHER_FORMATS.items() if mark in head), None)
+        hint = f". That is {kind}: save it as PNG or JPEG" if kind else ""
+        if not kind and head.lstrip()[:1] == b"<":
+            hint = ". That looks like a web page saved in the image's place: download it again"
+        return f"is not an image: it begins with {head!r}{hint}"
+    if isinstance(error, PermissionError):
+        return "may not be read by this user"
+    if "truncated" in str(error) or isinstance(error, EOFError):
+        return f"is cut off ({error}): copy or download it again"
+    return f"cannot be decoded ({type(error).__name__}: {error})"
+
+
+def _ends(source: Any) -> tuple[bytes, bytes]:
+    """The first 24 and the last 4,096 bytes; cameras and editors write a few more after the end marker."""
+    with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else open(source, "rb") as file:
+        head = file.read(24)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        return head, file.read()
 
 
 def download(url: str) -> bytes:
@@ -108,6 +261,9 @@ def download(url: str) -> bytes:
     if len(content) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB. Download it and make it smaller.")
     return content
+
+
+# Pixels
 
 
 def check_size(image: Image.Image) -> None:
@@ -166,4 +322,43 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
-__all__ = ["EMBEDDED", "check_size", "download", "embedded_or_path", "open_upright", "read_image", "to_rgb", "upright"]
+# Paths that are not there
+
+
+def where_looked(path: str, folder: str | os.PathLike | None = None) -> str:
+    """The end of an error's sentence about a missing path, and the sentence about what was probably meant."""
+    where = "" if os.path.isabs(path) else f" (looked in {os.getcwd()!r})"
+    if folder is not None:
+        where, path = f" in the image folder {os.fspath(folder)!r}", os.path.relpath(path, folder)
+    near = _near_path(path, folder or "")
+    if near is not None:
+        looks_alike = unicodedata.normalize("NFC", near) == unicodedata.normalize("NFC", path)
+        return f"{where}. There is {ascii(near) if looks_alike else repr(near)} instead"
+    return f"{where}{'. Write / in place of its backslashes' if chr(92) in path else ''}"
+
+
+def _near_path(path: str, folder: str | os.PathLike) -> str | None:
+    """
+    The path, relative to `folder` if that is not empty, that is there when case, backslashes, the form of Unicode
+    characters and the suffix do not count.
+    """
+    found = os.path.join(folder, "")
+    for part in path.replace("\\", "/").split("/"):
+        if part and not os.path.lexists(found + part):
+            names = _names(found or ".", os.stat(found or ".").st_mtime_ns) if os.path.isdir(found or ".") else {}
+            part = names.get(_plain(part)) or names.get(_plain(os.path.splitext(part)[0]) + ".")
+            if part is None:
+                return None
+        found += part + "/"
+    return found[len(os.path.join(folder, "")) : -1]
+
+
+@functools.lru_cache(maxsize=8)
+def _names(folder: str, changed: int) -> dict[str, str]:
+    """The names in a folder by their plain form, and by their stem and a dot."""
+    names = sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else []
+    return {_plain(os.path.splitext(name)[0]) + ".": name for name in names} | {_plain(name): name for name in names}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

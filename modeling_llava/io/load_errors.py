@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Older folders have the second alone."""
+
 MODEL_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
@@ -73,34 +75,18 @@ def other_than_llava(
     if reason := unsupported(name, config):
         return reason
     if adapter is not None and (is_original(config) or any(map(has, NON_LORA_FILES))):
-        what, base = "a LoRA", adapter.get("base_model_name_or_path") or "BASE"
+        base = adapter.get("base_model_name_or_path") or "BASE"
         neighbour = os.path.join(os.path.dirname(os.path.abspath(name)), base)
-        base = neighbour if os.path.isdir(neighbour) and not os.path.isdir(base) else base
-    elif (is_original(config) or not config) and any(map(has, PROJECTOR_FILES)) and not any(map(has, MODEL_FILES)):
-        what, base = "a projector", "BASE"
-    elif is_original(config):
-        return f"{name} is a checkpoint in the original LLaVA's format. Convert it first: llava convert {name} OUT"
-    else:
-        return None
-    return f"{name} is {what} in the original LLaVA's format. Convert it first: llava convert {name} OUT --base {base}"
+        return original(name, "a LoRA", neighbour if os.path.isdir(neighbour) and not os.path.isdir(base) else base)
+    if (is_original(config) or not config) and any(map(has, PROJECTOR_FILES)) and not any(map(has, MODEL_FILES)):
+        return original(name, "a projector", "BASE")
+    return original(name, "a checkpoint") if is_original(config) else None
 
 
-def read_config(file: str | os.PathLike | None) -> dict | None:
-    """The object in a JSON file; `None` without the file. ValueError if it cannot be read, or holds something else."""
-    if file is None or not os.path.isfile(file):
-        return None
-    reason, content = unreadable(Path(file)), None
-    if reason is None and not isinstance(content := json.loads(Path(file).read_text("utf-8")), dict):
-        reason = f"{file} holds no JSON object: {AGAIN}."
-    if reason is not None:
-        raise ValueError(reason)
-    return content
-
-
-def is_original(config: dict) -> bool:
-    """Whether a `config.json` is one of the original LLaVA's format."""
-    fields = any(field in config for field in ORIGINAL_FIELDS)
-    return "text_config" not in config and (fields or config.get("model_type") in ("llava_llama", "llava_mistral"))
+def original(name: str, what: str, base: str | None = None) -> str:
+    """The sentences about something in the original's format."""
+    base = f" --base {base}" if base else ""
+    return f"{name} is {what} in the original LLaVA's format. Convert it first: llava convert {name} OUT{base}"
 
 
 def unsupported(name: str, config: dict) -> str | None:
@@ -127,6 +113,41 @@ def unsupported(name: str, config: dict) -> str | None:
     return None
 
 
+def is_original(config: dict) -> bool:
+    """Whether a `config.json` is one of the original LLaVA's format."""
+    fields = any(field in config for field in ORIGINAL_FIELDS)
+    return "text_config" not in config and (fields or config.get("model_type") in ("llava_llama", "llava_mistral"))
+
+
+def of_file(path: str) -> str:
+    """What a file is that was given in the place of a model's folder."""
+    name = os.path.basename(path)
+    if name in (*PROJECTOR_FILES, *NON_LORA_FILES):
+        return original(path, "a projector, without its language model,", "BASE")
+    if name.endswith(".gguf"):
+        return (
+            f"{path} is a GGUF file: run it by llama.cpp, or give the folder of the checkpoint that it was made from."
+        )
+    return f"{path} is one file: give the folder in which it lies."
+
+
+def listing(folder: str | os.PathLike) -> str:
+    """What lies in a folder, as a sentence."""
+    return f"It holds: {', '.join(sorted(os.listdir(folder))[:8]) or 'nothing'}."
+
+
+def read_config(file: str | os.PathLike | None) -> dict | None:
+    """The object in a JSON file; `None` without the file. ValueError if it cannot be read, or holds something else."""
+    if file is None or not os.path.isfile(file):
+        return None
+    reason, content = unreadable(Path(file)), None
+    if reason is None and not isinstance(content := json.loads(Path(file).read_text("utf-8")), dict):
+        reason = f"{file} holds no JSON object: {AGAIN}."
+    if reason is not None:
+        raise ValueError(reason)
+    return content
+
+
 @contextlib.contextmanager
 def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]:
     """
@@ -137,7 +158,7 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # loaders raise whatever a broken file makes them raise
         reason = what_is_broken(folder, weights) if os.path.isdir(folder) else None
         if reason is None:
             raise
@@ -147,28 +168,32 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
 def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | None:
     """The first thing that is wrong with a folder of a full model, an adapter or a projector, with its fix."""
     folder = Path(folder)
-    there = sorted(path.name for path in folder.iterdir())
-    for path in (folder / name for name in there):
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    names = {path.name for path in files}
+    for path in files:
         is_weights = path.suffix in (".safetensors", ".bin")
-        is_read = path.name in JSON_FILES or path.suffix == ".model" or (weights and is_weights)
-        if is_read and path.is_file() and (reason := unreadable(path)):
-            return reason
-    config = json.loads((folder / "config.json").read_text("utf-8")) if "config.json" in there else {}
-    if weights and (reason := _without_weights(folder, there)):
-        return reason
-    if config or any(name in there for name in PROCESSORS):
-        if not any(name in there for name in PROCESSORS):
-            return _missing(folder, PROCESSORS, "no processor", "the model's", there)
-        if not has_tokenizer(folder):
-            return _missing(folder, TOKENIZERS, "no tokenizer", "the language model's", there)
+        if path.name in JSON_FILES or path.suffix == ".model" or (weights and is_weights):
+            if reason := unreadable(path):
+                return reason
+    if weights:
+        for index in (path for path in files if path.name.endswith(".index.json")):
+            lost = sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()} - names)
+            if lost:
+                return f"{index} names {lost[0]}, which is not there ({len(lost)} of its files): download it."
+        if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+            return f"{folder} holds no weights (model.safetensors). {listing(folder)}"
+    if "config.json" in names and not names & {*PROCESSORS}:
+        return f"{folder} has no processor ({' or '.join(PROCESSORS)}): copy the model's there. {listing(folder)}"
+    if names & {*PROCESSORS} and not has_tokenizer(folder):
+        files = f"{', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}"
+        return f"{folder} has no tokenizer ({files}): copy the language model's there. {listing(folder)}"
     return None
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
     """Whether a folder has a tokenizer. From `tokenizer_config.json` alone transformers 5 makes an empty one."""
-    return any((Path(folder) / name).is_file() for name in (*TOKENIZERS, "vocab.txt", "tekken.json")) or any(
-        path.suffix in (".model", ".tiktoken") for path in Path(folder).iterdir()
-    )
+    names = (*TOKENIZERS, "vocab.txt", "tekken.json")
+    return any(name in names or name.endswith((".model", ".tiktoken")) for name in os.listdir(folder))
 
 
 def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
@@ -199,48 +224,13 @@ def unreadable(path: Path) -> str | None:
         return f"{path}: this user may not read it."
     if is_lfs_pointer(path):
         return f"{path} {LFS_ERROR}"
-    if path.suffix == ".safetensors":
-        try:
-            empty = [name for name, entry in safetensors_header(path).items() if 0 in entry.get("shape", ())]
-        except ValueError as error:
-            return str(error)
-        return f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
     try:
+        if path.suffix == ".safetensors":
+            empty = [name for name, entry in safetensors_header(path).items() if 0 in entry.get("shape", ())]
+            return f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
         kinds = dict if path.name.endswith("config.json") else dict | list
         if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), kinds):
             return f"{path} holds no JSON object: {AGAIN}."
     except ValueError as error:
-        return f"{path} is not JSON ({error}): {AGAIN}."
+        return str(error) if path.suffix == ".safetensors" else f"{path} is not JSON ({error}): {AGAIN}."
     return None
-
-
-def _without_weights(folder: Path, there: list[str]) -> str | None:
-    for index in (name for name in there if name.endswith(".index.json")):
-        named = json.loads((folder / index).read_text("utf-8")).get("weight_map") or {}
-        lost = sorted(set(named.values()) - set(there))
-        if lost:
-            return f"{folder / index} names {lost[0]}, which is not there ({len(lost)} of its files): download it."
-    if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in there):
-        return f"{folder} holds no weights (model.safetensors). It holds: {', '.join(there[:8]) or 'nothing'}."
-    return None
-
-
-def _missing(folder: Path, names: tuple[str, ...], what: str, whose: str, there: list[str]) -> str:
-    return (
-        f"{folder} has {what} ({', '.join(names[:-1])} or {names[-1]}): copy {whose} there. "
-        f"It holds: {', '.join(there[:8]) or 'nothing'}."
-    )
-
-
-__all__ = [
-    "explained",
-    "has_tokenizer",
-    "is_lfs_pointer",
-    "is_original",
-    "other_than_llava",
-    "read_config",
-    "safetensors_header",
-    "unreadable",
-    "unsupported",
-    "what_is_broken",
-]

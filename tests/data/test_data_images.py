@@ -62,22 +62,24 @@ def test_cmyk_jpeg(tmp_path):
     assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
 
 
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
-    values = (np.arange(30 * 40, dtype=np.uint16) * 54).reshape(30, 40)
-    expected = Image.fromarray((values // 256).astype(np.uint8))
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(values).save(tmp_path / name)
-        assert_same(load_image(name, tmp_path), expected)
-    Image.fromarray(values.astype(np.int32)).save(tmp_path / "b.tif")
-    assert Image.open(tmp_path / "b.tif").mode == "I"
-    assert_same(load_image("b.tif", tmp_path), expected)
-    (tmp_path / "c.pgm").write_bytes(b"P5 40 30 65535\n" + values.astype(">u2").tobytes())
-    assert_same(load_image("c.pgm", tmp_path), expected)
+DEEP = (np.arange(30 * 40, dtype=np.uint16) * 54).reshape(30, 40)
+GREY = np.asarray(noise(channels=1)).astype(np.float32)
 
 
-def test_dark_16_bit_png_stays_dark():
-    values = np.full((30, 40), 200, dtype=np.uint16)
-    assert_same(load_image(encoded(Image.fromarray(values))), Image.new("L", (40, 30), 0))
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(Image.fromarray(DEEP)), DEEP // 256),
+        (encoded(Image.fromarray(DEEP), "TIFF"), DEEP // 256),
+        (encoded(Image.fromarray(DEEP.astype(np.int32)), "TIFF"), DEEP // 256),
+        (b"P5 40 30 65535\n" + DEEP.astype(">u2").tobytes(), DEEP // 256),
+        (encoded(Image.fromarray(np.full((30, 40), 200, np.uint16))), np.zeros((30, 40))),  # dark, and stays so
+        (encoded(Image.fromarray(GREY), "TIFF"), GREY),
+        (encoded(Image.fromarray(GREY / 255), "TIFF"), GREY),
+    ],
+)
+def test_deep_and_floating_point_grey_is_scaled_not_clipped(data, expected):
+    assert_same(load_image(data), Image.fromarray(expected.astype(np.uint8)))
 
 
 def test_16_bit_colour_png():
@@ -96,21 +98,6 @@ def test_16_bit_colour_png():
     assert_same(load_image(data), noise(5, 4))
 
 
-def test_float_tiff_of_a_known_range():
-    values = np.asarray(noise(channels=1)).astype(np.float32)
-    assert_same(load_image(encoded(Image.fromarray(values), "TIFF")), noise(channels=1))
-    assert_same(load_image(encoded(Image.fromarray(values / 255), "TIFF")), noise(channels=1))
-
-
-def test_palette_with_transparency_is_laid_on_white():
-    image = Image.new("P", (4, 2), 0)
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 1), 1)
-    expected = Image.new("RGB", (4, 2), (255, 255, 255))
-    expected.putpixel((1, 1), (40, 50, 60))
-    assert_same(load_image(encoded(image, transparency=0)), expected)
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_is_laid_on_white(mode):
     image = noise(channels=4) if mode == "RGBA" else noise(channels=4).convert("LA")
@@ -120,12 +107,15 @@ def test_alpha_is_laid_on_white(mode):
     np.testing.assert_allclose(np.asarray(load_image(encoded(image))), expected, atol=1)
 
 
-def test_colour_key_transparency():
-    image = Image.new("RGB", (4, 2), (1, 2, 3))
-    image.putpixel((0, 0), (9, 9, 9))
+@pytest.mark.parametrize(("mode", "transparency"), [("RGB", (1, 2, 3)), ("P", 0)])
+def test_transparency_by_a_colour_or_a_palette_entry_is_laid_on_white(mode, transparency):
+    image = Image.new(mode, (4, 2), transparency)
+    if mode == "P":
+        image.putpalette([1, 2, 3, 9, 9, 9])
+    image.putpixel((0, 0), (9, 9, 9) if mode == "RGB" else 1)
     expected = Image.new("RGB", (4, 2), (255, 255, 255))
     expected.putpixel((0, 0), (9, 9, 9))
-    assert_same(load_image(encoded(image, transparency=(1, 2, 3))), expected)
+    assert_same(load_image(encoded(image, transparency=transparency)), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr"])
@@ -235,43 +225,30 @@ def test_paths_that_leave_the_folder(tmp_path):
     fails(OUTSIDE_IMAGE, "by a symbolic link", "b.png", folder)
     assert_same(load_image("link/a.png", folder, follow_symlinks=True), noise())
     fails(OUTSIDE_IMAGE, "leaves the image folder", "../images2/a.png", folder, follow_symlinks=True)
+    (tmp_path / "linked").symlink_to(outside)  # the folder itself
+    assert_same(load_image("a.png", tmp_path / "linked"), noise())
 
 
-def test_a_folder_that_is_itself_a_link(tmp_path):
-    (tmp_path / "disk").mkdir()
-    noise().save(tmp_path / "disk" / "a.png")
-    (tmp_path / "images").symlink_to(tmp_path / "disk")
-    assert_same(load_image("a.png", tmp_path / "images"), noise())
-
-
-def test_truncated_jpeg(tmp_path):
-    data = encoded(noise(200, 200), "JPEG")
-    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
-    fails(CORRUPT_IMAGE, "cut off", "a.jpg", tmp_path)
-    with pytest.raises(BadSampleError, match="cut off"):  # found from the header too: the end marker is missing
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (encoded(noise(200, 200), "JPEG")[:9000], "cut off"),
+        (encoded(noise(200, 200))[:9000], "cut off"),
+        (b"", "empty (0 bytes)"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"%PDF-1.7 and so on, and on", "a PDF: save it as PNG"),
+        (b"\x00\x01 nothing known", "not an image: it begins with"),
+    ],
+)
+def test_damaged_and_other_files_are_named_from_the_whole_and_from_the_header(content, words, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    fails(CORRUPT_IMAGE, words, "a.jpg", tmp_path)
+    fails(CORRUPT_IMAGE, words.split(":")[0], {"bytes": content, "path": "a.jpg"})
+    with pytest.raises(BadSampleError, match=words.split("(")[0]):
         read_image_size("a.jpg", tmp_path)
+    with pytest.raises(ValueError, match=words.split("(")[0]):
+        read_image(tmp_path / "a.jpg")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
-
-
-def test_truncated_png(tmp_path):
-    data = encoded(noise(200, 200))
-    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
-    fails(CORRUPT_IMAGE, "cut off", "a.png", tmp_path)
-    with pytest.raises(BadSampleError, match="a.png"):  # found from the header too, as in a JPEG
-        read_image_size("a.png", tmp_path, "s")
-
-
-def test_zero_bytes(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    fails(CORRUPT_IMAGE, "empty (0 bytes)", "a.jpg", tmp_path)
-    fails(CORRUPT_IMAGE, "empty (0 bytes)", {"bytes": b"", "path": "a.jpg"})
-
-
-def test_web_page_named_jpg(tmp_path):
-    (tmp_path / "a.jpg").write_text("<!DOCTYPE html><html>404</html>")
-    fails(CORRUPT_IMAGE, "web page", "a.jpg", tmp_path)
-    (tmp_path / "b.jpg").write_bytes(b"\x00\x01 nothing known")
-    fails(CORRUPT_IMAGE, "not an image: it begins with", "b.jpg", tmp_path)
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
@@ -313,22 +290,23 @@ def test_random_damage_is_a_picture_or_a_named_error():
             assert error.reason == CORRUPT_IMAGE
 
 
-def test_unknown_reference():
-    with pytest.raises(BadSampleError, match="image reference of type int"):
-        load_image(3, sample_id="s")
-    for text in (
-        "data:image/png;base64,iVBORw0KGgo=",
-        "data:image/png;base64,iVBORw0KG",
-        "iVBORw0K" * 1_000,
-        "x" * 5_000,
-    ):
-        with pytest.raises(BadSampleError, match="sample 's' has the image ") as info:
-            load_image(text, sample_id="s")
-        assert len(str(info.value)) < 300
-    with pytest.raises(BadSampleError, match="image path of no characters"):
-        load_image("", sample_id="s")
-    with pytest.raises(BadSampleError, match=r"neither 'bytes' nor 'path' .its keys are \['bytes', 'path'\]"):
-        load_image({"bytes": None, "path": None}, sample_id="s")
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (3, "given as int, which is none: give a path"),
+        ("", "which is none"),
+        ({"bytes": None, "path": None}, "by the keys ['bytes', 'path']"),
+        ("data:image/png;base64,iVBORw0KGgo=", "not an image"),
+        ("data:image/png;base64,iVBORw0KG", "not base64"),
+        ("iVBORw0K" * 1_000, "cannot be opened"),
+    ],
+)
+def test_what_is_no_image_is_named_in_short(reference, words):
+    with pytest.raises(BadSampleError, match="sample 's' has the image ") as error:
+        load_image(reference, sample_id="s")
+    assert words in str(error.value) and len(str(error.value)) < 300
+    with pytest.raises(ValueError, match="The image"):
+        read_image(reference)
 
 
 def test_size_from_the_header(tmp_path):

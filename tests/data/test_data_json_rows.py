@@ -41,7 +41,7 @@ def test_rows_equal_what_json_reads(tmp_path_factory, what_msgspec_refuses, rows
 
 
 def test_rows_are_found_by_msgspec(tmp_path, monkeypatch):
-    monkeypatch.delattr(json_rows, "_split")  # what finds them where it gives up is many times slower
+    monkeypatch.delattr(json_rows, "_found_by_json")  # which is many times slower
     path = tmp_path / "a.json"
     for document in ([{"a": ["é", 1]}, {}, []], {"a": [1, {}], "b": None}):
         path.write_text(json.dumps(document, ensure_ascii=False, indent=2), "utf-8")
@@ -53,17 +53,16 @@ def test_rows_are_found_by_msgspec(tmp_path, monkeypatch):
     ("text", "words"),
     [
         ('{"a": 1}', "'a' is not a list"),
-        ('{"b": NaN, "a" 1}', "at byte 11: expected a name and ':'"),
-        ('{"a": [1, NaN 2]}', "row 1, which starts at byte 10: expected ',' or ']'"),
-        ('{"a": [1, NaN]', "ends in item 0, before its list"),
-        ('{"a": [1]} {}', "more text after its end, at byte 11"),
-        ('{"a": ["x]}', "ends in item 0"),
+        ('{"b": NaN, "a" 1}', "line 1 column 16"),
+        ('{"a": [1, NaN 2]}', "line 1 column 15"),
+        ('{"a": [1, NaN]', "Is the file cut off"),
+        ('{"a": [1]} {}', "Extra data"),
     ],
 )
 def test_broken_objects_of_arrays_are_named(tmp_path, text, words):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match="a.json") as caught:
-        list(json_arrays(tmp_path / "a.json", ["a"])["a"])
+        json_arrays(tmp_path / "a.json", ["a"])
     assert words in str(caught.value)
 
 

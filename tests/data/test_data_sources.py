@@ -97,7 +97,7 @@ def test_lines_are_told_apart_by_content_and_blank_ones_skipped(tmp_path):
     [
         ('[{"a": 1}, {"b": ', "row 1"),
         ('[{"a": 1} {"b": 2}]', "expected ',' or ']'"),
-        ('[{"a": 1},', "ends in item 1, before its list"),
+        ('[{"a": 1},', "row 1, which starts at byte 10"),
         ('[{"a": 1}}', "row 0, which starts at byte 1: expected ',' or ']'"),
         ('[{"a": 1}][{"a": 2}]', "more text after its end, at byte 10"),
         ('[{"a": tru}]', "row 0"),
@@ -173,7 +173,7 @@ def test_paths_that_leave_the_image_folder_are_bad_samples(tmp_path):
     path = write_json(
         tmp_path / "a.json", [llava_row(0, image="../0.jpg"), llava_row(1, image="/etc/passwd"), llava_row(2)]
     )
-    with pytest.raises(BadSampleError, match="sample 's0' has the image path '../0.jpg', which leaves"):
+    with pytest.raises(BadSampleError, match="sample 's0' has the image '../0.jpg', which leaves"):
         load_conversations(path, tmp_path)
     dataset = load_conversations(path, tmp_path, on_bad_sample="drop")
     assert ids(dataset) == ["s2"] and sum(dataset.dropped.values()) == 2
@@ -185,7 +185,7 @@ def test_paths_that_leave_the_image_folder_are_bad_samples(tmp_path):
         ("https://x.org/a.jpg", "a URL: download"),
         ("data:image/png;base64,iVBO", "base64"),
         ("data:image/png;base64,iVB", "base64"),
-        ("", "no characters"),
+        ("", "which is none"),
     ],
 )
 def test_what_is_no_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
