@@ -22,6 +22,7 @@ OFFLINE = " HF_HUB_OFFLINE is set, so the Hub was not asked."
 KINDS = {"ImageTextToText": "a LLaVA", "CausalLM": "a language model"}
 """What transformers' Auto classes load, in words."""
 NO_GPU = "torch finds no usable GPU: see `llava doctor`. On the CPU: --device cpu."
+NO_KERNELS = "This build of torch, or of bitsandbytes, has no kernels for this GPU's architecture: `llava doctor` says what to install."
 
 
 def one_line(error: Exception, command: str) -> str | None:
@@ -31,7 +32,8 @@ def one_line(error: Exception, command: str) -> str | None:
     kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     modules = {kind.partition(".")[0] for kind in kinds}
     text = " ".join(str(error).split())
-    if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or "can't allocate memory" in text:
+    no_memory = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if kinds & {"builtins.MemoryError", "torch.OutOfMemoryError"} or any(sign in text for sign in no_memory):
         first = text.partition(". ")[0].removesuffix(".")
         return f"Out of memory{f' ({first})' if first else ''}. {OUT_OF_MEMORY.get(command, LESS_MEMORY)}"
     if "couldn't connect to 'http" in text:
@@ -44,6 +46,8 @@ def one_line(error: Exception, command: str) -> str | None:
         return f"The chat template cannot be used ({text}): fix chat_template.jinja in the model's folder."
     if "Torch not compiled with CUDA" in text or "Found no NVIDIA driver" in text or "invalid device ordinal" in text:
         return NO_GPU
+    if "no kernel image is available" in text:
+        return NO_KERNELS
     if type(error).__name__ == "SafetensorError":
         return f"A weight file is damaged or incomplete ({text}): copy or download the model again."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

@@ -154,6 +154,11 @@ class Settings(SimpleNamespace):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = bool(self.gradient_checkpointing)  # its older name
 
+    @classmethod
+    def of(cls, args: LlavaTrainingArguments) -> "Settings":
+        known = {name: getattr(args, name) for name in vars(cls()) if hasattr(args, name)}
+        return cls(**known | {"devices": args.world_size, "device": args.device.type})
+
     def replace(self, **changes: Any) -> "Settings":
         return Settings(**vars(self) | changes)
 

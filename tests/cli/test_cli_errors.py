@@ -37,6 +37,15 @@ def test_a_real_lack_of_memory_is_told_with_what_to_take_instead():
         "Out of memory (CUDA out of memory). Use a smaller --batch-size"
     )
     assert one_line(MemoryError(), "merge").startswith("Out of memory. Use")
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert one_line(RuntimeError(cublas), "train").startswith("Out of memory (CUDA error: CUBLAS")
+
+
+def test_a_gpu_without_kernels_is_told_where_to_look():
+    error = torch.AcceleratorError(
+        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors …"
+    )
+    assert "llava doctor" in one_line(error, "chat")
 
 
 def test_an_error_of_a_worker_is_the_workers_last_line():

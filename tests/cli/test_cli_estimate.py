@@ -1,8 +1,11 @@
 """`llava estimate`: weights by arithmetic, a GPU that is too small, and mistakes."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import DryRunError
 
 from modeling_llava.cli.main import main
 
@@ -62,11 +65,11 @@ def test_a_language_model_that_is_not_like_llama_is_reported(text, code, words, 
     assert ("is estimated as a Llama" in printed.out) == (text["model_type"] == "gemma2")
 
 
-def test_parts_with_and_without_checkpointing(capsys):
+def test_parts_of_each_activation_checkpointing(capsys):
     main(["estimate", "lora", MODEL])
     printed = capsys.readouterr().out
-    without, with_ = next(line for line in printed.splitlines() if "│ activations" in line).split("│")[2:4]
-    assert float(without) > 10 * float(with_)
+    off, half, on = map(float, next(line for line in printed.splitlines() if "│ activations" in line).split("│")[2:5])
+    assert off > 10 * on and half == pytest.approx((off + on) / 2, rel=0.01)
     for part in ("gradients", "optimizer", "loss", "CUDA", "vision tower, 16-bit", "LoRA, rank 128, float32"):
         assert part in printed
 
@@ -75,6 +78,30 @@ def test_the_proposed_change_fits_when_it_is_made(capsys):
     assert main(["estimate", "lora", MODEL, "--gpu", "16"]) == 1
     changes = capsys.readouterr().out.rpartition("GiB): ")[2].split()
     assert main(["estimate", "lora", MODEL, *changes, "--gpu", "16"]) == 0
+
+
+@pytest.mark.parametrize("gpu, chosen", [("8", "on*"), ("12", "every second layer*"), ("16", "off*")])
+def test_auto_takes_the_memory_that_a_gpu_has(gpu, chosen, capsys):
+    assert main(["estimate", "qlora-8gb", MODEL, "--gpu", gpu]) == 0
+    assert chosen in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_download_and_disk_are_told(is_reached, monkeypatch, tmp_path, capsys):
+    def snapshot_download(model, dry_run, **kwargs):
+        if not is_reached:
+            raise DryRunError("offline")
+        return [SimpleNamespace(file_size=3 * 2**30, will_download=name != "cached") for name in ("a", "b", "cached")]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    main(["estimate", "qlora-8gb", MODEL, f"output_dir={tmp_path / 'new' / 'run'}"])
+    printed = capsys.readouterr().out
+    assert ("Download: 6.00 GiB." in printed) == is_reached and ("the Hub was not reached" in printed) != is_reached
+    trained = int(re.search(r"([\d,]+) trained", printed)[1].replace(",", ""))
+    # three checkpoints with float32 weights and two 8-bit moments, and the weights of the result
+    disk = (3 * (4 + 2.1) + 4) * trained / 2**30
+    assert f"Disk: {disk:.2f} GiB for 3 checkpoints and the result" in printed
+    assert "--trial 20" in printed
 
 
 def test_wall_time_from_a_given_and_a_measured_throughput(tmp_path, capsys):
@@ -101,7 +128,7 @@ def test_an_evaluation_batch_above_the_training_batch_is_estimated(capsys):
     """Emulated, 7B in 4 bits: 8 × 2,048 tokens take 1.85 GiB of activations, a training batch of one 1.2."""
     words = ["estimate", "--gpu", "6.8", "qlora-8gb", MODEL]
     assert main(words) == 0
-    assert gib(capsys.readouterr().out, "evaluation batch") == 0
+    capsys.readouterr()
     assert main([*words, "per_device_eval_batch_size=8"]) == 1
     printed = capsys.readouterr().out
     assert gib(printed, "evaluation batch") == pytest.approx(1.85, rel=0.1)
