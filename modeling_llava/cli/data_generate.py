@@ -1,6 +1,6 @@
 """
 `llava data generate`: instruction data from captions and boxes, by a language model behind an endpoint; `llava data report`:
-samples of it to skim, and the data again without what was marked.
+a page of samples to skim, and the data again without what was marked.
 """
 
 import argparse
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Instruction data from captions and boxes (LLaVA, §3): for each image a conversation, a detailed description and "
         "complex reasoning, written by a language-only model behind any OpenAI-compatible endpoint. The same command resumes "
-        "a stopped run; nothing that was received is asked for again."
+        "a stopped run; no reply is asked for again."
     )
     data = parser.add_argument_group("the data")
     data.add_argument(
@@ -59,23 +59,25 @@ def run(args: argparse.Namespace) -> int:
     from ..data_engine.generate import batch_forget, check_images, generate, open_folder
 
     config, out = make_config(args), Path(args.out)
-    asking = {"captions": args.captions, "boxes": args.boxes, "prompts": args.prompts}
+    sources = {"captions": args.captions, "boxes": args.boxes, "prompts": args.prompts}
     if args.dry_run or args.batch_out or args.batch_in or args.batch_forget:
-        folder = open_folder(out, config, **asking)
+        folder = open_folder(out, config, **sources)
         images = check_images(folder, args.images, args.limit)
         if args.dry_run:
             return dry_run(args, folder, images)
-        if args.batch_forget:
-            print(f"{batch_forget(folder):,} requests can be asked again")
-            return 0
-        return run_batch(args, folder, images)
+        if args.batch_out:
+            return batch_files_out(args, folder, images)
+        if args.batch_in:
+            return batch_results_in(args, folder, images)
+        print(f"{batch_forget(folder):,} requests can be asked again")
+        return 0
     model = make_chat_model(args, args.model, optional=())
     print(f"asking {args.model} at {model.base_url or 'OpenAI'}; Ctrl-C finishes requests in flight", file=sys.stderr)
     summary = generate(
         out,
         model,
         config,
-        **asking,
+        **sources,
         images=args.images,
         limit=args.limit,
         settings=run_settings(args, seed=args.seed),
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def make_config(args: argparse.Namespace):
     """`GenerateConfig` from arguments."""
+    from ..data_engine.languages import looks_like
     from ..data_engine.run import GenerateConfig
 
     try:
@@ -104,9 +107,7 @@ def make_config(args: argparse.Namespace):
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}.")
     if args.language != "any":
-        from ..data_engine.languages import looks_like
-
-        looks_like("", args.language)
+        looks_like("", args.language)  # raises if it is unknown
     return GenerateConfig(
         model=args.model,
         types=tuple(kind.strip() for kind in args.types.split(",") if kind.strip()),
@@ -125,22 +126,23 @@ def _prices_given(args: argparse.Namespace):
     return prices(args) if args.price_in or args.price_out else None
 
 
+def _times(counts) -> str:
+    return ", ".join(f"{number:,} × {kind}" for kind, number in counts.most_common())
+
+
 def describe(args: argparse.Namespace, summary) -> int:
     """Prints what was done and the next command; returns the exit code."""
-    run, counts = summary.run, summary.ledger
-    print(
-        f"{run.accepted:,} replies accepted, {run.rejected:,} rejected in {run.seconds:.0f} s; "
-        f"{run.skipped:,} were settled earlier"
-    )
-    if counts.rejected:
-        from ..data_engine.replies import LEFT_OUT
+    from ..data_engine.replies import LEFT_OUT
 
+    run, counts = summary.run, summary.ledger
+    print(f"{run.accepted:,} replies accepted, {run.rejected:,} rejected in {run.seconds:.0f} s", end="; ")
+    print(f"{run.skipped:,} were settled earlier")
+    if counts.rejected:
         print("rejected so far, with first attempts:")
         for reason, number in counts.rejected.most_common():
             print(f"  {number:7,}  {LEFT_OUT[reason]}")
     if counts.faults:
-        faults = ", ".join(f"{number:,} × {kind}" for kind, number in counts.faults.most_common())
-        print(f"faults of the endpoint, retried: {faults}")
+        print(f"faults of the endpoint, retried: {_times(counts.faults)}")
     if counts.unknown or counts.maybe_paid:
         print(
             f"{counts.unknown:,} requests were in flight when a run was killed, {counts.maybe_paid:,} timed out or were cut "
@@ -156,8 +158,7 @@ def describe(args: argparse.Namespace, summary) -> int:
     if run.batched:
         print(f"{run.batched:,} requests wait in batch files: read their results with --batch-in")
     if run.given_up:
-        left = ", ".join(f"{number:,} × {kind}" for kind, number in run.given_up.most_common())
-        print(f"{run.given_up.total():,} requests have no reply ({left}); the same command asks them again")
+        print(f"{run.given_up.total():,} requests have no reply ({_times(run.given_up)}); the same command asks again")
     if run.said and run.said.partition(": ")[2] not in run.message:
         print(f"last message of the endpoint: {run.said}")
     if "temperature" in run.said:
@@ -172,7 +173,7 @@ def describe(args: argparse.Namespace, summary) -> int:
     elif run.rejected or run.skipped:
         print("no reply was accepted; rejected.jsonl has them with the reasons", file=sys.stderr)
         return 1
-    return 0 if not run.given_up else 1
+    return 1 if run.given_up else 0
 
 
 def dry_run(args: argparse.Namespace, folder, images) -> int:
@@ -180,9 +181,8 @@ def dry_run(args: argparse.Namespace, folder, images) -> int:
     from ..data_engine.contexts import ContextCounts
     from ..data_engine.generate import estimate
 
-    found = estimate(folder, images=images, limit=args.limit)
-    total = found.tasks.total()
-    contexts = folder.about["contexts"]
+    found, contexts = estimate(folder, images=images, limit=args.limit), folder.about["contexts"]
+    total, usage, most = found.tasks.total(), found.usage, found.most_usage
     for kind, messages in found.samples.items():
         print(f"══ {kind} " + "═" * (70 - len(kind)))
         for message in messages:
@@ -191,65 +191,58 @@ def dry_run(args: argparse.Namespace, folder, images) -> int:
     first = f"; the first {args.limit:,} are used" if args.limit and args.limit < contexts["number"] else ""
     print(f"{contexts['number']:,} images with captions, {contexts['boxes']:,} boxes{first}")
     counts = ContextCounts(clipped=contexts["clipped"], dropped=contexts["dropped"])
-    print("".join(f"  {part}\n" for part in counts.summary().split("; ")[1:]), end="")
+    for part in counts.summary().split("; ")[1:]:
+        print(f"  {part}")
     if found.missing_images:
         print(f"{found.missing_images:,} images are not in {images} and are left out")
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in found.tasks.items())
-    print(f"{total:,} requests: {kinds}")
+    print(f"{total:,} requests: {', '.join(f'{number:,} {kind}' for kind, number in found.tasks.items())}")
     print(
-        f"about {found.usage.prompt_tokens:,} prompt and {found.usage.completion_tokens:,} reply tokens "
-        f"(at most {found.most_usage.completion_tokens:,}), before retries"
+        f"about {usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens (at most "
+        f"{most.completion_tokens:,}), before retries"
     )
     if given := _prices_given(args):
-        live, most = given.cost(found.usage), given.cost(found.most_usage)
-        print(f"about ${live:,.2f} (at most ${most:,.2f}); as batches about ${live / 2:,.2f}")
+        live = given.cost(usage)
+        print(f"about ${live:,.2f} (at most ${given.cost(most):,.2f}); as batches about ${live / 2:,.2f}")
     else:
         print("give --price-in and --price-out (dollars per million tokens) for the cost")
-    if args.requests_per_minute or args.tokens_per_minute:
-        minutes = max(
-            total / args.requests_per_minute if args.requests_per_minute else 0,
-            found.most_usage.total_tokens / args.tokens_per_minute if args.tokens_per_minute else 0,
-        )
+    limits = ((total, args.requests_per_minute), (most.total_tokens, args.tokens_per_minute))
+    if minutes := max(number / limit if limit else 0 for number, limit in limits):
         print(f"the limits per minute take at least {minutes:,.0f} minutes")
     print(f"at 10 s a reply, {args.concurrency} at once take about {total * 10 / args.concurrency / 60:,.0f} minutes")
     print("nothing was sent; the same command without --dry-run starts")
     return 0
 
 
-def run_batch(args: argparse.Namespace, folder, images) -> int:
-    """Batch files out, or results in."""
-    from ..data_engine.generate import batch_in, batch_out
+def batch_files_out(args: argparse.Namespace, folder, images) -> int:
+    from ..data_engine.generate import batch_out
     from ..endpoint import Budget
 
-    if args.batch_out:
-        budget = Budget(args.max_tokens, args.max_cost, prices(args))
-        model = make_chat_model(args, args.model, optional=(), api_key="none")  # writing files needs no key
-        summary = batch_out(folder, model, args.batch_out, images=images, limit=args.limit, budget=budget)
-        print(f"{summary.requests:,} requests in {len(summary.files)} files; {summary.waiting:,} waited already")
-        for path in summary.files:
-            print(f"  {path}")
-        if summary.message:
-            print(summary.message)
-        if summary.files:
-            print(
-                "next: upload each as a batch for /v1/chat/completions; when done, read the results with --batch-in FILE …"
-            )
-        return 0
-    read, summary = batch_in(
-        folder,
-        args.batch_in,
-        images=images,
-        limit=args.limit,
-        prices=_prices_given(args),
-        output=_output_settings(args, folder.path),
-    )
+    budget = Budget(args.max_tokens, args.max_cost, prices(args))
+    model = make_chat_model(args, args.model, optional=(), api_key="none")  # writing files needs no key
+    summary = batch_out(folder, model, args.batch_out, images=images, limit=args.limit, budget=budget)
+    print(f"{summary.requests:,} requests in {len(summary.files)} files; {summary.waiting:,} waited already")
+    for path in summary.files:
+        print(f"  {path}")
+    if summary.message:
+        print(summary.message)
+    if summary.files:
+        print("next: upload each as a batch for /v1/chat/completions; read the results with --batch-in FILE …")
+    return 0
+
+
+def batch_results_in(args: argparse.Namespace, folder, images) -> int:
+    from ..data_engine.generate import batch_in
+
+    output = _output_settings(args, folder.path)
+    settings = {"images": images, "limit": args.limit, "prices": _prices_given(args), "output": output}
+    read, summary = batch_in(folder, args.batch_in, **settings)
     print(
         f"{read.requests:,} results read: {read.accepted:,} accepted, {read.rejected:,} rejected for good, "
         f"{read.again:,} to be asked once more, {read.faults.total():,} without a reply, {read.refused:,} refused; "
         f"{read.unknown:,} belong to no waiting request, {read.waiting:,} requests still wait"
     )
     if read.faults:
-        print("without a reply: " + ", ".join(f"{number:,} × {kind}" for kind, number in read.faults.most_common()))
+        print(f"without a reply: {_times(read.faults)}")
     if read.message:
         print(f"last message of the endpoint: {read.message}")
     if read.again or read.faults:
@@ -314,25 +307,22 @@ def _describe_output(output) -> None:
             "`llava data report RUN --question-repeats all` keeps them"
         )
     if output.missing_images:
-        print(
-            f"{output.missing_images:,} samples are not in the `datasets` folder: their images are missing or cannot be read"
-        )
-    for note in output.notes:
-        print(note)
+        print(f"{output.missing_images:,} samples are not in the `datasets` folder: their images cannot be read")
+    for line in output.notes:
+        print(line)
     for path in output.files:
         print(f"  {path}")
 
 
 def report(args: argparse.Namespace) -> int:
-    from ..data_engine.generate import check_images
+    from ..data_engine.generate import check_images, open_ledger
     from ..data_engine.output import write_output
     from ..data_engine.report import read_drop_list
     from ..data_engine.run import open_run, write_json
-    from ..endpoint import Ledger
 
     folder = open_run(args.folder)
     images = check_images(folder, args.images or folder.about.get("images"), None)
-    with Ledger(folder.path / "ledger.jsonl") as ledger:
+    with open_ledger(folder) as ledger:
         if args.drop:
             kept = folder.path / "drop.json"
             names = read_drop_list(args.drop) | (read_drop_list(kept) if kept.exists() else frozenset())

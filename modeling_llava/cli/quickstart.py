@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "download, no GPU. The same command resumes."
     )
     parser.add_argument("--out", default="quickstart", metavar="DIR", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the world and of all training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, metavar="X", help="multiplies every number of training steps"
     )
@@ -31,28 +31,25 @@ def run(args: argparse.Namespace) -> int:
     if not args.steps_scale > 0:
         raise ValueError(f"--steps-scale must be above 0, got {args.steps_scale}.")
     settings = dataclasses.replace(FAST if args.fast else QuickstartSettings(), seed=args.seed)
-    settings = settings.scaled(args.steps_scale)
-    out = Path(args.out)
-    display = _Display(len(PHASES), PHASES)
-    quickstart = Quickstart(out, settings, on_phase=display.begin, on_step=display.step)
-    if "figures" in quickstart.progress["phases"]:
+    out, display = Path(args.out), _Display(PHASES)
+    quickstart = Quickstart(out, settings.scaled(args.steps_scale), on_phase=display.begin, on_step=display.step)
+    done = [phase for phase in PHASES if phase in quickstart.progress["phases"]]
+    if "figures" in done:
         print(
             f"{out} holds a finished quickstart with these settings. To run it again, delete it or give another --out."
         )
         _report(quickstart.results(), out)
         return 0
-    done = [phase for phase in PHASES if phase in quickstart.progress["phases"]]
     print(f"A small LLaVA from nothing, on this machine's CPU, into {out}: about three minutes on two cores.")
     if done:
         print(f"Resuming after: {', '.join(done)}.")
-    display.number = len(done)
 
     import torch
-    from datasets.utils.logging import disable_progress_bar as quiet_datasets
+    from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quiet_datasets()
+    disable_progress_bar()
     torch.set_num_threads(args.threads or min(4, os.cpu_count() or 1))
     begun = time.perf_counter()
     results = quickstart.run()
@@ -65,19 +62,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Display:
-    """A line per phase; a bar with the loss while a phase trains."""
+    """A line per phase, its seconds and last loss; in a terminal a progress bar while a phase trains."""
 
-    def __init__(self, phases: int, titles: dict[str, str]):
-        self.phases, self.titles, self.number = phases, titles, 0
-        self.bar, self.begun, self.phase = None, 0.0, None
+    def __init__(self, titles: dict[str, str]):
+        self.titles, self.bar, self.begun = titles, None, None
 
     def begin(self, phase: str) -> None:
         import time
 
         self.end()
-        self.number += 1
-        self.phase, self.begun = phase, time.perf_counter()
-        print(f"[{self.number:2}/{self.phases}] {self.titles[phase]} …", flush=True)
+        self.begun = time.perf_counter()
+        number = list(self.titles).index(phase) + 1
+        print(f"[{number:2}/{len(self.titles)}] {self.titles[phase]} …", flush=True)
 
     def step(self, step: int, steps: int, loss: float) -> None:
         import sys
@@ -85,23 +81,21 @@ class _Display:
         from tqdm import tqdm
 
         if self.bar is None:
-            # A terminal gets a bar, a log file only the line at the end.
             self.bar = tqdm(total=steps, leave=False, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update(step - self.bar.n)
         self.loss = loss
 
     def end(self) -> None:
         import time
 
-        if self.phase is None:
+        if self.begun is None:
             return
         loss = ""
         if self.bar is not None:
             self.bar.close()
             self.bar, loss = None, f", loss {self.loss:.3f}"
         print(f"        {time.perf_counter() - self.begun:.1f} s{loss}", flush=True)
-        self.phase = None
 
 
 def _report(results: dict, out) -> None:
@@ -114,22 +108,16 @@ def _report(results: dict, out) -> None:
     table = Table(title="Right answers about unseen images", title_justify="left")
     table.add_column("questions", no_wrap=True)
     for name in scores:
-        table.add_column(name, justify="right", style="bold green" if name == "with the picture" else None)
-    for kind in scores["with the picture"]:
-        table.add_row(kind, *(f"{shares[kind]:.0%}" if kind in shares else "–" for shares in scores.values()))
+        table.add_column(name, justify="right", style="bold green" if name == "with the image" else None)
+    for kind in scores["with the image"]:
+        table.add_row(kind, *(f"{found[kind]:.0%}" if kind in found else "–" for found in scores.values()))
     console.print(table)
-    console.print(
-        f"Held out of all training: {', '.join(results['held_out_pairs'])}. "
-        f"Peak memory {results['peak_rss_bytes'] / 1e9:.1f} GB.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print(
-        f"Look at {out / 'answers.png'} and {out / 'loss_curve.png'}; everything is in {out / 'results.json'}."
-    )
-    console.print("\nThree things to try next:", highlight=False)
+    held_out, peak = ", ".join(results["held_out_pairs"]), results["peak_rss_bytes"] / 1e9
+    print(f"Held out of all training: {held_out}. Peak memory {peak:.1f} GB.")
+    print(f"Look at {out / 'answers.png'} and {out / 'loss_curve.png'}; everything is in {out / 'results.json'}.")
+    print("\nThree things to try next:")
     for command in next_commands(out):
-        console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
+        print(f"  {command}")
 
 
 def next_commands(out) -> list[str]:

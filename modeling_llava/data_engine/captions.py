@@ -4,41 +4,35 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..constants import IMAGE_TOKEN
 from ..data.json_rows import JsonRows
 from ..io.atomic import atomic_path
-from .coco import coco_item, coco_name, is_coco, items_of, one_line, stray_annotation, writable
-from .concepts import ConceptSettings, Phrases, count_phrases, make_chooser
+from .coco import coco_item, coco_name, image_and_id, is_coco, items_of, one_line, stray_annotation
+from .concepts import ConceptSettings, choose_captions, count_phrases
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts
 from .prompts import BRIEF_QUESTIONS, DETAILED_QUESTIONS, draw, load_questions
 from .run import write_json
 
 
-STYLES = ("brief", "detailed", "plain")
+STYLES = {"brief": BRIEF_QUESTIONS, "detailed": DETAILED_QUESTIONS, "plain": None}
+"""The list of questions of each style."""
 
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One row of a file of captions.
-
-    Attributes:
-        id: Its name.
-        image: Path of the image, relative to the image folder.
-        captions: Its captions, one or more.
-        row: The row of the file.
-    """
+    """One row of a file of captions."""
 
     id: str
-    image: str
+    image: str  # path, relative to the image folder
     captions: tuple[str, ...]
-    row: dict[str, Any]
+    row: dict[str, Any]  # as it is in the file
 
 
 def read_captions(path: str | Path) -> Iterator[CaptionRow]:
@@ -61,8 +55,7 @@ def read_captions(path: str | Path) -> Iterator[CaptionRow]:
 
 
 def _caption_row(row: Any, where: str) -> CaptionRow:
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
-        raise ValueError(f"{where} has no 'image'. Expected {{image, caption}} or a row of LLaVA's JSON.")
+    image, name = image_and_id(row, where, "{image, caption} or a row of LLaVA's JSON")
     captions = row.get("captions", row.get("caption", row.get("blip_caption")))
     if captions is None and isinstance(row.get("conversations"), list):
         turns = [turn for turn in row["conversations"] if isinstance(turn, dict)]
@@ -70,10 +63,7 @@ def _caption_row(row: Any, where: str) -> CaptionRow:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{where} has no 'caption' (a text), 'captions' (a list of texts) or 'conversations'.")
-    cleaned = tuple(text for text in map(one_line, captions) if text)
-    image, name = writable(row["image"]), row.get("id")
-    name = str(PurePosixPath(image).with_suffix("")) if name is None else writable(str(name))
-    return CaptionRow(name, image, cleaned, row)
+    return CaptionRow(name, image, tuple(filter(None, map(one_line, captions))), row)
 
 
 def _coco_rows(path: Path) -> Iterator[CaptionRow]:
@@ -94,26 +84,19 @@ def _coco_rows(path: Path) -> Iterator[CaptionRow]:
 
 
 def check_target(source: str | Path, target: str | Path) -> None:
-    """Raises a `ValueError` where what is written would take the place of what is read."""
+    """Raises a `ValueError` if the file that is written is the one that is read."""
     if Path(source).resolve() == Path(target).resolve():
         raise ValueError(f"{target} is both read and written, and its captions would be lost; give another OUT.")
 
 
 @dataclass
 class ExpandSummary:
-    """What `expand_captions` wrote.
+    """What `expand_captions` wrote and what it left out."""
 
-    Attributes:
-        samples: Samples written, one per caption.
-        images: Rows read.
-        empty: Rows without a caption; they are left out.
-        marked: Captions that hold the text `<image>`, which would mark a second image; they are left out.
-    """
-
-    samples: int = 0
-    images: int = 0
-    empty: int = 0
-    marked: int = 0
+    samples: int = 0  # one per caption
+    images: int = 0  # rows read
+    empty: int = 0  # rows without a caption
+    marked: int = 0  # captions with the text `<image>`, which would mark a second image
 
 
 def expand_captions(
@@ -130,23 +113,21 @@ def expand_captions(
         source: File of captions (`read_captions`).
         target: JSON, or JSONL by its name.
         style: `"brief"` or `"detailed"`: a question drawn from that list, the image before or after it by chance.
-            `"plain"`: the image alone stands for the question, as v1.5 pretrains.
+            `"plain"`: the image without a question, as v1.5 pretrains.
         questions: File of questions, one per line, in place of the package's list.
-        seed: Of the draws; they hang on the sample's id, not on its place in the file.
+        seed: Seed of the draws; they depend on the sample's id, not on its place in the file.
 
     Raises:
         ValueError: an unknown style, a row of no known form, or no caption at all.
     """
     if style not in STYLES:
-        raise ValueError(f"style is '{style}'; it is one of {', '.join(STYLES)}.")
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got '{style}'.")
     if style == "plain" and questions is not None:
         raise ValueError("style 'plain' asks no question; leave the file of questions out.")
     check_target(source, target)
-    choices: tuple[str, ...] = ()
-    if style != "plain":
-        choices = load_questions(questions or {"brief": BRIEF_QUESTIONS, "detailed": DETAILED_QUESTIONS}[style])
+    choices = () if style == "plain" else load_questions(questions or STYLES[style])
     summary = ExpandSummary()
-    with RowWriter(target) as writer:
+    with write_rows(target) as write:
         for row in read_captions(source):
             summary.images += 1
             summary.empty += not row.captions
@@ -161,7 +142,7 @@ def expand_captions(
                     first = random.Random(f"{seed}:order:{name}").random() < 0.5
                     asked = "\n".join(parts if first else parts[::-1])
                 turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": caption}]
-                writer.write({"id": name, "image": row.image, "conversations": turns})
+                write({"id": name, "image": row.image, "conversations": turns})
                 summary.samples += 1
         if not summary.samples:
             raise ValueError(f"{source} has no caption.")
@@ -170,35 +151,33 @@ def expand_captions(
 
 @dataclass
 class FilterSummary:
-    """What the concept filter did; written as `OUT.report.json`.
+    """What the concept filter did; written as `OUT.report.json`."""
 
-    Attributes:
-        settings: How captions were chosen, and the model of the noun phrases.
-        captions: Captions read.
-        chosen: Captions chosen.
-        rows: Rows read; a row may hold several captions.
-        rows_chosen: Rows of which a caption is chosen.
-        without_phrase: Captions without a noun phrase; none of them is chosen.
-        phrases: Distinct phrases.
-        skipped: Phrases rarer than `least`.
-        capped: Phrases that more than `most` captions hold.
-        phrases_after: Distinct phrases in the chosen captions.
-        commonest: The twenty commonest phrases: `[phrase, before, after]`.
-        histogram: How many phrases have a frequency in [1], [2], [3, 5), [5, 10), …: `[from, before, after]`.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # with the model of the noun phrases
     captions: int = 0
     chosen: int = 0
-    rows: int = 0
-    rows_chosen: int = 0
-    without_phrase: int = 0
+    rows: int = 0  # a row may hold several captions
+    rows_chosen: int = 0  # rows of which a caption is chosen
+    without_phrase: int = 0  # captions without a noun phrase; none of them is chosen
     phrases: int = 0
-    skipped: int = 0
-    capped: int = 0
-    phrases_after: int = 0
-    commonest: list[list[Any]] = field(default_factory=list)
-    histogram: list[list[int]] = field(default_factory=list)
+    skipped: int = 0  # phrases rarer than `least`
+    capped: int = 0  # phrases of more than `most` captions
+    phrases_after: int = 0  # in the chosen captions
+    commonest: list[list[Any]] = field(default_factory=list)  # twenty times [phrase, captions before, captions after]
+    histogram: list[list[int]] = field(default_factory=list)  # phrases by frequency: [from this one, before, after]
+
+    def describe_phrases(self, before: Counter[str], after: Counter[str], settings: ConceptSettings) -> None:
+        """Fills in the figures about phrases."""
+        self.phrases, self.phrases_after = len(before), len(after)
+        self.skipped = sum(count < settings.least for count in before.values())
+        self.capped = sum(count > settings.most for count in before.values())
+        top = sorted(before, key=lambda phrase: (-before[phrase], phrase))[:20]
+        self.commonest = [[phrase, before[phrase], after[phrase]] for phrase in top]
+        edges = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 10**12]
+        for low, high in zip(edges, edges[1:]):
+            numbers = [sum(low <= count < high for count in counts.values()) for counts in (before, after)]
+            if any(numbers):
+                self.histogram.append([low, *numbers])
 
 
 def filter_captions(
@@ -224,39 +203,33 @@ def filter_captions(
         model: spaCy's model.
         phrases: Folder for the noun phrases instead of `OUT.phrases`.
         workers: Processes that extract noun phrases; default: one per core.
-        engine: `"local"`, or `"ray"` for Ray Data on the cluster that `RAY_ADDRESS` names, or on this machine. The
-            choice is the same.
-        progress: Whether to show a bar.
+        engine: `"local"`, or `"ray"` for Ray Data on the cluster that `RAY_ADDRESS` names, or on this machine.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: a row is of no known form, or no caption is chosen.
-        ImportError: spaCy, its model, or Ray is absent.
+        ImportError: spaCy, its model, or Ray is not installed.
     """
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine must be 'local' or 'ray', got '{engine}'.")
     settings = settings or ConceptSettings()
     check_target(source, target)
     target = Path(target)
-    folder = Path(phrases) if phrases is not None else target.with_name(target.stem + ".phrases")
-    texts = (caption for row in read_captions(source) for caption in row.captions)
-    if engine == "ray":
-        from .ray_filter import choose_with_ray
-
-        chosen, counts, per_caption = choose_with_ray(texts, folder, settings, model=model, workers=workers)
-    elif engine == "local":
-        total = sum(len(row.captions) for row in read_captions(source)) if progress else None
-        shards = extract_shards(texts, folder, model=model, workers=workers, progress=progress, total=total)
-
-        def per_caption() -> Iterator[Phrases]:
-            return read_shards(shards)
-
-        counts = count_phrases(per_caption())
-        chooser = make_chooser(per_caption, settings, counts)
-        chosen = (chooser.chooses(number, found) for number, found in enumerate(per_caption()))
-    else:
-        raise ValueError(f"engine is '{engine}'; it is 'local' or 'ray'.")
+    shards = extract_shards(
+        (caption for row in read_captions(source) for caption in row.captions),
+        phrases or target.with_name(target.stem + ".phrases"),
+        model=model,
+        workers=workers,
+        engine=engine,
+        progress=progress,
+        total=sum(len(row.captions) for row in read_captions(source)) if progress else None,
+    )
+    before = count_phrases(read_shards(shards))
+    chosen = choose_captions(lambda: read_shards(shards), settings, before)
     summary = FilterSummary(settings={**asdict(settings), "spacy_model": model})
     after: Counter[str] = Counter()
-    with RowWriter(target) as writer:
-        pairs = zip(per_caption(), chosen, strict=True)
+    with write_rows(target) as write:
+        pairs = zip(read_shards(shards), chosen, strict=True)
         for row in read_captions(source):
             keep = False
             for found, takes in itertools.islice(pairs, len(row.captions)):
@@ -268,74 +241,36 @@ def filter_captions(
                     after.update(found)
             summary.rows += 1
             if keep:
-                writer.write(row.row)
-        assert next(pairs, None) is None, "more captions have noun phrases than the source holds"
-        summary.rows_chosen = writer.number
+                summary.rows_chosen += 1
+                write(row.row)
         if not summary.chosen:
             raise ValueError(
                 f"No caption of {source} is chosen: no noun phrase occurs in {settings.least} of its {summary.captions:,} "
                 "captions. Lower --least for a small set."
             )
-    describe_choice(summary, counts, after, settings)
+    summary.describe_phrases(before, after, settings)
     write_json(target.with_name(target.stem + ".report.json"), asdict(summary))
-    plot_concepts(counts.values(), after.values(), settings.least, target.with_name(target.stem + ".concepts.png"))
+    plot_concepts(before.values(), after.values(), settings.least, target.with_name(target.stem + ".concepts.png"))
     return summary
 
 
-def describe_choice(
-    summary: FilterSummary, before: Counter[str], after: Counter[str], settings: ConceptSettings
-) -> None:
-    """Fills in the figures about phrases."""
-    summary.phrases, summary.phrases_after = len(before), len(after)
-    summary.skipped = sum(count < settings.least for count in before.values())
-    summary.capped = sum(count > settings.most for count in before.values())
-    top = sorted(before, key=lambda phrase: (-before[phrase], phrase))[:20]
-    summary.commonest = [[phrase, before[phrase], after[phrase]] for phrase in top]
-    edges = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 10**12]
-    for low, high in zip(edges, edges[1:]):
-        numbers = [sum(low <= count < high for count in counts.values()) for counts in (before, after)]
-        if any(numbers):
-            summary.histogram.append([low, *numbers])
+@contextmanager
+def write_rows(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a row, into a JSON array or, by the file's name, JSONL. The file appears when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.suffix.lower() in {".jsonl", ".ndjson"}
+    separator = "" if lines else "[\n"
+    # Half a surrogate pair, which no file can hold, is written as its escape in JSON.
+    with (
+        atomic_path(path, sync=True) as partial,
+        open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
 
+        def write(row: dict[str, Any]) -> None:
+            nonlocal separator
+            file.write(separator + json.dumps(row, ensure_ascii=False))
+            separator = "\n" if lines else ",\n"
 
-def _is_writable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class RowWriter:
-    """Writes rows as a JSON array, or as JSONL by the file's name; the file appears when it is whole."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.lines = self.path.suffix.lower() in {".jsonl", ".ndjson"}
-        self.number = 0
-
-    def __enter__(self) -> "RowWriter":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            self.file = open(stack.enter_context(atomic_path(self.path, sync=True)), "w", encoding="utf-8")
-            stack.enter_context(self.file)
-            self.stack = stack.pop_all()
-        if not self.lines:
-            self.file.write("[")
-        return self
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes one row."""
-        if not self.lines:
-            self.file.write(",\n" if self.number else "\n")
-        text = json.dumps(row, ensure_ascii=False)
-        # Half a surrogate pair cannot be written but as its escape.
-        self.file.write(text if _is_writable(text) else json.dumps(row))
-        if self.lines:
-            self.file.write("\n")
-        self.number += 1
-
-    def __exit__(self, *error: Any) -> None:
-        if not self.lines:
-            self.file.write("\n]\n")
-        self.stack.__exit__(*error)
+        yield write
+        file.write("\n" if lines else "\n]\n")

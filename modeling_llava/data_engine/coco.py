@@ -1,10 +1,10 @@
-"""COCO's files, read item by item, and texts and numbers of rows."""
+"""COCO's files, read item by item, and what a row says of its image."""
 
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.json_rows import json_arrays, map_json
@@ -15,10 +15,8 @@ LONGEST_ROW = 1 << 20
 
 
 def is_coco(path: Path) -> bool:
-    """
-    Whether a JSON file is an object of arrays. Otherwise it is rows: by its name, or as its first line is an object of its
-    own and is followed by another, or has an `image`.
-    """
+    """Whether a JSON file is an object of arrays, not rows. Rows: by the file's name, or its first line is a whole object
+    with an `image` or with another line after it."""
     data, start = map_json(path)
     if path.suffix.lower() in {".jsonl", ".ndjson"} or data[start : start + 1] != b"{":
         return False
@@ -49,11 +47,28 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def stem_of(image: str) -> str:
+    """An image's path without its suffix: the id of a sample that has none."""
+    return str(PurePosixPath(image).with_suffix(""))
+
+
+def image_and_id(row: Any, where: str, expected: str) -> tuple[str, str]:
+    """Image and id of a row.
+
+    Raises:
+        ValueError: the row has no image.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
+        raise ValueError(f"{where} has no 'image'. Expected {expected}.")
+    image, name = writable(row["image"]), row.get("id")
+    return image, stem_of(image) if name is None else writable(str(name))
+
+
 def corners_of(values: Any) -> list[float]:
-    """Four numbers; `null`, as some writers put NaN into JSON, is NaN, and no numbers at all are an empty box."""
-    numbers = [
-        math.nan if value is None else float(value) for value in ([0.0] * 4 if values in (None, []) else values)
-    ]
+    """Four numbers. `null`, as some writers put NaN into JSON, is NaN; no numbers at all are an empty box."""
+    if values in (None, []):
+        return [0.0] * 4
+    numbers = [math.nan if value is None else float(value) for value in values]
     if len(numbers) != 4:
         raise ValueError(f"'bbox' has {len(numbers)} numbers, not 4")
     return numbers
@@ -61,13 +76,13 @@ def corners_of(values: Any) -> list[float]:
 
 @contextmanager
 def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
-    """What is wrong with an item of a COCO file is said with the file and the item."""
+    """Raises errors about an item of a COCO file with the file and the item."""
     try:
         if not isinstance(item, dict):
             raise TypeError("it is not an object")
         yield
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        what = f"{error} is absent" if isinstance(error, KeyError) else error
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: an item of '{key}' is not in COCO's form ({what}): {item}") from None
 
 
@@ -92,20 +107,18 @@ def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, st
                 images[item["id"]] = (coco_name(item, "file_name"), item.get("width"), item.get("height"))
             elif key == "categories":
                 categories[item["id"]] = coco_name(item, "name")
-            elif "caption" in item:
-                annotations.setdefault(item["image_id"], []).append(item["caption"])
-            elif "bbox" in item:
-                box = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
-                annotations.setdefault(item["image_id"], []).append(box)
             else:
-                annotations.setdefault(item["image_id"], []).append(())
+                held = item.get("caption", ())
+                if "caption" not in item and "bbox" in item:
+                    held = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
+                annotations.setdefault(item["image_id"], []).append(held)
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
     return images, categories, annotations
 
 
 def stray_annotation(path: Path, what: str, image_id: Any, images: dict[Any, Any]) -> ValueError:
-    """An annotation of an image that is not there; the ids are shown as they are written, for 1 is not "1"."""
+    """The error for an annotation without its image; ids are shown as they are written, for 1 is not "1"."""
     return ValueError(
         f"{path}: a {what} belongs to image {image_id!r}, which is not among its {len(images):,} 'images' "
         f"({next(iter(images))!r}, …). Was the list of images cut? Cut the annotations by the same ids."

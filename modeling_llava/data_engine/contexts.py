@@ -12,16 +12,17 @@ fire hydrant: [0.326, 0.612, 0.426, 0.72]
 ```
 """
 
+import dataclasses
 import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..data.json_rows import JsonRows
-from .coco import corners_of, is_coco, one_line, read_coco, stray_annotation, writable
+from .coco import corners_of, image_and_id, is_coco, one_line, read_coco, stem_of, stray_annotation
 
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,10 @@ FAR_OVER = 1.05
 
 @dataclass(frozen=True)
 class Box:
-    """One object of an image.
-
-    Attributes:
-        category: Its name.
-        corners: `(x1, y1, x2, y2)`, left, top, right, bottom, each a fraction 0..1 of the image's width or height.
-    """
+    """One object of an image."""
 
     category: str
-    corners: tuple[float, float, float, float]
+    corners: tuple[float, float, float, float]  # left, top, right, bottom, fractions 0..1 of width and height
 
     @property
     def area(self) -> float:
@@ -57,19 +53,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Context:
-    """What a language-only model is given for an image.
+    """What a language-only model is given for an image."""
 
-    Attributes:
-        id: Name of the sample, unique in its file.
-        image: Path of the image, relative to the image folder.
-        captions: Captions of the image, one sentence each.
-        boxes: Its objects, largest first.
-    """
-
-    id: str
-    image: str
+    id: str  # unique in its file
+    image: str  # path, relative to the image folder
     captions: tuple[str, ...]
-    boxes: tuple[Box, ...] = ()
+    boxes: tuple[Box, ...] = ()  # largest first
 
     @property
     def caption_text(self) -> str:
@@ -83,12 +72,8 @@ class Context:
 
     def to_dict(self) -> dict[str, Any]:
         """The context in the plain JSONL form that `read_contexts` reads."""
-        return {
-            "id": self.id,
-            "image": self.image,
-            "captions": list(self.captions),
-            "boxes": [{"category": box.category, "bbox": list(box.corners)} for box in self.boxes],
-        }
+        boxes = [{"category": box.category, "bbox": list(box.corners)} for box in self.boxes]
+        return {"id": self.id, "image": self.image, "captions": list(self.captions), "boxes": boxes}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "Context":
@@ -99,19 +84,12 @@ class Context:
 
 @dataclass
 class ContextCounts:
-    """What was read and what was left out, by reason.
-
-    Attributes:
-        contexts: Contexts made.
-        boxes: Boxes kept.
-        dropped: Boxes, captions and images left out, by reason (`REASONS`).
-        clipped: Boxes that reached over the image's edge and were cut there.
-    """
+    """What was read and what was left out."""
 
     contexts: int = 0
-    boxes: int = 0
-    clipped: int = 0
-    dropped: Counter = field(default_factory=Counter)
+    boxes: int = 0  # kept ones
+    clipped: int = 0  # boxes that reached over the image's edge and were cut there
+    dropped: Counter = field(default_factory=Counter)  # boxes, captions and images, by reason (`REASONS`)
 
     def summary(self) -> str:
         """One line for a person."""
@@ -147,28 +125,25 @@ def clean_box(
     height: float = 1.0,
     crowd: bool = False,
 ) -> Box | None:
-    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, where there is none."""
+    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, if it is left out."""
+    x1, y1, x2, y2 = corners = [float(value) for value in corners]
+    exact = (x1 / width, y1 / height, x2 / width, y2 / height)
+    left, top, right, bottom = inside = [min(max(value, 0.0), 1.0) for value in exact]
     reason = None
-    x1, y1, x2, y2 = (float(value) for value in corners)
     if crowd:
         reason = "crowd"
-    elif not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
+    elif not all(map(math.isfinite, corners)):
         reason = "not_finite"
     elif x2 < x1 or y2 < y1:
         reason = "inverted"
     elif x2 == x1 or y2 == y1:
         reason = "empty"
-    elif LARGEST_FRACTION < min(width, height) and max(map(abs, (x1, y1, x2, y2))) <= LARGEST_FRACTION:
+    elif LARGEST_FRACTION < min(width, height) and max(map(abs, corners)) <= LARGEST_FRACTION:
         reason = "fraction"
-    else:
-        exact = (x1 / width, y1 / height, x2 / width, y2 / height)
-        inside = tuple(min(max(value, 0.0), 1.0) for value in exact)
-        if inside[0] == inside[2] or inside[1] == inside[3]:
-            reason = "outside"
-        else:
-            rounded = [round(value, DECIMALS) for value in inside]
-            if rounded[0] == rounded[2] or rounded[1] == rounded[3]:
-                reason = "tiny"
+    elif left == right or top == bottom:
+        reason = "outside"
+    elif round(left, DECIMALS) == round(right, DECIMALS) or round(top, DECIMALS) == round(bottom, DECIMALS):
+        reason = "tiny"
     if reason is not None:
         counts.dropped[reason] += 1
         return None
@@ -217,35 +192,30 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
         where: File and line, for messages.
 
     Raises:
-        ValueError: a field is absent or not of its form.
+        ValueError: a field is missing or not of its form.
     """
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
-        raise ValueError(f"{where} has no 'image'. A context is one object {{image, captions, boxes}} per line.")
-    image, name = writable(row["image"]), row.get("id")
-    name = str(PurePosixPath(image).with_suffix("")) if name is None else writable(str(name))
+    image, name = image_and_id(row, where, "one object {image, captions, boxes} per line")
     where = f"{where}, sample '{name}'"
     size = _size(row.get("width"), row.get("height"), where)
-    boxes = []
     items = row.get("boxes", row.get("instances")) or ()
+    form = "{'category': name, 'bbox': [x1, y1, x2, y2]}"
     if not isinstance(items, (list, tuple)):
-        raise ValueError(
-            f"{where}: 'boxes' is {items!r}, not a list of {{'category': name, 'bbox': [x1, y1, x2, y2]}}."
-        )
+        raise ValueError(f"{where}: 'boxes' is {items!r}, not a list of {form}.")
+    boxes = []
     for item in items:
         try:
-            category, corners, crowd = item["category"], corners_of(item["bbox"]), item.get("iscrowd")
+            category, corners, crowd = item["category"], corners_of(item["bbox"]), bool(item.get("iscrowd"))
             if not category.strip():
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-            raise ValueError(f"{where}: box {item!r} is not {{'category': name, 'bbox': [x1, y1, x2, y2]}}.") from None
+            raise ValueError(f"{where}: box {item!r} is not {form}.") from None
         if size is None and math.isfinite(sum(corners)) and max(map(abs, corners)) > LARGEST_FRACTION and not crowd:
             counts.dropped["no_size"] += 1
             continue
         width, height = size or (1.0, 1.0)
-        box = clean_box(category, corners, counts, width=width, height=height, crowd=bool(crowd))
-        boxes += [box] if box else []
+        boxes.append(clean_box(category, corners, counts, width=width, height=height, crowd=crowd))
     captions = _clean_captions(row.get("captions", row.get("caption")), where, counts)
-    return Context(name, image, captions, _largest_first(boxes))
+    return Context(name, image, captions, _largest_first(filter(None, boxes)))
 
 
 def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
@@ -255,28 +225,28 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
         if image_id not in images:
             raise stray_annotation(path, "box", image_id, images)
         name, width, height = images[image_id]
-        size = _size(width, height, f"{path}: image '{name}'")
+        where = f"{path}: image '{name}'"
+        size = _size(width, height, where)
         if size is None:
-            raise ValueError(f"{path}: image '{name}' has no width and height, by which its boxes are normalised.")
+            raise ValueError(f"{where} has no width and height, by which its boxes are normalised.")
         cleaned = []
         for item in found:
             if not isinstance(item, tuple):
-                raise ValueError(f"{path}: image '{name}' has an annotation without a box [x, y, width, height].")
+                raise ValueError(f"{where} has an annotation without a box [x, y, width, height].")
             if not item:
                 counts.dropped["no_box"] += 1
                 continue
             category, x, y, w, h, crowd = item
             if category not in categories:
-                raise ValueError(
-                    f"{path}: image '{name}' has category {category!r}, which is not in 'categories' "
-                    f"({next(iter(categories), None)!r}, …)."
-                )
-            corners = (x, y, x + w, y + h)
+                known = next(iter(categories), None)
+                raise ValueError(f"{where} has category {category!r}, which is not in 'categories' ({known!r}, …).")
             ends += 1
             far_over += x + w > FAR_OVER * size[0] or y + h > FAR_OVER * size[1]
-            box = clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
-            cleaned += [box] if box else []
-        boxes[name] = _largest_first([*boxes.get(name, ()), *cleaned])  # some files name one image twice
+            corners = (x, y, x + w, y + h)
+            cleaned.append(
+                clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
+            )
+        boxes[name] = _largest_first([*boxes.get(name, ()), *filter(None, cleaned)])  # some files name one image twice
     if far_over > ends / 2:
         raise ValueError(
             f"{path}: {far_over:,} of {ends:,} boxes reach far over the image's edge. COCO's bbox is [x, y, width, height] in "
@@ -285,11 +255,20 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
     return boxes
 
 
+def _read_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
+    """Boxes by image, from COCO instances or rows."""
+    if is_coco(path):
+        return _coco_boxes(path, counts)
+    boxes: dict[str, tuple[Box, ...]] = {}
+    for context in _row_contexts(path, counts):
+        boxes[context.image] = _largest_first(boxes.get(context.image, ()) + context.boxes)
+    return boxes
+
+
 def read_contexts(
     captions: str | Path,
     boxes: str | Path | None = None,
     *,
-    limit: int | None = None,
     max_boxes: int | None = None,
     counts: ContextCounts | None = None,
 ) -> Iterator[Context]:
@@ -300,8 +279,7 @@ def read_contexts(
             (LLaVA-Bench's `caps_boxes_coco2014_val_80.jsonl` is one).
         boxes: COCO instances (`instances_train2017.json`) or rows as above, matched to the captions by the image's
             file name; `None` takes the boxes from the rows of `captions`.
-        limit: Most contexts to make.
-        max_boxes: Most boxes per context; the smallest are left out. `None` keeps all.
+        max_boxes: Maximum boxes per context, the largest; `None` keeps all.
         counts: Where what was read and left out is counted.
 
     Raises:
@@ -310,21 +288,15 @@ def read_contexts(
     """
     counts = ContextCounts() if counts is None else counts
     captions = Path(captions)
-    boxes_by_image: dict[str, tuple[Box, ...]] | None = None
+    boxes_by_image = None
     if boxes is not None and Path(boxes) != captions:
-        if is_coco(Path(boxes)):
-            boxes_by_image = _coco_boxes(Path(boxes), counts)
-        else:
-            boxes_by_image = {}
-            for context in _row_contexts(Path(boxes), counts):
-                boxes_by_image[context.image] = boxes_by_image.get(context.image, ()) + context.boxes
-            boxes_by_image = {image: _largest_first(found) for image, found in boxes_by_image.items()}
+        boxes_by_image = _read_boxes(Path(boxes), counts)
     seen: set[str] = set()
     matched = found = 0
     for context in _coco_contexts(captions, counts) if is_coco(captions) else _row_contexts(captions, counts):
         if boxes_by_image is not None:
             matched += context.image in boxes_by_image
-            context = Context(context.id, context.image, context.captions, boxes_by_image.get(context.image, ()))
+            context = dataclasses.replace(context, boxes=boxes_by_image.get(context.image, ()))
             found += len(context.boxes)
         if not context.captions:
             counts.dropped["no_captions"] += 1
@@ -332,20 +304,15 @@ def read_contexts(
         if context.id in seen:
             raise ValueError(f"{captions}: two samples have the id '{context.id}'. Give each row an 'id' of its own.")
         seen.add(context.id)
-        if max_boxes is not None and len(context.boxes) > max_boxes:
-            context = Context(context.id, context.image, context.captions, context.boxes[:max_boxes])
         counts.contexts += 1
-        yield context
-        if limit is not None and counts.contexts >= limit:
-            break
-    else:
-        if boxes_by_image is not None and counts.contexts and not found:
-            names = f"it names '{next(iter(boxes_by_image), '')}', the captions '{context.image}'"
-            why = names if boxes_by_image and not matched else counts.summary()
-            raise ValueError(
-                f"No image of {captions} has a box in {boxes}: {why}. Both files name images by the same file names; to ask "
-                "by captions alone, leave the boxes out."
-            )
+        yield dataclasses.replace(context, boxes=context.boxes[:max_boxes])
+    if boxes_by_image is not None and counts.contexts and not found:
+        names = f"it names '{next(iter(boxes_by_image), '')}', the captions '{context.image}'"
+        why = names if boxes_by_image and not matched else counts.summary()
+        raise ValueError(
+            f"No image of {captions} has a box in {boxes}: {why}. Both files name images by the same file names; to ask "
+            "by captions alone, leave the boxes out."
+        )
     lost = sum(number for reason, number in counts.dropped.items() if reason not in NOT_LOST)
     if lost > counts.boxes:
         logger.warning(
@@ -360,16 +327,15 @@ def _coco_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:
     images, _, annotations = read_coco(path)
     for image_id in annotations.keys() - images.keys():
         raise stray_annotation(path, "caption", image_id, images)
-    stems = Counter(str(PurePosixPath(name).with_suffix("")) for name in {name for name, _, _ in images.values()})
+    stems = Counter(stem_of(name) for name in {name for name, _, _ in images.values()})
     for image_id, (name, _, _) in images.items():
-        stem = str(PurePosixPath(name).with_suffix(""))
-        stem = stem if stems[stem] == 1 else name  # 1.jpg and 1.png are two
         found = annotations.get(image_id, ())
         if any(isinstance(item, tuple) for item in found):
             raise ValueError(
                 f"{path}: image '{name}' has boxes where captions are expected. Give instances by --boxes."
             )
-        yield Context(stem, name, _clean_captions(found, f"{path}, image '{name}'", counts))
+        captions = _clean_captions(found, f"{path}, image '{name}'", counts)
+        yield Context(stem_of(name) if stems[stem_of(name)] == 1 else name, name, captions)  # 1.jpg and 1.png are two
 
 
 def _row_contexts(path: Path, counts: ContextCounts) -> Iterator[Context]:

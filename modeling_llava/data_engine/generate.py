@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..endpoint import (
     BatchSummary,
     Budget,
     ChatModel,
     Ledger,
+    LedgerCounts,
+    Message,
     OpenAIModel,
     Prices,
     Reply,
@@ -31,7 +32,7 @@ from ..endpoint import (
 )
 from .contexts import Context, ContextCounts, read_contexts
 from .output import write_output
-from .prompts import Prompt, load_prompts
+from .prompts import load_prompts
 from .replies import Rejection
 from .run import GenerateConfig, RunFolder
 from .samples import OutputSettings, OutputSummary, find_image
@@ -43,78 +44,55 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class GenerateSummary:
-    """What `generate` did.
-
-    Attributes:
-        run: How the requests ended.
-        output: What was written; `None` while nothing is accepted or rejected.
-        tasks: Tasks of the run, by type.
-        missing_images: Images that are not in the image folder; their tasks were skipped.
-        ledger: The ledger's counts over all runs.
-        cost: Dollars so far.
-    """
+    """What `generate` did."""
 
     run: RunSummary
-    output: OutputSummary | None
-    tasks: Counter
-    missing_images: int
-    ledger: Any
-    cost: float
+    output: OutputSummary | None  # `None` while nothing is accepted or rejected
+    missing_images: int  # images that are not in the image folder; their tasks were skipped
+    ledger: LedgerCounts  # over all calls
+    cost: float  # dollars over all calls
 
 
 @dataclass
 class Estimate:
-    """Expected usage of a run.
+    """Expected usage of the tasks that are not settled."""
 
-    Attributes:
-        tasks: Tasks that are not settled, by type.
-        usage: Expected tokens: prompts by characters, replies by the examples' lengths.
-        most_usage: The same with every reply at its maximum length.
-        samples: The messages of the first task of each type.
-        missing_images: Images that are not in the image folder.
-    """
-
-    tasks: Counter = field(default_factory=Counter)
-    usage: Usage = Usage(0, 0)
-    most_usage: Usage = Usage(0, 0)
-    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    tasks: Counter = field(default_factory=Counter)  # by type
+    usage: Usage = Usage(0, 0)  # prompts by characters, replies by the examples' lengths
+    most_usage: Usage = Usage(0, 0)  # with every reply at its maximum length
+    samples: dict[str, list[Message]] = field(default_factory=dict)  # the first prompt of each type
     missing_images: int = 0
 
 
 class Plan:
-    """The open tasks of a run, one by one, without those whose image is missing (`images=None`: no check)."""
+    """The tasks of a run that are not settled, one by one, without those whose image is missing (`images=None`: no check)."""
 
     def __init__(self, folder: RunFolder, ledger: Ledger, images: Path | None = None, limit: int | None = None):
         self.folder, self.ledger, self.images, self.limit = folder, ledger, images, limit
-        self.tasks: Counter = Counter()
-        self.settled = 0
+        self.settled = self.missing_tasks = 0
         self.missing: list[str] = []
-        self.missing_images = 0
-        self.missing_tasks = 0
 
     def __iter__(self) -> Iterator[Task]:
-        absent, present = None, None  # the last image: its types follow one another
-        for task_id, context, kind in self.folder.plan(self.limit):
-            self.tasks[kind] += 1
+        config, found = (
+            self.folder.config,
+            None,
+        )  # the last image that is there: the types of an image follow one another
+        for task_id, row, kind in self.folder.plan(self.limit):
             if self.ledger.state(task_id).final:
                 self.settled += 1
                 continue
-            if self.images is not None and context.image != present:
-                if context.image != absent and find_image(self.images, context.image) is None:
-                    absent = context.image
-                    self.missing_images += 1
-                    self.missing = [*self.missing, context.image][:3]
-                if context.image == absent:
-                    self.missing_tasks += 1
-                    continue
-                present = context.image
-            yield make_task(task_id, context.load(), self.folder.prompts[kind], self.folder.config)
-
-
-def make_task(task_id: str, context: Context, prompt: Prompt, config: GenerateConfig) -> Task:
-    """The task of one context and type."""
-    seed = (zlib.crc32(task_id.encode()) + config.seed) % 2**31 if config.send_seed else None
-    return Task(task_id, prompt.messages(context), config.max_reply_tokens, config.temperature, seed)
+            image = row["image"]
+            if self.images is not None and image != found and image not in self.missing[-1:]:
+                if find_image(self.images, image):
+                    found = image
+                else:
+                    self.missing.append(image)
+            if image in self.missing[-1:]:
+                self.missing_tasks += 1
+                continue
+            seed = (zlib.crc32(task_id.encode()) + config.seed) % 2**31 if config.send_seed else None
+            messages = self.folder.prompts[kind].messages(Context.from_dict(row))
+            yield Task(task_id, messages, config.max_reply_tokens, config.temperature, seed)
 
 
 def make_judge(settings: ValidationSettings) -> Callable[[Task, Reply], Verdict]:
@@ -139,52 +117,54 @@ def open_folder(
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
 ) -> RunFolder:
-    """The folder of a run with its contexts stored in it, from a list or from files (`read_contexts`).
+    """The folder of a run, with its contexts from a list or from files (`read_contexts`) and its prompts (`load_prompts`).
 
     Raises:
         ValueError: neither or both are given, or the folder's run has other settings, prompts or contexts.
-        OSError: a file is absent.
+        OSError: a file does not exist.
     """
     if (contexts is None) == (captions is None):
         raise ValueError("Give either contexts or a file of captions.")
     folder = RunFolder(out, config, load_prompts(prompts, config.types))
+    sources = None
     if contexts is not None:
         contexts = list(contexts)
         counts = ContextCounts(contexts=len(contexts), boxes=sum(len(context.boxes) for context in contexts))
-        folder.store_contexts(contexts, counts, None)
     else:
         sources = [Path(path) for path in (captions, boxes) if path is not None]
         for source in sources:
             if not source.is_file():
-                raise OSError(f"{source} is absent.")
+                raise OSError(f"{source} does not exist.")
         counts = ContextCounts()
-        read = read_contexts(captions, boxes, max_boxes=config.max_boxes, counts=counts)
-        folder.store_contexts(read, counts, sources)
+        contexts = read_contexts(captions, boxes, max_boxes=config.max_boxes, counts=counts)
+    folder.store_contexts(contexts, counts, sources)
     return folder
+
+
+def open_ledger(folder: RunFolder, write: bool = True) -> Ledger:
+    """The ledger of a run. OSError if another process writes to it."""
+    return Ledger(folder.path / "ledger.jsonl", write=write)
 
 
 def estimate(folder: RunFolder, *, images: Path | None = None, limit: int | None = None) -> Estimate:
     """Expected usage of the rest of a run, without a request."""
-    found = Estimate()
-    budget = Budget()
-    examples = {kind: [len(answered) for _, answered in prompt.examples] for kind, prompt in folder.prompts.items()}
-    most = folder.config.max_reply_tokens
-    expected = {
-        kind: min(most, round(Budget.TOKENS_PER_CHARACTER * sum(lengths) / len(lengths))) if lengths else most
-        for kind, lengths in examples.items()
-    }
-    with Ledger(folder.path / "ledger.jsonl", write=False) as ledger:
+    found, budget, most = Estimate(), Budget(), folder.config.max_reply_tokens
+    expected = {}
+    for kind, prompt in folder.prompts.items():
+        lengths = [len(answered) for _, answered in prompt.examples]
+        tokens = round(Budget.TOKENS_PER_CHARACTER * sum(lengths) / len(lengths)) if lengths else most
+        expected[kind] = min(most, tokens)
+    prompt_tokens = 0
+    with open_ledger(folder, write=False) as ledger:
         plan = Plan(folder, ledger, images, limit)
-        prompt_tokens = completion_tokens = 0
         for task in plan:
             kind = task.id.rpartition(":")[2]
             found.tasks[kind] += 1
             found.samples.setdefault(kind, task.messages)
             prompt_tokens += budget.estimate(task.messages, 0).prompt_tokens
-            completion_tokens += expected[kind]
-    found.usage = Usage(prompt_tokens, completion_tokens)
+    found.usage = Usage(prompt_tokens, sum(number * expected[kind] for kind, number in found.tasks.items()))
     found.most_usage = Usage(prompt_tokens, most * found.tasks.total())
-    found.missing_images = plan.missing_images
+    found.missing_images = len(plan.missing)
     return found
 
 
@@ -214,32 +194,45 @@ def generate(
         out: The run's folder (see `run.py`).
         model: The language model.
         config: What is made.
-        contexts: The contexts, or instead of them:
-        captions: File of captions (`read_contexts`).
-        boxes: File of boxes.
+        contexts, captions, boxes, prompts: As in `open_folder`.
         images: Image folder; contexts without their image are skipped. `None`: no check, and no `datasets` folder.
-        prompts: Folder of prompts; `None` for the package's own.
         limit: Maximum number of contexts; a later call may raise it.
         settings: Concurrency, limits, back-off.
         max_tokens, max_cost: Budget in tokens and dollars over all calls on this folder; `max_cost` requires `prices`.
-        prices: Of the model.
         validation: Rules for a reply.
         output: How the data is written.
         progress: Whether to show a progress bar.
-        handle_interrupt: Whether the first Ctrl-C finishes what is in flight.
+        handle_interrupt: Whether the first Ctrl-C finishes the requests in flight.
 
     Raises:
         ValueError: settings differ from those the run began with, no context, no image found, a budget without prices.
-        OSError: a file is absent, or another process runs in this folder.
+        OSError: a file does not exist, or another process uses this folder.
     """
+    from tqdm import tqdm
+
     folder = open_folder(out, config, contexts=contexts, captions=captions, boxes=boxes, prompts=prompts)
     images = check_images(folder, images, limit)
     budget = Budget(max_tokens, max_cost, prices)
     judge = make_judge(validation or ValidationSettings(language=config.language))
-    with Ledger(folder.path / "ledger.jsonl") as ledger:
+    with open_ledger(folder) as ledger:
         plan = Plan(folder, ledger, images, limit)
-        bar = _Bar(plan) if progress else None
-        try:
+        settled = [ledger.state(task_id).final for task_id, _, _ in folder.plan(limit)] if progress else []
+        counts: Counter = Counter()
+        with tqdm(
+            total=len(settled),
+            initial=sum(settled),
+            unit="reply",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not progress,
+        ) as bar:
+
+            def on_settled(task: Task, accepted: bool) -> None:
+                counts["accepted" if accepted else "rejected"] += 1
+                bar.total = len(settled) - plan.missing_tasks  # missing images are found on the way
+                bar.set_postfix(accepted=counts["accepted"], rejected=counts["rejected"], refresh=False)
+                bar.update(1)
+
             summary = run_tasks(
                 plan,
                 model,
@@ -248,21 +241,18 @@ def generate(
                 judge=judge,
                 settings=settings,
                 budget=budget,
-                on_settled=bar.settled if bar else None,
+                on_settled=on_settled,
                 handle_interrupt=handle_interrupt,
             )
-        finally:
-            if bar:
-                bar.close()
         summary.skipped = plan.settled
-        if plan.missing_images:
+        if plan.missing:
             logger.warning(
                 "%s images are not in %s (%s …); they were skipped.",
-                f"{plan.missing_images:,}",
+                f"{len(plan.missing):,}",
                 images,
-                ", ".join(plan.missing),
+                ", ".join(plan.missing[:3]),
             )
-        return finish(folder, ledger, summary, plan, images, limit, prices, output)
+        return finish(folder, ledger, summary, plan, limit, prices, output)
 
 
 def finish(
@@ -270,70 +260,38 @@ def finish(
     ledger: Ledger,
     summary: RunSummary,
     plan: Plan,
-    images: Path | None,
     limit: int | None,
     prices: Prices | None,
     output: OutputSettings | None,
 ) -> GenerateSummary:
     """Writes the data so far and sums up."""
-    prices = prices or Prices()
-    cost = total_cost(ledger, prices)
-    if prices != Prices():
+    budget = Budget(prices=prices or Prices())
+    ledger.charge(budget)
+    if prices not in (None, Prices()):
         folder.about["prices"] = [prices.prompt, prices.completion]
-    if images is not None:
-        folder.about["images"] = str(images)
+    if plan.images is not None:
+        folder.about["images"] = str(plan.images)
     folder.save()
     written = None
     if ledger.counts.accepted or ledger.counts.rejected:
-        written = write_output(folder, ledger, images=images, limit=limit, settings=output)
-    return GenerateSummary(summary, written, plan.tasks, plan.missing_images, ledger.counts, cost)
-
-
-def total_cost(ledger: Ledger, prices: Prices) -> float:
-    """Dollars for all replies and for what may have been billed without one."""
-    budget = Budget(prices=prices)
-    ledger.charge(budget)
-    return budget.cost
+        written = write_output(folder, ledger, images=plan.images, limit=limit, settings=output)
+    return GenerateSummary(summary, written, len(plan.missing), ledger.counts, budget.cost)
 
 
 def check_images(folder: RunFolder, images: str | Path | None, limit: int | None) -> Path | None:
-    """The image folder, if it has at least one image of the run. ValueError without any, OSError without the folder."""
+    """The image folder. ValueError if no image of the run is in it, OSError if it does not exist."""
     if images is None:
         return None
     images = Path(images)
     if not images.is_dir():
-        raise OSError(f"The image folder {images} is absent.")
-    first, number = "", 0
-    for context in folder.contexts(limit):
-        if find_image(images, context.image):
+        raise OSError(f"The image folder {images} does not exist.")
+    for row in folder.contexts(limit):
+        if find_image(images, row["image"]):
             return images
-        first = first or context.image
-        number += 1
     raise ValueError(
-        f"None of the {number:,} images is in {images}: '{images / first}' does not exist. Is --images the folder to which "
-        "the file names in the captions are relative?"
+        f"None of the images is in {images}: '{images / row['image']}' does not exist. Is --images the folder to which the "
+        "file names in the captions are relative?"
     )
-
-
-class _Bar:
-    """A progress bar over the tasks of a plan, with the share of accepted replies."""
-
-    def __init__(self, plan: Plan):
-        from tqdm import tqdm
-
-        settled = [plan.ledger.state(task_id).final for task_id, _, _ in plan.folder.plan(plan.limit)]
-        self.plan, self.total = plan, len(settled)
-        self.bar = tqdm(total=self.total, initial=sum(settled), unit="reply", dynamic_ncols=True, smoothing=0.05)
-        self.counts = [0, 0]
-
-    def settled(self, task: Task, accepted: bool) -> None:
-        self.counts[accepted] += 1
-        self.bar.total = self.total - self.plan.missing_tasks  # missing images are found on the way
-        self.bar.update(1)
-        self.bar.set_postfix(accepted=self.counts[1], rejected=self.counts[0], refresh=False)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def batch_out(
@@ -345,10 +303,9 @@ def batch_out(
     limit: int | None = None,
     budget: Budget | None = None,
 ) -> BatchSummary:
-    """Writes what is not settled into files for OpenAI's Batch API (`write_batch`)."""
-    with Ledger(folder.path / "ledger.jsonl") as ledger:
-        plan = Plan(folder, ledger, images, limit)
-        return write_batch(plan, model, ledger, files, run_id=folder.id, budget=budget)
+    """Writes the tasks that are not settled into files for OpenAI's Batch API (`write_batch`)."""
+    with open_ledger(folder) as ledger:
+        return write_batch(Plan(folder, ledger, images, limit), model, ledger, files, run_id=folder.id, budget=budget)
 
 
 def batch_in(
@@ -363,14 +320,13 @@ def batch_in(
 ) -> tuple[BatchSummary, GenerateSummary]:
     """Reads results of OpenAI's Batch API (`read_batch`) and writes the data so far."""
     judge = make_judge(validation or ValidationSettings(language=folder.config.language))
-    with Ledger(folder.path / "ledger.jsonl") as ledger:
-        plan = Plan(folder, ledger)
-        read = read_batch(plan, results, ledger, judge=judge)
+    with open_ledger(folder) as ledger:
+        read = read_batch(Plan(folder, ledger), results, ledger, judge=judge)
         summary = RunSummary(accepted=read.accepted, rejected=read.rejected + read.refused, batched=read.waiting)
-        return read, finish(folder, ledger, summary, plan, images, limit, prices, output)
+        return read, finish(folder, ledger, summary, Plan(folder, ledger, images), limit, prices, output)
 
 
 def batch_forget(folder: RunFolder) -> int:
     """Frees tasks that wait in batch files (`forget_batch`)."""
-    with Ledger(folder.path / "ledger.jsonl") as ledger:
+    with open_ledger(folder) as ledger:
         return forget_batch(Plan(folder, ledger), ledger)

@@ -1,4 +1,4 @@
-"""Whether a text is in a language, by its script and its commonest words. Enough to reject a reply in another one."""
+"""Whether a reply is in a language, by its script and the language's commonest words."""
 
 import re
 import unicodedata
@@ -45,42 +45,35 @@ COMMON_WORDS: dict[str, frozenset[str]] = {
 LANGUAGES = tuple(sorted({*SCRIPTS, *COMMON_WORDS}))
 
 FEWEST_WORDS = 8
-"""Below so many words the commonest ones say nothing; the script alone decides."""
+"""With fewer words the script alone decides."""
 
 
 def looks_like(text: str, language: str) -> bool:
-    """Whether a text may be in a language; in doubt, yes.
-
-    Args:
-        text: The text; numbers and punctuation are not looked at.
-        language: Code out of `LANGUAGES`.
+    """Whether a text may be in a language (a code out of `LANGUAGES`); in doubt, yes.
 
     Raises:
         ValueError: the language cannot be recognised.
     """
     if language not in LANGUAGES:
         raise ValueError(
-            f"'{language}' cannot be recognised; these languages can: {', '.join(LANGUAGES)}. "
-            "Give 'any' to take replies in every language."
+            f"'{language}' cannot be recognised; these languages can: {', '.join(LANGUAGES)}. 'any' accepts all replies."
         )
     letters = Counter(text)
-    names = {c: unicodedata.name(c, "") for c in letters if c.isalpha()}
-    total = sum(letters[c] for c in names)
+    names = {letter: unicodedata.name(letter, "") for letter in letters if letter.isalpha()}
+    total = sum(letters[letter] for letter in names)
     if not total:
         return True
     scripts = SCRIPTS.get(language, ("LATIN",))
-    if sum(letters[c] for c, name in names.items() if name.startswith(scripts)) < 0.6 * total:
+    if sum(letters[letter] for letter, name in names.items() if name.startswith(scripts)) < 0.6 * total:
         return False
     kana = any(name.startswith(("HIRAGANA", "KATAKANA")) for name in names.values())
     if language == "zh" and kana:
         return False
     if language == "ja" and total >= 20:
         return kana
-    if language not in COMMON_WORDS:
-        return True
     words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
-    if words.total() < FEWEST_WORDS:
+    if language not in COMMON_WORDS or words.total() < FEWEST_WORDS:
         return True
     shares = {code: sum(words[word] for word in words.keys() & common) for code, common in COMMON_WORDS.items()}
-    # Ties and texts of names and nouns only are let through: what is to be caught is a reply in another language.
+    # Ties and texts of names and nouns only pass: what is to be caught is a reply in another language.
     return shares[language] >= 0.9 * max(shares.values())

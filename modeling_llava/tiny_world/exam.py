@@ -1,9 +1,10 @@
-"""The quickstart's exam: questions about scenes that were never trained on, and proofs that the model looks at them.
+"""The quickstart's exam: questions about unseen scenes, and proof that the model looks at the images.
 
 The same questions are asked with their image, with a blank image, and with the images shuffled. The scores are compared with
-the majority answer: for every question text, the answer that is right most often in the training data.
+the majority answer: for every question, the answer that is right most often in the training data.
 """
 
+import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..constants import IMAGE_TOKEN
 from ..data_engine.contexts import read_contexts
 from ..data_engine.validate import normalise
 from .responder import Question, list_questions, list_reasoning, read_context
@@ -24,7 +26,7 @@ HELD_OUT_NAMES = frozenset(f"{colour} {category}" for colour, category in HELD_O
 
 @dataclass(frozen=True)
 class ExamItem:
-    """A question about a image. `answer` is the only right one."""
+    """A question about an image. `answer` is the only right one."""
 
     id: str
     image: Path
@@ -34,9 +36,9 @@ class ExamItem:
 
 
 def set_exam(split: Path, seed: int, limit: int | None = None, held_out: bool = False) -> list[ExamItem]:
-    """Questions about a split's images, one of each kind where a image has one, from captions and boxes."""
+    """Questions about a split's images, one of each kind that an image has, from captions and boxes."""
     items = []
-    for context in read_contexts(split / "captions.json", split / "instances.json", limit=limit):
+    for context in itertools.islice(read_contexts(split / "captions.json", split / "instances.json"), limit):
         rng = random.Random(f"{seed}:exam:{context.id}")
         scene = read_context(f"{context.caption_text}\n\n{context.box_text}")
         by_kind: dict[str, list[Question]] = defaultdict(list)
@@ -66,24 +68,17 @@ def blank_image(like: Path) -> Image.Image:
 def shuffle_images(items: list[ExamItem], seed: int) -> list[Path]:
     """For each item the image of another scene."""
     scenes = sorted({item.image for item in items})
-    dealt = scenes[:]
-    random.Random(f"{seed}:shuffle").shuffle(dealt)
-    other = dict(zip(dealt, [*dealt[1:], dealt[0]]))  # a cycle through all of them
+    random.Random(f"{seed}:shuffle").shuffle(scenes)
+    other = dict(zip(scenes, [*scenes[1:], scenes[0]]))  # a cycle through all of them
     return [other[item.image] for item in items]
 
 
 def answer_items(predictor, items: list[ExamItem], images: Iterable, batch_size: int = 64) -> list[str]:
     """The model's answers, greedy, in the items' order."""
-    samples = [
-        {
-            "id": number,
-            "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]},
-            ],
-            "images": [image if isinstance(image, Image.Image) else str(image)],
-        }
-        for number, (item, image) in enumerate(zip(items, images))
-    ]
+    samples = []
+    for number, (item, image) in enumerate(zip(items, images)):
+        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        samples.append({"id": number, "messages": [{"role": "user", "content": content}], "images": [image]})
     answers = predictor.answer_many(samples, batch_size=batch_size, max_new_tokens=32)
     found = {answer.id: answer.text for answer in answers}
     return [found[number] for number in range(len(samples))]
@@ -95,33 +90,26 @@ def is_right(item: ExamItem, answer: str) -> bool:
 
 
 def score(items: list[ExamItem], answers: list[str]) -> dict[str, float]:
-    """Share of right answers, 0..1: `all`, and by kind."""
+    """Fraction of right answers, 0..1: `all`, and by kind."""
     right = defaultdict(list)
     for item, answer in zip(items, answers):
-        right["all"].append(is_right(item, answer))
-        right[item.kind].append(right["all"][-1])
+        for kind in ("all", item.kind):
+            right[kind].append(is_right(item, answer))
     return {kind: sum(right[kind]) / len(right[kind]) for kind in ("all", *KINDS) if right[kind]}
 
 
 def answer_by_majority(items: list[ExamItem], training: Iterable[tuple[str, str]]) -> list[str]:
-    """For each question the answer that is most often right in the training data for the same text.
-
-    A question that the training data does not have gets an empty answer.
-    """
-    counts: dict[str, Counter] = defaultdict(Counter)
+    """For each question the commonest answer to the same text in the training data; empty if it is not there."""
+    counts: dict[str, Counter] = defaultdict(lambda: Counter({"": 0}))
     for question, answer in training:
         counts[normalise(question)][answer] += 1
-    return [
-        counts[normalise(item.question)].most_common(1)[0][0] if counts[normalise(item.question)] else ""
-        for item in items
-    ]
+    return [counts[normalise(item.question)].most_common(1)[0][0] for item in items]
 
 
 def read_turns(rows: list[dict]) -> list[tuple[str, str]]:
-    """Questions and answers of rows in LLaVA's form, without the image's mark."""
+    """Questions and answers of rows in LLaVA's form, without the image token."""
     turns = []
     for row in rows:
-        messages = row["conversations"]
-        for asked, answered in zip(messages[::2], messages[1::2]):
-            turns.append((asked["value"].replace("<image>", "").strip(), answered["value"]))
+        texts = [message["value"].replace(IMAGE_TOKEN, "").strip() for message in row["conversations"]]
+        turns += zip(texts[::2], texts[1::2])
     return turns

@@ -1,9 +1,10 @@
 """The tiny world's language model: a tokenizer and a Llama that learn to read about scenes and to answer questions.
 
-It never sees a image. Scenes that nobody draws are described to it in words, and it answers questions about them; so,
-like Vicuna before LLaVA, it understands questions and can talk about what it was told before it is given eyes.
+It never sees an image: scenes are described to it in words, and it answers questions about them. Like Vicuna before LLaVA,
+it understands questions before it is given eyes.
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable
@@ -18,17 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..constants import IGNORE_INDEX
 from ..data.packing import pack_sequences
 from ..kernels.packed_attention import VARLEN
-from .responder import (
-    Question,
-    SeenScene,
-    SeenThing,
-    choose_questions,
-    list_questions,
-    list_reasoning,
-    write_description,
-)
-from .scenes import PLACES, Scene, write_captions
-from .vision import warmup_and_cosine
+from .responder import Question, choose_questions, list_questions, list_reasoning, write_description
+from .scenes import Scene, write_captions
+from .vision import optimize
 from .world import scene_texts
 
 
@@ -41,37 +34,28 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""The language model's own chat template: one token before and after a turn. LLaVA's image token is put into it later."""
-
-
-def tell_scene(scene: Scene) -> SeenScene:
-    """A scene as someone who sees it would know it."""
-    largest_first = sorted(scene.things, key=lambda thing: -thing.side)
-    things = [SeenThing(t.category, t.colour, t.size, t.row, t.column) for t in largest_first]
-    return SeenScene(PLACES[scene.place], tuple(things))
+"""The language model's own chat template: one token before each turn. LLaVA's image token is added to it later."""
 
 
 def write_dialogue(scene: Scene, rng: random.Random, turns: int = 6) -> list[dict[str, str]]:
-    """A conversation in which a scene is told in the first message and asked about in all."""
-    seen = tell_scene(scene)
-    questions = choose_questions(list_questions(seen, rng), rng, turns)
+    """A conversation about a scene that the first message describes."""
+    largest_first = tuple(sorted(scene.things, key=lambda thing: -thing.side))
+    scene = dataclasses.replace(scene, things=largest_first)
+    questions = choose_questions(list_questions(scene, rng), rng, turns)
     if rng.random() < 0.3:
-        questions[0] = rng.choice(list_reasoning(seen))
+        questions[0] = rng.choice(list_reasoning(scene))
     if rng.random() < 0.2:
-        questions[0] = Question("detail", "Describe the picture.", write_description(seen), ())
+        questions[0] = Question("detail", "Describe the picture.", write_description(scene), ())
     messages = []
     for number, question in enumerate(questions):
-        told = f"{write_description(seen)}\n" if number == 0 else ""
+        told = f"{write_description(scene)}\n" if number == 0 else ""
         messages.append({"role": "user", "content": told + question.text})
         messages.append({"role": "assistant", "content": question.answer})
     return messages
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that writes `<s>` in front, with a chat template.
-
-    Bytes are its alphabet, so a user may type anything.
-    """
+    """A byte-level BPE tokenizer that adds `<s>`, with a chat template. Bytes are its alphabet: a user may type anything."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,11 +105,10 @@ def train_language_model(
 ) -> dict[str, float]:
     """Trains tokenizer and language model on scenes in words, and saves both.
 
-    One document in four is a caption, which is learnt word by word; the others are conversations, of which the answers
-    are learnt.
+    One document in four is a caption, with every token supervised; the others are conversations with supervised answers.
 
     Returns:
-        Loss over the last tenth of the steps (nats per learnt token), tokens read, and seconds.
+        Loss over the last tenth of the steps (nats per supervised token), tokens read, and seconds.
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
@@ -138,10 +121,10 @@ def train_language_model(
     model = LlamaForCausalLM(tiny_language_config(tokenizer))
     _initialise(model)
     model.set_attn_implementation(VARLEN)  # documents are concatenated into one sequence; none is padded
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
-    losses, num_tokens = [], 0
-    for step in range(steps):
+    num_tokens = 0
+
+    def loss_of(step: int) -> torch.Tensor:
+        nonlocal num_tokens
         documents = [
             _caption(tokenizer, rng.choice(write_captions(next(scenes))))
             if index % 4 == 0
@@ -150,17 +133,12 @@ def train_language_model(
         ]
         pack = pack_sequences(*zip(*documents))
         labels = pack.pop("labels")[0]
-        hidden = model.model(**pack, use_cache=False).last_hidden_state[0]  # [positions, hidden]
-        learnt = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
-        loss = F.cross_entropy(model.lm_head(hidden[learnt]), labels[learnt + 1])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
         num_tokens += len(labels)
-        losses.append(loss.item())
-        log(step + 1, losses[-1])
+        hidden = model.model(**pack, use_cache=False).last_hidden_state[0]  # [num_tokens, hidden]
+        supervised = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+        return F.cross_entropy(model.lm_head(hidden[supervised]), labels[supervised + 1])
+
+    losses = optimize(model, loss_of, steps, learning_rate, log)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     last = losses[-max(1, steps // 10) :]
@@ -172,7 +150,7 @@ def train_language_model(
 
 
 def _initialise(model: LlamaForCausalLM) -> None:
-    """Each layer adds nothing at first, and tokens tell apart: a small model learns to look back sooner from there."""
+    """Each layer adds nothing at first and token embeddings differ: a small model learns to attend sooner from there."""
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -186,11 +164,8 @@ def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[torch.Te
 
 def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     encoded = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, kept = encoded["input_ids"], encoded["assistant_masks"]
-    ids = torch.tensor([tokenizer.bos_token_id, *ids])  # templates leave <s> to the tokenizer
-    return ids, torch.where(torch.tensor([0, *kept]) == 1, ids, IGNORE_INDEX)
+    ids = torch.tensor([tokenizer.bos_token_id, *encoded["input_ids"]])  # templates leave <s> to the tokenizer
+    supervised = torch.tensor([0, *encoded["assistant_masks"]]) == 1
+    return ids, torch.where(supervised, ids, IGNORE_INDEX)

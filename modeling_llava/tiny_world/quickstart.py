@@ -1,7 +1,7 @@
-"""The whole life of a small LLaVA, phase by phase: draw, write, train, train, compose, align, instruct, examine, reload.
+"""The whole life of a small LLaVA, phase by phase: draw, write, train, compose, align, instruct, examine, reload.
 
-Each phase writes into a folder of its own and is noted in `progress.json` when it is complete; the same call again resumes
-after the last one.
+Each phase writes into a folder of its own and is noted in `progress.json` when it is complete; the same call resumes after
+the last one.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from .world import draw_scenes, write_json, write_split
 PHASES: dict[str, str] = {
     "world": "draw images, with captions and boxes",
     "data": "turn captions and boxes into instruction data",
-    "language": "train a language model on words alone",
+    "language": "train a language model on text alone",
     "vision": "train a vision encoder on the boxes",
-    "compose": "join both by an untrained projector",
+    "compose": "join both with an untrained projector",
     "pretrain": "stage 1: the projector, on captions",
     "finetune": "stage 2: LoRA and the projector, on instructions",
     "reload": "merge, save, reload through pipeline()",
-    "exam": "ask about images never seen",
+    "exam": "ask about images never seen in training",
     "figures": "draw the loss curve and the answers",
 }
 STAGES = ("language", "vision", "pretrain", "finetune")
@@ -38,40 +39,24 @@ STAGES = ("language", "vision", "pretrain", "finetune")
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """How much of everything. The defaults take about three minutes on two cores.
-
-    Attributes:
-        seed: Of the world, the data and every training.
-        things: Most things in a image, 1 to 3. To tell several apart takes far more than minutes of training.
-        images: Training images.
-        unseen: Images of the exam.
-        held_out: Images of the exam with pairs of colour and category that are nowhere in training.
-        language_steps, vision_steps, pretrain_steps, finetune_steps: Optimizer steps.
-        batch_size: Texts per step. Few: packs of some thousand tokens are slower on a CPU than as many in several steps.
-        vision_batch_size: Images per step of the vision encoder.
-    """
+    """How much of everything. The defaults take about three minutes on two cores."""
 
     seed: int = 0
-    things: int = 1
-    images: int = 3000
-    unseen: int = 120
-    held_out: int = 60
+    things: int = 1  # at most, in an image, 1 to 3; several take far more than minutes of training to tell apart
+    images: int = 3000  # for training
+    unseen: int = 120  # images of the exam
+    held_out: int = 60  # images of the exam with pairs of colour and category that are nowhere in training
     language_steps: int = 700
     vision_steps: int = 700
     pretrain_steps: int = 160
     finetune_steps: int = 600
-    batch_size: int = 8
+    batch_size: int = 8  # few: on a CPU, several short steps are faster than one over thousands of tokens
     vision_batch_size: int = 32
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.name != "seed" and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; at least 1 is needed.")
 
     def scaled(self, scale: float) -> "QuickstartSettings":
         """The same with every number of steps multiplied."""
-        steps = [field.name for field in dataclasses.fields(self) if field.name.endswith("_steps")]
-        return dataclasses.replace(self, **{name: max(1, round(scale * getattr(self, name))) for name in steps})
+        steps = {name: value for name, value in dataclasses.asdict(self).items() if name.endswith("_steps")}
+        return dataclasses.replace(self, **{name: max(1, round(scale * value)) for name, value in steps.items()})
 
 
 FAST = QuickstartSettings(
@@ -105,29 +90,27 @@ class Quickstart:
         self.out = Path(out)
         self.settings = settings or QuickstartSettings()
         self.on_phase, self.on_step = on_phase, on_step
-        self.progress = self._open()
+        self.progress = self._open(dataclasses.asdict(self.settings))
 
-    def _open(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.settings)
+    def _open(self, settings: dict[str, Any]) -> dict[str, Any]:
         file = self.out / "progress.json"
-        if file.is_file():
-            progress = json.loads(file.read_text("utf-8"))
-            changed = [
-                f"{key} was {progress['settings'].get(key)} and is {value}"
-                for key, value in settings.items()
-                if progress["settings"].get(key) != value
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.out} holds a quickstart with other settings: {'; '.join(changed)}. Give another --out, or "
-                    "delete the folder."
-                )
-            return progress
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} exists and is not a quickstart. Give another --out.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        progress = {"settings": settings, "phases": {}}
-        write_json(file, progress)
+        if not file.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ValueError(f"{self.out} exists and is not a quickstart. Give another --out.")
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"settings": settings, "phases": {}})
+        progress = json.loads(file.read_text("utf-8"))
+        before = progress["settings"]
+        changed = [
+            f"{key} was {before.get(key)} and is {settings[key]}"
+            for key in settings
+            if before.get(key) != settings[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.out} holds a quickstart with other settings: {'; '.join(changed)}. Give another --out, or delete the "
+                "folder."
+            )
         return progress
 
     def run(self) -> dict[str, Any]:
@@ -165,14 +148,12 @@ class Quickstart:
     # The phases. Each starts with an empty folder, so that an interrupted one leaves nothing behind.
 
     def _world(self) -> dict[str, Any]:
-        shutil.rmtree(self.out / "world", ignore_errors=True)
-        settings = self.settings
+        settings, world = self.settings, self._fresh("world")
         splits = {"train": settings.images, "unseen": settings.unseen, "held_out": settings.held_out}
         for split, number in splits.items():
-            scenes = draw_scenes(
-                number, settings.seed, split, held_out=split == "held_out", most_things=settings.things
-            )
-            write_split(self.out / "world" / split, scenes, workers=min(2, os.cpu_count() or 1))
+            held_out = split == "held_out"
+            scenes = draw_scenes(number, settings.seed, split, held_out=held_out, most_things=settings.things)
+            write_split(world / split, scenes, workers=min(2, os.cpu_count() or 1))
         return {"images": splits}
 
     def _data(self) -> dict[str, Any]:
@@ -183,8 +164,7 @@ class Quickstart:
         from ..data_engine.validate import ValidationSettings
         from .responder import PROMPTS, ScriptedResponder
 
-        train, out = self.out / "world" / "train", self.out / "data"
-        shutil.rmtree(out, ignore_errors=True)
+        train, out = self.out / "world" / "train", self._fresh("data")
         responder = ScriptedResponder(self.settings.seed)
         summary = generate(
             out / "instruct",
@@ -194,49 +174,44 @@ class Quickstart:
             boxes=train / "instances.json",
             images=train / "images",
             prompts=PROMPTS,
-            # The world is small: its answers are short and its questions come again with every image.
+            # The world is small: its answers are short, and its questions are the same for every image.
             validation=ValidationSettings(
                 answer_words={"conversation": (1, 60), "detail": (8, 90), "complex": (6, 60)}
             ),
             output=OutputSettings(question_repeats=None, parquet=False, report_samples=60),
         )
         expand_captions(train / "captions.json", out / "captions.json", style="plain", seed=self.settings.seed)
-        if summary.run.rejected or summary.run.given_up or summary.output is None:
-            raise ValueError(
-                f"The data engine left out {summary.run.rejected} replies and gave up {sum(summary.run.given_up.values())}"
-                f" requests; see {out / 'instruct' / 'rejected.jsonl'}."
-            )
         return {"samples": dict(summary.output.samples), "turns": sum(summary.output.turns.values())}
 
     def _language(self) -> dict[str, Any]:
         from .language import train_language_model
 
-        out, steps = self._fresh("parts/language_model"), self.settings.language_steps
-        losses = _Losses(self.on_step, steps)
+        settings = self.settings
+        losses, log = self._recorder(settings.language_steps)
         facts = train_language_model(
-            out,
-            steps=steps,
-            batch_size=self.settings.batch_size,
-            seed=self.settings.seed,
-            most_things=self.settings.things,
-            log=losses,
+            self._fresh("parts/language_model"),
+            steps=settings.language_steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            most_things=settings.things,
+            log=log,
         )
-        return {**facts, "losses": losses.losses}
+        return {**facts, "losses": losses}
 
     def _vision(self) -> dict[str, Any]:
         from .vision import train_vision_tower
 
-        out, steps = self._fresh("parts/vision_encoder"), self.settings.vision_steps
-        losses = _Losses(self.on_step, steps)
+        settings = self.settings
+        losses, log = self._recorder(settings.vision_steps)
         facts = train_vision_tower(
             self.out / "world" / "train",
-            out,
-            steps=steps,
-            batch_size=self.settings.vision_batch_size,
-            seed=self.settings.seed,
-            log=losses,
+            self._fresh("parts/vision_encoder"),
+            steps=settings.vision_steps,
+            batch_size=settings.vision_batch_size,
+            seed=settings.seed,
+            log=log,
         )
-        return {**facts, "losses": losses.losses}
+        return {**facts, "losses": losses}
 
     def _compose(self) -> dict[str, Any]:
         import torch
@@ -257,8 +232,11 @@ class Quickstart:
 
     def _recipe(self, phase: str) -> dict[str, Any]:
         """Settings of a stage, as a recipe file has them."""
+        data = "captions.json" if phase == "pretrain" else "instruct/instruct.json"
         settings = {
+            "stage": phase,
             "model": str(self.out / "parts" / "untrained"),
+            "data": str(self.out / "data" / data),
             "image_folder": str(self.out / "world" / "train" / "images"),
             "output_dir": str(self.out / phase),
             "per_device_train_batch_size": self.settings.batch_size,
@@ -273,41 +251,40 @@ class Quickstart:
             "disable_tqdm": True,
         }
         if phase == "pretrain":
-            return {
-                "stage": "pretrain",
-                "chat_template": "plain",
-                "data": str(self.out / "data" / "captions.json"),
-                "learning_rate": 3e-3,
-                "max_steps": self.settings.pretrain_steps,
-                **settings,
-            }
+            steps = self.settings.pretrain_steps
+            return {**settings, "chat_template": "plain", "learning_rate": 3e-3, "max_steps": steps}
         return {
-            "stage": "finetune",
+            **settings,
             "adapter": "lora",
             "lora_r": 64,
             "lora_alpha": 128,
             "lora_dropout": 0.0,
             "projector": str(self.out / "pretrain"),
-            "data": str(self.out / "data" / "instruct" / "instruct.json"),
             "learning_rate": 2e-3,
             "projector_learning_rate": 2e-3,
             "max_steps": self.settings.finetune_steps,
-            **settings,
         }
 
     def _train(self, phase: str) -> dict[str, Any]:
         from rich.console import Console
+        from transformers import TrainerCallback
 
         from ..training import train
         from ..training.recipes import write_recipe
 
-        shutil.rmtree(self.out / phase, ignore_errors=True)
+        self._fresh(phase)
         recipe = self._recipe(phase)
         write_recipe(recipe, self.out / f"{phase}.yaml", f"{PHASES[phase]}: llava train {self.out / phase}.yaml")
-        losses = _Losses(self.on_step, recipe["max_steps"])
+        losses, record = self._recorder(recipe["max_steps"])
+
+        class LossCallback(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                if logs and "loss" in logs:
+                    record(state.global_step, logs["loss"])
+
         with open(self.out / f"{phase}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-            result = train(recipe, callbacks=[_loss_callback(losses)], console=Console(file=log, width=120))
-        return {"losses": losses.losses, "steps": result.global_step}
+            result = train(recipe, callbacks=[LossCallback()], console=Console(file=log, width=120))
+        return {"losses": losses, "steps": result.global_step}
 
     def _pretrain(self) -> dict[str, Any]:
         return self._train("pretrain")
@@ -322,8 +299,7 @@ class Quickstart:
         from ..training import merge_adapter
         from .exam import answer_items, set_exam
 
-        model = self.out / "model"
-        shutil.rmtree(model, ignore_errors=True)
+        model = self._fresh("model")
         merge_adapter(str(self.out / "finetune"), str(model))
         items = set_exam(self.out / "world" / "unseen", self.settings.seed, limit=2)
         answers = answer_items(LlavaPredictor.from_pretrained(str(model)), items, [item.image for item in items])
@@ -335,7 +311,7 @@ class Quickstart:
             found = pipe(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
             piped.append(found[0]["generated_text"].strip())
         if piped != answers:
-            raise ValueError(f"After the reload pipeline() answers {piped}, the predictor answered {answers}.")
+            raise ValueError(f"pipeline() answers {piped} after the reload; the predictor answers {answers}.")
         return {"pipeline_agrees": True, "answer": {"question": items[0].question, "answer": piped[0]}}
 
     def _exam(self) -> dict[str, Any]:
@@ -351,17 +327,15 @@ class Quickstart:
         rows = json.loads((self.out / "data" / "instruct" / "instruct.json").read_text("utf-8"))
         answers = exam.answer_items(predictor, items, images)
         held_out_answers = exam.answer_items(predictor, held_out, [item.image for item in held_out])
-        scores = {
-            "with the picture": exam.score(items, answers),
-            "blank pictures": exam.score(items, exam.answer_items(predictor, items, [blank] * len(items))),
-            "pictures shuffled": exam.score(
-                items, exam.answer_items(predictor, items, exam.shuffle_images(items, seed))
-            ),
-            "majority answer": exam.score(items, exam.answer_by_majority(items, exam.read_turns(rows))),
-            "held-out pairs": exam.score(held_out, held_out_answers),
+        answered = {
+            "with the image": answers,
+            "blank images": exam.answer_items(predictor, items, [blank] * len(items)),
+            "shuffled images": exam.answer_items(predictor, items, exam.shuffle_images(items, seed)),
+            "majority answer": exam.answer_by_majority(items, exam.read_turns(rows)),
         }
-        scores = {name: {kind: round(share, 4) for kind, share in kinds.items()} for name, kinds in scores.items()}
-        pairs = [(item, text) for item, text in [*zip(items, answers), *zip(held_out, held_out_answers)]]
+        scores = {name: exam.score(items, texts) for name, texts in answered.items()}
+        scores["held-out pairs"] = exam.score(held_out, held_out_answers)
+        scores = {name: {kind: round(value, 4) for kind, value in kinds.items()} for name, kinds in scores.items()}
         shown = [
             {
                 "image": str(item.image.relative_to(self.out)),
@@ -371,7 +345,7 @@ class Quickstart:
                 "expected": item.answer,
                 "right": exam.is_right(item, text),
             }
-            for item, text in pairs
+            for item, text in zip([*items, *held_out], [*answers, *held_out_answers])
         ]
         write_json(self.out / "answers.json", shown)
         wrong = [f"{row['question']} {row['answer']} (right: {row['expected']})" for row in shown if not row["right"]]
@@ -385,43 +359,28 @@ class Quickstart:
         answers = json.loads((self.out / "answers.json").read_text("utf-8"))
         plot_answers(answers, phases["exam"]["scores"], self.out, self.out / "answers.png", self.settings.seed)
 
+    def _recorder(self, steps: int) -> tuple[list[float], Callable[[int, float], None]]:
+        """A list, and a function that adds a step's loss to it and reports the step."""
+        losses: list[float] = []
+
+        def log(step: int, loss: float) -> None:
+            losses.append(round(loss, 4))
+            self.on_step(step, steps, loss)
+
+        return losses, log
+
     def _fresh(self, name: str) -> Path:
+        """A path in the run's folder where nothing is."""
         shutil.rmtree(self.out / name, ignore_errors=True)
         return self.out / name
 
 
-class _Losses:
-    """Keeps the losses of a training and passes them on."""
-
-    def __init__(self, on_step: Callable[[int, int, float], None], steps: int):
-        self.on_step, self.steps, self.losses = on_step, steps, []
-
-    def __call__(self, step: int, loss: float) -> None:
-        self.losses.append(round(loss, 4))
-        self.on_step(step, self.steps, loss)
-
-
-def _loss_callback(losses: _Losses):
-    from transformers import TrainerCallback
-
-    class LossCallback(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs:
-                losses(state.global_step, logs["loss"])
-
-    return LossCallback()
-
-
 def peak_rss() -> int:
-    """Peak resident memory of this process, in bytes; where the system does not say, the present one."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    """Peak resident memory of this process, in bytes."""
+    if sys.platform == "win32":
         import psutil
 
-        memory = psutil.Process().memory_info()
-        return getattr(memory, "peak_wset", memory.rss)
-    import sys
+        return psutil.Process().memory_info().peak_wset
+    import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

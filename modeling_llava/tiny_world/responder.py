@@ -1,8 +1,8 @@
 """A scripted responder: it answers the data engine's requests in place of a language model.
 
-Like the language-only model of the paper (LLaVA §3) it is told of a image in captions and boxes and never sees it:
-colours and the place come from the captions, positions, sizes and numbers from the boxes. It stands behind the same
-interface as the client of OpenAI-compatible endpoints, so what is made with it went the way of real data.
+Like the language-only model of the paper (LLaVA §3) it reads captions and boxes and never sees an image: colours and the
+place come from the captions, positions, sizes and numbers from the boxes. It has the interface of the client of
+OpenAI-compatible endpoints, so that its data takes the way of real data.
 """
 
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data_engine.prompts import load_prompts
 from ..endpoint.chat import Message, Reply, RequestFault
-from .scenes import CATEGORIES, COLOURS, COLUMNS, PLACES, ROWS, SIZES, article
+from .scenes import CATEGORIES, COLOURS, COLUMNS, PLACES, ROWS, SIZES, Scene, Thing, article
 
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -34,67 +34,47 @@ KNOWLEDGE = {
 
 
 @dataclass(frozen=True)
-class SeenThing:
-    """One thing as it follows from captions and boxes."""
-
-    category: str
-    colour: str
-    size: str
-    row: str
-    column: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.category}"
-
-
-@dataclass(frozen=True)
-class SeenScene:
-    """A image as it follows from captions and boxes. `things` are in the boxes' order, the largest first."""
-
-    place: str
-    things: tuple[SeenThing, ...]
-
-
-@dataclass(frozen=True)
 class Question:
-    """A question about a image with its only right answer. `kind` groups questions in reports."""
+    """A question about an image with its only right answer.
+
+    `kind` groups questions in reports; `about` has the names ("red star") of the things that decide the answer.
+    """
 
     kind: str
     text: str
     answer: str
     about: tuple[str, ...]
-    """Names ("red star") of the things that decide the answer."""
 
 
-def read_context(text: str) -> SeenScene:
-    """Understands what the data engine says of a image: captions, an empty line, boxes.
+def read_context(text: str) -> Scene:
+    """The scene that the data engine's captions and boxes describe, its things in the order of the boxes, largest first.
 
     Raises:
-        ValueError: there is no box, or the captions do not say the colour of a box's category or the place.
+        ValueError: there is no box, or the captions do not name the place or the colour of a box's category.
     """
     captions = BOX_LINE.sub("", text)
     things = []
     for category, *corners in BOX_LINE.findall(text):
         x1, y1, x2, y2 = map(float, corners)
+        x, y = centre = ((x1 + x2) / 2, (y1 + y2) / 2)
         colour = re.search(rf"\b({'|'.join(COLOURS)}) {re.escape(category)}\b", captions)
         if colour is None:
-            raise ValueError(f"No caption says which colour the {category} has: {captions.strip()!r}")
-        column = COLUMNS[min(int((x1 + x2) / 2 * len(COLUMNS)), len(COLUMNS) - 1)]
-        row = ROWS[min(int((y1 + y2) / 2 * len(ROWS)), len(ROWS) - 1)]
-        between = (SIZES["large"][0] + SIZES["small"][1]) / 2
-        things.append(SeenThing(category, colour[1], "large" if x2 - x1 > between else "small", row, column))
-    where = re.search("|".join(PLACES.values()), captions, re.IGNORECASE)
-    if not things or where is None:
-        raise ValueError(f"Captions and boxes do not say what the picture shows: {text!r}")
-    return SeenScene(where[0].lower(), tuple(things))
+            raise ValueError(f"No caption names the colour of the {category}: {captions.strip()!r}")
+        column = COLUMNS[min(int(x * len(COLUMNS)), len(COLUMNS) - 1)]
+        row = ROWS[min(int(y * len(ROWS)), len(ROWS) - 1)]
+        size = "large" if x2 - x1 > (SIZES["large"][0] + SIZES["small"][1]) / 2 else "small"
+        things.append(Thing(category, colour[1], size, row, column, centre, x2 - x1))
+    place = next((place for place, where in PLACES.items() if where in captions.lower()), None)
+    if not things or place is None:
+        raise ValueError(f"Captions and boxes do not describe a scene: {text!r}")
+    return Scene(place, tuple(things))
 
 
-def list_questions(scene: SeenScene, rng: random.Random) -> list[Question]:
-    """Every question with a definite answer that the responder can think of, by kind and thing."""
+def list_questions(scene: Scene, rng: random.Random) -> list[Question]:
+    """Every question with a definite answer, by kind and thing."""
     names = tuple(thing.name for thing in scene.things)
     number = len(names)
-    questions = [Question("place", "Where was the picture taken?", f"It was taken {scene.place}.", ())]
+    questions = [Question("place", "Where was the picture taken?", f"It was taken {PLACES[scene.place]}.", ())]
     if number > 1:
         questions.append(
             Question("count", "How many things are there?", f"There are {NUMBERS[number]} things.", names)
@@ -118,19 +98,20 @@ def list_questions(scene: SeenScene, rng: random.Random) -> list[Question]:
     return questions
 
 
-def list_reasoning(scene: SeenScene) -> list[Question]:
-    """Questions that need the image and what is known about things in general."""
-    questions = []
-    for thing in scene.things:
-        text, answer = KNOWLEDGE[thing.category]
-        questions.append(Question("reasoning", text, answer.format(thing=thing.name), (thing.name,)))
-    return questions
+def list_reasoning(scene: Scene) -> list[Question]:
+    """Questions that need the image and general knowledge."""
+    return [
+        Question("reasoning", text, answer.format(thing=thing.name), (thing.name,))
+        for thing in scene.things
+        for text, answer in [KNOWLEDGE[thing.category]]
+    ]
 
 
-def write_description(scene: SeenScene) -> str:
+def write_description(scene: Scene) -> str:
     """A detailed description: place, number, and each thing with size, colour and position."""
     number = len(scene.things)
-    sentences = [f"The picture was taken {scene.place}, and it shows {NUMBERS[number]} thing{'s' * (number > 1)}."]
+    shown = f"{NUMBERS[number]} thing{'s' * (number > 1)}"
+    sentences = [f"The picture was taken {PLACES[scene.place]}, and it shows {shown}."]
     for thing in scene.things:
         sentences.append(f"There is {article(f'{thing.size} {thing.name}')} at the {thing.row} {thing.column}.")
     return " ".join(sentences)
@@ -141,7 +122,7 @@ def _blocks(questions: list[Question]) -> str:
 
 
 class ScriptedResponder:
-    """Answers the requests that the data engine makes with the tiny world's prompts; a `ChatModel`."""
+    """Answers the data engine's requests with the tiny world's prompts; a `ChatModel`."""
 
     name = "scripted-responder"
 
@@ -159,7 +140,7 @@ class ScriptedResponder:
         contexts = [message["content"] for message in messages if message["role"] == "user"]
         contexts = [text for text in contexts if BOX_LINE.search(text)]
         if kind is None or not contexts:
-            raise ValueError("The scripted responder knows the tiny world's prompts and contexts only.")
+            raise ValueError("The scripted responder answers the tiny world's prompts and contexts only.")
         scene = read_context(contexts[-1])
         rng = random.Random(f"{self.seed}:{kind}:{contexts[-1]}")
         if kind == "detail":
@@ -168,16 +149,8 @@ class ScriptedResponder:
             return _blocks([rng.choice(list_reasoning(scene))])
         return _blocks(choose_questions(list_questions(scene, rng), rng, self.turns))
 
-    async def complete(
-        self,
-        messages: list[Message],
-        *,
-        max_tokens: int,
-        temperature: float | None,
-        seed: int | None = None,
-        request_id: str | None = None,
-    ) -> Reply:
-        """See `ChatModel`. Tokens are not counted: the responder costs nothing."""
+    async def complete(self, messages: list[Message], **options) -> Reply:
+        """See `ChatModel`. Tokens are not counted."""
         try:
             return Reply(self.answer(messages), model=self.name)
         except ValueError as error:

@@ -1,8 +1,8 @@
-"""The facts of the tiny world: which things there are, how a scene is drawn by lot, and what its annotators write.
+"""The tiny world's scenes: which things there are, how a scene is drawn at random, and its annotations.
 
 A scene is a place and one to three things. Each thing has a category, a colour, a size and a cell of a 3×2 grid; within a
-scene categories and colours do not repeat, so that every question about it has one answer. What a scene shows is
-published the way COCO does it — a few captions and one box per thing — and nothing else of it reaches the data engine.
+scene categories and colours do not repeat, so that every question about it has one answer. The data engine gets its
+annotations, as COCO has them: a few captions and one box per thing.
 """
 
 import random
@@ -38,18 +38,14 @@ class Thing:
         """Colour and category, e.g. "red star"."""
         return f"{self.colour} {self.category}"
 
-    @property
-    def is_held_out(self) -> bool:
-        return (self.colour, self.category) in HELD_OUT
-
 
 @dataclass(frozen=True)
 class Scene:
-    """A place and its things, in the order in which they were drawn by lot. `seed` fixes texture and jitter."""
+    """A place (a key of `PLACES`) and its things. `seed` fixes the image's texture and jitter."""
 
     place: str
     things: tuple[Thing, ...]
-    seed: int
+    seed: int = 0
 
 
 def article(noun_phrase: str) -> str:
@@ -57,18 +53,8 @@ def article(noun_phrase: str) -> str:
     return f"{'an' if noun_phrase[0] in 'aeiou' else 'a'} {noun_phrase}"
 
 
-def capitalise(sentence: str) -> str:
-    """The sentence with a large first letter; the rest is left as it is."""
-    return sentence[0].upper() + sentence[1:]
-
-
-def join_words(parts: list[str]) -> str:
-    """One phrase for all parts: "a", "a and b", "a, b and c"."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def draw_scene(rng: random.Random, held_out: bool = False, most_things: int = 3) -> Scene:
-    """Draws one scene by lot."""
+    """Draws a random scene."""
     count = rng.choice([number for number in (1, 2, 2, 3, 3) if number <= most_things])
     while True:
         pairs = list(zip(rng.sample(COLOURS, count), rng.sample(CATEGORIES, count)))
@@ -96,21 +82,17 @@ def write_captions(scene: Scene) -> list[str]:
 
     They name colours, categories (from left to right) and the place; positions, sizes and numbers are left to the boxes.
     """
-    names = [article(thing.name) for thing in sorted(scene.things, key=lambda thing: thing.centre[0])]
-    listed, where = join_words(names), PLACES[scene.place]
+    *first, last = [article(thing.name) for thing in sorted(scene.things, key=lambda thing: thing.centre[0])]
+    listed, where = f"{', '.join(first)} and {last}" if first else last, PLACES[scene.place]
     return [
-        f"{capitalise(listed)} {where}.",
-        f"There {'is' if len(names) == 1 else 'are'} {listed} {where}.",
-        f"{capitalise(where)}, {listed}.",
+        f"{listed[0].upper()}{listed[1:]} {where}.",
+        f"There {'are' if first else 'is'} {listed} {where}.",
+        f"{where[0].upper()}{where[1:]}, {listed}.",
     ]
 
 
 def box_of(thing: Thing, width: int, height: int) -> list[float]:
     """COCO's box of a thing: [x, y, width, height] in pixels, from the top left corner."""
-    x, y = thing.centre
-    return [
-        round((x - thing.side / 2) * width, 2),
-        round((y - thing.side / 2) * height, 2),
-        round(thing.side * width, 2),
-        round(thing.side * height, 2),
-    ]
+    (x, y), side = thing.centre, thing.side
+    box = [(x - side / 2) * width, (y - side / 2) * height, side * width, side * height]
+    return [round(value, 2) for value in box]

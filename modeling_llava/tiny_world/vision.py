@@ -1,8 +1,8 @@
-"""The tiny world's vision encoder: a CLIP-style transformer that learns to say what lies where.
+"""The tiny world's vision encoder: a CLIP-style transformer that learns what is where.
 
-CLIP learnt from 400 million captions. For a few thousand images their boxes are a better teacher: every patch inside
-the middle of a box learns category, colour, size and position of its thing, every patch outside of all boxes learns that
-there is nothing, and the class token learns the place. Colours and places come from the captions.
+CLIP learned from 400 million captions. For a few thousand images boxes are the better labels: every patch inside the middle
+of a box learns category, colour, size and position of its thing, every patch outside of all boxes learns that there is
+nothing, and the class token learns the place. Colours and places come from the captions.
 """
 
 import math
@@ -26,12 +26,12 @@ from .scenes import CATEGORIES, COLOURS, COLUMNS, PLACES, ROWS, SIZES
 
 
 MIDDLE = 0.7
-"""Share of a box's side within which a patch's centre must lie to be taught; a box's corners often show no thing."""
+"""Patches are labelled if their centre lies within this fraction of a box's side; a box's corners often show no thing."""
 
 IMAGE_SIZE = 48
 PATCH_SIZE = 8
 FEATURE_LAYER = -2
-"""As in LLaVA: the last layer but one; the last one is there and never used."""
+"""As in LLaVA: the last layer but one."""
 
 
 def tiny_vision_config(hidden_size: int = 128, num_layers: int = 4) -> CLIPVisionConfig:
@@ -58,27 +58,27 @@ HEADS: dict[str, tuple[str, ...]] = {
     "size": ("nothing", *SIZES),
     "position": ("nothing", *(f"{row} {column}" for row in ROWS for column in COLUMNS)),
 }
-"""What a patch learns of the thing that it shows, and the answers to choose from."""
+"""What a patch learns of the thing that it shows, with the classes."""
 
 HEAD_WEIGHTS = {"category": 1.0, "colour": 1.0, "size": 0.3, "position": 0.3}
-"""Shares of the loss; sizes and positions are easy."""
+"""Weights of the losses; sizes and positions are easy."""
 
 
 def patch_labels(split: Path) -> tuple[list[Path], dict[str, torch.Tensor], torch.Tensor]:
-    """Images of a split and what their captions and boxes say of each patch.
+    """Images of a split and the labels of their patches, from captions and boxes.
 
     Args:
         split: Folder with `images`, `captions.json` and `instances.json`.
 
     Returns:
-        The images' paths; for each of `HEADS` labels `[num_pictures, num_patches]` (`IGNORE_INDEX`: not taught);
-        places `[num_pictures]`.
+        The images' paths; for each of `HEADS` labels `[num_images, num_patches]` (`IGNORE_INDEX`: without a label);
+        places `[num_images]`.
     """
     grid = IMAGE_SIZE // PATCH_SIZE
     centres = (np.arange(grid) + 0.5) / grid  # of patches, as fractions of the image's side
 
-    def inside(low: float, high: float, share: float) -> np.ndarray:
-        return np.abs(centres - (low + high) / 2) <= share * (high - low) / 2
+    def inside(low: float, high: float, fraction: float) -> np.ndarray:
+        return np.abs(centres - (low + high) / 2) <= fraction * (high - low) / 2
 
     paths, labels, places = [], {head: [] for head in HEADS}, []
     for context in read_contexts(split / "captions.json", split / "instances.json"):
@@ -93,7 +93,7 @@ def patch_labels(split: Path) -> tuple[list[Path], dict[str, torch.Tensor], torc
                 patches[head][around & (patches[head] == 0)] = IGNORE_INDEX
                 patches[head][middle] = answers.index(shown[head])
         paths.append(split / "images" / context.image)
-        places.append(list(PLACES.values()).index(scene.place))
+        places.append(list(PLACES).index(scene.place))
         for head in HEADS:
             labels[head].append(patches[head].reshape(-1))
     return paths, {head: torch.from_numpy(np.stack(rows)) for head, rows in labels.items()}, torch.tensor(places)
@@ -108,7 +108,7 @@ class PatchTeacher(nn.Module):
         self.heads = nn.ModuleDict({head: nn.Linear(config.hidden_size, len(HEADS[head])) for head in HEADS})
         self.place = nn.Linear(config.hidden_size, len(PLACES))
         for name, parameter in self.tower.named_parameters():
-            # CLIP's own initialisation is made for 24 layers; a small tower learns faster from this one.
+            # CLIP's initialisation is made for 24 layers; a small tower learns faster from this one.
             if parameter.ndim >= 2 and "position" not in name:
                 nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))
         self.tower.embeddings.position_embedding.weight.data[1:] = sine_positions(
@@ -124,7 +124,7 @@ class PatchTeacher(nn.Module):
 
 
 def sine_positions(grid: int, hidden_size: int, scale: float = 0.3) -> torch.Tensor:
-    """Position embeddings to start from, `[grid², hidden_size]`: waves along rows and columns, near patches alike."""
+    """Initial position embeddings `[grid², hidden_size]`: sines along rows and columns."""
     waves = 30.0 ** -(torch.arange(hidden_size // 4) / (hidden_size // 4))
     angles = torch.arange(grid)[:, None] * waves  # [grid, hidden/4]
     line = scale * torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, hidden/2]
@@ -145,25 +145,22 @@ def train_vision_tower(
     """Trains a tower on a split and saves it with its image processor.
 
     Returns:
-        Accuracy of each head over the last tenth of the steps, per taught patch of a thing, and seconds.
+        Accuracy of each head over the last tenth of the steps, per labelled patch of a thing, and seconds.
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
     paths, labels, places = patch_labels(split)
     processor = tiny_image_processor()
-    images = torch.cat(
-        [
-            processor([load_image(path) for path in paths[i : i + 256]], return_tensors="pt")["pixel_values"]
-            for i in range(0, len(paths), 256)
-        ]
-    )
+    chunks = (paths[i : i + 256] for i in range(0, len(paths), 256))
+    pixels = [processor([load_image(path) for path in chunk], return_tensors="pt")["pixel_values"] for chunk in chunks]
+    images = torch.cat(pixels)
     teacher = PatchTeacher(tiny_vision_config())
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
     # Most patches show nothing.
     weights = {head: torch.tensor([0.3] + [1.0] * (len(answers) - 1)) for head, answers in HEADS.items()}
     right, order = {head: [] for head in HEADS}, torch.empty(0, dtype=torch.long)
-    for step in range(steps):
+
+    def loss_of(step: int) -> torch.Tensor:
+        nonlocal order
         if len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(paths))])
         rows, order = order[:batch_size], order[batch_size:]
@@ -174,25 +171,45 @@ def train_vision_tower(
             loss = loss + HEAD_WEIGHTS[head] * F.cross_entropy(found, expected, weights[head])
             if step >= steps * 9 // 10:
                 right[head].append((found.argmax(-1) == expected)[expected > 0].float().mean().item())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        log(step + 1, loss.item())
+        return loss
+
+    optimize(teacher, loss_of, steps, learning_rate, log)
     teacher.tower.save_pretrained(out)
     processor.save_pretrained(out)
-    accuracy = {head: round(float(np.mean(shares)), 4) for head, shares in right.items()}
+    accuracy = {head: round(float(np.mean(values)), 4) for head, values in right.items()}
     return {"patch_accuracy": accuracy, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def warmup_and_cosine(steps: int, warmup: float = 0.08) -> Callable[[int], float]:
-    """Share of the learning rate at a step: linear up over `warmup` of the steps, then a cosine down to zero."""
+def optimize(
+    model: nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    steps: int,
+    learning_rate: float,
+    log: Callable[[int, float], None],
+) -> list[float]:
+    """Trains a model with AdamW on the loss of each step; returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_cosine(steps))
+    losses = []
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        log(step + 1, losses[-1])
+    return losses
 
-    def share(step: int) -> float:
+
+def warmup_and_cosine(steps: int, warmup: float = 0.08) -> Callable[[int], float]:
+    """Fraction of the learning rate at a step: linear up over `warmup` of the steps, then a cosine down to zero."""
+
+    def fraction(step: int) -> float:
         begin = max(1, round(warmup * steps))
         if step < begin:
             return (step + 1) / begin
         return 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, steps - begin)))
 
-    return share
+    return fraction

@@ -1,4 +1,4 @@
-"""Makes the tiny world: images on disk with captions and boxes in COCO's form, and nothing else."""
+"""Makes the tiny world: images on disk with captions and boxes in COCO's form."""
 
 import json
 import random
@@ -15,7 +15,7 @@ JPEG_QUALITY = 92
 
 
 def draw_scenes(number: int, seed: int, split: str, held_out: bool = False, most_things: int = 3) -> list[Scene]:
-    """Scenes drawn by lot; the same for the same seed and name of the split, different for different names."""
+    """Random scenes; the same for the same seed and name of the split."""
     rng = random.Random(f"{seed}:{split}")
     return [draw_scene(rng, held_out, most_things) for _ in range(number)]
 
@@ -25,12 +25,8 @@ def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int =
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     jobs = [(scene, images / f"{index:06d}.jpg", size) for index, scene in enumerate(scenes)]
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            list(pool.map(_save_image, jobs, chunksize=64))
-    else:
-        for job in jobs:
-            _save_image(job)
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_save_image, jobs, chunksize=64))
     entries = [{"id": i, "file_name": path.name, "width": size, "height": size} for i, (_, path, _) in enumerate(jobs)]
     captions = [
         {"id": 3 * i + j, "image_id": i, "caption": caption}
@@ -58,7 +54,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def scene_texts(seed: int, name: str, most_things: int = 3) -> Iterator[Scene]:
-    """An endless supply of scenes that are told of and never drawn: what the language model reads."""
+    """Endless random scenes that are described in words and never drawn: what the language model reads."""
     rng = random.Random(f"{seed}:{name}")
     while True:
         yield draw_scene(rng, most_things=most_things)

@@ -36,7 +36,7 @@ assert not any(name.startswith("modeling_llava") for name in sys.modules)
 
 def test_it_writes_results_pictures_and_recipes(finished):
     results = json.loads((finished / "results.json").read_text())
-    conditions = ["with the picture", "blank pictures", "pictures shuffled", "majority answer", "held-out pairs"]
+    conditions = ["with the image", "blank images", "shuffled images", "majority answer", "held-out pairs"]
     assert sorted(results["scores"]) == sorted(conditions)
     assert set(results["seconds"]) == set(PHASES) and results["pipeline_agrees"] is True
     assert 1e8 < results["peak_rss_bytes"] < 3e9
@@ -104,8 +104,8 @@ def test_the_whole_of_it_learns_to_see(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     scores = {name: shares["all"] for name, shares in results["scores"].items()}
-    assert scores["with the picture"] >= 0.9, scores
-    for without in ("blank pictures", "pictures shuffled"):
+    assert scores["with the image"] >= 0.9, scores
+    for without in ("blank images", "shuffled images"):
         assert scores[without] <= scores["majority answer"] + 0.05, scores
     assert scores["majority answer"] < 0.5
     assert results["peak_rss_bytes"] < 3e9
@@ -116,7 +116,7 @@ def test_the_table_of_answers_is_whole_in_80_characters(tmp_path, capsys, monkey
 
     monkeypatch.setenv("COLUMNS", "80")
     kinds = ["all", "place", "presence", "colour", "object", "size", "position", "reasoning"]
-    conditions = ["with the picture", "blank pictures", "pictures shuffled", "majority answer", "held-out pairs"]
+    conditions = ["with the image", "blank images", "shuffled images", "majority answer", "held-out pairs"]
     scores = {condition: dict.fromkeys(kinds, 0.5) for condition in conditions}
     _report({"scores": scores, "held_out_pairs": ["blue star"], "peak_rss_bytes": 1e9}, tmp_path)
     table = capsys.readouterr().out.split("Held out")[0]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.data_engine.contexts import read_contexts
+from modeling_llava.data_engine.contexts import Context, read_contexts
 from modeling_llava.data_engine.prompts import (
     BRIEF_QUESTIONS,
     DEFAULT_PROMPTS,
@@ -133,15 +133,9 @@ def test_own_examples_are_written_in_the_form_that_contexts_have():
 
 def test_description_questions_are_drawn_by_seed_and_image():
     prompt = load_prompts()["detail"]
-    context = next(iter(read_contexts_of_two()))
+    context = Context("a", "a.jpg", ("x",))
     assert prompt.question(context, 0) == prompt.question(context, 0) in prompt.questions
     assert len({prompt.question(context, seed) for seed in range(200)}) == len(prompt.questions)
-
-
-def read_contexts_of_two():
-    from modeling_llava.data_engine.contexts import Context
-
-    return [Context("a", "a.jpg", ("x",)), Context("b", "b.jpg", ("y",))]
 
 
 def test_question_lists_hold_different_questions():
@@ -194,15 +188,13 @@ def test_prompts_are_read_as_windows_and_macos_write_them(tmp_path):
 
 def test_a_question_that_marks_an_image_is_named(tmp_path):
     (tmp_path / "questions.txt").write_text("What is it?\nWhat is in <image>?\n")
-    with pytest.raises(ValueError, match="'What is in <image>\\?' holds <image>"):
+    with pytest.raises(ValueError, match="'What is in <image>\\?'"):
         load_questions(tmp_path / "questions.txt")
 
 
-def test_absent_folders_unknown_types_and_empty_files_are_named(tmp_path):
-    with pytest.raises(OSError, match="conversation/system_message.txt is absent"):
+def test_missing_folders_and_empty_files_are_named(tmp_path):
+    with pytest.raises(OSError, match="conversation/system_message.txt"):
         load_prompts(tmp_path)
-    with pytest.raises(ValueError, match="'poem' is not a type of data; the types are conversation, detail, complex"):
-        load_prompts(None, ("poem",))
     shutil.copytree(DEFAULT_PROMPTS, tmp_path / "p")
     (tmp_path / "p" / FOLDERS["conversation"] / "000_caps.txt").write_text("\n")
     with pytest.raises(ValueError, match="000_caps.txt is empty"):
