@@ -184,8 +184,7 @@ class LlavaTrainingArguments(TrainingArguments):
 
     kernels: bool = _setting(
         True,
-        "Memory-efficient layers in the language model; the same gradients. false: "
-        "transformers' own layers.",
+        "Memory-efficient layers in the language model; the same gradients. false: transformers' own layers.",
     )
 
     activation_checkpointing: bool | str | None = _setting(
@@ -234,10 +233,10 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=True,
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
         metadata={
-            "help": "Data-parallel: a batch of text alone does not use the projector, and must not wait for it."
+            "help": "Keep the data loader's workers from one evaluation to the next; by default where there are any."
         },
     )
 
@@ -449,12 +448,6 @@ class LlavaTrainingArguments(TrainingArguments):
                         f"optim={optim} groups parameters by itself and ignores {setting}={rate:g}. Choose another optimizer, "
                         f"such as adamw_torch, or set {setting}={self.learning_rate:g}, the learning_rate."
                     )
-        reentrant = self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant and self.world_size > 1 and self.ddp_find_unused_parameters and not self.is_sharded:
-            raise ValueError(
-                f"use_reentrant=true in activation_checkpointing_kwargs does not work on {self.world_size} processes with "
-                "ddp_find_unused_parameters=true, which batches of text alone require. Set use_reentrant=false."
-            )
 
     def learning_rates(self) -> dict[str, float]:
         """Highest learning rate of each component."""

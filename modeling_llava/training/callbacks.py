@@ -157,7 +157,7 @@ class SpeedCallback(TrainerCallback):
     - `samples_per_second`, `supervised_tokens_per_second`: of all processes, over the steps since the last log, without
       evaluations and checkpoints.
     - `utilization`: fraction of a batch that is not padding or free space of packs, in [0, 1].
-    - `memory_gib`: peak GPU memory of this process; without a GPU, its current main memory.
+    - `memory_gib`: the most that the GPU held, CUDA's context and other programs included; without a GPU, current main memory.
     - `minutes_left`: until the last step, at the pace since the start of the run, evaluations and checkpoints included.
 
     Args:
@@ -221,9 +221,10 @@ class SpeedCallback(TrainerCallback):
 
 
 def _memory() -> int:
-    """Bytes."""
+    """Bytes: what the GPU holds at most, with what is not PyTorch's (CUDA's context, paged state); without one, what is resident."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        return torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -255,7 +256,7 @@ class DurationCallback(TrainerCallback):
         if done == 1:
             self._began = time.perf_counter()
         elif self._total > 0:
-            minutes = round((time.perf_counter() - self._began) / (done - 1) * self._total / 60)
+            minutes = math.ceil((time.perf_counter() - self._began) / (done - 1) * self._total / 60)
             epochs = f"{self.num_epochs:g} epochs, " if self.max_steps <= 0 else ""
             self.whole = f"about {minutes // 60} h {minutes % 60} min ({epochs}{self._total:,} optimizer steps)"
             if done == 11 and state.max_steps > 20 and state.is_world_process_zero:

@@ -150,6 +150,8 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
     set_seed(args.seed)  # before the LoRA weights are drawn
     model, processor = load_model_and_processor(args)
 
+    if not any(isinstance(callback, DurationCallback) for callback in callbacks):  # a trial has its own
+        callbacks = [*callbacks, DurationCallback(args.num_train_epochs, args.max_steps)]
     if args.early_stopping_patience is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)]
     trainer = LlavaTrainer(
@@ -158,7 +160,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        callbacks=[LossCurveCallback(), DurationCallback(args.num_train_epochs, args.max_steps), *callbacks],
+        callbacks=[LossCurveCallback(), *callbacks],
         data_record=record_data(args.data, train_dataset) if args.process_index == 0 else None,
     )
     trainer.add_callback(PreviewCallback(trainer, console))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
@@ -104,6 +104,13 @@ class LlavaTrainer(CheckpointingTrainer):
         # Trainer adds the tokenizer's EOS token to the model's; an adapter is loaded with its base's all the same.
         self.base_generation_config = copy.deepcopy(core_model(model).generation_config)
         model = self._prepare_model(model, data_collator is not None)
+        # Whether forward takes label_smoothing and skip_logits, and text alone takes part in the image path: stock's does not.
+        self._has_own_forward = isinstance(core_model(model), LlavaForConditionalGeneration)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = not self._has_own_forward
+        args.dataloader_persistent_workers = (
+            bool(args.dataloader_num_workers) and args.dataloader_persistent_workers is not False
+        )
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
@@ -131,12 +138,10 @@ class LlavaTrainer(CheckpointingTrainer):
         if self.neftune_noise_alpha is not None and args.packing != "none":
             self.add_callback(PerSampleNEFTune(self.neftune_noise_alpha))
             self.neftune_noise_alpha = None
-        # Whether forward takes label_smoothing and skip_logits: ours does, stock's does not.
-        self._has_own_loss = isinstance(core_model(self.model), LlavaForConditionalGeneration)
         if self.label_smoother is not None:
             # Trainer would take the labels away from the model, and compare position t with label t.
             self.label_smoother = None
-            if not self._has_own_loss:
+            if not self._has_own_forward:
                 self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
 
     kernel_report: KernelReport | None = None
@@ -200,11 +205,17 @@ class LlavaTrainer(CheckpointingTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> torch.utils.data.DataLoader:
-        """As in `Trainer`, but with equal evaluation shards, and streams that are sharded already are not sharded again."""
+        """
+        As in `Trainer`, but with equal evaluation shards; streams that are sharded already are not sharded again, and the batches
+        of an optimizer step go to the device one at a time.
+        """
         if description == "Evaluation" or not (is_training or hasattr(dataset, "__len__")):
             dataset = pad_to_world_size(dataset, self.data_collator, self.args)
         if not isinstance(dataset, EndlessStream | ShardedStream):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            if is_training and isinstance(loader, DataLoaderShard):
+                loader.device = None
+            return loader
         collator = self.data_collator
         if is_training and self.args.dataloader_in_order:
             collator = SkipBatchesCollator(collator)
@@ -216,19 +227,31 @@ class LlavaTrainer(CheckpointingTrainer):
             collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=is_training and self.args.dataloader_persistent_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
         )
-        return prepare_data_loader(
+        loader = prepare_data_loader(
             loader,
             self.accelerator.device,
             num_processes=1,
             process_index=0,
-            put_on_device=True,
+            put_on_device=not is_training,
             dispatch_batches=False,
         )
+        if dataloader_key is not None:
+            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `Trainer`, which for every dataset gives the loader of the first, if its workers persist."""
+        if eval_dataset is not self._evaluated_dataset and not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+            self._evaluated_dataset = eval_dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    _evaluated_dataset: Any = None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._speed.begin_step()
@@ -253,14 +276,14 @@ class LlavaTrainer(CheckpointingTrainer):
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.args.label_smoothing_factor and self._has_own_loss:
+        if self.args.label_smoothing_factor and self._has_own_forward:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         if not model.training:
             num_items_in_batch = None  # an evaluation adds up by itself: the mean of the batch alone
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if prediction_loss_only and self._has_own_loss:
+        if prediction_loss_only and self._has_own_forward:
             inputs = {**inputs, "skip_logits": True}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._evaluated is not None and loss is not None and inputs.get("labels") is not None:
