@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb (llava estimate shows what a run needs)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "--trial",
+        type=int,
+        metavar="STEPS",
+        help="train so many optimizer steps into output_dir/trial, show answers to held-out samples before and after, and say "
+        "how long the whole run takes",
+    )
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
 
 
@@ -36,15 +43,33 @@ def run(args: argparse.Namespace) -> int:
     if "=" in args.recipe:
         raise ValueError(f"RECIPE comes before key=value: llava train RECIPE {args.recipe}")
 
-    from ..training import parse_recipe, train
+    from ..training import LlavaTrainingArguments, read_recipe, train
+    from ..training.callbacks import DurationCallback
 
-    settings = parse_recipe(args.recipe, args.overrides)
+    recipe = read_recipe(args.recipe, args.overrides)
+    if recipe.get("eval_data") is None and not recipe.get("streaming"):
+        recipe.setdefault("eval_size", "auto")
+    duration = DurationCallback(recipe.get("num_train_epochs", 3), recipe.get("max_steps", -1))
+    if args.trial is not None:
+        recipe = _trial_of(recipe, args.trial)
+    settings = LlavaTrainingArguments(**recipe)
     is_main = settings.process_index == 0
     if is_main and settings.model and settings.data:  # else an error follows
         what = settings.stage if settings.adapter == "none" else f"{settings.stage} with {settings.adapter}"
         print(f"{what} of {settings.model} on {settings.data} → {settings.output_dir}")
-    result = train(settings, callbacks=_callbacks(settings))
+        for line in _needs(settings):
+            print(line)
+    callbacks = [*([duration] if args.trial is not None else ()), *_callbacks(settings)]
+    result = train(settings, callbacks=callbacks)
     if not is_main:
+        return 0
+    if args.trial is not None:
+        _print_answers(callbacks[-1])
+        print(
+            f"the whole run takes {duration.whole}"
+            if duration.whole
+            else "a trial of 2 steps and more measures the time"
+        )
         return 0
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     if losses:
@@ -56,11 +81,71 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trial_of(recipe: dict, steps: int) -> dict:
+    """The recipe of a trial: nothing of the run itself is read or written."""
+    if steps < 1:
+        raise ValueError(f"--trial {steps}: at least 1 step is needed.")
+    trial = {
+        "max_steps": steps, "logging_steps": min(steps, 5), "eval_strategy": "no", "eval_on_start": True, "save_strategy": "no",
+        "resume": "never", "report_to": "none", "push_to_hub": False, "benchmarks": None, "load_best_model_at_end": False,
+        "early_stopping_patience": None, "metric_for_best_model": None, "sample_answers": 4,
+    }  # fmt: skip
+    if not recipe.get("streaming"):
+        trial |= {"eval_data": None, "eval_size": 4}
+    elif recipe.get("eval_data") is None:
+        trial |= {"eval_on_start": False, "sample_answers": 0}
+    if recipe.get("output_dir"):
+        trial["output_dir"] = os.path.join(recipe["output_dir"], "trial")
+    return recipe | trial
+
+
+def _print_answers(callback) -> None:
+    """A row for each held-out sample: the model's answers before and after the trial."""
+    from rich.console import Console
+    from rich.table import Table
+
+    answered = getattr(callback, "answered", {})
+    if not answered:
+        return
+    before, after = answered[min(answered)], answered[max(answered)]
+    table = Table("question", "reference", "before", "after", show_lines=True)
+    for (question, reference, old), (_, _, new) in zip(before, after):
+        table.add_row(question, reference, old, new)
+    Console(markup=False).print(table)
+
+
+def _needs(settings) -> list[str]:
+    """Lines on the download, the disk and the GPU's memory; none for a run on the CPU from a folder."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not settings.use_cpu
+    if not on_gpu and os.path.isdir(settings.model):
+        return []
+    from ..training import estimate as e
+    from .estimate import needs
+
+    try:
+        sizes = e.sizes_of(e.load_config(settings.model, settings.model_revision))
+    except (OSError, ValueError):
+        return []  # a model that cannot be read: training says why, one that cannot be estimated trains
+    run = e.Settings.of(settings)
+    lines = needs(run, e.estimate(sizes, run.replace(activation_checkpointing=True)))
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(settings.device)
+        least = e.estimate(sizes, run.replace(activation_checkpointing=True)).total - e.CUDA_CONTEXT
+        verdict = "" if least <= free else ": it may not fit, close other programs or see llava estimate --gpu"
+        lines.append(
+            f"GPU: {free / e.GIB:.1f} of {total / e.GIB:.1f} GiB are free, other programs and a desktop hold the rest; the run "
+            f"takes an estimated {least / e.GIB:.1f} at least{verdict}."
+        )
+    return lines
+
+
 def _callbacks(settings) -> list:
     """Callbacks that answer questions or score benchmarks during training."""
     callbacks = []
     if settings.sample_answers:
-        from ..evaluation.sample_answers import SampleAnswersCallback
+        from ..evaluation.callback import SampleAnswersCallback
 
         callbacks.append(SampleAnswersCallback(settings.sample_answers, is_sharded=settings.is_sharded))
     if settings.benchmarks:
