@@ -15,8 +15,6 @@ from ..endpoint import (
     Budget,
     ChatModel,
     Ledger,
-    LedgerCounts,
-    Message,
     OpenAIModel,
     Prices,
     Reply,
@@ -30,6 +28,8 @@ from ..endpoint import (
     run_tasks,
     write_batch,
 )
+from ..endpoint.chat import Message
+from ..endpoint.ledger import LedgerCounts
 from .contexts import Context, ContextCounts, read_contexts
 from .output import write_output
 from .prompts import load_prompts
