@@ -1,9 +1,16 @@
-"""TRL's `SFTTrainer` over our model and our processor as they are, and over our collator."""
+"""TRL over our model and our processor as they are, and its examples: packing, loss on answers alone, preferences."""
+
+import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
+from published import build
 from tiny_predictor import assistant_turn, picture, published_llava, tiny_llava, tiny_processor, user_turn
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers import LlavaForConditionalGeneration as StockLlava
+from transformers import LlavaProcessor as StockProcessor
 
 from modeling_llava.constants import IGNORE_INDEX
 from modeling_llava.data import LlavaDataCollator, encode_conversation
@@ -12,6 +19,7 @@ from modeling_llava.data import LlavaDataCollator, encode_conversation
 pytestmark = pytest.mark.slow
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "trl"
 QUESTIONS = ["What is it?", "Which colour has it?", "Is it far away?", "Why?"]
 ANSWERS = ["It is noise.", "It has all of them.", "No, it is near.", "Because it was drawn so."]
 
@@ -172,3 +180,85 @@ def test_its_collator_leaves_out_the_first_token_and_ours_does_not(model, proces
         assert torch.equal(batch["input_ids"][number, :length], sample["input_ids"])
         assert torch.equal(batch["labels"][number, :length], sample["labels"])
         assert (batch["labels"][number, length:] == IGNORE_INDEX).all()
+
+
+# The examples
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with images, `sft.json` and `preferences.json`."""
+    folder = tmp_path_factory.mktemp("trl")
+    rows, pairs = [], []
+    for number, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        picture(number).save(folder / f"{number}.png")
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+        pairs.append({"image": f"{number}.png", "prompt": question, "chosen": answer, "rejected": "No idea."})
+    rows[1]["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+    rows.append({"id": "text", "image": None, "conversations": [{"from": "human", "value": "Hi."}, turns[1]]})
+    (folder / "sft.json").write_text(json.dumps(rows))
+    (folder / "preferences.json").write_text(json.dumps(pairs))
+    return folder
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.fixture
+def words(data, tmp_path):
+    """Arguments of an example, but for its data."""
+    return ["--model", str(build("llava-hf")), "--images", str(data), "--output", str(tmp_path)]
+
+
+def test_packed_in_sft_trainer_equals_one_by_one(data, words, tmp_path, capsys):
+    words = [*words, "--data", str(data / "sft.json")]
+    main = example("sft")["main"]
+    assert main([*words, "--parity", "5"]) == 0
+    table = {line[:12].strip(): line[12:].split() for line in capsys.readouterr().out.splitlines()[-3:]}
+    assert table.keys() == {"one by one", "padded", "packed"}
+    assert all(float(number) <= 1e-5 for row in table.values() for number in row[1:])
+    assert main([*words, "--max-steps", "2", "--batch-size", "5"]) == 0
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[1] < losses[0]  # the same samples again
+
+
+def test_samples_that_see_each_other_fail_the_parity_table(data, words):
+    run = example("sft")
+
+    class Leaking(run["RowCollator"]):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            kept = ("input_ids", "labels", "pixel_values", "attention_mask")
+            return {"attention_mask": torch.ones_like(batch["input_ids"]), **{k: batch[k] for k in kept if k in batch}}
+
+    run["main"].__globals__["RowCollator"] = Leaking
+    assert run["main"]([*words, "--data", str(data / "sft.json"), "--parity", "5"]) == 1
+
+
+def preferences(data, folder, model, processor):
+    """The log of four steps of examples/trl/dpo.py."""
+    run = example("dpo")
+    torch.manual_seed(0)
+    dataset = run["read_preferences"](str(data / "preferences.json"), str(data))
+    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    trainer = run["train"](model, processor, dataset, output_dir=str(folder), save_strategy="no", **settings)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_preference_training_widens_the_margin_and_stock_gives_the_same_numbers(data, tmp_path):
+    source = build("llava-hf")
+    sides = {"ours": (AutoModelForImageTextToText, AutoProcessor), "stock": (StockLlava, StockProcessor)}
+    logs = {}
+    for side, (model_class, processor_class) in sides.items():
+        model = model_class.from_pretrained(source, dtype="float32")
+        logs[side] = preferences(data, tmp_path / side, model, processor_class.from_pretrained(source))
+    margins = [entry["rewards/margins"] for entry in logs["ours"]]
+    assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.1
+    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm"):
+        ours, stock = ([entry[name] for entry in logs[side]] for side in sides)
+        assert ours == pytest.approx(stock, rel=1e-4, abs=1e-5), name
+    templates = [AutoProcessor.from_pretrained(folder).chat_template for folder in (source, tmp_path / "ours")]
+    assert templates[0] == templates[1]
