@@ -83,7 +83,7 @@ def run_settings(args: argparse.Namespace, **more):
 
 
 def asking_options(args: argparse.Namespace) -> dict:
-    """Limits and budget, for [`ask_all`]. A budget is for one ledger."""
+    """Limits and budget, for [`ask_all`]."""
     from ..endpoint import Budget
 
     return {"settings": run_settings(args), "budget": Budget(args.max_tokens, args.max_cost, prices(args))}

@@ -5,11 +5,10 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from . import eval_llava_bench, eval_scienceqa
-from .eval_common import add_model_arguments, evaluate_with, finish, tokens_of
+from .eval_common import add_model_arguments, apply_options, evaluate_with, finish
 
 
 SUBCOMMANDS: dict[str, str] = {
@@ -61,12 +60,11 @@ def slice_of(line: str, out: str):
     parser = _RaisingParser(prog=f"benchmarks: {line!r}", add_help=False)
     add(parser)
     args = parser.parse_args(["-", *words, "--out", out])
-    decided = "adapter revision dtype device load_in_4bit system batch_size temperature top_p seed shard partial"
+    decided = "adapter base revision dtype device load_in_4bit system batch_size temperature top_p seed shard partial"
     for option in (*decided.split(), "language_model", "export_training"):
         if getattr(args, option, None) != parser.get_default(option):
             raise ValueError(f"benchmarks: {line!r}: --{option.replace('_', '-')} does not apply to a training run.")
-    benchmark = make_benchmark(args).first(args.limit)
-    return replace(benchmark, max_new_tokens=tokens_of(args, benchmark))
+    return apply_options(args, make_benchmark(args))
 
 
 class _RaisingParser(argparse.ArgumentParser):
@@ -74,11 +72,15 @@ class _RaisingParser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: {message}")
 
 
-def _add_instruction(data) -> None:
+def _add_question_arguments(parser: argparse.ArgumentParser):
+    """The options of every benchmark of questions with short answers; returns the group of its data."""
+    add_model_arguments(parser)
+    data = parser.add_argument_group("the data")
     data.add_argument("--images", required=True, metavar="DIR", help="image folder")
     data.add_argument(
         "--instruction", metavar="TEXT", help="line after the question; '' for none (default: LLaVA-1.5's)"
     )
+    return data
 
 
 def _add_pope_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,16 +88,13 @@ def _add_pope_arguments(parser: argparse.ArgumentParser) -> None:
         "POPE: does the model see objects that are not there? Accuracy, precision, recall, F1 and yes-ratio for random, "
         "popular and adversarial questions."
     )
-    add_model_arguments(parser)
-    data = parser.add_argument_group("the data")
-    data.add_argument(
+    _add_question_arguments(parser).add_argument(
         "--questions",
         required=True,
         nargs="+",
         metavar="F",
         help="JSONL: image, text, label; random, popular or adversarial is in the file's name or in `category`",
     )
-    _add_instruction(data)
 
 
 def _make_pope(args: argparse.Namespace):
@@ -111,8 +110,7 @@ def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
         "Short answers: VQA's soft accuracy over ten people's answers (VQAv2, TextVQA, …), exact match if there is only one "
         "(GQA, …)."
     )
-    add_model_arguments(parser)
-    data = parser.add_argument_group("the data")
+    data = _add_question_arguments(parser)
     data.add_argument(
         "--questions",
         required=True,
@@ -125,7 +123,6 @@ def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="image name in official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)",
     )
-    _add_instruction(data)
 
 
 def _make_vqa(args: argparse.Namespace):
@@ -189,7 +186,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ..evaluation.report import attach, compare, markdown, model_index, plot, published_for, read_runs
+    from ..evaluation.report import attach, compare, markdown, plot, published_for, read_runs
     from ..io.atomic import write_atomic
 
     runs = read_runs(args.runs, args.labels)
@@ -205,12 +202,9 @@ def _report(args: argparse.Namespace) -> int:
     if args.out:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        content = {
-            "comparisons": comparisons,
-            "model_index": {run.label: model_index([run.results], run.label) for run in runs},
-        }
+        content = json.dumps({"comparisons": comparisons}, indent=2, ensure_ascii=False)
         write_atomic(out / "report.md", "# Evaluation\n\n" + text)
-        write_atomic(out / "report.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(out / "report.json", content + "\n")
         for comparison in comparisons:
             plot(comparison, out / f"{comparison['benchmark']}.png", args.published)
         print(f"written: {out / 'report.md'}, report.json and {len(comparisons)} plots", file=sys.stderr)

@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from .chat import add_four_bit_arguments
+from .chat import add_loading_arguments
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -20,15 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "--out", required=required, metavar="DIR", help="the run's folder; the same command resumes a run"
     )
     model = parser.add_argument_group("the model")
-    model.add_argument("--adapter", metavar="DIR", help="an adapter to put on MODEL")
-    model.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub")
-    model.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: %(default)s"
-    )
-    model.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the accelerator, if there is one)"
-    )
-    add_four_bit_arguments(model)
+    add_loading_arguments(model)
     model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's")
     how = parser.add_argument_group("how it answers")
     how.add_argument("--batch-size", type=int, metavar="N", help="most answers at a time (default: as memory allows)")
@@ -37,6 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     how.add_argument("--top-p", type=float, metavar="P", help="with --temperature")
     how.add_argument("--seed", type=int, default=0, help="with --temperature (default: %(default)s)")
     how.add_argument("--limit", type=int, metavar="N", help="the first N samples only; the results say of how many")
+    how.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
     how.add_argument(
         "--shard",
         metavar="I/N",
@@ -48,17 +42,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     )
 
 
+def apply_options(args: argparse.Namespace, benchmark):
+    """The benchmark with --limit, --max-new-tokens and --follow-symlinks."""
+    tokens = benchmark.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    if tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {tokens}.")
+    return replace(benchmark.first(args.limit), max_new_tokens=tokens, follow_symlinks=args.follow_symlinks)
+
+
 def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     """Answers and scores a benchmark with the model of the arguments; `None` if other shards are not finished."""
-    from ..evaluation.benchmark import Shard, check_images, evaluate
+    from ..evaluation.benchmark import Shard, evaluate
     from ..evaluation.results import describe_model
     from ..inference.loading import choose_four_bits
     from ..io.checkpoints import checkpoint_kind
 
-    benchmark = benchmark.first(args.limit)
-    decoding = {"max_new_tokens": tokens_of(args, benchmark)}
+    benchmark = apply_options(args, benchmark)
+    decoding = {}
     if args.temperature is not None:
-        decoding |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+        decoding = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
         if args.temperature <= 0:
             raise ValueError(
                 f"--temperature must be above 0, got {args.temperature:g}. Without it answers are greedy."
@@ -68,7 +70,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
     shard = Shard.parse(args.shard)
-    check_images(benchmark.samples, benchmark.image_folder)  # before the Hub is asked and anything is written
+    benchmark.check_images()  # before the Hub is asked and anything is written
     checkpoint_kind(args.model, args.revision)
     model = describe_model(args.model, args.revision, args.adapter)
     four_bits = choose_four_bits(args.model, args.load_in_4bit, adapter=args.adapter, revision=args.revision)
@@ -88,6 +90,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
             device=_device(args, shard),
             load_in_4bit=four_bits,
             adapter=args.adapter,
+            base=args.base,
             revision=args.revision,
         )
         return LlavaPredictor(*loaded, system=args.system)
@@ -102,15 +105,6 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
         decoding=decoding,
         partial=args.partial,
     )
-
-
-def tokens_of(args: argparse.Namespace, benchmark) -> int:
-    """The longest answer: --max-new-tokens, or the benchmark's."""
-    if args.max_new_tokens is None:
-        return benchmark.max_new_tokens
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    return args.max_new_tokens
 
 
 def _device(args: argparse.Namespace, shard) -> str | None:
@@ -139,8 +133,5 @@ def finish(args: argparse.Namespace, results: dict | None, published: list[str] 
         plot(comparison, out / "results.png", published)
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
-    if not results["complete"]:
-        samples = results["samples"]
-        print(f"This is of {samples['scored']:,} of {samples['total']:,} samples.", file=sys.stderr)
     print(f"written: {out / 'results.json'}; compare runs with: llava eval report {out} OTHER …", file=sys.stderr)
     return 0

@@ -60,20 +60,17 @@ def make_benchmark(args: argparse.Namespace):
     )
     for question in questions:  # a missing rule is found before the model is loaded
         rule_for(how.rules, question.category, question.has_boxes)
-    judge, out = make_chat_model(args, args.judge), Path(args.out)
+    judge, ledgers = make_chat_model(args, args.judge), Path(args.out) / "judge"
 
     def score(answers: dict[str, str]):
         asked = [question for question in questions if question.id in answers]
+        options = {"partial": args.partial, **asking_options(args)}
         if args.references is None:
             print(f"asking {args.reference_model} for the reference answers", file=sys.stderr)
             model = make_chat_model(args, args.reference_model)
-            asked = llava_bench.ask_references(
-                asked, model, out / "judge", max_tokens=how.max_tokens, partial=args.partial, **asking_options(args)
-            )
+            asked = llava_bench.ask_references(asked, model, ledgers, max_tokens=how.max_tokens, **options)
         print(f"asking {args.judge}; after Ctrl-C the same command resumes", file=sys.stderr)
-        reviews = llava_bench.judge_answers(
-            asked, answers, judge, out / "judge", how, partial=args.partial, **asking_options(args)
-        )
+        reviews = llava_bench.judge_answers(asked, answers, judge, ledgers, how, **options)
         return llava_bench.score(asked, answers, reviews, judge, how)
 
     files = [file for file in (args.questions, args.contexts, args.references) if file]
@@ -81,19 +78,15 @@ def make_benchmark(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation.judge import read_rules, rules_hash
-    from ..evaluation.llava_bench_page import write_page
-    from ..evaluation.report import published_for
+    from ..evaluation.pages import write_bench_page
     from ..evaluation.results import read_results
 
     results = evaluate_with(args, make_benchmark(args))
     code = finish(args, results, ["LLaVA-13B"])
     if results is not None:
-        out = Path(args.out)
-        _, rows = read_results(out)
-        write_page(out / "index.html", results, rows, args.images, published_for(results["benchmark"]))
-        failed = results["counts"]["questions_without_score"]
-        if failed:
+        page = Path(args.out) / "index.html"
+        write_bench_page(page, *read_results(args.out), args.images, args.follow_symlinks)
+        if failed := results["counts"]["questions_without_score"]:
             print(f"{failed} questions have no score and are left out of the means.", file=sys.stderr)
-        print(f"written: {out / 'index.html'} (rules {rules_hash(read_rules(args.rules))})", file=sys.stderr)
+        print(f"written: {page}", file=sys.stderr)
     return code

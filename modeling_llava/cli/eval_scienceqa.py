@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .endpoint_options import add_endpoint_arguments, asking_options, make_chat_model
@@ -63,24 +64,25 @@ def make_benchmark(args: argparse.Namespace):
     order, _ = scienceqa.split_order(args.order)
     if args.images is None and not args.dataset:
         raise ValueError("Give --images, the folder with <split>/<id>/image.png.")
-    problems, files = _read(args, args.split, args.images)
+    problems = _read(args, args.split, args.images)
+    files = [] if args.dataset else [args.problems, args.splits]
     return scienceqa.make_benchmark(problems, image_folder=args.images, order=order, direct=args.direct, files=files)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.export_training:
-        return _export(args, _read(args, args.split, args.images)[0])
+        return _export(args)
     if args.model is None or args.out is None:
         raise ValueError("Give MODEL and --out DIR, or --export-training F.")
     results = evaluate_with(args, make_benchmark(args))
     code = finish(args, results, ["LLaVA-13B"])
     if args.language_model and results is not None:
-        _with_language_model(args, _read(args, args.split, args.images)[0], results)
+        _with_language_model(args, results)
     return code
 
 
-def _read(args: argparse.Namespace, split: str, images: str | None):
-    """The problems of a split, and their files."""
+def _read(args: argparse.Namespace, split: str, images: str | None) -> list:
+    """The problems of a split."""
     from ..evaluation import scienceqa
 
     if args.dataset:
@@ -89,18 +91,19 @@ def _read(args: argparse.Namespace, split: str, images: str | None):
         from datasets import load_dataset
 
         split = {"val": "validation"}.get(split, split)
-        return scienceqa.read_hub_problems(load_dataset(args.dataset, split=split), split), []
+        return scienceqa.read_hub_problems(load_dataset(args.dataset, split=split), split)
     if not (args.problems and args.splits):
         raise ValueError("Give --problems and --splits (the official files), or --dataset.")
-    return scienceqa.read_problems(args.problems, args.splits, split, images), [args.problems, args.splits]
+    return scienceqa.read_problems(args.problems, args.splits, split, images)
 
 
-def _export(args: argparse.Namespace, problems) -> int:
+def _export(args: argparse.Namespace) -> int:
     from ..evaluation.scienceqa import to_llava_rows
     from ..io.atomic import write_atomic
 
+    problems = _read(args, args.split, args.images)
     if args.dataset:
-        problems = _write_images(problems, args)
+        problems = [_with_image_file(problem, args.images) for problem in problems]
     rows = list(to_llava_rows(problems, args.order))
     Path(args.export_training).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.export_training, json.dumps(rows, indent=1, ensure_ascii=False))
@@ -111,62 +114,54 @@ def _export(args: argparse.Namespace, problems) -> int:
     return 0
 
 
-def _write_images(problems, args: argparse.Namespace):
-    """Writes the dataset's images in the official layout; returns the problems with their paths."""
-    from dataclasses import replace
-
-    if not args.images:
+def _with_image_file(problem, folder: str | None):
+    """Writes a dataset's image in the official layout; returns the problem with its path."""
+    if problem.image is None:
+        return problem
+    if folder is None:
         raise ValueError("Give --images, the folder to write the dataset's images to.")
-    written = []
-    for problem in problems:
-        if problem.image is not None:
-            path = Path(problem.split, problem.id, "image.png")
-            (Path(args.images) / path).parent.mkdir(parents=True, exist_ok=True)
-            problem.image.save(Path(args.images) / path)
-            problem = replace(problem, image=path.as_posix())
-        written.append(problem)
-    return written
+    path = Path(problem.split, problem.id, "image.png")
+    (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+    problem.image.save(Path(folder) / path)
+    return replace(problem, image=path.as_posix())
 
 
-def _with_language_model(args: argparse.Namespace, problems, results: dict) -> None:
+def _with_language_model(args: argparse.Namespace, results: dict) -> None:
     from ..evaluation.report import Run, compare, markdown
     from ..evaluation.results import make_results, read_results, write_results
     from ..evaluation.scienceqa_language import choose_shots, score_with_language_model
 
     _, rows = read_results(args.out)
-    own = {row["id"]: row["answer"] for row in rows}
-    examples = choose_shots(_read(args, args.shots_split, None)[0], args.shots)
-    model = make_chat_model(args, args.language_model)
-    judge = make_chat_model(args, args.judge) if args.judge else None
+    shots = choose_shots(_read(args, args.shots_split, None), args.shots)
     print(f"asking {args.language_model}; after Ctrl-C the same command resumes", file=sys.stderr)
     scored = score_with_language_model(
-        problems,
-        own,
-        model,
+        _read(args, args.split, args.images),
+        {row["id"]: row["answer"] for row in rows},
+        make_chat_model(args, args.language_model),
         Path(args.out) / "language",
-        shots=examples,
-        judge=judge,
+        shots=shots,
+        judge=make_chat_model(args, args.judge) if args.judge else None,
         max_tokens=args.max_reply_tokens or 512,
         partial=args.partial,
         **asking_options(args),
     )
+    own = results["model"]["name"]
     names = {
-        "language": {"name": args.language_model},
-        "complement": {"name": f"{results['model']['name']} + {args.language_model}, complement"},
-        "judge": {"name": f"{results['model']['name']} + {args.judge or args.language_model}, judge"},
+        "language": args.language_model,
+        "complement": f"{own} + {args.language_model}, complement",
+        "judge": f"{own} + {args.judge or args.language_model}, judge",
     }
-    runs = [Run(results["model"]["name"], results, rows)]
-    for name, score in scored.items():
-        settings = {"shots": [shot.id for shot in examples], "order": "QCM"}
+    runs = [Run(own, results, rows)]
+    for kind, score in scored.items():
         one = make_results(
             "scienceqa",
             score,
-            model=names[name],
+            model={"name": names[kind]},
             data=results["data"],
-            settings=settings,
+            settings={"shots": [shot.id for shot in shots], "order": "QCM"},
             total=results["samples"]["total"],
             answered=len(score.rows),
         )
-        write_results(Path(args.out) / name, one, score.rows)
-        runs.append(Run(names[name]["name"], one, score.rows))
+        write_results(Path(args.out) / kind, one, score.rows)
+        runs.append(Run(names[kind], one, score.rows))
     print(markdown(compare(runs)))

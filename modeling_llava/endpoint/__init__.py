@@ -8,17 +8,16 @@ from .chat import (
     ChatModel,
     EndpointFault,
     FatalFault,
-    Message,
     PassingFault,
     Reply,
     RequestFault,
     Usage,
     remove_thoughts,
 )
-from .ledger import Ledger, LedgerCounts, TaskState
+from .ledger import Ledger
 from .limits import BATCH_PRICE, Backoff, Budget, Prices, TokenBucket
 from .openai_model import OpenAIModel
-from .runner import RunSettings, RunSummary, run_tasks, run_tasks_async
+from .runner import RunSettings, RunSummary, run_tasks
 from .task import REFUSED, Task, Verdict
 
 
@@ -31,8 +30,6 @@ __all__ = [
     "EndpointFault",
     "FatalFault",
     "Ledger",
-    "LedgerCounts",
-    "Message",
     "OpenAIModel",
     "PassingFault",
     "Prices",
@@ -42,7 +39,6 @@ __all__ = [
     "RunSettings",
     "RunSummary",
     "Task",
-    "TaskState",
     "TokenBucket",
     "Usage",
     "Verdict",
@@ -50,6 +46,5 @@ __all__ = [
     "read_batch",
     "remove_thoughts",
     "run_tasks",
-    "run_tasks_async",
     "write_batch",
 ]

@@ -1,7 +1,7 @@
-"""The interface of a language model, and the faults that an endpoint can show.
+"""The interface of a language model, and the faults of an endpoint.
 
-The data engine and the judges of the benchmarks call a `ChatModel`: the client of OpenAI-compatible servers, or the
-scripted responder of `llava quickstart`.
+The data engine and the judges call a `ChatModel`: the client of OpenAI-compatible servers, or the scripted responder of
+`llava quickstart`.
 """
 
 import re
@@ -27,29 +27,21 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply of a language model.
+    """One reply of a language model."""
 
-    Attributes:
-        text: What the model wrote, without its thoughts; may be empty.
-        finish_reason: `"stop"`, `"length"` (cut at `max_tokens`), `"content_filter"`, or the endpoint's own word.
-        usage: Tokens used; `None` where the endpoint does not say.
-        model: The name of the model as the endpoint gives it (dated snapshots differ from the requested name).
-        left_out: Parameters that were not sent because the endpoint does not support them.
-    """
-
-    text: str
-    finish_reason: str = "stop"
-    usage: Usage | None = None
-    model: str = ""
-    left_out: tuple[str, ...] = ()
+    text: str  # without the model's thoughts; may be empty
+    finish_reason: str = "stop"  # or "length" (cut at `max_tokens`), "content_filter", the endpoint's own word
+    usage: Usage | None = None  # `None` where the endpoint does not say
+    model: str = ""  # as the endpoint names it, such as a dated snapshot
+    left_out: tuple[str, ...] = ()  # parameters that were not sent because the endpoint does not support them
 
 
 _THOUGHTS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
 
 
 def remove_thoughts(text: str) -> str:
-    """A text without the thoughts of a reasoning model: `<think>…</think>`, also where its end is missing, or its beginning,
-    which some chat templates write into the prompt."""
+    """A text without the thoughts of a reasoning model: `<think>…</think>`, also where either end is missing (some chat
+    templates write the first into the prompt)."""
     kept, thinking, start = "", False, 0
     for tag in _THOUGHTS.finditer(text):
         if tag[1] or tag[2]:
@@ -73,18 +65,12 @@ class ChatModel(Protocol):
         messages: list[Message],
         *,
         max_tokens: int,
-        temperature: float,
+        temperature: float | None,
         seed: int | None = None,
         request_id: str | None = None,
     ) -> Reply:
-        """Sends one request, without retries or waiting (`endpoint/runner.py` does both).
-
-        Args:
-            messages: The conversation so far.
-            max_tokens: Maximum length of the reply, in tokens.
-            temperature: Sampling temperature; 0 is greedy.
-            seed: Sampling seed, for endpoints that support it.
-            request_id: The same whenever the same request is sent again; sent as `Idempotency-Key`.
+        """Sends one request of at most `max_tokens` tokens of reply; `run_tasks` waits and retries. The `request_id` is the
+        same whenever the same request is sent again.
 
         Raises:
             EndpointFault: the request failed; its class says what to do.

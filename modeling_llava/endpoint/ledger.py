@@ -17,63 +17,48 @@ import json
 import os
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..io.locks import lock
+from ..io.locks import locked_file
 from .chat import Usage
 from .limits import BATCH_PRICE, Budget
 
 
+@dataclass(slots=True)
 class TaskState:
     """What the ledger holds of one task."""
 
-    __slots__ = ("replies", "final", "accepted", "batched", "refused")
-
-    def __init__(self) -> None:
-        self.replies: tuple[int, ...] = ()  # byte positions of its reply lines
-        self.final = False  # settled
-        self.accepted = False  # the last reply was accepted
-        self.batched: str | None = None  # request id in a batch file
-        self.refused = False  # a request was refused (`RequestFault`)
+    replies: tuple[int, ...] = ()  # byte positions of its reply lines
+    final: bool = False  # it is settled
+    accepted: bool = False  # its last reply was accepted
+    batched: str | None = None  # id of its request in a batch file
+    refused: bool = False  # a request was refused (`RequestFault`)
 
 
 @dataclass
 class LedgerCounts:
-    """Sums over a ledger.
+    """Sums over a ledger. Tokens are `[prompt, completion]`."""
 
-    Attributes:
-        requests: Requests sent, including retries.
-        rejected: Rejected replies and refused tasks, by reason.
-        faults: Requests without a usable reply, by kind.
-        maybe_paid: Faults that the endpoint may have billed (time-outs, cut or broken replies).
-        unknown: Requests that were in flight when a process died.
-        torn: Lines cut by a dying process.
-        missing_usage: Replies without a usage; the estimate counts for them.
-        used: Tokens of live replies, `[prompt, completion]`.
-        used_in_batch: The same, of batches.
-        perhaps_used: Estimated tokens that may have been billed without a reply.
-        models: Model names that the endpoint reported.
-    """
-
-    requests: int = 0
+    requests: int = 0  # sent, including retries
     replies: int = 0
     accepted: int = 0
-    rejected: Counter = field(default_factory=Counter)
-    faults: Counter = field(default_factory=Counter)
-    maybe_paid: int = 0
-    unknown: int = 0
-    torn: int = 0
-    missing_usage: int = 0
-    used: list[int] = field(default_factory=lambda: [0, 0])
+    rejected: Counter = field(default_factory=Counter)  # replies and refused tasks, by reason
+    faults: Counter = field(default_factory=Counter)  # requests without a usable reply, by kind
+    maybe_paid: int = 0  # faults that the endpoint may have billed (time-outs, cut or broken replies)
+    unknown: int = 0  # requests that were in flight when a process died
+    torn: int = 0  # lines cut by a dying process
+    missing_usage: int = 0  # replies without a usage; the estimate counts for them
+    used: list[int] = field(default_factory=lambda: [0, 0])  # tokens of live replies
     used_in_batch: list[int] = field(default_factory=lambda: [0, 0])
-    perhaps_used: list[int] = field(default_factory=lambda: [0, 0])
-    models: Counter = field(default_factory=Counter)
+    perhaps_used: list[int] = field(default_factory=lambda: [0, 0])  # estimated, maybe billed without a reply
+    models: Counter = field(default_factory=Counter)  # as the endpoint names them
 
 
 class Ledger:
-    """An append-only JSONL file and its state; a context manager. One process at a time can hold it.
+    """An append-only JSONL file and its state; a context manager. One process at a time can write it.
 
     `append` hands lines to the operating system, so that they survive a kill of the process; `synced` waits until they are
     on disk.
@@ -83,7 +68,7 @@ class Ledger:
         write: `False` reads only and takes no lock.
 
     Raises:
-        OSError: another process holds the ledger.
+        OSError: another process writes the ledger.
         ValueError: a whole line is not an event of a ledger.
     """
 
@@ -95,19 +80,21 @@ class Ledger:
         self._open_requests: dict[str, list[int]] = {}  # request id → estimated tokens
         self._batched_tokens: dict[str, list[int]] = {}
         self._file: BinaryIO | None = None
-        self._lock: BinaryIO | None = None
         self._reading: BinaryIO | None = None
         self._end = 0
         self._syncing: asyncio.Future | None = None  # the sync to come, for which tasks wait
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
-            self._file = open(self.path, "ab")
-        try:
-            self._load()
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as files:
+            if write:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not files.enter_context(locked_file(self.path.with_name(self.path.name + ".lock"))):
+                    raise OSError(
+                        f"{path} is in use by another run. Two runs in one folder would pay twice; wait for it."
+                    )
+                self._file = files.enter_context(open(self.path, "ab"))
+            if self.path.exists():
+                self._load()
+                self._reading = files.enter_context(open(self.path, "rb"))
+            self._files = files.pop_all()
 
     def __enter__(self) -> "Ledger":
         return self
@@ -117,10 +104,7 @@ class Ledger:
 
     def close(self) -> None:
         """Closes the file and releases the lock."""
-        for file in (self._file, self._lock, self._reading):
-            if file is not None:
-                file.close()
-        self._file = self._lock = self._reading = None
+        self._files.close()
 
     def state(self, task: str) -> TaskState:
         """The state of a task; an empty one if it has no event."""
@@ -128,24 +112,19 @@ class Ledger:
 
     def reply_at(self, position: int) -> dict[str, Any]:
         """The event of a reply line at a position out of `TaskState.replies`."""
-        if self._reading is None:
-            self._reading = open(self.path, "rb")
         self._reading.seek(position)
         return json.loads(self._reading.readline())
 
     def _load(self) -> None:
-        if not self.path.exists():
-            return
         with open(self.path, "rb") as file:
             position, line = 0, b""
             for number, line in enumerate(file, 1):
                 try:
                     event = json.loads(line)
-                    known = isinstance(event, dict) and "event" in event
                 except (ValueError, RecursionError):
-                    known = False
+                    event = None
                 try:
-                    if known:
+                    if isinstance(event, dict) and "event" in event:
                         self._follow(event, position)
                     else:
                         self.counts.torn += 1
@@ -185,14 +164,14 @@ class Ledger:
             batched = self._batched_tokens.pop(request, None)
             estimate = self._open_requests.pop(request, None) or batched or [0, 0]
             state.batched = None
-            if kind == "fault":
-                state.refused |= bool(event.get("refused"))
-                counts.faults[event["kind"]] += 1
-                if event.get("maybe_paid"):
-                    counts.maybe_paid += 1
-                    _add(counts.perhaps_used, estimate)
-            else:
+            if kind == "reply":
                 self._follow_reply(event, state, estimate, position)
+                return
+            state.refused |= bool(event.get("refused"))
+            counts.faults[event["kind"]] += 1
+            if event.get("maybe_paid"):
+                counts.maybe_paid += 1
+                _add(counts.perhaps_used, estimate)
 
     def _follow_reply(self, event: dict[str, Any], state: TaskState, estimate: list[int], position: int) -> None:
         counts = self.counts
@@ -205,13 +184,11 @@ class Ledger:
         if event.get("refused"):
             return
         counts.replies += 1
-        if event["usage"] is None:
-            counts.missing_usage += 1
+        counts.missing_usage += event["usage"] is None
         _add(counts.used_in_batch if event.get("batch") else counts.used, event["usage"] or estimate)
         counts.models[event.get("model") or ""] += 1
 
     def _write(self, data: bytes) -> None:
-        assert self._file is not None, "the ledger is open for reading only"
         self._file.write(data)
         self._file.flush()
         self._end += len(data)
@@ -244,7 +221,7 @@ class Ledger:
         self._syncing = None
         try:
             os.fsync(self._file.fileno())
-        except (OSError, ValueError) as error:  # ValueError: closed meanwhile
+        except OSError as error:
             waiting.set_exception(error)
         else:
             waiting.set_result(None)
@@ -257,21 +234,7 @@ class Ledger:
         for tokens in self._batched_tokens.values():
             budget.spend(Usage(*tokens), factor=BATCH_PRICE)
 
-    @property
-    def used(self) -> Usage:
-        """Tokens of all replies."""
-        return Usage(*(a + b for a, b in zip(self.counts.used, self.counts.used_in_batch)))
-
 
 def _add(total: list[int], tokens: Any) -> None:
     total[0] += tokens[0]
     total[1] += tokens[1]
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Holds a lock next to the ledger until the returned file is closed or the process dies."""
-    file = open(path.with_name(path.name + ".lock"), "ab")
-    if not lock(file.fileno()):
-        file.close()
-        raise OSError(f"{path} is held by another run. Two runs in one folder would pay twice; wait for it.")
-    return file

@@ -46,23 +46,16 @@ class TokenBucket:
 
 @dataclass
 class Backoff:
-    """When and how often a request is retried.
+    """When and how often a request is retried. Times are in seconds."""
 
-    Attributes:
-        attempts: Maximum sends of a request per run; rate limits and an unreachable endpoint do not count.
-        first: Seconds before the first retry; doubled each time.
-        longest: Maximum seconds between two attempts.
-        patience: Seconds without a reply after which the run stops.
-    """
-
-    attempts: int = 6
-    first: float = 1.0
-    longest: float = 60.0
-    patience: float = 600.0
+    attempts: int = 6  # sends of a request per run; rate limits and an unreachable endpoint do not count
+    first: float = 1.0  # before the first retry; doubled each time
+    longest: float = 60.0  # between two attempts
+    patience: float = 600.0  # without a reply, then the run stops
 
     def __post_init__(self):
-        if self.attempts < 1 or self.first < 0 or self.longest < self.first or not self.patience > 0:
-            raise ValueError(f"Back-off needs attempts ≥ 1, 0 ≤ first ≤ longest and patience > 0, not {self}.")
+        if not self.patience > 0:
+            raise ValueError(f"A patience of {self.patience:g} s allows no reply; it must be above 0.")
 
     def seconds(self, sent: int, rng: random.Random) -> float:
         """Seconds to wait after `sent` sends; half of it is random, so that failed requests do not return together."""
@@ -112,16 +105,12 @@ class Budget:
                 "A budget in dollars requires the prices per million tokens: give --price-in and --price-out."
             )
         self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices or Prices()
+        self.limited = max_tokens is not None or max_cost is not None
         self.ratio = self.TOKENS_PER_CHARACTER
         self.tokens = 0
         self.cost = 0.0
         self.reserved_tokens = 0
         self.reserved_cost = 0.0
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is a limit."""
-        return self.max_tokens is not None or self.max_cost is not None
 
     def estimate(self, messages: list[Message], max_tokens: int) -> Usage:
         """Expected upper limit of the tokens of a request."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, RequestFault, Usage, remove_thoughts
 
@@ -15,7 +16,6 @@ from .chat import EndpointFault, FatalFault, Message, PassingFault, Reply, Reque
 logger = logging.getLogger(__name__)
 
 ERROR_STATUSES = frozenset(map(str, range(400, 600)))
-LENGTH_PARAMETERS = ("max_tokens", "max_completion_tokens")
 _REFUSES_LENGTH = re.compile(
     r"max_completion_tokens|(?=.*\bmax_tokens\b).*(?:unsupported|not supported|not permitted|unrecogni[sz]ed|unknown|unexpected)",
     re.IGNORECASE | re.DOTALL,
@@ -36,7 +36,6 @@ class OpenAIModel:
         length_parameter: `"max_tokens"`, or `"max_completion_tokens"`, to which the client switches when the endpoint
             asks for it, as OpenAI does for reasoning models.
         optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not support them.
-        extra_body: Further fields of the request (`{"top_p": 0.9}`).
 
     Raises:
         ImportError: the `openai` client or aiohttp is not installed.
@@ -52,54 +51,50 @@ class OpenAIModel:
         timeout: float = 120.0,
         length_parameter: str = "max_tokens",
         optional: Iterable[str] = (),
-        extra_body: dict[str, Any] | None = None,
     ):
         base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip() or None
         api_key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip() or None
-        if length_parameter not in LENGTH_PARAMETERS:
-            raise ValueError(f"length_parameter is {length_parameter!r}; it is one of {', '.join(LENGTH_PARAMETERS)}.")
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"The endpoint's address is {base_url!r}; it must begin with http:// or https://.")
+        if base_url is not None:
+            try:
+                address = urlsplit(base_url)
+                is_address = address.scheme in ("http", "https") and address.hostname and address.port != 0
+            except ValueError:  # a port that is not a number, a bracket that is not closed
+                is_address = False
+            if not is_address:
+                raise ValueError(f"The endpoint's address is {base_url!r}; it must be like http://localhost:8000/v1.")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("The key (OPENAI_API_KEY) has a line break or an invalid character; copy it again.")
         if not timeout > 0:
             raise ValueError(f"timeout is {timeout:g} s; it must be positive.")
         if api_key is None and base_url is None:
             raise ValueError("No key for OpenAI: set OPENAI_API_KEY, or give another endpoint by --base-url.")
+        _import_openai()
         self.name = name
         self.base_url = base_url
         self.timeout = timeout
         self.length_parameter = length_parameter
         self.optional = frozenset(optional)
         self.left_out: tuple[str, ...] = ()
-        self.extra_body = dict(extra_body or {})
         self._api_key = api_key or "none"
-        _import_openai()
-        try:
-            self._client = self._new_client()
-        except Exception as error:  # httpx's InvalidURL, whose module changes with the client's version
-            raise ValueError(f"The endpoint's address {base_url!r} is not understood: {error}.") from None
+        self._client: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _new_client(self) -> Any:
-        """A client over aiohttp, which takes half the time per request of the default transport, httpx."""
-        openai = _import_openai()
-        # The run limits the requests in flight; 0 lifts aiohttp's limit of 100.
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=0)
-        return openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=self._api_key,
-            max_retries=0,
-            timeout=self.timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits),
-        )
-
     def _connect(self) -> Any:
-        """The client of the running event loop, to which its connections belong."""
+        """The client of the running event loop, to which its connections belong. It is over aiohttp, which takes half the
+        time per request of the default transport, httpx."""
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop not in (None, loop):
-            self._client = self._new_client()
-        self._loop = loop
+        if self._client is None or self._loop is not loop:
+            openai = _import_openai()
+            # The run limits the requests in flight; 0 lifts aiohttp's limit of 100.
+            limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=0)
+            self._client = openai.AsyncOpenAI(
+                base_url=self.base_url,
+                api_key=self._api_key,
+                max_retries=0,
+                timeout=self.timeout,
+                http_client=openai.DefaultAioHttpClient(limits=limits),
+            )
+            self._loop = loop
         return self._client
 
     def body(self, messages: list[Message], *, max_tokens: int, temperature: float | None, seed: int | None) -> dict:
@@ -109,11 +104,11 @@ class OpenAIModel:
             body["temperature"] = temperature
         if seed is not None:
             body["seed"] = seed
-        return {key: value for key, value in body.items() if key not in self.left_out} | self.extra_body
+        return {key: value for key, value in body.items() if key not in self.left_out}
 
     def adapt(self, body: dict, said: str) -> None:
-        """Adapts all further requests to the refusal of `body`: `max_completion_tokens` in place of `max_tokens`, or without
-        an `optional` parameter. Tasks keep their ids."""
+        """Adapts further requests to the refusal of `body`: `max_completion_tokens` in place of `max_tokens`, or without an
+        `optional` parameter. Tasks keep their ids."""
         named = [name for name in self.optional.difference(self.left_out) if name in body and name in said]
         if self.length_parameter == "max_tokens" and _REFUSES_LENGTH.search(said):
             self.length_parameter, what = "max_completion_tokens", "max_completion_tokens in place of max_tokens"
@@ -156,13 +151,11 @@ class OpenAIModel:
         # `chat.completions.create` walks every message and builds a pydantic model, at twice the time per request.
         request = self._connect().post("/chat/completions", cast_to=str, body=body, options={"headers": headers})
         try:
-            text = await asyncio.wait_for(request, self.timeout)
+            return parse_completion(json.loads(await asyncio.wait_for(request, self.timeout)))
         except asyncio.TimeoutError:
             raise PassingFault("timeout", f"no whole reply within {self.timeout:g} s", maybe_paid=True) from None
         except (_import_openai().OpenAIError, aiohttp.ClientError) as error:
             raise translate_error(error) from error
-        try:
-            return parse_completion(json.loads(text))
         except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
             raise PassingFault("malformed", f"the reply is not JSON: {error}", maybe_paid=True) from None
 
@@ -240,17 +233,14 @@ def translate_error(error: Exception) -> EndpointFault:
         cause = cause.__cause__
     said = cause or error.__cause__ or error
     message = f"{type(said).__name__}: {said}"
-    if isinstance(cause, aiohttp.ServerTimeoutError):
-        return PassingFault("timeout", message, maybe_paid=not isinstance(cause, aiohttp.ConnectionTimeoutError))
-    if isinstance(cause, aiohttp.InvalidURL) or type(said).__name__ == "TooManyRedirects":  # httpx's, of any version
-        return FatalFault("address", message)
     if isinstance(cause, aiohttp.ClientConnectorCertificateError):
         return FatalFault("certificate", message)
+    if isinstance(cause, aiohttp.ServerTimeoutError):
+        return PassingFault("timeout", message, maybe_paid=not isinstance(cause, aiohttp.ConnectionTimeoutError))
     if isinstance(cause, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)):
         return PassingFault("connection", message, maybe_paid=not isinstance(cause, aiohttp.ClientConnectorError))
-    if cause is None and isinstance(error, openai.APIConnectionError):
-        return PassingFault("connection", message, maybe_paid=True)
-    return PassingFault("malformed", message, maybe_paid=True)
+    kind = "connection" if cause is None and isinstance(error, openai.APIConnectionError) else "malformed"
+    return PassingFault(kind, message, maybe_paid=True)
 
 
 def translate_status(status: int, message: str, headers: Any = None, code: str | None = "") -> EndpointFault:
@@ -279,20 +269,10 @@ def error_words(error: Any) -> str:
 
 
 def parse_retry_after(headers: Any) -> float | None:
-    """Seconds of a `Retry-After` (seconds or a date) or `retry-after-ms` header; `None` without one."""
-    from email.utils import parsedate_to_datetime
-    from time import time
-
-    try:
-        if headers.get("retry-after-ms"):
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        value = headers.get("retry-after")
-        if not value:
-            return None
+    """Seconds of a `retry-after-ms` or `retry-after` header; `None` without one, and where it is a date."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
-            return max(0.0, float(value))
-        except ValueError:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except (TypeError, ValueError):
-        logger.info("Retry-After is not understood: %r", headers.get("retry-after"))
-        return None
+            return max(0.0, float(headers[name]) / unit)
+        except (KeyError, ValueError):
+            continue
+    return None

@@ -13,8 +13,8 @@ from .task import Task
 
 
 BEFORE_REPLY, IN_A_ROW = 5, 25
-"""How many refusals stop a run: before its first reply, and later without a reply between them. Tasks that were refused
-in an earlier run do not count."""
+"""How many refusals stop a run: before its first reply, and later without a reply between them. Tasks that an earlier run
+had refused do not count."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Refusals:
     def end(self) -> list[Refusal]:
         """Called at the end: returns what is refused finally; the rest stays in `open`.
 
-        Without any reply in this run, this is what an earlier run, with replies to others, had refused too.
+        Without any reply in this run, that is what an earlier run, which had replies to others, had refused too.
         """
         if self.too_many:
             return []
         settled, kept = [], []
         for one in self.open:
-            for_good = self.answered or (one.again and self.ledger.counts.replies)
-            (settled if for_good else kept).append(one)
+            is_final = self.answered or (one.again and self.ledger.counts.replies)
+            (settled if is_final else kept).append(one)
         self.open = kept
         return settled
 

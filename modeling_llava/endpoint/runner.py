@@ -14,17 +14,18 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from .blocking import gentle_interrupt, run_blocking
-from .chat import ChatModel, FatalFault, PassingFault, Reply, RequestFault, Usage
+from .chat import ChatModel, EndpointFault, FatalFault, Reply, RequestFault, Usage
 from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
 from .refusals import Refusal, Refusals
-from .task import ATTEMPTS, Task, Verdict, accept_all, refusal_event, reply_event, resume_attempt
+from .task import Task, Verdict, fault_event, refusal_event, reply_event, resume_attempt
 
 
 logger = logging.getLogger(__name__)
@@ -32,73 +33,54 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RunSettings:
-    """How a run sends requests.
+    """How a run sends requests. A limit of `None` is none."""
 
-    Attributes:
-        concurrency: Maximum number of requests in flight.
-        requests_per_minute: Limit; `None` for none.
-        tokens_per_minute: Limit on prompt tokens plus `max_tokens`; `None` for none.
-        backoff: Waiting and patience.
-        seed: Seed of the random part of the back-off.
-    """
-
-    concurrency: int = 16
+    concurrency: int = 16  # maximum number of requests in flight
     requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # prompt tokens plus `max_tokens`
     backoff: Backoff = field(default_factory=Backoff)
-    seed: int = 0
+    seed: int = 0  # of the random part of the back-off
 
     def __post_init__(self):
         if self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}; at least one request must be in flight.")
         for limit in (self.requests_per_minute, self.tokens_per_minute):
             if limit is not None:
-                TokenBucket(limit)  # says what is wrong with it
+                TokenBucket(limit)  # raises for a limit that allows no request
 
 
 @dataclass
 class RunSummary:
-    """What one call of `run_tasks` did.
+    """What one call of `run_tasks` did."""
 
-    Attributes:
-        stopped: `"done"`, `"interrupt"`, `"budget"` or `"endpoint"`.
-        message: Why it stopped.
-        accepted: Tasks settled with an accepted reply.
-        rejected: Tasks settled with a rejected reply or a refused request.
-        skipped: Tasks that were settled before.
-        batched: Tasks that wait in a batch file.
-        given_up: Tasks left open after faults; the next run retries them.
-        said: The endpoint's last error.
-        seconds: Wall time.
-    """
-
-    stopped: str = "done"
-    message: str = ""
-    accepted: int = 0
-    rejected: int = 0
-    skipped: int = 0
-    batched: int = 0
-    given_up: Counter = field(default_factory=Counter)
-    said: str = ""
-    seconds: float = 0.0
+    stopped: str = "done"  # or "interrupt", "budget", "endpoint"
+    message: str = ""  # why it stopped
+    accepted: int = 0  # tasks settled with an accepted reply
+    rejected: int = 0  # tasks settled with a rejected reply or a refused request
+    skipped: int = 0  # tasks that were settled before
+    batched: int = 0  # tasks that wait in a batch file
+    given_up: Counter = field(
+        default_factory=Counter
+    )  # tasks left open after faults, by kind; the next run retries them
+    said: str = ""  # the endpoint's last error
+    seconds: float = 0.0  # wall time
 
 
 class _Run:
-    """The state of one `run_tasks`."""
+    """The state of one `run_tasks`, whose arguments it takes."""
 
     def __init__(
         self,
         model: ChatModel,
         ledger: Ledger,
-        run_id: str = "",
-        judge: Callable[[Task, Reply], Verdict] = accept_all,
-        settings: RunSettings | None = None,
-        budget: Budget | None = None,
-        on_settled: Callable[[Task, bool], None] | None = None,
+        run_id: str,
+        judge: Callable[[Task, Reply], Verdict],
+        settings: RunSettings,
+        budget: Budget,
+        on_settled: Callable[[Task, bool], None] | None,
     ):
         self.model, self.ledger, self.run_id, self.judge = model, ledger, run_id, judge
-        self.settings, self.budget, self.on_settled = settings or RunSettings(), budget or Budget(), on_settled
-        settings = self.settings
+        self.settings, self.budget, self.on_settled = settings, budget, on_settled
         self.summary = RunSummary()
         self.stopping = asyncio.Event()
         self.rng = random.Random(settings.seed)
@@ -107,7 +89,7 @@ class _Run:
         self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
         self.not_before = 0.0
         self.last_success = time.monotonic()
-        self.said = 0.0  # when the last warning about a silent endpoint was logged
+        self.last_warning = 0.0  # of a silent endpoint
         self.answered = 0
         self.refusals = Refusals(ledger)
         self.busy = 0  # tasks in progress
@@ -121,10 +103,7 @@ class _Run:
             self.stopping.set()
             self.released.set()
 
-    def interrupt(self) -> None:
-        self.stop("interrupt", "Interrupted; requests in flight were finished and kept.")
-
-    async def all(self, tasks: Iterable[Task]) -> RunSummary:
+    async def run(self, tasks: Iterable[Task]) -> RunSummary:
         """Runs every task as far as possible."""
         self.ledger.charge(self.budget)
         start = time.monotonic()
@@ -132,25 +111,43 @@ class _Run:
         workers = [asyncio.create_task(self.work(iterator)) for _ in range(self.settings.concurrency)]
         try:
             await asyncio.gather(*workers)
-            self.end()
+            if self.refusals.too_many:
+                self.stop("endpoint", self.refusals.message())
+            self.settle_refused(self.refusals.end())
+            self.summary.given_up.update(one.fault.kind for one in self.refusals.open)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            close = getattr(self.model, "close", None)
-            if close is not None:
+            if close := getattr(self.model, "close", None):
                 await close()
             await self.ledger.synced()
         self.summary.seconds = time.monotonic() - start
         return self.summary
 
+    async def work(self, tasks: Iterator[Task]) -> None:
+        """Settles one task after another until there is none, or the run was stopped."""
+        for task in tasks:
+            if self.stopping.is_set():
+                return
+            state = self.ledger.state(task.id)
+            if state.final:
+                self.summary.skipped += 1
+            elif state.batched:
+                self.summary.batched += 1
+            elif not await self.others_are_answered():
+                return
+            else:
+                self.busy += 1
+                await self.settle(task)
+                self.busy -= 1
+                self.released.set()
+
     async def pause(self, seconds: float) -> bool:
         """Waits; `False` if the run was stopped meanwhile."""
         if seconds > 0:
-            try:
+            with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
-            except asyncio.TimeoutError:
-                pass
         return not self.stopping.is_set()
 
     async def wait_for_limits(self, estimate: Usage) -> bool:
@@ -162,12 +159,12 @@ class _Run:
             if (rest := self.not_before - time.monotonic()) > 0:
                 await self.pause(rest)
                 continue
-            waits = []
+            waits = [0.0]
             if self.requests:
                 waits.append(self.requests.take())
             if self.tokens:
                 waits.append(self.tokens.take(estimate.total_tokens))
-            await self.pause(max(waits, default=0.0))
+            await self.pause(max(waits))
             if self.not_before <= time.monotonic():
                 break
         return not self.stopping.is_set()
@@ -198,24 +195,6 @@ class _Run:
         self.reserved -= 1
         self.released.set()
 
-    async def work(self, tasks: Iterator[Task]) -> None:
-        """One of `concurrency` workers."""
-        for task in tasks:
-            if self.stopping.is_set():
-                return
-            state = self.ledger.state(task.id)
-            if state.final:
-                self.summary.skipped += 1
-            elif state.batched:
-                self.summary.batched += 1
-            elif not await self.others_are_answered():
-                return
-            else:
-                self.busy += 1
-                await self.settle(task)
-                self.busy -= 1
-                self.released.set()
-
     async def others_are_answered(self) -> bool:
         """After many refusals since the last reply, waits for the requests in flight, since replies take longer than
         refusals. `False` if the run was stopped."""
@@ -232,27 +211,15 @@ class _Run:
             self.ledger.append(refusal_event(one.task, one.request, one.attempt, one.fault))
             self.settled(one.task, False)
 
-    def end(self) -> None:
-        """Settles or leaves open what was refused since the last reply."""
-        if self.refusals.too_many:
-            self.stop("endpoint", self.refusals.message())
-        self.settle_refused(self.refusals.end())
-        self.summary.given_up.update(one.fault.kind for one in self.refusals.open)
-
     def settled(self, task: Task, accepted: bool) -> None:
-        if accepted:
-            self.summary.accepted += 1
-        else:
-            self.summary.rejected += 1
+        self.summary.accepted += accepted
+        self.summary.rejected += not accepted
         if self.on_settled:
             self.on_settled(task, accepted)
 
     async def settle(self, task: Task) -> None:
         """Sends requests until the task is settled or left open."""
-        state = self.ledger.state(task.id)
-        attempt = 1 + len(state.replies)
-        if attempt > 1:
-            task = resume_attempt(task, self.ledger)
+        task, attempt = resume_attempt(task, self.ledger)
         while True:
             request = task.request_id(self.run_id, self.model.name, attempt)
             answered = await self.ask(task, request, attempt)
@@ -260,9 +227,8 @@ class _Run:
                 return
             reply, estimate = answered
             verdict = self.judge(task, reply)
-            final = verdict.reason is None or verdict.retry_prompt is None or attempt >= ATTEMPTS
             # Synced together with the next request.
-            self.ledger.append(reply_event(task, request, attempt, reply, verdict, final))
+            self.ledger.append(reply_event(task, request, attempt, reply, verdict))
             used = reply.usage or estimate
             self.budget.spend(used)
             self.release(estimate)
@@ -270,6 +236,7 @@ class _Run:
                 self.budget.learn(task.messages, reply.usage)
             if self.tokens:
                 self.tokens.give_back(estimate.total_tokens - used.total_tokens)
+            final = verdict.is_final(attempt)
             if final:
                 self.settled(task, verdict.reason is None)
             if final or self.stopping.is_set():
@@ -278,7 +245,6 @@ class _Run:
 
     async def ask(self, task: Task, request: str, attempt: int) -> tuple[Reply, Usage] | None:
         """One reply and the budget reserved for it; `None` if the task stays open."""
-        head = {"task": task.id, "request": request, "attempt": attempt}
         failed = 0
         while True:
             # The budget first: waiting for it must not delay a slot that the limits already gave.
@@ -289,7 +255,8 @@ class _Run:
                 self.release(estimate)
                 return None
             tokens = [estimate.prompt_tokens, estimate.completion_tokens]
-            self.ledger.append({"event": "sent", **head, "tokens": tokens})
+            sent = {"event": "sent", "task": task.id, "request": request, "attempt": attempt, "tokens": tokens}
+            self.ledger.append(sent)
             await self.ledger.synced()
             try:
                 reply = await self.model.complete(
@@ -299,29 +266,29 @@ class _Run:
                     seed=task.seed,
                     request_id=request,
                 )
-            except (PassingFault, RequestFault, FatalFault) as error:
-                fault = {"kind": error.kind, "message": str(error)[:500], "maybe_paid": error.maybe_paid}
-                self.summary.said = f"{error.kind}: {error}"
-                if refused := isinstance(error, RequestFault):
-                    self.refusals.add(task, request, attempt, error)
-                    fault["refused"] = True
-                self.ledger.append({"event": "fault", **head, **fault})
-                if error.maybe_paid:
+            except EndpointFault as fault:
+                self.summary.said = f"{fault.kind}: {fault}"
+                event = fault_event(task.id, request, attempt, fault)
+                if refused := isinstance(fault, RequestFault):
+                    self.refusals.add(task, request, attempt, fault)
+                    event["refused"] = True
+                self.ledger.append(event)
+                if fault.maybe_paid:
                     self.budget.spend(estimate)
                 self.release(estimate)
                 if refused:
                     return None
                 failed += 1
-                if not await self.handle_fault(error, failed):
-                    self.summary.given_up[error.kind] += 1
+                if not await self.handle_fault(fault, failed):
+                    self.summary.given_up[fault.kind] += 1
                     return None
-                continue
-            self.answered += 1
-            self.last_success = time.monotonic()
-            self.settle_refused(self.refusals.reply())
-            return reply, estimate
+            else:
+                self.answered += 1
+                self.last_success = time.monotonic()
+                self.settle_refused(self.refusals.reply())
+                return reply, estimate
 
-    async def handle_fault(self, fault: Exception, failed: int) -> bool:
+    async def handle_fault(self, fault: EndpointFault, failed: int) -> bool:
         """Waits after a fault, or stops the run; `True` if the request is to be sent again."""
         backoff = self.settings.backoff
         if isinstance(fault, FatalFault):
@@ -332,31 +299,20 @@ class _Run:
         if fault.retry_after is not None:
             wait = max(fault.retry_after, 0.0)
             self.not_before = max(self.not_before, time.monotonic() + wait)
+        what = f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault})"
         if silent > backoff.patience or wait > backoff.patience:
             asked = f", and asks to wait {wait:.0f} s" if wait > backoff.patience else ""
-            self.stop(
-                "endpoint", f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}){asked}."
-            )
+            self.stop("endpoint", f"{what}{asked}.")
             return False
         # Rate limits and an unreachable endpoint are retried for as long as the run has patience.
         if fault.kind not in {"429", "connection", "502", "503"} and failed >= backoff.attempts:
             return False
-        if silent > backoff.patience / 100 and self.said < self.last_success:
-            self.said = time.monotonic()
+        if silent > backoff.patience / 100 and self.last_warning < self.last_success:
+            self.last_warning = time.monotonic()
             logger.warning(
-                f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault}). Retrying for "
-                f"{backoff.patience:.0f} s at most; Ctrl-C stops, and what was answered is kept."
+                "%s. Retrying for %.0f s at most; Ctrl-C stops, and what was answered is kept.", what, backoff.patience
             )
         return await self.pause(wait)
-
-
-async def run_tasks_async(
-    tasks: Iterable[Task], model: ChatModel, ledger: Ledger, *, handle_interrupt: bool = False, **options: Any
-) -> RunSummary:
-    """`run_tasks` inside a running event loop."""
-    run = _Run(model, ledger, **options)
-    with gentle_interrupt(run.interrupt) if handle_interrupt else nullcontext():
-        return await run.all(tasks)
 
 
 def run_tasks(
@@ -365,32 +321,51 @@ def run_tasks(
     ledger: Ledger,
     *,
     run_id: str = "",
-    judge: Callable[[Task, Reply], Verdict] = accept_all,
+    judge: Callable[[Task, Reply], Verdict] = lambda task, reply: Verdict(),
     settings: RunSettings | None = None,
     budget: Budget | None = None,
     on_settled: Callable[[Task, bool], None] | None = None,
     handle_interrupt: bool = False,
 ) -> RunSummary:
-    """Runs every task that is not settled in `ledger`; call it again to resume.
+    """Runs every task that is not settled in `ledger`; call it again to resume. Works inside a notebook's event loop too.
+
+    The first Ctrl-C finishes what is in flight, the second one stops at once. Faults of the endpoint do not raise.
 
     Args:
         tasks: Drawn one by one as workers become free.
-        model: The language model.
         ledger: Open for writing.
         run_id: Part of each request's id, so that two runs with the same prompts differ.
         judge: Judges each reply; a rejected reply with a `retry_prompt` is requested once more.
-        settings: Concurrency, limits, back-off.
         budget: Maximum tokens and dollars, over all runs on this ledger.
         on_settled: Called with each settled task and whether its reply was accepted.
-        handle_interrupt: Whether the first Ctrl-C finishes what is in flight (main thread only).
-
-    Returns:
-        What was done and why it stopped. Faults of the endpoint do not raise.
+        handle_interrupt: Return after the first Ctrl-C instead of raising `KeyboardInterrupt`.
     """
-    run = _Run(model, ledger, run_id, judge, settings, budget, on_settled)
+    run = _Run(model, ledger, run_id, judge, settings or RunSettings(), budget or Budget(), on_settled)
+    interrupt = partial(run.stop, "interrupt", "Interrupted; requests in flight were finished and kept.")
+    return _run_in_thread(run.run(tasks), interrupt, handle_interrupt)
 
-    async def main() -> RunSummary:
-        with gentle_interrupt(run.interrupt) if handle_interrupt else nullcontext():
-            return await run.all(tasks)
 
-    return run_blocking(main, run.interrupt, raise_interrupt=not handle_interrupt)
+def _run_in_thread(main: Coroutine[Any, Any, Any], stop: Callable[[], None], handle_interrupt: bool) -> Any:
+    """Runs a coroutine in a thread with an event loop of its own. The first Ctrl-C calls `stop` there, the second cancels."""
+    started: Future = Future()
+
+    async def announced() -> Any:
+        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await main
+
+    interrupts = 0
+    with ThreadPoolExecutor(1) as executor:
+        result = executor.submit(asyncio.run, announced())
+        loop, task = started.result()
+        while not result.done():
+            try:
+                wait([result], timeout=0.2)  # on Windows, Ctrl-C is noticed between two waits only
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts == 1:
+                    logger.warning("Stopping: requests in flight are finished first. Ctrl-C again stops at once.")
+                with suppress(RuntimeError):  # the loop has ended meanwhile
+                    loop.call_soon_threadsafe(stop if interrupts == 1 else task.cancel)
+    if interrupts > handle_interrupt:
+        raise KeyboardInterrupt
+    return result.result()

@@ -21,25 +21,17 @@ REFUSED = "refused_by_endpoint"
 
 @dataclass(frozen=True)
 class Task:
-    """One conversation to complete.
+    """One conversation to complete."""
 
-    Attributes:
-        id: Unique in the run; the same when the run is resumed.
-        messages: The conversation.
-        max_tokens: Maximum length of the reply, in tokens.
-        temperature: Sampling temperature; `None` for the endpoint's default.
-        seed: Sampling seed.
-    """
-
-    id: str
+    id: str  # unique in the run; the same when the run is resumed
     messages: list[Message]
-    max_tokens: int = 1024
-    temperature: float | None = 0.7
+    max_tokens: int = 1024  # of the reply
+    temperature: float | None = 0.7  # `None`: the endpoint's default
     seed: int | None = None
 
-    def again(self, reply: str, reason: str) -> "Task":
+    def again(self, reply: str, retry_prompt: str) -> "Task":
         """The second attempt: the conversation with the rejected reply and what was wrong with it."""
-        added = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": reason}]
+        added = [{"role": "assistant", "content": reply or "(no answer)"}, {"role": "user", "content": retry_prompt}]
         return replace(self, messages=[*self.messages, *added], seed=None if self.seed is None else self.seed + 1)
 
     def request_id(self, run: str, model: str, attempt: int) -> str:
@@ -50,27 +42,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a reply is accepted.
+    """Whether a reply is accepted."""
 
-    Attributes:
-        reason: Short name under which a rejection is counted; `None` accepts.
-        detail: What exactly was wrong.
-        retry_prompt: What is sent with the second attempt; `None` settles the task with this reply.
-    """
+    reason: str | None = None  # short name under which a rejection is counted; `None` accepts
+    detail: str = ""  # what exactly was wrong
+    retry_prompt: str | None = None  # sent with the second attempt; `None` settles the task with this reply
 
-    reason: str | None = None
-    detail: str = ""
-    retry_prompt: str | None = None
+    def is_final(self, attempt: int) -> bool:
+        """Whether it settles the task in this attempt, from 1."""
+        return self.reason is None or self.retry_prompt is None or attempt >= ATTEMPTS
 
 
-def accept_all(task: Task, reply: Reply) -> Verdict:
-    """Accepts every reply."""
-    return Verdict()
-
-
-def reply_event(
-    task: Task, request: str, attempt: int, reply: Reply, verdict: Verdict, final: bool, **more: Any
-) -> dict[str, Any]:
+def reply_event(task: Task, request: str, attempt: int, reply: Reply, verdict: Verdict, **more: Any) -> dict[str, Any]:
     """The ledger's line for a reply."""
     return {
         "event": "reply",
@@ -84,8 +67,22 @@ def reply_event(
         "reason": verdict.reason,
         "detail": verdict.detail,
         "retry_prompt": verdict.retry_prompt,
-        "final": final,
+        "final": verdict.is_final(attempt),
         **({"left_out": reply.left_out} if reply.left_out else {}),
+        **more,
+    }
+
+
+def fault_event(task_id: str, request: str, attempt: int, fault: EndpointFault, **more: Any) -> dict[str, Any]:
+    """The ledger's line for a request without a usable reply."""
+    return {
+        "event": "fault",
+        "task": task_id,
+        "request": request,
+        "attempt": attempt,
+        "kind": fault.kind,
+        "message": str(fault)[:500],
+        "maybe_paid": fault.maybe_paid,
         **more,
     }
 
@@ -93,12 +90,13 @@ def reply_event(
 def refusal_event(task: Task, request: str, attempt: int, fault: EndpointFault, **more: Any) -> dict[str, Any]:
     """The ledger's line that settles a task whose request is refused: a rejected reply without a text."""
     reply, verdict = Reply("", usage=Usage(0, 0)), Verdict(REFUSED, f"{fault.kind}: {fault}"[:500])
-    return reply_event(task, request, attempt, reply, verdict, final=True, refused=True, **more)
+    return reply_event(task, request, attempt, reply, verdict, refused=True, **more)
 
 
-def resume_attempt(task: Task, ledger: Ledger) -> Task:
-    """The task after the rejected replies that are in the ledger."""
-    for position in ledger.state(task.id).replies:
+def resume_attempt(task: Task, ledger: Ledger) -> tuple[Task, int]:
+    """The task after the rejected replies that are in the ledger, and the number of its next attempt."""
+    replies = ledger.state(task.id).replies
+    for position in replies:
         event = ledger.reply_at(position)
         task = task.again(event["text"], event["retry_prompt"])
-    return task
+    return task, 1 + len(replies)

@@ -1,10 +1,20 @@
 """
-Runs a benchmark: samples → answers in a folder → scores → `results.json`. A run can be killed and resumed, and divided over
+Runs a benchmark: samples → answers in a folder → scores → `results.json`. A run can be killed and resumed, and sharded over
 processes.
 
     out/evaluation.json      what is evaluated; a folder never mixes two runs
     out/answers.jsonl        one line per answer, as they come; `answers.2-of-4.jsonl` of a shard
     out/results.json         written when every sample has its answer
+
+To add a benchmark:
+
+1. A file next to this one, such as `pope.py`, the shortest: `read_questions` reads its files, `score` makes a [`Scored`] of
+   questions and answers, `make_benchmark` puts both into a [`Benchmark`]. Questions with short answers use
+   [`question_benchmark`], others [`question_sample`].
+2. Its command in `cli/eval.py`: a line in `SUBCOMMANDS`, and in `BENCHMARKS` the two functions that add its arguments and
+   make the benchmark from them. That gives `llava eval NAME` (answers, shards, resuming, tables, a plot) and `benchmarks` of
+   a training recipe.
+3. Published scores to show in tables: [`report.published_for`].
 """
 
 import contextlib
@@ -18,13 +28,11 @@ from pathlib import Path
 
 from ..data.images import image_key
 from ..io.atomic import write_atomic
-from ..io.locks import lock
-from .results import RUN_NAME, Scored, hash_files, hash_json, make_results, write_results
+from ..io.locks import locked_file
+from .results import RUN_NAME, Scored, hash_files, hash_json, make_results, read_lines, write_results
 
 
 logger = logging.getLogger(__name__)
-
-_ANSWER_FILES = re.compile(r"answers(\.\d+-of-\d+)?\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,12 @@ class Benchmark:
         data (`dict`): Hashes of the files, the split.
         settings (`dict`): How the questions are asked and scored.
         image_folder (`str`, *optional*): What the samples' paths are relative to.
+        follow_symlinks (`bool`): Allow links inside `image_folder` to lead out of it.
         max_new_tokens (`int`): Of an answer.
         total (`int`, *optional*): Samples of the whole benchmark, where `samples` are only some of them.
+
+    Raises:
+        ValueError: there are no samples, two have the same id, or a text has a lone surrogate.
     """
 
     name: str
@@ -49,11 +61,25 @@ class Benchmark:
     data: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     image_folder: str | None = None
+    follow_symlinks: bool = False
     max_new_tokens: int = 512
     total: int | None = None
 
     def __post_init__(self):
-        check_samples(self.samples)
+        if not self.samples:
+            raise ValueError("There is no sample to evaluate.")
+        seen = set()
+        for sample in self.samples:
+            if sample["id"] in seen:
+                raise ValueError(f"Two samples have the id {sample['id']!r}.")
+            seen.add(sample["id"])
+            try:
+                json.dumps([sample["id"], sample["messages"]], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"sample {sample['id']!r} has a lone surrogate in its text, half of a character such as an emoji. Fix "
+                    "the text."
+                ) from None
 
     @property
     def whole(self) -> int:
@@ -67,6 +93,29 @@ class Benchmark:
             raise ValueError(f"--limit must be at least 1, got {limit}.")
         settings = {**self.settings, "limit": limit}
         return replace(self, samples=self.samples[:limit], total=self.whole, settings=settings)
+
+    def check_images(self) -> None:
+        """
+        Raises:
+            FileNotFoundError: image files are missing: how many of how many, and the first three.
+        """
+        images = [image for sample in self.samples for image in sample["images"]]
+        paths = dict.fromkeys(os.fspath(image) for image in images if isinstance(image, (str, os.PathLike)))
+        missing = [path for path in paths if not os.path.isfile(os.path.join(self.image_folder or "", path))]
+        if missing:
+            where = f" in {self.image_folder}" if self.image_folder else ""
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(paths)} images are not there{where}: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}. Is it the right folder, and is everything unpacked?"
+            )
+
+    def data_identity(self) -> dict:
+        """`data`, and a hash of the samples that were made of it."""
+        prompts = [
+            [sample["id"], sample["messages"], [str(i) for i in sample["images"] if isinstance(i, (str, Path))]]
+            for sample in self.samples
+        ]
+        return {"files": {}, **self.data, "samples": len(self.samples), "prompts": hash_json(prompts)}
 
 
 def question_sample(sample_id: str, image: str, text: str, instruction: str | None = None) -> dict:
@@ -103,6 +152,7 @@ def question_benchmark(
     )
 
 
+@dataclass(frozen=True)
 class Shard:
     """
     One of `count` shards of the samples. Samples with the same images are in the same shard: each image is encoded once.
@@ -112,10 +162,12 @@ class Shard:
         count (`int`): Number of shards.
     """
 
-    def __init__(self, index: int = 0, count: int = 1):
-        if count < 1 or not 0 <= index < count:
-            raise ValueError(f"There is no shard {index + 1} of {count}: give --shard 1/4 to --shard 4/4.")
-        self.index, self.count = index, count
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"There is no shard {self.index + 1} of {self.count}: give --shard 1/4 to --shard 4/4.")
 
     @classmethod
     def parse(cls, text: str | None) -> "Shard":
@@ -158,9 +210,9 @@ class AnswerFolder:
         self._claim()
 
     def _claim(self) -> None:
-        """Take the folder if it belongs to no run with answers or with a running process."""
+        """Takes the folder if it belongs to no run with answers or with a running process."""
         run_file = self.folder / RUN_NAME
-        with _locked(self.folder / f".{RUN_NAME}.lock", wait=True):
+        with locked_file(self.folder / f".{RUN_NAME}.lock", wait=True):
             if not run_file.is_file() or not self._is_in_use():
                 write_atomic(run_file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n", sync=True)
             before = json.loads(run_file.read_text("utf-8"))
@@ -171,22 +223,20 @@ class AnswerFolder:
             )
 
     def _is_in_use(self) -> bool:
-        for path in self.folder.iterdir():
-            if _ANSWER_FILES.fullmatch(path.name) and path.stat().st_size:
-                return True
-            if _ANSWER_FILES.fullmatch(path.name[1:].removesuffix(".lock")):
-                with _locked(path) as is_free:
-                    if not is_free:
-                        return True
+        if any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
+            return True
+        for path in self.folder.glob(".answers*.jsonl.lock"):
+            with locked_file(path) as is_free:
+                if not is_free:
+                    return True
         return False
 
     def answers(self) -> dict[str, dict]:
-        """All answers so far, of every shard, by id. An incomplete last line is ignored."""
+        """All answers so far, of every shard, by id."""
         found: dict[str, dict] = {}
-        for path in sorted(self.folder.iterdir()):
-            if _ANSWER_FILES.fullmatch(path.name):
-                for row in _read_answers(path):
-                    found.setdefault(row["id"], row)
+        for path in sorted(self.folder.glob("answers*.jsonl")):
+            for row in read_lines(path):
+                found.setdefault(row["id"], row)
         return found
 
     def run(
@@ -209,9 +259,12 @@ class AnswerFolder:
             return
         if done:
             logger.warning("%s has %d of %d answers; resuming.", self.folder, len(done), len(samples))
-        _drop_torn_line(self.folder / shard.file_name)
+        path = self.folder / shard.file_name
         bar = tqdm(total=len(todo), desc="answers", unit="", disable=not progress or None)
-        with open(self.folder / shard.file_name, "a", encoding="utf-8") as file, bar:
+        with open(path, "ab") as file, bar:
+            text = path.read_bytes()
+            if not text.endswith(b"\n"):  # the process died while it wrote; that sample is answered again
+                file.truncate(text.rfind(b"\n") + 1)
             for answer in answer_many(todo):
                 row = {
                     "id": answer.id,
@@ -219,20 +272,20 @@ class AnswerFolder:
                     "num_tokens": answer.num_tokens,
                     "finish_reason": answer.finish_reason,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()  # survives a kill of this process
                 bar.update()
             os.fsync(file.fileno())
 
     @contextlib.contextmanager
-    def hold(self, shard: Shard) -> Iterator[None]:
+    def lock_shard(self, shard: Shard) -> Iterator[None]:
         """
         Locks this shard of the run.
 
         Raises:
             OSError: another process works on it.
         """
-        with _locked(self.folder / f".{shard.file_name}.lock") as is_mine:
+        with locked_file(self.folder / f".{shard.file_name}.lock") as is_mine:
             if not is_mine:
                 part = "this run" if shard.count == 1 else f"shard {shard.index + 1} of {shard.count} of this run"
                 raise OSError(
@@ -242,9 +295,9 @@ class AnswerFolder:
             self._claim()  # a run with other settings may have taken the folder before this lock
             yield
 
-    def scoring(self) -> contextlib.AbstractContextManager[bool]:
+    def lock_scoring(self) -> contextlib.AbstractContextManager[bool]:
         """`True` for the process that scores; `False` while another one does (shards that end together)."""
-        return _locked(self.folder / ".scoring")
+        return locked_file(self.folder / ".scoring")
 
 
 def evaluate(
@@ -280,26 +333,29 @@ def evaluate(
         FileNotFoundError: images are missing.
         ValueError: the folder holds another run.
     """
-    check_images(benchmark.samples, benchmark.image_folder)
+    benchmark.check_images()
     decoding = {"max_new_tokens": benchmark.max_new_tokens, **(decoding or {})}
-    settings = {**benchmark.settings, **decoding}
-    data = {**benchmark.data, **data_identity(benchmark.samples, benchmark.data.get("files", {}))}
+    settings, data = {**benchmark.settings, **decoding}, benchmark.data_identity()
     folder = AnswerFolder(out, {"benchmark": benchmark.name, "model": model, "data": data, "settings": settings})
 
     def answer_many(samples):
         return make_predictor().answer_many(
-            samples, batch_size=batch_size, image_folder=benchmark.image_folder, **decoding
+            samples,
+            batch_size=batch_size,
+            image_folder=benchmark.image_folder,
+            follow_symlinks=benchmark.follow_symlinks,
+            **decoding,
         )
 
     shard = shard or Shard()
-    with folder.hold(shard):
+    with folder.lock_shard(shard):
         folder.run(benchmark.samples, shard, answer_many, progress)
         answers = folder.answers()
         answered = [sample["id"] for sample in benchmark.samples if sample["id"] in answers]
         if len(answered) < len(benchmark.samples) and not partial:
             logger.warning("%d of %d samples have an answer; not scored yet.", len(answered), len(benchmark.samples))
             return None
-        with folder.scoring() as is_mine:
+        with folder.lock_scoring() as is_mine:
             if not is_mine:
                 logger.warning("All samples have an answer; another process scores them.")
                 return None
@@ -318,64 +374,6 @@ def evaluate(
             return results
 
 
-def check_samples(samples: list[dict]) -> None:
-    """
-    Raises:
-        ValueError: there are no samples, two have the same id, or a text has a lone surrogate.
-    """
-    if not samples:
-        raise ValueError("There is no sample to evaluate.")
-    seen = set()
-    for sample in samples:
-        if sample["id"] in seen:
-            raise ValueError(f"Two samples have the id {sample['id']!r}.")
-        seen.add(sample["id"])
-        try:
-            json.dumps([sample["id"], sample.get("messages")], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"sample {sample['id']!r} has a lone surrogate in its text, half of a character such as an emoji. Fix the "
-                "text."
-            ) from None
-
-
-def check_images(samples: list[dict], folder: str | os.PathLike | None) -> None:
-    """
-    Raises:
-        FileNotFoundError: image files are missing: how many of how many, and the first three.
-    """
-    wanted = dict.fromkeys(
-        os.fspath(image) for sample in samples for image in sample["images"] if isinstance(image, (str, os.PathLike))
-    )
-    missing = [path for path in wanted if not os.path.isfile(os.path.join(folder or "", path))]
-    if missing:
-        where = f" in {os.fspath(folder)}" if folder else ""
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(wanted)} images are not there{where}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}. Is it the right folder, and is everything unpacked?"
-        )
-
-
-def data_identity(samples: list[dict], files: dict[str, str]) -> dict:
-    """Hashes of the data's files, and of the samples made of them."""
-    prompts = [
-        [
-            sample["id"],
-            sample["messages"],
-            [str(image) for image in sample["images"] if isinstance(image, (str, Path))],
-        ]
-        for sample in samples
-    ]
-    return {"files": files, "samples": len(samples), "prompts": hash_json(prompts)}
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """A lock that ends with the process; `False` if another process has it (and `wait` is off)."""
-    with open(path, "ab") as file:
-        yield lock(file.fileno(), wait)
-
-
 def _differences(before: dict, now: dict, path: str = "") -> list[str]:
     found = []
     for key in sorted({*before, *now}):
@@ -383,44 +381,6 @@ def _differences(before: dict, now: dict, path: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{path}{key}.")
         elif old != new:
-            found.append(f"{path}{key} was {_short(old)}, is {_short(new)}")
+            was, is_now = (json.dumps(value, ensure_ascii=False)[:60] for value in (old, new))
+            found.append(f"{path}{key} was {was}, is {is_now}")
     return found
-
-
-def _short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _read_answers(path: Path) -> list[dict]:
-    """The complete lines of a file to which another process may be writing."""
-    text = path.read_bytes()
-    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}). Remove that line, or the file.") from None
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cuts off an incomplete last line: the process died while it wrote."""
-    if not path.is_file():
-        return
-    text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        logger.warning("%s ends in an incomplete line; that sample is answered again.", path)
-        os.truncate(path, whole)
-
-
-__all__ = [
-    "AnswerFolder",
-    "Benchmark",
-    "Shard",
-    "check_images",
-    "check_samples",
-    "data_identity",
-    "evaluate",
-    "question_benchmark",
-    "question_sample",
-]

@@ -1,18 +1,23 @@
-"""Benchmarks during training: a slice of each at every evaluation."""
+"""What a model that is being trained answers at every evaluation: scores of benchmarks, and a page of sample answers."""
 
-import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
+from ..data.schema import NOTHING
 from ..inference import LlavaPredictor
+from ..training.batches import FilledDataset
 from .benchmark import Benchmark
+from .pages import write_sample_page
 
 
 logger = logging.getLogger(__name__)
@@ -25,9 +30,9 @@ class EvaluationCallback(TrainerCallback):
     Answers and scores slices of benchmarks at every evaluation of a training run.
 
     Scores become metrics of the evaluation (`eval_scienceqa_accuracy`, in percent) on every process, so that
-    `metric_for_best_model` can choose by them; they are written to the run's log history and, with the answers of this step, to
-    `benchmarks.jsonl`. Training itself is not changed: nothing is drawn, and modes are restored. Each process answers its share of
-    the samples; with weights that are sharded over processes (FSDP, ZeRO-3) none can, and an error says so before the first step.
+    `metric_for_best_model` can choose by them; they are written to the run's log history and, with the answers of this step,
+    to `benchmarks.jsonl`. Training itself is not changed. Each process answers its shard of the samples; with weights that are
+    sharded over processes (FSDP, ZeRO-3) none can, which raises before the first step.
 
     Args:
         benchmarks (`Sequence[Benchmark]`): Slices: [`Benchmark.first`]`(200)`.
@@ -51,7 +56,7 @@ class EvaluationCallback(TrainerCallback):
     ):
         self.benchmarks = list(benchmarks)
         self.batch_size = batch_size
-        self.decoding = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        self.max_new_tokens = max_new_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
         if getattr(args, "is_sharded", False):
@@ -61,39 +66,29 @@ class EvaluationCallback(TrainerCallback):
             )
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, processing_class=None, **kwargs):
-        if model is None:
-            return
         found, answers = {}, {}
-        modes = {module: module.training for module in model.modules()}
-        try:
-            for benchmark in self.benchmarks:
-                begun = time.perf_counter()
-                name, texts = benchmark.name.replace("-", "_"), self._answer(benchmark, args, model, processing_class)
-                scores = None
-                if state.is_world_process_zero:  # a judge should be asked once
-                    scored = benchmark.score(texts)
-                    answers[benchmark.name] = {row["id"]: row["answer"] for row in scored.rows}
-                    values = {score: entry["value"] for score, entry in scored.scores.items()}
-                    primary = values[scored.primary]
-                    logger.info(
-                        "step %d: %s %s %.2f %% on %d of %d samples",
-                        state.global_step,
-                        benchmark.name,
-                        scored.primary,
-                        float("nan") if primary is None else primary,
-                        len(benchmark.samples),
-                        benchmark.whole,
-                    )
-                    scores = {
-                        f"eval_{name}_{score}": v for score, v in values.items() if v is not None and "/" not in score
-                    }
-                    scores[f"eval_{name}_runtime"] = round(time.perf_counter() - begun, 2)
-                found |= broadcast_object_list([scores])[0]
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        if metrics is not None:
-            metrics.update(found)
+        for benchmark in self.benchmarks:
+            start = time.perf_counter()
+            name, texts = benchmark.name.replace("-", "_"), self._answer(benchmark, args, model, processing_class)
+            scores = None
+            if state.is_world_process_zero:  # a judge should be asked once
+                scored = benchmark.score(texts)
+                answers[benchmark.name] = {row["id"]: row["answer"] for row in scored.rows}
+                values = {score: entry["value"] for score, entry in scored.scores.items()}
+                logger.info(
+                    "step %d: %s %s %s on %d of %d samples",
+                    state.global_step,
+                    benchmark.name,
+                    scored.primary,
+                    values[scored.primary],
+                    len(benchmark.samples),
+                    benchmark.whole,
+                )
+                values = {score: value for score, value in values.items() if value is not None and "/" not in score}
+                scores = {f"eval_{name}_{score}": value for score, value in values.items()}
+                scores[f"eval_{name}_runtime"] = round(time.perf_counter() - start, 2)
+            found |= broadcast_object_list([scores])[0]
+        metrics.update(found)
         state.log_history.append({**found, "step": state.global_step, "epoch": state.epoch})
         if state.is_world_process_zero:
             line = {"step": state.global_step, "scores": found, "answers": answers}
@@ -103,27 +98,100 @@ class EvaluationCallback(TrainerCallback):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _answer(self, benchmark: Benchmark, args, model, processor) -> dict[str, str]:
-        """Answers to all samples by their ids; every process answers its share."""
-        share = benchmark.samples[args.process_index :: args.world_size]
-        with running_arithmetic(args):
-            decoding = {"max_new_tokens": benchmark.max_new_tokens, **self.decoding}
-            answered = LlavaPredictor(unwrap(model), processor).answer_many(
-                share, batch_size=self.batch_size, image_folder=benchmark.image_folder, **decoding
+        """Answers to all samples by their ids; every process answers its shard."""
+        shard = benchmark.samples[args.process_index :: args.world_size]
+        with predictor_in_training(args, model, processor) as predictor:
+            answered = predictor.answer_many(
+                shard,
+                batch_size=self.batch_size,
+                image_folder=benchmark.image_folder,
+                follow_symlinks=benchmark.follow_symlinks,
+                max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
             )
-        return dict(gather_object([(answer.id, answer.text) for answer in answered]))
+            pairs = [(answer.id, answer.text) for answer in answered]
+        return dict(gather_object(pairs))
 
 
-def unwrap(model):
-    """The model inside of DistributedDataParallel and `torch.compile`."""
-    for name in ("module", "_orig_mod"):
+class SampleAnswersCallback(TrainerCallback):
+    """
+    Answers the first questions of the same few samples at every evaluation, into `sample_answers/step-N.html` in the output
+    folder: one file with its images embedded.
+
+    Training is not changed. The main process answers while the others wait; with sharded weights (FSDP, ZeRO-3) no answers
+    are written, and a warning says so.
+
+    Args:
+        num_samples (`int`, *optional*, defaults to 8): Samples, spread over the evaluation data; the first ones of a stream.
+        max_new_tokens (`int`, *optional*, defaults to 128): Of an answer.
+        is_sharded (`bool`, *optional*, defaults to `False`): Whether the weights are sharded over processes.
+    """
+
+    def __init__(self, num_samples: int = 8, max_new_tokens: int = 128, is_sharded: bool = False):
+        self.num_samples = num_samples
+        self.max_new_tokens = max_new_tokens
+        self.is_sharded = is_sharded
+        self.answered: dict[int, list[tuple[str, str, str]]] = {}  # step → question, reference, answer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.is_sharded and state.is_world_process_zero:
+            logger.warning("sample_answers: no process has all weights (FSDP, DeepSpeed); no answers are written.")
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **kwargs):
+        if self.is_sharded or not state.is_world_process_zero:
+            return
+        samples = spread(eval_dataloader.dataset, self.num_samples)
+        questions = [_first_question(sample, str(number)) for number, sample in enumerate(samples)]
+        with predictor_in_training(args, model, processing_class) as predictor:
+            found = predictor.answer_many(questions, do_sample=False, max_new_tokens=self.max_new_tokens)
+            answers = {answer.id: answer.text for answer in found}
+        rows = []
+        for sample, question in zip(samples, questions):
+            asked = question["messages"]
+            rows.append((_text(asked[-1]), _text(sample["messages"][len(asked)]), answers[question["id"]]))
+        self.answered[state.global_step] = rows
+        page = Path(args.output_dir) / "sample_answers" / f"step-{state.global_step}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_sample_page(page, f"Step {state.global_step}", samples, rows)
+        logger.info("Sample answers: %s", page)
+
+
+@contextmanager
+def predictor_in_training(args, model, processor) -> Iterator[LlavaPredictor]:
+    """A predictor of a model that is being trained, in the run's arithmetic; training modes and random state are restored."""
+    for name in ("module", "_orig_mod"):  # DistributedDataParallel, torch.compile
         model = getattr(model, name, model)
-    return model
-
-
-def running_arithmetic(args):
-    """The arithmetic that the run trains in."""
+    modes = {module: module.training for module in model.modules()}
+    random_state = torch.random.get_rng_state()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return contextlib.nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
+    try:
+        with nullcontext() if dtype is None else torch.autocast(args.device.type, dtype):
+            yield LlavaPredictor(model, processor)
+    finally:
+        torch.random.set_rng_state(random_state)
+        for module, training in modes.items():
+            module.training = training
 
 
-__all__ = ["EvaluationCallback", "running_arithmetic", "unwrap"]
+def spread(dataset: Any, number: int) -> list[dict]:
+    """`number` samples, evenly spread over the evaluation data; the first ones of a stream."""
+    if isinstance(dataset, FilledDataset):  # of several processes
+        dataset = dataset.dataset
+    if not hasattr(dataset, "__len__"):  # a stream
+        return [sample for sample in islice(dataset, number) if sample is not NOTHING]
+    number = min(number, len(dataset))
+    return [dataset[i * len(dataset) // number] for i in range(number)]
+
+
+def _first_question(sample: dict, sample_id: str) -> dict:
+    """What the model is asked: everything before the first answer, with its images."""
+    roles = [message["role"] for message in sample["messages"]]
+    messages = sample["messages"][: roles.index("assistant")]
+    num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
+    return {"id": sample_id, "messages": messages, "images": sample["images"][:num_images]}
+
+
+def _text(message: dict) -> str:
+    return "\n".join(item["text"].strip() for item in message["content"] if item["type"] == "text")
+
+
+__all__ = ["EvaluationCallback", "SampleAnswersCallback", "predictor_in_training", "spread"]

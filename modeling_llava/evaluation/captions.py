@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ..data_engine.captions import read_captions as read_caption_rows
 from .benchmark import Benchmark, question_sample
-from .results import Scored, hash_files, interval_of
+from .results import Scored, hash_files, score_of
 
 
 QUESTION = "Describe the picture in one short sentence."
@@ -68,12 +68,7 @@ def words_of(caption: str) -> str:
 
 
 def score(images: list[dict], answers: dict[str, str]) -> Scored:
-    """
-    CIDEr-D and BLEU-4, both times 100.
-
-    Raises:
-        ImportError: `pycocoevalcap` or `sacrebleu` is not installed.
-    """
+    """CIDEr-D and BLEU-4, both times 100."""
     Cider, sacrebleu = _scorers()
     answered = [image for image in images if image["id"] in answers]
     references = {image["id"]: [words_of(caption) for caption in image["captions"]] for image in answered}
@@ -95,14 +90,14 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
     columns = [[dict(enumerate(image["captions"])).get(number) for image in answered] for number in range(most)]
     said = [answers[image["id"]] for image in answered]
     bleu = sacrebleu.corpus_bleu(said, columns, lowercase=True).score if said else None
-    metrics = {
+    scores = {
         # CIDEr weighs words by how rare they are among the images: it is undefined for a single image.
-        "cider": interval_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
+        "cider": score_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
         "bleu4": {"value": bleu, "interval": None, "count": len(rows)},
     }
     versions = {"sacrebleu": sacrebleu.__version__, "tokenization": "13a, lower case"}
     empty = sum(not words_of(row["answer"]) for row in rows)
-    return Scored(rows, metrics, "cider", {"empty": empty}, {"bleu": versions})
+    return Scored(rows, scores, "cider", {"empty": empty}, {"bleu": versions})
 
 
 def _scorers():

@@ -3,19 +3,16 @@ Asks a language model behind an endpoint, and the judge of LLaVA-Bench (LLaVA §
 answers, and gives each a score from 1 to 10. A review that cannot be parsed is asked for once more and then counted as failed.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..endpoint import REFUSED, Budget, ChatModel, Ledger, Reply, RunSettings, Task, Verdict, run_tasks
-from .results import hash_json
+from .results import hash_json, read_json
 
 
-RULES_FILE = "judge_rules.json"
 LOWEST, HIGHEST = 1.0, 10.0
 _NUMBER = r"([0-9]{1,2}(?:\.[0-9]+)?)"
 _OF_TEN = r"\s*(?:/|(?:out\s+)?of)\s*10(?![0-9])"
@@ -71,16 +68,11 @@ def read_rules(path: str | Path | None = None) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: the file is not of that form.
     """
-    text = (files(__package__).joinpath(RULES_FILE) if path is None else Path(path)).read_text("utf-8")
-    try:
-        rules = json.loads(text)
-        for name, rule in rules.items():
-            if not isinstance(rule["role"], str) or not isinstance(rule["prompt"], str):
-                raise TypeError(f"rule {name!r} has a role or prompt that is not text")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a file of rules for the judge, {{category: {{'role': …, 'prompt': …}}}} ({error!r})."
-        ) from None
+    path = path or Path(__file__).with_name("judge_rules.json")
+    rules = read_json(path)
+    for rule in rules.values() if isinstance(rules, dict) else [None]:
+        if not isinstance(rule, dict) or not all(isinstance(rule.get(key), str) for key in ("role", "prompt")):
+            raise ValueError(f"{path} is not a file of rules for the judge, {{category: {{'role': …, 'prompt': …}}}}.")
     return rules
 
 
@@ -93,19 +85,11 @@ def rule_for(rules: dict[str, dict[str, str]], category: str, has_boxes: bool) -
 
 
 def review_task(
-    task_id: str,
-    question: str,
-    context: str,
-    first: str,
-    second: str,
-    rule: dict[str, str],
-    *,
-    temperature: float | None = 0.2,
-    seed: int | None = None,
-    max_tokens: int = 1024,
+    task_id: str, question: str, context: str, first: str, second: str, rule: dict[str, str], **sampling: Any
 ) -> Task:
     """
     One review, in the published layout: system message; context, question, the two answers, the rule of [`rule_for`].
+    `sampling` are `max_tokens`, `temperature` and `seed` of the [`Task`].
     """
     role = rule["role"]
     content = (
@@ -113,13 +97,8 @@ def review_task(
         f"[{role} 1]\n{first}\n\n[End of {role} 1]\n\n[{role} 2]\n{second}\n\n[End of {role} 2]\n\n"
         f"[System]\n{rule['prompt']}\n\n"
     )
-    return Task(
-        id=task_id,
-        messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    return Task(task_id, messages, **sampling)
 
 
 def accept_review(task: Task, reply: Reply) -> Verdict:
@@ -129,7 +108,7 @@ def accept_review(task: Task, reply: Reply) -> Verdict:
     return Verdict("no_scores", f"first line: {reply.text.strip()[:80]!r}", RETRY_PROMPT)
 
 
-def rules_hash(rules: dict[str, Any]) -> str:
+def rules_hash(rules: dict[str, dict[str, str]]) -> str:
     """The first 16 digits of the SHA-256 of system message and rules, which names the judge's prompt in results."""
     return hash_json({"system": SYSTEM, "rules": rules})[:16]
 
@@ -157,13 +136,11 @@ class Asked:
     open: int = 0
     message: str = ""
 
-    def require_all(
-        self, total: int, what: str, where: Path, *, refused_too: bool = False, partial: bool = False
-    ) -> None:
+    def require_all(self, total: int, what: str, folder: Path, *, refused: bool = True, partial: bool = False) -> None:
         """
         Args:
+            refused (`bool`): Refused requests raise too; else the caller counts them.
             partial (`bool`): Any reply is enough.
-            refused_too (`bool`): Refused requests raise too; else the caller counts them.
 
         Raises:
             ConnectionError: tasks are open. Replies are kept.
@@ -173,10 +150,10 @@ class Asked:
             return
         if self.open:
             raise ConnectionError(
-                f"{self.open} of {total} {what} have no reply. {self.message} Replies are kept in {where}: the "
-                "same command resumes, or add --partial to score without them."
+                f"{self.open} of {total} {what} have no reply. {self.message} Replies are kept in {folder}: the same "
+                "command resumes, or add --partial to score without them."
             )
-        if self.refused and refused_too:
+        if self.refused and refused:
             task, said = next(iter(self.refused.items()))
             raise ValueError(
                 f"{len(self.refused)} of {total} {what} are refused by the endpoint, '{task}' for one ({said}). Add --partial "
@@ -190,7 +167,7 @@ def ask_all(
     folder: Path,
     name: str,
     *,
-    accept: Callable[[Task, Reply], Verdict] | None = None,
+    accept: Callable[[Task, Reply], Verdict] = lambda task, reply: Verdict(),
     settings: RunSettings | None = None,
     budget: Budget | None = None,
     progress: bool = True,
@@ -206,57 +183,48 @@ def ask_all(
         folder (`Path`), name (`str`): The ledger is `folder/name-<hash of the model's name>.jsonl`.
         accept (`Callable[[Task, Reply], Verdict]`, *optional*): Accepts or rejects a reply; all are accepted by default.
         settings, budget: Of the run.
+        progress (`bool`): Show a bar.
     """
     from tqdm import tqdm
 
-    asked_ids = {_asked_id(task): task.id for task in tasks}
-    tasks = [replace(task, id=_asked_id(task)) for task in tasks]
+    asked_ids, asked_tasks = {}, []
+    for task in tasks:
+        content = [task.messages, task.max_tokens, task.temperature, task.seed]
+        asked_tasks.append(replace(task, id=f"{task.id}#{hash_json(content)[:12]}"))
+        asked_ids[asked_tasks[-1].id] = task.id
     with (
         Ledger(folder / f"{name}-{hash_json(model.name)[:8]}.jsonl") as ledger,
         tqdm(total=len(tasks), desc=name, unit="", disable=not progress or None) as bar,
     ):
-        bar.update(sum(ledger.state(task.id).final for task in tasks))
-        options = {} if accept is None else {"judge": accept}
+        bar.update(sum(ledger.state(task.id).final for task in asked_tasks))
         summary = run_tasks(
-            tasks,
+            asked_tasks,
             model,
             ledger,
             run_id=name,
+            judge=accept,
             settings=settings,
             budget=budget,
             on_settled=lambda task, accepted: bar.update(),
-            **options,
         )
         asked = Asked(message=summary.message)
         if not asked.message and summary.given_up:
-            asked.message = (
-                "Faults: " + ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items())) + "."
-            )
+            faults = ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items()))
+            asked.message = f"Faults: {faults}."
         if summary.said and summary.said.partition(": ")[2] not in asked.message:
             asked.message += f" The endpoint said last: {summary.said}"
         models = set()
-        for task in tasks:
-            state = ledger.state(task.id)
+        for task_id, original in asked_ids.items():
+            state = ledger.state(task_id)
             if not state.final:
                 asked.open += 1
                 continue
-            event, task_id = ledger.reply_at(state.replies[-1]), asked_ids[task.id]
+            event = ledger.reply_at(state.replies[-1])
             if event["reason"] == REFUSED:
-                asked.refused[task_id] = event["detail"]
+                asked.refused[original] = event["detail"]
                 continue
             models.add(event["model"] or model.name)
             asked.left_out.update(event.get("left_out", ()))
-            if event["reason"] is None:
-                asked.replies[task_id] = event["text"]
-            else:
-                asked.rejected[task_id] = event["text"]
+            (asked.replies if event["reason"] is None else asked.rejected)[original] = event["text"]
         asked.models = sorted(models)
     return asked
-
-
-def _asked_id(task: Task) -> str:
-    content = [task.messages, task.max_tokens, task.temperature, task.seed]
-    return f"{task.id}#{hash_json(content)[:12]}"
-
-
-__all__ = ["Asked", "accept_review", "ask_all", "parse_scores", "read_rules", "review_task", "rule_for", "rules_hash"]

@@ -12,15 +12,16 @@ All are JSONL.
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from ..endpoint import Budget, ChatModel, RunSettings, Task
+from ..endpoint import ChatModel, Task
 from .benchmark import Benchmark, question_sample
 from .judge import Asked, accept_review, ask_all, parse_scores, review_task, rule_for, rules_hash
-from .results import Scored, hash_files, id_of, interval_of, read_jsonl, text_of
+from .results import Scored, fields_of, hash_files, id_of, read_rows, score_of, text_of
 
 
 REFERENCE_INSTRUCTION = (
@@ -84,17 +85,12 @@ def read_questions(
         ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
             the same id. File and row are named.
     """
-    context_of: dict[str, tuple[str, bool]] = {}
-    for number, row in enumerate(read_jsonl(contexts), 1):
-        place = f"{contexts}, row {number},"
-        context_of[text_of(row, "image", place)] = _context(row, place)
-    reference_of: dict[str, str] = {}
-    for number, row in enumerate(read_jsonl(references) if references is not None else [], 1):
-        reference_of[id_of(row, f"{references}, row {number},")] = text_of(row, "text", f"{references}, row {number},")
-
+    context_of = {text_of(row, "image", place): _context(row, place) for row, place in read_rows(contexts)}
+    reference_of = {}
+    if references is not None:
+        reference_of = {id_of(row, place): text_of(row, "text", place) for row, place in read_rows(references)}
     read: dict[str, Question] = {}
-    for number, row in enumerate(read_jsonl(questions), 1):
-        place = f"{questions}, row {number},"
+    for row, place in read_rows(questions):
         question_id = id_of(row, place)
         image, category, text = (text_of(row, key, place) for key in ("image", "category", "text"))
         if image not in context_of:
@@ -104,13 +100,11 @@ def read_questions(
         if question_id in read:
             raise ValueError(f"{place} has the question_id {question_id} of an earlier row.")
         context, has_boxes = context_of[image]
-        reference = reference_of.get(question_id)
+        coco_name = f"COCO_val2014_{image}"
         if image_folder is not None and not (Path(image_folder) / image).is_file():
-            coco_name = f"COCO_val2014_{image}"
             image = coco_name if (Path(image_folder) / coco_name).is_file() else image
+        reference = reference_of.get(question_id)
         read[question_id] = Question(question_id, image, category, text, context, has_boxes, reference)
-    if not read:
-        raise ValueError(f"{questions} has no question.")
     return list(read.values())
 
 
@@ -120,14 +114,12 @@ def ask_references(
     folder: Path,
     *,
     max_tokens: int = 1024,
-    settings: RunSettings | None = None,
-    budget: Budget | None = None,
     partial: bool = False,
-    progress: bool = True,
+    **asking: Any,
 ) -> list[Question]:
     """
     The questions with the answers of a language-only model, which is given captions and boxes in place of the image. A question
-    without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`.
+    without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`. `asking`: options of [`ask_all`].
     """
     tasks = [
         Task(
@@ -141,17 +133,20 @@ def ask_references(
         )
         for question in questions
     ]
-    asked = ask_all(tasks, model, folder, "references", settings=settings, budget=budget, progress=progress)
-    asked.require_all(len(tasks), "questions", folder, refused_too=True, partial=partial)
+    asked = ask_all(tasks, model, folder, "references", **asking)
+    asked.require_all(len(tasks), "questions", folder, partial=partial)
     return [replace(question, reference=asked.replies.get(question.id)) for question in questions]
 
 
 def make_benchmark(
-    questions: list[Question], image_folder: str | os.PathLike, score, files: Sequence[str | os.PathLike] = ()
+    questions: list[Question],
+    image_folder: str | os.PathLike,
+    score: Callable[[dict[str, str]], Scored],
+    files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
     """The questions as a [`Benchmark`]; `score` asks the judge."""
     return Benchmark(
-        name="llava-bench-coco" if questions[0].has_boxes else "llava-bench-in-the-wild",
+        name="llava-bench-coco" if any(question.has_boxes for question in questions) else "llava-bench-in-the-wild",
         samples=[question_sample(question.id, question.image, question.text) for question in questions],
         score=score,
         data={"files": hash_files(files)},
@@ -212,23 +207,17 @@ def judge_answers(
     folder: Path,
     how: JudgeSettings,
     *,
-    settings: RunSettings | None = None,
-    budget: Budget | None = None,
     partial: bool = False,
-    progress: bool = True,
+    **asking: Any,
 ) -> Reviews:
     """
-    Has every answered question reviewed; resumes. Without `partial`, a review without a reply and a question without a
-    reference raise.
+    Has every answered question with a reference reviewed; resumes. A review without a reply raises, except with `partial`.
+    `asking`: options of [`ask_all`].
     """
     keys, tasks = {}, []
     for question in questions:
-        if question.id not in answers or (question.reference is None and partial):
+        if question.id not in answers or question.reference is None:
             continue
-        if question.reference is None:
-            raise ValueError(
-                f"question {question.id} has no reference answer: give --references or --reference-model."
-            )
         rule = rule_for(how.rules, question.category, question.has_boxes)
         for repeat in range(how.repeats):
             for order in how.orders:
@@ -238,29 +227,16 @@ def judge_answers(
                 task_id = f"{question.id}/{repeat}/{order}"
                 keys[task_id] = (question.id, repeat, order)
                 # The seed makes repeats different requests, which a caching endpoint answers one by one.
-                tasks.append(
-                    review_task(
-                        task_id,
-                        question.text,
-                        question.context,
-                        first,
-                        second,
-                        rule,
-                        temperature=how.temperature,
-                        seed=repeat,
-                        max_tokens=how.max_tokens,
-                    )
-                )
-    asked = ask_all(
-        tasks, judge, folder, "reviews", accept=accept_review, settings=settings, budget=budget, progress=progress
-    )
-    asked.require_all(len(tasks), "reviews", folder, partial=partial)
+                sampling = {"temperature": how.temperature, "seed": repeat, "max_tokens": how.max_tokens}
+                tasks.append(review_task(task_id, question.text, question.context, first, second, rule, **sampling))
+    asked = ask_all(tasks, judge, folder, "reviews", accept=accept_review, **asking)
+    asked.require_all(len(tasks), "reviews", folder, refused=False, partial=partial)
     reviews = Reviews(asked)
     for task_id, text in {**asked.replies, **asked.rejected}.items():
-        reviews.texts[keys[task_id]] = text
-        pair = parse_scores(text)
-        if pair is not None:
-            reviews.pairs[keys[task_id]] = pair[::-1] if keys[task_id][2] == SWAPPED else pair
+        key = keys[task_id]
+        reviews.texts[key] = text
+        if (pair := parse_scores(text)) is not None:
+            reviews.pairs[key] = pair[::-1] if key[2] == SWAPPED else pair
     return reviews
 
 
@@ -300,13 +276,12 @@ def score(
                 "groups": [question.category, "all"],
             }
         )
-    categories = [*dict.fromkeys(question.category for question in questions), "all"]
-    metrics = {}
-    for category in categories:
+    scores = {}
+    for category in [*dict.fromkeys(question.category for question in questions), "all"]:
         counted = [row for row in rows if category in row["groups"] and row["score"] is not None]
         name = "relative" if category == "all" else f"relative/{category}"
-        metrics[name] = interval_of([row["score"] for row in counted], [row["out_of"] for row in counted])
-        metrics[name] |= _spread([[p for p in pairs if category in (p[0], "all")] for pairs in per_repeat])
+        scores[name] = score_of([row["score"] for row in counted], [row["out_of"] for row in counted])
+        scores[name] |= _spread([[p for p in pairs if category in (p[0], "all")] for pairs in per_repeat])
     expected = sum(question.id in answers for question in questions) * how.repeats * len(how.orders)
     counts = {
         "reviews": expected,
@@ -324,7 +299,7 @@ def score(
         "repeats": how.repeats,
         "temperature": None if "temperature" in reviews.asked.left_out else how.temperature,
     }
-    return Scored(rows, metrics, "relative", counts, {"judge": described})
+    return Scored(rows, scores, "relative", counts, {"judge": described})
 
 
 def published_rows(name: str) -> dict[str, dict[str, float]]:
@@ -343,32 +318,19 @@ def _spread(repeats: list[list[tuple[str, float, float]]]) -> dict:
 
 
 def _context(row: dict, place: str) -> tuple[str, bool]:
-    if isinstance(row.get("caption"), str):
-        return row["caption"], False
-    in_the_wild = "caption" in row
-    captions, instances = row.get("caption" if in_the_wild else "captions"), row.get("instances")
+    """The text that describes an image, and whether it has boxes."""
+    key = "caption" if "caption" in row else "captions"
+    captions, instances = row.get(key), row.get("instances")
+    captions = [captions] if key == "caption" and isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(
             f"{place} has neither 'caption', a text or a list of texts, nor 'captions', a list of texts; its fields are "
-            f"{', '.join(row)}."
+            f"{fields_of(row)}."
         )
-    if in_the_wild:
+    if key == "caption":
         return "\n".join(captions), False
     try:
         boxes = [f"{instance['category']}: {list(instance['bbox'])}" for instance in instances or []]
     except (KeyError, TypeError):
         raise ValueError(f"{place} has instances that are not of the form {{'category', 'bbox'}}.") from None
     return "\n".join(captions) + "\n\n" + "\n".join(boxes), True
-
-
-__all__ = [
-    "JudgeSettings",
-    "Question",
-    "Reviews",
-    "ask_references",
-    "judge_answers",
-    "make_benchmark",
-    "published_rows",
-    "read_questions",
-    "score",
-]

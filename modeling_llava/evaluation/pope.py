@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .benchmark import Benchmark, question_benchmark
-from .results import Scored, id_of, interval_of, read_rows, scores_by_group, text_of
+from .results import Scored, id_of, read_rows, score_of, scores_by_group, text_of
 
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -32,9 +32,7 @@ def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
     questions = []
     for path in files:
         of_file = next((name for name in CATEGORIES if name in Path(path).stem.lower()), None)
-        rows = read_rows(path)
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-            place = f"{path}, row {number},"
+        for number, (row, place) in enumerate(read_rows(path), 1):
             image, text, label = (text_of(row, key, place) for key in ("image", "text", "label"))
             category = text_of(row, "category", place) if row.get("category") else of_file
             label = label.strip().lower()
@@ -91,8 +89,8 @@ def score(questions: list[dict], answers: dict[str, str]) -> Scored:
                 "groups": [question["category"], "all"],
             }
         )
-    metrics = scores_by_group(rows, (question["category"] for question in questions), _table)
-    return Scored(rows, metrics, "accuracy", {"unparsed": sum(row["said"] is None for row in rows)})
+    scores = scores_by_group(rows, (question["category"] for question in questions), _table)
+    return Scored(rows, scores, "accuracy", {"unparsed": sum(row["said"] is None for row in rows)})
 
 
 def _table(rows: list[dict]) -> dict[str, dict]:
@@ -102,11 +100,11 @@ def _table(rows: list[dict]) -> dict[str, dict]:
     # F1 = 2·TP / (2·TP + FP + FN) = 2·TP / (said yes + are yes), also where precision or recall is 0 or undefined.
     both = len(said_yes) + len(are_yes)
     return {
-        "accuracy": interval_of([row["score"] for row in rows]),
-        "precision": interval_of([row["score"] for row in said_yes]),
-        "recall": interval_of([row["score"] for row in are_yes]),
+        "accuracy": score_of([row["score"] for row in rows]),
+        "precision": score_of([row["score"] for row in said_yes]),
+        "recall": score_of([row["score"] for row in are_yes]),
         "f1": {"value": 200 * right_yes / both if both else None, "interval": None, "count": len(rows)},
-        "yes_ratio": interval_of([float(row["said"] == "yes") for row in rows]),
+        "yes_ratio": score_of([float(row["said"] == "yes") for row in rows]),
     }
 
 

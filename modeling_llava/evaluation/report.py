@@ -1,7 +1,6 @@
-"""Compares runs: one table per benchmark, paired differences with their intervals, a plot, a model index."""
+"""Compares runs: one table per benchmark, paired differences with their intervals, a plot."""
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +8,10 @@ from pathlib import Path
 
 from ..io.atomic import atomic_path
 from .llava_bench import published_rows
-from .results import RESULTS_NAME, fingerprint, read_results
+from .results import RESULTS_NAME, fingerprint, paired_difference, read_results
 from .scienceqa import SCIENCEQA, SCIENCEQA_COLUMNS
-from .statistics import paired_difference
 
 
-INK, QUIET, GRID = "#22252b", "#6b7280", "#e5e7eb"
 COLOURS = ("#2f6f9f", "#d9822b", "#4f9d69", "#8b6bb1", "#c1554e", "#5d7b8a")
 PUBLISHED_COLOUR = "#b9c0c9"
 
@@ -66,35 +63,32 @@ def compare(runs: Sequence[Run]) -> list[dict]:
     One comparison per benchmark, in the runs' order.
 
     Returns:
-        `list[dict]`: `benchmark`, `primary_score`, `columns` (names of scores), `runs` (`label`, `scores`, `note`,
+        `list[dict]`: `benchmark`, `primary_score`, `columns` (names of scores), `runs` (`label`, `model`, `scores`, `note`,
         `counts`) and `differences`: each later run against the first one, over the samples that both have scored, with a
         95 % interval and a p-value by paired bootstrap.
     """
     by_benchmark: dict[str, list[Run]] = {}
     for run in runs:
         by_benchmark.setdefault(run.results["benchmark"], []).append(run)
-    comparisons = []
-    for benchmark, group in by_benchmark.items():
-        columns = list(dict.fromkeys(name for run in group for name in run.results["scores"]))
-        comparisons.append(
-            {
-                "benchmark": benchmark,
-                "primary_score": group[0].results["primary_score"],
-                "columns": columns,
-                "runs": [
-                    {
-                        "label": run.label,
-                        "model": run.results["model"],
-                        "scores": run.results["scores"],
-                        "note": run.note,
-                        "counts": {name: n for name, n in run.results.get("counts", {}).items() if n},
-                    }
-                    for run in group
-                ],
-                "differences": [_difference(group[0], run) for run in group[1:]],
-            }
-        )
-    return comparisons
+    return [
+        {
+            "benchmark": benchmark,
+            "primary_score": group[0].results["primary_score"],
+            "columns": list(dict.fromkeys(name for run in group for name in run.results["scores"])),
+            "runs": [
+                {
+                    "label": run.label,
+                    "model": run.results["model"],
+                    "scores": run.results["scores"],
+                    "note": run.note,
+                    "counts": {name: n for name, n in run.results.get("counts", {}).items() if n},
+                }
+                for run in group
+            ],
+            "differences": [_difference(group[0], run) for run in group[1:]],
+        }
+        for benchmark, group in by_benchmark.items()
+    ]
 
 
 def _difference(first: Run, second: Run) -> dict:
@@ -134,13 +128,8 @@ def markdown(comparisons: Sequence[dict]) -> str:
     parts = []
     for comparison in comparisons:
         columns, primary = comparison["columns"], comparison["primary_score"]
-        titles = [_title(name, primary) for name in columns]
-        lines = [
-            f"## {comparison['benchmark']}",
-            "",
-            f"| run | {' | '.join(titles)} |",
-            f"|---|{'---:|' * len(columns)}",
-        ]
+        titles = " | ".join(_title(name, primary) for name in columns)
+        lines = [f"## {comparison['benchmark']}", "", f"| run | {titles} |", f"|---|{'---:|' * len(columns)}"]
         for run in comparison["runs"]:
             cells = [_cell(run["scores"].get(name)) for name in columns]
             lines.append(f"| {run['label']} | {' | '.join(cells)} |")
@@ -189,126 +178,72 @@ def _sentence(difference: dict) -> str:
 
 
 def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = ()) -> None:
-    """A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows."""
-    primary = comparison["primary_score"]
-    columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
-    if len(columns) == 1:
-        columns = comparison["columns"]
-    rows = published_for(comparison["benchmark"])
-    counts = {run["scores"][primary]["count"] for run in comparison["runs"]}
-    notes = [f"{run['label']}: {run['note']}" for run in comparison["runs"] if run["note"]]
-    plot_bars(
-        path,
-        ["all" if name == primary else _title(name, primary) for name in columns],
-        {run["label"]: [run["scores"].get(name) for name in columns] for run in comparison["runs"]},
-        title=f"{comparison['benchmark']}: {primary.replace('_', ' ')}",
-        subtitle=("; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples") + "; lines: 95 % intervals",
-        published={
-            f"{name} (published)": [rows[name].get(column) for column in columns] for name in published if name in rows
-        },
-    )
-
-
-def plot_bars(
-    path: str | os.PathLike,
-    columns: Sequence[str],
-    series: dict[str, Sequence[dict | None]],
-    *,
-    title: str,
-    subtitle: str = "",
-    published: dict[str, Sequence[float | None]] | None = None,
-    unit: str = "%",
-) -> None:
     """
-    Draws grouped bars into a PNG.
+    A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows in grey.
 
-    Args:
-        columns (`Sequence[str]`): Names of the groups.
-        series (`dict[str, Sequence[dict | None]]`): For each run its score (`{"value", "interval"}`) in every column.
-        published (`dict`, *optional*): Published values in every column, in grey.
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'modeling-llava[plots]'") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    published = published or {}
-    names = [*published, *series]
-    width = min(0.8 / max(1, len(names)), 0.34)
-    with matplotlib.rc_context({"font.size": 10, "font.family": "sans-serif"}):
-        inches = max(6.4, 0.9 * len(columns) * max(1.0, 0.32 * len(names)) + 1.2)
+    primary, runs = comparison["primary_score"], comparison["runs"]
+    columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
+    if len(columns) == 1:
+        columns = comparison["columns"]
+    rows = published_for(comparison["benchmark"])
+    series = [
+        (f"{name} (published)", PUBLISHED_COLOUR, [{"value": rows[name].get(column)} for column in columns])
+        for name in published
+        if name in rows
+    ]
+    for number, run in enumerate(runs):
+        scores = [run["scores"].get(column) or {"value": None} for column in columns]
+        series.append((run["label"], COLOURS[number % len(COLOURS)], scores))
+    counts = {run["scores"][primary]["count"] for run in runs}
+    notes = [f"{run['label']}: {run['note']}" for run in runs if run["note"]]
+    note = "; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples"
+
+    width = min(0.8 / len(series), 0.34)
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}):
+        inches = max(6.4, 0.9 * len(columns) * max(1.0, 0.32 * len(series)) + 1.2)
         figure = Figure(figsize=(min(inches, 16), 4.4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         highest = 0.0
-        for number, name in enumerate(names):
-            is_published = name in published
-            scores = [{"value": value} for value in published[name]] if is_published else series[name]
-            colour = PUBLISHED_COLOUR if is_published else COLOURS[(number - len(published)) % len(COLOURS)]
-            offset = (number - (len(names) - 1) / 2) * width
-            for column, score in enumerate(scores):
-                if score is None or score["value"] is None:
-                    continue
-                value, place = score["value"], column + offset
-                label = (
-                    name if column == next(i for i, s in enumerate(scores) if s and s["value"] is not None) else None
-                )
-                axes.bar(place, value, width * 0.92, color=colour, label=label, zorder=2)
-                top = value
-                if score.get("interval"):
-                    low, high = score["interval"]
-                    # a bootstrap interval need not hold the value itself
-                    reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
-                    axes.errorbar(place, value, reach, color=INK, linewidth=1, capsize=2.5, capthick=1, zorder=3)
-                    top = max(value, high)
-                axes.annotate(
-                    f"{value:.1f}",
-                    (place, top),
-                    xytext=(0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8 if width > 0.18 else 6.5,
-                    color=QUIET if is_published else INK,
-                )
-                highest = max(highest, top)
-        axes.set_xticks(range(len(columns)), columns)
+        for number, (label, colour, scores) in enumerate(series):
+            drawn = [(column, score) for column, score in enumerate(scores) if score["value"] is not None]
+            values = [score["value"] for _, score in drawn]
+            ranges = [score.get("interval") or [score["value"]] * 2 for _, score in drawn]
+            # a bootstrap interval need not hold the value itself
+            below = [max(0.0, value - low) for value, (low, _) in zip(values, ranges)]
+            above = [max(0.0, high - value) for value, (_, high) in zip(values, ranges)]
+            offset = (number - (len(series) - 1) / 2) * width
+            bars = axes.bar(
+                [column + offset for column, _ in drawn],
+                values,
+                width * 0.92,
+                yerr=[below, above] if drawn else None,
+                color=colour,
+                label=label,
+                capsize=2.5,
+                zorder=2,
+            )
+            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8 if width > 0.18 else 6.5)
+            highest = max([highest, *(value + reach for value, reach in zip(values, above))])
+        axes.set_xticks(range(len(columns)), ["all" if name == primary else _title(name, primary) for name in columns])
         axes.set_xlim(-0.55, len(columns) - 0.45)
         axes.set_ylim(0, (highest or 1.0) * 1.14)
-        axes.set_ylabel(unit, color=QUIET)
-        axes.grid(axis="y", color=GRID, zorder=0)
-        axes.tick_params(length=0, colors=INK)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(QUIET)
-        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22 if subtitle else 10)
-        if subtitle:
-            axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=QUIET, fontsize=9)
-        if len(names) > 1 and axes.containers:  # none where nothing is scored
-            figure.legend(
-                loc="outside lower left", ncols=min(4, len(names)), frameon=False, labelcolor=INK, fontsize=9
-            )
+        axes.set_ylabel("%")
+        axes.grid(axis="y", color="#e5e7eb", zorder=0)
+        figure.suptitle(f"{comparison['benchmark']}: {primary.replace('_', ' ')}", fontweight="bold")
+        axes.set_title(f"{note}; lines: 95 % intervals", fontsize=9)
+        if len(series) > 1:
+            figure.legend(loc="outside lower left", ncols=min(4, len(series)), frameon=False, fontsize=9)
         with atomic_path(path) as partial:
             figure.savefig(partial, format="png", metadata={"Software": None})
-
-
-def model_index(results: Sequence[dict], name: str) -> list[dict]:
-    """The `model-index` of a model card's metadata: the overall scores of each benchmark."""
-    entries = []
-    for result in results:
-        scores = {key: score["value"] for key, score in result["scores"].items() if "/" not in key}
-        metrics = [
-            {"type": key, "name": key.replace("_", " "), "value": round(value, 2)}
-            for key, value in scores.items()
-            if value is not None
-        ]
-        benchmark = result["benchmark"]
-        dataset = {"name": benchmark, "type": re.sub(r"[^a-z0-9]+", "-", benchmark.lower())}
-        if result.get("data", {}).get("split"):
-            dataset["split"] = result["data"]["split"]
-        entries.append({"task": {"type": "image-text-to-text"}, "dataset": dataset, "metrics": metrics})
-    return [{"name": name, "results": entries}]
 
 
 def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:
@@ -331,13 +266,13 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
         model = results["model"]
         known = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
         (of_unknown if not known else of_these if weights in known else of_others).append((path, results))
-    if not of_these and of_others:
+    if of_others and not of_these:
         path, results = of_others[0]
         raise ValueError(
             f"{path} is of other weights ({results['model']['name']}) than those in {folder}"
             + (f", and none of the {len(paths)} runs is of those." if len(paths) > 1 else ".")
         )
-    sources: dict[Path, str | os.PathLike] = {}  # by target
+    sources: dict[Path, Path] = {}  # by target
     for path, results in of_these or of_unknown:
         if not results["complete"]:
             raise ValueError(
@@ -347,13 +282,12 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
         target = folder / f"results-{results['benchmark']}.json"
         if target in sources:
             raise ValueError(
-                f"{sources[target]} and {path} are both results of {results['benchmark']}; the weights take one per "
-                f"benchmark ({target.name}). Give one of them."
+                f"{sources[target]} and {path} are both results of {results['benchmark']}; give one of them."
             )
-        sources[target] = path
+        sources[target] = Path(path)
     for target, path in sources.items():
-        shutil.copyfile(Path(path) / RESULTS_NAME if Path(path).is_dir() else path, target)
+        shutil.copyfile(path / RESULTS_NAME if path.is_dir() else path, target)
     return list(sources)
 
 
-__all__ = ["Run", "attach", "compare", "markdown", "model_index", "plot", "plot_bars", "published_for", "read_runs"]
+__all__ = ["Run", "attach", "compare", "markdown", "plot", "published_for", "read_runs"]

@@ -1,5 +1,6 @@
 """
-`results.json`, one form for every benchmark, and `samples.jsonl` next to it; how benchmarks read their files.
+`results.json`, one form for every benchmark, and `samples.jsonl` next to it; scores with their intervals; the fields of
+benchmarks' files.
 
     {
       "schema_version": 1,
@@ -15,12 +16,13 @@
       "counts": {"unparsed": 3, …}
     }
 
-A line of `samples.jsonl` has `id`, `score` and `out_of` (1 if absent): the primary metric is 100 · Σ score / Σ out_of.
+A line of `samples.jsonl` has `id`, `score` and `out_of` (1 if absent): the primary score is 100 · Σ score / Σ out_of.
 `score` is `null` where a sample could not be scored.
 """
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -29,16 +31,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..data.json_rows import JsonRows
 from ..io.atomic import sha256_of, write_atomic
 from ..versions import recorded_versions
-from .statistics import interval
 
 
 SCHEMA_VERSION = 1
 RUN_NAME, RESULTS_NAME, SAMPLES_NAME = "evaluation.json", "results.json", "samples.jsonl"
+RESAMPLES = 2000
 _REQUIRED = ("schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores")
 _MIB = 2**20
-_BOM = b"\xef\xbb\xbf"  # which Windows' editors put in front
+_CHUNK = 2**22  # indices drawn at a time
 
 
 @dataclass
@@ -48,8 +53,8 @@ class Scored:
 
     Attributes:
         rows (`list[dict]`): One per sample, as in `samples.jsonl`.
-        scores (`dict[str, dict]`): By name, from [`interval_of`].
-        primary (`str`): The metric that is the mean of the rows' scores.
+        scores (`dict[str, dict]`): By name, from [`score_of`].
+        primary (`str`): The score that is the mean of the rows' scores.
         counts (`dict[str, int]`): What went wrong, by reason.
         more (`dict`): Further fields of `results.json`.
     """
@@ -61,13 +66,13 @@ class Scored:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def interval_of(scores: Sequence[float], out_of: Sequence[float] | None = None, is_share: bool = True) -> dict:
+def score_of(scores: Sequence[float], out_of: Sequence[float] | None = None, is_share: bool = True) -> dict:
     """
-    A metric: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples.
+    A score: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples.
 
     Args:
         scores, out_of: Of each sample; `out_of` is 1 by default.
-        is_share (`bool`, defaults to `True`): The metric cannot be above 100 %.
+        is_share (`bool`, defaults to `True`): It cannot be above 100 %.
     """
     total = len(scores) if out_of is None else sum(out_of)
     if not total:
@@ -90,6 +95,64 @@ def scores_by_group(
         for name, score in table([row for row in rows if group in row["groups"]]).items():
             scores[f"{name}{suffix}"] = score
     return scores
+
+
+def wilson_interval(successes: float, total: int) -> tuple[float, float]:
+    """95 % interval of a share, in [0, 1] (Wilson 1927); valid at 0, at 1 and for few samples."""
+    z, share = 1.959963984540054, successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    # Rounding would leave 0.9999… where it must be 1.
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == total else centre + half
+
+
+def interval(scores: Sequence[float], out_of: Sequence[float] | None = None) -> tuple[float, float] | None:
+    """95 % interval of Σ score / Σ out_of; `None` for fewer than two samples. Shares by Wilson, others by bootstrap."""
+    if len(scores) < 2:
+        return None
+    if out_of is None and set(scores) <= {0.0, 1.0}:
+        return wilson_interval(sum(scores), len(scores))
+    scores = np.asarray(scores, float)
+    out_of = np.ones_like(scores) if out_of is None else np.asarray(out_of, float)
+    ratios = bootstrap(len(scores), lambda drawn: scores[drawn].sum(axis=1) / out_of[drawn].sum(axis=1))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`[RESAMPLES]`: a statistic of samples drawn with replacement; it is given their indices `[resamples, count]`."""
+    rng, step = np.random.default_rng(0), max(1, _CHUNK // count)
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    return np.concatenate([statistic(rng.integers(0, count, (size, count))) for size in sizes])
+
+
+def paired_difference(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> dict:
+    """
+    Second minus first, in percentage points, on the same samples.
+
+    Args:
+        first, second (`list[tuple[float, float]]`): (score, out of) of each sample, in the same order.
+
+    Returns:
+        `dict`: `difference`; `interval`, 95 %, by a bootstrap that draws the same samples for both; `p_value`, two-sided: twice
+        the share of resamples whose difference is on the other side of zero.
+    """
+    first, second = np.asarray(first, float), np.asarray(second, float)
+
+    def difference(drawn):
+        a, b = first[drawn].sum(axis=-2), second[drawn].sum(axis=-2)  # [..., 2]
+        return 100 * b[..., 0] / b[..., 1] - 100 * a[..., 0] / a[..., 1]
+
+    differences = bootstrap(len(first), difference)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    # One is added to both: with finitely many resamples no p-value is zero.
+    tail = (1 + min((differences <= 0).sum(), (differences >= 0).sum())) / (1 + len(differences))
+    return {
+        "difference": float(difference(np.arange(len(first)))),
+        "interval": [float(low), float(high)],
+        "p_value": float(min(1.0, 2 * tail)),
+        "samples": len(first),
+    }
 
 
 def make_results(
@@ -135,72 +198,62 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     path = Path(path)
     file = path / RESULTS_NAME if path.is_dir() or not path.suffix else path
     if not file.is_file():
-        begun = " A run was started there and is not scored yet." if (file.parent / RUN_NAME).is_file() else ""
-        raise FileNotFoundError(f"{file} is not there.{begun}")
+        started = " A run was started there and is not scored yet." if (file.parent / RUN_NAME).is_file() else ""
+        raise FileNotFoundError(f"{file} is not there.{started}")
     results = read_json(file)
     missing = [key for key in _REQUIRED if not isinstance(results, dict) or key not in results]
-    if not missing and not isinstance(results["schema_version"], int):
-        missing = ["schema_version that is a number"]
     if missing:
         raise ValueError(f"{file} is not a result of an evaluation: it has no {', '.join(missing)}.")
-    if results["schema_version"] > SCHEMA_VERSION:
+    if results["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema version {results['schema_version']}, this package reads up to {SCHEMA_VERSION}. Upgrade it."
+            f"{file} has schema version {results['schema_version']!r}, this package reads {SCHEMA_VERSION}. Upgrade it."
         )
     samples = file.parent / results["samples"]["file"]
     if not samples.is_file():
         raise FileNotFoundError(f"{samples}, which {file} names, is not there.")
-    return results, read_jsonl(samples)
+    return results, read_lines(samples)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The objects of a JSONL file; a `ValueError` names a line that is not a JSON object."""
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(_BOM).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}, is not a JSON object: {line.decode().strip()[:80]}")
-        rows.append(row)
-    return rows
-
-
-def read_rows(path: str | os.PathLike) -> Any:
-    """The content of a JSON file, or the objects of a JSONL file of several lines."""
+def read_lines(path: str | os.PathLike) -> list[dict]:
+    """The rows of a JSONL file of this package. An incomplete last line, which a process may be writing, is left out."""
+    text = Path(path).read_bytes()
+    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
     try:
-        return read_json(path)
-    except ValueError:
-        return read_jsonl(path)
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}). Remove that line, or the file.") from None
+
+
+def read_rows(path: str | os.PathLike) -> list[tuple[dict, str]]:
+    """
+    The objects of JSON lines or of a JSON array, each with its place for errors (file and line, or row from 0).
+
+    Raises:
+        ValueError: something is not a JSON object; its place is named.
+    """
+    rows = JsonRows(Path(path))
+    found = [(row, rows.where(index)) for index, row in enumerate(rows)]
+    for row, place in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} is not a JSON object.")
+    return found
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file; a `ValueError` names a file that is not JSON."""
     try:
-        return json.loads(Path(path).read_bytes().removeprefix(_BOM))
+        return json.loads(Path(path).read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def id_of(row: dict, place: str) -> str:
-    """The `question_id` of a row; a `ValueError` that begins with `place` (file and row) if there is none."""
+    """The `question_id` of a row; a `ValueError` that begins with `place` if there is none."""
     found = row.get("question_id")
-    if not isinstance(found, (int, str)) or isinstance(found, bool):
-        what = (
-            f"the question_id {found!r}, which is neither number nor text"
-            if "question_id" in row
-            else "no 'question_id'"
-        )
+    if isinstance(found, bool) or not isinstance(found, (int, str)):
+        what = f"the question_id {found!r}, neither number nor text" if "question_id" in row else "no 'question_id'"
         raise ValueError(f"{place} has {what}; its fields are {fields_of(row)}.")
     return str(found)
-
-
-def fields_of(row: dict) -> str:
-    """The fields of a row, for an error."""
-    return ", ".join(list(map(str, row))[:10]) + (", …" if len(row) > 10 else "")
 
 
 def text_of(row: dict, key: str, place: str) -> str:
@@ -209,6 +262,11 @@ def text_of(row: dict, key: str, place: str) -> str:
         what = f"has {key} = {row[key]!r}, which is empty or not text" if key in row else f"has no {key!r}"
         raise ValueError(f"{place} {what}; its fields are {fields_of(row)}.")
     return row[key]
+
+
+def fields_of(row: dict) -> str:
+    """The fields of a row, for an error."""
+    return ", ".join(list(map(str, row))[:10]) + (", …" if len(row) > 10 else "")
 
 
 def hash_files(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
@@ -222,26 +280,21 @@ def hash_json(value: Any) -> str:
 
 
 def describe_model(path: str, revision: str | None = None, adapter: str | None = None) -> dict:
-    """
-    Which weights were evaluated: name and fingerprint of a folder; revision and commit of a Hub name. The fingerprint is a
-    SHA-256 over names, sizes and the first and last MiB of the configuration and weight files (all of 14 GB would take a
-    minute).
-    """
+    """Which weights were evaluated: name and [`fingerprint`] of a folder; revision and commit of a Hub name."""
     described: dict[str, Any] = {"name": path, "revision": revision, "adapter": adapter}
-    if Path(path).is_dir():
-        described["name"] = Path(path).resolve().name
-        described["fingerprint"] = fingerprint(path)
-    elif commit := _commit_of(path, revision):
-        described["commit"] = commit
-    if adapter is not None and Path(adapter).is_dir():
-        described["adapter"] = Path(adapter).resolve().name
-        described["adapter_fingerprint"] = fingerprint(adapter)
-    elif adapter is not None and (commit := _commit_of(adapter)):
-        described["adapter_commit"] = commit
+    parts = [("name", "", path, revision)]
+    if adapter is not None:
+        parts.append(("adapter", "adapter_", adapter, None))
+    for key, prefix, source, version in parts:
+        if Path(source).is_dir():
+            described[key] = Path(source).resolve().name
+            described[f"{prefix}fingerprint"] = fingerprint(source)
+        elif commit := _commit_of(source, version):
+            described[f"{prefix}commit"] = commit
     return described
 
 
-def _commit_of(name: str, revision: str | None = None) -> str | None:
+def _commit_of(name: str, revision: str | None) -> str | None:
     """The commit of a Hub repository's revision; `None` where neither the Hub nor the cache has it."""
     from transformers.utils.hub import extract_commit_hash
 
@@ -254,7 +307,10 @@ def _commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """See [`describe_model`]."""
+    """
+    SHA-256 over names, sizes and the first and last MiB of a folder's configuration and weight files (all of 14 GB would
+    take a minute).
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix not in (".safetensors", ".bin") and not path.name.endswith("config.json"):
@@ -274,31 +330,9 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a CPU without a name
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in info.read_text("utf-8").splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
     return f"{cpu}, {torch.get_num_threads()} threads"
-
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "Scored",
-    "describe_model",
-    "fields_of",
-    "fingerprint",
-    "hash_files",
-    "hash_json",
-    "id_of",
-    "interval_of",
-    "make_results",
-    "read_json",
-    "read_jsonl",
-    "read_results",
-    "read_rows",
-    "scores_by_group",
-    "text_of",
-    "write_results",
-]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import Benchmark
-from .results import Scored, hash_files, interval_of, read_json
+from .results import Scored, hash_files, read_json, score_of
 from .scienceqa_answers import ANSWER_RULE, find_letter, parse_answer
 
 
@@ -117,9 +117,6 @@ def read_problems(
             f"{splits}: {len(unknown)} of {len(ids)} problems of the split {split!r} are not in {problems}, "
             f"such as {unknown[0]!r}. Do the two files belong together?"
         )
-    if len(set(ids)) < len(ids):
-        twice = next(problem_id for problem_id in ids if ids.count(problem_id) > 1)
-        raise ValueError(f"{splits}: the split {split!r} has the problem {twice!r} more than once.")
     read = [_problem(problem_id, by_id[problem_id], os.fspath(problems)) for problem_id in ids]
     return read if images is None else _with_image_paths(read, Path(images))
 
@@ -280,13 +277,13 @@ def score(problems: list[Problem], answers: dict[str, str]) -> Scored:
                 "groups": columns_of(problem),
             }
         )
-    metrics = {}
+    scores = {}
     for column in SCIENCEQA_COLUMNS:
-        scores = [row["score"] for row in rows if column in row["groups"]]
-        metrics["accuracy" if column == "average" else f"accuracy/{column}"] = interval_of(scores)
+        name = "accuracy" if column == "average" else f"accuracy/{column}"
+        scores[name] = score_of([row["score"] for row in rows if column in row["groups"]])
     statuses = [row["status"] for row in rows]
     counts = {status: statuses.count(status) for status in ("unparsed", "invalid_letter")}
-    return Scored(rows, metrics, "accuracy", counts)
+    return Scored(rows, scores, "accuracy", counts)
 
 
 def make_benchmark(
@@ -324,7 +321,7 @@ def _problem(problem_id: str, row: dict, source: str) -> Problem:
         raise wrong(f"has choices that are not a list of strings: {choices!r}")
     if not 2 <= len(choices) <= len(LETTERS):
         raise wrong(f"has {len(choices)} choices; 2 to {len(LETTERS)} are possible")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+    if not isinstance(answer, int) or answer not in range(len(choices)):
         raise wrong(
             f"has the answer {answer!r}, which is not the number of one of its {len(choices)} choices (from 0)"
         )
@@ -338,7 +335,7 @@ def _problem(problem_id: str, row: dict, source: str) -> Problem:
         raise wrong(f"has the grade {grade!r}; it should be like 'grade7'")
     split, image = str(row.get("split") or ""), row.get("image")
     if isinstance(image, str):
-        image = f"{split}/{problem_id}/{image}" if split else f"{problem_id}/{image}"
+        image = "/".join(filter(None, (split, problem_id, image)))
     return Problem(
         id=problem_id,
         split=split,
@@ -357,10 +354,9 @@ def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
     found, missing = [], []
     for problem in problems:
         if isinstance(problem.image, str):
-            short = problem.image.removeprefix(f"{problem.split}/")
-            path = next((name for name in (problem.image, short) if (folder / name).is_file()), None)
-            if path is None:
-                missing.append(problem.image)
+            names = (problem.image, problem.image.removeprefix(f"{problem.split}/"))
+            path = next((name for name in names if (folder / name).is_file()), None)
+            missing += [problem.image] if path is None else []
             problem = replace(problem, image=path)
         found.append(problem)
     if missing:
@@ -369,20 +365,3 @@ def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
             "<split>/<id>/image.png; unpack all of train.zip, val.zip and test.zip there."
         )
     return found
-
-
-__all__ = [
-    "Problem",
-    "answer_text",
-    "columns_of",
-    "direct_question",
-    "make_benchmark",
-    "question_text",
-    "read_hub_problems",
-    "read_problems",
-    "reasons_of",
-    "score",
-    "split_order",
-    "to_llava_rows",
-    "to_sample",
-]

@@ -71,8 +71,8 @@ def parse_answer(text: str, num_choices: int) -> int | None:
     """
     The index of the choice that an answer names by [`ANSWER_RULE`]; `None` if it names none, several, or one that does not exist.
 
-    Differs from the original, which took "The answer is Apple" for A and "The answer is B or C" for B, knew no other spelling,
-    and drew a choice at random where it read none (later versions: counted it as wrong without saying so).
+    Differs from the original, which took "The answer is Apple" for A and "The answer is B or C" for B, and drew a choice at
+    random where it read none.
     """
     letter = find_letter(text)
     choice = num_choices if letter is None else ord(letter) - ord("A")

@@ -5,8 +5,9 @@ LLaVA, as its complement (90.97) and as the judge where the two differ (92.53).
 
 import random
 from pathlib import Path
+from typing import Any
 
-from ..endpoint import Budget, ChatModel, RunSettings, Task
+from ..endpoint import ChatModel, Task
 from .judge import Asked, ask_all
 from .results import Scored
 from .scienceqa import Problem, answer_text, question_text, score
@@ -76,14 +77,9 @@ def judge_tasks(
     return tasks
 
 
-def complement(problem: Problem, own: str, language: str) -> str:
-    """The language-only model's answer; LLaVA's if that names no choice."""
-    return own if parse_answer(language, len(problem.choices)) is None else language
-
-
-def judged(problem: Problem, own: str, language: str, verdict: str | None) -> str:
-    """The judge's answer; LLaVA's if the judge was not asked or names no choice."""
-    return own if verdict is None or parse_answer(verdict, len(problem.choices)) is None else verdict
+def prefer(problem: Problem, reply: str | None, own: str) -> str:
+    """A reply of the language model or of the judge; LLaVA's own answer if there is none or it names no choice."""
+    return own if reply is None or parse_answer(reply, len(problem.choices)) is None else reply
 
 
 def score_with_language_model(
@@ -95,10 +91,8 @@ def score_with_language_model(
     shots: list[Problem],
     judge: ChatModel | None = None,
     max_tokens: int = 512,
-    settings: RunSettings | None = None,
-    budget: Budget | None = None,
     partial: bool = False,
-    progress: bool = True,
+    **asking: Any,
 ) -> dict[str, Scored]:
     """
     Scores of the language-only model alone and of both ensembles.
@@ -110,6 +104,7 @@ def score_with_language_model(
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
         partial (`bool`): Leave out problems without a reply, which raise otherwise ([`Asked.require_all`]).
+        asking: Options of [`ask_all`].
 
     Returns:
         `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`, over the same problems.
@@ -117,8 +112,8 @@ def score_with_language_model(
     problems = [problem for problem in problems if problem.id in own]
 
     def ask(tasks: list[Task], who: ChatModel, name: str) -> Asked:
-        asked = ask_all(tasks, who, folder, name, settings=settings, budget=budget, progress=progress)
-        asked.require_all(len(tasks), "questions", folder, refused_too=True, partial=partial)
+        asked = ask_all(tasks, who, folder, name, **asking)
+        asked.require_all(len(tasks), "questions", folder, partial=partial)
         return asked
 
     language = ask(language_tasks(problems, shots, max_tokens), model, "language-model")
@@ -129,26 +124,16 @@ def score_with_language_model(
     undecided = {task.id for task in differing} - set(verdicts.replies)
     problems = [problem for problem in problems if problem.id not in undecided]
 
-    texts = {
-        "language": lambda problem: language.replies[problem.id],
-        "complement": lambda problem: complement(problem, own[problem.id], language.replies[problem.id]),
-        "judge": lambda problem: judged(
-            problem, own[problem.id], language.replies[problem.id], verdicts.replies.get(problem.id)
-        ),
+    answers = {
+        "language": language.replies,
+        "complement": {p.id: prefer(p, language.replies[p.id], own[p.id]) for p in problems},
+        "judge": {p.id: prefer(p, verdicts.replies.get(p.id), own[p.id]) for p in problems},
     }
-    scored = {}
-    for name, text_of in texts.items():
-        scored[name] = score(problems, {problem.id: text_of(problem) for problem in problems})
-        scored[name].more = {"answered_by": language.models, "no_reply": no_reply + len(undecided)}
-    num_choices = {problem.id: len(problem.choices) for problem in problems}
-    unread = sum(
-        parse_answer(text, num_choices[problem_id]) is None
-        for problem_id, text in verdicts.replies.items()
-        if problem_id in num_choices
-    )
-    scored["judge"].counts |= {"judged": len(differing) - len(undecided), "verdict_unparsed": unread}
+    scored = {name: score(problems, texts) for name, texts in answers.items()}
+    for one in scored.values():
+        one.more = {"answered_by": language.models, "no_reply": no_reply + len(undecided)}
+    judged = [problem for problem in problems if problem.id in verdicts.replies]
+    unread = [p for p in judged if parse_answer(verdicts.replies[p.id], len(p.choices)) is None]
+    scored["judge"].counts |= {"judged": len(judged), "verdict_unparsed": len(unread)}
     scored["judge"].more["answered_by"] = verdicts.models
     return scored
-
-
-__all__ = ["choose_shots", "complement", "judge_tasks", "judged", "language_tasks", "score_with_language_model"]

@@ -13,9 +13,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .benchmark import Benchmark, question_benchmark
-from .results import Scored, fields_of, id_of, interval_of, read_rows, scores_by_group, text_of
+from .results import Scored, fields_of, id_of, read_json, read_rows, score_of, scores_by_group, text_of
 
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -90,10 +91,10 @@ def read_questions(
     Raises:
         ValueError: a file of another form, a missing or wrong field, or a question without an answer. File and row are named.
     """
-    read = _rows(questions, "question" if annotations else "row", image_name)
+    read = _rows(questions, image_name)
     if annotations is not None:
         answers_of, id_at = {}, {}
-        for row, place in _rows(annotations, "annotation", image_name):
+        for row, place in _rows(annotations, image_name):
             question_id = id_of(row, place)
             answers_of[question_id] = {"answers": _answers(row, place), "answer_type": row.get("answer_type")}
             id_at[str(row.get("image_id")), str(row.get("question")).lower()] = question_id
@@ -104,41 +105,42 @@ def read_questions(
             if question_id not in answers_of:
                 raise ValueError(f"{place} has the question_id {question_id}, which {annotations} does not have.")
             read[number] = ({**answers_of[question_id], **row, "question_id": question_id}, place)
-    return [_row(row, place) for row, place in read]
+    return [_question(row, place) for row, place in read]
 
 
-def _rows(path: str | os.PathLike, what: str, image_name: str | None) -> list[tuple[dict, str]]:
+def _rows(path: str | os.PathLike, image_name: str | None) -> list[tuple[dict, str]]:
     """The rows of a file in any form, with image names in place of image ids, and the place of each row."""
-    content, name = read_rows(path), image_name or "{image_id}.jpg"
-    if isinstance(content, dict):
-        kind = next((kind for kind in ("questions", "annotations", "data") if kind in content), None)
-        name = image_name or (COCO_IMAGE_NAME if kind == "questions" else name)
-        if kind is not None:
-            content = content[kind]
-        elif "image" in content:  # JSONL of one line
-            content = [content]
-        elif all(isinstance(row, dict) and "imageId" in row for row in content.values()):  # GQA
-            content = [{"question_id": key, "image_id": row["imageId"], **row} for key, row in content.items()]
-    elif not content:
-        content = None
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ValueError(
-            f"{path} is not an official file of VQAv2, GQA, TextVQA or VizWiz, nor JSONL, one question per line."
-        )
-    rows = []
-    for number, row in enumerate(content, 1):
-        place = f"{path}, {what} {number},"
-        if "image" not in row and "image_id" in row:
-            try:
-                row = {**row, "image": name.format(image_id=row["image_id"])}
-            except (ValueError, LookupError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"{place} has the image_id {row['image_id']!r}, which does not fit --image-name {name!r} "
-                    f"({error!r}). A name is like COCO_val2014_{{image_id:012d}}.jpg."
-                ) from None
-        # VizWiz: one question per image, without an id.
-        rows.append(({"question_id": row["image"], **row} if "image" in row else row, place))
-    return rows
+    name, content = image_name or "{image_id}.jpg", None
+    with suppress(ValueError):  # JSON lines, or not JSON, of which `read_rows` names the line
+        content = read_json(path)
+    if isinstance(content, dict) and "image" not in content:  # else JSON lines of one line
+        kind = next((kind for kind in ("questions", "annotations", "data") if kind in content), "row")
+        if kind == "questions":
+            name = image_name or COCO_IMAGE_NAME
+        found = content.get(kind)
+        if found is None and all(isinstance(row, dict) and "imageId" in row for row in content.values()):  # GQA
+            found = [{"question_id": key, "image_id": row["imageId"], **row} for key, row in content.items()]
+        if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+            raise ValueError(
+                f"{path} is not an official file of VQAv2, GQA, TextVQA or VizWiz, nor JSONL, one question per line."
+            )
+        found = [(row, f"{path}, {kind.removesuffix('s')} {number}") for number, row in enumerate(found, 1)]
+    else:
+        found = read_rows(path)
+    return [(_with_image(row, name, place), place) for row, place in found]
+
+
+def _with_image(row: dict, name: str, place: str) -> dict:
+    """A row with the name of its image, and with that as its id where it has none (VizWiz: one question per image)."""
+    if "image" not in row and "image_id" in row:
+        try:
+            row = {**row, "image": name.format(image_id=row["image_id"])}
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{place} has the image_id {row['image_id']!r}, which does not fit --image-name {name!r} ({error!r}). A name "
+                "is like COCO_val2014_{image_id:012d}.jpg."
+            ) from None
+    return {"question_id": row["image"], **row} if "image" in row else row
 
 
 def instruction_for(questions: list[dict]) -> str:
@@ -175,15 +177,15 @@ def score(questions: list[dict], answers: dict[str, str]) -> Scored:
 
     def table(some):
         return {
-            "accuracy": interval_of([row["score"] for row in some]),
-            "exact_match": interval_of([row["exact"] for row in some]),
+            "accuracy": score_of([row["score"] for row in some]),
+            "exact_match": score_of([row["exact"] for row in some]),
         }
 
-    metrics = scores_by_group(rows, (question["category"] for question in questions if question["category"]), table)
-    return Scored(rows, metrics, "accuracy", {"empty": sum(not normalise(row["answer"]) for row in rows)})
+    scores = scores_by_group(rows, (question["category"] for question in questions if question["category"]), table)
+    return Scored(rows, scores, "accuracy", {"empty": sum(not normalise(row["answer"]) for row in rows)})
 
 
-def _row(row: dict, place: str) -> dict:
+def _question(row: dict, place: str) -> dict:
     kind = next((kind for kind in ("category", "answer_type") if row.get(kind) is not None), None)
     return {
         "id": id_of(row, place),

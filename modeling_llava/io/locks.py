@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:
@@ -25,4 +27,11 @@ def lock(descriptor: int, wait: bool = False) -> bool:
     return True
 
 
-__all__ = ["lock"]
+@contextmanager
+def locked_file(path: str | os.PathLike, wait: bool = False) -> Iterator[bool]:
+    """[`lock`] a file, created if absent, until the block ends; `False` if another process has it."""
+    with open(path, "ab") as file:
+        yield lock(file.fileno(), wait)
+
+
+__all__ = ["lock", "locked_file"]

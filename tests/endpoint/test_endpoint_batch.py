@@ -95,12 +95,14 @@ def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_p
     assert [line["body"]["messages"][-1]["content"] for line in again] == ["Longer, please.", "thing 2", "thing 3"]
 
 
-def test_a_budget_in_dollars_takes_requests_in_a_batch_at_half_their_price(tmp_path, model):
+def test_a_budget_bounds_what_is_written_in_dollars_at_half_their_price(tmp_path, model):
     prices = Prices(0, 1000)  # 50 tokens a reply at most: 5 cents live, 2.5 cents in a batch
     with Ledger(tmp_path / "l") as ledger:
         first = write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_cost=0.08, prices=prices))
         again = write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_cost=0.08, prices=prices))
     assert first.requests == 3 and "budget" in first.message and again.requests == 0
+    with Ledger(tmp_path / "m") as ledger:  # 50 for the reply, 6 for the prompt each
+        assert write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_tokens=200)).requests == 3
 
 
 def test_results_read_twice_count_once(tmp_path, model):
@@ -124,7 +126,7 @@ def test_of_two_results_under_one_name_the_reply_counts_whatever_the_order(tmp_p
             assert (read.accepted, read.faults, read.waiting, read.unknown) == (4, {}, 0, 0)
 
 
-@pytest.mark.parametrize("odd", [None, "x", 3, [], [1], {}, {"a": 1}])
+@pytest.mark.parametrize("odd", [None, "x", 3, [1], {"a": 1}])
 @pytest.mark.parametrize("place", ["response", "status_code", "body", "error", "error in body"])
 def test_results_of_an_odd_form_are_faults(tmp_path, model, place, odd):
     with Ledger(tmp_path / "l") as ledger:
@@ -182,35 +184,19 @@ def test_files_stay_within_openais_limits(tmp_path, model, monkeypatch):
     assert all(path.stat().st_size <= 500 for path in summary.files) and len(summary.files) > 1
 
 
-def test_budget_bounds_what_is_written(tmp_path, model):
-    with Ledger(tmp_path / "l") as ledger:
-        summary = write_batch(tasks(8), model, ledger, tmp_path / "out", budget=Budget(max_tokens=200))
-    assert summary.requests == 3 and "budget" in summary.message  # 50 for the reply, 6 for the prompt each
-
-
 def test_a_process_that_dies_while_writing_leaves_nothing_asked_twice(tmp_path, model, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     def die(*_):
-        raise Killed
+        raise KeyboardInterrupt
 
     with Ledger(tmp_path / "l") as ledger:  # killed before the ledger knows
         monkeypatch.setattr(ledger, "append_now", die)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             write_batch(tasks(), model, ledger, tmp_path / "out")
-    monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch-000.jsonl.part"]
-    monkeypatch.setattr(batch.os, "replace", die)  # killed after the ledger knows
     with Ledger(tmp_path / "l") as ledger:
-        with pytest.raises(Killed):
-            write_batch(tasks(), model, ledger, tmp_path / "out")
-    monkeypatch.undo()
-    with Ledger(tmp_path / "l") as ledger:
-        summary = write_batch(tasks(), model, ledger, tmp_path / "out")
-        assert summary.requests == 0 and summary.waiting == 4
+        assert write_batch(tasks(), model, ledger, tmp_path / "out").requests == 4
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch-000.jsonl"]
-    assert len((tmp_path / "out" / "batch-000.jsonl").read_text().splitlines()) == 4
+    with Ledger(tmp_path / "other") as ledger:  # another run in the same folder
+        assert write_batch(tasks(), model, ledger, tmp_path / "out", run_id="other").files[0].name == "batch-001.jsonl"
 
 
 def test_an_input_file_given_as_a_result_is_named(tmp_path, model):

@@ -1,9 +1,21 @@
-import time
-from email.utils import formatdate
+import asyncio
+import random
 
 import pytest
+from fault_server import FaultServer
 
-from modeling_llava.endpoint import Backoff, Budget, Prices, RequestFault, RunSettings, TokenBucket, Usage
+from modeling_llava.endpoint import (
+    Backoff,
+    Budget,
+    EndpointFault,
+    OpenAIModel,
+    PassingFault,
+    Prices,
+    RequestFault,
+    RunSettings,
+    TokenBucket,
+    Usage,
+)
 from modeling_llava.endpoint.openai_model import parse_completion, parse_retry_after, translate_status
 
 
@@ -43,26 +55,31 @@ def test_bucket_lets_a_request_larger_than_itself_pass_and_pays_it_off_afterward
 
 
 def test_bucket_is_given_back_what_was_not_used():
-    clock = Clock()
-    bucket = TokenBucket(600, capacity=100, clock=clock)
+    bucket = TokenBucket(600, capacity=100, clock=Clock())
     bucket.take(100)
     bucket.give_back(70)
     assert bucket.take(70) == 0
     assert bucket.take(30) == pytest.approx(3)
 
 
-def test_bucket_refuses_a_limit_that_lets_nothing_through():
-    with pytest.raises(ValueError, match="leave it out for no limit"):
-        TokenBucket(0)
-    for limits in ({"requests_per_minute": 0}, {"tokens_per_minute": -1}, {"requests_per_minute": float("nan")}):
-        with pytest.raises(ValueError, match="leave it out for no limit"):
-            RunSettings(**limits)
-
-
-@pytest.mark.parametrize("prices", [(-1, 0), (0, float("nan")), (float("inf"), 0)])
-def test_prices_that_would_let_a_budget_grow_are_refused(prices):
-    with pytest.raises(ValueError, match="0 or more"):
-        Prices(*prices)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: TokenBucket(0),
+        lambda: RunSettings(requests_per_minute=float("nan")),
+        lambda: RunSettings(tokens_per_minute=-1),
+        lambda: RunSettings(concurrency=0),
+        lambda: Backoff(patience=0),
+        lambda: Prices(-1, 0),
+        lambda: Prices(0, float("nan")),
+        lambda: Budget(max_tokens=0),
+        lambda: Budget(max_cost=float("nan"), prices=Prices(1.0, 1.0)),
+        lambda: Budget(max_cost=5.0),  # without prices
+    ],
+)
+def test_limits_that_allow_nothing_or_everything_are_refused(wrong):
+    with pytest.raises(ValueError):
+        wrong()
 
 
 def test_budget_holds_back_what_requests_in_flight_may_use():
@@ -83,19 +100,6 @@ def test_budget_in_dollars_counts_prompts_and_replies_by_their_prices():
     assert not budget.reserve(Usage(1, 0))
 
 
-@pytest.mark.parametrize(
-    "budget", [{"max_tokens": 0}, {"max_tokens": -1}, {"max_cost": float("nan")}, {"max_cost": -1.0}]
-)
-def test_a_budget_that_would_never_or_always_end_is_refused(budget):
-    with pytest.raises(ValueError, match="leave it out"):
-        Budget(**budget, prices=Prices(1.0, 1.0))
-
-
-def test_budget_in_dollars_without_prices_is_refused():
-    with pytest.raises(ValueError, match="--price-in and --price-out"):
-        Budget(max_cost=5.0)
-
-
 def test_budget_learns_how_many_tokens_a_character_takes():
     messages = [{"role": "user", "content": "字" * 1000}]
     budget = Budget()
@@ -105,20 +109,16 @@ def test_budget_learns_how_many_tokens_a_character_takes():
 
 
 def test_backoff_doubles_up_to_its_longest():
-    import random
-
     backoff = Backoff(first=1, longest=10)
     for sent, most in ((1, 1), (2, 2), (3, 4), (4, 8), (5, 10), (50, 10)):
         waits = [backoff.seconds(sent, random.Random(seed)) for seed in range(100)]
         assert max(waits) <= most and min(waits) >= most / 2 and len(set(waits)) > 50
 
 
-def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date():
+def test_retry_after_is_read_in_seconds_and_milliseconds():
     assert parse_retry_after({"retry-after": "2.5"}) == 2.5
     assert parse_retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
-    in_an_hour = formatdate(time.time() + 3600, usegmt=True)
-    assert parse_retry_after({"retry-after": in_an_hour}) == pytest.approx(3600, abs=300)
-    assert parse_retry_after({"retry-after": "soon"}) is None
+    assert parse_retry_after({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}) is None
     assert parse_retry_after({}) is None
 
 
@@ -127,16 +127,12 @@ def test_retry_after_is_read_in_seconds_milliseconds_and_as_a_date():
     [
         (429, "", "PassingFault"),
         (429, "insufficient_quota", "FatalFault"),
-        (500, "", "PassingFault"),
-        (503, "", "PassingFault"),
         (408, "", "PassingFault"),
-        (401, "", "FatalFault"),
-        (404, "", "FatalFault"),
-        (400, "", "RequestFault"),
-        (413, "", "RequestFault"),
-        (403, "", "RequestFault"),
         (529, "", "PassingFault"),
+        (401, "", "FatalFault"),
         (302, "", "FatalFault"),
+        (400, "", "RequestFault"),
+        (403, "", "RequestFault"),
     ],
 )
 def test_statuses_say_what_may_be_done_about_them(status, code, name):
@@ -153,8 +149,6 @@ def test_a_refusal_and_a_reply_without_usage_are_replies():
     "body", [None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}]
 )
 def test_what_is_no_completion_is_a_passing_fault(body):
-    from modeling_llava.endpoint import PassingFault
-
     with pytest.raises(PassingFault) as caught:
         parse_completion(body)
     assert caught.value.kind == "malformed" and caught.value.maybe_paid
@@ -163,13 +157,6 @@ def test_what_is_no_completion_is_a_passing_fault(body):
 def test_a_reply_in_parts_is_their_text():
     parts = [{"type": "thinking", "thinking": []}, "A ", {"type": "text", "text": "cat."}]
     assert parse_completion({"choices": [{"message": {"content": parts}}]}).text == "A cat."
-
-
-def test_an_error_that_comes_with_status_200_is_said_in_its_own_words():
-    from modeling_llava.endpoint import PassingFault
-
-    with pytest.raises(PassingFault, match="upstream is overloaded"):
-        parse_completion({"error": {"message": "upstream is overloaded", "code": 502}})
 
 
 @pytest.mark.parametrize(
@@ -185,8 +172,6 @@ def test_an_error_that_comes_with_status_200_is_said_in_its_own_words():
     ],
 )
 def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, name, kind):
-    from modeling_llava.endpoint import EndpointFault
-
     with pytest.raises(EndpointFault, match="the reason") as caught:
         parse_completion({"error": {"message": "the reason", "code": code}, "choices": None})
     assert (type(caught.value).__name__, caught.value.kind) == (name, kind)
@@ -204,12 +189,6 @@ def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, name
     ],
 )
 def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, body, words):
-    import asyncio
-
-    from fault_server import FaultServer
-
-    from modeling_llava.endpoint import OpenAIModel, RequestFault
-
     async def ask(url):
         model = OpenAIModel("m", base_url=url)
         try:
@@ -222,10 +201,6 @@ def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, bod
 
 
 def test_a_number_of_thousands_of_digits_is_a_broken_reply():
-    import asyncio
-
-    from modeling_llava.endpoint import OpenAIModel, PassingFault
-
     class Client:
         async def post(self, *args, **options):
             return '{"usage": {"prompt_tokens": ' + "9" * 6000 + "}}"

