@@ -246,6 +246,7 @@ class LlavaPredictor:
         *,
         batch_size: int | None = None,
         image_folder: str | os.PathLike | None = None,
+        follow_symlinks: bool = False,
         template_variables: dict | None = None,
         **settings,
     ) -> Iterator[Answer]:
@@ -262,6 +263,7 @@ class LlavaPredictor:
             batch_size (`int`, *optional*):
                 Most answers that grow at a time; by default 32, on the CPU 8. Fewer where memory has room for fewer.
             image_folder (`str`, *optional*): What paths of images are relative to.
+            follow_symlinks (`bool`, *optional*, defaults to `False`): Allow links inside `image_folder` to lead out of it.
             template_variables (`dict`, *optional*): For the chat template.
             settings: Fields of [`DecodingSettings`].
 
@@ -280,6 +282,7 @@ class LlavaPredictor:
             system=self.system,
             batch_size=self.decoder.max_rows if batch_size is None else batch_size,
             image_folder=image_folder,
+            follow_symlinks=follow_symlinks,
             template_variables=template_variables or {},
         )
         for row in self.decoder.run(rows, settings, batch_size):

@@ -69,6 +69,7 @@ def rows_of_samples(
     system: str | None,
     batch_size: int,
     image_folder: str | os.PathLike | None,
+    follow_symlinks: bool,
     template_variables: dict,
 ) -> Iterator[Row]:
     """
@@ -93,7 +94,7 @@ def rows_of_samples(
         ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
         step = min(batch_size, MAX_GROUPS)
         for start in range(0, len(ordered), step):
-            yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder)
+            yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder, follow_symlinks)
 
 
 def encode_images(images: list[Image.Image], decoder: Decoder, processor) -> list:
@@ -103,9 +104,12 @@ def encode_images(images: list[Image.Image], decoder: Decoder, processor) -> lis
     return decoder.encode_images(processor.image_processor(images=images, return_tensors="pt")["pixel_values"])
 
 
-def _rows_of_groups(groups, decoder: Decoder, processor, image_folder) -> Iterator[Row]:
+def _rows_of_groups(groups, decoder: Decoder, processor, image_folder, follow_symlinks: bool) -> Iterator[Row]:
     images = [
-        [load_image(reference, image_folder, str(group[0][0]["id"])) for reference in group[0][0]["images"]]
+        [
+            load_image(reference, image_folder, str(group[0][0]["id"]), follow_symlinks=follow_symlinks)
+            for reference in group[0][0]["images"]
+        ]
         for group in groups
     ]
     features = iter(encode_images([image for some in images for image in some], decoder, processor))
