@@ -58,9 +58,14 @@ RESULT = ROOT / "examples" / "results" / "benchmarks" / "inference.json"
 TOKENIZER = ROOT / "tests" / "golden" / "tiny_spm.model"
 CASES = {
     # name: (what it is, wanted: times faster)
-    "10": ("10 questions on one picture of 336 pixels, 8 new tokens each, against generate per question", 6.0),
-    "40": ("40 questions on one picture of 336 pixels, 8 new tokens each, against generate per question", 12.0),
-    "scienceqa": ("48 ScienceQA-like questions, a picture each, 16 new tokens, against padded batches of 8", 1.3),
+    "one": ("1 question on one image of 336 pixels, the 64 tokens after the first, against generate", 1.0),
+    "10": ("10 questions on one image of 336 pixels, 8 new tokens each, against generate per question", 6.0),
+    "40": ("40 questions on one image of 336 pixels, 8 new tokens each, against generate per question", 12.0),
+    "scienceqa": ("48 ScienceQA-like questions, an image each, 16 new tokens, against padded batches of 8", 1.3),
+    "lengths": (
+        "48 ScienceQA-like questions, an image each, answers of 1 to 64 tokens, against padded batches of 8",
+        1.6,
+    ),
 }
 WORDS = "what which where why how many people are in the picture on the left of a dog and does it show when you look".split()
 
@@ -152,29 +157,54 @@ def our_answers(predictor, samples, max_new_tokens: int) -> list[str]:
     return [answers[number] for number in range(len(rows))]
 
 
-def take_turns(stock, ours, rounds: int, wanted: float) -> dict:
+def seconds(function) -> tuple[float, list]:
+    """How long a call takes, and what it returns."""
+    start = time.perf_counter()
+    answers = function()
+    return time.perf_counter() - start, answers
+
+
+def take_turns(stock, ours, rounds: int, wanted: float, measure=seconds) -> dict:
     """Times of both sides in turn; fails if their answers differ."""
     times = {"stock": [], "ours": []}
     for _ in range(rounds):
         answers = {}
         for name, function in (("stock", stock), ("ours", ours)):
-            start = time.perf_counter()
-            answers[name] = function()
-            times[name].append(time.perf_counter() - start)
+            duration, answers[name] = measure(function)
+            times[name].append(duration)
         if answers["stock"] != answers["ours"]:
             different = [i for i, pair in enumerate(zip(*answers.values())) if pair[0] != pair[1]]
             sys.exit(f"the answers differ: questions {different}")
     ratios = [stock / ours for stock, ours in zip(times["stock"], times["ours"])]
     ratio = statistics.median(ratios)
     return {
-        "stock_s": round(statistics.median(times["stock"]), 3),
-        "ours_s": round(statistics.median(times["ours"]), 3),
+        "stock_s": round(statistics.median(times["stock"]), 4),
+        "ours_s": round(statistics.median(times["ours"]), 4),
         "ratio": round(ratio, 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
         "wanted": wanted,
         "reached": ratio >= wanted,
         "rounds": rounds,
     }
+
+
+def run_one(rounds: int, wanted: float) -> dict:
+    stock, processor, predictor = make_sides()
+    samples = [(picture(0), question(24, processor.tokenizer, torch.Generator().manual_seed(1)))]
+    predictor.set_image(samples[0][0])
+
+    def later_tokens(ask) -> tuple[float, list]:
+        first, _ = seconds(lambda: ask(1))
+        whole, answers = seconds(lambda: ask(65))
+        return (whole - first) / 64, answers
+
+    return take_turns(
+        lambda length: stock_answers(stock, processor, samples, 1, length),
+        lambda length: [predictor.ask(samples[0][1], max_new_tokens=length)],
+        rounds,
+        wanted,
+        later_tokens,
+    )
 
 
 def run_questions(number: int, rounds: int, wanted: float) -> dict:
@@ -195,23 +225,30 @@ def run_questions(number: int, rounds: int, wanted: float) -> dict:
     )
 
 
-def run_scienceqa(rounds: int, wanted: float) -> dict:
+def run_scienceqa(rounds: int, wanted: float, max_new_tokens: int = 16, ends: tuple[int, ...] = ()) -> dict:
     stock, processor, predictor = make_sides()
+    stock.generation_config.eos_token_id = list(ends) or None
+    predictor.settings = type(predictor.settings)(end_token_ids=ends)
     generator = torch.Generator().manual_seed(0)
     lengths = (4.6 + 0.6 * torch.randn(48, generator=generator)).exp().clamp(30, 400).round().int().tolist()
     samples = [
         (picture(number), question(length, processor.tokenizer, generator)) for number, length in enumerate(lengths)
     ]
-    one_by_one = stock_answers(stock, processor, samples, 1, 16)
-    if our_answers(predictor, samples, 16) != one_by_one:
+    one_by_one = stock_answers(stock, processor, samples, 1, max_new_tokens)
+    if our_answers(predictor, samples, max_new_tokens) != one_by_one:
         sys.exit("the answers are not those that stock gives one by one")
     result = take_turns(
-        lambda: stock_answers(stock, processor, samples, 8, 16),
-        lambda: our_answers(predictor, samples, 16),
+        lambda: stock_answers(stock, processor, samples, 8, max_new_tokens),
+        lambda: our_answers(predictor, samples, max_new_tokens),
         rounds,
         wanted,
     )
-    return {**result, "question_tokens": [min(lengths), int(statistics.median(lengths)), max(lengths)]}
+    answer_tokens = sorted(
+        len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in one_by_one
+    )
+    for name, found in (("question_tokens", sorted(lengths)), ("answer_tokens", answer_tokens)):
+        result[name] = [found[0], int(statistics.median(found)), found[-1]]
+    return result
 
 
 def run_memory(number: int = 10_000) -> dict:
@@ -273,10 +310,16 @@ def main():
             result = run_memory()
             print(f"    {result['resident_mb']} MB, grown by {result['grown_mb']} MB", flush=True)
         else:
-            run = run_scienceqa if name == "scienceqa" else lambda *rest, n=int(name): run_questions(n, *rest)
-            result = run(args.rounds, wanted)
+            if name == "one":
+                result = run_one(args.rounds, wanted)
+            elif name == "scienceqa":
+                result = run_scienceqa(args.rounds, wanted)
+            elif name == "lengths":
+                result = run_scienceqa(args.rounds, wanted, 64, tuple(range(260, 700, 20)))
+            else:
+                result = run_questions(int(name), args.rounds, wanted)
             print(
-                f"    stock {result['stock_s']:.2f} s, ours {result['ours_s']:.2f} s: {result['ratio']:.2f} × "
+                f"    stock {result['stock_s']:.3f} s, ours {result['ours_s']:.3f} s: {result['ratio']:.2f} × "
                 f"(wanted {wanted} ×), the same answers",
                 flush=True,
             )

@@ -90,10 +90,8 @@ def load_from_arguments(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..inference.chat import Chat
-    from ..inference.decoding_settings import DecodingSettings
-    from ..inference.image_references import read_image
-    from ..inference.predictor import LlavaPredictor
+    from ..inference import DecodingSettings, LlavaPredictor
+    from ..inference.chat import Chat, read_named_image
     from .chat_terminal import Terminal
 
     settings = {"max_new_tokens": args.max_new_tokens}
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.top_p is not None or args.top_k is not None:
         raise ValueError("--top-p and --top-k draw an answer, so they need --temperature above 0, such as 0.7.")
     DecodingSettings(**settings)  # a mistake is found before the model is loaded, and so is a wrong path
-    images = [read_image(reference) for reference in args.image or []]
+    images = [read_named_image(reference) for reference in args.image or []]
     model, processor = load_from_arguments(args)
     chat = Chat(LlavaPredictor(model, processor, system=args.system), seed=args.seed, **settings)
     terminal = Terminal(chat, name=args.model, remember=not args.no_history)

@@ -1,29 +1,30 @@
 """The terminal side of `llava chat`: reading lines, commands, streaming answers; or a script on stdin."""
 
 import contextlib
+import glob
 import os
+import re
+import shlex
 import signal
 import sys
 import unicodedata
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..inference.chat import Chat, Conversation, save_transcript
-from ..inference.image_references import NamedImage, are_images, read_image, split_references
+from ..inference.chat import IMAGE_SUFFIXES, Chat, Conversation, NamedImage, is_url, read_named_image, save_transcript
 
 
 HISTORY = "~/.llava_history"
 COMMANDS: dict[str, tuple[str, str]] = {
-    "/image": (
-        "PATH …",
-        "talk about this image (or these); without PATH: which one it is; `none`: about no image",
-    ),
+    "/image": ("PATH …", "talk about this image (or these); without PATH: which one it is; `none`: about no image"),
     "/reset": ("", "forget what was said, keep the image"),
     "/retry": ("", "answer the last question again"),
     "/save": ("FILE", "write the conversation: .json as training data, any other name as Markdown"),
     "/help": ("", "this list"),
     "/quit": ("", "leave (also Ctrl-D)"),
 }
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Terminal:
@@ -48,9 +49,10 @@ class Terminal:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if hasattr(
                 stream, "reconfigure"
-            ):  # an answer may hold what the terminal's encoding has not, a question anything
+            ):  # an answer may hold what the terminal's encoding lacks, a question anything
                 stream.reconfigure(errors="replace")
-        self.read_line = _line_reader(remember) if self.interactive else None
+        if self.interactive:
+            _use_readline(remember)
         self.colour = self.interactive and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def run(self, images: list[NamedImage]) -> int:
@@ -75,7 +77,7 @@ class Terminal:
             while True:
                 line = None
                 try:
-                    line = self.read_line().strip()
+                    line = input("› ").strip()
                     if not self.handle(line):
                         break
                     interrupted = False
@@ -124,13 +126,12 @@ class Terminal:
     def image(self, rest: str) -> None:
         if not rest:
             self.note(self.about())
-        elif rest == "none":
-            self.show([])
-        else:
-            try:
-                self.show([read_image(reference) for reference in split_references(rest)])
-            except ValueError as error:
-                raise ValueError(f"{error} {self.about('Still about')}") from None
+            return
+        try:
+            images = [] if rest == "none" else [read_named_image(name) for name in split_references(rest)]
+        except ValueError as error:
+            raise ValueError(f"{error} {self.about('Still about')}") from None
+        self.show(images)
 
     def show(self, images: list[NamedImage]) -> None:
         self.chat.show(images)
@@ -148,16 +149,14 @@ class Terminal:
 
     def about(self, begin: str = "About") -> str:
         images = self.chat.conversation.images
-        if not images:
-            return f"{begin} no image."
         sizes = (f"{_printable(image.name)} ({image.image.width}×{image.image.height})" for image in images)
-        return f"{begin} {', '.join(sizes)}."
+        return f"{begin} {', '.join(sizes) or 'no image'}."
 
     def save(self, rest: str) -> None:
         names = split_references(rest)
         if len(names) != 1:
             raise ValueError("Where to? /save FILE, such as /save chat.md or /save chat.json.")
-        path = Path(names[0]).expanduser()
+        path = Path(names[0])
         if path.exists() and path.resolve() not in self.saved:
             raise ValueError(f"{path} exists and is not of this chat. Choose another name.")
         try:
@@ -208,10 +207,64 @@ class Terminal:
         print(f"\033[31m{text}\033[0m" if self.colour else text, file=sys.stderr, flush=True)
 
 
+def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:
+    """
+    The paths and URLs of a line, as terminals and file managers write them when a file is dragged or pasted.
+
+    Quotes, `file://` URLs, PowerShell's `& '…'` and `~` are taken off; `\\ ` is a space, but a backslash in a Windows path
+    is a backslash. A line that is the path of a file as it stands is one path, whatever it holds.
+
+    Args:
+        text (`str`): One line.
+        windows (`bool`, *optional*): Whether every backslash separates folders; by default, as on this machine.
+
+    Example:
+
+    ```python
+    >>> split_references(r"'my cat.jpg' /home/me/a\\ dog.png file:///home/me/a%20bird.png")
+    ['my cat.jpg', '/home/me/a dog.png', '/home/me/a bird.png']
+    ```"""
+    text = text.strip().removeprefix("& ").strip()
+    if os.path.isfile(_local(text)):
+        return [_local(text)]
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    if windows or re.search(r"(?<![^\s'\"])[A-Za-z]:\\", text):
+        words.escape = ""
+    try:
+        return [_local(word) for word in words]
+    except ValueError:  # an apostrophe in a name
+        return [_local(word) for word in text.split()]
+
+
+def are_images(text: str) -> bool:
+    """
+    Whether a line holds nothing but images, so that it need not be asked about: URLs, files with an image's ending,
+    or paths (with a folder) that end as an image's would.
+    """
+    names = [] if "\n" in text.strip() else split_references(text)
+    return bool(names) and all(
+        is_url(name)
+        or name.lower().endswith(IMAGE_SUFFIXES)
+        and (os.path.isfile(name) or os.path.dirname(name) or _DRIVE.match(name))
+        for name in names
+    )
+
+
+def _local(word: str) -> str:
+    if word.lower().startswith("file://"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(word.replace("\\", "/")).path)
+        word = path[1:] if re.match(r"/[A-Za-z]:", path) else path
+    word = os.path.expanduser(word)
+    if os.name != "nt" and _DRIVE.match(word) and os.path.isdir(f"/mnt/{word[0].lower()}"):  # Linux under Windows
+        word = f"/mnt/{word[0].lower()}/" + word[3:].replace("\\", "/")
+    return word
+
+
 @contextlib.contextmanager
 def _first_ctrl_c(action: Callable[[], None]) -> Iterator[list[bool]]:
     """
-    The first Ctrl-C calls `action` and is kept in the list that is yielded; a second one interrupts whatever is going on.
+    The first Ctrl-C calls `action` and is kept in the list that is yielded; a second one interrupts whatever runs.
 
     Python raises `KeyboardInterrupt` wherever it is: in a finalizer or a callback, while a token is computed, it would be
     lost, and the answer would continue.
@@ -236,55 +289,30 @@ def _printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _line_reader(remember: bool) -> Callable[[], str]:
-    """A function that reads a line: with prompt_toolkit if it is installed, else as Python's own prompt does."""
+def _use_readline(remember: bool) -> None:
+    """Arrow keys, history and completion of `input`, where Python has readline (not on Windows)."""
     try:
-        from prompt_toolkit import PromptSession
+        import readline
     except ImportError:
-        return _plain_reader()
-    from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter
-    from prompt_toolkit.document import Document
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+        return
+    import atexit
 
-    class Completion(Completer):
-        """Commands, and paths after those that take one."""
+    def complete(word: str, number: int) -> str | None:
+        names = [name for name in COMMANDS if name.startswith(word)] if readline.get_begidx() == 0 else []
+        names += [name + "/" * os.path.isdir(name) for name in glob.glob(glob.escape(os.path.expanduser(word)) + "*")]
+        return names[number] if number < len(names) else None
 
-        paths, commands = PathCompleter(expanduser=True), WordCompleter(list(COMMANDS), sentence=True)
-
-        def get_completions(self, document, event):
-            command, space, rest = document.text_before_cursor.partition(" ")
-            if space and command in ("/image", "/save"):
-                yield from self.paths.get_completions(Document(rest), event)
-            elif command.startswith("/"):
-                yield from self.commands.get_completions(document, event)
-
-    history = InMemoryHistory()
-    if remember:
-        path = Path(HISTORY).expanduser()
-        try:
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    path = Path(HISTORY).expanduser()
+    with contextlib.suppress(OSError):  # a home that cannot be written to: remembered until the end
+        if remember:
             path.touch(0o600)
-            history = FileHistory(str(path))
-        except OSError:  # a home that cannot be written to: remembered until the end
-            pass
-    session = PromptSession("› ", history=history, completer=Completion(), complete_while_typing=False)
-
-    def read_line() -> str:
-        # Until it holds the terminal, Ctrl-C is a signal: raised inside of the event loop's beginnings, it is a traceback.
-        with _first_ctrl_c(lambda: None) as pressed:
-            line = session.prompt(pre_run=lambda: pressed and session.app.exit(exception=KeyboardInterrupt))
-        if pressed:
-            raise KeyboardInterrupt
-        return line
-
-    return read_line
+            if path.stat().st_size:
+                readline.read_history_file(path)
+            readline.set_history_length(1000)
+            atexit.register(readline.write_history_file, path)
 
 
-def _plain_reader() -> Callable[[], str]:
-    import importlib.util
-
-    if importlib.util.find_spec("readline"):
-        import readline  # noqa: F401  arrow keys and history of this session
-    return lambda: input("› ")
-
-
-__all__ = ["Terminal"]
+__all__ = ["Terminal", "are_images", "split_references"]

@@ -10,9 +10,45 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from ..io.atomic import write_atomic
-from .image_references import NamedImage
+from ..io.images import ImageError, read_image
 from .predictor import LlavaPredictor
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """
+    An image and what the person calls it.
+
+    Attributes:
+        name (`str`): Path or URL; for an upload, the file's name.
+        image (`PIL.Image.Image` or `bytes`): Upright, RGB; or the bytes of an image file, where many are kept.
+    """
+
+    name: str
+    image: Image.Image | bytes
+
+
+def is_url(reference: str) -> bool:
+    return reference.lower().startswith(("http://", "https://"))
+
+
+def read_named_image(reference: str) -> NamedImage:
+    """
+    Reads an image from a path or an `http(s)` URL.
+
+    Raises:
+        ValueError: it is not there, not an image, damaged, too large, or cannot be downloaded; in one line.
+    """
+    try:
+        return NamedImage(reference, read_image(reference))
+    except ImageError as error:
+        raise ValueError(f"{reference} {error.what}.") from None
 
 
 @dataclass
@@ -58,13 +94,7 @@ class Chat:
         settings: Fields of [`~modeling_llava.inference.DecodingSettings`] for every answer.
     """
 
-    def __init__(
-        self,
-        predictor: LlavaPredictor,
-        *,
-        seed: int | None = None,
-        **settings,
-    ):
+    def __init__(self, predictor: LlavaPredictor, *, seed: int | None = None, **settings):
         self.predictor, self.settings = predictor, settings
         self._predicting = threading.Lock()  # a predictor is for one thread at a time
         self.seeds = itertools.count(random.randrange(2**31) if seed is None else seed)
@@ -177,8 +207,8 @@ class Chat:
             return settings
         if room < 1:
             raise ValueError(
-                f"The conversation is {prompt_tokens:,} tokens long, and the model takes {self.max_length:,}. Begin a new "
-                "one about the same image with a reset."
+                f"The conversation is {prompt_tokens:,} tokens long, and the model takes {self.max_length:,}. Start a new "
+                "one about the same image: /reset, or New chat."
             )
         wanted = settings.get("max_new_tokens", self.predictor.settings.max_new_tokens)
         return {**settings, "max_new_tokens": min(wanted, room)}

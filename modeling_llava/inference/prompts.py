@@ -94,7 +94,9 @@ def rows_of_samples(
         ordered = sorted(groups.values(), key=lambda group: -max(len(ids) for _, ids in group))
         step = min(batch_size, MAX_GROUPS)
         for start in range(0, len(ordered), step):
-            yield from _rows_of_groups(ordered[start : start + step], decoder, processor, image_folder, follow_symlinks)
+            yield from _rows_of_groups(
+                ordered[start : start + step], decoder, processor, image_folder, follow_symlinks
+            )
 
 
 def encode_images(images: list[Image.Image], decoder: Decoder, processor) -> list:

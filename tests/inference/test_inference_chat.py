@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from tiny_predictor import assistant_turn, generated, picture, user_turn
 
+from modeling_llava.cli.chat_terminal import are_images, split_references
 from modeling_llava.data import load_conversations
-from modeling_llava.inference.chat import Chat, save_transcript
-from modeling_llava.inference.image_references import NamedImage, are_images, read_image, split_references
-from modeling_llava.inference.predictor import LlavaPredictor
+from modeling_llava.inference import LlavaPredictor
+from modeling_llava.inference.chat import Chat, NamedImage, read_named_image, save_transcript
 
 
 QUESTIONS = ["What is this?", "Why is it so?", "And the one on the left?"]
@@ -106,16 +106,13 @@ def test_reset_keeps_the_picture_and_show_takes_another(chat, model, processor):
     assert "".join(chat.ask(QUESTIONS[0])) == expected(model, processor, [], QUESTIONS[0], [])
 
 
-def test_pictures_are_encoded_once_and_again_after_a_release(chat):
-    passes = []
-    encode = chat.predictor.decoder.encode_images
-    chat.predictor.decoder.encode_images = lambda pixels: passes.append(1) or encode(pixels)
+def test_images_are_encoded_once_and_again_after_a_release(chat, passes):
     answers = ["".join(chat.ask(question)) for question in QUESTIONS]
-    assert passes == []
+    assert passes.images == []
     chat.release()
     chat.reset()
     assert ["".join(chat.ask(question)) for question in QUESTIONS] == answers
-    assert passes == [1]
+    assert passes.images == [1]
 
 
 def test_one_question_at_a_time_and_none_that_is_empty(chat):
@@ -141,32 +138,12 @@ def test_conversation_longer_than_the_model_is_refused_and_answers_end_before(ch
     assert list(chat.ask(QUESTIONS[1]))
 
 
-def test_chats_that_share_a_model_in_threads_do_not_mix(model, processor):
-    chats = [Chat(LlavaPredictor(model, processor), max_new_tokens=30) for _ in range(3)]
-    answers: list[list[str]] = [[] for _ in chats]
-
-    def talk(number):
-        chats[number].show([NamedImage(f"{number}.png", picture(number))])
-        for question in QUESTIONS[:2]:
-            answers[number].append("".join(chats[number].ask(question)))
-
-    threads = [threading.Thread(target=talk, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(3):
-        first = expected(model, processor, [], QUESTIONS[0], [picture(number)], 30)
-        second = expected(model, processor, [(QUESTIONS[0], first)], QUESTIONS[1], [picture(number)], 30)
-        assert answers[number] == [first, second]
-
-
 # Transcripts
 
 
 def test_transcript_in_json_is_training_data(chat, tmp_path):
     picture(1).save(tmp_path / "a.png")
-    chat.show([read_image(str(tmp_path / "a.png"))])
+    chat.show([read_named_image(str(tmp_path / "a.png"))])
     answers = ["".join(chat.ask(question)) for question in QUESTIONS[:2]]
     first = chat.conversation
     chat.show([])
@@ -264,33 +241,33 @@ def site(tmp_path, monkeypatch):
 def test_pictures_by_url(site, monkeypatch):
     folder, url = site
     picture(5).save(folder / "eine Straße.png")
-    read = read_image(f"{url}/eine Straße.png")
+    read = read_named_image(f"{url}/eine Straße.png")
     assert read.name == f"{url}/eine Straße.png" and read.image.tobytes() == picture(5).tobytes()
     (folder / "page.jpg").write_text("<!doctype html>")
     with pytest.raises(ValueError, match="page.jpg is not an image: .* looks like a web page"):
-        read_image(f"{url}/page.jpg")
+        read_named_image(f"{url}/page.jpg")
     with pytest.raises(ValueError, match="absent.jpg cannot be downloaded: the server says 404"):
-        read_image(f"{url}/absent.jpg")
+        read_named_image(f"{url}/absent.jpg")
     monkeypatch.setattr("modeling_llava.io.images.MAX_DOWNLOAD_BYTES", 100)
     with pytest.raises(ValueError, match="is larger than"):
-        read_image(f"{url}/eine Straße.png")
+        read_named_image(f"{url}/eine Straße.png")
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        read_image("http://127.0.0.1:1/a.jpg")
+        read_named_image("http://127.0.0.1:1/a.jpg")
     with pytest.raises(ValueError, match="cannot be downloaded"):
-        read_image("http://[bad/a.jpg")
+        read_named_image("http://[bad/a.jpg")
 
 
 def test_wrong_pictures_are_one_line_that_names_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^nope.jpg is not there \(looked in .*\)\.$"):
-        read_image("nope.jpg")
+        read_named_image("nope.jpg")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match="^cut.png is"):
-        read_image("cut.png")
+        read_named_image("cut.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     picture(1).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="^large.png has more pixels"):
-        read_image("large.png")
+        read_named_image("large.png")
 
 
 def test_rows_keep_urls_and_names_that_are_no_files(chat, tmp_path):

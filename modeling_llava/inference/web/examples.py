@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..image_references import SUFFIXES, read_image
+from ..chat import IMAGE_SUFFIXES, read_named_image
 
 
 QUESTION = "What is shown in this picture?"
@@ -34,10 +34,10 @@ def collect_examples(source: str | os.PathLike | None, folder: str | os.PathLike
     else:
         if not Path(source).is_dir():
             raise ValueError(f"{source} has no images: it is not a folder.")
-        names = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in SUFFIXES)[:MAX_EXAMPLES]
+        names = sorted(path for path in Path(source).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:MAX_EXAMPLES]
         if not names:
-            raise ValueError(f"{source} has no images ({', '.join(SUFFIXES)}).")
-        images = {f"{path.name}.png": read_image(str(path)).image for path in names}
+            raise ValueError(f"{source} has no images ({', '.join(IMAGE_SUFFIXES)}).")
+        images = {f"{path.name}.png": read_named_image(str(path)).image for path in names}
         questions = {}
     place = Path(folder, "examples")
     place.mkdir(parents=True, exist_ok=True)

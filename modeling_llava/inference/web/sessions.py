@@ -11,8 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ...data.images import load_image
 from ...data.schema import BadSampleError
-from ..chat import Chat, Conversation
-from ..image_references import NamedImage
+from ..chat import Chat, Conversation, NamedImage
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
