@@ -221,13 +221,27 @@ def test_wrong_rows_are_named(tmp_path, change, message):
         read_questions(tmp_path / "q.jsonl")
 
 
-def test_command(tmp_path, model_folder):
-    picture(1).save(tmp_path / "a.png")
+def run_cli(tmp_path, model_folder, images, *more):
     rows = [{"question_id": n, "image": "a.png", "question": f"Is it {n}?", "answer": "cat"} for n in range(3)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--questions", tmp_path / "q.jsonl", "--images", tmp_path, "--out", tmp_path / "out"]
-    arguments += ["--instruction", "", "--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu"]
-    assert main(["eval", "vqa", str(model_folder), *map(str, arguments)]) == 0
+    arguments = ["--questions", tmp_path / "q.jsonl", "--images", images, "--out", tmp_path / "out"]
+    arguments += ["--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", *more]
+    return main(["eval", "vqa", str(model_folder), *map(str, arguments)])
+
+
+def test_command(tmp_path, model_folder):
+    picture(1).save(tmp_path / "a.png")
+    assert run_cli(tmp_path, model_folder, tmp_path, "--instruction", "") == 0
     results, rows = read_results(tmp_path / "out")
     assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
-    assert main(["eval", "vqa", str(model_folder), *map(str, arguments), "--max-new-tokens", "0"]) == 2
+    for wrong in (["--max-new-tokens", 0], ["--batch-size", 0], ["--limit", 0], ["--temperature", 0], ["--top-p", 0.5]):
+        assert run_cli(tmp_path, model_folder, tmp_path, *wrong) == 2
+
+
+def test_links_that_lead_out_of_the_image_folder_are_followed_if_asked(tmp_path, model_folder, capsys):
+    picture(1).save(tmp_path / "a.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")
+    assert run_cli(tmp_path, model_folder, tmp_path / "links") == 2
+    assert "symlinks" in capsys.readouterr().err
+    assert run_cli(tmp_path, model_folder, tmp_path / "links", "--follow-symlinks") == 0
