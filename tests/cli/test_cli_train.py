@@ -5,13 +5,17 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
+from modeling_llava.cli.train import _needs
+from modeling_llava.training import LlavaTrainingArguments, read_recipe
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_v15_tiny_lora"
@@ -71,3 +75,67 @@ def test_next_command_of_an_adapter_loads_it_as_it_was_trained(adapter, folder, 
 
     assert evaluated(f"{adapter}-default") == (adapter == "qlora")
     assert evaluated(f"{adapter}-16", "--no-4bit") is False
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    """Words of `llava train` for some rows of data, four samples an epoch's step."""
+
+    def words(num_rows, *settings):
+        rows = json.loads((folder / "data.json").read_text())
+        data = tmp_path / "rows.json"
+        data.write_text(json.dumps([{**rows[0], "id": str(i)} for i in range(num_rows)]))
+        fixed = {
+            "model": folder / "model", "data": data, "image_folder": folder, "output_dir": tmp_path / "run", "max_steps": 1,
+            "per_device_train_batch_size": 4, "global_batch_size": 4, "dataloader_num_workers": 0, "disable_tqdm": "true",
+            "report_to": "none", "preview_samples": 0, "lora_r": 4,
+        }  # fmt: skip
+        return ["train", "lora", *(f"{name}={value}" for name, value in fixed.items()), *settings]
+
+    return words
+
+
+@pytest.mark.parametrize(
+    "num_rows, settings, held_out",
+    [(49, [], 0), (120, [], 6), (120, ["eval_size=0"], 0), (5001, [], 0)],
+)
+def test_small_data_gets_a_held_out_split(num_rows, settings, held_out, recipe, tmp_path, capsys, caplog):
+    assert main(recipe(num_rows, *settings)) == 0
+    assert ("evaluation loss" in capsys.readouterr().out) == (held_out > 0)
+    assert (f"{held_out} of {num_rows} samples are held out" in caplog.text) == (held_out > 0 and not settings)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["num_samples"] + held_out == num_rows
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (resolved["eval_size"] or 0) == held_out
+
+
+def test_a_trial_shows_answers_and_hours_and_leaves_the_run_alone(recipe, tmp_path, capsys):
+    words = recipe(60, "save_steps=1", "eval_size=0", "num_train_epochs=2", "eval_strategy=no")
+    assert main(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert main([*words, "max_steps=-1", "--trial", "3"]) == 0
+    printed = capsys.readouterr().out
+    # 56 of 60 rows, four samples a step, two epochs
+    assert "2 epochs, 28 optimizer steps" in printed and "in 3 steps" not in printed
+    assert all(word in printed for word in ("reference", "before", "after", "A red one."))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list((tmp_path / "run" / "trial").glob("checkpoint-*"))
+    assert main([*words, "--trial", "0"]) == 2
+
+
+def test_download_disk_and_free_memory_are_told_before_loading(monkeypatch, tmp_path):
+    def snapshot_download(model, dry_run, **kwargs):
+        return [SimpleNamespace(file_size=13 * 2**30, will_download=True)]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    args = LlavaTrainingArguments(**read_recipe("qlora-8gb") | {"precision": "fp32", "output_dir": str(tmp_path)})
+    args.model, args.precision = "llava-hf/llava-1.5-7b-hf", "bf16"
+    assert [line.partition(":")[0] for line in _needs(args)] == ["Download", "Disk"]
+    args.use_cpu = False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
+    for free, fits in ((7, True), (4, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 8 * 2**30))
+        line = _needs(args)[-1]
+        assert f"{free}.0 of 8.0 GiB are free" in line and ("may not fit" in line) != fits

@@ -1,0 +1,97 @@
+"""Activation checkpointing: off, every second layer and on train the same; auto takes the memory that a GPU has free."""
+
+import pytest
+import torch
+import yaml
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from modeling_llava.training import LlavaTrainingArguments, train
+from modeling_llava.training import estimate as estimates
+from modeling_llava.training.setup import core_model, load_model_and_processor, resolve_checkpointing
+
+
+class Layers(TrainerCallback):
+    """Which layers of the language model are checkpointed."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        layers = core_model(model).model.language_model.modules()
+        self.flags = [m.gradient_checkpointing for m in layers if isinstance(m, GradientCheckpointingLayer)]
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_all_three_give_the_same_losses_and_gradients(adapter, settings, tmp_path):
+    """The tower has three layers, which transformers' `every_n_layers` would count too."""
+    found, layers = {}, {}
+    for value in ("off", "every_second", "on"):
+        recipe = {
+            **settings,
+            "adapter": adapter,
+            "activation_checkpointing": value,
+            "output_dir": str(tmp_path / value),
+        }
+        layers[value] = Layers()
+        history = train({**recipe, "lora_dropout": 0.0}, callbacks=[layers[value]]).log_history
+        found[value] = [number for e in history if "loss" in e for number in (e["loss"], e["grad_norm"])]
+    assert layers["every_second"].flags == [True, False] and layers["on"].flags == [True, True]
+    assert found["on"] == pytest.approx(found["off"], rel=1e-5)
+    assert found["every_second"] == pytest.approx(found["off"], rel=1e-5)
+
+
+def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch, caplog):
+    args = LlavaTrainingArguments(**settings)
+    model, _ = load_model_and_processor(args)
+    monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
+    run, sizes = estimates.Settings.of(args), estimates.sizes_of(model.config)
+    for value in (False, "every_second", True):
+        estimated = estimates.estimate(sizes, run.replace(activation_checkpointing=value)).total
+        available = (estimated - estimates.CUDA_CONTEXT) / (1 - estimates.MARGIN) + 1
+        monkeypatch.setattr(estimates, "available_memory", lambda device, available=available: available)
+        args.activation_checkpointing = "auto"
+        resolve_checkpointing(model, args)
+        assert args.activation_checkpointing == value
+        assert f"checkpointing: {estimates.CHECKPOINTING[value]} (estimated GiB: off " in caplog.messages[-1]
+
+
+def test_every_process_takes_what_the_fullest_gpu_has_room_for(settings, monkeypatch):
+    args = LlavaTrainingArguments(**settings)
+    model, _ = load_model_and_processor(args)
+    monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr(estimates, "available_memory", lambda device: 2**40)
+    for others, expected in ((2**40, False), (0, True)):
+        monkeypatch.setattr("modeling_llava.training.setup.gather_object", lambda own, others=others: [*own, others])
+        args.activation_checkpointing = "auto"
+        resolve_checkpointing(model, args)
+        assert args.activation_checkpointing is expected
+
+
+def test_available_memory_is_within_the_share_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)
+    for share, expected in ((1.0, 7 * 2**30), (0.5, 6 * 2**30)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+        assert estimates.available_memory(torch.device("cuda")) == expected
+
+
+def test_what_was_resolved_is_stored_and_kept_on_resume(settings, tmp_path):
+    recipe = {**settings, "activation_checkpointing": "auto", "save_steps": 1}
+    train({**recipe, "max_steps": 1})
+    stored = tmp_path / "run" / "checkpoint-1" / "recipe.yaml"
+    before = yaml.safe_load(stored.read_text())
+    assert before["activation_checkpointing"] is True  # there is no GPU
+    stored.write_text(yaml.safe_dump(before | {"activation_checkpointing": "every_second"}))
+    layers = Layers()
+    assert train(recipe, callbacks=[layers]).resumed_from == stored.parent
+    assert layers.flags == [True, False]
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["activation_checkpointing"] == "every_second"
+
+
+def test_other_spellings(tmp_path):
+    def value(**settings):
+        return LlavaTrainingArguments(str(tmp_path), **settings).activation_checkpointing
+
+    assert value(activation_checkpointing="on") is True and value(activation_checkpointing="off") is False
+    assert value() is False and value(gradient_checkpointing=True) is True
+    assert value(gradient_checkpointing="every_second") == "every_second"
+    with pytest.raises(ValueError, match="activation_checkpointing=half"):
+        value(activation_checkpointing="half")
