@@ -40,7 +40,7 @@ from ..text.stops import add_generation_stop, note_generation_stop
 from .adapters import core_model, finish_adapter_folder, is_peft, load_unfinished
 from .arguments import LlavaTrainingArguments
 from .callbacks import SpeedCallback
-from .resume import disk_errors_explained, find_resumable_checkpoint, write_run_record
+from .resume import find_resumable_checkpoint, write_run_record
 
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,8 @@ class CheckpointingTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
-        with disk_errors_explained(folder):
-            self._write_weights(folder, state_dict)
-            write_run_record(folder, self.args, self.data_record, self.base_record)
+        self._write_weights(folder, state_dict)
+        write_run_record(folder, self.args, self.data_record, self.base_record)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
@@ -120,29 +119,28 @@ class CheckpointingTrainer(Trainer):
     def _save_companions(self, folder: Path) -> None:
         """What a checkpoint holds beside its weights."""
         if self.args.should_save:
-            with disk_errors_explained(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(folder)
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)
-                write_run_record(folder, self.args, self.data_record, self.base_record)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            self._save_processor_and_arguments(folder)
+            write_run_record(folder, self.args, self.data_record, self.base_record)
         self.accelerator.wait_for_everyone()
 
+    def _save_processor_and_arguments(self, folder: Path) -> None:
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with disk_errors_explained(output_dir):
-            if not self.saves_shards:
-                return super()._save_optimizer_and_scheduler(output_dir)
-            save_shards(self.model, output_dir, self.args)
-            save_fsdp_optimizer(
-                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
-            )
-            if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        if not self.saves_shards:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_shards(self.model, output_dir, self.args)
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        with disk_errors_explained(output_dir):
-            super()._save_rng_state(output_dir)
+        super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what says that a checkpoint is complete comes after every process's part
 
     def _write_weights(self, folder: Path, state_dict: dict | None) -> None:
@@ -151,9 +149,7 @@ class CheckpointingTrainer(Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         if self.args.stage == "pretrain":
             save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args.model_revision)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            self._save_processor_and_arguments(folder)
         else:
             core = core_model(self.model)
             config = core.config

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -14,11 +15,10 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..io.atomic import sha256_of, write_atomic
@@ -30,10 +30,6 @@ from .arguments import LlavaTrainingArguments
 from .recipes import write_recipe
 
 
-if TYPE_CHECKING:
-    from .trainer import LlavaTrainer
-
-
 logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "recipe.yaml"
@@ -42,16 +38,10 @@ WAIT_FOR_WORKERS = 15.0
 """Seconds that a new run waits for the lock: the data loader's workers outlive a killed process by five."""
 
 
-TRAINED_PARTS = ("stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_vision_tower")
-"""Settings that decide which weights are trained; a checkpoint with other values holds no state for them."""
-
-
 @contextlib.contextmanager
 def output_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     """
     Create an output folder, check that it can be written, and lock it for this process.
-
-    Two runs in one folder would resume from, and delete, each other's checkpoints.
 
     Raises:
         OSError: another run uses the folder, or it cannot be written.
@@ -61,103 +51,65 @@ def output_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # fails now, not at the first checkpoint
         pass
-    descriptor = _lock(folder)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    with contextlib.ExitStack() as stack:
         if is_new:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+            stack.callback(_remove_if_empty, folder)
+        if os.name != "nt":  # Windows does not open folders
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            until = time.monotonic() + WAIT_FOR_WORKERS
+            while not lock(descriptor):
+                if time.monotonic() > until:
+                    raise OSError(
+                        f"{folder}: another run uses this folder, and both would resume from, and delete, each other's "
+                        "checkpoints. Wait for it, stop it, or choose another output_dir."
+                    )
+                time.sleep(0.2)
+        yield
 
 
-def _lock(folder: Path) -> int | None:
-    """The descriptor of a locked folder; `None` on Windows, which does not open folders."""
-    if os.name == "nt":
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    until = time.monotonic() + WAIT_FOR_WORKERS
-    while not lock(descriptor):
-        if time.monotonic() > until:
-            os.close(descriptor)
-            raise OSError(
-                f"{folder}: another run uses this folder, and both would resume from, and delete, each other's checkpoints. "
-                "Wait for it, stop it, or choose another output_dir."
-            )
-        time.sleep(0.2)
-    return descriptor
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
-def disk_errors_explained(folder: str | os.PathLike, only_full: bool = False) -> Iterator[None]:
+def full_disk_explained(output_dir: str | os.PathLike) -> Iterator[None]:
     """
-    Around the writing of a checkpoint: explain what could not be written, and from which checkpoint the run can resume.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The checkpoint, or the run's output folder.
-        only_full (`bool`, *optional*, defaults to `False`):
-            Explain a full disk alone: around code that also reads files.
+    Around a run: explain that the disk is full, and from which checkpoint the run can resume.
 
     Raises:
         OSError: in place of what safetensors, tokenizers, torch and the system raise.
     """
     try:
         yield
-    except _ExplainedError:
-        raise
-    except Exception as error:
+    except Exception as error:  # tokenizers raise a bare Exception, torch's writer a RuntimeError
         cause = " ".join(str(error).split())
-        is_full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in cause for number in _FULL)
-        if not is_full and (only_full or not _is_disk_error(error, cause)):
+        if not any(sign in cause for sign in _FULL):
             raise
-        folder = Path(folder)
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        complete = find_resumable_checkpoint(folder.parent if is_checkpoint else folder)
-        place = next(p for p in (folder, *folder.parents) if p.exists())
-        kept = (
-            f"The last complete checkpoint is {complete.name}" if complete else "There is no complete checkpoint yet"
-        )
-        raise _ExplainedError(
-            f"{folder} could not be written: {cause}. {shutil.disk_usage(place).free / 2**30:.1f} GiB are free. "
-            f"{kept}. Free some space (or set save_total_limit, save_steps) and run the same command again."
+        last = find_resumable_checkpoint(output_dir)
+        kept = f"The last complete checkpoint is {last.name}" if last else "There is no complete checkpoint yet"
+        raise OSError(
+            f"{output_dir} could not be written: {cause}. {shutil.disk_usage(output_dir).free / 2**30:.1f} GiB are free. {kept}. "
+            "Free some space (or set save_total_limit, save_steps) and run the same command again."
         ) from error
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class _ExplainedError(OSError):
-    """Complete: an outer `disk_errors_explained` lets it pass."""
-
-
-def _is_disk_error(error: Exception, cause: str) -> bool:
-    if isinstance(error, OSError | SafetensorError):
-        return True
-    # torch's writer raises a bare RuntimeError with changing texts, tokenizers a bare Exception
-    return any(sign in cause for sign in ("PytorchStreamWriter", "inline_container", "iostream", "(os error "))
+_FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "PytorchStreamWriter", "inline_container"]
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
     """All `checkpoint-N` folders of a run, complete or not, the newest first."""
-    output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return []
     numbered = [
         (int(match[1]), path)
-        for path in output_dir.iterdir()
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """
-    The newest complete checkpoint of a run, `None` if there is none.
-
-    The newest folder may be incomplete: of a run that was killed while saving.
-    """
+    """The newest complete checkpoint of a run, `None` if there is none; that of a run that was killed while saving is not."""
     for folder in checkpoint_folders(output_dir):
         reason = why_incomplete(folder)
         if reason is None:
@@ -236,7 +188,7 @@ def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
     return checkpoint
 
 
-def is_finished(trainer: "LlavaTrainer", checkpoint: Path) -> bool:
+def is_finished(trainer: Trainer, checkpoint: Path) -> bool:
     """
     Whether a checkpoint is the last of a run: all steps done, or stopped early.
 
@@ -279,17 +231,8 @@ def write_run_record(
     folder: str | os.PathLike, args: LlavaTrainingArguments, data: dict[str, Any] | None, base: dict[str, Any] | None
 ) -> None:
     """
-    Write `recipe.yaml` (every setting, resolved) and `run.json` (versions, machine, hash of the data).
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder of the weights.
-        args ([`LlavaTrainingArguments`]):
-            The settings of the run.
-        data (`dict`, *optional*):
-            See [`record_data`].
-        base (`dict`, *optional*):
-            Of an adapter: the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
+    Write `recipe.yaml` (every setting, resolved) and `run.json`: versions, machine, the data ([`record_data`]) and, of an adapter,
+    the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +251,7 @@ def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any =
     """
     The data of a run: each source with the SHA-256 of its file, and the number of samples.
 
-    A folder is hashed by the names and sizes of its files. Data on the Hub has no hash.
+    A folder or a pattern is hashed by the names and sizes of its files. Data on the Hub has no hash.
     """
     if isinstance(sources, str):
         sources = [sources]
@@ -323,23 +266,20 @@ def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any =
 
 
 def _hash(source: str) -> str | None:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return sha256_of(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        listing = "\n".join(f"{p.relative_to(path)} {p.stat().st_size}" for p in files)
-        return hashlib.sha256(listing.encode()).hexdigest()
-    return None
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(p for p in found if p.is_file())
+    listing = "\n".join(f"{p.relative_to(path) if path.is_dir() else p} {p.stat().st_size}" for p in files)
+    return hashlib.sha256(listing.encode()).hexdigest() if files else None
 
 
 __all__ = [
-    "RECIPE_NAME",
-    "TRAINED_PARTS",
     "changed_settings",
     "checkpoint_folders",
     "checkpoint_to_resume",
-    "disk_errors_explained",
+    "full_disk_explained",
     "find_resumable_checkpoint",
     "is_finished",
     "keep_resolved",

@@ -22,10 +22,9 @@ from .callbacks import DurationCallback, LossCurveCallback, PreviewCallback
 from .checkpoints import is_sharded_checkpoint
 from .recipes import parse_recipe
 from .resume import (
-    TRAINED_PARTS,
     changed_settings,
     checkpoint_to_resume,
-    disk_errors_explained,
+    full_disk_explained,
     is_finished,
     keep_resolved,
     output_dir_lock,
@@ -85,26 +84,36 @@ def train(
         OSError: `output_dir` cannot be written, its disk is full, or another run uses it.
     """
     args = _arguments(recipe, overrides)
-    _check_before_loading(args, callbacks)
     with output_dir_lock(args.output_dir) if args.process_index == 0 else nullcontext():
         return _train(args, callbacks, console)
 
 
-def _check_before_loading(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> None:
-    """
-    The checks of a run, in order: each would otherwise fail after a model has been loaded, or after the first evaluation.
-    Those of settings against each other are in [`LlavaTrainingArguments`], those of a checkpoint in [`_check_checkpoint`].
-    """
+def _arguments(recipe, overrides) -> LlavaTrainingArguments:
+    if overrides and not isinstance(recipe, str | os.PathLike):
+        raise ValueError("overrides apply to a recipe file; change the settings instead.")
+    if isinstance(recipe, dict):
+        recipe = LlavaTrainingArguments(**recipe)
+    args = copy.copy(recipe) if isinstance(recipe, LlavaTrainingArguments) else parse_recipe(recipe, overrides)
     if args.output_is_default:
         raise ValueError("output_dir is not set. Choose the folder of the result: output_dir=runs/my-run.")
+    return args
+
+
+def _preflight(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> Path | None:
+    """
+    What would otherwise fail after a model has been loaded, or after the first evaluation. Settings have been checked against each
+    other by then ([`LlavaTrainingArguments`]), and the output folder is locked.
+
+    Returns:
+        `Path`: the checkpoint from which the run resumes, if there is one.
+    """
     for callback in get_reporting_integration_callbacks(args.report_to):
         try:
             callback()
         except RuntimeError as error:
             raise ImportError(f"report_to={','.join(args.report_to)}: {error} Or set report_to=none.") from error
-    metric = args.metric_for_best_model
-    gives_metrics = args.benchmarks or callbacks
-    if metric is not None and metric.removeprefix("eval_") != "loss" and not gives_metrics:
+    metric = args.metric_for_best_model or "loss"
+    if metric.removeprefix("eval_") != "loss" and not (args.benchmarks or callbacks):
         raise ValueError(
             f"metric_for_best_model={metric}, but an evaluation gives the loss alone. Set metric_for_best_model=loss, or "
             "benchmarks, whose scores are metrics."
@@ -115,37 +124,38 @@ def _check_before_loading(args: LlavaTrainingArguments, callbacks: Sequence[Trai
             raise ValueError(
                 f"output_dir={args.output_dir} is the folder of the {name}, whose files the run would replace. Choose another."
             )
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None:
+        keep_resolved(args, checkpoint)
+        changed = changed_settings(args, checkpoint)
+        if others := [f"{name} {changed[name]}" for name in TRAINED_PARTS if name in changed]:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed: this run trains other weights ({'; '.join(others)}). Restore the settings, or "
+                "choose another output_dir."
+            )
+    return checkpoint
 
 
-def _check_checkpoint(args: LlavaTrainingArguments, checkpoint: Path) -> None:
-    """Raise ValueError where a checkpoint holds other trained weights than those of this run."""
-    changed = changed_settings(args, checkpoint)
-    others = [f"{name} {changed[name]}" for name in TRAINED_PARTS if name in changed]
-    if others:
-        raise ValueError(
-            f"{checkpoint} cannot be resumed: this run trains other weights ({'; '.join(others)}). Restore the settings, or "
-            "choose another output_dir."
-        )
+TRAINED_PARTS = (
+    "stage", "adapter", "lora_r", "lora_target", "lora_bias", "use_dora", "train_projector", "train_vision_tower",
+    "lora_vision_tower",
+)  # fmt: skip
+"""Settings that decide which weights are trained; a checkpoint with other values holds no state for them."""
 
 
 def _check_sharding(trainer: LlavaTrainer, checkpoint: Path) -> None:
     """Raise ValueError where a checkpoint is sharded and this run is not, or the reverse; the number of processes is free."""
     is_sharded = is_sharded_checkpoint(checkpoint)
-    if trainer.is_deepspeed_enabled or is_sharded == trainer.saves_shards:
-        return
-    was, now = ("sharded by FSDP2", "is not sharded") if is_sharded else ("not sharded", "is sharded by FSDP2")
-    raise ValueError(
-        f"{checkpoint} is {was}, and this run {now}: the optimizer state cannot be read. Launch it as before (the number of "
-        "processes may differ), or choose another output_dir."
-    )
+    if not trainer.is_deepspeed_enabled and is_sharded != trainer.saves_shards:
+        was, now = ("sharded by FSDP2", "is not sharded") if is_sharded else ("not sharded", "is sharded by FSDP2")
+        raise ValueError(
+            f"{checkpoint} is {was}, and this run {now}: the optimizer state cannot be read. Launch it as before (the number of "
+            "processes may differ), or choose another output_dir."
+        )
 
 
 def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], console: Any) -> TrainResult:
-    args = copy.copy(args)  # what is auto is resolved in it
-    checkpoint = checkpoint_to_resume(args)
-    if checkpoint is not None:
-        keep_resolved(args, checkpoint)
-        _check_checkpoint(args, checkpoint)
+    checkpoint = _preflight(args, callbacks)
     train_dataset, eval_dataset = load_datasets(args)  # before the model: a mistyped path is reported at once
     set_seed(args.seed)  # before the LoRA weights are drawn
     model, processor = load_model_and_processor(args)
@@ -170,7 +180,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
         logger.warning("Resuming from %s with other settings: %s.", checkpoint, listed)
 
     metrics: dict[str, float] = {}
-    with disk_errors_explained(args.output_dir, only_full=True):
+    with full_disk_explained(args.output_dir):
         has_ended = checkpoint is not None and is_finished(trainer, checkpoint)
         if has_ended:
             logger.warning(
@@ -188,8 +198,9 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
             evaluated = trainer.evaluate()
             metrics |= evaluated
             _save_metrics(trainer, "eval", evaluated)
-        save_result(trainer)
-    _report_drops(trainer)
+        _save_result(trainer)
+    if dropped := getattr(trainer.data_collator, "dropped", None):  # malformed rows were reported when they were read
+        logger.warning("While training: %s. `llava data check` lists every such sample.", summarize_drops(dropped))
     written = trainer.base_generation_config if args.adapter != "none" else core_model(trainer.model).generation_config
     needed = missing_stop(written, processor)
     if needed and args.stage == "finetune" and args.process_index == 0:
@@ -221,12 +232,8 @@ def _save_metrics(trainer: LlavaTrainer, split: str, metrics: dict[str, float]) 
         write_atomic(folder / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
-def save_result(trainer: LlavaTrainer) -> None:
-    """
-    Write the trained weights into the output folder; with `push_to_hub`, upload them.
-
-    A full model is written in the 16-bit dtype of the run, as published checkpoints are; checkpoints keep float32.
-    """
+def _save_result(trainer: LlavaTrainer) -> None:
+    """Write the result: a full model in the 16-bit dtype of the run, as published checkpoints are; checkpoints keep float32."""
     args = trainer.args
     if args.adapter == "none" and args.stage == "finetune" and not trainer.is_fsdp_enabled:
         cast_weights(trainer.accelerator.unwrap_model(trainer.model), args.compute_dtype)
@@ -234,23 +241,4 @@ def save_result(trainer: LlavaTrainer) -> None:
     trainer.save_model()
 
 
-def _arguments(recipe, overrides) -> LlavaTrainingArguments:
-    if isinstance(recipe, LlavaTrainingArguments):
-        if overrides:
-            raise ValueError("overrides apply to a recipe file; change the LlavaTrainingArguments instead.")
-        return recipe
-    if isinstance(recipe, dict):
-        if overrides:
-            raise ValueError("overrides apply to a recipe file; change the settings instead.")
-        return LlavaTrainingArguments(**recipe)
-    return parse_recipe(recipe, overrides)
-
-
-def _report_drops(trainer: LlavaTrainer) -> None:
-    """Report once what the collator dropped; malformed rows were reported when they were read."""
-    dropped = getattr(trainer.data_collator, "dropped", None)
-    if dropped:
-        logger.warning("While training: %s. `llava data check` lists every such sample.", summarize_drops(dropped))
-
-
-__all__ = ["TrainResult", "save_result", "train"]
+__all__ = ["TrainResult", "train"]
