@@ -22,22 +22,6 @@ from transformers.utils.output_capturing import (
 # ---- torch ----
 
 
-def mkldnn_linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b.t()` by oneDNN. AttributeError or NotImplementedError in a build without it."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-def cpu_flash_attention(query, key, value, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal SDPA of `[batch, heads, length, head_dim]` on the CPU: output, and the log-sum-exp that its backward takes."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
-
-
-def cpu_flash_attention_backward(grad, query, key, value, output, log_sum, scale=None) -> tuple[torch.Tensor, ...]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, output, log_sum, 0.0, True, scale=scale
-    )
-
-
 def assert_in_graph(condition: torch.Tensor, message: str) -> None:
     """An assertion that a compiled graph keeps."""
     torch._assert_async(condition, message)
@@ -48,9 +32,14 @@ def is_under_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def tensor_version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written in place."""
-    return tensor._version
+def keeps_graph() -> bool:
+    """Within a backward pass: whether another one may follow through the same graph (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def fuses_rms_norm() -> bool:
+    """Whether `rms_norm` is one kernel on CUDA, which keeps its input and one number per row; elsewhere it keeps copies."""
+    return hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def forward_hooks(module: nn.Module) -> list:

@@ -2,30 +2,24 @@
 LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuning, §4.1).
 
     pixel_values ──► vision_tower ──► patch features ──► multi_modal_projector ──► image features
-    input_ids ──► embedding ──► image-token positions replaced by image features ──► language_model ──► lm_head
+    input_ids ──► embedding ──► image tokens replaced by image features ──► language_model ──► lm_head
 
-Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock
-`llava` checkpoint. What differs is the work per step, not the result: see `kernels/linear_cross_entropy.py` (the head sees supervised
-tokens only), `get_image_features` (a frozen tower builds no graph, a repeated image is encoded once) and
-`kernels/early_exit.py` (layers of the tower that nothing reads are not computed).
+Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock `llava`
+checkpoint. What differs is the work per step, not the result: the head sees supervised tokens only
+(`kernels/linear_cross_entropy.py`), a frozen tower builds no graph, a repeated image is encoded once, and layers of the
+tower that nothing reads are not computed (`kernels/early_exit.py`).
 """
 
-import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, make_dataclass
 from inspect import signature
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging, torch_compilable_check
@@ -35,17 +29,30 @@ from transformers.utils.output_capturing import select_hidden_states
 from .compat import assert_in_graph, install_capturing_hooks, without_capturing_hooks
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
+from .generation_llava import LlavaGenerationMixin
 from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
 from .kernels.early_exit import without_later_layers
-from .kernels.linear_cross_entropy import causal_language_model_loss
-from .kernels.packed_attention import VARLEN, packs_cheaply
+from .kernels.linear_cross_entropy import causal_language_model_loss, is_sharded
+from .kernels.packed_attention import VARLEN, no_mask, packs_cheaply
 
 
 logger = logging.get_logger(__name__)
 
 
+class _WithImageOutputs:
+    """What outputs say of their images, as in transformers since 5.24."""
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """The projected image features `(num_image_tokens, hidden_size)`, in the order of their image tokens."""
+        return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
 @dataclass
-class LlavaModelOutputWithPast(BaseModelOutputWithPast):
+class LlavaModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
     """
     Output of [`LlavaModel`].
 
@@ -56,15 +63,15 @@ class LlavaModelOutputWithPast(BaseModelOutputWithPast):
             Keys and values of the tokens so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*), attentions (`tuple[torch.Tensor]`, *optional*):
             The language model's, one per layer.
-        image_hidden_states (`torch.Tensor` of shape `(num_images * tokens_per_image, hidden_size)`, *optional*):
-            The projected image features, in the order of their image tokens.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            What [`LlavaModel.get_image_features`] returned.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
+class LlavaCausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
     """
     Output of [`LlavaForConditionalGeneration`].
 
@@ -73,14 +80,14 @@ class LlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
             Next-token loss over the supervised tokens; given with `labels`.
         logits (`torch.Tensor` of shape `(batch_size, num_kept_tokens, vocab_size)`):
             Scores before the softmax. Reading logits that were skipped (see `skip_logits`) raises.
-        past_key_values, hidden_states, attentions, image_hidden_states:
+        past_key_values, hidden_states, attentions, image_outputs:
             As in [`LlavaModelOutputWithPast`].
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
-class _WithoutLogits(ModelOutput):
+class _WithoutLogits(_WithImageOutputs, ModelOutput):
     @property
     def logits(self):
         raise AttributeError(
@@ -113,8 +120,8 @@ class IdentityLinear(nn.Module):
 
     def __init__(self, features: int, bias: bool):
         super().__init__()
-        self.register_buffer("weight", torch.empty(features, features))
-        self.register_buffer("bias", torch.empty(features) if bias else None)
+        self.weight = nn.Buffer(torch.empty(features, features))
+        self.bias = nn.Buffer(torch.empty(features)) if bias else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
@@ -124,8 +131,8 @@ class LlavaMultiModalProjector(nn.Module):
     """
     Patch features → image features in the language model's width.
 
-    One layer is the paper's matrix W (§4.1, Eq. 1), two with GELU are LLaVA-1.5's (§3.3), more are possible
-    (`linear_3`, …) but have no stock form.
+    One layer is the paper's matrix W (§4.1, Eq. 1), two with GELU are LLaVA-1.5's (§3.3), more (`linear_3`, …) have no stock
+    form.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -135,7 +142,7 @@ class LlavaMultiModalProjector(nn.Module):
         hidden_size, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_1 = nn.Linear(config.vision_config.hidden_size * num_feature_layers, hidden_size, bias=bias)
-        if config.projector_num_layers == 1:
+        if config.projector_num_layers == 1:  # CODEPATH: LLaVA v1, and LLaVA-1.5's ablations with a linear projector
             self.linear_2 = IdentityLinear(hidden_size, bias)
         for number in range(2, config.projector_num_layers + 1):
             self.add_module(f"linear_{number}", nn.Linear(hidden_size, hidden_size, bias=bias))
@@ -156,16 +163,6 @@ class LlavaMultiModalProjector(nn.Module):
         return hidden_states
 
 
-def _takes_part(module: nn.Module) -> bool:
-    """Whether a module is trained, or its weights are sharded."""
-    return any(p.requires_grad for p in module.parameters()) or _is_sharded(module)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether each process holds a shard of the weights (FSDP2, DeepSpeed ZeRO-3)."""
-    return any(type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
-
-
 def _is_one_of_several_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -179,9 +176,9 @@ def _is_beginning(cache: Cache | None) -> bool:
     return bool(cache.get_seq_length() == 0)
 
 
-def _check(condition: torch.Tensor, message: str | Callable[[], str]) -> None:
+def _check(condition: torch.Tensor | bool, message: str) -> None:
     """Raise a `ValueError` unless `condition` holds. A compiled graph is not broken for it, and has a plainer error."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(condition, torch.Tensor):
         assert_in_graph(condition, "Image features and image tokens do not match.")
     else:
         torch_compilable_check(condition, message)
@@ -335,25 +332,30 @@ class LlavaModel(LlavaPreTrainedModel):
         else:
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        num_tokens = mask.sum()
-        _check(
-            num_tokens * inputs_embeds.shape[-1] == image_features.numel(),
-            lambda: (
-                f"Image features and image tokens do not match: the batch has {int(num_tokens)} image tokens but its "
-                f"images yield {image_features.shape[0]} (tokens: {int(num_tokens)}, features: "
-                f"{image_features.shape[0]}). Let the processor expand the image tokens, and do not truncate them; its "
-                "patch_size and num_additional_image_tokens have to be those of the vision tower."
-            ),
-        )
+        self._check_number_of_features(mask.sum(), image_features)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _look_for_missing_images(self, input_ids: torch.LongTensor, are_required: bool) -> None:
+    def _check_number_of_features(self, num_tokens: torch.Tensor | int, image_features: torch.Tensor) -> None:
+        num_features = image_features.shape[0]
+        _check(
+            num_tokens == num_features,
+            lambda: (
+                f"Image features and image tokens do not match: the batch has {int(num_tokens)} image tokens but its images "
+                f"yield {num_features} (tokens: {int(num_tokens)}, features: {num_features}). Let the processor expand the "
+                "image tokens, and do not truncate them; its patch_size and num_additional_image_tokens have to be those of "
+                "the vision tower."
+            ),
+        )
+
+    def _check_for_missing_images(self, input_ids, image_token_indices, are_required: bool) -> None:
         """A model that learns or answers without its images does so blind; a bare forward may want the text alone."""
         message = (
             "Image features and image tokens do not match: the text has image tokens, but there are no pixel_values. Pass on "
             "everything that the processor returned."
         )
-        if are_required:
+        if image_token_indices is not None:
+            _check(len(image_token_indices) == 0, message)
+        elif are_required:
             _check((input_ids != self.config.image_token_id).all(), message)
         elif not torch.compiler.is_compiling() and (input_ids == self.config.image_token_id).any():
             logger.warning_once(message)
@@ -368,34 +370,26 @@ class LlavaModel(LlavaPreTrainedModel):
         feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
         return without_later_layers(self.vision_tower, feature_layer, unless_awaited=True)
 
-    def _image_path_is_awaited(self, past_key_values: Cache | None) -> bool:
-        """Whether other processes wait for this one's part, or the loss would have nothing to be differentiated by."""
-        several = _is_one_of_several_processes()
-        if self.training and torch.is_grad_enabled():
-            return several or not any(p.requires_grad for p in self.language_model.parameters())
-        if not several or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+    def _must_run_without_images(self, past_key_values: Cache | None) -> bool:
+        """Whether a batch without images must still run the vision path: other processes reduce its gradients (DDP) or gather
+        its weights (FSDP, ZeRO-3) at the same time, or nothing else in the model is trained."""
+        several, parts = _is_one_of_several_processes(), (self.vision_tower, self.multi_modal_projector)
+        if not several and not (self.training and torch.is_grad_enabled()):
             return False
-        return _is_sharded(self.vision_tower) or _is_sharded(self.multi_modal_projector)
+        takes_part = any(map(is_sharded, parts))
+        if self.training and torch.is_grad_enabled():
+            takes_part |= any(p.requires_grad for part in parts for p in part.parameters())
+            return takes_part and (several or not any(p.requires_grad for p in self.language_model.parameters()))
+        return takes_part and _is_beginning(past_key_values)
 
     def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        A zero that went through the projector, and through a trained or sharded tower, for a batch without an image.
-
-        A process of a distributed run that has no image must take part in what the others do with theirs: reduce the
-        same gradients (DDP), gather the same weights (FSDP, ZeRO-3). Its gradients are zeros.
-        """
-        tower, projector = self.vision_tower, self.multi_modal_projector
-        if _takes_part(tower):
-            size = self.config.vision_config.image_size
-            height, width = size if isinstance(size, list | tuple) else (size, size)
-            pixel_values = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
-            sizes = torch.tensor([[height, width]]) if "image_sizes" in signature(tower.forward).parameters else None
-            features = self.get_image_features(pixel_values, image_sizes=sizes, return_dict=True).pooler_output[0]
-        elif _takes_part(projector):
-            first = projector.linear_1
-            features = projector(first.weight.new_zeros(1, 1, first.in_features))
-        else:
-            return inputs_embeds.new_zeros(())
+        """A zero that went through tower and projector, and gives them gradients of zero."""
+        size = self.config.vision_config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixel_values = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
+        takes_sizes = "image_sizes" in signature(self.vision_tower.forward).parameters
+        sizes = torch.tensor([[height, width]]) if takes_sizes else None
+        features = self.get_image_features(pixel_values, image_sizes=sizes, return_dict=True).pooler_output[0]
         return 0.0 * features.sum().to(inputs_embeds.device, inputs_embeds.dtype)
 
     @can_return_tuple
@@ -412,6 +406,7 @@ class LlavaModel(LlavaPreTrainedModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_token_indices: torch.LongTensor | None = None,
         cache: Cache | None = None,
         images_required: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -421,8 +416,8 @@ class LlavaModel(LlavaPreTrainedModel):
         error, not a warning.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; both `pixel_values` and
-                `mm_encoder_outputs`; more or fewer image tokens than the images yield.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; both `pixel_values` and `mm_encoder_outputs`;
+                more or fewer image tokens than the images yield.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -448,24 +443,32 @@ class LlavaModel(LlavaPreTrainedModel):
                     return_dict=True,
                 )
 
-        image_features = None
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output), dim=0)  # [num_features, text_hidden]
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif input_ids is not None and input_ids.shape[1] > 1 and _is_beginning(past_key_values):
-            self._look_for_missing_images(input_ids, images_required)
-        if image_outputs is None and self._image_path_is_awaited(past_key_values):
-            inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
+            if image_token_indices is None:
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+                inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            else:  # their number is known without waiting for the device
+                self._check_number_of_features(len(image_token_indices), image_features)
+                tokens = inputs_embeds.flatten(0, 1).index_copy(0, image_token_indices, image_features)
+                inputs_embeds = tokens.view_as(inputs_embeds)
+        else:
+            if input_ids is not None and input_ids.shape[1] > 1 and _is_beginning(past_key_values):
+                self._check_for_missing_images(input_ids, image_token_indices, images_required)
+            if self._must_run_without_images(past_key_values):
+                inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
-        if "cu_seq_lens_q" in kwargs and past_key_values is None and not packs_cheaply(self.language_model):
+        is_pack = "cu_seq_lens_q" in kwargs
+        if is_pack and past_key_values is None and not packs_cheaply(self.language_model):
             logger.warning_once(
                 f"A pack of {inputs_embeds.shape[1]} tokens meets attn_implementation="
                 f"{self.language_model.config._attn_implementation!r}, which builds a mask of all tokens × all tokens for it. "
                 'Set model.set_attn_implementation({"text_config": "varlen"}).'
             )
-        if past_key_values is None and (self.training or "cu_seq_lens_q" in kwargs):
+        if is_pack and attention_mask is None and self.language_model.config._attn_implementation == VARLEN:
+            attention_mask = no_mask(inputs_embeds)
+        if past_key_values is None and (self.training or is_pack):
             kwargs.setdefault("use_cache", False)  # keys and values of a training step are of no use after it
         # Continuous batching calls its paged cache by the newer name in every version; the attention layers take it up.
         cache_name = CACHE if past_key_values is None or isinstance(past_key_values, Cache) else "cache"
@@ -481,18 +484,19 @@ class LlavaModel(LlavaPreTrainedModel):
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
 
-class LlavaLossKwargs(TransformersKwargs, total=False):
-    """Keyword arguments of the loss. In forward's signature, `Trainer` would take every name with "label" for labels."""
+class LlavaTrainingKwargs(TransformersKwargs, total=False):
+    """Of training. In forward's signature, `Trainer` would take every name with "label" for labels."""
 
     label_smoothing: float
     shift_labels: torch.LongTensor | None
+    supervised_indices: torch.LongTensor | None
 
 
-class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
+class LlavaForConditionalGeneration(LlavaPreTrainedModel, LlavaGenerationMixin):
     """LLaVA with its head: answers questions about images, and learns to."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -531,100 +535,6 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        """As in transformers, but the assistant of an assisted generation sees the images too."""
-        image_outputs, past = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
-        is_later_prompt = not is_first_iteration and isinstance(past, DynamicCache) and past.get_seq_length() == 0
-        if is_later_prompt and image_outputs is not None:
-            # An assistant, which transformers leaves without what the answering model made of the images. Features of
-            # another width say nothing here, so it drafts as if it had seen nothing.
-            is_first_iteration, width = True, self.config.text_config.hidden_size
-            if image_outputs.pooler_output[0].shape[-1] != width:
-                blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
-                kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
-        # transformers looks for `inputs_embeds` in the signature, and refuses them in `generate` where it is not there.
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        return {**inputs, "images_required": True}
-
-    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        if kwargs.get("mm_encoder_outputs"):  # transformers would repeat them for the beams in the caller's own object
-            kwargs["mm_encoder_outputs"] = {k: copy.copy(output) for k, output in kwargs["mm_encoder_outputs"].items()}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        return input_ids, self._without_cached_images(input_ids, kwargs)
-
-    def _without_cached_images(self, input_ids: torch.LongTensor, kwargs: dict) -> dict:
-        """The arguments without the images whose tokens are in a kept cache, where the whole conversation is given again."""
-        images, cache = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
-        num_cached = 0 if cache is None else int(cache.get_seq_length())
-        only_new_tokens = kwargs["position_ids"].shape[-1] != input_ids.shape[1]
-        if images is None or num_cached == 0 or only_new_tokens:
-            return kwargs
-        features = torch.cat(list(images.pooler_output))
-        positions = (input_ids == self.config.image_token_id).nonzero()[:, 1]
-        if len(positions) != len(features):
-            return kwargs  # forward says what is wrong
-        is_new = (positions >= num_cached).to(features.device)
-        new = {"image": BaseModelOutputWithPooling(pooler_output=[features[is_new]])} if is_new.any() else {}
-        return {**kwargs, "mm_encoder_outputs": new}
-
-    def _get_candidate_generator(self, *args, **kwargs):
-        """As in transformers, but a draft (prompt lookup, an assistant's) ends before an image token, which has no image."""
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        draft = generator.get_candidates
-
-        def draft_text(input_ids, *args, **kwargs):
-            ids, logits = draft(input_ids, *args, **kwargs)
-            length = input_ids.shape[1]
-            num_kept = int((ids[0, length:] != self.config.image_token_id).cumprod(0).sum())
-            return ids[:, : length + num_kept], None if logits is None else logits[:, :num_kept]
-
-        generator.get_candidates = draft_text
-        return generator
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        """
-        As in transformers: continuous batching, which `cache_implementation="paged"` chooses too.
-
-        Raises:
-            ValueError: a prompt has images, which the model would not see, or padding, which would be read as text; "varlen"
-                attention.
-        """
-        has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
-        for ids in inputs:
-            self._require_text(ids, has_images)
-        config, mask = kwargs.get("generation_config") or self.generation_config, kwargs.get("attention_mask")
-        pad, eos = config.pad_token_id, config.eos_token_id
-        begins_padded = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
-        if mask is not None and not mask.all() or begins_padded and any(list(ids[:1]) == [pad] for ids in inputs):
-            raise ValueError(
-                "Continuous batching and the paged cache read padding as text. Give generate_batch a list of ids per prompt."
-            )
-        return super().generate_batch(inputs, *args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers; the manager takes text alone."""
-        if self.config.text_config._attn_implementation == VARLEN:
-            raise ValueError(
-                'Continuous batching does not work with "varlen" attention. Set model.set_attn_implementation("sdpa").'
-            )
-        manager = super().init_continuous_batching(*args, **kwargs)
-
-        def add_request(input_ids, *args, **kwargs):
-            self._require_text(input_ids)
-            return type(manager).add_request(manager, input_ids, *args, **kwargs)
-
-        manager.add_request = add_request
-        return manager
-
-    def _require_text(self, input_ids, has_images: bool = False) -> None:
-        if has_images or self.config.image_token_id in input_ids:
-            raise ValueError(
-                "Continuous batching and the paged cache take text alone, so the model would not see the images of this "
-                "prompt. Use generate with another cache, or LlavaPredictor.answer_many."
-            )
-
     @classmethod
     def from_vision_language_pretrained(cls, vision: str, language: str, **kwargs) -> "LlavaForConditionalGeneration":
         """
@@ -652,10 +562,11 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_indices: torch.LongTensor | None = None,
+        image_token_indices: torch.LongTensor | None = None,
         skip_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[LlavaLossKwargs],
+        **kwargs: Unpack[LlavaTrainingKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
         Args:
@@ -679,6 +590,9 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
                 The last so many tokens, or the tokens at these positions, get logits; 0 for all. The loss is not affected.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, in place of `pixel_values`.
+            image_token_indices (`torch.LongTensor` of shape `(num_image_tokens,)`, *optional*):
+                Where the image tokens are in the flattened batch. A collator knows it; without it, forward waits for the device
+                to find out. So it does without `supervised_indices` (`torch.LongTensor`), the tokens whose next one has a label.
             skip_logits (`bool`, *optional*):
                 Compute the loss without logits. By default: in training, with labels.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
@@ -687,11 +601,9 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
                 As in `torch.nn.functional.cross_entropy`.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Labels that are shifted already.
-
-        Returns:
-            [`LlavaCausalLMOutputWithPast`]
         """
-        label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
+        of_loss = {name: kwargs.pop(name, None) for name in ("shift_labels", "label_smoothing", "supervised_indices")}
+        has_labels = labels is not None or of_loss["shift_labels"] is not None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -704,17 +616,16 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             image_indices=image_indices,
+            image_token_indices=image_token_indices,
             return_dict=True,
-            **({"images_required": True} if labels is not None or shift_labels is not None else {}),
+            **({"images_required": True} if has_labels else {}),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
 
         loss = None
-        if labels is not None or shift_labels is not None:
-            loss = causal_language_model_loss(
-                hidden_states, labels, self.lm_head, num_items_in_batch, label_smoothing, shift_labels
-            )
+        if has_labels:
+            loss = causal_language_model_loss(hidden_states, labels, self.lm_head, num_items_in_batch, **of_loss)
         elif num_items_in_batch is not None and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Trainer took the labels out of the batch to compute the loss itself. With label_smoothing_factor its loss "
@@ -732,7 +643,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, GenerationMixin):
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 

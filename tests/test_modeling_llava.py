@@ -10,14 +10,20 @@ from types import MethodType
 
 import pytest
 import torch
+from golden_text import tiny_processor
+from PIL import Image
 from safetensors import safe_open
 from tiny import IMAGE_TOKENS, tiny_batch, tiny_config, tiny_text_config, tiny_vision_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, StaticCache
 from transformers import LlavaConfig as StockConfig
 from transformers import LlavaForConditionalGeneration as StockModel
 from transformers.utils.generic import find_labels
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from modeling_llava.data import LlavaDataCollator
+from modeling_llava.kernels import apply_kernels
+from modeling_llava.kernels.packed_attention import use_varlen_attention
 
 
 def same_pair(tmp_path, **config):
@@ -672,3 +678,36 @@ def test_a_pack_under_an_attention_that_needs_a_mask_is_warned_of(attention, war
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     model(input_ids=torch.randint(3, 200, (1, 9)), position_ids=position_ids, **pack)
     assert any("mask of all tokens" in warning for warning in warnings) == warned
+
+
+def test_a_training_step_on_a_pack_of_the_collator_reads_nothing_from_the_device():
+    """Tensors without values, which raise where one is read, run to the end; without what the collator counted they do not."""
+    torch.manual_seed(0)
+    text = tiny_text_config(vocab_size=704)
+    model = LlavaForConditionalGeneration(tiny_config(text=text, image_token_index=700)).train()
+    use_varlen_attention(model)
+    image = Image.new("RGB", (40, 30), "teal")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    text_only = [{"role": "user", "content": "Why?"}, messages[1]]
+    conversations = [{"id": "a", "messages": messages, "images": [image]}, {"id": "b", "messages": text_only}]
+    batch = LlavaDataCollator(tiny_processor(patches=2), packing=True)(conversations)
+    counted = ("image_token_indices", "supervised_indices", "segment_lengths")
+    bare = {name: value for name, value in batch.items() if name not in counted}
+    steps = []
+    for inputs in (batch, bare):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        steps.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*steps)
+
+    apply_kernels(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        batch = {name: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        torch.autograd.grad(model(**batch).loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        for name in counted:
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                model(**{**batch, name: None})

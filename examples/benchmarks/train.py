@@ -1,27 +1,32 @@
 """
-One training step: stock transformers' LLaVA with padded batches and its own loss, against ours.
+One training step: stock transformers' LLaVA with padded batches and its own loss, and TRL's SFTTrainer, against ours.
 
     OMP_NUM_THREADS=2 python examples/benchmarks/train.py                 # all cases, 5 rounds: about an hour
     OMP_NUM_THREADS=2 python examples/benchmarks/train.py --only finetune --rounds 7
 
-Both sides get the same weights, the same samples and the same optimizer (AdamW, fused; gradients clipped to norm 1), and
-keep no key/value cache. A step is forward, backward, clipping, update. Each measurement is a process of its own, stock
-and ours in turn, so that whatever else the machine does slows both; a process takes one step to warm up and then times
-three, each on other samples. Time is the median over the rounds of the processes' time for three steps, the ratio the
-median of the rounds' ratios. Memory is the peak resident size during the steps above that after loading. Losses and
-gradient norms of both sides are compared in every round, and the run fails if they differ.
+All sides get the same weights, the same samples and the same optimizer (AdamW, fused; gradients clipped to norm 1), and
+keep no key/value cache. A step is forward, backward, clipping, update. Each measurement is a process of its own, the sides in
+turn, so that whatever else the machine does slows all of them; a process takes one step to warm up and then times three,
+each on other samples. Time is the median over the rounds of the processes' time for three steps, the ratio the median of
+the rounds' ratios. Memory is the peak resident size during the steps above that after loading. Losses and gradient norms of
+all sides are compared in every round, and the run fails if they differ.
 
-The model (DESIGN of this benchmark): CLIP 4 layers × 256 at 224 pixels (256 image tokens), Llama 8 layers × 384.
-The samples have random tokens and the lengths of LLaVA-Instruct-158K: the published files (conversation 126 MB for 57,669
-samples, detail 20.5 MB for 23,240, complex 79.6 MB for 76,643), less their JSON, at 4.3 characters per token, are about
-330 + 50, 140 + 10 and 170 + 15 tokens of answers and questions; spread log-normally (σ 0.3, 0.25, 0.25); 35 tokens of
-system prompt. A caption has 13 tokens.
+The model: CLIP 4 layers × 256 at 224 pixels (256 image tokens), Llama 8 layers × 384. The samples have random tokens and the
+lengths of LLaVA-Instruct-158K: the published files (conversation 126 MB for 57,669 samples, detail 20.5 MB for 23,240,
+complex 79.6 MB for 76,643), less their JSON, at 4.3 characters per token, are about 330 + 50, 140 + 10 and 170 + 15 tokens of
+answers and questions; spread log-normally (σ 0.3, 0.25, 0.25); 35 tokens of system prompt. A caption has 13 tokens.
+
+TRL's side is stock's model with the loss of its `SFTTrainer` (`compute_loss`: a chunked head that keeps no logits, token
+accuracy and entropy with it) on padded batches, without its data loader and without activation checkpointing, which it turns
+on by default.
 
 Predicted before the first run, from counted multiplications (`--predict` prints them; attention and everything that is
 not a matrix product left out) and from the activations kept: finetune 2.4 × / 0.40 ×, frozen 2.3 × / 0.30 ×, pretrain
 1.8 × / 0.45 ×, vocabulary 152k 3.3 × / 0.22 ×, LoRA 2.2 × / 0.40 ×, QLoRA 2.0 × / 0.40 ×.
-First measured on an AMD EPYC (quiet, one round): finetune 2.2 ×, frozen 2.0 ×, LoRA 1.9 ×. There oneDNN multiplies at twice
-MKL's speed (`products.py`), so with it, predicted before the change: finetune 3.4 ×, frozen 3.0 ×, LoRA 2.9 ×.
+First measured on an AMD EPYC (quiet, one round): finetune 2.2 ×, frozen 2.0 ×, LoRA 1.9 ×.
+Predicted for TRL before its first run: on the CPU its head scores every position, the padded ones too, and computes the logits
+again in the backward pass, so it takes a little longer than stock: finetune 2.5 × of its speed. It keeps no logits, about
+2 GB less than stock's 5.5: 0.48 × of its memory growth.
 """
 
 import argparse
@@ -33,6 +38,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +46,9 @@ from pathlib import Path
 RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "train.json"
 IMAGE_TOKENS, SYSTEM_TOKENS, TIMED_STEPS = 256, 34, 3
 MIX = {"conversation": 57_669, "detail": 23_240, "complex": 76_643}
+
+SIDES = {"stock": "stock", "trl": "TRL", "ours": "ours"}
+WITH_TRL = ("finetune", "lora")
 
 CASES = {
     # name: (what it is, vocabulary, what is trained, samples per step, wanted: times faster, share of the memory)
@@ -125,9 +134,8 @@ def make_model(case: str, side: str):
         hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, vocab_size=vocabulary,
         max_position_embeddings=2048, use_cache=False,
     )  # fmt: skip
-    is_stock = side == "stock"
-    config_class, model_class = (StockConfig, StockModel) if is_stock else (None, None)
-    if not is_stock:
+    config_class, model_class = StockConfig, StockModel
+    if side == "ours":
         config_class, model_class = modeling_llava.LlavaConfig, modeling_llava.LlavaForConditionalGeneration
     torch.manual_seed(0)
     config = config_class(
@@ -135,8 +143,6 @@ def make_model(case: str, side: str):
     )
     model = model_class(config)
     if trains == "qlora":
-        import tempfile
-
         from modeling_llava.io.checkpoints import UNQUANTISED_MODULES, forbid_inference_packing
 
         with tempfile.TemporaryDirectory() as folder:
@@ -168,15 +174,38 @@ def make_model(case: str, side: str):
                 torch.nn.init.normal_(parameter, std=0.02)
     if case == "checkpointed":
         core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not is_stock:
-        from modeling_llava.kernels.cpu_linear import use_onednn
-        from modeling_llava.kernels.efficient_layers import make_efficient
+    if side == "ours":
+        from modeling_llava.kernels import apply_kernels
         from modeling_llava.kernels.packed_attention import use_varlen_attention
 
         use_varlen_attention(core)
-        make_efficient(core.model.language_model)
-        use_onednn(model)
+        apply_kernels(model)
     return model.train()
+
+
+def trl_loss(model, folder: str):
+    """The loss of TRL's SFTTrainer, a function of a padded batch."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            folder,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+            report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"),
+    )
+    return lambda batch: trainer.compute_loss(model, dict(batch))
 
 
 def collate(samples: list, side: str, pixels) -> dict:
@@ -217,6 +246,7 @@ def measure(case: str, side: str) -> dict:
     pixels = [torch.randn(len(batch), 3, 224, 224, generator=generator) for batch in batches]
     inputs = [collate(batch, side, images) for batch, images in zip(batches, pixels)]
     model = make_model(case, side)
+    loss_of = trl_loss(model, tempfile.mkdtemp()) if side == "trl" else lambda batch: model(**batch).loss
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     del batches, pixels
@@ -226,7 +256,7 @@ def measure(case: str, side: str) -> dict:
     result = {"seconds": [], "losses": [], "gradient_norms": []}
     for step_inputs in inputs:
         start = time.perf_counter()
-        loss = model(**step_inputs).loss
+        loss = loss_of(step_inputs)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -239,7 +269,7 @@ def measure(case: str, side: str) -> dict:
 
 
 def run_case(case: str, rounds: int) -> dict:
-    measured = {"stock": [], "ours": []}
+    measured = {side: [] for side in SIDES if side != "trl" or case in WITH_TRL}
     for _ in range(rounds):
         for side, results in measured.items():
             command = [sys.executable, __file__, "--measure", case, side]
@@ -247,23 +277,32 @@ def run_case(case: str, rounds: int) -> dict:
             if output.returncode:
                 raise SystemExit(f"{case}, {side} failed:\n{output.stderr[-3000:]}")
             results.append(json.loads(output.stdout.splitlines()[-1]))
-    for stock, ours in zip(*measured.values()):
-        for name, tolerance in (("losses", 1e-4), ("gradient_norms", 1e-3)):
-            for a, b in zip(stock[name], ours[name]):
-                if abs(a - b) > tolerance * max(abs(a), 1.0):
-                    raise SystemExit(f"{case}: {name} differ, so the work is not the same: {stock[name]} {ours[name]}")
+    ours = measured.pop("ours")
     row = {"case": case, "what": CASES[case][0], "wanted_faster": CASES[case][4], "wanted_memory": CASES[case][5]}
+    row |= medians("ours", ours)
     for side, results in measured.items():
-        row[f"{side}_seconds"] = round(statistics.median(r["seconds"] for r in results) / TIMED_STEPS, 3)
-        row[f"{side}_peak_mib"] = round(statistics.median(r["peak_mib"] for r in results))
-    pairs = list(zip(*measured.values()))
-    row["times_faster"] = round(statistics.median(s["seconds"] / o["seconds"] for s, o in pairs), 2)
-    row["share_of_memory"] = round(statistics.median(o["peak_mib"] / s["peak_mib"] for s, o in pairs), 3)
-    row["losses"] = [round(loss, 5) for loss in measured["stock"][0]["losses"]]
-    row["losses_ours"] = [round(loss, 5) for loss in measured["ours"][0]["losses"]]
-    row["gradient_norms"] = [round(norm, 5) for norm in measured["stock"][0]["gradient_norms"]]
-    row["gradient_norms_ours"] = [round(norm, 5) for norm in measured["ours"][0]["gradient_norms"]]
+        for theirs, own in zip(results, ours):
+            for name, tolerance in (("losses", 1e-4), ("gradient_norms", 1e-3)):
+                if any(abs(a - b) > tolerance * max(abs(a), 1.0) for a, b in zip(theirs[name], own[name])):
+                    raise SystemExit(f"{case}: {name} of {side} and ours differ: {theirs[name]} {own[name]}")
+        than = "" if side == "stock" else f"_than_{side}"
+        row |= medians(side, results)
+        row[f"times_faster{than}"] = round(
+            statistics.median(t["seconds"] / o["seconds"] for t, o in zip(results, ours)), 2
+        )
+        row[f"share_of_memory{than}"] = round(
+            statistics.median(o["peak_mib"] / t["peak_mib"] for t, o in zip(results, ours)), 3
+        )
     return row
+
+
+def medians(side: str, results: list[dict]) -> dict:
+    return {
+        f"{side}_seconds": round(statistics.median(result["seconds"] for result in results) / TIMED_STEPS, 3),
+        f"{side}_peak_mib": round(statistics.median(result["peak_mib"] for result in results)),
+        f"{side}_losses": [round(loss, 5) for loss in results[0]["losses"]],
+        f"{side}_gradient_norms": [round(norm, 5) for norm in results[0]["gradient_norms"]],
+    }
 
 
 def predict(case: str) -> float:
@@ -319,23 +358,20 @@ def main():
         return
     report = {"machine": machine(), "rounds": args.rounds, "rows": []}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    header = f"{'':58}{'stock':>18}{'ours':>18}{'faster':>16}{'memory':>16}"
-    print(header)
     for case in args.only:
         row = run_case(case, args.rounds)
         report["rows"].append(row)
-        wanted = (
-            ("", "") if row["wanted_faster"] is None else (f"≥ {row['wanted_faster']}", f"≤ {row['wanted_memory']}")
-        )
-        print(
-            f"{row['what']:58}{row['stock_seconds']:8.2f} s{row['stock_peak_mib']:5d} MiB"
-            f"{row['ours_seconds']:8.2f} s{row['ours_peak_mib']:5d} MiB"
-            f"{row['times_faster']:8.2f} × {wanted[0]:5}{row['share_of_memory']:8.3f} × {wanted[1]:6}",
-            flush=True,
-        )
-        print(
-            f"    losses {row['losses']} | {row['losses_ours']}; norms {row['gradient_norms']} | {row['gradient_norms_ours']}"
-        )
+        wanted = f" (wanted ≥ {row['wanted_faster']} ×, ≤ {row['wanted_memory']} ×)" if row["wanted_faster"] else ""
+        print(f"{row['what']}\n    ours {row['ours_seconds']:.2f} s, {row['ours_peak_mib']:,} MiB")
+        for side, than in (("stock", ""), ("trl", "_than_trl")):
+            if f"{side}_seconds" in row:
+                print(
+                    f"    {SIDES[side]} {row[f'{side}_seconds']:.2f} s, {row[f'{side}_peak_mib']:,} MiB: ours "
+                    f"{row[f'times_faster{than}']:.2f} × as fast with {row[f'share_of_memory{than}']:.3f} × the memory"
+                    f"{wanted if side == 'stock' else ' (wanted ≥ 2 ×, ≤ 0.5 ×)'}",
+                    flush=True,
+                )
+        print(f"    losses {row['ours_losses']}, gradient norms {row['ours_gradient_norms']}", flush=True)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_file():  # cases that were not run again keep their rows

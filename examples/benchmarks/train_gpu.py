@@ -96,7 +96,7 @@ def make_model(config, side: str, adapter: str, rank: int, device: str):
 
     import modeling_llava
     from modeling_llava.kernels.efficient_layers import make_efficient
-    from modeling_llava.kernels.packed_attention import packs_leak, use_varlen_attention
+    from modeling_llava.kernels.packed_attention import packed_attention_error, use_varlen_attention
 
     one_layer = copy.deepcopy(config)
     one_layer.text_config.num_hidden_layers = 1
@@ -132,7 +132,7 @@ def make_model(config, side: str, adapter: str, rank: int, device: str):
             parameter.data = parameter.data.float()
     if side == "ours":
         use_varlen_attention(model)
-        if packs_leak(language_model) > 0.1:
+        if packed_attention_error(language_model) > 0.1:
             raise SystemExit("Samples of a pack see each other in this language model.")
         make_efficient(language_model)
     return peft_model.train()

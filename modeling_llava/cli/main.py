@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 
-from ..constants import ONEDNN_CACHES
 from ..versions import check_transformers
 
 
@@ -64,8 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for name, value in ONEDNN_CACHES.items():  # before a convolution creates the caches
-        os.environ.setdefault(name, value)
     module = importlib.import_module(f"modeling_llava.cli.{args.command}")
     try:
         if args.command != "doctor":  # which reports it in full

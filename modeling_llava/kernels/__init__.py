@@ -35,12 +35,11 @@ def apply_kernels(model: nn.Module) -> KernelReport:
     Args:
         model ([`LlavaForConditionalGeneration`], ours or stock, or a `PeftModel` around it):
             Its language model gets efficient norms, MLPs, attention and LoRA layers where a probe forward shows that they compute
-            the same; on the CPU, float32 and 4-bit linear layers of the whole model are computed by oneDNN.
+            the same.
 
     Returns:
         [`KernelReport`]
     """
-    from .cpu_linear import use_onednn
     from .efficient_layers import make_efficient
     from .exchange import Kernel
 
@@ -51,8 +50,6 @@ def apply_kernels(model: nn.Module) -> KernelReport:
             name = type(module).__name__
             report.left[name] = report.left.get(name, 0) + 1
     make_efficient(core.model.language_model)
-    if next(core.parameters()).device.type == "cpu":
-        use_onednn(model)
     for module in core.modules():
         if isinstance(module, Kernel):
             name = type(module).__name__

@@ -20,14 +20,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import forget_attention, set_attention
+from ..compat import forget_attention, fuses_rms_norm, set_attention
 from ..constants import CACHE
-from .cpu_linear import linear
 from .exchange import Kernel, can_exchange, exchange
 
 
@@ -67,6 +66,9 @@ class EfficientNorm(Kernel):
     prefix = "Efficient"
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype and fuses_rms_norm():
+            with torch.autocast("cuda", enabled=False):  # which would cast to float32
+                return rms_norm(hidden_states, self.weight.shape, self.weight, _epsilon(self))
         return _RootMeanSquareNorm.apply(hidden_states, self.weight, _epsilon(self))
 
 
@@ -184,7 +186,7 @@ class EfficientAttention(Kernel):
 
 
 class EfficientLora(Kernel):
-    """`base(x) + scaling · B A dropout(x)`: no float32 copy of the input, and the sum within the product."""
+    """`base(x) + scaling · B A dropout(x)`: no float32 copy of the input, and the product is added in place."""
 
     prefix = "Efficient"
 
@@ -193,13 +195,14 @@ class EfficientLora(Kernel):
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
             return self.compute_plainly(x, *args, **kwargs)
         name = active[0]
-        result = self.base_layer(x)
-        dropped = self.lora_dropout[name](x).to(result.dtype)
+        rows = x.flatten(0, -2)  # [num_tokens, in]; autograd would copy gradients for a product added to a view
+        result = self.base_layer(rows)
+        dropped = self.lora_dropout[name](rows).to(result.dtype)
         low = linear(dropped, self.lora_A[name].weight.to(result.dtype))  # [..., r]
         high = self.lora_B[name].weight.to(result.dtype)
         with torch.autocast(x.device.type, enabled=False):  # all of one dtype; autocast would cast again
-            total = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), high.t(), alpha=self.scaling[name])
-        return total.view(result.shape)
+            result.addmm_(low, high.t(), alpha=self.scaling[name])
+        return result.view(*x.shape[:-1], -1)
 
 
 # Choosing

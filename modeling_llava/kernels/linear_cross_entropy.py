@@ -1,9 +1,9 @@
 """
-Next-token cross-entropy on supervised positions only, a chunk of positions at a time.
+Next-token cross-entropy on supervised tokens only, a chunk of them at a time.
 
-The stock loss builds `[batch, sequence, vocabulary]` logits in float32, most of them for positions whose label is
-`IGNORE_INDEX` (image tokens, questions, padding). Here the head sees supervised positions only, and each chunk's
-gradient is computed in the forward pass, while its logits exist: nothing is kept or computed twice.
+The stock loss builds `[batch, sequence, vocabulary]` logits in float32, most of them for tokens whose label is
+`IGNORE_INDEX` (image tokens, questions, padding). Here the head sees supervised tokens only, and each chunk's gradient is
+computed in the forward pass, while its logits exist: nothing is kept or computed twice.
 """
 
 import torch
@@ -11,18 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-from ..compat import is_under_functorch
+from ..compat import is_under_functorch, keeps_graph
 from ..constants import IGNORE_INDEX
-from . import cpu_linear as onednn
 from .exchange import Kernel, exchanged_class, original_class
-
-
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # some builds of PyTorch cannot share weights among processes
-
-    class DTensor:
-        """Nothing is an instance of it."""
 
 
 CHUNK_ELEMENTS = 2**23
@@ -54,26 +45,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if needs_bias else None
 
         # One chunk's logits in the dtype of the arithmetic and in float32, written anew for each chunk: [chunk, vocabulary]
-        by_onednn = onednn.serves(hidden[:chunk_rows], head)  # which returns its products in memory of its own
-        products = None if by_onednn else hidden.new_empty(min(chunk_rows, hidden.shape[0]), vocabulary)
+        products = hidden.new_empty(min(chunk_rows, hidden.shape[0]), vocabulary)
         exact = products if compute_dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
 
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = hidden[start : start + chunk_rows]
             target = targets[start : start + chunk_rows, None]
-            if by_onednn:
-                product = logits = grad_logits = None  # the last chunk's are freed before this one's are made
-                product = logits = onednn.product(rows, head)
-                if head_bias is not None:
-                    logits += head_bias
+            product, logits = products[: len(rows)], exact[: len(rows)]
+            if head_bias is None:
+                torch.mm(rows, head.t(), out=product)
             else:
-                product, logits = products[: len(rows)], exact[: len(rows)]
-                if head_bias is None:
-                    torch.mm(rows, head.t(), out=product)
-                else:
-                    torch.addmm(head_bias, rows, head.t(), out=product)
-                if exact is not products:
-                    logits.copy_(product)
+                torch.addmm(head_bias, rows, head.t(), out=product)
+            if exact is not products:
+                logits.copy_(product)
             at_target = logits.gather(1, target)
             highest = logits.amax(dim=1, keepdim=True)
             mean = logits.mean(dim=1, keepdim=True) if label_smoothing else None
@@ -95,9 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad_logits.sum(dim=0)
             if compute_dtype != torch.float32:
                 grad_logits = product.copy_(grad_logits)
-            if needs_hidden and by_onednn:
-                grad_hidden[start : start + chunk_rows] = onednn.product(grad_logits, head.t())
-            elif needs_hidden:
+            if needs_hidden:
                 torch.mm(grad_logits, head, out=grad_hidden[start : start + chunk_rows])
             if needs_weight:
                 if compute_dtype == torch.float32:
@@ -105,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad_logits.t() @ rows
 
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
@@ -116,16 +98,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "The loss of modeling_llava has no second derivative (create_graph=True): its gradients are computed in the "
                 "forward pass. Compute a loss of your own from model(..., skip_logits=False).logits."
             )
-        if ctx.grads is None:
-            raise RuntimeError(
-                "Trying to backward through the loss a second time: its gradients, computed in the forward pass, are gone "
-                "after the first. Compute the loss again."
-            )
-        grads = [
-            None if grad is None else grad.mul_(grad_loss).to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes)
-        ]
-        ctx.grads = None  # scaled in place, they would be wrong in a second backward pass
-        return *grads, None, None, None
+        scale = torch.mul if keeps_graph() else torch.Tensor.mul_  # in place, they serve one backward pass
+        grads = zip(ctx.saved_tensors, ctx.dtypes)
+        return *(None if grad is None else scale(grad, grad_loss).to(dtype) for grad, dtype in grads), None, None, None
 
 
 def causal_language_model_loss(
@@ -133,8 +108,9 @@ def causal_language_model_loss(
     labels: torch.Tensor,
     lm_head: nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
     shift_labels: torch.Tensor | None = None,
+    supervised_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The stock causal language-model loss, equal in value and gradients, without its logits.
@@ -145,23 +121,27 @@ def causal_language_model_loss(
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             Token ids, not shifted; `IGNORE_INDEX` (-100) where nothing is supervised.
         lm_head (`nn.Module`):
-            The head. A `nn.Linear` takes the fast path, also where FSDP2 or ZeRO-3 shard it or PEFT trains a copy of
-            it; anything else (a LoRA-wrapped or quantised head) is called chunk by chunk under activation
-            checkpointing.
+            The head. A `nn.Linear` takes the fast path, also where FSDP2 or ZeRO-3 shard it or PEFT trains a copy of it;
+            anything else (a LoRA-wrapped or quantised head) is called chunk by chunk under activation checkpointing.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Supervised positions of the whole optimizer step (gradient accumulation, all processes). The sum of the
-            losses is divided by it; by the number of positions here when not given.
+            Supervised tokens of the whole optimizer step (gradient accumulation, all processes), by which the summed loss is
+            divided; those given here by default.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             As in `torch.nn.functional.cross_entropy`.
         shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Labels that are shifted already (sequence-parallel training); used in place of `labels`.
+        supervised_indices (`torch.LongTensor` of shape `(num_supervised,)`, *optional*):
+            Where the tokens are, in the flattened batch, whose next one has a label: without it, the device is asked.
 
     Returns:
         `torch.Tensor`: the loss, a float32 scalar. With nothing supervised it is 0 (stock: NaN) and keeps its
         gradient graph, so that a process of a distributed run with such a batch stays in step with the others.
     """
+    label_smoothing = label_smoothing or 0.0
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    else:
+        supervised_indices = None  # they are those of `labels`
     targets = shift_labels.reshape(-1).to(hidden_states.device)
     hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])  # [batch_size * sequence_length, hidden_size]
 
@@ -171,7 +151,9 @@ def causal_language_model_loss(
         total = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         count = (targets != IGNORE_INDEX).sum()
     else:
-        supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        supervised = supervised_indices
+        if supervised is None:
+            supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
         count = supervised.numel()
         total = _summed_loss(hidden_states[supervised], targets[supervised], lm_head, label_smoothing)
 
@@ -188,7 +170,7 @@ def _summed_loss(hidden, targets, lm_head, label_smoothing):
     # hidden [num_supervised, hidden_size], targets [num_supervised]
     lm_head = _trained_copy(lm_head)
     is_plain = original_class(lm_head).forward is nn.Linear.forward
-    if is_plain and not _is_sharded(lm_head) and lm_head.weight.device == hidden.device:
+    if is_plain and not is_sharded(lm_head) and lm_head.weight.device == hidden.device:
         return _linear_loss(hidden, targets, lm_head, label_smoothing)
     if is_plain and _gathers_when_called(lm_head):
         # A sharded head has its weights during its own call only, and every process must call it equally often,
@@ -202,7 +184,7 @@ def _summed_loss(hidden, targets, lm_head, label_smoothing):
 
     if hidden.shape[0] == 0:  # the head is called all the same: a sharded one must gather on every process
         return lm_head(hidden.new_zeros(1, hidden.shape[-1])).float().sum() * 0.0 + hidden.sum() * 0.0
-    chunk_rows = hidden.shape[0] if _is_sharded(lm_head) else _rows_per_chunk(lm_head, trained=True)
+    chunk_rows = hidden.shape[0] if is_sharded(lm_head) else _rows_per_chunk(lm_head, trained=True)
     total = 0.0
     for rows, target in zip(hidden.split(chunk_rows), targets.split(chunk_rows)):
         total = total + checkpoint(chunk_loss, rows, target, use_reentrant=False)
@@ -233,8 +215,9 @@ def _trained_copy(lm_head):
     return lm_head
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a shard of the weights (FSDP2, DeepSpeed ZeRO-3)."""
+    return any(type(p.data) is not torch.Tensor or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _gathers_when_called(module: nn.Module) -> bool:
@@ -261,4 +244,4 @@ def _call_as(module: nn.Module, function, *inputs):
         module.__class__ = before
 
 
-__all__ = ["causal_language_model_loss"]
+__all__ = ["causal_language_model_loss", "is_sharded"]

@@ -12,13 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_batch, tiny_config
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.kernels import apply_kernels, cpu_linear
+from modeling_llava.kernels import apply_kernels
 from modeling_llava.kernels.exchange import Kernel, exchange, original_class, restore
-
-
-@pytest.fixture(autouse=True)
-def small_products(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "MIN_MULTIPLICATIONS", 1)  # tiny layers too
 
 
 def plain_model():

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling_llava.kernels import cpu_linear as onednn
 from modeling_llava.kernels import linear_cross_entropy as loss_module
 from modeling_llava.kernels.linear_cross_entropy import causal_language_model_loss
 
@@ -13,11 +12,9 @@ from modeling_llava.kernels.linear_cross_entropy import causal_language_model_lo
 VOCABULARY, HIDDEN = 97, 16
 
 
-@pytest.fixture(params=["mm", "onednn"])
-def small_chunks(request, monkeypatch):
-    """Chunks of 5 rows: 18 supervised positions make 4 chunks, the last one short. Products by PyTorch or by oneDNN."""
-    if request.param == "onednn":
-        monkeypatch.setattr(onednn, "MIN_MULTIPLICATIONS", 1)
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 5 rows: 18 supervised positions make 4 chunks, the last one short."""
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 5 * VOCABULARY)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS", 1)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS_TRAINED", 1)
@@ -87,12 +84,47 @@ def test_loss_is_scaled_by_what_stands_behind_it(small_chunks):
     torch.testing.assert_close(thrice, 3 * once)
 
 
-def test_a_second_backward_pass_says_why_it_cannot_be():
+def test_a_graph_that_is_kept_gives_its_gradients_again_and_one_that_is_not_is_refused_as_by_torch(small_chunks):
+    hidden, head, labels = example()
+    parameters = [hidden, head.weight]
+    expected = gradients(3 * causal_language_model_loss(hidden, labels, head), *parameters)
+    loss = 3 * causal_language_model_loss(hidden, labels, head)
+    for _ in range(2):
+        for ours, once in zip(torch.autograd.grad(loss, parameters, retain_graph=True), expected):
+            torch.testing.assert_close(ours, once)
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, expected[1])
+    with pytest.raises(RuntimeError, match="through the graph a second time"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused_and_torch_func_gives_the_gradients():
     hidden, head, labels = example()
     loss = causal_language_model_loss(hidden, labels, head)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second time.*Compute the loss again"):
-        loss.backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self):
+            return causal_language_model_loss(hidden, labels, self.head)
+
+    functional = torch.func.grad(lambda weights: torch.func.functional_call(Loss(), weights, ()))
+    weight = head.weight.detach()
+    torch.testing.assert_close(functional({"head.weight": weight})["head.weight"], gradients(loss, head.weight)[0])
+
+
+def test_indices_of_supervised_tokens_give_the_same_and_labels_that_are_shifted_win(small_chunks):
+    hidden, head, labels = example()
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    indices = (shifted.flatten() != -100).nonzero().squeeze(1)
+    expected = causal_language_model_loss(hidden, labels, head)
+    torch.testing.assert_close(causal_language_model_loss(hidden, labels, head, supervised_indices=indices), expected)
+    wrong = {"shift_labels": shifted, "supervised_indices": indices[:3]}
+    torch.testing.assert_close(causal_language_model_loss(hidden, None, head, **wrong), expected)
 
 
 def test_bfloat16_head_gradient_is_summed_in_float32(small_chunks):
