@@ -97,8 +97,6 @@ def test_v0_supervises_exactly_answers_and_stops(file, version):
         assert texts == [f" {answer}\n###" for answer in answers], row["id"]
 
 
-# --- Invariants over random conversations --------------------------------------------------------------------------
-
 FRAGMENTS = [
     *("the kettle", "a", " ", "   ", "\n", "\t", "é", "이", "🐈", "###", "Human:", "USER:", "image", "s>", ">", "<"),
     *("</s>", "<s>", "<image>", "<unk>", "<pad>", "<<s>s>", "</", "<ima", "ge>", "[INST]", "<|im_end|>", "\U000f0000"),
@@ -181,7 +179,6 @@ def byte_level():
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     add_image_token(tokenizer)
-    tokenizer.add_tokens(["<tool>"])  # a word, not a control token
     return tokenizer
 
 
@@ -201,38 +198,19 @@ def test_random_conversations_with_a_byte_level_tokenizer(byte_level, turns):
     assert [text.removeprefix("\n") for text in texts] == [f"{a.removeprefix(chr(10))}<|im_end|>" for _, a in turns]
 
 
-def test_an_added_token_that_is_not_special_is_a_word_like_others(byte_level):
-    processor = tiny_processor(tokenizer=byte_level, template="chatml")
-    ids = encode_conversation([user("a <tool>"), assistant("b")], processor)["input_ids"].tolist()
-    assert ids.count(byte_level.convert_tokens_to_ids("<tool>")) == 1
-
-
-@pytest.mark.parametrize("content", [["</", "s>"], ["<ima", "ge>"], ["<s", ">", "x"]])
-def test_texts_that_meet_do_not_become_a_control_token(processors, content):
-    ids = encode_conversation([user(*content), assistant("x")], processors["vicuna_v1"])["input_ids"].tolist()
-    assert [ids.count(i) for i in CONTROL] == [0, 1, 1, 0, 0]
-
-
-# --- Length ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_exact_length_fits(processors):
-    length = conversation_length(SAMPLE, processors["vicuna_v1"])
-    encoded = encode_conversation(SAMPLE, processors["vicuna_v1"], max_length=length)
-    assert len(encoded["input_ids"]) == len(encoded["labels"]) == length
-    assert encoded["input_ids"].dtype == encoded["labels"].dtype == torch.int64
-
-
 def test_a_longer_conversation_raises_is_dropped_or_loses_its_end(processors):
     processor = processors["vicuna_v1"]
     messages = [*SAMPLE, user("Why?"), assistant("It has pointed ears, whiskers and a tail.")]
     whole = encode_conversation(messages, processor)
     length = len(whole["input_ids"])
-    with pytest.raises(
-        BadSampleError, match=rf"sample 'ins-17' has {length} tokens \(4 of them for its 1 images\)"
-    ) as e:
+    exact = encode_conversation(messages, processor, max_length=length)
+    assert len(exact["input_ids"]) == len(exact["labels"]) == length == conversation_length(messages, processor)
+    assert exact["input_ids"].dtype == exact["labels"].dtype == torch.int64
+    with pytest.raises(BadSampleError, match=rf"'ins-17' has {length} tokens \(4 of them for its 1 images\)") as e:
         encode_conversation(messages, processor, max_length=length - 5, sample_id="ins-17")
     assert e.value.reason == TOO_LONG
+    with pytest.raises(ValueError, match="overflow must be"):
+        encode_conversation(messages, processor, overflow="truncate")
     assert encode_conversation(messages, processor, max_length=length - 5, overflow="drop") is None
     cut = encode_conversation(messages, processor, max_length=length - 5, overflow="truncate_text")
     assert torch.equal(cut["input_ids"], whole["input_ids"][:-5])
@@ -253,12 +231,12 @@ def test_truncation_never_cuts_an_image(processors):
 def test_a_cut_within_an_answer_is_said(processors, caplog):
     processor = processors["vicuna_v1"]
     length = conversation_length(SAMPLE, processor)
-    for max_length, said in ((length - 1, True), (length, False)):
+    messages = [*SAMPLE, user("Why?"), assistant("So.")]
+    for max_length, is_said in ((length - 1, True), (length, False)):
         labels.logger.warning_once.cache_clear()
         caplog.clear()
-        messages = [*SAMPLE, user("Why?"), assistant("So.")]
         encode_conversation(messages, processor, max_length=max_length, overflow="truncate_text")
-        assert ("without its stop" in caplog.text) == said
+        assert ("without its stop" in caplog.text) == is_said
 
 
 def test_an_answer_that_is_not_to_be_learned_is_not_supervised(processors):
@@ -303,13 +281,8 @@ def test_nothing_supervised_names_the_sample_and_the_cause(processors):
     length = conversation_length(SAMPLE[:1], processor)
     with pytest.raises(ValueError, match=f"its answers lie beyond max_length={length} and were cut off"):
         encode_conversation(SAMPLE, processor, max_length=length, overflow="truncate_text")
-    with pytest.raises(ValueError, match="the conversation has no messages"):
-        encode_conversation([], processor)
-
-
-def test_an_unknown_overflow_is_refused(processors):
-    with pytest.raises(ValueError, match="overflow must be"):
-        encode_conversation(SAMPLE, processors["vicuna_v1"], overflow="truncate")
+    with pytest.raises(ValueError, match="the conversation has nothing to learn from"):
+        encode_conversation(SAMPLE[:1], processor)
 
 
 def test_images_of_different_lengths(processors):
@@ -322,9 +295,6 @@ def test_images_of_different_lengths(processors):
     assert conversation_length(messages, processor, num_image_tokens=[3, 5]) == len(ids)
     with pytest.raises(ValueError, match="has 2 images but num_image_tokens tells of 1"):
         encode_conversation(messages, processor, num_image_tokens=[3])
-
-
-# --- Other processors and templates ----------------------------------------------------------------------------------
 
 
 def test_a_stock_processor_gives_the_same(processors):
@@ -419,7 +389,7 @@ def test_what_follows_the_generation_prompt_of_a_template_without_marks_is_learn
         ("{% for m in messages %}{{ m['content'] * 2 + eos_token }}{% endfor %}", "changes the answers"),
     ],
 )
-def test_a_template_whose_answers_cannot_be_found_is_refused_with_the_mend(template, error):
+def test_a_template_whose_answers_cannot_be_found_is_refused_with_the_fix(template, error):
     processor = tiny_processor(template=template)
     with pytest.raises(ValueError, match="does not know content lists"):
         encode_conversation([user("question"), assistant("answer")], processor)
@@ -428,28 +398,27 @@ def test_a_template_whose_answers_cannot_be_found_is_refused_with_the_mend(templ
         encode_conversation(messages, processor, sample_id="x")
 
 
-def test_a_template_that_knows_no_images_is_refused_with_the_mend():
+def test_a_template_that_knows_no_images_is_refused_with_the_fix():
     template = "{% for m in messages %}{% generation %}{{ m['content'][0]['text'] }}{% endgeneration %}{% endfor %}"
     processor = tiny_processor(template=template)
     with pytest.raises(ValueError, match="has 1 images but the chat template wrote 0 <image>"):
         encode_conversation([user("What?", IMAGE), assistant("x")], processor)
-
-
-def test_a_refusal_of_the_template_names_the_sample(processors):
-    with pytest.raises(BadSampleError, match="sample 3 does not fit the chat template: Message role"):
-        encode_conversation([{"role": "tool", "content": "x"}], processors["vicuna_v1"], sample_id=3)
-
-
-def test_half_a_surrogate_pair_names_the_sample(processors):
-    with pytest.raises(BadSampleError, match="sample 'x' holds half of a character"):
-        encode_conversation([user("Hi \ud83d"), assistant("A.")], processors["vicuna_v1"], sample_id="x")
-
-
-def test_without_a_chat_template_the_mend_is_named(processors):
-    processor = copy.copy(processors["vicuna_v1"])
     processor.chat_template = None
-    with pytest.raises(ValueError, match=r"no chat template. Set one: processor.chat_template = .*load_chat_template"):
+    with pytest.raises(ValueError, match="no chat template. Set one: .*load_chat_template"):
         encode_conversation(SAMPLE, processor)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([{"role": "tool", "content": "x"}], "does not fit the chat template: Message role"),
+        ([user("Hi \ud83d"), assistant("A.")], "holds half of a character"),
+        ([], "has no messages"),
+    ],
+)
+def test_what_cannot_be_rendered_names_the_sample(processors, messages, error):
+    with pytest.raises(BadSampleError, match=f"sample 'x' {error}"):
+        encode_conversation(messages, processors["vicuna_v1"], sample_id="x")
 
 
 def test_a_template_that_teaches_no_stop_is_warned_of_once(monkeypatch):
@@ -475,14 +444,6 @@ def test_labels_do_not_depend_on_what_the_tokenizer_was_used_for(processors):
     assert torch.equal(expected["input_ids"], again["input_ids"]) and torch.equal(expected["labels"], again["labels"])
 
 
-def test_tokens_added_later_are_seen():
-    processor = tiny_processor()
-    assert 703 not in encode_conversation([user("<new>"), assistant("x")], processor)["input_ids"]
-    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
-    ids = encode_conversation([user("<new>"), assistant("x")], processor)["input_ids"].tolist()
-    assert processor.tokenizer.convert_tokens_to_ids("<new>") not in ids  # typed by a user, so still text
-
-
 def test_threads_do_not_share_the_spans_of_a_rendering(processors):
     processor, switching = processors["vicuna_v1"], sys.getswitchinterval()
     conversations = [[user("What is it? " * i), assistant("A cat. " * (i + 1))] for i in range(8)]
@@ -500,13 +461,15 @@ def test_threads_do_not_share_the_spans_of_a_rendering(processors):
         sys.setswitchinterval(switching)
 
 
-def test_a_word_that_becomes_special_later_is_a_control_token():
+def test_an_added_word_is_one_until_it_becomes_a_control_token():
     processor = tiny_processor()
+    typed = [user("<word>"), assistant("x")]
+    encode_conversation(typed, processor)  # what was seen of the tokenizer then does not stay
     processor.tokenizer.add_tokens(["<word>"])
-    word, typed = processor.tokenizer.convert_tokens_to_ids("<word>"), [user("<word>"), assistant("x")]
+    word = processor.tokenizer.convert_tokens_to_ids("<word>")
     assert word in encode_conversation(typed, processor)["input_ids"]
     processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<word>"]})
-    assert word not in encode_conversation(typed, processor)["input_ids"]
+    assert word not in encode_conversation(typed, processor)["input_ids"]  # typed by a user, so text
 
 
 @pytest.mark.parametrize("setting, value", [("add_bos_token", False), ("add_eos_token", True)])

@@ -41,39 +41,22 @@ def llava_row(*values, image="a.jpg", **other):
         ("<image>\n   What is this?  ", [IMAGE, text("What is this?")]),
         ("<image>", [IMAGE]),
         ("Look at <image> now, please.", [text("Look at "), IMAGE, text(" now, please.")]),
-    ],
-)
-def test_markers_become_items_as_the_labels_module_says(value, content):
-    conversation = from_llava_row(llava_row(value, "A lamp."))
-    assert conversation["messages"][0] == {"role": "user", "content": content}
-    assert conversation["messages"][1] == {"role": "assistant", "content": [text("A lamp.")]}
-    assert conversation["images"] == ["a.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("value", "content"),
-    [
         ("Compare <image> with <image>, please.", [text("Compare "), IMAGE, text(" with "), IMAGE, text(", please.")]),
         ("<image>\n<image>\nCompare.", [IMAGE, IMAGE, text("Compare.")]),
         ("Compare.\n<image> <image>\n", [text("Compare."), IMAGE, IMAGE]),
     ],
 )
-def test_two_markers_in_a_turn(value, content):
-    conversation = from_llava_row(llava_row(value, "Fine.", image=["a.jpg", "b.jpg"]))
-    assert conversation["messages"][0]["content"] == content and conversation["images"] == ["a.jpg", "b.jpg"]
-
-
-def test_text_is_kept_to_the_letter_where_there_is_no_marker():
-    row = llava_row("<image>\nHi", "  A lamp. ", "    And\n\nthat?  ", "A <image> tag.\n")
-    contents = [message["content"] for message in from_llava_row(row)["messages"]]
-    assert contents[1:] == [[text("  A lamp. ")], [text("    And\n\nthat?  ")], [text("A <image> tag.\n")]]
-
-
-def test_literal_marker_in_the_items_of_a_text_only_row_is_text():
-    question = text("What does <image> mean in HTML?")
-    answer = {"role": "assistant", "content": "Nothing; <image> is SVG."}
-    conversation = from_row({"messages": [{"role": "user", "content": [question]}, answer]})
-    assert conversation["messages"][0]["content"] == [question] and conversation["images"] == []
+def test_markers_become_items_as_the_labels_module_says(value, content):
+    images = ["a.jpg", "b.jpg"][: content.count(IMAGE)]
+    row = llava_row(value, "  A lamp. ", "    And\n\nthat?  ", "A <image> tag.\n", image=images)
+    before = pickle.dumps(row)
+    conversation = from_llava_row(row)
+    contents = [message["content"] for message in conversation["messages"]]
+    assert contents == [content, [text("  A lamp. ")], [text("    And\n\nthat?  ")], [text("A <image> tag.\n")]]
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * 2
+    assert conversation["images"] == images
+    conversation["images"].append("c.jpg")
+    assert pickle.dumps(row) == before
 
 
 @pytest.mark.parametrize("image", [None, "", [], [None], float("nan")])
@@ -171,16 +154,15 @@ def test_messages_row_with_items_after_arrow():
     row = {
         "id": 3,
         "messages": [
-            {"role": "system", "content": [{"type": "text", "text": "Be short."}]},
-            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "A <image>?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+            {"role": "system", "content": [text("Be short.")]},
+            {"role": "user", "content": [{"type": "image", "text": None}, text("A <image>?")]},
+            {"role": "assistant", "content": [text("Yes.")]},
         ],
         "images": [{"bytes": b"x", "path": None}],
     }
     conversation = from_messages_row(row)
-    assert conversation["messages"][1]["content"] == [IMAGE, text("A <image>?")]
+    assert conversation["messages"][1]["content"] == [IMAGE, text("A <image>?")]  # in items it is text
     assert conversation["images"] == [{"bytes": b"x", "path": None}] and conversation["id"] == "3"
-    assert from_row(row) == conversation
 
 
 def test_items_may_hold_their_images_where_the_row_holds_none():
@@ -202,23 +184,6 @@ def test_one_image_of_any_type_is_one_image(image):
     with pytest.raises(BadSampleError, match="both 'image' and 'images'"):
         from_llava_row({**llava_row("<image>", "A."), "images": image})
     assert from_llava_row({**llava_row("<image>", "A."), "images": []})["images"] == ["a.jpg"]
-
-
-def test_messages_row_with_strings_marks_images_as_llava_does():
-    row = {
-        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A lamp."}],
-        "images": ["a.jpg"],
-    }
-    assert from_row(row)["messages"][0]["content"] == [IMAGE, text("What?")]
-    with pytest.raises(BadSampleError, match="has <image> in its text but no image"):
-        from_row({**row, "images": None})
-
-
-def test_the_row_is_not_changed():
-    row = llava_row("<image>\nWhat?", "A lamp.")
-    before = pickle.dumps(row)
-    from_llava_row(row)["images"].append("b.jpg")
-    assert pickle.dumps(row) == before
 
 
 PLAIN = from_row(llava_row("<image>\nWhat?", "A lamp."))
@@ -307,6 +272,7 @@ BAD_ROWS = [
         BAD_ROLES,
         "assistant, user",
     ),
+    ("text", BAD_ROW, "neither a LLaVA row"),
 ]
 
 
@@ -314,27 +280,8 @@ BAD_ROWS = [
 def test_bad_row_is_one_error_that_names_the_sample(row, reason, words):
     with pytest.raises(BadSampleError) as caught:
         from_row(row)
-    assert caught.value.reason == reason and caught.value.sample_id == "s"
-    assert str(caught.value).startswith("sample 's' ") and words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_error_crosses_process_borders():
-    error = pickle.loads(pickle.dumps(BadSampleError("a", EMPTY_ANSWER, "has none.")))
-    assert (error.sample_id, error.reason, str(error)) == ("a", EMPTY_ANSWER, "sample 'a' has none.")
-
-
-class Raising(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise BadSampleError("s-1", EMPTY_ANSWER, "has none.")
-
-
-def test_error_of_a_worker_is_still_one_line_that_names_the_sample():
-    with pytest.raises(BadSampleError) as caught:
-        next(iter(torch.utils.data.DataLoader(Raising(), num_workers=1)))
-    assert str(caught.value) == "sample 's-1' has none." == str(pickle.loads(pickle.dumps(caught.value)))
+    assert caught.value.reason == reason and caught.value.sample_id == ("s" if isinstance(row, dict) else "0")
+    assert str(caught.value).startswith("sample '") and words in str(caught.value) and "\n" not in str(caught.value)
 
 
 class Dropping(torch.utils.data.Dataset):
@@ -345,8 +292,19 @@ class Dropping(torch.utils.data.Dataset):
         return 12
 
     def __getitem__(self, index):
-        self.counter.add(BadSampleError(str(index), (EMPTY_ANSWER, BAD_ROLES)[index % 3 == 0], "is bad."), "test")
+        error = BadSampleError(str(index), (EMPTY_ANSWER, BAD_ROLES)[index % 3 == 0], "is bad.")
+        if index == 12:
+            raise error
+        self.counter.add(error, "test")
         return index
+
+
+def test_an_error_crosses_process_borders_as_one_line_that_names_the_sample():
+    error = pickle.loads(pickle.dumps(BadSampleError("a", EMPTY_ANSWER, "has none.")))
+    assert (error.sample_id, error.reason, str(error)) == ("a", EMPTY_ANSWER, "sample 'a' has none.")
+    with pytest.raises(BadSampleError) as caught:
+        next(iter(torch.utils.data.DataLoader(Dropping(), sampler=[12], num_workers=1)))
+    assert str(caught.value) == "sample '12' is bad." == str(pickle.loads(pickle.dumps(caught.value)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
