@@ -164,7 +164,6 @@ class FilterSummary:
     capped: int = 0  # phrases of more than `most` captions
     phrases_after: int = 0  # in the chosen captions
     commonest: list[list[Any]] = field(default_factory=list)  # twenty times [phrase, captions before, captions after]
-    histogram: list[list[int]] = field(default_factory=list)  # phrases by frequency: [from this one, before, after]
 
     def describe_phrases(self, before: Counter[str], after: Counter[str], settings: ConceptSettings) -> None:
         """Fills in the figures about phrases."""
@@ -173,11 +172,6 @@ class FilterSummary:
         self.capped = sum(count > settings.most for count in before.values())
         top = sorted(before, key=lambda phrase: (-before[phrase], phrase))[:20]
         self.commonest = [[phrase, before[phrase], after[phrase]] for phrase in top]
-        edges = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 10**12]
-        for low, high in zip(edges, edges[1:]):
-            numbers = [sum(low <= count < high for count in counts.values()) for counts in (before, after)]
-            if any(numbers):
-                self.histogram.append([low, *numbers])
 
 
 def filter_captions(

@@ -12,16 +12,6 @@ from .run import RunFolder, write_json
 from .samples import OutputSummary
 
 
-FAULTS = {
-    "429": "limit of the endpoint",
-    "connection": "connection refused or cut",
-    "malformed": "reply that is not a chat completion",
-    "timeout": "timed out",
-}
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
-"""The Hub's `size_categories`."""
-
-
 def write_card(folder: RunFolder, ledger: Ledger, summary: OutputSummary, limit: int | None = None) -> None:
     """Writes `summary.json`, and `README.md` with a plot into the `datasets` folder, or the run's folder without one.
 
@@ -111,7 +101,7 @@ def render_card(figures: dict[str, Any], plot: str, fingerprint: str) -> str:
     requests = [
         ["requests sent", figures["requests"]],
         ["replies", figures["replies"]],
-        *([FAULTS.get(kind, f"fault {kind}"), number] for kind, number in sorted(figures["faults"].items())),
+        *([f"fault: {kind}", number] for kind, number in sorted(figures["faults"].items())),
         ["in flight when a run was killed", figures["unknown"]],
     ]
     reasons = [
@@ -138,8 +128,6 @@ tags:
 - llava
 - visual-instruction-tuning
 - synthetic
-size_categories:
-- {next((name for most, name in SIZES if total < most), "n>1T")}
 ---
 
 # Visual instruction data from captions and boxes

@@ -21,19 +21,12 @@ MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class ConceptSettings:
-    """How captions are chosen.
+    """How captions are chosen."""
 
-    Attributes:
-        least: Frequency (captions with a phrase) below which a phrase is skipped.
-        most: Maximum number of captions that one phrase contributes.
-        seed: Seed of the random choice.
-        target: Stop with the phrase, from the rarest up, at which this many captions are chosen; `None` takes all phrases.
-    """
-
-    least: int = 3
-    most: int = 100
+    least: int = 3  # captions with a phrase; rarer phrases are skipped
+    most: int = 100  # captions that one phrase contributes
     seed: int = 0
-    target: int | None = None
+    target: int | None = None  # stop with the phrase, from the rarest up, at which this many captions are chosen
 
     def __post_init__(self):
         if not 1 <= self.least <= self.most:

@@ -62,18 +62,9 @@ def phrases_of(doc: Any) -> tuple[str, ...]:
 
 
 def extract_phrases(captions: Iterable[str], model: str = DEFAULT_MODEL) -> Iterator[tuple[str, ...]]:
-    """The noun phrases of each caption (LLaVA, appendix: spaCy noun chunks).
-
-    Raises:
-        ImportError: spaCy or its model is not installed.
-        ValueError: spaCy has no noun phrases for the model's language.
-    """
-    nlp = load_spacy(model)
-    try:
-        for doc in nlp.pipe(captions, batch_size=256, disable=["ner", "lemmatizer"]):
-            yield phrases_of(doc)
-    except NotImplementedError:
-        raise ValueError(f"spaCy finds no noun phrases with '{model}' (language '{nlp.lang}').") from None
+    """The noun phrases of each caption (LLaVA, appendix: spaCy noun chunks)."""
+    for doc in load_spacy(model).pipe(captions, batch_size=256, disable=["ner", "lemmatizer"]):
+        yield phrases_of(doc)
 
 
 def shard_header(captions: list[str], model: str) -> str:

@@ -11,23 +11,24 @@ from ..io.atomic import atomic_path
 COLORS = {"conversation": "#4477aa", "detail": "#ccbb44", "complex": "#aa3377"}
 
 
-def _figure(width: float, height: float) -> Any:
-    """A figure without pyplot, whose global state a notebook may use."""
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """A matplotlib figure of some inches, without pyplot, whose global state a notebook may use."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'modeling-llava[engine]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+        raise ImportError("Plots need matplotlib: pip install 'modeling-llava[plots]'") from error
+    return Figure(figsize=(width, height), **options)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Writes a figure as PNG."""
     with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=dpi, format="png")
 
 
 def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
     """Histogram of the answers' words, one line per type."""
-    figure = _figure(7, 3.2)
+    figure = new_figure(7, 3.2, layout="constrained")
     axes = figure.subplots()
     longest = max(max(histogram, default=1) for histogram in lengths.values())
     edges = [longest * i / 30 for i in range(31)]
@@ -36,12 +37,12 @@ def plot_lengths(lengths: dict[str, Counter], path: Path) -> None:
         axes.hist(list(histogram), edges, weights=list(histogram.values()), **style)
     axes.set(xlabel="words in an answer", ylabel="answers", title="Length of answers")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path: Path) -> None:
     """Captions per noun phrase, phrases ordered by how common they are, before and after the filter."""
-    figure = _figure(7, 3.6)
+    figure = new_figure(7, 3.6, layout="constrained")
     axes = figure.subplots()
     for counts, label, color in ((before, "before", "#999999"), (after, "after", "#4477aa")):
         ordered = sorted((count for count in counts if count), reverse=True)
@@ -49,4 +50,4 @@ def plot_concepts(before: Iterable[int], after: Iterable[int], least: int, path:
     axes.axhline(least, color="black", lw=0.7, ls=":", label=f"frequency {least}")
     axes.set(xscale="log", yscale="log", xlabel="noun phrases, commonest first", ylabel="captions", title="Concepts")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

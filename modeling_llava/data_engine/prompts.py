@@ -41,22 +41,13 @@ BOX_LINE = re.compile(r"^[^\[\]\n]+: \[[\d.]+, [\d.]+, [\d.]+, [\d.]+\]\s*$", re
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt of one type of data.
-
-    Attributes:
-        type: `"conversation"`, `"detail"` or `"complex"`.
-        system: The system message.
-        examples: Pairs of what the model is given and what it answers.
-        with_boxes: Whether contexts carry their boxes.
-        questions: Questions, one of which is put before a description; empty for the other types, whose replies contain
-            their questions.
-    """
+    """The prompt of one type of data."""
 
     type: str
     system: str
-    examples: tuple[tuple[str, str], ...]
-    with_boxes: bool
-    questions: tuple[str, ...] = ()
+    examples: tuple[tuple[str, str], ...]  # what the model is given, and what it answers
+    with_boxes: bool  # whether contexts carry their boxes
+    questions: tuple[str, ...] = ()  # one is put before a description; replies of other types contain their questions
 
     def query(self, context: Context) -> str:
         """What the model is told of an image: its captions and, after an empty line, its boxes."""

@@ -28,17 +28,12 @@ THUMBNAIL = 320
 
 def choose_samples(samples: list[tuple[str, str]], number: int, seed: int = 0) -> set[str]:
     """Ids of `number` samples, as evenly over the types as there are samples."""
-    rng = random.Random(seed)
-    by_type: dict[str, list[str]] = {}
-    for name, kind in samples:
-        by_type.setdefault(kind, []).append(name)
-    chosen: set[str] = set()
-    # The smallest type first: what it cannot fill goes to the others.
-    order = sorted(by_type, key=lambda kind: (len(by_type[kind]), kind))
-    for i, kind in enumerate(order):
-        share = (number - len(chosen)) // (len(order) - i)
-        chosen.update(rng.sample(by_type[kind], min(share, len(by_type[kind]))))
-    return chosen
+    seen: Counter = Counter()
+    in_rounds = []  # a sample of each type, a second one of each type, …
+    for name, kind in random.Random(seed).sample(samples, len(samples)):
+        seen[kind] += 1
+        in_rounds.append((seen[kind], name))
+    return {name for _, name in sorted(in_rounds)[:number]}
 
 
 def write_report(

@@ -32,30 +32,18 @@ from .prompts import FOLDERS, Prompt, hash_prompts
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What a run makes; the same when the run is resumed.
+    """What a run makes; the same when the run is resumed."""
 
-    Attributes:
-        model: Name of the language model.
-        types: Types of data to make.
-        mix: Relative numbers of conversation : detail : complex (LLaVA-Instruct: 58 : 23 : 77 thousand). The largest one is
-            made for every image.
-        seed: Seed of all random choices and, with `send_seed`, of the model's sampling.
-        temperature: Sampling temperature; `None` for the endpoint's default.
-        max_reply_tokens: Maximum length of a reply, in tokens.
-        language: Language of the replies (`"en"`), `None` for any.
-        send_seed: Whether to send a sampling seed with each request.
-        max_boxes: Maximum boxes per context, the largest; `None` for all.
-    """
-
-    model: str
+    model: str  # its name at the endpoint
     types: tuple[str, ...] = tuple(FOLDERS)
+    # Relative numbers of conversation : detail : complex (LLaVA-Instruct: 58 : 23 : 77 thousand); every image gets the largest.
     mix: tuple[float, float, float] = (58, 23, 77)
-    seed: int = 0
-    temperature: float | None = 0.7
+    seed: int = 0  # of all random choices and, with `send_seed`, of the model's sampling
+    temperature: float | None = 0.7  # `None` for the endpoint's default
     max_reply_tokens: int = 1024
-    language: str | None = "en"
-    send_seed: bool = False
-    max_boxes: int | None = None
+    language: str | None = "en"  # of the replies; `None` for any
+    send_seed: bool = False  # whether to send a sampling seed with each request
+    max_boxes: int | None = None  # per context, the largest; `None` for all
 
     def __post_init__(self):
         if not self.types or len(set(self.types)) < len(self.types) or not set(self.types) <= set(FOLDERS):
@@ -140,12 +128,7 @@ class RunFolder:
         write_json(self.path / "run.json", self.about)
 
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
-        """Writes the contexts next to the ledger, or checks that they are those of the run.
-
-        Args:
-            contexts: The contexts; not read if `sources` are unchanged.
-            counts: What was left out, as it is known after reading them.
-            sources: The files they come from.
+        """Writes the contexts next to the ledger, or checks that they are those of the run; unchanged `sources` are not read.
 
         Raises:
             ValueError: they differ from those that the run began with, or there are none.

@@ -18,24 +18,13 @@ from .run import RunFolder
 
 @dataclass
 class OutputSettings:
-    """How the data is written.
+    """How the data is written."""
 
-    Attributes:
-        question_repeats: Maximum near-duplicate questions across the whole set; `None` keeps all. Descriptions are exempt:
-            their questions come from a list.
-        similarity: Overlap of words (Jaccard) from which questions are near duplicates.
-        parquet: Whether to write the `datasets` folder, which holds the images.
-        card: Whether to write the card, its plots and `summary.json`.
-        drop: Ids of samples to leave out (marked in the report).
-        report_samples: Samples in the HTML report; 0 writes none.
-    """
-
-    question_repeats: int | None = 1
-    similarity: float = 0.8
-    parquet: bool = True
-    card: bool = True
-    drop: frozenset[str] = frozenset()
-    report_samples: int = 200
+    question_repeats: int | None = 1  # near-duplicate questions to keep (not in descriptions); `None` keeps all
+    parquet: bool = True  # whether to write the `datasets` folder, which holds the images
+    card: bool = True  # whether to write the card, its plot and `summary.json`
+    drop: frozenset[str] = frozenset()  # ids of samples to leave out (marked in the report)
+    report_samples: int = 200  # samples in the HTML report; 0 writes none
 
 
 @dataclass
@@ -130,7 +119,7 @@ def kept_samples(
             if sample.type != "detail" and sample.id not in settings.drop
             for question, _ in sample.turns
         )
-        index = QuestionIndex(count_question_words(questions), settings.similarity, settings.question_repeats)
+        index = QuestionIndex(count_question_words(questions), repeats=settings.question_repeats)
     for sample in accepted_samples(folder, ledger, limit):
         row = {"id": sample.id, "type": sample.type}
         if sample.id in settings.drop:

@@ -4,7 +4,6 @@ The same questions are asked with their image, with a blank image, and with the 
 the majority answer: for every question, the answer that is right most often in the training data.
 """
 
-import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -35,10 +34,10 @@ class ExamItem:
     answer: str
 
 
-def set_exam(split: Path, seed: int, limit: int | None = None, held_out: bool = False) -> list[ExamItem]:
+def set_exam(split: Path, seed: int, held_out: bool = False) -> list[ExamItem]:
     """Questions about a split's images, one of each kind that an image has, from captions and boxes."""
     items = []
-    for context in itertools.islice(read_contexts(split / "captions.json", split / "instances.json"), limit):
+    for context in read_contexts(split / "captions.json", split / "instances.json"):
         rng = random.Random(f"{seed}:exam:{context.id}")
         scene = read_context(f"{context.caption_text}\n\n{context.box_text}")
         by_kind: dict[str, list[Question]] = defaultdict(list)

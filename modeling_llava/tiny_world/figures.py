@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..io.atomic import atomic_path
+from ..data_engine.plots import new_figure, save_figure
 from .exam import HELD_OUT_NAMES, KINDS
 
 
@@ -19,19 +19,6 @@ BARS = {
     "blank images": "#c9ced8",
     "shuffled images": "#dfe3ea",
 }
-
-
-def _figure(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figures need matplotlib: pip install 'modeling-llava[plots]'.") from error
-    return Figure(figsize=(width, height), facecolor="white")
-
-
-def _save(figure, path: Path) -> None:
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
 
 
 def _clean(axes) -> None:
@@ -51,7 +38,7 @@ def smooth(losses: list[float], fraction: float = 0.06) -> list[float]:
 
 def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
     """Loss over optimizer steps, one panel per training."""
-    figure = _figure(3.3 * len(curves), 3.1)
+    figure = new_figure(3.3 * len(curves), 3.1)
     for index, (title, losses) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), index + 1)
         steps, smoothed = range(1, len(losses) + 1), smooth(losses)
@@ -68,7 +55,7 @@ def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
         axes.annotate(f"{smoothed[-1]:.2f}", end, xytext=(-2, 7), textcoords="offset points", **style)
         _clean(axes)
     figure.tight_layout(w_pad=2.2)
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -99,7 +86,7 @@ def plot_answers(
     """A grid of images with question and answer, above bars with the scores with and without the image."""
     columns, rows = 5, 2
     chosen = choose_answers(answers, columns * rows, seed)
-    figure = _figure(13, 11)
+    figure = new_figure(13, 11)
     percent = {name: f"{kinds['all']:.0%}" for name, kinds in scores.items()}
     figure.text(0.03, 0.966, "A LLaVA that learned to see in minutes", fontsize=19, color=INK, fontweight="bold")
     lines = [
@@ -143,4 +130,4 @@ def plot_answers(
     axes.tick_params(axis="x", labelsize=10, labelcolor=INK, length=0)
     style = {"frameon": False, "fontsize": 9.5, "ncols": len(BARS), "labelcolor": INK}
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), **style)
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)

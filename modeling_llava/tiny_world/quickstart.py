@@ -6,6 +6,7 @@ the last one.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -187,30 +188,19 @@ class Quickstart:
         from .language import train_language_model
 
         settings = self.settings
-        losses, log = self._recorder(settings.language_steps)
-        facts = train_language_model(
-            self._fresh("parts/language_model"),
-            steps=settings.language_steps,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            most_things=settings.things,
-            log=log,
-        )
-        return {**facts, "losses": losses}
+        options = {"steps": settings.language_steps, "batch_size": settings.batch_size, "most_things": settings.things}
+        return self._train_part(train_language_model, "language_model", **options)
 
     def _vision(self) -> dict[str, Any]:
         from .vision import train_vision_tower
 
-        settings = self.settings
-        losses, log = self._recorder(settings.vision_steps)
-        facts = train_vision_tower(
-            self.out / "world" / "train",
-            self._fresh("parts/vision_encoder"),
-            steps=settings.vision_steps,
-            batch_size=settings.vision_batch_size,
-            seed=settings.seed,
-            log=log,
-        )
+        settings, split = self.settings, self.out / "world" / "train"
+        options = {"steps": settings.vision_steps, "batch_size": settings.vision_batch_size, "split": split}
+        return self._train_part(train_vision_tower, "vision_encoder", **options)
+
+    def _train_part(self, train: Callable, name: str, steps: int, **options) -> dict[str, Any]:
+        losses, log = self._recorder(steps)
+        facts = train(out=self._fresh(f"parts/{name}"), steps=steps, seed=self.settings.seed, log=log, **options)
         return {**facts, "losses": losses}
 
     def _compose(self) -> dict[str, Any]:
@@ -286,11 +276,8 @@ class Quickstart:
             result = train(recipe, callbacks=[LossCallback()], console=Console(file=log, width=120))
         return {"losses": losses, "steps": result.global_step}
 
-    def _pretrain(self) -> dict[str, Any]:
-        return self._train("pretrain")
-
-    def _finetune(self) -> dict[str, Any]:
-        return self._train("finetune")
+    _pretrain = functools.partialmethod(_train, "pretrain")
+    _finetune = functools.partialmethod(_train, "finetune")
 
     def _reload(self) -> dict[str, Any]:
         from transformers import pipeline
@@ -301,7 +288,7 @@ class Quickstart:
 
         model = self._fresh("model")
         merge_adapter(str(self.out / "finetune"), str(model))
-        items = set_exam(self.out / "world" / "unseen", self.settings.seed, limit=2)
+        items = set_exam(self.out / "world" / "unseen", self.settings.seed)[:14]
         answers = answer_items(LlavaPredictor.from_pretrained(str(model)), items, [item.image for item in items])
         with contextlib.redirect_stdout(io.StringIO()):
             pipe = pipeline("image-text-to-text", model=str(model), device="cpu")

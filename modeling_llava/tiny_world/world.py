@@ -34,11 +34,10 @@ def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int =
         for j, caption in enumerate(write_captions(scene))
     ]
     boxes = []
-    for i, scene in enumerate(scenes):
-        for thing in scene.things:
-            box = box_of(thing, size, size)
-            box = {"bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0}
-            boxes.append({"id": len(boxes), "image_id": i, "category_id": CATEGORIES.index(thing.category) + 1, **box})
+    for i, thing in ((i, thing) for i, scene in enumerate(scenes) for thing in scene.things):
+        box, category = box_of(thing, size, size), CATEGORIES.index(thing.category) + 1
+        shape = {"bbox": box, "area": round(box[2] * box[3], 2), "iscrowd": 0}
+        boxes.append({"id": len(boxes), "image_id": i, "category_id": category, **shape})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
     write_json(folder / "captions.json", {"images": entries, "annotations": captions})
     write_json(folder / "instances.json", {"images": entries, "annotations": boxes, "categories": categories})

@@ -29,20 +29,8 @@ def files(tmp_path):
 
 
 def line(folder, *more):
-    return [
-        *["data", "generate", "--captions", str(folder / "captions.json"), "--boxes", str(folder / "instances.json")],
-        *[
-            "--images",
-            str(folder / "images"),
-            "--out",
-            str(folder / "run"),
-            "--model",
-            "tiny",
-            "--mix",
-            "1:1:1",
-            *more,
-        ],
-    ]
+    words = f"data generate --captions {folder}/captions.json --boxes {folder}/instances.json --images {folder}/images"
+    return [*words.split(), "--out", str(folder / "run"), "--model", "tiny", "--mix", "1:1:1", *more]
 
 
 def test_generate_by_the_contracts_line_and_resumed_by_the_same(files, monkeypatch, capsys):
@@ -188,12 +176,8 @@ def test_a_batch_that_is_refused_as_a_whole_shows_why_and_binds_nobody(files, ca
     assert main(line(files, "--batch-out", str(files / "batches"))) == 0
     assert main(line(files, "--temperature", "default", "--dry-run")) == 2  # it waits
     requests = (files / "batches" / "batch-000.jsonl").read_text().splitlines()
-    refused = [
-        json.dumps(
-            {"custom_id": json.loads(text)["custom_id"], "response": {"status_code": REFUSED[0], "body": REFUSED[1]}}
-        )
-        for text in requests
-    ]
+    response = {"status_code": REFUSED[0], "body": REFUSED[1]}
+    refused = [json.dumps({"custom_id": json.loads(text)["custom_id"], "response": response}) for text in requests]
     (files / "errors.jsonl").write_text("\n".join(refused))
     assert main(line(files, "--batch-in", str(files / "errors.jsonl"))) == 1
     assert "temperature stays at its default here." in capsys.readouterr().out

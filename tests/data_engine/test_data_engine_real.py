@@ -30,12 +30,8 @@ def test_smollm2_behind_transformers_serve_over_real_coco_contexts_with_the_publ
     model = smollm2_folder(tmp_path / "model")
     out = tmp_path / "run"
     with Serve(model, tmp_path / "serve.log") as server:
-        line = [
-            "data",
-            "generate",
-            "--captions",
-            str(SHARED / "llava_bench_coco" / "caps_boxes_coco2014_val_80.jsonl"),
-        ]
+        captions = SHARED / "llava_bench_coco" / "caps_boxes_coco2014_val_80.jsonl"
+        line = ["data", "generate", "--captions", str(captions)]
         line += ["--prompts", str(SHARED / "prompts"), "--out", str(out), "--model", server.name, "--limit", "2"]
         line += ["--mix", "1:1:1", "--max-reply-tokens", "120", "--concurrency", "2", "--timeout", "600"]
         assert main([*line, "--base-url", server.url]) == 0
@@ -83,15 +79,8 @@ def test_what_a_whole_run_writes_trains_with_llava_train(tmp_path, form):
     for i, image in enumerate(images):
         Image.new("RGB", (40, 30), (30 * i, 90, 120)).save(tmp_path / "images" / image["file_name"])
     with FaultServer() as server:
-        line = [
-            "data",
-            "generate",
-            "--captions",
-            str(tmp_path / "captions.json"),
-            "--boxes",
-            str(tmp_path / "instances.json"),
-        ]
-        line += ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "run"), "--model", "tiny"]
+        words = f"--captions {tmp_path}/captions.json --boxes {tmp_path}/instances.json --images {tmp_path}/images"
+        line = ["data", "generate", *words.split(), "--out", str(tmp_path / "run"), "--model", "tiny"]
         assert main([*line, "--base-url", server.url]) == 0
     rows = json.loads((tmp_path / "run" / "instruct.json").read_text("utf-8"))
     assert len(rows) >= 8
@@ -103,18 +92,9 @@ def test_what_a_whole_run_writes_trains_with_llava_train(tmp_path, form):
     if form == "parquet":
         shutil.rmtree(tmp_path / "images")  # the folder holds the images itself
     settings = [f"model={tmp_path / 'model'}", f"data={data}", f"output_dir={tmp_path / 'trained'}", "max_steps=1"]
-    settings += [
-        "max_length=1024",
-        "per_device_train_batch_size=2",
-        "logging_steps=1",
-        "report_to=none",
-        "precision=fp32",
-    ]
-    settings += [
-        "use_cpu=true",
-        "disable_tqdm=true",
-        *([f"image_folder={tmp_path / 'images'}"] if form == "json" else []),
-    ]
+    settings += "max_length=1024 per_device_train_batch_size=2 logging_steps=1 report_to=none precision=fp32".split()
+    settings += ["use_cpu=true", "disable_tqdm=true"]
+    settings += [f"image_folder={tmp_path / 'images'}"] if form == "json" else []
     assert main(["train", "finetune", *settings]) == 0
     state = json.loads((tmp_path / "trained" / "trainer_state.json").read_text("utf-8"))
     assert state["global_step"] == 1 and 0 < state["log_history"][0]["loss"] < 20
