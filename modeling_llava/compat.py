@@ -11,7 +11,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     install_output_capuring_hook,
@@ -70,16 +69,6 @@ def flash_attention_forward(*args, **kwargs) -> torch.Tensor:
 def can_set_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes its attention from `AttentionInterface`."""
     return model._can_set_attn_implementation()
-
-
-def set_attention(config, name: str) -> None:
-    """Set a configuration's attention without the checks of `set_attn_implementation`."""
-    config._attn_implementation_internal = name
-
-
-def forget_attention(name: str) -> None:
-    """Undo `AttentionInterface.register(name, …)`."""
-    ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def add_named_token(tokenizer, names: dict[str, str]) -> None:

@@ -1,20 +1,20 @@
 """
 Training steps of the language model that keep and move less: the same values and gradients.
 
-What autograd keeps of a Llama layer for the backward pass, per position (h = hidden, i = intermediate size):
+What autograd keeps of a Llama layer for the backward pass, per token (h = hidden, i = intermediate size):
 
-    norm ×2     input h, normalised h, output h         here: input h, output h
+    norm ×2     input h, normalized h, output h         here: input h, output h
     MLP         gate i, silu(gate) i, up i, product i   here: gate i, up i; the product is multiplied out again
     LoRA ×7     a float32 copy of the input             here: the input itself
 
 and the rotary embedding is written in five passes over queries and keys in place of ten.
 
-Modules of a language model are exchanged by what they look like, whatever they are called, and only where a probe forward
-gives the same numbers. With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
+Modules are exchanged by what they look like, whatever they are called, and only where a probe forward gives the same numbers.
+With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
 """
 
 import logging
-from contextlib import contextmanager
+from collections import Counter
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import forget_attention, fuses_rms_norm, set_attention
+from ..compat import fuses_rms_norm
 from ..constants import CACHE
 from .exchange import Kernel, can_exchange, exchange
 
@@ -160,7 +160,7 @@ def _rotate(states, cos, sin, inverse=False):
 class EfficientAttention(Kernel):
     prefix = "Efficient"
     efficient_arguments: dict
-    """What the original gives its attention function besides the states (scaling, window, …)."""
+    """What the original gives its attention function besides the states (scaling, window, …); [`_record`] wrote it down."""
 
     def compute(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         past = kwargs.pop(CACHE, None)
@@ -180,6 +180,16 @@ class EfficientAttention(Kernel):
         states = (states.transpose(1, 2) for states in (query, key, value))  # [batch, heads, length, head_dim]
         output, weights = attend(self, *states, attention_mask, **kwargs)
         return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+def _record(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
+    """The attention function of the probe."""
+    module.efficient_arguments = kwargs
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, is_causal=True, **kwargs)
+
+
+_RECORDING = "llava_recording"
+AttentionInterface.register(_RECORDING, _record)
 
 
 # LoRA weights
@@ -208,7 +218,7 @@ class EfficientLora(Kernel):
 # Choosing
 
 
-def make_efficient(language_model: nn.Module) -> dict[str, int]:
+def make_efficient(language_model: nn.Module) -> Counter:
     """
     Exchange the parts of a language model, in place, where a probe forward shows that ours compute the same.
 
@@ -217,10 +227,9 @@ def make_efficient(language_model: nn.Module) -> dict[str, int]:
             The language model; its linear layers may be 4-bit or have LoRA weights.
 
     Returns:
-        `dict[str, int]`: how many were exchanged of `norms`, `mlps`, `attentions` and `loras`.
+        `Counter`: how many were exchanged of `norms`, `mlps`, `attentions` and `loras`.
     """
-    counts = dict.fromkeys(_KINDS, 0)
-    tried: dict[tuple, dict | None] = {}
+    counts = Counter()
     embedding = language_model.get_input_embeddings().weight
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
         return counts  # weights that are not here cannot be probed
@@ -230,18 +239,12 @@ def make_efficient(language_model: nn.Module) -> dict[str, int]:
         kind = next((kind for kind, (looks_like, _) in _KINDS.items() if looks_like(module)), None)
         if kind is None or not can_exchange(module) or (kind == "mlps" and module not in layer_of):
             continue
-        key = (
-            kind,
-            type(module),
-            *(getattr(module, name, None) for name in ("layer_type", "sliding_window", "merged")),
-        )
-        if key not in tried:
-            tried[key] = _probe(module, kind, layer_of, embedding)
-            if tried[key] is None:
-                logger.info("%s is left as it is: it does not compute what its like does.", type(module).__name__)
-        if tried[key] is not None:
-            _exchange(module, kind, layer_of, tried[key])
+        if kind == "mlps":
+            module.efficient_layer = (layer_of[module],)
+        if _exchange_if_same(module, kind, embedding):
             counts[kind] += 1
+        else:
+            logger.info("%s is left as it is: it does not compute what its like does.", type(module).__name__)
     return counts
 
 
@@ -282,20 +285,9 @@ _KINDS = {
 }
 
 
-def _exchange(module: nn.Module, kind: str, layer_of: dict[nn.Module, nn.Module], arguments: dict) -> None:
-    if kind == "mlps":
-        module.efficient_layer = (layer_of[module],)
-    if kind == "attentions":
-        module.efficient_arguments = arguments
-    exchange(module, _KINDS[kind][1])
-
-
 @torch.no_grad()
-def _probe(module: nn.Module, kind: str, layer_of: dict, embedding: torch.Tensor) -> dict | None:
-    """
-    What the replacement needs to know (for an attention: what it gives to the attention function), if it computes the
-    same as the module for random input; `None` if it does not.
-    """
+def _exchange_if_same(module: nn.Module, kind: str, embedding: torch.Tensor) -> bool:
+    """Exchange a module if its kernel computes the same for random input."""
     first = next(p for p in module.parameters() if p.is_floating_point())
     width = embedding.shape[1]
     if kind == "norms":
@@ -305,51 +297,31 @@ def _probe(module: nn.Module, kind: str, layer_of: dict, embedding: torch.Tensor
     dtype = first.dtype if kind == "norms" else embedding.dtype
     generator = torch.Generator().manual_seed(0)
     hidden, inputs = torch.randn(1, 7, width, generator=generator).to(first.device, dtype), {}
+    original, was_training, config, is_same = type(module), module.training, getattr(module, "config", None), False
     if kind == "attentions":
         angles = torch.rand(1, 7, module.head_dim, generator=generator).to(first.device, dtype)
         inputs = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
-    original, was_training, recorded = type(module), module.training, {}
-    module.eval()  # dropout of low-rank matrices
+        attention, config._attn_implementation = config._attn_implementation, _RECORDING
+    module.eval()  # dropout of LoRA layers
     try:
-        with _recording(getattr(module, "config", None), recorded):
-            expected = _first(module(hidden, **inputs))
-            _exchange(module, kind, layer_of, recorded)
-            actual = _first(module.compute(hidden, **inputs))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None
+        expected = _first(module(hidden, **inputs))
+        exchange(module, _KINDS[kind][1])
+        actual = _first(module.compute(hidden, **inputs))
+        tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
+        is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # it is of another form than its like
+        pass
     finally:
-        module.__class__ = original
+        if not is_same:
+            module.__class__ = original
         module.train(was_training)
-    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
-    is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-    return recorded if is_same else None
+        if kind == "attentions":
+            config._attn_implementation = attention
+    return is_same
 
 
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
-
-@contextmanager
-def _recording(config, recorded: dict):
-    """Within it, what a module gives its attention function besides the states (scaling, window, …) is written down."""
-    if config is None or not hasattr(config, "_attn_implementation"):
-        yield
-        return
-    before = config._attn_implementation
-
-    def record(module, query, key, value, attention_mask, dropout=0.0, **kwargs):
-        recorded.update(kwargs)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, is_causal=True, **kwargs)
-
-    AttentionInterface.register(_RECORDING, record)
-    set_attention(config, _RECORDING)
-    try:
-        yield
-    finally:
-        set_attention(config, before)
-        forget_attention(_RECORDING)
-
-
-_RECORDING = "llava_recording"
 
 __all__ = ["make_efficient"]

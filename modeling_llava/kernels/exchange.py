@@ -14,6 +14,8 @@ import functools
 
 from torch import nn
 
+from ..compat import is_under_functorch
+
 
 class Kernel:
     """Base of the classes that are put before a module's own."""
@@ -23,7 +25,8 @@ class Kernel:
     original_class: type[nn.Module]
 
     def forward(self, *args, **kwargs):
-        return self.compute(*args, **kwargs) if self.training else self.compute_plainly(*args, **kwargs)
+        is_efficient = self.training and not is_under_functorch()
+        return self.compute(*args, **kwargs) if is_efficient else self.compute_plainly(*args, **kwargs)
 
     def compute_plainly(self, *args, **kwargs):
         """The original's `forward`, by which a kernel computes what it does not know."""
