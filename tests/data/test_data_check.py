@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from modeling_llava.data.check import check_data
 from modeling_llava.data.collator import LlavaDataCollator
 from modeling_llava.data.packing import best_fit_packs
 from modeling_llava.data.sources import load_conversations
+from modeling_llava.processing_llava import load_chat_template
 
 
 @pytest.fixture
@@ -24,18 +26,11 @@ def folder(tmp_path, monkeypatch):
     data = (images / "3.jpg").read_bytes()
     (images / "cut.jpg").write_bytes(data[: len(data) // 2])
     # Damage that the header does not show: the end marker is there, the data before it is not.
-    (images / "hole.png").write_bytes(_png_with_a_hole())
-    return tmp_path
-
-
-def _png_with_a_hole():
-    import io
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
-    data = bytearray(buffer.getvalue())
+    Image.open(images / "0.jpg").save(images / "hole.png")
+    data = bytearray((images / "hole.png").read_bytes())
     data[len(data) // 2] ^= 0xFF
-    return bytes(data)
+    (images / "hole.png").write_bytes(data)
+    return tmp_path
 
 
 def row(sample_id, *values, image="0.jpg", **other):
@@ -76,10 +71,6 @@ def test_good_data_has_no_problem_and_right_numbers(folder, processor):
     assert report.pack_utilization == sum(lengths) / (300 * len(plan))
 
 
-def user(*texts):
-    return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
-
-
 BAD = {
     "empty answer": row("e", "<image>\nQ?", " "),
     "roles out of order": row("r", "<image>\nQ?", "A.", "Again?"),
@@ -100,15 +91,10 @@ def test_every_kind_of_problem_is_counted_and_named(folder, processor):
         (message,) = report.examples[reason]
         assert message.startswith(f"sample {bad['id']!r} ")
 
-
-def test_without_a_processor_records_and_images_are_checked(folder):
-    report = check(folder, [*good_rows(2), *BAD.values()])
-    assert report.problems == dict.fromkeys(BAD, 1) and report.tokens == report.length_longest == 0
-
-
-def test_an_image_and_a_text_that_are_both_bad_are_two_problems(folder, processor):
-    report = check(folder, [row("b", "<image>\nQ?", "A. " * 100, image="9.jpg")], processor, max_length=80)
-    assert report.problems == {"missing image": 1, "too long": 1} and report.usable == 0
+    without = check(folder, folder / "data.json")
+    assert without.problems == report.problems and without.tokens == without.length_longest == 0
+    both = check(folder, [row("b", "<image>\nQ?", "A. " * 100, image="9.jpg")], processor, max_length=80)
+    assert both.problems == {"missing image": 1, "too long": 1} and both.usable == 0
 
 
 def test_header_and_full_decode(folder, processor):
@@ -150,15 +136,15 @@ def test_duplicates_are_notices(folder, processor):
 
 
 def test_stops_and_markers_that_are_text_are_notices(folder, processor):
-    import copy
-
-    from modeling_llava.processing_llava import load_chat_template
-
+    question = [{"type": "text", "text": "What is <image>?"}]
     v0 = copy.copy(processor)
     v0.chat_template = load_chat_template("vicuna_v0")
     rows = [
         row("hashes", "<image>\nQ?", "### Title"),
-        {"id": "marker", "messages": [user("What is <image>?"), {"role": "assistant", "content": "A tag."}]},
+        {
+            "id": "marker",
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A tag."}],
+        },
         *good_rows(1),
     ]
     kinds = {"text holds the template's stop": 1, "text-only sample holds <image>": 1}
@@ -182,13 +168,6 @@ def test_broken_lines_and_datasets(folder, processor):
     assert check_data(Dataset.from_list(good_rows()), processor, folder / "images", show_progress=False).ok
 
 
-def test_processes_give_the_same_report(folder, processor, monkeypatch):
-    monkeypatch.setattr(check_module, "CHUNK", 8)
-    rows = [*good_rows(30), *BAD.values()]
-    alone = check(folder, rows, processor, num_workers=0)
-    assert check(folder, rows, processor, num_workers=2) == alone
-
-
 class Stopped(Exception):
     pass
 
@@ -210,10 +189,10 @@ def stopped_check(folder, path, processor, **options):
 
 
 @pytest.mark.parametrize("out", [None, "out"])
-def test_a_stopped_check_goes_on(folder, processor, out):
+def test_a_stopped_check_resumes(folder, processor, out):
     path = write(folder, [*good_rows(45), *BAD.values()])
     out = None if out is None else folder / out
-    whole = check(folder, path, processor)
+    whole = check(folder, path, processor, num_workers=2)
     stopped_check(folder, path, processor, out=out)
     (progress,) = folder.rglob("*.jsonl")
     with open(progress, "ab") as file:
@@ -221,12 +200,8 @@ def test_a_stopped_check_goes_on(folder, processor, out):
     report = check(folder, path, processor, out=out)
     assert report.resumed_at == 30 and not progress.exists()
     assert {**report.to_dict(), "resumed_at": 0, "files": []} == whole.to_dict()
-
-
-def test_a_stopped_check_is_not_taken_for_another(folder, processor):
-    path, out = write(folder, good_rows(45)), folder / "out"
     stopped_check(folder, path, processor, out=out)
-    assert check(folder, path, processor, out=out, max_length=50).resumed_at == 0
+    assert check(folder, path, processor, out=out, max_length=50).resumed_at == 0  # another check
     stopped_check(folder, path, processor, out=out)
     write(folder, good_rows(46))
     assert check(folder, path, processor, out=out).resumed_at == 0

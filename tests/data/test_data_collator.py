@@ -1,5 +1,3 @@
-import copy
-import json
 import pickle
 
 import numpy as np
@@ -40,7 +38,9 @@ def two_samples():
 
 
 def test_batch_is_the_samples_padded_on_the_right(processor, pictures):
-    batch = LlavaDataCollator(processor, image_folder=pictures)(two_samples())
+    samples = two_samples()
+    batch = LlavaDataCollator(processor, image_folder=pictures)(samples)
+    assert samples == two_samples()  # not changed
     assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
     longest = batch["attention_mask"].sum(1).max()
     for row, sample in enumerate(two_samples()):
@@ -57,44 +57,6 @@ def test_batch_is_the_samples_padded_on_the_right(processor, pictures):
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [TOKENS_PER_IMAGE, 0]
 
 
-def test_ids_and_labels_are_the_originals(processor, golden):
-    samples = json.loads((golden / "masks_tiny.json").read_text())["versions"]["v1"]
-    picture = Image.new("RGB", (42, 42))
-    rows = [
-        from_llava_row(
-            {"id": s["id"], "image": picture if s["has_image"] else None, "conversations": s["conversations"]}
-        )
-        for s in samples
-    ]
-    batch = LlavaDataCollator(processor)(rows)
-    assert len(samples) == 21
-    for row, sample in enumerate(samples):
-        ids, labels = [], []
-        for token, label in zip(sample["input_ids"], sample["labels"]):
-            repeats = TOKENS_PER_IMAGE if token == -200 else 1
-            ids += [processor.image_token_id if token == -200 else token] * repeats
-            labels += [label] * repeats
-        end = int(batch["attention_mask"][row].sum())
-        assert batch["input_ids"][row, :end].tolist() == ids, sample["id"]
-        # A span begins at the space before the answer and ends with the stop; the original's differ by that space.
-        ours = batch["labels"][row, :end]
-        assert [i for i, v in enumerate(labels) if v != -100][-1] == torch.nonzero(ours != -100)[-1].item()
-        assert all(o == t for o, t in zip(ours.tolist(), ids) if o != -100)
-
-
-def test_examples_are_not_changed(processor, pictures):
-    samples = two_samples()
-    before = copy.deepcopy(samples)
-    for order in ("as_is", "random"):
-        LlavaDataCollator(processor, image_folder=pictures, first_turn_order=order)(samples)
-    assert samples == before
-
-
-def test_text_only_batch_has_no_pixels(processor):
-    batch = LlavaDataCollator(processor)([two_samples()[1]])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-
-
 def test_image_that_occurs_twice_is_given_once(processor, pictures):
     samples = [
         conversation("a", "<image>\nWhat?", "A cat.", image="0.png"),
@@ -107,6 +69,12 @@ def test_image_that_occurs_twice_is_given_once(processor, pictures):
     places = [load_image(name, pictures) for name in ("0.png", "1.png", "0.png", "1.png")]
     expected = processor.image_processor(places, return_tensors="pt").pixel_values
     assert torch.equal(batch["pixel_values"][batch["image_indices"]], expected)
+    stock = LlavaDataCollator(processor, image_folder=pictures, share_images=False)(samples)
+    assert torch.equal(stock["pixel_values"], expected) and "image_indices" not in stock
+    data = {"bytes": (pictures / "0.png").read_bytes(), "path": None}
+    for reference in (data, places[0]):
+        batch = LlavaDataCollator(processor)([conversation(i, "<image>", "A cat.", image=reference) for i in "ab"])
+        assert torch.equal(batch["pixel_values"], expected[:1]) and batch["image_indices"].tolist() == [0, 0]
 
 
 def test_model_takes_the_batch_and_shared_images_change_nothing(processor, pictures, golden):
@@ -122,34 +90,12 @@ def test_model_takes_the_batch_and_shared_images_change_nothing(processor, pictu
     torch.testing.assert_close(model(**{**batch, "pixel_values": batch["pixel_values"][rows]}).loss, loss)
 
 
-def test_shared_images_can_be_switched_off_for_a_stock_model(processor, pictures):
-    samples = [conversation(i, "<image>\nWhat?", "A cat.", image="0.png") for i in "ab"]
-    shared = LlavaDataCollator(processor, image_folder=pictures)(samples)
-    batch = LlavaDataCollator(processor, image_folder=pictures, share_images=False)(samples)
-    assert "image_indices" not in batch
-    assert torch.equal(batch["pixel_values"], shared["pixel_values"][shared["image_indices"]])
-
-
-@pytest.mark.parametrize("source", ["bytes", "image"])
-def test_embedded_images_and_pil_images(processor, pictures, source):
-    data = (pictures / "0.png").read_bytes()
-    reference = {"bytes": data, "path": None} if source == "bytes" else load_image("0.png", pictures)
-    batch = LlavaDataCollator(processor)([conversation(i, "<image>", "A cat.", image=reference) for i in "ab"])
-    expected = processor.image_processor(load_image("0.png", pictures), return_tensors="pt").pixel_values
-    assert torch.equal(batch["pixel_values"], expected) and batch["image_indices"].tolist() == [0, 0]
-
-
 def test_padding_options(processor, pictures):
     samples = two_samples()
-    assert (
-        LlavaDataCollator(processor, image_folder=pictures, pad_to_multiple_of=64)(samples)["labels"].shape[1] % 64
-        == 0
-    )
+    padded = LlavaDataCollator(processor, image_folder=pictures, pad_to_multiple_of=64)(samples)
+    assert padded["labels"].shape[1] % 64 == 0
     padded = LlavaDataCollator(processor, 300, image_folder=pictures, padding="max_length")(samples)
     assert padded["input_ids"].shape == (2, 300) and (padded["labels"][:, -20:] == -100).all()
-
-
-# Bad samples
 
 
 def bad_batch():
@@ -168,12 +114,13 @@ def test_bad_image_is_an_error_that_names_the_sample(processor, pictures):
 
 def test_bad_samples_are_dropped_counted_and_said_once(processor, pictures, caplog):
     collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
-    batch = collator(bad_batch())
+    half = conversation("half", "<image><image>", "A.", image=["1.png", "9.png"])  # its first image leaves no trace
+    batch = collator([half, *bad_batch()])
     alone = LlavaDataCollator(processor, image_folder=pictures)(bad_batch()[1:2])
     assert all(torch.equal(batch[name], alone[name]) for name in alone) and set(batch) == set(alone)
-    assert collator.dropped == {MISSING_IMAGE: 2, CORRUPT_IMAGE: 1}
+    assert collator.dropped == {MISSING_IMAGE: 3, CORRUPT_IMAGE: 1}
     collator(bad_batch())
-    assert collator.dropped == {MISSING_IMAGE: 4, CORRUPT_IMAGE: 2} and len(caplog.records) == 2
+    assert collator.dropped == {MISSING_IMAGE: 5, CORRUPT_IMAGE: 2} and len(caplog.records) == 2
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -192,12 +139,6 @@ def test_nothing_usable_at_all_is_an_error(processor, pictures):
             collator([bad_batch()[0], bad_batch()[2]])
     collator(bad_batch())  # one sample can be used
     collator([bad_batch()[0], bad_batch()[2]])
-
-
-def test_second_image_of_a_dropped_sample_leaves_no_trace(processor, pictures):
-    collator = LlavaDataCollator(processor, image_folder=pictures, on_bad_sample="drop")
-    samples = [conversation("x", "<image><image>", "A.", image=["1.png", "9.png"]), bad_batch()[1]]
-    assert collator(samples)["pixel_values"].shape[0] == 1
 
 
 def test_drops_in_workers_are_seen(processor, pictures):
@@ -277,15 +218,17 @@ def test_wrong_arguments_and_examples(processor, tmp_path):
     for option in ("overflow", "on_bad_sample", "first_turn_order", "padding"):
         with pytest.raises(ValueError, match=f"{option} is 'no'"):
             LlavaDataCollator(processor, **{option: "no"})
+    for arguments in ({"padding": "max_length"}, {"pad_to_multiple_of": 8}):
+        with pytest.raises(ValueError, match="packing=True leaves no padding"):
+            LlavaDataCollator(processor, packing=True, **arguments)
+    with pytest.raises(TypeError, match="not a conversation"):
+        LlavaDataCollator(processor)([[conversation("text", "Hi.", "Hello.")]])  # a pack
     with pytest.raises(ValueError, match="needs a max_length"):
         LlavaDataCollator(processor, None, padding="max_length")
     with pytest.raises(FileNotFoundError, match="image folder"):
         LlavaDataCollator(processor, image_folder=tmp_path / "no")
     with pytest.raises(TypeError, match="read the data with load_conversations"):
         LlavaDataCollator(processor)([{"conversations": []}])
-
-
-# Order of the first turn
 
 
 def text_of(processor, batch, row=0):
@@ -295,55 +238,37 @@ def text_of(processor, batch, row=0):
 
 
 def test_first_turn_order_is_drawn_by_seed_and_id_alone(processor, pictures):
-    samples = [
-        conversation(f"s{i}", "<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="0.png") for i in range(60)
-    ]
+    turns = "<image>\nWhat is it?", "A cat.", "Sure?", "Yes."
+    samples = [conversation(f"s{i}", *turns, image="0.png") for i in range(60)]
 
-    def behind(seed, samples):
-        collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random", seed=seed)
+    def behind(seed, samples, order="random"):
+        collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order=order, seed=seed)
         batch = collator(samples)
         texts = [text_of(processor, batch, row) for row in range(len(samples))]
+        first = [text[text.index("USER:") : text.index("ASSISTANT:")].replace(" ", "") for text in texts]
+        assert {*first} <= {"USER:<image>\nWhatisit?", "USER:Whatisit?\n<image>"}
         # The rest of the conversation follows the same way in both orders.
         assert all(text.count("<image>") == 1 and "Sure? ASSISTANT: Yes." in text for text in texts)
-        return [text.index("<image>") > text.index("What is it?") for text in texts]
+        return [turn.endswith("<image>") for turn in first]
 
     drawn = behind(0, samples)
     assert 15 < sum(drawn) < 45
     assert behind(0, samples[::-1]) == drawn[::-1]
     assert behind(0, samples[7:8]) == drawn[7:8]
     assert behind(1, samples) != drawn
-    assert not any(
-        text_of(processor, LlavaDataCollator(processor, image_folder=pictures)([sample])).index("<image>") > 220
-        for sample in samples[:3]
-    )
+    assert not any(behind(0, samples, "as_is"))
 
 
-def test_random_order_renders_the_papers_first_turn(processor, pictures):
-    samples = [conversation(f"s{i}", "<image>\nWhat is it?", "A cat.", image="0.png") for i in range(12)]
-    collator = LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random")
-    turns = set()
-    for row in range(12):
-        text = text_of(processor, collator(samples), row)
-        turns.add(text[text.index("USER:") : text.index("ASSISTANT:")])
-    normalised = {turn.replace(" ", "") for turn in turns}
-    assert normalised == {"USER:<image>\nWhatisit?", "USER:Whatisit?\n<image>"}
-
-
-def test_random_order_in_front_equals_the_default(processor, pictures):
+def test_random_order_in_front_and_without_an_image_equals_the_default(processor, pictures):
     sample = conversation("s", "Look <image> here.", "A cat.", "And <image>?", "A dog.", image=["0.png", "1.png"])
+    text = conversation("t", "  Hi. ", "Hello.")
     as_is = LlavaDataCollator(processor, image_folder=pictures)
-    orders = {
-        seed: LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random", seed=seed)
-        for seed in range(9)
-    }
-    same = [torch.equal(collator([sample])["input_ids"], as_is([sample])["input_ids"]) for collator in orders.values()]
+    same = []
+    for seed in range(9):
+        drawn = LlavaDataCollator(processor, image_folder=pictures, first_turn_order="random", seed=seed)
+        same.append(torch.equal(drawn([sample])["input_ids"], as_is([sample])["input_ids"]))
+        assert torch.equal(drawn([text])["input_ids"], as_is([text])["input_ids"])
     assert any(same) and not all(same)
-
-
-def test_samples_without_an_image_in_the_first_turn_are_left_alone(processor):
-    sample = conversation("s", "  Hi. ", "Hello.")
-    as_is, drawn = (LlavaDataCollator(processor, first_turn_order=order)([sample]) for order in ("as_is", "random"))
-    assert torch.equal(as_is["input_ids"], drawn["input_ids"])
 
 
 @pytest.mark.parametrize("order", ["as_is", "random"])
@@ -360,3 +285,54 @@ def test_collator_is_picklable(processor, pictures):
     collator = LlavaDataCollator(processor, image_folder=pictures)
     clone = pickle.loads(pickle.dumps(collator))
     assert torch.equal(clone(two_samples())["input_ids"], collator(two_samples())["input_ids"])
+
+
+# Packing
+
+
+@pytest.fixture
+def samples(pictures):
+    return [
+        conversation("one", "<image>\nWhat is it?", "A cat, asleep.", "Where?", "On a mat.", image="0.png"),
+        conversation("text", "Hi.", "Hello."),
+        conversation("two", "<image>\n<image>\nWhich is larger?", "The second.", image=["1.png", "2.png"]),
+        conversation("again", "<image>\nWhat colour?", "Grey.", image="0.png"),
+    ]
+
+
+def test_a_packed_batch_holds_the_samples_of_the_padded_one(processor, pictures, samples):
+    padded = LlavaDataCollator(processor, image_folder=pictures)(samples)
+    collator = LlavaDataCollator(processor, image_folder=pictures, packing=True)
+    packed = collator(samples)
+    assert "attention_mask" not in packed
+    lengths = padded["attention_mask"].sum(1)
+    ends = packed["cu_seq_lens_q"].tolist()
+    assert ends == [0, *lengths.cumsum(0).tolist()] and packed["max_length_q"] == lengths.max()
+    assert [collator.length(sample) for sample in samples] == lengths.tolist()
+    for row, (start, end) in enumerate(zip(ends, ends[1:])):
+        assert torch.equal(packed["input_ids"][0, start:end], padded["input_ids"][row, : end - start])
+        assert torch.equal(packed["labels"][0, start:end], padded["labels"][row, : end - start])
+        assert packed["position_ids"][0, start:end].tolist() == list(range(end - start))
+        assert packed["labels"][0, start] == -100
+    assert torch.equal(packed["pixel_values"], padded["pixel_values"])
+    assert packed["image_indices"].tolist() == padded["image_indices"].tolist() == [0, 1, 2, 0]
+    # what Trainer divides the loss by: every label that is not at the start of its row, and none of a pack is lost
+    assert (packed["labels"][:, 1:] != -100).sum() == (padded["labels"][:, 1:] != -100).sum()
+
+
+def test_packs_and_samples_may_be_mixed_stay_in_order_and_leave_no_gap(processor, pictures, samples):
+    collator = LlavaDataCollator(processor, image_folder=pictures, packing=True, on_bad_sample="drop")
+    together, gone = collator(samples), bad_batch()[0]
+    mixtures = (
+        [samples],
+        [samples[:1], samples[1:]],
+        [samples[0], samples[1:3], samples[3]],
+        [[samples[0], gone], samples[1:]],
+    )
+    for examples in mixtures:
+        for name, value in collator(examples).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(together[name])), name
+    assert sum(collator.dropped.values()) == 1
+    batch = collator([[samples[1], samples[1]]])
+    assert "pixel_values" not in batch and "image_indices" not in batch
+    assert batch["cu_seq_lens_q"].tolist() == [0, batch["max_length_q"], 2 * batch["max_length_q"]]
