@@ -1,13 +1,16 @@
 """`LlavaTrainingArguments`: every setting of a training run, checked, with one help text each. No I/O."""
 
 import inspect
+import itertools
 import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -23,11 +26,28 @@ ADAPTER_PROJECTOR_LEARNING_RATE = 2e-5
 """LLaVA-1.5's learning rate of the projector next to LoRA weights."""
 
 
+def _default(default: Any, help: str):
+    """A setting of [`~transformers.TrainingArguments`] with a default of ours."""
+    return field(default=default, metadata={"help": help})
+
+
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None):
     metadata = {"help": help, "group": "llava"} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class _Resolved:
+    """A number that follows from other settings: it is computed again for a copy (`dataclasses.replace`) with others."""
+
+
+class _ResolvedInt(int, _Resolved):
+    pass
+
+
+class _ResolvedFloat(float, _Resolved):
+    pass
 
 
 @dataclass
@@ -97,10 +117,8 @@ class LlavaTrainingArguments(TrainingArguments):
     learning_rate: float | None = _setting(
         None, "Highest learning rate. By default 1e-3 (pretrain), 2e-5 (finetune), 2e-4 (LoRA and QLoRA)."
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Optimizer steps of linear warm-up; below 1 a share of all steps."}
-    )
+    lr_scheduler_type: str = _default("cosine", "Schedule of the learning rate.")
+    warmup_steps: float = _default(0.03, "Optimizer steps of linear warm-up; below 1 a share of all steps.")
 
     # --- The adapter ---
     adapter: str = _setting(
@@ -219,55 +237,55 @@ class LlavaTrainingArguments(TrainingArguments):
         "Benchmarks that `llava train` runs at each evaluation, as `llava eval` takes them but for MODEL and --out: "
         "'vqa --questions q.jsonl --images val2014 --limit 200'. Their scores are metrics (eval_vqa_accuracy).",
     )
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between logs; below 1 a share."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Log the loss before in place of one that is not finite. Otherwise such a loss ends the run."
-        },
+    logging_steps: float = _default(10, "Optimizer steps between logs; below 1 a share.")
+    logging_nan_inf_filter: bool = _default(
+        False, "Log the loss before in place of one that is not finite. Otherwise such a loss ends the run."
     )
-    per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples of an evaluation batch; by default those of a training batch."}
+    per_device_eval_batch_size: int | None = _default(
+        None, "Samples of an evaluation batch; by default those of a training batch."
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; older ones are deleted."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Always False: conversations become model inputs in the collator."}
-    )
-    dataloader_persistent_workers: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the data loader's workers from one evaluation to the next; by default where there are any."
-        },
+    save_total_limit: int | None = _default(2, "Checkpoints kept; older ones are deleted.")
+    remove_unused_columns: bool = _default(False, "Always False: conversations become model inputs in the collator.")
+    dataloader_persistent_workers: bool | None = _default(
+        None, "Keep the data loader's workers from one evaluation to the next; by default where there are any."
     )
 
     def __post_init__(self):
+        for setting in fields(self):
+            if isinstance(getattr(self, setting.name), _Resolved):  # of the arguments that were copied
+                setattr(self, setting.name, setting.default)
         self._given = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         for setting in fields(self):
             choices = setting.metadata.get("choices")
             value = getattr(self, setting.name)
             if choices and value not in choices and value != setting.default:
                 raise ValueError(f"{setting.name}={value!r} is not one of {', '.join(map(str, choices))}.")
-        if not _has_accelerator():
+        if not torch.accelerator.is_available():
             # Not told so, transformers starts several processes as so many single ones, which all write one folder.
             self.use_cpu = True
-        self._check_training()
-        self._check_data()
-        self._check_run()
+        checkpointing = self.activation_checkpointing
+        self.activation_checkpointing = {"on": True, "off": False}.get(checkpointing, checkpointing)
+        if isinstance(self.benchmarks, str):
+            self.benchmarks = [self.benchmarks]
+        if message := next(itertools.chain(self._faults(), self._faults_of_data(), self._faults_of_run()), None):
+            raise ValueError(message)
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            # without its count of evaluations a resumed run would stop later than one that was not interrupted
+            self.restore_callback_states_from_checkpoint = True
         self._resolve_precision()
         if self.learning_rate is None:
-            self.learning_rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
+            rate = DEFAULT_LEARNING_RATES[self.stage if self.adapter == "none" else self.adapter]
+            self.learning_rate = _ResolvedFloat(rate)
         if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = self.per_device_train_batch_size
+            self.per_device_eval_batch_size = _ResolvedInt(self.per_device_train_batch_size)
         super().__post_init__()
         self._check_schedule()
         self._check_optimizer()
         if (visible := super().n_gpu) > 1:
             logger.warning(
-                "%d GPUs are visible and one process was started: it trains on %s alone. For all of them, start it with: "
-                "accelerate launch --num_processes %d -m modeling_llava.cli.main train …",
-                visible,
-                self.device,
-                visible,
+                f"{visible} GPUs are visible and one process was started: it trains on {self.device} alone. For all of them: "
+                f"accelerate launch --num_processes {visible} -m modeling_llava.cli.main train …"
             )
         if self.use_liger_kernel:
             self._keep_own_loss()
@@ -275,158 +293,117 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.global_batch_size is not None:
             self._resolve_global_batch_size()
 
-    def _check_training(self):
+    def _faults(self) -> Iterator[str]:
+        """What contradicts itself in the settings of what is trained, a sentence each; likewise of the data and of the run."""
         if self.adapter != "none" and self.stage == "pretrain":
-            raise ValueError(
-                f"adapter={self.adapter} with stage=pretrain: pretraining trains the projector itself. "
-                "Set adapter=none, or stage=finetune."
-            )
-        if self.stage == "pretrain" and self.train_projector != "full":
-            raise ValueError(f"train_projector={self.train_projector} with stage=pretrain, which trains it whole.")
-        if self.adapter == "none":
-            for name in ("use_dora", "use_rslora", "lora_target", "lora_vision_tower"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} has no effect with adapter=none. Set adapter=lora."
-                    )
-            if self.train_projector == "lora":
-                raise ValueError("train_projector=lora has no effect with adapter=none. Set adapter=lora.")
-        if self.train_vision_tower and self.lora_vision_tower:
-            raise ValueError("train_vision_tower and lora_vision_tower are both set. Keep one.")
-        for part, is_trained, remedy in (
-            ("projector", self.train_projector != "frozen", "train_projector=full"),
-            ("vision_tower", self.train_vision_tower or self.lora_vision_tower, "train_vision_tower=true"),
+            yield f"adapter={self.adapter} with stage=pretrain, which trains the projector itself. Set adapter=none."
+        if self.train_projector != "full" and self.stage == "pretrain":
+            yield f"train_projector={self.train_projector} with stage=pretrain, which trains the projector itself."
+        for name, value in (
+            ("use_dora", self.use_dora),
+            ("use_rslora", self.use_rslora),
+            ("lora_target", self.lora_target),
+            ("lora_vision_tower", self.lora_vision_tower),
+            ("train_projector", self.train_projector == "lora" and "lora"),
         ):
-            if getattr(self, f"{part}_learning_rate") is not None and not is_trained:
-                raise ValueError(
-                    f"{part}_learning_rate is set, but the {part} is frozen. Set {remedy}, or leave it out."
-                )
-        checkpointing = self.activation_checkpointing
-        self.activation_checkpointing = {"on": True, "off": False}.get(checkpointing, checkpointing)
+            if value and self.adapter == "none":
+                yield f"{name}={value} has no effect with adapter=none. Set adapter=lora."
+        if self.train_vision_tower and self.lora_vision_tower:
+            yield "train_vision_tower and lora_vision_tower are both set. Keep one."
+        if self.projector_learning_rate is not None and self.train_projector == "frozen":
+            yield "projector_learning_rate is set, but train_projector=frozen. Leave one out."
+        if self.vision_tower_learning_rate is not None and not (self.train_vision_tower or self.lora_vision_tower):
+            yield "vision_tower_learning_rate is set, but the tower is frozen. Set train_vision_tower=true, or leave it out."
         if self.activation_checkpointing not in (None, False, True, "every_second", "auto"):
-            raise ValueError(f"activation_checkpointing={checkpointing} is not one of on, off, every_second, auto.")
+            yield f"activation_checkpointing={self.activation_checkpointing} is not one of on, off, every_second, auto."
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not in [0, 1).")
+            yield f"lora_dropout={self.lora_dropout} is not in [0, 1)."
         if isinstance(self.lora_target, str):
             try:
                 re.compile(self.lora_target)
             except re.error as error:
-                raise ValueError(f"lora_target={self.lora_target!r} is not a regular expression: {error}.") from None
+                yield f"lora_target={self.lora_target!r} is not a regular expression: {error}."
 
-    def _check_data(self):
+    def _faults_of_data(self) -> Iterator[str]:
         if self.eval_data is not None and self.eval_size is not None:
-            raise ValueError("eval_data and eval_size are both given. Keep one: own data, or a part of `data`.")
-        if self.eval_size not in (None, "auto") and not (
-            isinstance(self.eval_size, int | float) and self.eval_size >= 0
-        ):
-            raise ValueError(f"eval_size={self.eval_size}: give a share in (0, 1), a number of samples, or auto.")
-        if self.pack_length is not None and (
-            self.packing not in ("full", "auto_full") or self.pack_length < self.max_length
-        ):
-            raise ValueError(
-                f"pack_length={self.pack_length} needs packing=full (it is {self.packing}) and at least "
-                f"max_length={self.max_length} positions. Leave it out, or change these."
-            )
+            yield "eval_data and eval_size are both given. Keep one: own data, or a part of `data`."
+        size = self.eval_size
+        if size not in (None, "auto") and not (isinstance(size, int | float) and size >= 0):
+            yield f"eval_size={size}: give a share in (0, 1), a number of samples, or auto."
+        if self.pack_length is not None and self.packing not in ("full", "auto_full"):
+            yield f"pack_length={self.pack_length} requires packing=full (it is {self.packing})."
+        if self.pack_length is not None and self.pack_length < self.max_length:
+            yield f"pack_length={self.pack_length} tokens must be at least max_length={self.max_length}."
         if self.train_sampling_strategy == "batch_rebalance" and self.data is not None:
-            raise ValueError(
-                "train_sampling_strategy=batch_rebalance needs lengths beside the samples, which conversations do not have. "
-                "Take group_by_length, which measures them and gives processes nearly equal work, or packing=full."
+            yield (
+                "train_sampling_strategy=batch_rebalance requires the lengths of samples, which conversations do not have. Take "
+                "group_by_length, which measures them, or packing=full."
             )
         groups = self.train_sampling_strategy == "group_by_length"
         if self.group_by_modality and not groups:
-            raise ValueError("group_by_modality=true needs train_sampling_strategy=group_by_length.")
-        if groups and (self.packing == "full" or self.type_weights is not None or self.streaming):
-            other = "packing=full" if self.packing == "full" else "streaming" if self.streaming else "type_weights"
-            raise ValueError(f"train_sampling_strategy=group_by_length and {other} both order the samples. Keep one.")
+            yield "group_by_modality=true requires train_sampling_strategy=group_by_length."
+        for name, orders in (
+            ("packing=full", self.packing == "full"),
+            ("streaming", self.streaming),
+            ("type_weights", self.type_weights is not None),
+        ):
+            if orders and groups:
+                yield f"train_sampling_strategy=group_by_length and {name} both order the samples. Keep one."
         if self.streaming:
             for name in ("type_weights", "eval_size", "max_samples"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs the whole of the data before training. Set streaming=false.")
+                    yield f"{name} requires all of the data before training. Set streaming=false."
             if self.max_steps <= 0:
-                raise ValueError("streaming=true: the number of samples is not known. Set max_steps.")
+                yield "streaming=true: the number of samples is not known. Set max_steps."
             for name in ("save", "eval", "logging"):
                 if getattr(self, f"{name}_strategy") == "epoch":
                     logger.warning(
                         f"{name}_strategy=epoch, but streaming=true: the one end that is known is that of the run. Set "
                         f"{name}_strategy=steps and {name}_steps."
                     )
-        if self.type_weights is not None:
-            weights = self.type_weights
-            if not isinstance(weights, dict) or not all(
-                isinstance(w, int | float) and w >= 0 for w in weights.values()
-            ):
-                raise ValueError(f"type_weights={weights!r} is not a mapping from type to a number of at least 0.")
-            if not any(weights.values()):
-                raise ValueError(f"type_weights={weights!r}: at least one weight must be above 0.")
-            outside = sorted(set(weights) - set(self.only_types or weights))
-            if outside:
-                raise ValueError(
-                    f"type_weights names {', '.join(outside)}, which only_types={self.only_types} excludes."
-                )
+        weights = {} if self.type_weights is None else self.type_weights
+        if not isinstance(weights, dict) or not all(isinstance(w, int | float) and w >= 0 for w in weights.values()):
+            yield f"type_weights={weights!r} is not a mapping from type to a number of at least 0."
+        if weights and not any(weights.values()):
+            yield f"type_weights={weights!r}: at least one weight must be above 0."
+        if outside := sorted(set(weights) - set(self.only_types or weights)):
+            yield f"type_weights names {', '.join(outside)}, which only_types={self.only_types} excludes."
 
-    def _check_run(self):
+    def _faults_of_run(self) -> Iterator[str]:
         for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "global_batch_size",
-            "lora_r",
-            "lora_alpha",
-            "max_length",
-            "max_samples",
-            "early_stopping_patience",
-        ):
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "global_batch_size",
+            "lora_r", "lora_alpha", "max_length", "max_samples", "early_stopping_patience",
+        ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+                yield f"{name}={getattr(self, name)}: at least 1 is needed."
         for name in (
-            "learning_rate",
-            "projector_learning_rate",
-            "vision_tower_learning_rate",
-            "neftune_noise_alpha",
-            "sample_answers",
-        ):
+            "learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha", "sample_answers",
+        ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is below 0.")
+                yield f"{name}={getattr(self, name)} is below 0."
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ValueError(f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps.")
+            yield f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps."
         has_eval_data = self.eval_data is not None or self.eval_size not in (None, 0, "auto")
         evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
         if evaluates and self.data is not None and not has_eval_data:
-            raise ValueError(
-                f"eval_strategy={self.eval_strategy}, but there is no evaluation data. Set eval_size or eval_data."
-            )
+            yield f"eval_strategy={self.eval_strategy}, but there is no evaluation data. Set eval_size or eval_data."
         for name in ("sample_answers", "benchmarks"):
             if getattr(self, name) and not has_eval_data:
-                raise ValueError(f"{name} are run at each evaluation: set eval_size, or eval_data.")
-        chooses_best = {
-            "early_stopping_patience": self.early_stopping_patience is not None,
-            "load_best_model_at_end": self.load_best_model_at_end,
-            "save_strategy=best": SaveStrategy(self.save_strategy) == SaveStrategy.BEST,
-        }
-        for name, is_set in chooses_best.items():
+                yield f"{name} are run at each evaluation: set eval_size, or eval_data."
+        for name, is_set in (
+            ("early_stopping_patience", self.early_stopping_patience is not None),
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("save_strategy=best", SaveStrategy(self.save_strategy) == SaveStrategy.BEST),
+        ):
             if is_set and not evaluates:
-                raise ValueError(
-                    f"{name} requires evaluations during training. Set eval_strategy=steps and eval_steps, and eval_size or "
-                    "eval_data."
-                )
-        if isinstance(self.benchmarks, str):
-            self.benchmarks = [self.benchmarks]
+                yield f"{name} requires evaluations: set eval_strategy=steps and eval_steps, and eval_size or eval_data."
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=true would remove the conversations themselves. Leave it out.")
+            yield "remove_unused_columns=true would remove the conversations themselves. Leave it out."
         if self.global_batch_size is not None and self.auto_find_batch_size:
-            raise ValueError(
-                f"auto_find_batch_size=true changes per_device_train_batch_size during the run, and global_batch_size="
-                f"{self.global_batch_size} requires a fixed one. Keep one."
-            )
-        if self.early_stopping_patience is not None:
-            self.metric_for_best_model = self.metric_for_best_model or "loss"
-            # without its count of evaluations a resumed run would stop later than one that was not interrupted
-            self.restore_callback_states_from_checkpoint = True
+            yield "auto_find_batch_size changes the batch size during the run, and global_batch_size requires a fixed one. Keep one."
 
     def _check_schedule(self):
         """Build the schedule on one parameter: some require `lr_scheduler_kwargs`, and transformers says so after the model."""
-        import torch
-
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 1_000_000, self.lr_scheduler_kwargs)
@@ -504,7 +481,7 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"global_batch_size={self.global_batch_size} and gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} are both given. Keep one."
             )
-        self.gradient_accumulation_steps = steps
+        self.gradient_accumulation_steps = _ResolvedInt(steps)
 
     def __copy__(self):
         """With its tokens, which a pickle leaves out."""
@@ -544,8 +521,6 @@ class LlavaTrainingArguments(TrainingArguments):
     @property
     def compute_dtype(self):
         """`torch.dtype` of the arithmetic, and of frozen weights."""
-        import torch
-
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
     def to_recipe(self) -> dict[str, Any]:
@@ -582,28 +557,21 @@ def _plain(value: Any) -> Any:
     """A value as YAML has it."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if isinstance(value, _Resolved):
+        return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
 
 
 def best_precision() -> str:
     """`"bf16"` on a device that computes in it, `"fp16"` on another CUDA device, `"fp32"` elsewhere.
 
     Turing and older GPUs report bfloat16 support that is an emulation, slower than float32; it does not count."""
-    import torch
-
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if _has_accelerator() and torch.accelerator.current_accelerator().type in ("xpu", "npu", "hpu"):
-        return "bf16"
-    return "fp32"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "bf16" if device is not None and device.type in ("xpu", "npu", "hpu") else "fp32"
 
 
 def describe_settings() -> list[tuple[str, Any, str]]:

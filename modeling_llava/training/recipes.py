@@ -8,6 +8,7 @@ Recipes: flat YAML files whose keys are the fields of [`LlavaTrainingArguments`]
 Later wins: base, then the recipe, then `key=value` from the command line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -88,10 +89,15 @@ def check_key(key: str, source: str) -> None:
     if key in names:
         return
     if key in _OTHER_NAMES:
-        raise ValueError(f"{source}: there is no setting {key!r}. Here it is {_OTHER_NAMES[key]}.")
-    nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{source}: there is no setting {key!r}.{hint}")
+        hint = f"Here it is {_OTHER_NAMES[key]}."
+    else:
+        hint = _nearest(str(key), names, 0.5)
+    raise ValueError(f"{source}: there is no setting {key!r}. {hint}".rstrip())
+
+
+def _nearest(name: str, names, cutoff: float = 0.6) -> str:
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 _OTHER_NAMES = {  # of other trainers; too different in spelling for `get_close_matches`
@@ -120,9 +126,8 @@ def convert_value(key: str, value: Any, source: str) -> Any:
         listed = f": one of {', '.join(choices)}" if choices else ""
         raise TypeError(f"{source}: {key}={value!r} should be {names}{listed}.")
     if choices and converted not in (None, *choices):
-        nearest = difflib.get_close_matches(converted.lower(), choices, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{source}: {key}={value!r} is not one of {', '.join(choices)}.{hint}")
+        hint = _nearest(converted.lower(), choices)
+        raise ValueError(f"{source}: {key}={value!r} is not one of {', '.join(choices)}. {hint}".rstrip())
     return converted
 
 
@@ -130,36 +135,27 @@ _WRONG = object()
 
 
 def _convert(value: Any, accepted: set[type]) -> Any:
-    if value is None and type(None) in accepted:
-        return None
     if value is False and bool not in accepted and str in accepted:
         return "no"
-    if isinstance(value, bool):
-        return value if bool in accepted else _WRONG
-    if isinstance(value, int):
-        if int in accepted:
-            return value
-        if float in accepted:
-            return float(value)
-    elif isinstance(value, float):
-        if float in accepted:
-            return value
-        if int in accepted and value.is_integer():
-            return int(value)
-    elif isinstance(value, str):
-        if str in accepted:
-            return value
-        for number in (int, float):
-            if number in accepted:
-                try:
-                    return number(value)
-                except ValueError:
-                    continue
-        if list in accepted:
-            return [item.strip() for item in value.split(",")]
-    elif type(value) in accepted:
+    if type(value) in accepted:
         return value
+    for written, wanted, convert in (
+        (int, float, float),
+        (float, int, _whole),
+        (str, int, int),
+        (str, float, float),
+        (str, list, lambda text: [item.strip() for item in text.split(",")]),
+    ):
+        if type(value) is written and wanted in accepted:
+            with contextlib.suppress(ValueError):
+                return convert(value)
     return _WRONG
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
 _TYPE_NAMES = {
@@ -198,10 +194,9 @@ def _find(name: str, folder: Path) -> Path:
     preset = PRESETS / f"{name}.yaml"
     if os.sep not in name and preset.is_file():
         return preset
-    nearest = difflib.get_close_matches(name, preset_names(), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    presets = preset_names()
     raise FileNotFoundError(
-        f"{path} does not exist, and there is no preset {name!r}. Presets: {', '.join(preset_names())}.{hint}"
+        f"{path} does not exist, and there is no preset {name!r}. Presets: {', '.join(presets)}. {_nearest(name, presets)}".rstrip()
     )
 
 
@@ -222,11 +217,9 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         chain = " → ".join(str(p) for p in (*seen, path))
         raise ValueError(f"A recipe is its own base: {chain}.")
     try:
-        settings = yaml.load(path.read_text("utf-8"), _Loader)
+        settings = yaml.load(path.read_text("utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {_one_line(error)}.") from None
-    if settings is None:
-        settings = {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not a mapping of `key: value`.")
     base = settings.pop("base", None)

@@ -15,7 +15,9 @@ from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.io.checkpoints import (
+    COMPONENTS,
     UNQUANTISED_MODULES,
+    component_of,
     find_base,
     forbid_inference_packing,
     four_bit_config,
@@ -37,17 +39,12 @@ LANGUAGE_MODELS = {
 
 
 def arguments(folder, **settings):
-    settings = {
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "report_to": "none",
-        "learning_rate": 1e-2,
-        **settings,
-    }
-    return LlavaTrainingArguments(
-        str(folder), projector_learning_rate=1e-2, per_device_train_batch_size=2, disable_tqdm=True, **settings
-    )
+    common = {
+        "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "report_to": "none", "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "disable_tqdm": True,
+        "projector_learning_rate": None if settings.get("train_projector") == "frozen" else 1e-2,
+    }  # fmt: skip
+    return LlavaTrainingArguments(str(folder), **{**common, **settings})
 
 
 class Batches(torch.utils.data.Dataset):
@@ -109,13 +106,6 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_no_other(tmp_pa
     assert not isinstance(peft_model.get_base_model().lm_head, LoraLayer)
 
 
-def test_lora_pattern_of_llama():
-    pattern = lora_target_pattern(LlavaForConditionalGeneration(tiny_config()))
-    assert pattern.endswith("(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)")
-    assert re.fullmatch(pattern, "model.language_model.layers.11.self_attn.q_proj")
-    assert not re.fullmatch(pattern, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
-
-
 @pytest.mark.parametrize("target", [r".*q_proj", r"model\.language_model\.nothing"])
 def test_a_target_outside_the_language_model_is_refused(tmp_path, target):
     model = LlavaForConditionalGeneration(tiny_config())
@@ -129,6 +119,8 @@ KINDS = {
     "rslora": {"use_rslora": True},
     "tower": {"train_vision_tower": True},
     "bias": {"lora_bias": "lora_only"},
+    "lora_only": {"train_projector": "lora", "lora_vision_tower": True},
+    "frozen": {"train_projector": "frozen"},
     "qlora": {"adapter": "qlora"},
     "qlora_tower": {"adapter": "qlora", "train_vision_tower": True},
     "qlora_dora": {"adapter": "qlora", "use_dora": True},
@@ -192,34 +184,48 @@ assert "modeling_llava" not in [m.split(".")[0] for m in sys.modules]
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_projector_is_trained_whole_and_tower_and_language_model_stay(base, tmp_path):
-    trainer = train(base, tmp_path / "adapter")
-    before, after = load(base), trainer.model.merge_and_unload()
-    assert not torch.equal(
-        before.model.multi_modal_projector.linear_1.weight, after.model.multi_modal_projector.linear_1.weight
-    )
-    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters()):
-        if "vision_tower" in name or "norm" in name or "embed_tokens" in name or "lm_head" in name:
-            assert torch.equal(old, new), name
+FORMS = {  # settings → what is trained
+    "projector": ({}, {"language_model", "multi_modal_projector"}),
+    "lora only": ({"train_projector": "lora"}, {"language_model", "multi_modal_projector"}),
+    "frozen": ({"train_projector": "frozen"}, {"language_model"}),
+    "lora on the tower": ({"lora_vision_tower": True, "train_projector": "lora", "use_dora": True}, set(COMPONENTS)),
+    "tower": ({"train_vision_tower": True}, set(COMPONENTS)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_trains_its_parts_and_is_merged_further_trained_and_named(base, tmp_path, form):
+    settings, expected = FORMS[form]
+    trainer = train(base, tmp_path / "adapter", **settings)
+    merged, before = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))), load(base)
+    changed = [name for name, old in before.named_parameters() if not torch.equal(old, merged.get_parameter(name))]
+    assert {component_of(name) for name in changed} == expected
+    assert not any("norm" in n or "embed_tokens" in n or "lm_head" in n for n in changed if "vision_tower" not in n)
+    assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    is_lora_only = all(".lora_" in name for name in held)
+    assert is_lora_only == (settings.get("train_projector", "full") != "full")  # servers take LoRA weights alone
+    last = before.config.vision_config.num_hidden_layers - 1  # after the features: nothing is trained there
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad and ".vision_tower." in n]
+    assert not any(f".layers.{last}." in name or "post_layernorm" in name for name in trained)
+    groups = {group["component"] for group in trainer.optimizer.param_groups}
+    assert groups == expected
+
+    args = arguments(tmp_path, adapter="lora", **settings)
+    assert torch.allclose(logits(load_adapter(load(base), str(tmp_path / "adapter"), args)), logits(merged), atol=1e-5)
+    other = {"train_projector": "full" if settings.get("train_projector") == "lora" else "lora"}
+    with pytest.raises(ValueError, match="Set train_projector="):
+        load_adapter(load(base), str(tmp_path / "adapter"), arguments(tmp_path, adapter="lora", **settings | other))
 
 
 def test_dora_and_rslora_reach_peft(base, tmp_path):
-    peft_model = add_adapter(
-        load(base), arguments(tmp_path, adapter="lora", use_dora=True, use_rslora=True, lora_r=16)
-    )
-    layer = peft_model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+    args = arguments(tmp_path, adapter="lora", use_dora=True, use_rslora=True, lora_r=16)
+    layer = add_adapter(load(base), args).get_base_model().model.language_model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == 8 / 16**0.5  # rsLoRA: alpha / √r
     assert "default" in layer.lora_magnitude_vector  # DoRA
-    assert (
-        add_adapter(load(base), arguments(tmp_path, adapter="lora", lora_r=16))
-        .get_base_model()
-        .model.language_model.layers[0]
-        .self_attn.q_proj.scaling["default"]
-        == 8 / 16
-    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"train_vision_tower": True}, {"adapter": "qlora"}, {"use_dora": True}])
+@pytest.mark.parametrize("settings", [{"lora_vision_tower": True}, {"train_vision_tower": True}, {"adapter": "qlora"}])
 def test_with_its_adapter_off_a_trained_model_is_its_base(base, tmp_path, settings):
     quantised = {"quantization_config": four_bit_config(torch.float32)} if settings.get("adapter") == "qlora" else {}
     untrained = load(base, **quantised)
@@ -229,19 +235,6 @@ def test_with_its_adapter_off_a_trained_model_is_its_base(base, tmp_path, settin
     assert not torch.allclose(logits(model), expected, atol=1e-3)
     with model.disable_adapter():
         assert torch.allclose(logits(model), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("further", [False, True], ids=["new", "further"])
-def test_a_trained_towers_layers_after_the_features_are_frozen(base, tmp_path, further):
-    args = arguments(tmp_path, adapter="lora", train_vision_tower=True, save_strategy="no")
-    model = load(base)
-    if further:
-        train(base, tmp_path, train_vision_tower=True)
-        model = load_adapter(model, str(tmp_path), args)
-    model = LlavaTrainer(model, args, train_dataset=[0]).model
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".vision_tower." in n]
-    last = model.config.vision_config.num_hidden_layers - 1
-    assert trained and not any(f".layers.{last}." in name or "post_layernorm" in name for name in trained)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +336,21 @@ def test_a_base_gets_the_vocabulary_of_its_adapter(base, tmp_path, way, kind):
     assert logits(resized).shape == logits(model).shape
     if kind == "modules_to_save":
         assert torch.allclose(logits(resized), logits(model), atol=1e-5)
+
+
+def test_new_tokens_whose_rows_the_adapter_would_lose_are_refused(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def trainer(**kept):
+        model = load(base)
+        model.resize_token_embeddings(model.config.text_config.vocab_size + 6, mean_resizing=False)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*q_proj", **kept))
+        return LlavaTrainer(model, arguments(tmp_path, adapter="lora"), train_dataset=Batches())
+
+    for kept, lost in (({}, "embed_tokens and lm_head"), ({"modules_to_save": ["embed_tokens"]}, "lm_head")):
+        with pytest.raises(ValueError, match=f"new rows of {lost}.*modules_to_save"):
+            trainer(**kept)
+    trainer(modules_to_save=["embed_tokens", "lm_head"])
 
 
 def test_only_the_language_model_is_quantised_and_nothing_is_upcast(base):
@@ -447,7 +455,7 @@ def logits_of(model, settings):
     return model.eval()(**batch).logits
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"train_vision_tower": True}, {"adapter": "qlora"}])
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": "lora_only"}, {"adapter": "qlora"}])
 def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path, settings):
     trainer = train(base, tmp_path / "adapter", **settings)
     merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -460,8 +468,23 @@ def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path
 
     expected = PeftModel.from_pretrained(load(base), tmp_path / "adapter")  # QLoRA: on unquantised weights
     assert torch.allclose(logits(merged), logits(expected), atol=1e-5)
-    if not settings:
+    if "adapter" not in settings:
         assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
+
+
+def test_a_merge_is_written_in_shards_or_not_at_all(base, tmp_path, monkeypatch):
+    train(base, tmp_path / "adapter", steps=1)
+    expected = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "whole"))).state_dict()
+    monkeypatch.setattr("modeling_llava.training.merge.MERGED_SHARD_SIZE", "100KB")
+    merged = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))).state_dict()
+    assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 2
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    broken = {name: tensor * (float("nan") if "layers.1." in name else 1) for name, tensor in load_file(file).items()}
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is broken.*layers.1.*not finite"):
+        merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "whole"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}])
