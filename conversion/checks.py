@@ -2,30 +2,31 @@
 Checks of a converted checkpoint.
 
 [`check_stock_ready`] compares a HF folder with stock transformers: keys, configuration, tokens per image, template, and the
-logits of one image, which must equal the original's if it is given. Weights stay in their files (see `streamed.py`).
+logits of one image, which must equal the original's if it is given. Weights stay in their files ([`streamed`]).
 """
 
-import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import cpu_offload, init_empty_weights
 from PIL import Image
-from transformers import CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM
-from transformers.models.llava.configuration_llava import LlavaConfig as StockConfig
-from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
 from modeling_llava.configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from modeling_llava.io.checkpoints import require_llava
-from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 
 from .folders import read_json
-from .hf_checkpoints import HfCheckpoint
-from .keymaps import canonical_hf_key, drop_derived, rename_all
+from .hf_checkpoints import HfCheckpoint, model_class_of
+from .keymaps import TOWER_PREFIXES, canonical_hf_key, drop_derived, rename_all
 from .originals import Original, read_original
-from .streamed import streamed
 from .tensors import LazyTensor, cast, find_weights, read_checkpoint
 
 
@@ -118,97 +119,90 @@ def check_folder(
 ) -> CheckReport:
     """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
     report = CheckReport(folder)
-    fields = read_json(config_file or folder / "config.json", "a checkpoint")
-    config = LlavaConfig.from_dict(fields)
+    config = LlavaConfig.from_dict(read_json(config_file or folder / "config.json", "a checkpoint"))
     weights = find_weights(folder)
     if weights is None:
         raise ValueError(f"{folder} holds no weights (model.safetensors or its index).")
     tensors = rename_all(drop_derived(read_checkpoint(weights)), canonical_hf_key)
 
-    is_stock = _check_projector(report, config)
-    _check_keys(report, folder, fields, is_stock)
-    processor = LlavaProcessor.from_pretrained(folder)
-    inputs = _check_processor(report, config, processor)
+    _check_projector(report, config)
+    _check_keys(report, folder, config)
+    inputs = _check_processor(report, config, LlavaProcessor.from_pretrained(folder))
     if inputs is None or not report.is_sound:
         return report
     if not logits:
         report.add("logits", "skipped", "not asked for")
         return report
-    _check_logits(report, fields, tensors, inputs, is_stock, reference, dtype)
+    after = hf_logits(config, tensors, inputs)
+    if not torch.isfinite(after).all():
+        report.add("logits", "failed", "not finite for one image")
+    elif reference is None:
+        report.add("logits", "ok", "finite for one image (no original given to compare with)")
+    else:
+        _compare(report, original_logits(reference, inputs, config.image_token_id, dtype), after)
     return report
 
 
-def _check_projector(report: CheckReport, config: LlavaConfig) -> bool:
+def _check_projector(report: CheckReport, config: LlavaConfig) -> None:
     layers = config.projector_num_layers
+    detail = "one layer W, saved as W and an identity" if layers == 1 else f"{layers} layers"
     if layers > 2:
-        report.add(
-            "projector",
-            "ours only",
-            f"{layers} layers; stock's has two. This package loads, trains and runs the checkpoint; stock transformers, "
-            "vLLM and llama.cpp do not.",
+        detail += (
+            "; stock's has two. This package loads, trains and runs the checkpoint; stock transformers, vLLM and "
         )
-        return False
-    detail = "one layer W, saved as W and an identity" if layers == 1 else "two layers"
-    report.add("projector", "ok", f"{detail}, activation {config.projector_hidden_act!r}")
-    return True
+        report.add("projector", "ours only", f"{detail}llama.cpp do not.")
+    else:
+        report.add("projector", "ok", f"{detail}, activation {config.projector_hidden_act!r}")
 
 
-def _check_keys(report: CheckReport, folder: Path, fields: dict, is_stock: bool) -> None:
+def _check_keys(report: CheckReport, folder: Path, config: LlavaConfig) -> None:
     """Load the folder onto the meta device, which matches all names and shapes and reads no weight."""
-    model_class = StockLlava if is_stock else LlavaForConditionalGeneration
+    model_class = model_class_of(config)
+    progress_bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
-        config = (StockConfig if is_stock else LlavaConfig).from_dict(fields)
-        with _without_progress_bars():
-            _, info = model_class.from_pretrained(
-                folder, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:
-        report.add("keys", "failed", f"{model_class.__module__} does not load it: {str(error).splitlines()[0]}")
-        return
+        _, info = model_class.from_pretrained(
+            folder,
+            config=model_class.config_class.from_dict(config.to_dict()),
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        if progress_bars:
+            hf_logging.enable_progress_bar()
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in wrong.items())
         report.add("keys", "failed", text)
     else:
-        who = "stock transformers" if is_stock else "this package"
+        who = "this package" if config.projector_num_layers > 2 else "stock transformers"
         report.add("keys", "ok", f"{who} finds every weight, none missing, none left over")
 
 
-@contextlib.contextmanager
-def _without_progress_bars():
-    """transformers shows a bar even for weights that it does not read."""
-    was_on = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            hf_logging.enable_progress_bar()
-
-
 def _check_processor(report: CheckReport, config: LlavaConfig, processor):
-    """Tokens per image, the template, and the inputs for the run."""
+    """Tokens per image, the template, and the inputs for the run; `None` where one of them failed."""
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    additional = count_additional_image_tokens(vision)
-    expected = count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, additional, strategy)
+    additional, side = count_additional_image_tokens(vision), vision.image_size
+    expected = count_image_tokens(side, side, vision.patch_size, additional, strategy)
     settings = {
         "patch_size": vision.patch_size,
         "num_additional_image_tokens": additional,
         "vision_feature_select_strategy": strategy,
     }
-    for name, right in settings.items():
-        if (found := getattr(processor, name, None)) != right:
-            report.add(
-                "image tokens", "failed", f"{name} is {found!r} in the processor's files; the tower needs {right!r}"
-            )
-    if not report.is_sound:
+    wrong = {name: right for name, right in settings.items() if getattr(processor, name, None) != right}
+    if wrong:
+        found = ", ".join(f"{name} is {getattr(processor, name, None)!r}" for name in wrong)
+        fix = ", ".join(f'"{name}": {json.dumps(right)}' for name, right in wrong.items())
+        why = "with which stock transformers fails at the first image"
+        detail = f"{found} in the processor's files, {why}. By its tower, write into processor_config.json: {fix}"
+        report.add("image tokens", "failed", detail)
         return None
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # a template is a program
-        report.add("template", "failed", f"{type(error).__name__}: {error}")
-        return None
+        text = f"{type(error).__name__}: {error}"
     image_token = processor.image_token
     if text.count(image_token) != 1 or QUESTION not in text:
         report.add("template", "failed", f"one image and a question became {text!r}")
@@ -217,17 +211,14 @@ def _check_processor(report: CheckReport, config: LlavaConfig, processor):
 
     inputs = processor(images=probe_image(), text=text, return_tensors="pt")
     count = int((inputs["input_ids"] == config.image_token_id).sum())
-    size, side = tuple(inputs["pixel_values"].shape[-2:]), vision.image_size
-    if count != expected or config.image_seq_length != expected or size != (side, side):
+    size = tuple(inputs["pixel_values"].shape[-2:])
+    if not count == expected == config.image_seq_length or size != (side, side):
         report.add(
             "image tokens",
             "failed",
             f"the processor writes {count} for an image of {size[0]}x{size[1]} pixels, the configuration says "
             f"{config.image_seq_length} (image_seq_length), the tower gives {expected} for {side}x{side}",
         )
-        return None
-    if int(inputs["input_ids"].max()) >= config.text_config.vocab_size:
-        report.add("image tokens", "failed", f"token id {int(inputs['input_ids'].max())} has no row in the vocabulary")
         return None
     report.add("image tokens", "ok", f"{expected} per image, by processor, configuration and tower")
     return inputs
@@ -240,43 +231,16 @@ def probe_image(width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def _check_logits(report, fields, tensors, inputs, is_stock, reference, dtype) -> None:
-    after = hf_logits(fields, tensors, inputs, is_stock)
-    if not torch.isfinite(after).all():
-        report.add("logits", "failed", "not finite for one image")
-        return
-    if reference is None:
-        report.add("logits", "ok", "finite for one image (no original given to compare with)")
-        return
-    before = original_logits(reference, inputs, fields["image_token_index"], dtype)
-    known, added = after[..., : before.shape[-1]], after[..., before.shape[-1] :]
-    if added.numel() and (added.amax(-1) > before.amax(-1) + TOLERANCE).any():
-        report.add("logits", "failed", "a token that was added has the largest logit")
-        return
-    _compare(report, before, known)
-
-
 def _compare(report: CheckReport, before: torch.Tensor, after: torch.Tensor) -> None:
-    difference, scale = (after - before).abs().max().item(), before.abs().max().item()
-    state = "ok" if difference <= TOLERANCE * max(1.0, scale) else "failed"
-    report.add(
-        "logits", state, f"before and after differ by at most {difference:.1e} (largest {scale:.3g}) for one image"
-    )
-
-
-@torch.no_grad()
-def hf_logits(fields: dict, tensors: dict[str, LazyTensor], inputs, is_stock: bool = True) -> torch.Tensor:
-    """
-    Logits of the last positions, `[1, positions, vocabulary]`, by the stock class (ours where stock has no form).
-    """
-    model_class, config_class = (StockLlava, StockConfig) if is_stock else (LlavaForConditionalGeneration, LlavaConfig)
-    config = config_class.from_dict(fields)
-    config._attn_implementation = "sdpa"
-    model = streamed(lambda: model_class(config), tensors, canonical_hf_key)
-    output = model(
-        input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].float(), logits_to_keep=NUM_COMPARED
-    )
-    return output.logits
+    """Logits `[1, tokens, vocabulary]`; the longer vocabulary's added tokens must not win."""
+    rows = min(before.shape[-1], after.shape[-1])
+    largest = (after[..., :rows] - before[..., :rows]).abs().max().item()
+    scale = before[..., :rows].abs().max().item()
+    added = after[..., rows:]
+    wins = added.numel() > 0 and bool((added.amax(-1) > before.amax(-1) + TOLERANCE).any())
+    state = "failed" if wins or largest > TOLERANCE * max(1.0, scale) else "ok"
+    detail = f"before and after differ by at most {largest:.1e} (largest {scale:.3g}) for one image"
+    report.add("logits", state, detail + (", and a token that was added has the largest logit" if wins else ""))
 
 
 def check_original(
@@ -284,36 +248,77 @@ def check_original(
 ) -> CheckReport:
     """Check that an original folder which was made from a HF one is read as an original, with equal logits."""
     report = CheckReport(folder)
-    tower = None if has_tower else (hf.config.vision_config, hf.tensors)
+    tower = None if has_tower else (hf.config.vision_config, hf.part("vision_tower"))
     original = read_original(folder, config=config, tower=tower)
     report.add("keys", "ok", f"{len(original.tensors)} tensors, as the original names them")
     inputs = _check_processor(report, hf.config, hf.processor)
     if inputs is not None:
-        tensors = {entry.hf: cast(tensor, dtype) for entry, tensor in hf.tensors.items()}
-        before = hf_logits(hf.config.to_dict(), tensors, inputs, hf.config.projector_num_layers <= 2)
+        before = hf_logits(hf.config, {key: cast(tensor, dtype) for key, tensor in hf.tensors.items()}, inputs)
         after = original_logits(original, inputs, hf.config.image_token_id, dtype)
-        _compare(report, before[..., : after.shape[-1]], after)
+        _compare(report, before, after)
     return report
+
+
+# Logits, computed without loading the weights
+
+
+class _Weights(Mapping):
+    """The tensors of a model by its names in memory, each read in float32 when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], rename: Callable[[str], str], tied: Mapping[str, str]):
+        self.tensors, self.rename, self.tied = tensors, rename, tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        key = self.rename(name)
+        return self.tensors[key if key in self.tensors else self.rename(self.tied[name])].tensor().float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def streamed(
+    build: Callable[[], nn.Module], tensors: Mapping[str, LazyTensor], rename: Callable[[str], str] = str
+) -> nn.Module:
+    """A model in evaluation mode whose weights are read, in float32, while their module runs: models larger than the memory."""
+    with init_empty_weights(include_buffers=False):
+        model = build().float().eval()  # a configuration may ask for half precision
+    weights = _Weights(tensors, rename, getattr(model, "all_tied_weights_keys", None) or {})
+    # torch's own attention, of SigLIP's head, uses the weights of its linear layers without calling them
+    return cpu_offload(model, torch.device("cpu"), state_dict=weights, preload_module_classes=["MultiheadAttention"])
+
+
+@torch.no_grad()
+def hf_logits(config: LlavaConfig, tensors: dict[str, LazyTensor], inputs) -> torch.Tensor:
+    """
+    Logits of the last tokens, `[1, tokens, vocabulary]`, by the stock class (ours where stock has no form).
+    """
+    model_class = model_class_of(config)
+    config = model_class.config_class.from_dict(config.to_dict())
+    model = streamed(lambda: model_class(config), tensors, canonical_hf_key)
+    pixel_values = inputs["pixel_values"].float()
+    return model(input_ids=inputs["input_ids"], pixel_values=pixel_values, logits_to_keep=NUM_COMPARED).logits
 
 
 @torch.no_grad()
 def original_logits(original: Original, inputs, image_token_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
-    Logits of the last positions as the original computes them: tower, projector, features put between the text's
+    Logits of the last tokens as the original computes them: tower, projector, features put between the text's
     embeddings, language model. It uses the original's configuration, names and weights only.
 
     Args:
         original ([`Original`]): The whole original model.
         inputs:
-            `input_ids [1, S]` with `image_token_id` at the image's positions, `pixel_values [1, 3, H, W]`.
-        image_token_id (`int`): Marks the image's positions; the original has no such token.
+            `input_ids [1, S]` with `image_token_id` at the image's tokens, `pixel_values [1, 3, H, W]`.
+        image_token_id (`int`): Marks the image's tokens; the original has no such token.
         dtype (`torch.dtype`, *optional*): To which the weights are rounded first.
     """
     read = {entry.original: cast(tensor, dtype) for entry, tensor in original.tensors.items()}
-    prefix = "model.vision_tower.vision_tower.vision_model."
+    prefix = TOWER_PREFIXES["inside"]
     tower = streamed(
-        lambda: CLIPVisionModel(original.vision_config),
-        {key[len(prefix) :]: tensor for key, tensor in read.items() if key.startswith(prefix)},
+        lambda: CLIPVisionModel(original.vision_config), read, lambda name: prefix + name.removeprefix("vision_model.")
     )
     states = tower(inputs["pixel_values"].float(), output_hidden_states=True).hidden_states
     features = states[original.config.get("mm_vision_select_layer", -2)]
@@ -321,21 +326,16 @@ def original_logits(original: Original, inputs, image_token_id: int, dtype: torc
         features = features[:, 1:]
     layers = [key for key in read if key.startswith("model.mm_projector.") and key.endswith("weight")]
     for i, key in enumerate(layers):
-        features = torch.nn.functional.gelu(features) if i else features
-        bias = read[key[: -len("weight")] + "bias"].tensor().float()
-        features = torch.nn.functional.linear(features, read[key].tensor().float(), bias)
+        features = F.gelu(features) if i else features
+        bias = read[key.removesuffix("weight") + "bias"].tensor().float()
+        features = F.linear(features, read[key].tensor().float(), bias)
 
-    model_class = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[original.text_config.model_type]
-    text_config = type(original.text_config).from_dict(original.text_config.to_dict())
-    text_config.vocab_size = original.sizes.vocabulary
+    text_config = deepcopy(original.text_config)
     text_config.pad_token_id = None
-    text_config._attn_implementation = "sdpa"
-    language_model = streamed(
-        lambda: model_class(text_config), {key: tensor for key, tensor in read.items() if "mm_projector" not in key}
-    )
+    language_model = streamed(lambda: AutoModelForCausalLM.from_config(text_config), read)
     ids = inputs["input_ids"][0]
-    places = (ids == image_token_id).nonzero().flatten()
+    image = (ids == image_token_id).nonzero().flatten()
     embed = language_model.get_input_embeddings()
-    first, last = int(places[0]), int(places[-1]) + 1
+    first, last = int(image[0]), int(image[-1]) + 1
     embeddings = torch.cat([embed(ids[:first]), features[0], embed(ids[last:])])
     return language_model(inputs_embeds=embeddings[None], logits_to_keep=NUM_COMPARED).logits

@@ -50,11 +50,6 @@ def _from_hub(name: str, what: str) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict:
-    """`config.json` of a folder."""
-    return read_json(folder / "config.json", "a checkpoint")
-
-
 def read_json(path: Path, of_what: str) -> dict:
     """A JSON object. OSError without the file, ValueError if it cannot be read as one."""
     content = load_errors.read_config(path)

@@ -1,37 +1,58 @@
 """
 HF checkpoints → GGUF: the two files of llama.cpp's multimodal programs (and Ollama).
 
-`model-TYPE.gguf` holds the language model with tokenizer and chat template, `mmproj-TYPE.gguf` the CLIP tower up to the
-selected layer and the projector. How they are written and read back: `gguf_files.py`.
+`model-TYPE.gguf` holds the language model with tokenizer and chat template, `mmproj-TYPE.gguf` the CLIP or SigLIP tower up
+to the selected layer and the projector. Of a language model that is not in [`ARCHITECTURES`], a folder for llama.cpp's own
+`convert_hf_to_gguf.py` is written in place of the first file.
 
 llama.cpp has had a bug since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
 after the patches but reads positions and results as if it came first. In every LLaVA-1.5 each patch gets its
 neighbour's position, and the first patch is lost. `class_token_last=True` writes a file that such builds compute correctly
-(see `_for_class_token_last`).
+(see `_for_class_token_last`). SigLIP has no class token.
 """
 
-from collections.abc import Callable, Mapping
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPVisionConfig, SiglipVisionConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from modeling_llava.processing_llava import LlavaProcessor
+from modeling_llava.configuration_llava import count_additional_image_tokens
 
+from .checks import CheckReport
 from .folders import TOKENIZER_FILES
-from .gguf_files import BLOCK, TYPES, GgufTensor, check_gguf, import_gguf, write_gguf
+from .gguf_files import (
+    BLOCK,
+    QUANTISED,
+    TORCH_TYPES,
+    TYPES,
+    GgufTensor,
+    check_gguf,
+    import_gguf,
+    import_llama_cpp,
+    quantise,
+    write_gguf,
+)
 from .hf_checkpoints import HfCheckpoint, read_hf
-from .keymaps import Entry
-from .original_to_hf import Conversion, fingerprint_of
-from .overlays import below
-from .tensors import LazyTensor, in_memory, permuted_rows
-from .vocabularies import gguf_chat_template, vocabulary
-from .writing import OutputFolder
+from .original_to_hf import Conversion
+from .tensors import LazyTensor, below, in_memory, permuted_rows
+from .vocabularies import CHAT_TEMPLATE, gguf_chat_template, vocabulary
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_atomic, write_json
 
 
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""Language model → its architecture in the `gguf` package."""
+
+ROPES = ("default", "linear", "llama3")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16"}
 SMALL_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json", "chat_template.json")
 """What the fields of the two files are made from, next to `config.json`."""
+
+LANGUAGE_FOLDER = "language_model"
 
 
 def convert_hf_to_gguf(
@@ -50,17 +71,18 @@ def convert_hf_to_gguf(
         source (`str` or `Path`): HF folder or Hub name.
         output (`str` or `Path`): Folder for `model-TYPE.gguf` and `mmproj-TYPE.gguf`.
         dtype (`str`, *optional*, defaults to `"f16"`):
-            `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` (8 bits, in blocks of 32 values). Vectors and the table of positions
-            are always float32.
+            `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` (8 bits, in blocks of 32 values); vectors and the table of positions
+            are always float32. `"q4_k_m"` and `"q6_k"` are quantised by llama.cpp (`llama-cpp-python`), next to a
+            `mmproj` in `f16`.
         class_token_last (`bool`, *optional*, defaults to `False`):
             Write `mmproj` for builds of llama.cpp with the defect above. They then compute every image feature right,
             but hand the one of the top left patch over last instead of first, and see the padding's colour in it.
         check (`bool`, *optional*, defaults to `True`):
-            Read the files back and compare every tensor with what was to be written.
+            Read the files back and compare every tensor with what was to be written; of a quantised file its types.
         overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
 
     Raises:
-        ImportError: the `gguf` package is not installed.
+        ImportError: the `gguf` package, or for a quantised file `llama-cpp-python`, is not installed.
         ValueError: llama.cpp's LLaVA cannot express it: a projector of more than two layers, image features with the
             class token, another activation; or the check failed.
         OSError: a file is not there, or the disk is too small.
@@ -68,38 +90,53 @@ def convert_hf_to_gguf(
     gguf = import_gguf()
     if dtype not in TYPES:
         raise ValueError(f"dtype {dtype!r} is not a GGUF type that is written; there are {', '.join(TYPES)}.")
+    llama_cpp = import_llama_cpp() if dtype in QUANTISED else None
     hf = read_hf(source)
     layers = feature_layers(hf)
-    _check_is_known_to_llama_cpp(hf)
-    processor = hf.processor
-    files = {
-        f"model-{dtype}.gguf": (language_metadata(hf, processor, dtype), language_tensors(hf, dtype)),
-        f"mmproj-{dtype}.gguf": (
-            mmproj_metadata(hf, processor, layers, dtype),
-            mmproj_tensors(hf, max(layers), dtype),
-        ),
-    }
+    is_known = _check_is_known_to_llama_cpp(hf)
+    kinds = {torch_type: name for name, torch_type in TORCH_TYPES.items()}
+    model, kind, image_kind = f"model-{dtype}.gguf", dtype, dtype
+    if dtype in QUANTISED:  # from the checkpoint's own type, without rounding before
+        kind, image_kind = kinds[hf.tensors["language_model.model.embed_tokens.weight"].dtype], "f16"
+    mmproj = f"mmproj-{image_kind}.gguf"
+    image_tensors = mmproj_tensors(gguf, hf, max(layers), image_kind)
     if class_token_last:
-        _for_class_token_last(files[f"mmproj-{dtype}.gguf"][1], processor)
-    total = sum(tensor.nbytes for _, tensors in files.values() for tensor in tensors.values())
-    plan = {name: {key: tensor.content for key, tensor in tensors.items()} for name, (_, tensors) in files.items()}
+        _for_class_token_last(image_tensors, hf)
+    plan = {mmproj: image_tensors}
+    shards = {}
+    if is_known:
+        plan[model] = language_tensors(gguf, hf, kind)
+    else:
+        text = {key.removeprefix("language_model."): tensor for key, tensor in hf.part("language_model").items()}
+        shards = plan_shards(text, DEFAULT_SHARD_SIZE)
     small = [hf.folder / name for name in SMALL_FILES if (hf.folder / name).is_file()]
-    fingerprint = fingerprint_of(f"hf to gguf {class_token_last=}", [*hf.files, *small], plan)
-    report = None
-    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
-        if not folder.is_done:
-            for name, (metadata, tensors) in files.items():
-                path = folder.partial / name
-                if path.exists():
-                    folder.progress.update(sum(tensor.nbytes for tensor in tensors.values()))
-                else:
-                    write_gguf(gguf, path, metadata, tensors, folder.progress.update)
-            if check:
-                report = check_gguf(gguf, folder.partial, files)
-                if not report.is_sound:
-                    raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
-            folder.commit()
-    return Conversion(Path(output), _notes(hf, processor, class_token_last), report)
+    report = CheckReport(Path(output)) if check else None
+    direction = f"hf to gguf {dtype} {class_token_last=}"
+    with OutputFolder(output, direction, [*hf.files, *small], plan | shards, overwrite=overwrite) as folder:
+        advance = folder.progress.update
+        if not (folder.partial / mmproj).exists():
+            metadata = mmproj_metadata(hf, layers, image_kind)
+            write_gguf(gguf, folder.partial / mmproj, "clip", metadata, image_tensors, advance)
+        if shards:
+            folder.write_shards(shards, LANGUAGE_FOLDER)
+            _write_language_files(hf, folder.partial / LANGUAGE_FOLDER)
+        elif not (folder.partial / model).exists():
+            written = folder.partial / (model if llama_cpp is None else "not_quantised.gguf")
+            write_gguf(gguf, written, architecture(gguf, hf), language_metadata(hf, kind), plan[model], advance)
+            if llama_cpp is not None:
+                quantise(llama_cpp, written, folder.partial / model, dtype)
+                written.unlink()
+        if check:
+            check_gguf(gguf, report, folder.partial / mmproj, image_tensors)
+            if is_known:
+                check_gguf(gguf, report, folder.partial / model, plan[model], dtype)
+        folder.commit(report)
+    notes = _notes(hf, class_token_last)
+    if not is_known:
+        notes.append(
+            f"The language model is in {Path(output) / LANGUAGE_FOLDER}. Convert it with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return Conversion(Path(output), notes, report)
 
 
 # What llama.cpp can express
@@ -107,7 +144,7 @@ def convert_hf_to_gguf(
 
 def feature_layers(hf: HfCheckpoint) -> list[int]:
     """The tower's selected hidden states, counted from the embeddings (0) on, in ascending order."""
-    states = hf.sizes.vision_layers + 1
+    states = hf.config.vision_config.num_hidden_layers + 1
     selected = hf.config.vision_feature_layer
     selected = [selected] if isinstance(selected, int) else list(selected)
     layers = [layer if layer >= 0 else states + layer for layer in selected]
@@ -119,51 +156,45 @@ def feature_layers(hf: HfCheckpoint) -> list[int]:
     return layers
 
 
-def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> None:
-    config, vision = hf.config, hf.config.vision_config
-    if config.projector_num_layers > 2:
-        raise ValueError(
-            f"{hf.folder} has a projector of {config.projector_num_layers} layers; llama.cpp's has two. This package loads, "
-            "trains and runs it."
-        )
-    if config.projector_hidden_act not in ("gelu", "linear"):
-        raise ValueError(
-            f"{hf.folder} has projector_hidden_act {config.projector_hidden_act!r}; llama.cpp has 'gelu'."
-        )
-    if config.vision_feature_select_strategy != "default":
-        raise ValueError(
-            f"{hf.folder} keeps the class token among its image features (vision_feature_select_strategy='full'); "
-            "llama.cpp always drops it."
-        )
-    if vision.hidden_act not in ("quick_gelu", "gelu"):
-        raise ValueError(
-            f"{hf.folder} has a vision tower with {vision.hidden_act!r}; llama.cpp has quick_gelu and gelu."
-        )
-    if hf.sizes.vision_intermediate == hf.sizes.vision_hidden:
-        raise ValueError(
-            f"{hf.folder}: llama.cpp would swap the two layers of this tower's MLPs, since they are square."
-        )
-    rope = getattr(config.text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in ("default", "linear"):
-        raise ValueError(f"{hf.folder} has rope_type {rope['rope_type']!r}; written are 'default' and 'linear'.")
-    if config.text_config.hidden_act != "silu":
-        raise ValueError(
-            f"{hf.folder} has a language model with {config.text_config.hidden_act!r}; llama.cpp has silu."
-        )
+def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> bool:
+    """Whether the language model is written too. ValueError for what llama.cpp's LLaVA cannot express."""
+    config, vision, text = hf.config, hf.config.vision_config, hf.config.text_config
+    strategy = "default" if count_additional_image_tokens(vision) else "full"
+    is_known = text.model_type in ARCHITECTURES
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    problems = {
+        f"a vision tower of kind {vision.model_type!r}; CLIP and SigLIP are converted": not isinstance(
+            vision, CLIPVisionConfig | SiglipVisionConfig
+        ),
+        f"a projector of {config.projector_num_layers} layers; llama.cpp's has two": config.projector_num_layers > 2,
+        f"projector_hidden_act {config.projector_hidden_act!r}; llama.cpp has 'gelu'": config.projector_hidden_act
+        not in ("gelu", "linear"),
+        f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}; llama.cpp drops the class token and "
+        f"nothing else ({strategy!r})": config.vision_feature_select_strategy != strategy,
+        f"a vision tower with {vision.hidden_act!r}; llama.cpp has quick_gelu and gelu": vision.hidden_act
+        not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
+        "a vision tower with square MLPs, whose two layers llama.cpp would swap": vision.intermediate_size
+        == vision.hidden_size,
+        f"rope_type {rope!r}; written are {', '.join(ROPES)}": is_known and rope not in ROPES,
+        f"a language model with {text.hidden_act!r}; llama.cpp has silu": is_known and text.hidden_act != "silu",
+    }
+    if problem := next((text for text, is_there in problems.items() if is_there), None):
+        raise ValueError(f"{hf.folder} has {problem}.")
+    return is_known
 
 
-def _notes(hf: HfCheckpoint, processor: LlavaProcessor, class_token_last: bool) -> list[str]:
+def _notes(hf: HfCheckpoint, class_token_last: bool) -> list[str]:
     notes = []
     if class_token_last:
         notes.append("mmproj is for builds of llama.cpp with the bug of issue 25814; a fixed build needs the other.")
-    else:
+    elif count_additional_image_tokens(hf.config.vision_config):
         notes.append(
             "llama.cpp since May 2025 has a bug (issue 25814) that spoils the image features of every LLaVA-1.5. For a "
             "build with it, convert with --class-token-last."
         )
-    if not getattr(processor.image_processor, "do_pad", False):
+    if not getattr(hf.processor.image_processor, "do_pad", False):
         notes.append(
-            "llama.cpp pads images to a square; this checkpoint was trained on images that are cropped to it."
+            "llama.cpp pads images to a square; this checkpoint was trained on images that are cropped or stretched to it."
         )
     window = getattr(hf.config.text_config, "sliding_window", None)
     if window is not None:
@@ -174,17 +205,30 @@ def _notes(hf: HfCheckpoint, processor: LlavaProcessor, class_token_last: bool) 
 # Tensors
 
 
-def language_tensors(hf: HfCheckpoint, kind: str) -> dict[str, GgufTensor]:
-    """The language model. llama.cpp rotates neighbouring values, HF values half a head apart: q and k are reordered."""
-    s, result = hf.sizes, {}
-    for entry, tensor in hf.tensors.items():
-        if entry.part != "language":
-            continue
-        for name, heads in ((".attn_q.", s.heads), (".attn_k.", s.kv_heads)):
-            if name in entry.gguf:
-                tensor = permuted_rows(tensor, rotary_order(heads, s.head_dim))
-        result[entry.gguf] = _typed(tensor, kind)
+def language_tensors(gguf, hf: HfCheckpoint, kind: str) -> dict[str, GgufTensor]:
+    """
+    The language model. llama.cpp's `llama` rotates neighbouring values, HF values half a head apart: q and k are reordered.
+    """
+    text = hf.config.text_config
+    heads = {".attn_q.": text.num_attention_heads, ".attn_k.": text.num_key_value_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[text.model_type]], text.num_hidden_layers)
+    result = {}
+    for key, tensor in hf.part("language_model").items():
+        name = names.get_name(key.removeprefix("language_model."), try_suffixes=(".weight", ".bias"))
+        for part, count in heads.items() if ARCHITECTURES[text.model_type] == "LLAMA" else ():
+            if part in name:
+                tensor = permuted_rows(tensor, rotary_order(count, head_dim(text)))
+        result[name] = _typed(tensor, kind)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":  # how much slower each pair of values rotates
+        plain = rope["rope_theta"] ** (-torch.arange(0, head_dim(text), 2) / head_dim(text))
+        factors = plain / ROPE_INIT_FUNCTIONS["llama3"](text, "cpu")[0]
+        result["rope_freqs.weight"] = GgufTensor(in_memory(factors, "the factors of rope_type llama3"), "f32")
     return result
+
+
+def head_dim(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def rotary_order(heads: int, head_dim: int) -> torch.Tensor:
@@ -193,54 +237,45 @@ def rotary_order(heads: int, head_dim: int) -> torch.Tensor:
     return rows.transpose(1, 2).reshape(-1)
 
 
-def mmproj_tensors(hf: HfCheckpoint, num_layers: int, kind: str) -> dict[str, GgufTensor]:
-    """The tower's first `num_layers` layers, and the projector as llama.cpp's `mlp` (GELU between two layers)."""
+def mmproj_tensors(gguf, hf: HfCheckpoint, num_layers: int, kind: str) -> dict[str, GgufTensor]:
+    """
+    The tower's first `num_layers` layers, and the projector as llama.cpp's `mlp` (GELU between two layers). LLaVA takes
+    features before the tower's `post_layernorm`, which llama.cpp would apply.
+    """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, num_layers)
     result = {}
-    for entry, tensor in hf.tensors.items():
-        if entry.part != "vision" or entry.gguf is None:
-            continue
-        if entry.gguf.startswith("v.blk.") and int(entry.gguf.split(".")[2]) >= num_layers:
-            continue
-        if entry.gguf == "v.position_embd.weight":
-            result[entry.gguf] = GgufTensor(tensor, "f32")
-        elif entry.gguf == "v.patch_embd.weight":  # ggml's convolution takes these two types
-            result[entry.gguf] = GgufTensor(tensor, "f16" if kind == "f16" else "f32")
-        else:
-            result[entry.gguf] = _typed(tensor, kind)
-    projector = {entry: tensor for entry, tensor in hf.tensors.items() if entry.part == "projector"}
-    for name, tensor in _projector(hf, projector).items():
-        result[name] = _typed(tensor, kind)
-    return result
+    for key, tensor in hf.part("vision_tower").items():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))  # none for a later layer, and SigLIP's head
+        if name == "v.position_embd.weight":
+            result[name] = GgufTensor(tensor, "f32")
+        elif name == "v.patch_embd.weight":  # ggml's convolution takes these two types
+            result[name] = GgufTensor(tensor, "f16" if kind == "f16" else "f32")
+        elif name is not None and not name.startswith("v.post_ln."):
+            result[name] = _typed(tensor, kind)
+    return result | {name: _typed(tensor, kind) for name, tensor in _projector(hf).items()}
 
 
-def _projector(hf: HfCheckpoint, tensors: Mapping[Entry, LazyTensor]) -> dict[str, LazyTensor]:
+def _projector(hf: HfCheckpoint) -> dict[str, LazyTensor]:
     """
     `mm.0` and `mm.2`. llama.cpp always puts GELU between them; a linear projector is written as `[W; −W]` and
     `[V, −V]`, since gelu(x) − gelu(−x) = x (V is HF's second layer, an identity for the paper's W).
     """
-    own = {entry.gguf: tensor for entry, tensor in tensors.items()}
-    hidden = hf.sizes.hidden
-    for layer in ("mm.0", "mm.2"):
-        if f"{layer}.bias" not in own:
-            own[f"{layer}.bias"] = _computed(own[f"{layer}.weight"], (hidden,), lambda a, b: torch.zeros(b - a))
-    if hf.config.projector_hidden_act == "gelu":
-        return own
-    for name in ("mm.0.weight", "mm.0.bias"):
-        own[name] = below(own[name], _negated(own[name]))  # [W; −W]
-    second = own["mm.2.weight"]
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        rows = second.rows(start, stop)
-        return torch.cat([rows, -rows], dim=1)
-
-    own["mm.2.weight"] = LazyTensor(second.dtype, (hidden, 2 * hidden), read, second.origin)
+    own, hidden = {}, hf.config.text_config.hidden_size
+    for layer, name in (("linear_1", "mm.0"), ("linear_2", "mm.2")):
+        own[f"{name}.weight"] = weight = hf.tensors[f"multi_modal_projector.{layer}.weight"]
+        zeros = in_memory(torch.zeros(hidden, dtype=weight.dtype), f"a bias of zeros for {layer}")
+        own[f"{name}.bias"] = hf.tensors.get(f"multi_modal_projector.{layer}.bias", zeros)
+    if hf.config.projector_hidden_act == "linear":
+        for name in ("mm.0.weight", "mm.0.bias"):
+            own[name] = below(own[name], _changed(own[name], own[name].shape, torch.neg))
+        own["mm.2.weight"] = _changed(own["mm.2.weight"], (hidden, 2 * hidden), lambda v: torch.cat([v, -v], dim=1))
     return own
 
 
 CLASS_TOKEN_SCALE = 1e5
 
 
-def _for_class_token_last(tensors: dict[str, GgufTensor], processor: LlavaProcessor) -> None:
+def _for_class_token_last(tensors: dict[str, GgufTensor], hf: HfCheckpoint) -> None:
     """
     Change the class embedding and the positions so that a build with the defect computes the right features.
 
@@ -249,7 +284,9 @@ def _for_class_token_last(tensors: dict[str, GgufTensor], processor: LlavaProces
     10⁵, against which the patch vanishes in the layer norm that follows. Token n, a constant, becomes patch 0 of padding
     (which it is unless the image is square), and tokens 1 to n−1 get their own positions.
     """
-    images = processor.image_processor
+    if "v.class_embd" not in tensors:
+        raise ValueError(f"{hf.folder} has a tower without a class token: leave out --class-token-last.")
+    images = hf.processor.image_processor
     background = [(int(mean * 255) / 255 - mean) / std for mean, std in zip(images.image_mean, images.image_std)]
     kernel = tensors["v.patch_embd.weight"].content.tensor().float()  # [hidden, 3, patch, patch]
     padding = (kernel.sum(dim=(2, 3)) * torch.tensor(background)).sum(dim=1)
@@ -260,12 +297,8 @@ def _for_class_token_last(tensors: dict[str, GgufTensor], processor: LlavaProces
     tensors["v.position_embd.weight"] = GgufTensor(in_memory(new, "the rearranged positions"), "f32")
 
 
-def _computed(like: LazyTensor, shape: tuple[int, ...], read: Callable[[int, int], torch.Tensor]) -> LazyTensor:
-    return LazyTensor(like.dtype, shape, lambda a, b: read(a, b).to(like.dtype), like.origin)
-
-
-def _negated(tensor: LazyTensor) -> LazyTensor:
-    return _computed(tensor, tensor.shape, lambda start, stop: -tensor.rows(start, stop))
+def _changed(tensor: LazyTensor, shape: tuple[int, ...], change: Callable) -> LazyTensor:
+    return LazyTensor(tensor.dtype, shape, lambda start, stop: change(tensor.rows(start, stop)), tensor.origin)
 
 
 def _typed(tensor: LazyTensor, kind: str) -> GgufTensor:
@@ -276,14 +309,32 @@ def _typed(tensor: LazyTensor, kind: str) -> GgufTensor:
     return GgufTensor(tensor, kind)
 
 
+def _write_language_files(hf: HfCheckpoint, folder: Path) -> None:
+    """What makes the weights of a language model a HF folder, with the chat template for llama.cpp."""
+    text = hf.config.text_config
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]
+    write_json(folder / "config.json", {**text.to_dict(), "architectures": [name]})
+    for name in TOKENIZER_FILES:
+        if (hf.folder / name).is_file():
+            shutil.copyfile(hf.folder / name, folder / name)
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    tokenizer_config.pop("chat_template", None)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_atomic(folder / CHAT_TEMPLATE, gguf_chat_template(hf.processor.chat_template, hf.processor.image_token))
+
+
 # Metadata: functions that fill a `gguf.GGUFWriter`
 
 
-def language_metadata(hf: HfCheckpoint, processor: LlavaProcessor, kind: str) -> Callable:
+def architecture(gguf, hf: HfCheckpoint) -> str:
+    return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[hf.config.text_config.model_type]]]
+
+
+def language_metadata(hf: HfCheckpoint, kind: str) -> Callable:
     """LLaMA and Mistral are one architecture to llama.cpp."""
-    text, s = hf.config.text_config, hf.sizes
+    text, processor = hf.config.text_config, hf.processor
     tokenizer = AutoTokenizer.from_pretrained(hf.folder)
-    table = vocabulary(hf.folder, tokenizer, s.vocabulary)
+    table = vocabulary(hf.folder, tokenizer, text.vocab_size)
     rope = getattr(text, "rope_parameters", None) or {}
 
     def fill(gguf, writer) -> None:
@@ -291,17 +342,17 @@ def language_metadata(hf: HfCheckpoint, processor: LlavaProcessor, kind: str) ->
         writer.add_name(hf.folder.name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
-        writer.add_vocab_size(s.vocabulary)
+        writer.add_vocab_size(text.vocab_size)
         writer.add_context_length(text.max_position_embeddings)
-        writer.add_embedding_length(s.hidden)
-        writer.add_block_count(s.layers)
-        writer.add_feed_forward_length(s.intermediate)
-        writer.add_head_count(s.heads)
-        writer.add_head_count_kv(s.kv_heads)
-        writer.add_key_length(s.head_dim)
-        writer.add_value_length(s.head_dim)
+        writer.add_embedding_length(text.hidden_size)
+        writer.add_block_count(text.num_hidden_layers)
+        writer.add_feed_forward_length(text.intermediate_size)
+        writer.add_head_count(text.num_attention_heads)
+        writer.add_head_count_kv(text.num_key_value_heads)
+        writer.add_key_length(head_dim(text))
+        writer.add_value_length(head_dim(text))
         writer.add_layer_norm_rms_eps(text.rms_norm_eps)
-        writer.add_rope_dimension_count(s.head_dim)
+        writer.add_rope_dimension_count(head_dim(text))
         writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
         if rope.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -325,9 +376,9 @@ def language_metadata(hf: HfCheckpoint, processor: LlavaProcessor, kind: str) ->
     return fill
 
 
-def mmproj_metadata(hf: HfCheckpoint, processor: LlavaProcessor, layers: list[int], kind: str) -> Callable:
-    """CLIP's tower up to the deepest selected layer. `feature_layer` counts hidden states from the embeddings on."""
-    vision, s, images = hf.config.vision_config, hf.sizes, processor.image_processor
+def mmproj_metadata(hf: HfCheckpoint, layers: list[int], kind: str) -> Callable:
+    """The tower up to the deepest selected layer. `feature_layer` counts hidden states from the embeddings on."""
+    vision, images = hf.config.vision_config, hf.processor.image_processor
 
     def fill(gguf, writer) -> None:
         writer.add_type("mmproj")
@@ -336,17 +387,17 @@ def mmproj_metadata(hf: HfCheckpoint, processor: LlavaProcessor, layers: list[in
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
         writer.add_clip_has_vision_encoder(True)
         writer.add_clip_projector_type("mlp")
-        writer.add_vision_projection_dim(s.hidden)
-        writer.add_vision_image_size(s.image_size)
-        writer.add_vision_patch_size(s.patch_size)
-        writer.add_vision_embedding_length(s.vision_hidden)
-        writer.add_vision_feed_forward_length(s.vision_intermediate)
+        writer.add_vision_projection_dim(hf.config.text_config.hidden_size)
+        writer.add_vision_image_size(vision.image_size)
+        writer.add_vision_patch_size(vision.patch_size)
+        writer.add_vision_embedding_length(vision.hidden_size)
+        writer.add_vision_feed_forward_length(vision.intermediate_size)
         writer.add_vision_block_count(max(layers))
         writer.add_vision_head_count(vision.num_attention_heads)
         writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
         writer.add_vision_image_mean([float(x) for x in images.image_mean])
         writer.add_vision_image_std([float(x) for x in images.image_std])
-        writer.add_vision_use_gelu(vision.hidden_act == "gelu")
+        writer.add_vision_use_gelu(vision.hidden_act != "quick_gelu")
         writer.add_array("clip.vision.feature_layer", layers)
 
     return fill

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_llava.io.atomic import write_atomic
 from modeling_llava.io.load_errors import HUB_NAME
@@ -13,12 +13,12 @@ from modeling_llava.io.load_errors import HUB_NAME
 from .checks import check_original
 from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, HfCheckpoint, read_hf
-from .keymaps import vision_entries
-from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum, fingerprint_of
+from .keymaps import Projector, key_table, vision_entries
+from .original_to_hf import IMAGE_FIELDS, IMAGE_MARKS, Conversion, as_dtype, checksum
 from .originals import FEATURE_STRATEGIES, read_text_config
 from .tensors import LazyTensor, cast, first_rows, in_memory
 from .vocabularies import CHAT_TEMPLATE, has_sentencepiece, sentencepiece_model
-from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json, write_safetensors
+from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards, write_json
 
 
 ARCHITECTURES = {
@@ -67,48 +67,56 @@ def convert_hf_to_original(
     """
     dtype = as_dtype(dtype)
     hf = read_hf(source)
-    _check_has_original_form(hf)
+    projector = original_projector(hf)
     tokenizer = AutoTokenizer.from_pretrained(hf.folder)
     rows, keeps_files = original_vocabulary(hf, tokenizer)
     tower = _plan_tower(hf, vision_tower)
-    tensors = original_tensors(hf, rows, tower["inside"], dtype)
-    config = original_config(hf, rows, tower)
+    tensors = original_tensors(hf, projector, rows, tower["inside"], dtype)
+    config = original_config(hf, projector, rows, tower)
     shards = plan_shards(tensors, max_shard_size)
-    tower_tensors = _tower_tensors(hf, dtype) if tower["folder"] else {}
-    total = sum(tensor.nbytes for tensor in [*tensors.values(), *tower_tensors.values()])
-    fingerprint = fingerprint_of("hf to original", hf.files, {**shards, "tower": tower_tensors})
+    own_tower = _tower_tensors(hf, dtype) if tower["folder"] else {}
 
     report = None
-    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
-        if not folder.is_done:
-            folder.write_shards(shards)
-            if tower["folder"]:
-                _write_tower(hf, tower_tensors, folder, tower["folder"])
-            _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
-            _write_generation_config(hf, keeps_files, folder.partial)
-            kept = hf.folder / ORIGINAL_FILES / "config.json"
-            is_same = kept.is_file() and read_json(kept, "a checkpoint") == config
-            folder.write_config(kept.read_text("utf-8") if is_same else json.dumps(config, indent=2) + "\n")
-            if check:
-                report = check_original(folder.partial, hf, config, has_tower=bool(tower["folder"]), dtype=dtype)
-                if not report.is_sound:
-                    raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
-            folder.commit()
+    with OutputFolder(
+        output, "hf to original", hf.files, {**shards, "tower": own_tower}, overwrite=overwrite
+    ) as folder:
+        folder.write_shards(shards)
+        if own_tower:
+            folder.write_shards({"model.safetensors": own_tower}, tower["folder"])
+            _write_tower_files(hf, folder.partial / tower["folder"])
+        _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
+        _write_generation_config(hf, keeps_files, folder.partial)
+        kept = hf.folder / ORIGINAL_FILES / "config.json"
+        is_same = kept.is_file() and read_json(kept, "a checkpoint") == config
+        folder.write_config(kept.read_text("utf-8") if is_same else json.dumps(config, indent=2) + "\n")
+        if check:
+            report = check_original(folder.partial, hf, config, has_tower=bool(tower["folder"]), dtype=dtype)
+        folder.commit(report)
     return Conversion(Path(output), _notes(hf, tower, output), report)
 
 
-def _check_has_original_form(hf: HfCheckpoint) -> None:
-    config = hf.config
+def original_projector(hf: HfCheckpoint) -> Projector:
+    """The original's projector. ValueError where the original has no form for the checkpoint."""
+    config, record = hf.config, hf.record.get("config") or {}
+    if config.text_config.model_type not in ARCHITECTURES or not isinstance(config.vision_config, CLIPVisionConfig):
+        kinds = f"{config.vision_config.model_type} with {config.text_config.model_type}"
+        raise ValueError(f"{hf.folder} is {kinds}; the original's form has CLIP with LLaMA or Mistral.")
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"{hf.folder} takes features of several layers ({config.vision_feature_layer}); the original has one."
         )
-    act = config.projector_hidden_act
-    if config.projector_num_layers > 1 and act != "gelu":
+    layers, act = config.projector_num_layers, config.projector_hidden_act
+    if layers > 1 and act != "gelu":
         raise ValueError(
-            f"{hf.folder} has a projector of {config.projector_num_layers} layers with activation {act!r} between "
-            "them; the original's are 'gelu'."
+            f"{hf.folder} has a projector of {layers} layers with activation {act!r} between them; the original's are 'gelu'."
         )
+    return Projector(
+        layers,
+        config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        config.multimodal_projector_bias,
+        is_numbered=layers > 1 or record.get("mm_projector_type") == "mlp1x_gelu",
+    )
 
 
 # Tensors
@@ -128,33 +136,34 @@ def original_vocabulary(hf: HfCheckpoint, tokenizer: PreTrainedTokenizerBase) ->
     needed = max((i for i in ids.values() if i not in ours), default=-1) + 1
     recorded = hf.record.get("vocab_size")
     has_files = any((hf.folder / ORIGINAL_FILES / name).is_file() for name in TOKENIZER_FILES)
-    if recorded is not None and needed <= recorded <= hf.sizes.vocabulary and has_files:
+    if recorded is not None and needed <= recorded <= hf.config.text_config.vocab_size and has_files:
         return recorded, True
     if not has_sentencepiece(hf.folder):  # tokenizer.json is copied, image token and all
         needed = max(ids.values()) + 1
-    return min(needed, hf.sizes.vocabulary), False
+    return min(needed, hf.config.text_config.vocab_size), False
 
 
 def original_tensors(
-    hf: HfCheckpoint, rows: int, tower_inside: bool, dtype: torch.dtype | None = None
+    hf: HfCheckpoint, projector: Projector, rows: int, tower_inside: bool, dtype: torch.dtype | None = None
 ) -> dict[str, LazyTensor]:
     """The original's name → tensor; a projector without bias gets one of zeros, since the original's has one."""
     tensors: dict[str, LazyTensor] = {}
-    for entry, tensor in hf.tensors.items():
+    for entry in key_table(hf.config.text_config, hf.config.vision_config, projector):
         if entry.original is None or (entry.part == "vision" and not tower_inside):
             continue
+        tensor = hf.tensors[entry.hf]
         if entry.original in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = first_rows(tensor, rows)
         tensors[entry.original] = cast(tensor, dtype)
-        if entry.part == "projector" and not hf.sizes.projector_bias:
+        if entry.part == "projector" and not projector.bias:
             name = f"{entry.original.removesuffix('weight')}bias"
             tensors[name] = in_memory(torch.zeros(entry.shape[0], dtype=dtype or tensor.dtype), f"zeros for {name}")
     return tensors
 
 
 def _tower_tensors(hf: HfCheckpoint, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    own = dict(zip((e for e in hf.tensors if e.part == "vision"), vision_entries(hf.sizes, "clip"), strict=True))
-    return {own[entry].original: cast(hf.tensors[entry], dtype) for entry in own}
+    entries = vision_entries(hf.config.vision_config, "clip")
+    return {entry.original: cast(hf.tensors[entry.hf], dtype) for entry in entries}
 
 
 def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
@@ -166,8 +175,7 @@ def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
     inside = bool(recorded.get("inside"))
     trained = False
     if not inside and "crc32" in recorded:
-        tower = {entry.hf: tensor for entry, tensor in hf.tensors.items() if entry.part == "vision"}
-        trained = checksum(tower) != recorded["crc32"]
+        trained = checksum(hf.part("vision_tower")) != recorded["crc32"]
     path = Path(name)
     is_ours = not HUB_NAME.fullmatch(name) and not path.is_absolute() and ".." not in path.parts
     return {"name": name, "inside": inside or trained, "folder": name if is_ours else None, "trained": trained}
@@ -176,23 +184,23 @@ def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
 # Configuration and small files
 
 
-def original_config(hf: HfCheckpoint, rows: int, tower: dict) -> dict:
+def original_config(hf: HfCheckpoint, projector: Projector, rows: int, tower: dict) -> dict:
     """
     The original's `config.json`: the recorded one, if any, with the fields whose meaning has changed.
     """
-    layers, config = hf.config.projector_num_layers, hf.config
+    config = hf.config
     recorded = dict(hf.record.get("config") or {})
     result = _with_changes(recorded, hf) if recorded else _text_fields(hf)
-    kind = "linear" if layers == 1 and not hf.sizes.projector_numbered else f"mlp{layers}x_gelu"
+    kind = f"mlp{projector.layers}x_gelu" if projector.is_numbered else "linear"
     _set(result, "mm_projector_type", kind, default="linear" if recorded else None)
     strategies = {strategy: feature for feature, strategy in FEATURE_STRATEGIES.items()}
     feature = strategies[config.vision_feature_select_strategy]
     _set(result, "mm_vision_select_feature", feature, default="patch" if recorded else None)
-    states = hf.sizes.vision_layers + 1  # −2 and, of three layers, 2 are the same hidden state
+    states = config.vision_config.num_hidden_layers + 1  # −2 and, of three layers, 2 are the same hidden state
     if (result.get("mm_vision_select_layer", -2) - config.vision_feature_layer) % states:
         result["mm_vision_select_layer"] = config.vision_feature_layer
     result.setdefault("mm_vision_select_layer", config.vision_feature_layer)
-    _set(result, "mm_hidden_size", hf.sizes.vision_hidden)
+    _set(result, "mm_hidden_size", projector.inputs)
     _set(result, "vocab_size", rows)
     _set(result, "mm_vision_tower", tower["name"])
     if tower["trained"]:
@@ -311,16 +319,12 @@ def _write_generation_config(hf: HfCheckpoint, keeps_files: bool, folder: Path) 
         write_json(folder / "generation_config.json", fields)
 
 
-def _write_tower(hf: HfCheckpoint, tensors: dict[str, LazyTensor], folder: OutputFolder, name: str) -> None:
-    """A CLIP folder, as `CLIPVisionModel.from_pretrained` and `CLIPImageProcessor.from_pretrained` read it."""
-    place = folder.partial / name
-    place.mkdir(parents=True, exist_ok=True)
-    if not (place / "model.safetensors").is_file():
-        write_safetensors(place / "model.safetensors", tensors, folder.progress.update)
+def _write_tower_files(hf: HfCheckpoint, folder: Path) -> None:
+    """What `CLIPVisionModel.from_pretrained` and `CLIPImageProcessor.from_pretrained` read next to the weights."""
     config = hf.config.vision_config.to_dict()
-    write_json(place / "config.json", {**config, "architectures": ["CLIPVisionModel"]})
+    write_json(folder / "config.json", {**config, "architectures": ["CLIPVisionModel"]})
     fields = {key: value for key, value in hf.processor.image_processor.to_dict().items() if key in IMAGE_FIELDS}
-    write_json(place / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **fields})
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **fields})
 
 
 def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:

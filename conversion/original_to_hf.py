@@ -4,7 +4,8 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_llava import __version__
 from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor
@@ -24,9 +24,9 @@ from modeling_llava.text.tokenization import LegacyLlamaTokenizer, add_image_tok
 from .checks import CheckReport, check_folder
 from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, RECORD
-from .keymaps import Entry, projector_entries
+from .keymaps import projector_entries
 from .originals import FEATURE_STRATEGIES, Original, read_original
-from .tensors import Extended, LazyTensor, cast, in_memory
+from .tensors import LazyTensor, as_bytes, cast, extended, in_memory
 from .vocabularies import writes_images
 from .writing import DEFAULT_SHARD_SIZE, OutputFolder, plan_shards
 
@@ -127,23 +127,25 @@ def convert_original_to_hf(
     tensors = hf_tensors(original, len(processor.tokenizer), dtype)
     config = make_config(original, processor, tensors)
     shards = plan_shards(tensors, max_shard_size)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    fingerprint = fingerprint_of("original to hf", original.files, shards)
     report = None
-    with OutputFolder(output, fingerprint, total, overwrite=overwrite) as folder:
-        if not folder.is_done:
-            folder.write_shards(shards)
-            config.original_checkpoint["vision_tower"]["crc32"] = checksum(
-                {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
-            )
-            _write_small_files(original, processor, config, folder.partial)
-            config_file = folder.write_config(config.to_json_string())
-            if check:
-                report = check_folder(folder.partial, config_file=config_file, reference=original, dtype=dtype)
-                if not report.is_sound:
-                    raise ValueError(f"The conversion of {source} does not hold: {report.failures()}")
-            folder.commit()
-    notes = [template, *_notes(original, config)]
+    with OutputFolder(output, "original to hf", original.files, shards, overwrite=overwrite) as folder:
+        folder.write_shards(shards)
+        config.original_checkpoint["vision_tower"]["crc32"] = checksum(
+            {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
+        )
+        _write_small_files(original, processor, config, folder.partial)
+        config_file = folder.write_config(config.to_json_string())
+        if check:
+            report = check_folder(folder.partial, config_file=config_file, reference=original, dtype=dtype)
+        folder.commit(report)
+    notes = [template]
+    if original.kind != "full":
+        notes.append(f"A {original.kind} and its base were merged into one checkpoint.")
+    if config.projector_num_layers > 2:
+        notes.append(
+            f"The projector has {config.projector_num_layers} layers, which stock transformers does not have: only "
+            "this package loads, trains and runs the checkpoint."
+        )
     if stop := missing_stop(make_generation_config(original, processor), processor):
         given = ", ".join(f"{name}={value!r}" for name, value in stop.items())
         notes.append(f"An answer ends with a text, not a token: stock's generate needs {given} and the tokenizer.")
@@ -158,53 +160,24 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-def fingerprint_of(direction: str, files: Iterable[Path], shards: Mapping[str, Mapping[str, LazyTensor]]) -> dict:
-    """What the shards of a conversion depend on; only with the same one a partial folder is resumed."""
-    states = {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    content = {name: [[key, str(t.dtype), t.shape] for key, t in part.items()] for name, part in shards.items()}
-    return {"direction": direction, "version": __version__, "files": states, "shards": content}
-
-
-def _notes(original: Original, config: LlavaConfig) -> list[str]:
-    notes = []
-    if original.kind != "full":
-        notes.append(f"A {original.kind} and its base were merged into one checkpoint.")
-    if config.projector_num_layers > 2:
-        notes.append(
-            f"The projector has {config.projector_num_layers} layers, which stock transformers does not have: only "
-            "this package loads, trains and runs the checkpoint."
-        )
-    return notes
-
-
 # Tensors
 
 
 def hf_tensors(original: Original, num_tokens: int, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """The tensors of the HF checkpoint."""
-    old_rows = original.sizes.vocabulary
+    old_rows = original.text_config.vocab_size
     rows = max(old_rows, -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
     tensors: dict[str, LazyTensor] = {}
     for entry, tensor in original.tensors.items():
-        if rows > old_rows and entry.hf in (
-            "language_model.model.embed_tokens.weight",
-            "language_model.lm_head.weight",
-        ):
-            tensor = Extended(tensor, rows, old_rows)
-        assert entry.hf not in tensors
+        if rows > old_rows and entry.original in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = extended(tensor, rows)
         tensors[entry.hf] = cast(tensor, dtype)
-    for entry in _added_entries(original):
-        like = tensors["multi_modal_projector.linear_1.weight"].dtype
-        value = (
-            torch.eye(entry.shape[0], dtype=like) if len(entry.shape) == 2 else torch.zeros(entry.shape, dtype=like)
-        )
-        tensors[entry.hf] = in_memory(value, f"the identity of {entry.hf}")
+    like = tensors["multi_modal_projector.linear_1.weight"].dtype
+    for entry in projector_entries(original.projector):
+        if entry.original is None:  # the second layer, which stock transformers requires
+            value = torch.eye(*entry.shape) if len(entry.shape) == 2 else torch.zeros(entry.shape)
+            tensors[entry.hf] = in_memory(value.to(like), f"the identity of {entry.hf}")
     return tensors
-
-
-def _added_entries(original: Original) -> list[Entry]:
-    """The second layer, which stock transformers requires where the original has one."""
-    return [entry for entry in projector_entries(original.sizes) if entry.original is None]
 
 
 def checksum(tensors: Mapping[str, LazyTensor]) -> str:
@@ -212,8 +185,8 @@ def checksum(tensors: Mapping[str, LazyTensor]) -> str:
     value = 0
     for key in sorted(tensors):
         value = zlib.crc32(key.encode(), value)
-        for piece in tensors[key].row_pieces():
-            value = zlib.crc32(piece.contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        for piece in tensors[key].pieces():
+            value = zlib.crc32(as_bytes(piece), value)
     return f"{value:08x}"
 
 
@@ -254,10 +227,10 @@ def make_processor(original: Original, chat_template: str | None = None) -> tupl
 def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None:
     """The original adds missing tokens with random rows, to which nothing can be compared."""
     for mark in IMAGE_MARKS if original.config.get("mm_use_im_start_end") else ():
-        if (number := tokenizer.get_vocab()[mark]) >= original.sizes.vocabulary:
+        if (number := tokenizer.get_vocab()[mark]) >= original.text_config.vocab_size:
             raise ValueError(
                 f"{original.folder} puts {mark} around images (mm_use_im_start_end), which is token {number}, but its embedding "
-                f"has {original.sizes.vocabulary} rows, none for it. Is the tokenizer another model's? Where images were "
+                f"has {original.text_config.vocab_size} rows, none for it. Is the tokenizer another model's? Where images were "
                 "trained without marks, set mm_use_im_start_end to false; --no-check converts it as it is."
             )
 
@@ -279,7 +252,7 @@ def find_chat_template(
             return _own_or_other("own", tokenizer, image_wrap), "the tokenizer's own"
         except (ValueError, jinja2.TemplateError):
             logger.warning("The tokenizer's own chat template cannot take images: another one is chosen.")
-    is_v0 = re.search(r"(?<![a-z0-9])v0(?![0-9.])", original.names) and original.sizes.projector_layers == 1
+    is_v0 = re.search(r"(?<![a-z0-9])v0(?![0-9.])", original.names) and original.projector.layers == 1
     if is_mistral:
         name, reason = "llama_2", "for Mistral, without a system message"
     elif own is not None and "[INST]" in own or re.search(r"llama[-_]?2\S*chat", original.names):
@@ -335,17 +308,17 @@ def _image_processor(original: Original) -> LlavaImageProcessor:
 def _feature_layer(original: Original) -> int:
     layer = original.config.get("mm_vision_select_layer", -2)
     # transformers 5.23 takes 0 for "no hidden states" and fails; counted from the end it is the same one
-    return layer or -(original.sizes.vision_layers + 1)
+    return layer or -(original.vision_config.num_hidden_layers + 1)
 
 
 def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[str, LazyTensor]) -> LlavaConfig:
     """The HF configuration. Its field `original_checkpoint` keeps the original's, for the way back."""
-    tokenizer, text, vision = processor.tokenizer, original.text_config, original.vision_config
+    tokenizer, text, vision = processor.tokenizer, deepcopy(original.text_config), original.vision_config
     embedding = tensors["language_model.model.embed_tokens.weight"]
     text.vocab_size = embedding.num_rows
     text.pad_token_id = tokenizer.pad_token_id
     strategy = _strategy(original.config)
-    layers = original.sizes.projector_layers
+    layers = original.projector.layers
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -364,7 +337,7 @@ def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[
         RECORD,
         {
             "config": original.config,
-            "vocab_size": original.sizes.vocabulary,
+            "vocab_size": original.text_config.vocab_size,
             "vision_tower": {"name": original.config.get("mm_vision_tower"), "inside": original.tower_inside},
         },
     )

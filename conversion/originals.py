@@ -24,22 +24,21 @@ from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfi
 
 from modeling_llava.io.load_errors import NON_LORA_FILES, PROJECTOR_FILES, is_original, unsupported
 
-from .folders import check_has_tokenizer, local_folder, read_config, read_json
+from .folders import check_has_tokenizer, local_folder, read_json
 from .keymaps import (
     CLIP_TEXT_SIDE,
     TOWER_PREFIXES,
     Entry,
-    Sizes,
+    Projector,
     drop_derived,
-    key_table,
     language_entries,
-    match_keys,
+    match_entries,
     projector_entries,
     tower_form,
     vision_entries,
 )
 from .overlays import WRONG_BASE, add_delta, fold_lora, put_over, without_adapter_prefix
-from .tensors import Extended, LazyTensor, find_weights, read_checkpoint
+from .tensors import LazyTensor, extended, find_weights, read_checkpoint, shards_of
 
 
 logger = logging.getLogger(__name__)
@@ -67,9 +66,9 @@ class Original:
         config (`dict`): The original's `config.json`.
         text_config, vision_config (`PreTrainedConfig`):
             Of the language model (`vocab_size` is the embedding's rows) and the tower.
+        projector ([`Projector`]): Its layers.
         names (`str`):
             Names of the checkpoint's folder and base, which may tell its version.
-        sizes ([`Sizes`]): Of the whole.
         tensors (`dict[Entry, LazyTensor]`): All of its tensors.
         tower_inside (`bool`): The checkpoint held the tower's weights (it was trained).
         files (`list[Path]`): Every file that was read.
@@ -82,8 +81,8 @@ class Original:
     config: dict
     text_config: PreTrainedConfig
     vision_config: CLIPVisionConfig
+    projector: Projector
     names: str
-    sizes: Sizes
     tensors: dict[Entry, LazyTensor]
     tower_inside: bool
     files: list[Path]
@@ -95,7 +94,7 @@ def read_original(
     vision_tower: str | Path | None = None,
     *,
     config: dict | None = None,
-    tower: tuple[CLIPVisionConfig, dict[Entry, LazyTensor]] | None = None,
+    tower: tuple[CLIPVisionConfig, dict[str, LazyTensor]] | None = None,
 ) -> Original:
     """
     Read what an original checkpoint is, and with its base and tower the whole model that it stands for.
@@ -108,6 +107,8 @@ def read_original(
         vision_tower (`str` or `Path`, *optional*):
             Folder or Hub name of the CLIP tower. By default the one that `mm_vision_tower` names: a path, a folder in
             or next to `source`, or a Hub name.
+        config (`dict`, *optional*), tower (*optional*):
+            In place of `config.json`, and of the tower's folder: its configuration, and its tensors by their HF names.
 
     Raises:
         ValueError: it is not an original LLaVA, or a part is missing, superfluous or of another size.
@@ -120,38 +121,35 @@ def read_original(
             raise ValueError(
                 f"{folder} is an adapter in the HF format. Make a full model of it: llava merge {folder} OUT"
             )
-        config = read_config(folder)
+        config = read_json(folder / "config.json", "a checkpoint")
         files.append(folder / "config.json")
     _check_is_original(config, folder)
     kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
     check_has_tokenizer(tokenizer_folder)
 
     text_config = read_text_config(config)
-    if "model.embed_tokens.weight" in tensors:
-        text_config.vocab_size = tensors["model.embed_tokens.weight"].num_rows
+    if embedding := tensors.get("model.embed_tokens.weight"):
+        text_config.vocab_size = embedding.num_rows
         head = tensors.get("lm_head.weight")
-        if (
-            head is not None and head.num_rows < text_config.vocab_size
-        ):  # added tokens whose embeddings alone were kept
-            tensors["lm_head.weight"] = Extended(head, text_config.vocab_size, head.num_rows)
+        if head and head.num_rows < embedding.num_rows:  # added tokens whose embeddings alone were kept
+            tensors["lm_head.weight"] = extended(head, embedding.num_rows)
 
     tower_folder = find_tower(folder, config, vision_tower) if tower is None else folder
     vision_config = read_vision_config(tower_folder) if tower is None else tower[0]
-    num_layers, is_numbered = read_projector_type(config)
-    sizes = Sizes.from_configs(text_config, vision_config, projector_layers=num_layers, projector_numbered=is_numbered)
+    layers, is_numbered = read_projector_type(config)
+    projector = Projector(layers, vision_config.hidden_size, text_config.hidden_size, is_numbered=is_numbered)
     _check_feature_layer(config, vision_config, tower_folder)
-    _check_projector_width(tensors, sizes, tower_folder)
+    _check_projector_width(tensors, projector, tower_folder)
 
     tower_inside = tower_form(tensors) == "inside"
-    if tower_inside:
-        matched = match_keys(key_table(sizes), "original", tensors, str(folder), hint=_hint(kind))
-    else:
-        parts = [*language_entries(sizes), *projector_entries(sizes)]
-        matched = match_keys(parts, "original", tensors, str(folder), hint=_hint(kind))
-        if tower is None:
-            matched |= read_tower(tower_folder, sizes, files)
-        else:
-            matched |= {entry: tensor for entry, tensor in tower[1].items() if entry.part == "vision"}
+    entries = [*language_entries(text_config), *projector_entries(projector)]
+    towers = vision_entries(vision_config)
+    hint = "" if kind == "full" else WRONG_BASE
+    matched = match_entries([*entries, *towers] if tower_inside else entries, tensors, str(folder), hint)
+    if not tower_inside and tower is None:
+        matched |= read_tower(tower_folder, vision_config, files)
+    elif not tower_inside:
+        matched |= {entry: tower[1][entry.hf] for entry in towers}
     files.append(tower_folder / "config.json")
     return Original(
         kind=kind,
@@ -161,8 +159,8 @@ def read_original(
         config=config,
         text_config=text_config,
         vision_config=vision_config,
+        projector=projector,
         names=_names(source, config.get("version"), config.get("_name_or_path"), base),
-        sizes=sizes,
         tensors=matched,
         tower_inside=tower_inside,
         files=files,
@@ -172,10 +170,6 @@ def read_original(
 def _names(*names: str | Path | None) -> str:
     """The last component of each path or name, in lower case."""
     return " ".join(os.path.basename(os.path.abspath(name)).lower() for name in names if name)
-
-
-def _hint(kind: str) -> str:
-    return "" if kind == "full" else WRONG_BASE
 
 
 # Configurations
@@ -224,18 +218,16 @@ def read_projector_type(config: dict) -> tuple[int, bool]:
 
 def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: list[Path]):
     """Kind, tensors under the original's names, folder of the tokenizer."""
-    adapter = find_weights(folder, ADAPTER_FILES)
-    weights = find_weights(folder)
+    adapter, weights = find_weights(folder, ADAPTER_FILES), find_weights(folder)
     projector = find_weights(folder, PROJECTOR_FILES)
     own_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    kind = "lora" if adapter else "full" if weights else "projector" if projector else None
-    if kind is None:
+    if not (adapter or weights or projector):
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         raise ValueError(f"{folder} holds no weights (model, pytorch_model, adapter_model or mm_projector): {there}.")
-    if kind == "full" and base is None:
+    if weights and not adapter and base is None:
         tensors = drop_derived(_read(weights, files))
         _warn_if_delta(tensors, folder)
-        return kind, tensors, folder
+        return "full", tensors, folder
 
     if base is None:
         named = read_json(folder / "adapter_config.json", "a LoRA").get("base_model_name_or_path") if adapter else None
@@ -243,8 +235,7 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
         what = "a LoRA adapter" if adapter else "a projector alone"
         raise ValueError(f"{folder} holds {what}: give the language model that it belongs to with --base{called}.")
     base_folder = local_folder(base, "base")
-    base_config = read_config(base_folder)
-    if "text_config" in base_config:
+    if "text_config" in read_json(base_folder / "config.json", "a checkpoint"):
         raise ValueError(f"The base {base_folder} is in the HF form. Give the language model, or an original LLaVA.")
     base_weights = find_weights(base_folder)
     if base_weights is None:
@@ -253,34 +244,26 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
     files.append(base_folder / "config.json")
     tokenizer_folder = folder if own_tokenizer else base_folder
 
-    if kind == "full":
-        return "delta", add_delta(drop_derived(_read(weights, files)), below, str(folder)), tokenizer_folder
     gap = int(bool(config.get("mm_use_im_patch_token")) and bool(config.get("mm_use_im_start_end")))
-    if kind == "projector":
-        own = without_adapter_prefix(_read(projector, files))
-        return kind, put_over(below, own, gap=gap), tokenizer_folder
-    adapter_config = read_json(folder / "adapter_config.json", "a LoRA")
-    files.append(folder / "adapter_config.json")
-    trained = find_weights(folder, NON_LORA_FILES)
-    if trained is None and not any(key.startswith("model.mm_projector.") for key in below):
-        raise ValueError(
-            f"{folder} has no non_lora_trainables.bin, with a LoRA's projector, and its base has no projector either."
-        )
-    own = without_adapter_prefix(_read(trained, files)) if trained else {}
-    tensors = put_over(below, own, gap=gap)
-    return kind, fold_lora(_read(adapter, files), adapter_config, tensors, str(folder)), tokenizer_folder
+    if adapter:
+        adapter_config = read_json(folder / "adapter_config.json", "a LoRA")
+        files.append(folder / "adapter_config.json")
+        trained = find_weights(folder, NON_LORA_FILES)
+        if trained is None and not any(key.startswith("model.mm_projector.") for key in below):
+            raise ValueError(
+                f"{folder} has no non_lora_trainables.bin, with a LoRA's projector, and its base has no projector either."
+            )
+        own = without_adapter_prefix(_read(trained, files)) if trained else {}
+        tensors = put_over(below, own, gap=gap)
+        return "lora", fold_lora(_read(adapter, files), adapter_config, tensors, str(folder)), tokenizer_folder
+    if weights:
+        return "delta", add_delta(drop_derived(_read(weights, files)), below, str(folder)), tokenizer_folder
+    return "projector", put_over(below, without_adapter_prefix(_read(projector, files)), gap=gap), tokenizer_folder
 
 
 def _read(file: Path, files: list[Path]) -> dict[str, LazyTensor]:
-    files.append(file)
-    tensors = read_checkpoint(file)
-    if file.suffix == ".json":
-        files.extend(sorted({path for tensor in tensors.values() for path in _paths(tensor)}))
-    return tensors
-
-
-def _paths(tensor: LazyTensor) -> set[Path]:
-    return {piece.path for piece in tensor.ranges(tensor.num_rows)} if tensor.ranges else set()
+    files += {file, *shards_of(file)}
+    return read_checkpoint(file)
 
 
 def _warn_if_delta(tensors: dict[str, LazyTensor], folder: Path) -> None:
@@ -332,7 +315,7 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
     return vision
 
 
-def read_tower(folder: Path, sizes: Sizes, files: list[Path]) -> dict[Entry, LazyTensor]:
+def read_tower(folder: Path, vision: CLIPVisionConfig, files: list[Path]) -> dict[Entry, LazyTensor]:
     """The tower's tensors, from its own folder; of a CLIP pair, the vision half."""
     weights = find_weights(folder)
     if weights is None:
@@ -344,8 +327,8 @@ def read_tower(folder: Path, sizes: Sizes, files: list[Path]) -> dict[Entry, Laz
             f"{weights} does not hold a CLIP vision tower: it has no '{TOWER_PREFIXES['clip']}embeddings…'."
         )
     tensors = {key: value for key, value in tensors.items() if not CLIP_TEXT_SIDE.fullmatch(key)}
-    matched = match_keys(vision_entries(sizes, form), "original", tensors, f"The vision tower {weights}")
-    return dict(zip(vision_entries(sizes), matched.values(), strict=True))
+    matched = match_entries(vision_entries(vision, form), tensors, f"The vision tower {weights}")
+    return dict(zip(vision_entries(vision), matched.values(), strict=True))
 
 
 def _check_feature_layer(config: dict, vision: CLIPVisionConfig, folder: Path) -> None:
@@ -357,11 +340,10 @@ def _check_feature_layer(config: dict, vision: CLIPVisionConfig, folder: Path) -
         )
 
 
-def _check_projector_width(tensors: dict[str, LazyTensor], sizes: Sizes, tower: Path) -> None:
-    name = next(entry.original for entry in projector_entries(sizes))
-    weight = tensors.get(name)
-    if weight is not None and len(weight.shape) == 2 and weight.shape[1] != sizes.vision_hidden:
+def _check_projector_width(tensors: dict[str, LazyTensor], projector: Projector, tower: Path) -> None:
+    weight = tensors.get(projector_entries(projector)[0].original)
+    if weight is not None and weight.shape[1:] != (projector.inputs,):
         raise ValueError(
-            f"The vision tower {tower} gives {sizes.vision_hidden} features per patch (hidden_size), but {weight.origin} "
+            f"The vision tower {tower} gives {projector.inputs} features per patch (hidden_size), but {weight.origin} "
             f"takes {weight.shape[1]}. Give the tower that it was trained with: --vision-tower."
         )

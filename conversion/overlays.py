@@ -1,7 +1,7 @@
 """
 Deltas, LoRA weights and projectors of the original, added to their base: tables of lazy tensors under the original's names.
 
-Sums are computed in float32, while they are written, and rounded once to the base's dtype.
+Sums are computed in float32 while they are written, and rounded once to the base's dtype.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from .keymaps import FLOAT_DTYPES, drop_derived, rename_all
-from .tensors import Extended, LazyTensor
+from .tensors import LazyTensor, below, extended
 
 
 ADAPTER_PREFIX = re.compile(r"(?:base_model\.model\.|model\.(?=model\.))(.+)")
@@ -22,7 +22,6 @@ BASE_LAYER = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 """PEFT saves the embedding or head below an adapter under this name, where it saves it."""
 
 BARE_PROJECTOR = re.compile(r"mm_projector\.(?:\d+\.)?(?:weight|bias)")
-PROJECTOR = re.compile(r"model\.mm_projector\..+")
 LONGER_IN_DELTA = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors to which the original added rows (its image tokens); a delta holds the added rows themselves."""
 
@@ -52,7 +51,7 @@ def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], s
     base, summed = drop_derived(base), {}
     for key, tensor in delta.items():
         other = base.pop(key, None)
-        if other is None and not PROJECTOR.fullmatch(key):
+        if other is None and not key.startswith("model.mm_projector."):
             raise ValueError(f"The base has no '{key}', to which {tensor.origin} is to be added. {WRONG_BASE}")
         summed[key] = tensor if other is None else _sum(key, tensor, other)
     if base:
@@ -60,39 +59,31 @@ def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], s
             f"{source} is not a delta of this base: it lacks {len(base)} of its tensors, such as '{next(iter(base))}'. "
             f"{WRONG_BASE}"
         )
-    _refuse_whole_model(delta, summed, source)
+    norm = "model.norm.weight"
+    if norm in delta:  # a whole model plus its base would be doubled
+        own, total = delta[norm].tensor().float(), summed[norm].tensor().float()
+        if (2 * own - total).abs().mean() < 0.25 * (total - own).abs().mean():
+            raise ValueError(
+                f"{source} is a whole model, not a delta: its '{norm}' is nearly the base's. Leave out --base."
+            )
     return summed
 
 
 def _sum(key: str, delta: LazyTensor, base: LazyTensor) -> LazyTensor:
-    longer = key in LONGER_IN_DELTA and delta.num_rows >= base.num_rows and delta.shape[1:] == base.shape[1:]
-    if delta.shape != base.shape and not longer:
+    is_longer = key in LONGER_IN_DELTA and delta.num_rows >= base.num_rows and delta.shape[1:] == base.shape[1:]
+    if delta.shape != base.shape and not is_longer:
         raise ValueError(
             f"The delta's {delta.origin} is {list(delta.shape)}, the base's {base.origin} is {list(base.shape)}. "
             f"{WRONG_BASE}"
         )
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        rows, shared = delta.rows(start, stop), min(stop, base.num_rows)
-        if start >= shared:
-            return rows
-        total = rows.to(torch.float32, copy=True)
-        total[: shared - start] += base.rows(start, shared).float()
+    def rows(start: int, stop: int) -> torch.Tensor:
+        total = delta.rows(start, stop).to(torch.float32, copy=True)
+        shared = base.rows(min(start, base.num_rows), min(stop, base.num_rows))
+        total[: shared.shape[0]] += shared.float()
         return total.to(delta.dtype)
 
-    return LazyTensor(delta.dtype, delta.shape, read, f"{delta.origin} plus {base.origin}")
-
-
-def _refuse_whole_model(delta: Mapping[str, LazyTensor], summed: Mapping[str, LazyTensor], source: str) -> None:
-    """A whole model plus its base would be doubled; recognised by its last norm."""
-    key = "model.norm.weight"
-    if key in delta:
-        own, total = delta[key].tensor().float(), summed[key].tensor().float()
-        base = total - own
-        if (own - base).abs().mean() < 0.25 * base.abs().mean():
-            raise ValueError(
-                f"{source} is a whole model, not a delta: its '{key}' is nearly the base's. Leave out --base."
-            )
+    return LazyTensor(delta.dtype, delta.shape, rows, f"{delta.origin} plus {base.origin}")
 
 
 def fold_lora(
@@ -114,11 +105,10 @@ def fold_lora(
         ValueError: not a LoRA adapter, or one of a kind that is not a sum (DoRA); a target that the base lacks; shapes
             that do not fit.
     """
-    kind = str(config.get("peft_type", "LORA"))
-    if kind != "LORA" or config.get("use_dora"):
+    kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
+    if kind != "LORA":
         raise ValueError(
-            f"{source} is an adapter of kind {'DoRA' if config.get('use_dora') else kind}; only LoRA can be folded in. "
-            "Merge it with peft first."
+            f"{source} is an adapter of kind {kind}; only LoRA can be folded in. Merge it with peft first."
         )
     pairs: dict[str, dict[str, LazyTensor]] = {}
     folded, whole = dict(base), {}
@@ -142,42 +132,37 @@ def fold_lora(
             raise ValueError(f"{source} has lora_{'/'.join(sides)} of '{module}' but not the other of the two.")
         if key not in folded:
             raise ValueError(f"The base has no '{key}', for which {sides['A'].origin} is an adapter. {WRONG_BASE}")
-        folded[key] = _lora_sum(
-            folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"].shape[0]), config
-        )
+        folded[key] = _lora_sum(folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"]), config)
     return folded
 
 
-def _scale(config: Mapping, module: str, rank: int) -> float:
+def _scale(config: Mapping, module: str, down: LazyTensor) -> float:
     """LoRA's factor of one module. `alpha_pattern` (PEFT) gives single modules another alpha than `lora_alpha`."""
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
+    patterns = (config.get("alpha_pattern") or {}).items()
+    own = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(own, config.get("lora_alpha"))
     if alpha is None:
         raise ValueError("adapter_config.json has no lora_alpha, without which the adapter cannot be folded in.")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return alpha / (math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0])
 
 
 def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, config: Mapping) -> LazyTensor:
-    transposed = bool(config.get("fan_in_fan_out"))
-    product = (up.shape[0], down.shape[1])
-    shape = product[::-1] if transposed else product
+    is_transposed = bool(config.get("fan_in_fan_out"))
+    shape = (up.shape[0], down.shape[1])[:: -1 if is_transposed else 1]
     if weight.dtype not in FLOAT_DTYPES or up.shape[1] != down.shape[0] or weight.shape != shape:
         raise ValueError(
             f"The adapter does not fit the base: {up.origin} {list(up.shape)} times {down.origin} {list(down.shape)} is "
             f"{list(shape)}, but {weight.origin} is {list(weight.shape)}, {weight.dtype}. {WRONG_BASE}"
         )
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        if transposed:  # W [in, out] += (B A)ᵀ
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if is_transposed:  # W [in, out] += (B A)ᵀ
             change = down.tensor().float().T[start:stop] @ up.tensor().float().T
         else:
             change = up.rows(start, stop).float() @ down.tensor().float()
         return (weight.rows(start, stop).float() + scale * change).to(weight.dtype)
 
-    return LazyTensor(weight.dtype, weight.shape, read, f"{weight.origin} with {down.origin}")
+    return LazyTensor(weight.dtype, weight.shape, rows, f"{weight.origin} with {down.origin}")
 
 
 def put_over(base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, gap: int = 0) -> dict[str, LazyTensor]:
@@ -186,32 +171,18 @@ def put_over(base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, g
 
     An embedding that holds only the rows of added tokens (as the original accepts it) goes below the base's, after
     `gap` rows of tokens that were added but not trained.
+
+    Raises:
+        ValueError: such rows have another width than the base's.
     """
     result = dict(base)
     for key, tensor in own.items():
         known = base.get(key)
         if known is not None and key in LONGER_IN_DELTA and tensor.num_rows < known.num_rows:
-            upper = Extended(known, known.num_rows + gap, known.num_rows) if gap else known
-            tensor = below(upper, tensor)
+            if known.shape[1:] != tensor.shape[1:]:
+                raise ValueError(
+                    f"{tensor.origin} has rows of {tensor.shape[1:]} values, {known.origin} of {known.shape[1:]}. {WRONG_BASE}"
+                )
+            tensor = below(extended(known, known.num_rows + gap), tensor)
         result[key] = tensor
     return result
-
-
-def below(upper: LazyTensor, lower: LazyTensor) -> LazyTensor:
-    """The rows of `upper`, then those of `lower` in the dtype of `upper`."""
-    if upper.shape[1:] != lower.shape[1:]:
-        raise ValueError(
-            f"{lower.origin} has rows of {lower.shape[1:]} values, {upper.origin} of {upper.shape[1:]}. {WRONG_BASE}"
-        )
-    split = upper.num_rows
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        parts = []
-        if start < split:
-            parts.append(upper.rows(start, min(stop, split)))
-        if stop > split:
-            parts.append(lower.rows(max(start, split) - split, stop - split).to(upper.dtype))
-        return torch.cat(parts)
-
-    shape = (split + lower.num_rows, *upper.shape[1:])
-    return LazyTensor(upper.dtype, shape, read, f"{upper.origin} above {lower.origin}")

@@ -19,13 +19,14 @@ FILL_SCORE = -10000.0
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 PRE_TOKENIZERS = {
     "gpt-2": [{**BYTE_LEVEL, "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "use_regex": True}],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-        BYTE_LEVEL,
-    ],
+    **{
+        name: [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL]
+        for name, split in (("llama-bpe", LLAMA3_SPLIT), ("qwen2", QWEN2_SPLIT))
+    },
 }
 """llama.cpp's name of a way to split text before BPE → `pre_tokenizer` of `tokenizer.json`. It knows no others by rule."""
 

@@ -127,6 +127,7 @@ def random_original(
 ) -> Path:
     """An original full checkpoint with a random language model, the golden tower and the golden tokenizer."""
     model = random_language_model(model_type=model_type, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(GOLDEN / "llava_v15_tiny" / "vision_tower", folder / "vision_tower")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(GOLDEN / "llava_v15_tiny" / name, folder / name)

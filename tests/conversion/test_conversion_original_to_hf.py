@@ -20,6 +20,7 @@ from conversion_cases import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, GenerationConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 
@@ -43,6 +44,12 @@ def same(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def question(folder, text="Why?", **options) -> str:
+    """The prompt for a question about an image, by the converted checkpoint's template."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    return LlavaProcessor.from_pretrained(folder).apply_chat_template(messages, **options)
+
+
 # Forms
 
 
@@ -63,34 +70,34 @@ def test_small_shards_hold_the_same_checkpoint(tmp_path, golden_hf):
     StockLlava.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "projector"])
-def test_what_it_is_is_not_read_from_the_folders_name(tmp_path, name):
-    """Folders named against their content: the kind comes from the files."""
-    misleading = {"full": "llava-lora-delta", "lora": "llava-7b-full", "projector": "my-lora"}[name]
-    arguments = golden_arguments({"full": "llava_v15_tiny"}.get(name, f"llava_v15_tiny_{name}"))
-    shutil.copytree(arguments["source"], tmp_path / misleading)
-    original = read_original(tmp_path / misleading, arguments.get("base"), TOWER)
-    assert original.kind == name
+@pytest.mark.parametrize(
+    "kind, misleading", [("full", "llava-lora-delta"), ("lora", "llava-7b-full"), ("projector", "my-lora")]
+)
+def test_what_it_is_is_not_read_from_the_folders_name(tmp_path, kind, misleading):
+    arguments = golden_arguments("llava_v15_tiny" if kind == "full" else f"llava_v15_tiny_{kind}")
+    folder = shutil.copytree(arguments["source"], tmp_path / misleading)
+    assert read_original(folder, arguments.get("base"), TOWER).kind == kind
 
 
-def test_path_of_a_projector_file_is_enough(tmp_path):
+def test_path_of_a_projector_file_is_enough():
     arguments = golden_arguments("llava_v15_tiny_projector")
-    original = read_original(arguments["source"] / "mm_projector.bin", arguments["base"])
-    assert original.kind == "projector"
+    assert read_original(arguments["source"] / "mm_projector.bin", arguments["base"]).kind == "projector"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
 def test_dtype_rounds_every_tensor_and_stands_in_the_configuration(tmp_path, golden_hf, dtype):
     conversion = convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", dtype=dtype)
     assert conversion.check.is_stock_ready
     exact, rounded = original_tensors(golden_hf), original_tensors(tmp_path / "out")
-    kind = getattr(torch, dtype)
+    kind = dtype if dtype == torch.bfloat16 else torch.float16
     assert all(torch.equal(rounded[key], value.to(kind)) for key, value in exact.items())
     assert StockLlava.from_pretrained(tmp_path / "out").dtype == kind
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "model.model.", "base_model.model.model."])
-@pytest.mark.parametrize("name", ["lora", "projector"])
+@pytest.mark.parametrize(
+    "name, prefix",
+    [("projector", ""), ("projector", "model."), ("lora", "model.model."), ("lora", "base_model.model.model.")],
+)
 def test_projector_is_found_under_every_name_that_the_original_gave_it(tmp_path, name, prefix):
     arguments = golden_arguments(f"llava_v15_tiny_{name}")
     shutil.copytree(arguments["source"], tmp_path / "source")
@@ -107,7 +114,6 @@ def test_projector_is_found_under_every_name_that_the_original_gave_it(tmp_path,
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_language_model_with_grouped_queries_computes_the_same(tmp_path, model_type):
-    (tmp_path / "source").mkdir()
     source = random_original(tmp_path / "source", model_type=model_type)
     conversion = convert_original_to_hf(source, tmp_path / "out")
     assert conversion.check.is_stock_ready, str(conversion.check)
@@ -121,14 +127,9 @@ def test_language_model_with_grouped_queries_computes_the_same(tmp_path, model_t
 
 def test_mistral_is_asked_as_the_original_asks_it(tmp_path):
     """The original's `mistral_instruct`: LLaMA-2's format without a system message."""
-    (tmp_path / "source").mkdir()
-    convert_original_to_hf(random_original(tmp_path / "source", model_type="mistral"), tmp_path / "out", check=False)
-    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
-    assert processor.apply_chat_template(messages, add_generation_prompt=True) == "[INST] <image>\nWhy? [/INST]"
-    convert_original_to_hf(tmp_path / "source", tmp_path / "chatml", chat_template="chatml", check=False)
-    chatml = LlavaProcessor.from_pretrained(tmp_path / "chatml")
-    assert "<|im_start|>" in chatml.apply_chat_template(messages)
+    source = random_original(tmp_path / "source", model_type="mistral")
+    convert_original_to_hf(source, tmp_path / "out", check=False)
+    assert question(tmp_path / "out", add_generation_prompt=True) == "[INST] <image>\nWhy? [/INST]"
 
 
 def test_scaled_rotary_positions_are_kept(tmp_path):
@@ -150,14 +151,8 @@ def test_tied_head_stays_tied(tmp_path):
 
 def test_buffers_of_old_versions_are_left_out(tmp_path, golden_hf):
     source = copy_original(tmp_path / "source")
-    rewrite(
-        source,
-        lambda tensors: {
-            **tensors,
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-            "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        },
-    )
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    rewrite(source, lambda tensors: tensors | buffers)
     convert_original_to_hf(source, tmp_path / "out", check=False)
     assert same(tmp_path / "out", golden_hf)
 
@@ -165,10 +160,9 @@ def test_buffers_of_old_versions_are_left_out(tmp_path, golden_hf):
 # Projectors
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"])
 def test_projector_of_any_depth_computes_what_the_originals_did(tmp_path, kind):
     layers = 1 if kind == "linear" else int(kind[3])
-    (tmp_path / "source").mkdir()
     source = random_original(tmp_path / "source", projector_layers=layers, mm_projector_type=kind)
     tensors = random_projector(layers)
     if kind == "mlp1x_gelu":  # the original's nn.Sequential of one
@@ -176,14 +170,9 @@ def test_projector_of_any_depth_computes_what_the_originals_did(tmp_path, kind):
     conversion = convert_original_to_hf(source, tmp_path / "out")
     assert conversion.check.is_sound
 
-    features = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    linears = [torch.nn.Linear(*tensors[k].shape[::-1]) for k in tensors if k.endswith("weight")]
-    for linear, (weight, bias) in zip(linears, zip(*[iter(tensors.values())] * 2, strict=True), strict=True):
-        linear.weight.data, linear.bias.data = weight, bias
-    modules = [linears[0]]
-    for linear in linears[1:]:
-        modules += [torch.nn.GELU(), linear]
-    expected = torch.nn.Sequential(*modules)(features)
+    features = expected = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    for i, (weight, bias) in enumerate(zip(*[iter(tensors.values())] * 2, strict=True)):
+        expected = torch.nn.functional.linear(torch.nn.functional.gelu(expected) if i else expected, weight, bias)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert torch.allclose(model.model.multi_modal_projector(features), expected, atol=1e-5)
     assert model.config.projector_num_layers == layers
@@ -197,17 +186,12 @@ def test_projector_of_any_depth_computes_what_the_originals_did(tmp_path, kind):
         assert any("this package loads, trains and runs" in note for note in conversion.notes)
 
 
-def test_projector_of_an_unknown_kind_is_refused(tmp_path):
-    source = copy_original(tmp_path / "source", mm_projector_type="qformer")
-    with pytest.raises(ValueError, match="'qformer' is not known; converted are 'linear' and 'mlpNx_gelu'"):
-        convert_original_to_hf(source, tmp_path / "out")
-
-
 # Vision towers
 
 
-@pytest.mark.parametrize("layer", [-1, -2, -3, 0, 3])
-@pytest.mark.parametrize(("feature", "tokens"), [("patch", 9), ("cls_patch", 10)])
+@pytest.mark.parametrize(
+    "layer, feature, tokens", [(-1, "patch", 9), (-3, "patch", 9), (0, "cls_patch", 10), (3, "patch", 9)]
+)
 def test_selected_features_are_the_originals(tmp_path, layer, feature, tokens):
     source = copy_original(tmp_path / "s", mm_vision_select_layer=layer, mm_vision_select_feature=feature)
     convert_original_to_hf(source, tmp_path / "out", check=False)
@@ -219,12 +203,6 @@ def test_selected_features_are_the_originals(tmp_path, layer, feature, tokens):
         states = CLIPVisionModel.from_pretrained(TOWER)(pixels, output_hidden_states=True).hidden_states[layer]
         expected = model.model.multi_modal_projector(states[:, 1:] if feature == "patch" else states)
         assert torch.equal(model.get_image_features(pixels).pooler_output[0], expected[0])
-
-
-def test_layer_that_the_tower_does_not_have_is_refused(tmp_path):
-    source = copy_original(tmp_path / "source", mm_vision_select_layer=-5)
-    with pytest.raises(ValueError, match="mm_vision_select_layer is -5, but the tower .* has 4 hidden states"):
-        convert_original_to_hf(source, tmp_path / "out")
 
 
 def test_tower_that_was_trained_is_taken_from_the_checkpoint(tmp_path, golden_hf):
@@ -245,14 +223,10 @@ def make_tower(folder, form):
     tensors = load_file(TOWER / "model.safetensors")
     if form == "pair":
         vision = json.loads((TOWER / "config.json").read_text("utf-8"))
-        text = {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "vocab_size": 9,
-        }
-        config = CLIPConfig(vision_config=vision, text_config={**text, "eos_token_id": 2}, projection_dim=16)
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = CLIPConfig(
+            vision_config=vision, text_config={**text, "vocab_size": 9, "eos_token_id": 2}, projection_dim=16
+        )
         pair = CLIPModel(config).state_dict()
         assert any(key.startswith("text_model.") for key in pair) and "visual_projection.weight" in pair
         tensors = {key: value for key, value in pair.items() if not key.startswith("vision_model.")} | tensors
@@ -291,36 +265,44 @@ def test_tower_of_another_width_is_refused(tmp_path):
     config = json.loads((TOWER / "config.json").read_text("utf-8"))
     wide = CLIPVisionModel(CLIPVisionModel.config_class(**{**config, "hidden_size": 48}))
     wide.save_pretrained(tmp_path / "wide")
-    shutil.copyfile(TOWER / "preprocessor_config.json", tmp_path / "wide/preprocessor_config.json")
-    message = r"gives 48 features per patch.*'model\.mm_projector\.0\.weight' of .*model\.safetensors takes 32.*--vision-tower"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"48 features.*'model\.mm_projector\.0\.weight' of .* takes 32.*--vision-tower"
+    ):
         convert_original_to_hf(source, tmp_path / "out", vision_tower=tmp_path / "wide")
 
 
-def test_tower_whose_weights_do_not_fit_its_configuration_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "file, fields, message",
+    [
+        (
+            "config.json",
+            {"image_size": 56},
+            r"embedding\.weight' of .*vision_tower.* is \[10, 32\].*asks for \[17, 32\]",
+        ),
+        ("config.json", {"model_type": "siglip_vision_model"}, "'siglip_vision_model'.*CLIP"),
+        ("config.json", {"num_attention_heads": 0}, "not one that CLIPVisionConfig accepts"),
+        ("preprocessor_config.json", {"crop_size": {"height": 28, "width": 28}}, "of 42 pixels .* makes them 28x28"),
+    ],
+)
+def test_tower_that_does_not_fit_its_files_is_refused(tmp_path, file, fields, message):
     source = copy_original(tmp_path / "source")
-    edit_json(source / "vision_tower/config.json", image_size=56)
-    with pytest.raises(
-        ValueError, match=r"position_embedding\.weight' of .*vision_tower.* is \[10, 32\].*asks for \[17, 32\]"
-    ):
+    edit_json(source / "vision_tower" / file, **fields)
+    with pytest.raises(ValueError, match=message):
         convert_original_to_hf(source, tmp_path / "out")
 
 
-def test_tower_and_preprocessor_of_different_sizes_are_refused(tmp_path):
+def test_tower_without_weights_or_with_anothers_is_refused(tmp_path):
     source = copy_original(tmp_path / "source")
-    edit_json(source / "vision_tower/preprocessor_config.json", crop_size={"height": 28, "width": 28})
-    with pytest.raises(ValueError, match="takes images of 42 pixels .* makes them 28x28"):
+    weights = source / "vision_tower/model.safetensors"
+    save_file({"x": torch.ones(1)}, weights)
+    with pytest.raises(ValueError, match="does not hold a CLIP vision tower"):
+        convert_original_to_hf(source, tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(OSError, match="vision_tower holds no weights"):
         convert_original_to_hf(source, tmp_path / "out")
 
 
-def test_tower_that_is_no_clip_is_refused(tmp_path):
-    source = copy_original(tmp_path / "source")
-    edit_json(source / "vision_tower/config.json", model_type="siglip_vision_model")
-    with pytest.raises(ValueError, match="is a 'siglip_vision_model'; the original's towers are CLIP's"):
-        convert_original_to_hf(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize(("ratio", "pads"), [("pad", True), ("square", False), (None, False), (REMOVED, False)])
+@pytest.mark.parametrize(("ratio", "pads"), [("pad", True), ("square", False), (REMOVED, False)])
 def test_image_aspect_ratio_decides_about_padding(tmp_path, ratio, pads):
     source = copy_original(tmp_path / "source", image_aspect_ratio=ratio)
     convert_original_to_hf(source, tmp_path / "out", check=False)
@@ -372,29 +354,21 @@ def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
     )
     conversion = convert_original_to_hf(source, tmp_path / "out", base=arguments["base"])
     assert conversion.check.is_stock_ready, str(conversion.check)
-    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
-    ids = processor.tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>", "<image>"])
+    tokenizer = LlavaProcessor.from_pretrained(tmp_path / "out").tokenizer
+    ids = tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>", "<image>"])
     assert ids == [700, 701, 702, 703]
     new = original_tensors(tmp_path / "out")["language_model.model.embed_tokens.weight"]
     assert torch.equal(new[:700], base) and torch.equal(new[701:703], trained)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
-    assert "USER: <im_start><image><im_end>\nWhy? ASSISTANT:" in processor.apply_chat_template(
-        messages, add_generation_prompt=True
-    )
+    assert "USER: <im_start><image><im_end>\nWhy?" in question(tmp_path / "out")
 
 
 def test_tokenizer_that_is_not_legacy_gives_the_originals_ids(tmp_path):
     """The original tokenizes the text after an image on its own, with SentencePiece's space in front of it."""
-    from sentencepiece import SentencePieceProcessor
-
     source = copy_original(tmp_path / "source")
     edit_json(source / "tokenizer_config.json", legacy=False)
     convert_original_to_hf(source, tmp_path / "out", check=False)
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the kettle?"}]}
-    ]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = question(tmp_path / "out", "What colour is the kettle?", add_generation_prompt=True)
     case = json.loads((GOLDEN / "llava_v15_tiny/expected.json").read_text("utf-8"))[0]
     before, after = case["prompt"].split("<image>")
     pieces = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
@@ -437,10 +411,21 @@ def test_wrong_base_is_one_clear_error_that_names_file_and_tensor(tmp_path, name
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_base_in_the_hf_form_is_refused(tmp_path, golden_hf):
-    arguments = golden_arguments("llava_v15_tiny_lora") | {"base": golden_hf}
+def test_base_without_what_is_needed_is_refused(tmp_path, golden_hf):
+    arguments = golden_arguments("llava_v15_tiny_lora")
     with pytest.raises(ValueError, match="base .* is in the HF form"):
-        convert_original_to_hf(output=tmp_path / "out", **arguments)
+        convert_original_to_hf(output=tmp_path / "out", **arguments | {"base": golden_hf})
+    folder = shutil.copytree(arguments["source"], tmp_path / "lora")
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(ValueError, match="no non_lora_trainables.bin"):
+        convert_original_to_hf(folder, tmp_path / "out", base=arguments["base"])
+    base = shutil.copytree(arguments["base"], tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="base .* holds no weights"):
+        convert_original_to_hf(folder, tmp_path / "out", base=base)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="adapter in the HF format.*llava merge"):
+        convert_original_to_hf(folder, tmp_path / "out")
 
 
 def test_delta_without_its_base_is_suspected(tmp_path, caplog):
@@ -456,18 +441,15 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
     [
         ({"model_type": "llava_mpt"}, "model_type 'llava_mpt'.*LLaMA and Mistral"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*LLaVA-NeXT"),
-        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio 'anyres_max_9'.*LLaVA-NeXT"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'.*successors"),
-        ({"mm_resampler_type": "spatial_pool"}, "mm_resampler_type 'spatial_pool'.*successors"),
         ({"s2": True}, "s2 True.*successors"),
         ({"mm_vision_select_layer": True}, "mm_vision_select_layer is True"),
         ({"hidden_size": "64"}, "not one that LlamaConfig accepts: .*hidden_size"),
         ({"num_attention_heads": 0}, "not one that LlamaConfig accepts"),
         ({"mm_vision_select_feature": "cls"}, "known are 'patch' and 'cls_patch'"),
-        (
-            {"mm_vision_tower": REMOVED, "mm_projector_type": REMOVED, "mm_hidden_size": REMOVED},
-            "names no mm_vision_tower.*--vision-tower",
-        ),
+        ({"mm_projector_type": "qformer"}, "'qformer' is not known"),
+        ({"mm_vision_select_layer": -5}, "mm_vision_select_layer is -5, .* 4 hidden states"),
+        ({"mm_vision_tower": REMOVED}, "names no mm_vision_tower.*--vision-tower"),
         ({"num_hidden_layers": 3}, r"9 missing: 'model\.layers\.2\.self_attn\.q_proj\.weight' \[64, 64\]"),
         ({"num_hidden_layers": 1}, r"9 not known: 'model\.layers\.1\."),
         (
@@ -532,8 +514,7 @@ def test_the_chat_template_is_that_of_the_checkpoints_version(tmp_path, golden, 
     if own is not None:
         edit_json(source / "tokenizer_config.json", chat_template=own)
     conversion = convert_original_to_hf(source, tmp_path / "out", check=False)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
-    prompt = LlavaProcessor.from_pretrained(tmp_path / "out").apply_chat_template(messages, add_generation_prompt=True)
+    prompt = question(tmp_path / "out", add_generation_prompt=True)
     assert prompt.endswith(prompt_ends)
     assert any("stop_strings=['###']" in note for note in conversion.notes) == (prompt_ends == V0_TURN)
     assert "chat template" in conversion.notes[0] and "--chat-template" in conversion.notes[0]
@@ -544,7 +525,6 @@ def test_a_chat_template_can_be_given_as_own_a_name_or_a_file(tmp_path):
     edit_json(source / "tokenizer_config.json", chat_template=LLAMA3)
     (tmp_path / "images.jinja").write_text(V0_TURN.replace("Why?", "{{ messages[0]['content'][1]['text'] }}"))
     (tmp_path / "text.jinja").write_text("{% for m in messages %}<T>{{ m['content'] }}</T>{% endfor %}")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
     for given, prompt in {
         "own": "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|>",
         "chatml": "<|im_start|>user\n<image>\nWhy?<|im_end|>\n",
@@ -552,16 +532,9 @@ def test_a_chat_template_can_be_given_as_own_a_name_or_a_file(tmp_path):
         str(tmp_path / "text.jinja"): "<T><image>\nWhy?</T>",  # of a language model: images are put in
     }.items():
         convert_original_to_hf(source, tmp_path / "out", chat_template=given, check=False, overwrite=True)
-        assert LlavaProcessor.from_pretrained(tmp_path / "out").apply_chat_template(messages).endswith(prompt)
+        assert question(tmp_path / "out").endswith(prompt)
     with pytest.raises(ValueError, match="no chat template 'no.jinja'"):
         convert_original_to_hf(source, tmp_path / "out", chat_template="no.jinja", overwrite=True)
-
-
-def test_tensors_emptied_by_zero3_are_named(tmp_path):
-    source = copy_original(tmp_path / "source")
-    rewrite(source, lambda tensors: tensors | {"lm_head.weight": torch.empty(0)})
-    with pytest.raises(ValueError, match="lm_head.weight is empty .*ZeRO-3"):
-        convert_original_to_hf(source, tmp_path / "out")
 
 
 def test_hf_folder_is_recognised(tmp_path, golden_hf):
@@ -569,11 +542,20 @@ def test_hf_folder_is_recognised(tmp_path, golden_hf):
         convert_original_to_hf(golden_hf, tmp_path / "out")
 
 
-def test_integer_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        (
+            torch.ones(96, 64, dtype=torch.int8),
+            r"quantised weights cannot be converted.*up_proj\.weight' of .* is int8",
+        ),
+        (torch.empty(0), r"up_proj\.weight is empty .*ZeRO-3"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, weight, message):
     source = copy_original(tmp_path / "source")
-    key = "model.layers.0.mlp.up_proj.weight"
-    rewrite(source, lambda tensors: tensors | {key: torch.ones(96, 64, dtype=torch.int8)})
-    with pytest.raises(ValueError, match=r"quantised weights cannot be converted.*up_proj\.weight' of .* is int8"):
+    rewrite(source, lambda tensors: tensors | {"model.layers.0.mlp.up_proj.weight": weight})
+    with pytest.raises(ValueError, match=message):
         convert_original_to_hf(source, tmp_path / "out")
 
 

@@ -11,35 +11,13 @@ import pytest
 import torch
 from conversion_cases import GOLDEN, copy_original, original_tensors
 
+from modeling_llava import LlavaProcessor
 from modeling_llava.conversion import convert_original_to_hf, writing
 from modeling_llava.conversion.tensors import LazyTensor, in_memory
-from modeling_llava.conversion.writing import (
-    JOURNAL,
-    PENDING_CONFIG,
-    OutputFolder,
-    format_bytes,
-    parse_size,
-    plan_shards,
-    write_safetensors,
-)
+from modeling_llava.conversion.writing import OutputFolder, plan_shards, write_safetensors
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2 * 10**9), ("500MB", 5 * 10**8), ("1GiB", 2**30), ("1.5 kb", 1500), (4096, 4096), ("7", 7)],
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "2 G B", "GB", "-1", "0", "1e9", "two"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="Write it like 2GB"):
-        parse_size(text)
-
-
-def test_sizes_are_shown_with_their_unit():
-    assert [format_bytes(n) for n in (12, 1234, 310_000_000, 14_200_000_000)] == ["12 B", "1 KB", "310 MB", "14.2 GB"]
+SOURCE = GOLDEN / "llava_v15_tiny"
 
 
 def tensors(**sizes: int) -> dict[str, LazyTensor]:
@@ -48,27 +26,22 @@ def tensors(**sizes: int) -> dict[str, LazyTensor]:
     }
 
 
-def test_shards_keep_their_order_and_their_limit():
-    shards = plan_shards(tensors(a=40, b=50, c=30, huge=500, d=1), 100)
-    assert {name: list(group) for name, group in shards.items()} == {
-        "model-00001-of-00004.safetensors": ["a", "b"],
-        "model-00002-of-00004.safetensors": ["c"],
-        "model-00003-of-00004.safetensors": ["huge"],
-        "model-00004-of-00004.safetensors": ["d"],
-    }
-    assert list(plan_shards(tensors(a=40, b=50), 100)) == ["model.safetensors"]
+def output(path, shards=None, files=(), **options) -> OutputFolder:
+    return OutputFolder(path, "a test", files, shards or {}, **options)
 
 
-def test_index_is_the_one_transformers_reads(tmp_path):
+def test_shards_keep_their_limit_and_their_index_is_the_one_transformers_reads(tmp_path):
     shards = plan_shards(tensors(b=40, a=50, c=30), 100)
-    with OutputFolder(tmp_path / "out", {}, 120) as folder:
+    assert [list(group) for group in shards.values()] == [["b", "a"], ["c"]]
+    assert list(plan_shards(tensors(a=40, b=50), "1KB")) == ["model.safetensors"]
+    with output(tmp_path / "out", shards) as folder:
         folder.write_shards(shards)
         folder.commit()
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     assert index == {"metadata": {"total_size": 120}, "weight_map": {"a": first, "b": first, "c": second}}
     assert sorted(os.listdir(tmp_path / "out")) == [first, second, "model.safetensors.index.json"]
-    assert not (tmp_path / "out.partial").exists()
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_file_that_fails_half_way_never_gets_its_name(tmp_path):
@@ -81,18 +54,23 @@ def test_file_that_fails_half_way_never_gets_its_name(tmp_path):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_folder_that_is_there_is_not_touched(tmp_path):
+def test_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists already.*--overwrite"):
-        with OutputFolder(tmp_path / "out", {}, 0):
-            pass
+    with pytest.raises(ValueError, match="exists already.*--overwrite"), output(tmp_path / "out"):
+        pass
     assert os.listdir(tmp_path) == ["out"]
-    with OutputFolder(tmp_path / "out", {}, 0, overwrite=True) as folder:
+    with output(tmp_path / "out", overwrite=True) as folder:
         assert (tmp_path / "out/mine.txt").exists()  # until the new one is whole
         folder.write_shards(plan_shards(tensors(a=1), 10))
         folder.commit()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["model.safetensors"]
+    (tmp_path / "empty").mkdir()
+    with output(tmp_path / "empty") as folder:
+        folder.commit()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"), output(tmp_path / "file"):
+        pass
 
 
 def test_overwriting_what_is_read_is_refused(tmp_path):
@@ -102,64 +80,55 @@ def test_overwriting_what_is_read_is_refused(tmp_path):
     assert (source / "config.json").exists()
 
 
-def test_partial_folder_of_something_else_is_not_touched(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial/mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match="in the way and was not made by a conversion"):
-        with OutputFolder(tmp_path / "out", {}, 0):
-            pass
-    assert (tmp_path / "out.partial/mine.txt").read_text() == "mine"
-
-
 def test_two_conversions_do_not_write_one_folder(tmp_path):
     pytest.importorskip("fcntl")
-    with OutputFolder(tmp_path / "out", {"a": 1}, 0):
-        with pytest.raises(ValueError, match="Another conversion is writing"):
-            with OutputFolder(tmp_path / "out", {"a": 1}, 0):
+    with output(tmp_path / "out"):
+        for shards in ({}, {"model.safetensors": tensors(a=1)}):  # the same one, and another
+            with pytest.raises(ValueError, match="Another conversion is writing"), output(tmp_path / "out", shards):
                 pass
 
 
-def test_disk_that_is_too_small_is_said_before_writing(tmp_path, monkeypatch):
+def disk_with(monkeypatch, free: int) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 500_000, 500_000))
-    with pytest.raises(
-        OSError, match=r"too small: the conversion writes 845 KB, 500 KB are free\. Nothing was written"
-    ):
-        convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
+
+
+def test_disk_that_is_too_small_is_said_before_writing(tmp_path, monkeypatch):
+    disk_with(monkeypatch, 500_000)
+    with pytest.raises(OSError, match=r"too small: the conversion writes 845kB, 500kB are free\. Nothing was written"):
+        convert_original_to_hf(SOURCE, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
+def test_space_of_finished_shards_counts_when_a_conversion_resumes(tmp_path, monkeypatch):
+    shards = plan_shards(tensors(a=60_000, b=50_000), 60_000)
+    with output(tmp_path / "out", shards) as folder:
+        folder.write_shards(dict(list(shards.items())[:1]))
+    disk_with(monkeypatch, 40_000)
+    with pytest.raises(OSError, match="too small"), output(tmp_path / "out", shards):
+        pass
+    disk_with(monkeypatch, 55_000)
+    with output(tmp_path / "out", shards) as folder:
+        folder.write_shards(shards)
+        folder.commit()
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("kind", ["file", "library"])
-def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_goes_on(tmp_path, monkeypatch, kind):
+def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_resumes(tmp_path, monkeypatch, kind):
     """Others write too. `tokenizers`, written in Rust, raises a bare `Exception` for it."""
-    from modeling_llava import LlavaProcessor
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device") if kind == "file" else Exception("No space left (os error 28)")
 
-    monkeypatch.setattr(
-        *((writing, "write_safetensors") if kind == "file" else (LlavaProcessor, "save_pretrained")), full
-    )
-    with pytest.raises(
-        OSError, match=r"The disk of .*out\.partial is full\. Free some space and run the same command again"
-    ):
-        convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", check=False)
+    where = (writing, "write_safetensors") if kind == "file" else (LlavaProcessor, "save_pretrained")
+    monkeypatch.setattr(*where, full)
+    with pytest.raises(OSError, match=r"The disk of .*out\.partial.* is full"):
+        convert_original_to_hf(SOURCE, tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "out", check=False)
+    convert_original_to_hf(SOURCE, tmp_path / "out", check=False)
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_space_of_finished_shards_counts_when_a_conversion_goes_on(tmp_path, monkeypatch):
-    shards = plan_shards(tensors(a=60_000, b=50_000), 60_000)
-    with OutputFolder(tmp_path / "out", {}, 110_000) as folder:
-        folder.write_shards(dict(list(shards.items())[:1]))
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 55_000))
-    with OutputFolder(tmp_path / "out", {}, 110_000) as folder:
-        folder.write_shards(shards)
-        folder.commit()
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
 
 # Stopped on the way
@@ -182,61 +151,50 @@ def test_rerun_keeps_finished_shards_and_completes_the_folder(tmp_path, monkeypa
 
     monkeypatch.setattr(writing, "write_safetensors", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
-        convert_original_to_hf(GOLDEN / "llava_v15_tiny", **arguments)
-    partial = tmp_path / "out.partial"
+        convert_original_to_hf(SOURCE, **arguments)
+    (partial,) = tmp_path.iterdir()
     before = shard_times(partial)
-    assert len(before) == 3 and os.listdir(tmp_path) == ["out.partial"]
+    assert len(before) == 3 and partial.name.startswith("out.partial-")
+    (partial / ".unfinished.safetensors.123").touch()
 
-    monkeypatch.setattr(writing, "write_safetensors", real)
-    convert_original_to_hf(GOLDEN / "llava_v15_tiny", **arguments)
+    monkeypatch.undo()
+    convert_original_to_hf(SOURCE, **arguments)
     after = shard_times(tmp_path / "out")
     assert len(after) > 3 and {name: after[name] for name in before} == before
-    convert_original_to_hf(GOLDEN / "llava_v15_tiny", tmp_path / "whole", max_shard_size="100KB", check=False)
+    assert os.listdir(tmp_path) == ["out"] and not list((tmp_path / "out").glob(".*"))
+    convert_original_to_hf(SOURCE, tmp_path / "whole", max_shard_size="100KB", check=False)
     first, second = original_tensors(tmp_path / "out"), original_tensors(tmp_path / "whole")
     assert all(torch.equal(first[key], second[key]) for key in second) and first.keys() == second.keys()
 
 
-def test_rerun_with_other_options_or_sources_starts_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["options", "source"])
+def test_rerun_with_other_options_or_sources_starts_anew(tmp_path, monkeypatch, change):
     source = copy_original(tmp_path / "source")
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    for change in ("options", "source"):
-        out = tmp_path / f"out-{change}"
-        monkeypatch.setattr(OutputFolder, "commit", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            convert_original_to_hf(source, out, check=False)
-        before = (tmp_path / f"out-{change}.partial/model.safetensors").stat()
-        monkeypatch.undo()
-        options = {"dtype": "float16"} if change == "options" else {}
-        if change == "source":
-            os.utime(source / "model.safetensors", ns=(1, 1))
-        convert_original_to_hf(source, out, check=False, **options)
-        after = (out / "model.safetensors").stat()
-        assert (after.st_size < before.st_size) if change == "options" else (after.st_mtime_ns > before.st_mtime_ns)
-
-
-def test_killed_between_renaming_and_the_last_step_is_completed(tmp_path):
-    shards = plan_shards(tensors(a=3), 10)
-    with OutputFolder(tmp_path / "out", {"x": 1}, 3) as folder:
-        folder.write_shards(shards)
-        journal = (folder.partial / JOURNAL).read_text()
-        folder.commit()
-    (tmp_path / "out" / JOURNAL).write_text(journal)
-    (tmp_path / "out" / PENDING_CONFIG).write_text("{}")
-    with OutputFolder(tmp_path / "out", {"x": 1}, 3) as folder:
-        assert folder.is_done
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(OutputFolder, "commit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_original_to_hf(source, tmp_path / "out", check=False)
+    monkeypatch.undo()
+    (before,) = tmp_path.glob("out.partial-*/model.safetensors")
+    before = before.stat()
+    if change == "source":
+        os.utime(source / "model.safetensors", ns=(1, 1))
+    convert_original_to_hf(source, tmp_path / "out", check=False, dtype="float16" if change == "options" else None)
+    after = (tmp_path / "out/model.safetensors").stat()
+    assert (after.st_size < before.st_size) if change == "options" else (after.st_mtime_ns > before.st_mtime_ns)
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
 PROGRAM = """
 import faulthandler, json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from modeling_llava.conversion import convert_original_to_hf, tensors, writing
+from modeling_llava.conversion import convert_original_to_hf, tensors
 from transformers import AutoConfig
 
-writing.PIECE_BYTES = tensors.PIECE_BYTES = 4096
+tensors.PIECE_BYTES = 4096
 source, folder, rng, report = sys.argv[1], Path(sys.argv[2]), random.Random(0), []
 
 def convert(out):
@@ -251,10 +209,10 @@ def convert(out):
 
 started = time.monotonic()
 assert os.waitpid(convert(folder / "whole"), 0)[1] == 0
-duration = time.monotonic() - started
+duration, complete = time.monotonic() - started, set(os.listdir(folder / "whole"))
 for trial in range(int(sys.argv[3])):
     out, kills = folder / f"out{trial}", 0
-    while not (out / "config.json").exists():
+    while not out.exists():
         child = convert(out)
         if kills < 2:
             time.sleep(rng.uniform(0.0, duration))
@@ -265,12 +223,12 @@ for trial in range(int(sys.argv[3])):
         if not kills:  # it was done before its signal came: again, with a signal that comes sooner
             shutil.rmtree(out)
             duration *= 0.8
-        if not (out / "config.json").exists():
-            for left in folder.glob(f"out{trial}*"):
-                try:
-                    AutoConfig.from_pretrained(left)
-                except (OSError, ValueError):
-                    continue
+        for left in folder.glob(f"out{trial}.partial*"):
+            try:
+                AutoConfig.from_pretrained(left)
+            except (OSError, ValueError):
+                continue
+            if not complete <= set(os.listdir(left)):
                 sys.exit(f"{left} loads although its conversion was killed")
     report.append(kills)
 print(json.dumps(report))
@@ -281,7 +239,7 @@ print(json.dumps(report))
 def test_conversion_killed_at_any_moment_leaves_nothing_that_loads(tmp_path):
     """`kill -9` at random moments: the folder is absent until it is whole; the same command again completes it."""
     trials = 5
-    command = [sys.executable, "-c", PROGRAM, str(GOLDEN / "llava_v15_tiny"), str(tmp_path), str(trials)]
+    command = [sys.executable, "-c", PROGRAM, str(SOURCE), str(tmp_path), str(trials)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # forking needs one thread
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -292,4 +250,4 @@ def test_conversion_killed_at_any_moment_leaves_nothing_that_loads(tmp_path):
         assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
         for path in whole.glob("*.safetensors"):
             assert (out / path.name).read_bytes() == path.read_bytes()
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))

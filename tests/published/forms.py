@@ -55,6 +55,8 @@ from transformers import (
     CLIPVisionModel,
     GenerationConfig,
     LlavaConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 from transformers.models.llava.processing_llava import LlavaProcessor as StockProcessor
@@ -276,13 +278,23 @@ def _lively(model):
     return model
 
 
-def _write_language(folder: Path, name: str) -> None:
+_WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+_LLAMA31_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _write_language(folder: Path, name: str, wide: bool = False) -> None:
     language = LANGUAGES[name]
     rows = len(language.vocabulary)
     if language.padded:
         rows = -(-rows // language.padded) * language.padded
     fields = {**_TEXT, "max_position_embeddings": 1024, "vocab_size": rows, "pad_token_id": None}
-    config = AutoConfig.for_model(language.model_type, **{**fields, **_to_ids(language.config, language.vocabulary)})
+    fields |= _to_ids(language.config, language.vocabulary)
+    if wide:
+        fields |= _WIDE | ({"rope_parameters": _LLAMA31_ROPE} if name == "llama3" else {})
+    config = AutoConfig.for_model(language.model_type, **fields)
     _lively(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     write_json(folder / "generation_config.json", _to_ids(language.generation, language.vocabulary))
     language.vocabulary.write(folder)
@@ -294,6 +306,13 @@ def _write_tower(folder: Path) -> None:
         AutoConfig.for_model("clip_vision_model", **_VISION, image_size=28, patch_size=14)
     ).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+
+
+def _write_siglip_tower(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("siglip_vision_model", **_VISION, image_size=28, patch_size=14)
+    _lively(SiglipVisionModel(config)).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,11 +428,11 @@ def _write_interleave(folder: Path) -> None:
     write_json(folder / "chat_template.json", {"chat_template": templates.INTERLEAVE_QWEN})
 
 
-def _compose(folder: Path, language: str, chat_template: str) -> None:
+def _compose(folder: Path, language: str, chat_template: str, tower: str = "clip", wide: bool = False) -> None:
     """What `llava init` makes of a language model and a tower."""
     from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 
-    parts = str(build_tower()), str(build_language(language))
+    parts = str(build_tower(tower)), str(build_language(language, wide))
     torch.manual_seed(0)
     LlavaForConditionalGeneration.from_vision_language_pretrained(*parts).save_pretrained(folder)
     LlavaProcessor.from_vision_language_pretrained(*parts, chat_template).save_pretrained(folder)
@@ -716,12 +735,20 @@ def build_original(original: Original | str) -> Path:
     return _once("original", original.name, original.write)
 
 
-def build_language(name: str) -> Path:
-    return _once("language", name, functools.partial(_write_language, name=name))
+def build_language(name: str, wide: bool = False) -> Path:
+    """`wide`: rows that are multiples of 256, as llama.cpp's quantiser needs them; of Llama-3, the positions of 3.1."""
+    kind = "wide" if wide else "language"
+    return _once(kind, name, functools.partial(_write_language, name=name, wide=wide))
 
 
-def build_tower() -> Path:
-    return _once("tower", "clip", _write_tower)
+def build_tower(kind: str = "clip") -> Path:
+    return _once("tower", kind, {"clip": _write_tower, "siglip": _write_siglip_tower}[kind])
+
+
+def build_siglip(language: str, wide: bool = False) -> Path:
+    """A LLaVA of a SigLIP tower and a language model of `LANGUAGES` ([`build_language`]), as JoyCaption is."""
+    write = functools.partial(_compose, language=language, chat_template="own", tower="siglip", wide=wide)
+    return _once("siglip-wide" if wide else "siglip", language, write)
 
 
 def each_form(not_yet: dict[str, str] | None = None, fast: tuple[str, ...] = tuple(FORMS)):
