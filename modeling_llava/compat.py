@@ -46,11 +46,6 @@ def forward_hooks(module: nn.Module) -> list:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def checkpoint_offset(tensor: torch.Tensor) -> int | None:
-    """Where in its file the storage of a tensor on the meta device begins, in bytes; `None` if `torch.load` did not say."""
-    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-
-
 def set_last_learning_rate(scheduler: torch.optim.lr_scheduler.LRScheduler, group: int, rate: float) -> None:
     """What `scheduler.get_last_lr()` says of a group."""
     scheduler._last_lr[group] = rate
