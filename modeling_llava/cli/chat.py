@@ -16,56 +16,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--image",
         action="append",
         metavar="PATH",
         help="image to begin with: path or URL (repeatable: several at once)",
     )
     add_loading_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's own")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (default: 512)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: the likeliest answer (default); 0.2 to 1: more varied",
-    )
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from so many likeliest tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the draws, for the same answers again")
-    parser.add_argument("--no-history", action="store_true", help="do not remember questions in ~/.llava_history")
+    add("--system", metavar="TEXT", help="system message in place of the template's own")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (default: 512)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default); 0.2 to 1: more varied")
+    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens of this total probability")
+    add("--top-k", type=int, metavar="K", help="sample from so many most likely tokens")
+    add("--seed", type=int, metavar="N", help="of the sampling, for the same answers again")
+    add("--no-history", action="store_true", help="do not remember questions in ~/.llava_history")
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """What `chat` and `web` need to load a model of any kind."""
-    parser.add_argument("--adapter", metavar="PATH", help="adapter to put on MODEL")
-    parser.add_argument("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
+    add = parser.add_argument
+    add("--adapter", metavar="PATH", help="adapter to put on MODEL")
+    add("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
     add_four_bit_arguments(parser)
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float16", "bfloat16", "float32"],
-        help="of the weights (default: auto)",
-    )
-    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu (default: the accelerator, if any)")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
+    dtypes = ["auto", "float16", "bfloat16", "float32"]
+    add("--dtype", default="auto", choices=dtypes, help="of the weights (default: auto)")
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu (default: the accelerator, if any)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
 
 
 def add_four_bit_arguments(parser) -> None:
     """`load_in_4bit` is `None` where neither is given: adapters that were trained on 4 bits are loaded on them."""
-    of_base = parser.add_mutually_exclusive_group()
-    of_base.add_argument(
-        "--load-in-4bit", action="store_true", default=None, help="NF4 language model: 7B in about 5 GB"
-    )
-    of_base.add_argument(
-        "--no-4bit",
-        action="store_false",
-        dest="load_in_4bit",
-        default=None,
-        help="16 bits for an adapter that was trained on 4 bits too",
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--load-in-4bit", action="store_true", default=None, help="NF4 language model: 7B in about 5 GB")
+    no = {"action": "store_false", "dest": "load_in_4bit", "default": None}
+    add("--no-4bit", **no, help="16 bits, also for an adapter that was trained on a 4-bit base")
 
 
 def load_from_arguments(args: argparse.Namespace):
@@ -100,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     elif args.top_p is not None or args.top_k is not None:
-        raise ValueError("--top-p and --top-k draw an answer, so they need --temperature above 0, such as 0.7.")
+        raise ValueError("--top-p and --top-k require --temperature above 0, such as 0.7.")
     DecodingSettings(**settings)  # a mistake is found before the model is loaded, and so is a wrong path
     images = [read_named_image(reference) for reference in args.image or []]
     model, processor = load_from_arguments(args)

@@ -19,33 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--host",
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all)",
     )
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
-    parser.add_argument(
-        "--root-path",
-        metavar="PATH",
-        help="behind a proxy: the path of the page, such as /llava, or the whole URL",
-    )
-    parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME",
-        help="behind a proxy: its host name, such as demo.example.org (repeatable)",
-    )  # fmt: skip
-    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
-    parser.add_argument("--examples", metavar="FOLDER", help="images to choose from (default: two drawn ones)")
-    parser.add_argument("--system", metavar="TEXT", help="system message in place of the template's")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=1024, metavar="N", help="upper limit of the answer length"
-    )
-    parser.add_argument(
-        "--max-upload-mb", type=float, default=20, metavar="MB", help="limit of one image (default: 20)"
-    )
-    parser.add_argument(
-        "--people", type=int, default=4, metavar="N", help="visitors answered at the same time (default: 4)"
-    )
+    add("--port", type=int, help="default: the first free one from 7860")
+    add("--root-path", metavar="PATH", help="behind a proxy: the path of the page, such as /llava, or the whole URL")
+    hosts = {"action": "append", "default": [], "metavar": "NAME"}
+    add("--allow-host", **hosts, help="behind a proxy: its host name, such as demo.example.org (repeatable)")
+    add("--open", action="store_true", help="open the page in this machine's browser")
+    add("--examples", metavar="FOLDER", help="images to choose from (default: two drawn ones)")
+    add("--system", metavar="TEXT", help="system message in place of the template's")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="upper limit of the answer length")
+    add("--max-upload-mb", type=float, default=20, metavar="MB", help="limit of one image (default: 20)")
+    add("--people", type=int, default=4, metavar="N", help="visitors answered at the same time (default: 4)")
     add_loading_arguments(parser)
 
 
@@ -55,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     import tempfile
     import threading
 
+    from ..inference import LlavaPredictor
     from ..inference.chat import Chat
-    from ..inference.predictor import LlavaPredictor
     from ..inference.web.examples import collect_examples
     from ..inference.web.page import Limits, build_page, import_gradio, launch
     from ..inference.web.sessions import Sessions
@@ -78,10 +67,8 @@ def run(args: argparse.Namespace) -> int:
         page = build_page(sessions, processor, folder, title=_title(args.model), examples=examples, limits=limits)
         url = launch(page, folder, args.host, args.port, args.open, args.root_path, args.allow_host)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
-            print(
-                "Everyone who can reach this machine can use the page: it has no password and no encryption.",
-                file=sys.stderr,
-            )
+            everyone = "Everyone who can reach this machine can use the page: it has no password and no encryption."
+            print(everyone, file=sys.stderr)
         print(f"Open {url} (Ctrl-C ends).", flush=True)
         try:
             threading.Event().wait()
@@ -102,11 +89,7 @@ def require_address(host: str, port: int | None) -> None:
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"--port must be 1 to 65535, got {port}.")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host or None, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            if os.name != "nt":  # where it would share a port that is in use
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         at = f"--host {host}" + (f" --port {port}" if port else "")
         fix = "Choose another port, or leave --port out for the first free one." if port else "Is it this machine's?"

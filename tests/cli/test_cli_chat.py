@@ -151,7 +151,7 @@ def test_questions_of_any_bytes_no_questions_and_a_reader_who_leaves(folder, mon
         (["MODEL", "--temperature", "-1"], "--temperature must be 0 or more"),
         (["MODEL", "--temperature", "nan"], "--temperature must be 0 or more"),
         (["MODEL", "--device", "gpu"], "finds no device 'gpu'"),
-        (["MODEL", "--top-p", "0.9"], "need --temperature above 0"),
+        (["MODEL", "--top-p", "0.9"], "--temperature above 0"),
         (["MODEL", "--temperature", "1", "--top-p", "3"], "top_p must be"),
         (["MODEL", "--max-new-tokens", "0"], "at least 1, got 0"),
         (["MODEL", "--adapter", "/nowhere"], "/nowhere"),

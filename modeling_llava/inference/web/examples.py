@@ -29,8 +29,8 @@ def collect_examples(source: str | os.PathLike | None, folder: str | os.PathLike
         ValueError: there is no image in `source`, or one cannot be read.
     """
     if source is None:
-        images = {"balls.png": _balls(), "house.png": _house()}
-        questions = {"balls.png": "How many balls are there, and what colour are they?"}
+        images = {"three.png": _balls("#d2382d", "#e8b92e", "#2f62c9"), "two.png": _balls("#2e9e4f", "#2f62c9")}
+        questions = {"three.png": "How many balls are there, and what colour are they?"}
     else:
         if not Path(source).is_dir():
             raise ValueError(f"{source} has no images: it is not a folder.")
@@ -50,28 +50,13 @@ def collect_examples(source: str | os.PathLike | None, folder: str | os.PathLike
     return examples
 
 
-def _balls() -> Image.Image:
+def _balls(*colours: str) -> Image.Image:
     image = Image.new("RGB", (480, 360), (236, 232, 222))
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 250, 480, 360), fill=(178, 142, 104))
-    for x, y, radius, colour in ((120, 240, 62, "#d2382d"), (255, 262, 40, "#2f62c9"), (375, 228, 74, "#e8b92e")):
+    for colour, (x, y, radius) in zip(colours, ((120, 240, 62), (375, 228, 74), (255, 262, 40))):
         draw.ellipse((x - radius, y + radius - 8, x + radius, y + radius + 10), fill=(140, 110, 80))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    return image
-
-
-def _house() -> Image.Image:
-    image = Image.new("RGB", (480, 360), (150, 200, 238))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 260, 480, 360), fill=(98, 160, 78))
-    draw.ellipse((380, 30, 440, 90), fill=(250, 214, 70))
-    draw.rectangle((140, 160, 320, 290), fill=(240, 226, 200))
-    draw.polygon(((120, 160), (230, 80), (340, 160)), fill=(176, 62, 50))
-    draw.rectangle((210, 215, 250, 290), fill=(110, 70, 44))
-    for x in (160, 268):
-        draw.rectangle((x, 185, x + 32, 217), fill=(120, 170, 210), outline=(90, 90, 90))
-    draw.rectangle((388, 210, 402, 290), fill=(104, 70, 42))
-    draw.ellipse((352, 130, 438, 226), fill=(54, 118, 52))
     return image
 
 

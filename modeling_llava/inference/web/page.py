@@ -77,9 +77,8 @@ def build_page(
         ImportError: Gradio is not installed.
     """
     gr = import_gradio(folder)
-    limits = limits or Limits()
+    limits, examples = limits or Limits(), examples or []
     folder = Path(folder).resolve()
-    examples = examples or []
 
     def buttons(*active: bool) -> list[Any]:
         """Ask, stop, retry."""
@@ -94,18 +93,10 @@ def build_page(
         own = question.strip() and question not in [suggestion for _, suggestion in examples]
         return path, question if own else suggested
 
-    def place(upload) -> Path | None:
-        if upload is None:
-            return None
-        path = Path(upload).resolve()
-        if folder not in path.parents or not path.is_file():
-            raise ValueError("That image was not uploaded here. Upload it again.")
-        return path
-
     def look(upload, request: gr.Request):
         tab = sessions[request.session_hash]
         try:
-            if not tab.look(place(upload), limits.pixels):
+            if not tab.look(upload and Path(upload), limits.pixels):
                 return [gr.skip()] * 5
         except ValueError as error:
             gr.Warning(str(error), title="This image cannot be read")
@@ -117,45 +108,43 @@ def build_page(
             return NO_IMAGE
         return f"{num_image_tokens(processor)} image tokens, computed once for all questions."
 
-    def answer(again, question, upload, temperature, top_p, new_tokens, request: gr.Request) -> Iterator[list[Any]]:
+    def answer(again, question, upload, temperature, top_p, new_tokens, request) -> Iterator[list[Any]]:
         """Yields messages, the question's box, the status line, and the three buttons."""
         tab = sessions[request.session_hash]
         chat = tab.chat
-        kept = question  # a retry leaves the box as it is
         try:
-            tab.look(place(upload), limits.pixels)  # a restarted server does not know it
-            settings = _settings(temperature, top_p, new_tokens, limits)
+            tab.look(upload and Path(upload), limits.pixels)  # a restarted server does not know it
             if len(question) > limits.question_characters:
                 raise ValueError(
                     f"The question has {len(question):,} characters; the limit is {limits.question_characters:,}."
                 )
-            conversation, before = chat.conversation, _messages(chat)
-            if again:
-                pieces = chat.retry(**settings)
-                asked, before = conversation.turns[-1][0], before[:-2]
-            else:
-                pieces = chat.ask(question, **settings)
-                asked, kept = question, ""
+            settings = {"max_new_tokens": max(1, min(int(new_tokens), limits.new_tokens))}  # a request can be forged
+            if temperature > 0:
+                settings |= {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
+            conversation = chat.conversation
+            pieces = chat.retry(**settings) if again else chat.ask(question, **settings)
+            asked, box = (conversation.turns[-1][0], question) if again else (question, "")
+            before = [*_messages(conversation.turns[:-1] if again else conversation.turns), _message("user", asked)]
             said, drawn = "", 0.0
-            before.append(_message("user", asked))
-            yield [[*before, _message("assistant", "…")], kept, "Looking …", *buttons(False, True, False)]
+            yield [[*before, _message("assistant", "…")], box, "Looking …", *buttons(False, True, False)]
             for piece in pieces:
                 said += piece
                 if chat.conversation is not conversation:  # another image, or a new chat
                     break
                 if time.monotonic() - drawn > REDRAW_SECONDS:
                     drawn = time.monotonic()
-                    yield [[*before, _message("assistant", said)], kept, "Writing …", *buttons(False, True, False)]
+                    yield [[*before, _message("assistant", said)], box, "Writing …", *buttons(False, True, False)]
             pieces.close()
             if chat.conversation is conversation:
-                yield [_messages(chat), kept, _line(chat), *idle(chat)]
+                yield [_messages(conversation.turns), box, _line(chat), *idle(chat)]
             else:
                 yield [gr.skip(), gr.skip(), gr.skip(), *idle(chat)]
         except ValueError as error:
             gr.Warning(str(error), title="No answer")
-            yield [_messages(chat), question, about(chat), *idle(chat)]
-        except Exception:  # Gradio shows it as an error, and on the terminal; the page stays usable
-            yield [_messages(chat), question, "Something went wrong; the server's terminal says what.", *idle(chat)]
+            yield [_messages(chat.conversation.turns), question, about(chat), *idle(chat)]
+        except Exception:  # of the model: Gradio shows it as an error, and on the terminal; the page stays usable
+            status = "Something went wrong; the server's terminal says what."
+            yield [_messages(chat.conversation.turns), question, status, *idle(chat)]
             raise
 
     # Gradio reads the signatures: it passes `request` for its annotation.
@@ -166,15 +155,19 @@ def build_page(
         yield from answer(True, question, upload, temperature, top_p, new_tokens, request)
 
     def stop(request: gr.Request) -> None:
-        sessions[request.session_hash].chat.stop()
+        if request.session_hash in sessions:
+            sessions[request.session_hash].chat.stop()
 
     def reset(request: gr.Request):
         tab = sessions[request.session_hash]
         tab.reset()
         return [[], "", about(tab.chat), *idle(tab.chat)]
 
-    def leave(request: gr.Request) -> None:
-        sessions.leave(request.session_hash)
+    async def uploaded(path: str) -> str:
+        """Gradio would fetch an "upload" that is a URL."""
+        if folder not in Path(path).resolve().parents:
+            raise gr.Error("That image was not uploaded here. Upload it again.")
+        return path
 
     page = gr.Blocks(title=f"{title} · LLaVA", analytics_enabled=False, delete_cache=(3600, 86400))
     with page:
@@ -185,8 +178,8 @@ def build_page(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="image"
                 )
                 # Gradio would decode an upload before its size is checked.
-                image.preprocess = lambda payload: payload.path if payload is not None else None
-                # Not `gr.Examples`: they bypass the queue, by a route that the guard does not allow.
+                image.preprocess = lambda payload: payload and payload.path
+                image.async_move_resource_to_block_cache = uploaded
                 gallery = gr.Dataset(
                     label="Or one of these", components=["image"], samples=[[path] for path, _ in examples],
                     type="index", samples_per_page=len(examples) or 1, visible=bool(examples), elem_id="examples",
@@ -195,20 +188,9 @@ def build_page(
                     temperature = gr.Slider(
                         0, 2, 0, step=0.05, label="Temperature", info="0: greedy; higher: more varied"
                     )
-                    top_p = gr.Slider(
-                        0.05,
-                        1,
-                        1,
-                        step=0.05,
-                        label="Top-p",
-                        info="sample from the most likely tokens of this total probability",
-                    )
+                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
                     new_tokens = gr.Slider(
-                        1,
-                        limits.new_tokens,
-                        min(512, limits.new_tokens),
-                        step=1,
-                        label="Maximum answer length, in tokens",
+                        1, limits.new_tokens, min(512, limits.new_tokens), step=1, label="Maximum new tokens"
                     )
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
@@ -237,7 +219,7 @@ def build_page(
         retry_button.click(retry, inputs, outputs, **private)
         stop_button.click(stop, None, None, concurrency_limit=None, **private)
         gr.on([reset_button.click, chatbot.clear], reset, None, outputs, concurrency_limit=None, **private)
-        page.unload(leave)
+        page.unload(stop)
     page.queue(api_open=False, max_size=limits.waiting, default_concurrency_limit=limits.answers_at_once)
     page.llava_limits = limits
     return page
@@ -276,8 +258,7 @@ def launch(
         root_path = f"/{root_path.strip('/')}"
     guard = Middleware(
         Guard,
-        folder=str(folder),
-        max_upload_bytes=page.llava_limits.upload_bytes,
+        max_bytes=page.llava_limits.upload_bytes + 2**16,  # the form around it
         hosts=loopback | {host} if proxied or host in loopback else None,
         proxied=proxied,
         root_path=urlsplit(root_path or "").path.rstrip("/"),
@@ -293,6 +274,7 @@ def launch(
         prevent_thread_lock=True,
         ssr_mode=False,
         run_history=False,
+        enable_monitoring=False,
         footer_links=[],
         max_file_size=page.llava_limits.upload_bytes,
         theme=gr.themes.Soft(primary_hue="indigo", **fonts),
@@ -324,19 +306,8 @@ def import_gradio(folder: str | os.PathLike):
     return gradio
 
 
-def _settings(temperature, top_p, new_tokens, limits: Limits) -> dict[str, Any]:
-    """The sliders' settings within the limits: a request can be forged."""
-    new_tokens = max(1, min(int(new_tokens), limits.new_tokens))
-    if not temperature > 0:
-        return {"max_new_tokens": new_tokens}
-    return {"max_new_tokens": new_tokens, "do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
-
-
-def _messages(chat: Chat) -> list[dict[str, str]]:
-    messages = []
-    for question, answer in chat.conversation.turns:
-        messages += [_message("user", question), _message("assistant", answer)]
-    return messages
+def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [_message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
 
 
 def _message(role: str, text: str) -> dict[str, str]:
@@ -351,9 +322,7 @@ def _plain(text: str) -> str:
 
 def _line(chat: Chat) -> str:
     statistics = chat.statistics
-    if statistics is None:
-        return ""
-    ends = {"length": " Cut off at the maximum answer length.", "broken off": " Stopped."}
+    ends = {"length": " Cut off at the maximum new tokens.", "broken off": " Stopped."}
     return (
         f"{statistics.num_tokens} tokens, {statistics.tokens_per_second:.1f} per second, the first after "
         f"{statistics.first_token_seconds:.1f} s.{ends.get(statistics.finish_reason, '')}"

@@ -7,10 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ...data.images import load_image
-from ...data.schema import BadSampleError
+from ...io.images import read_image
 from ..chat import Chat, Conversation, NamedImage
 
 
@@ -19,9 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class Tab:
-    """
-    One browser tab: its [`Chat`], and the upload that the chat is about.
-    """
+    """One browser tab: its [`Chat`], and the upload that the chat is about."""
 
     def __init__(self, chat: Chat):
         self.chat = chat
@@ -30,10 +27,7 @@ class Tab:
 
     def look(self, path: Path | None, max_pixels: int) -> bool:
         """
-        Starts a conversation about an upload, unless the conversation is about it already.
-
-        Returns:
-            `bool`: whether it was started.
+        Starts a conversation about an upload, unless the conversation is about it already. Returns whether it did.
 
         Raises:
             ValueError: as [`read_upload`]; the earlier conversation ends too, and there is no image.
@@ -74,6 +68,9 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._tabs)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._tabs
+
     def __getitem__(self, key: str) -> Tab:
         """The tab of that key; a new one if there is none."""
         with self._lock:
@@ -87,13 +84,6 @@ class Sessions:
             if other.chat.encoded and not other.chat.answering:
                 other.chat.release()
         return tab
-
-    def leave(self, key: str) -> None:
-        """A tab is closed, or its machine sleeps: its answer ends; the conversation is kept."""
-        with self._lock:
-            tab = self._tabs.get(key)
-        if tab is not None:
-            tab.chat.stop()
 
 
 def read_upload(path: Path, max_pixels: int) -> NamedImage:
@@ -111,15 +101,15 @@ def read_upload(path: Path, max_pixels: int) -> NamedImage:
                 pixels = image.width * image.height
     except Image.DecompressionBombError:
         raise ValueError(f"{path.name} has far more than {max_pixels / 1e6:.1f} million pixels.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):  # what Pillow's readers raise on broken headers
+    except (OSError, SyntaxError, ValueError):  # what Pillow's readers raise on broken headers
         raise ValueError(f"{path.name} is not an image of the formats {', '.join(FORMATS)}.") from None
     if pixels > max_pixels:
         raise ValueError(f"{path.name} has {pixels / 1e6:.1f} million pixels; the limit is {max_pixels / 1e6:.1f}.")
     try:
-        load_image(content)
-    except BadSampleError:
+        read_image(content)
+    except ValueError:
         raise ValueError(f"{path.name} is damaged: its header is that of an image, the rest cannot be read.") from None
     return NamedImage(path.name, content)  # not decoded, which would take ten times the memory while the tab is open
 
 
-__all__ = ["FORMATS", "Sessions", "Tab", "read_upload"]
+__all__ = ["Sessions", "Tab", "read_upload"]
