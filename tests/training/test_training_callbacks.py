@@ -48,6 +48,17 @@ def test_rates_are_counted_by_hand(clock):
     assert callback.report(state, 2) == {}  # nothing happened since
 
 
+def test_memory_is_what_the_gpu_holds(monkeypatch):
+    """7 of 8 GiB are taken, 5 of them by PyTorch now and 6 at its peak: the other 2 are CUDA's context and paged state."""
+    gib = 2**30
+    values = {"is_available": True, "mem_get_info": (gib, 8 * gib), "memory_reserved": 5 * gib}
+    for name, value in {**values, "max_memory_reserved": 6 * gib, "max_memory_allocated": gib}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    callback = SpeedCallback()
+    step(callback, TrainerState(max_steps=2), {"input_ids": torch.ones(1, 4), "labels": torch.ones(1, 4)})
+    assert callback.report(TrainerState(max_steps=2), 1)["memory_gib"] == 8
+
+
 def test_full_packs_count_the_room_that_they_leave(clock):
     callback, state = SpeedCallback(micro_batch_tokens=20), TrainerState(max_steps=2)
     callback.on_train_begin(None, state, None)

@@ -1,9 +1,11 @@
 """`LlavaTrainer` as people call it in a notebook: arguments used twice, `model_init`, single steps, saving on one process."""
 
 import io
+import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from modeling_llava.data import LlavaDataCollator, load_conversations
@@ -87,3 +89,43 @@ def test_a_process_without_supervised_tokens_of_its_own_saves(settings, make):
     trainer._num_supervised = 0
     with pytest.raises(ValueError, match="nothing was learnt"):
         trainer._check_weights()
+
+
+def test_micro_batches_of_a_step_wait_in_main_memory(settings, make, monkeypatch):
+    trainer = make(LlavaTrainingArguments(**settings, gradient_accumulation_steps=2))
+    monkeypatch.setattr("accelerate.data_loader.send_to_device", lambda *args, **kwargs: pytest.fail("moved at once"))
+    assert len(list(trainer.get_train_dataloader())) == 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the collator is not picklable")
+def test_workers_persist_from_one_evaluation_to_the_next(settings, make):
+    args = LlavaTrainingArguments(**settings, dataloader_num_workers=1, dataloader_multiprocessing_context="fork")
+    trainer = make(args, data_collator=lambda rows: {"worker": torch.tensor([os.getpid()] * len(rows))})
+
+    def workers(dataset=None):
+        return torch.cat([batch["worker"] for batch in trainer.get_eval_dataloader(dataset)]).tolist()
+
+    first, again, other = workers(), workers(), workers(trainer.eval_dataset.select([0, 1]))
+    assert set(first) == set(again) and os.getpid() not in first
+    assert (len(first), len(other), len(workers())) == (24, 2, 24)  # not the loader of the dataset before
+
+
+def test_state_of_a_paged_optimizer_is_paged_again_on_resume(settings, make, monkeypatch):
+    optimizers = pytest.importorskip("bitsandbytes").optim.optimizer
+
+    def paged(optimizer, parameter, dtype=torch.float32):
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    monkeypatch.setattr(optimizers.Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(optimizers.Optimizer8bit, "prefetch_state", lambda optimizer, parameter: None)
+    settings |= {"stage": "pretrain", "optim": "paged_adamw_32bit", "save_steps": 1}
+    whole = make(LlavaTrainingArguments(**settings))
+    whole.train()
+    resumed = make(LlavaTrainingArguments(**settings))
+    resumed.train(resume_from_checkpoint=f"{settings['output_dir']}/checkpoint-1")
+    states = resumed.optimizer.optimizer.state.values()
+    assert states and all(state[name].is_paged for state in states for name in ("state1", "state2"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)
