@@ -33,7 +33,7 @@ from .generation_llava import LlavaGenerationMixin
 from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
 from .kernels.early_exit import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss, is_sharded
-from .kernels.packed_attention import VARLEN, no_mask, packs_cheaply
+from .kernels.packed_attention import mask_of_pack
 
 
 logger = logging.get_logger(__name__)
@@ -114,9 +114,8 @@ LlavaOutputWithoutLogits = make_dataclass(
 
 
 class IdentityLinear(nn.Module):
-    """The second layer of a one-layer projector, as stock transformers must find it in the file: `y = I x + 0`.
-
-    Its matrix is a buffer: saved and loaded under the stock key, never trained, quantised or wrapped by LoRA."""
+    """The second layer of a one-layer projector, as stock transformers must find it in the file: `y = I x + 0`. Its matrix is a
+    buffer: saved and loaded under the stock key, never trained, quantized or wrapped by LoRA."""
 
     def __init__(self, features: int, bias: bool):
         super().__init__()
@@ -149,14 +148,7 @@ class LlavaMultiModalProjector(nn.Module):
         self.num_layers = config.projector_num_layers
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            image_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
-                Selected hidden states of the vision tower.
-
-        Returns:
-            `torch.Tensor` of shape `(num_images, num_patches, text_hidden_size)`.
-        """
+        """`(num_images, num_patches, vision_hidden_size)` → `(num_images, num_patches, text_hidden_size)`."""
         hidden_states = self.linear_1(image_features)
         for number in range(2, self.num_layers + 1):
             hidden_states = getattr(self, f"linear_{number}")(self.act(hidden_states))
@@ -235,8 +227,7 @@ class LlavaModel(LlavaPreTrainedModel):
         self.prepare_for_compile()
 
     def prepare_for_compile(self) -> None:
-        """Hook the tower for its hidden states (see `compat.py`). To be called again where another tower was
-        put in."""
+        """Hook the tower for its hidden states (see `compat.py`); to be called again where another tower was put in."""
         install_capturing_hooks(self)
 
     def __getstate__(self) -> dict:
@@ -263,8 +254,7 @@ class LlavaModel(LlavaPreTrainedModel):
         Encode images and project their patch features.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
-                Preprocessed images.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Preprocessed images.
             vision_feature_layer (`int` or `list[int]`, *optional*):
                 Hidden state(s) of the tower to project; the configuration's by default.
             vision_feature_select_strategy (`str`, *optional*):
@@ -275,8 +265,8 @@ class LlavaModel(LlavaPreTrainedModel):
                 Which image fills each slot of the text, when one image fills several: it is encoded once.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's output; its `pooler_output` is a
-            list with one tensor `(tokens_per_image, text_hidden_size)` per slot.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's output; its `pooler_output` is a list with
+            one tensor `(tokens_per_image, text_hidden_size)` per slot.
         """
         if image_sizes is not None:  # not every tower takes them
             kwargs["image_sizes"] = image_sizes
@@ -310,22 +300,11 @@ class LlavaModel(LlavaPreTrainedModel):
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
         """
-        Which tokens are image tokens.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids; without them, image tokens are found by the image token's embedding.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Token embeddings.
-            image_features (`torch.Tensor` of shape `(num_features, hidden_size)`):
-                What replaces them.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`.
+        Which tokens are image tokens, `(batch_size, sequence_length, 1)`. Without `input_ids` they are found by their embedding.
 
         Raises:
-            ValueError: there are more or fewer image tokens than features. This counts over the batch, for the sake of
-                `torch.compile`; processor and collator check every sample and name it.
+            ValueError: there are more or fewer image tokens than features `(num_features, hidden_size)`. This counts over the
+                batch, for the sake of `torch.compile`; processor and collator check every sample and name it.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
@@ -361,10 +340,8 @@ class LlavaModel(LlavaPreTrainedModel):
             logger.warning_once(message)
 
     def _later_tower_layers_skipped(self, feature_layer: int | list[int] | None):
-        """
-        In training nothing of the tower is read but its features. (At other times several threads may use the model, and
-        the one that calls `get_image_features` is to have all of them.)
-        """
+        """In training nothing of the tower is read but its features. (At other times several threads may use the model, and the
+        one that calls `get_image_features` is to have all of them.)"""
         if not self.training or torch.compiler.is_compiling():
             return nullcontext()
         feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
@@ -427,7 +404,8 @@ class LlavaModel(LlavaPreTrainedModel):
         past_key_values = cache if past_key_values is None else past_key_values
         if inputs_embeds is None:
             token_ids = input_ids
-            if not 0 <= self.config.image_token_id < self.config.text_config.vocab_size:  # it has no embedding
+            # CODEPATH: the original's −200, and language models whose vocabulary was not enlarged, have no such embedding
+            if not 0 <= self.config.image_token_id < self.config.text_config.vocab_size:
                 token_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
             inputs_embeds = self.get_input_embeddings()(token_ids)
 
@@ -460,14 +438,8 @@ class LlavaModel(LlavaPreTrainedModel):
                 inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
 
         is_pack = "cu_seq_lens_q" in kwargs
-        if is_pack and past_key_values is None and not packs_cheaply(self.language_model):
-            logger.warning_once(
-                f"A pack of {inputs_embeds.shape[1]} tokens meets attn_implementation="
-                f"{self.language_model.config._attn_implementation!r}, which builds a mask of all tokens × all tokens for it. "
-                'Set model.set_attn_implementation({"text_config": "varlen"}).'
-            )
-        if is_pack and attention_mask is None and self.language_model.config._attn_implementation == VARLEN:
-            attention_mask = no_mask(inputs_embeds)
+        if is_pack and attention_mask is None and past_key_values is None:
+            attention_mask = mask_of_pack(self.language_model, inputs_embeds)
         if past_key_values is None and (self.training or is_pack):
             kwargs.setdefault("use_cache", False)  # keys and values of a training step are of no use after it
         # Continuous batching calls its paged cache by the newer name in every version; the attention layers take it up.
@@ -521,11 +493,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, LlavaGenerationMixin):
         return self.lm_head
 
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs,
+        self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`LlavaModel.get_image_features`]."""
         return self.model.get_image_features(
@@ -537,11 +505,8 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, LlavaGenerationMixin):
 
     @classmethod
     def from_vision_language_pretrained(cls, vision: str, language: str, **kwargs) -> "LlavaForConditionalGeneration":
-        """
-        A new LLaVA from a pretrained vision tower and a pretrained language model, its projector untrained.
-
-        See [`modeling_llava.composition.compose`] for the arguments: any field of [`LlavaConfig`], and `dtype`.
-        """
+        """A new LLaVA from a pretrained vision tower and language model, its projector untrained: see
+        [`modeling_llava.composition.compose`] for the arguments (any field of [`LlavaConfig`], and `dtype`)."""
         from .composition import compose
 
         return compose(cls, vision, language, **kwargs)
@@ -591,16 +556,11 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, LlavaGenerationMixin):
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, in place of `pixel_values`.
             image_token_indices (`torch.LongTensor` of shape `(num_image_tokens,)`, *optional*):
-                Where the image tokens are in the flattened batch. A collator knows it; without it, forward waits for the device
-                to find out. So it does without `supervised_indices` (`torch.LongTensor`), the tokens whose next one has a label.
+                Where the image tokens are in the flattened batch. A collator knows; forward would have to wait for the device.
             skip_logits (`bool`, *optional*):
                 Compute the loss without logits. By default: in training, with labels.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Supervised tokens of the optimizer step, by which the summed loss is divided (`Trainer` gives it).
-            label_smoothing (`float`, *optional*, defaults to 0.0):
-                As in `torch.nn.functional.cross_entropy`.
-            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Labels that are shifted already.
+            num_items_in_batch, label_smoothing, shift_labels, supervised_indices:
+                See [`~modeling_llava.kernels.linear_cross_entropy.causal_language_model_loss`].
         """
         of_loss = {name: kwargs.pop(name, None) for name in ("shift_labels", "label_smoothing", "supervised_indices")}
         has_labels = labels is not None or of_loss["shift_labels"] is not None

@@ -670,7 +670,7 @@ def test_nothing_is_generated_blind():
 @pytest.mark.parametrize("attention, warned", [("sdpa", True), ("varlen", False)])
 def test_a_pack_under_an_attention_that_needs_a_mask_is_warned_of(attention, warned, monkeypatch):
     warnings = []
-    monkeypatch.setattr("modeling_llava.modeling_llava.logger.warning_once", warnings.append)
+    monkeypatch.setattr("modeling_llava.kernels.packed_attention.logger.warning_once", warnings.append)
     model = LlavaForConditionalGeneration(tiny_config()).eval()
     model.set_attn_implementation({"text_config": attention})
     lens = torch.tensor([0, 4, 9], dtype=torch.int32)

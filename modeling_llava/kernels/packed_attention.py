@@ -66,12 +66,20 @@ class DeferredMask:
         return self.mask
 
 
-def no_mask(states: torch.Tensor) -> torch.Tensor:
+def mask_of_pack(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor | None:
     """
-    The `attention_mask` of a pack: transformers takes any 4-D mask as it is. Without one it would look whether `position_ids`
-    restart, and wait for the device to know.
+    The `attention_mask` with which a language model takes a pack. For "varlen" it is empty: transformers takes any 4-D mask as it
+    is, and without one would look whether `position_ids` restart, and wait for the device to know.
     """
-    return states.new_empty(1, 1, 0, 0)
+    name = language_model.config._attn_implementation
+    if name == VARLEN:
+        return states.new_empty(1, 1, 0, 0)
+    if "flash" not in name:
+        logger.warning_once(
+            f"A pack meets attn_implementation={name!r}, which builds a mask of all tokens × all tokens for it. "
+            'Set model.set_attn_implementation({"text_config": "varlen"}).'
+        )
+    return None
 
 
 def varlen_mask(
@@ -121,7 +129,7 @@ def varlen_attention_forward(
         key, value (`torch.Tensor` of shape `(batch_size, num_key_value_heads, sequence_length, head_dim)`):
             Keys and values; fewer heads than queries are shared by groups (GQA).
         attention_mask:
-            What [`varlen_mask`] or [`no_mask`] returned.
+            What [`varlen_mask`] or [`mask_of_pack`] returned.
         dropout (`float`, *optional*, defaults to 0.0):
             Share of attention weights that are dropped.
         scaling (`float`, *optional*):
@@ -350,12 +358,6 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation({"text_config": VARLEN})
 
 
-def packs_cheaply(language_model: PreTrainedModel) -> bool:
-    """Whether the attention of a language model goes by `cu_seq_lens_q`, and needs no mask for a pack."""
-    name = language_model.config._attn_implementation
-    return name == VARLEN or "flash" in name
-
-
 @torch.no_grad()
 def packed_attention_error(language_model: PreTrainedModel) -> float:
     """
@@ -374,7 +376,7 @@ def packed_attention_error(language_model: PreTrainedModel) -> float:
     packed = {
         "position_ids": torch.cat([torch.arange(7), torch.arange(5)])[None].to(embedding.device),
         "cu_seq_lens_q": lens, "cu_seq_lens_k": lens, "max_length_q": 7, "max_length_k": 7,
-        **({"attention_mask": no_mask(embedding)} if language_model.config._attn_implementation == VARLEN else {}),
+        "attention_mask": mask_of_pack(language_model, embedding),
     }  # fmt: skip
     was_training = language_model.training
     language_model.eval()
@@ -394,9 +396,8 @@ AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 __all__ = [
     "VARLEN",
-    "no_mask",
+    "mask_of_pack",
     "packed_attention_error",
-    "packs_cheaply",
     "use_varlen_attention",
     "varlen_attention_forward",
     "varlen_mask",
