@@ -54,13 +54,6 @@ def set_last_learning_rate(scheduler: torch.optim.lr_scheduler.LRScheduler, grou
 # ---- transformers ----
 
 
-def flash_attention_forward(*args, **kwargs) -> torch.Tensor:
-    """transformers' call of flash-attn, of any version."""
-    from transformers.modeling_flash_attention_utils import _flash_attention_forward
-
-    return _flash_attention_forward(*args, **kwargs)
-
-
 def can_set_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes its attention from `AttentionInterface`."""
     return model._can_set_attn_implementation()

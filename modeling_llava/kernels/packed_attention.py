@@ -7,8 +7,8 @@ Attention for packs: samples concatenated into one sequence, none of which sees 
     a ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚
     a ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     A dense mask costs T² positions, most of them for nothing. Here only the triangles
     a ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     are computed:
-    a ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     - on a GPU that FlashAttention supports (sm80 and later, 16 bit) in one kernel:
-    a ■ ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚       flash-attn 3 or PyTorch's own `varlen_attn`, or flash-attn 2 where PyTorch has none;
+    a ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     - on a GPU that FlashAttention supports (sm80 and later, 16 bit) in one kernel,
+    a ■ ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚       PyTorch's `varlen_attn`;
     b ⬚ ⬚ ⬚ ⬚ ⬚ ■ ⬚ ⬚ ⬚ ⬚ ⬚     - elsewhere (CPU, float32, older GPUs) one causal SDPA per sample.
     b ⬚ ⬚ ⬚ ⬚ ⬚ ■ ■ ⬚ ⬚ ⬚ ⬚
     c ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ■ ⬚ ⬚ ⬚     Without `cu_seq_lens_q` (padded batches, generation) it is stock `sdpa` with its mask.
@@ -21,7 +21,6 @@ for the language model of a LLaVA by `use_varlen_attention(model)`; nothing abou
 """
 
 import functools
-import importlib.util
 import inspect
 
 import torch
@@ -33,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from ..compat import can_set_attention, flash_attention_forward
+from ..compat import can_set_attention
 
 
 logger = logging.get_logger(__name__)
@@ -122,20 +121,16 @@ def varlen_attention_forward(
     Causal attention within each sample of a pack; stock `sdpa` where no pack is described.
 
     Args:
-        module (`nn.Module`):
-            The attention layer.
+        module (`nn.Module`): The attention layer.
         query (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`):
             Queries, after the rotary embedding.
         key, value (`torch.Tensor` of shape `(batch_size, num_key_value_heads, sequence_length, head_dim)`):
             Keys and values; fewer heads than queries are shared by groups (GQA).
-        attention_mask:
-            What [`varlen_mask`] or [`mask_of_pack`] returned.
-        dropout (`float`, *optional*, defaults to 0.0):
-            Share of attention weights that are dropped.
-        scaling (`float`, *optional*):
-            Factor of the scores, `head_dim ** -0.5` by default.
+        attention_mask: What [`varlen_mask`] or [`mask_of_pack`] returned.
+        dropout (`float`, *optional*, defaults to 0.0), scaling (`float`, *optional*, defaults to `head_dim ** -0.5`):
+            Share of attention weights that are dropped; factor of the scores.
         sliding_window (`int`, *optional*):
-            Positions that a query sees, itself included, within its sample (Mistral).
+            Tokens that a query sees, itself included, within its sample (Mistral).
         cu_seq_lens_q (`torch.IntTensor` of shape `(num_samples + 1,)`, *optional*):
             Where the samples begin in the flattened batch, and its end, in tokens. `cu_seq_lens_k` equals it.
         max_length_q (`int`, *optional*):
@@ -168,8 +163,7 @@ def varlen_attention_forward(
 
     if key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"A pack (cu_seq_lens_q) has {query.shape[2]} queries but {key.shape[2]} keys per row: it cannot continue a "
-            "cache. Pass cu_seq_lens_q only when all positions are computed at once."
+            f"A pack (cu_seq_lens_q) has {query.shape[2]} queries but {key.shape[2]} keys: it cannot continue a cache."
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.numel():
         raise ValueError(
@@ -193,28 +187,13 @@ def varlen_attention_forward(
     batch_size, num_heads, length, _ = query.shape
     # [batch_size, heads, length, head_dim] → [batch_size * length, heads, head_dim]; a view for a single row
     query, key, value = (states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    compute = _choose_kernel(query.device, dtype, key, value, dropout)
-    arguments = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
-    if compute is _sdpa_per_segment or max_length_q is None:
-        lengths = cu_seq_lens_q.diff().tolist() if segment_lengths is None else segment_lengths
-        max_length_q = max(lengths)
-    if compute is _sdpa_per_segment:
-        output = compute(query, key, value, lengths, **arguments)
+    if dropout == 0.0 and _flash_takes(query.device, dtype, key, value) and _torch_varlen() is not None:
+        longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+        output = _torch_varlen_attention(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window)
     else:
-        output = compute(query, key, value, cu_seq_lens_q, max_length_q, **arguments)
+        lengths = cu_seq_lens_q.diff().tolist() if segment_lengths is None else segment_lengths
+        output = _sdpa_per_segment(query, key, value, lengths, dropout, scaling, sliding_window)
     return output.view(batch_size, length, num_heads, value.shape[-1]), None
-
-
-def _choose_kernel(device: torch.device, dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor, dropout: float):
-    """The fastest implementation that is right here. All take `[num_tokens, heads, head_dim]`."""
-    flash = _flash_takes(device, dtype, key, value)
-    if flash and dropout == 0.0 and _is_hopper(device.index) and _has("flash_attn_interface"):
-        return functools.partial(_flash_attn, implementation="flash_attention_3")
-    if flash and dropout == 0.0 and _torch_varlen() is not None:
-        return _torch_varlen_attn
-    if flash and _has("flash_attn"):
-        return functools.partial(_flash_attn, implementation="flash_attention_2")
-    return _sdpa_per_segment
 
 
 def _flash_takes(device: torch.device, dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -235,16 +214,6 @@ def _supports_flash(index: int | None) -> bool:
 
 
 @functools.cache
-def _is_hopper(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index)[0] == 9
-
-
-@functools.cache
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-@functools.cache
 def _torch_varlen():
     """PyTorch's FlashAttention for packs; None before the version that has windows and grouped heads."""
     try:
@@ -255,42 +224,15 @@ def _torch_varlen():
     return varlen_attn if "window_size" in known and "enable_gqa" in known else None
 
 
-def _torch_varlen_attn(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window):
-    window = -1 if sliding_window is None else sliding_window - 1  # there: positions to the left, without itself
+def _torch_varlen_attention(query, key, value, cu_seq_lens, longest, scaling, sliding_window):
+    window = -1 if sliding_window is None else sliding_window - 1  # there: tokens to the left, without itself
     return _torch_varlen()(
-        query,
-        key,
-        value,
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
-        scale=scaling,
-        window_size=(window, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+        query, key, value, cu_seq_lens, cu_seq_lens, longest, longest,
+        scale=scaling, window_size=(window, 0), enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
 
 
-def _flash_attn(query, key, value, cu_seq_lens, max_length, *, dropout, scaling, sliding_window, implementation):
-    return flash_attention_forward(
-        query[None],
-        key[None],
-        value[None],
-        attention_mask=None,
-        query_length=query.shape[0],
-        is_causal=True,
-        dropout=dropout,
-        softmax_scale=scaling,
-        sliding_window=sliding_window,
-        cu_seq_lens_q=cu_seq_lens,
-        cu_seq_lens_k=cu_seq_lens,
-        max_length_q=max_length,
-        max_length_k=max_length,
-        attn_implementation=implementation,
-    )[0]
-
-
-def _sdpa_per_segment(query, key, value, lengths, *, dropout, scaling, sliding_window):
+def _sdpa_per_segment(query, key, value, lengths, dropout, scaling, sliding_window):
     """One causal SDPA per sample: exact everywhere, and on the CPU as fast as the triangles are small."""
     if sum(lengths) != query.shape[0]:
         raise ValueError(f"cu_seq_lens_q ends at token {sum(lengths)}, but the pack has {query.shape[0]} tokens.")

@@ -282,29 +282,19 @@ def test_float32_queries_of_an_autocast_model_meet_16_bit_values():
 
 
 @pytest.mark.parametrize(
-    "device, dtype, capability, dropout, packages, expected",
+    "device, dtype, head_dim, is_sm80, expected",
     [
-        ("cpu", torch.bfloat16, None, 0.0, (), "_sdpa_per_segment"),
-        ("cuda", torch.float32, (9, 0), 0.0, (), "_sdpa_per_segment"),
-        ("cuda", torch.float16, (7, 5), 0.0, ("flash_attn",), "_sdpa_per_segment"),
-        ("cuda", torch.bfloat16, (8, 6), 0.0, ("flash_attn",), "_torch_varlen_attn"),
-        ("cuda", torch.bfloat16, (9, 0), 0.0, (), "_torch_varlen_attn"),
-        ("cuda", torch.bfloat16, (9, 0), 0.0, ("flash_attn_interface",), "flash_attention_3"),
-        ("cuda", torch.bfloat16, (8, 0), 0.0, ("flash_attn_interface",), "_torch_varlen_attn"),
-        ("cuda", torch.bfloat16, (8, 0), 0.1, ("flash_attn",), "flash_attention_2"),
-        ("cuda", torch.bfloat16, (8, 0), 0.1, (), "_sdpa_per_segment"),
+        ("cpu", torch.bfloat16, 64, True, False),
+        ("cuda", torch.float32, 64, True, False),
+        ("cuda", torch.float16, 64, False, False),
+        ("cuda", torch.bfloat16, 60, True, False),
+        ("cuda", torch.bfloat16, 64, True, True),
     ],
 )
-def test_the_kernel_is_picked_by_device_dtype_and_what_is_installed(
-    monkeypatch, device, dtype, capability, dropout, packages, expected
-):
-    monkeypatch.setattr(attention_module, "_supports_flash", lambda index: capability >= (8, 0))
-    monkeypatch.setattr(attention_module, "_is_hopper", lambda index: capability[0] == 9)
-    monkeypatch.setattr(attention_module, "_has", lambda package: package in packages)
-    states = torch.empty(1, 2, 64, dtype=dtype)
-    kernel = attention_module._choose_kernel(torch.device(device), dtype, states, states, dropout)
-    name = kernel.keywords["implementation"] if hasattr(kernel, "keywords") else kernel.__name__
-    assert name == expected
+def test_flash_attention_is_chosen_by_device_and_dtype(monkeypatch, device, dtype, head_dim, is_sm80, expected):
+    monkeypatch.setattr(attention_module, "_supports_flash", lambda index: is_sm80)
+    states = torch.empty(1, 2, head_dim)
+    assert attention_module._flash_takes(torch.device(device), dtype, states, states) == expected
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -319,7 +309,7 @@ def test_pytorchs_kernel_is_called_as_it_wants_to_be(monkeypatch, window):
     monkeypatch.setattr(attention_module, "_torch_varlen", lambda: spy)
     states = [torch.empty(29, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)]
     lens = torch.empty(5, dtype=torch.int32, device="meta")
-    output = attention_module._torch_varlen_attn(*states, lens, 14, dropout=0.0, scaling=0.25, sliding_window=window)
+    output = attention_module._torch_varlen_attention(*states, lens, 14, scaling=0.25, sliding_window=window)
     assert output.shape == (29, 4, 16)
     # FlashAttention's (left, right): right = 0 is causal; `left` does not count the query's own position
     assert called["window_size"] == ((-1, 0) if window is None else (4, 0))
