@@ -14,10 +14,10 @@ from .eval_common import add_model_arguments, apply_options, evaluate_with, fini
 SUBCOMMANDS: dict[str, str] = {
     "scienceqa": "multiple-choice science questions; also their training data and the ensembles with a language model",
     "llava-bench": "LLaVA-Bench (COCO) and (In-the-Wild): answers, and a judge's scores of them",
-    "pope": "does it see objects that are not there?",
-    "vqa": "short answers: VQA's soft accuracy and exact match",
-    "captions": "captions: CIDEr and BLEU",
-    "report": "compare runs: tables, paired differences, a plot",
+    "pope": "does it see objects that are not there? accuracy, precision, recall, F1 and yes-ratio",
+    "vqa": "short answers: VQA's soft accuracy over ten people's answers, exact match if there is only one",
+    "captions": "CIDEr-D and BLEU-4 of captions (without COCO's Java tokenizer: compare runs of this command only)",
+    "report": "compare runs: tables, a plot, paired differences from the first run with their intervals",
 }
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     parser.commands = commands.choices  # for the errors of misspelt words
     for name, summary in SUBCOMMANDS.items():
-        child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        child = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
         (_add_report_arguments if name == "report" else BENCHMARKS[name][0])(child)
 
 
@@ -84,10 +84,6 @@ def _add_question_arguments(parser: argparse.ArgumentParser):
 
 
 def _add_pope_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "POPE: does the model see objects that are not there? Accuracy, precision, recall, F1 and yes-ratio for random, "
-        "popular and adversarial questions."
-    )
     _add_question_arguments(parser).add_argument(
         "--questions",
         required=True,
@@ -106,10 +102,6 @@ def _make_pope(args: argparse.Namespace):
 
 
 def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Short answers: VQA's soft accuracy over ten people's answers (VQAv2, TextVQA, …), exact match if there is only one "
-        "(GQA, …)."
-    )
     data = _add_question_arguments(parser)
     data.add_argument(
         "--questions",
@@ -135,10 +127,6 @@ def _make_vqa(args: argparse.Namespace):
 
 
 def _add_captions_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Captions compared with people's captions: CIDEr-D (pycocoevalcap) and BLEU-4 (sacrebleu). Words are split without "
-        "COCO's Java tokenizer: compare among runs of this command."
-    )
     add_model_arguments(parser)
     data = parser.add_argument_group("the data")
     data.add_argument("--annotations", required=True, metavar="F", help="COCO captions, or JSONL: image, captions")
@@ -164,10 +152,6 @@ BENCHMARKS: dict[str, tuple[Callable, Callable]] = {
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Compare runs: a table per benchmark with the published rows, and how much better each run is than the first one, "
-        "over the samples that both have, with a 95 % interval (paired bootstrap)."
-    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of `llava eval`, the baseline first")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs (default: their folders)")
     parser.add_argument("--out", metavar="DIR", help="write report.md, report.json and a plot per benchmark")

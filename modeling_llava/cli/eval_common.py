@@ -54,6 +54,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     """Answers and scores a benchmark with the model of the arguments; `None` if other shards are not finished."""
     from ..evaluation.benchmark import Shard, evaluate
     from ..evaluation.results import describe_model
+    from ..inference import DecodingSettings
     from ..inference.loading import choose_four_bits
     from ..io.checkpoints import checkpoint_kind
 
@@ -61,10 +62,7 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     decoding = {}
     if args.temperature is not None:
         decoding = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-        if args.temperature <= 0:
-            raise ValueError(
-                f"--temperature must be above 0, got {args.temperature:g}. Without it answers are greedy."
-            )
+        DecodingSettings(**decoding)  # a mistake is found before the model is loaded
     elif args.top_p is not None:
         raise ValueError("--top-p requires --temperature; greedy answers are not sampled.")
     if args.batch_size is not None and args.batch_size < 1:

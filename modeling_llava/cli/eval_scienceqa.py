@@ -128,7 +128,7 @@ def _with_image_file(problem, folder: str | None):
 
 def _with_language_model(args: argparse.Namespace, results: dict) -> None:
     from ..evaluation.report import Run, compare, markdown
-    from ..evaluation.results import make_results, read_results, write_results
+    from ..evaluation.results import read_results, write_results
     from ..evaluation.scienceqa_language import choose_shots, score_with_language_model
 
     _, rows = read_results(args.out)
@@ -153,7 +153,8 @@ def _with_language_model(args: argparse.Namespace, results: dict) -> None:
     }
     runs = [Run(own, results, rows)]
     for kind, score in scored.items():
-        one = make_results(
+        one = write_results(
+            Path(args.out) / kind,
             "scienceqa",
             score,
             model={"name": names[kind]},
@@ -162,6 +163,5 @@ def _with_language_model(args: argparse.Namespace, results: dict) -> None:
             total=results["samples"]["total"],
             answered=len(score.rows),
         )
-        write_results(Path(args.out) / kind, one, score.rows)
         runs.append(Run(names[kind], one, score.rows))
     print(markdown(compare(runs)))

@@ -16,8 +16,7 @@ from .chat import EndpointFault, Reply, RequestFault
 from .ledger import Ledger
 from .limits import BATCH_PRICE, Budget
 from .openai_model import OpenAIModel, error_words, parse_completion, translate_status
-from .refusals import Refusals
-from .task import Task, Verdict, fault_event, refusal_event, reply_event, resume_attempt
+from .task import Refusals, Task, Verdict, fault_event, refusal_event, reply_event, resume_attempt
 
 
 MAX_REQUESTS = 50_000
@@ -105,13 +104,9 @@ def write_batch(
 def read_batch(
     tasks: Iterable[Task], paths: Iterable[str | Path], ledger: Ledger, *, judge: Callable[[Task, Reply], Verdict]
 ) -> BatchSummary:
-    """Reads the output and error files of batches into the ledger.
+    """Reads the output and error files of batches into the ledger; a `ValueError` names a line that is not a batch result.
 
     Give both files of a batch together: a request in the error file is refused for good where the output file has replies.
-
-    Raises:
-        ValueError: a line is not a batch result.
-        OSError: a file cannot be read.
     """
     summary = BatchSummary()
     where = _index(paths)
@@ -214,11 +209,7 @@ def _result_id(line: bytes, place: str) -> tuple[str, bool]:
 
 
 def _reply(result: dict[str, Any]) -> Reply:
-    """The reply of a result.
-
-    Raises:
-        EndpointFault: it has none.
-    """
+    """The reply of a result; an `EndpointFault` if it has none."""
     response, error = result.get("response"), result.get("error")
     status = _status(response)
     if status == 200:

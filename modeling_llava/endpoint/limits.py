@@ -81,16 +81,11 @@ class Prices:
 
 
 class Budget:
-    """Keeps a run within its tokens and dollars.
+    """Keeps a run within its tokens (prompts and replies together) and dollars (which require `prices`).
 
     Before a request is sent, its estimate is reserved; the reply replaces it by what was used. Prompt tokens are estimated
     from characters by the largest ratio seen so far (at least `TOKENS_PER_CHARACTER`); the budget can be overdrawn by the
     error of this estimate for the requests in flight. The first request of a run reserves the upper bound `most`.
-
-    Args:
-        max_tokens: Maximum tokens, prompts and replies together; `None` for no limit.
-        max_cost: Maximum dollars, which requires `prices`; `None` for no limit.
-        prices: Of the model.
     """
 
     TOKENS_PER_CHARACTER = 0.3

@@ -24,9 +24,7 @@ CUT = "thoughts took the whole length of the reply, which has no text; raise --m
 
 
 class OpenAIModel:
-    """A `ChatModel` behind an OpenAI-compatible endpoint, by the `openai` client.
-
-    One call is one HTTP request: the client's own retries are off, since `run_tasks` retries and counts.
+    """A `ChatModel` behind an OpenAI-compatible endpoint, by the `openai` client. One call is one HTTP request.
 
     Args:
         name: The model's name at the endpoint.
@@ -36,10 +34,6 @@ class OpenAIModel:
         length_parameter: `"max_tokens"`, or `"max_completion_tokens"`, to which the client switches when the endpoint
             asks for it, as OpenAI does for reasoning models.
         optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not support them.
-
-    Raises:
-        ImportError: the `openai` client or aiohttp is not installed.
-        ValueError: no key is given for OpenAI, or an argument is invalid.
     """
 
     def __init__(
@@ -176,13 +170,8 @@ def _import_openai() -> Any:
 
 
 def parse_completion(body: Any) -> Reply:
-    """A `Reply` from the JSON body of a chat completion.
-
-    Raises:
-        PassingFault: the body has no choice with a message (kind `"malformed"`).
-        RequestFault: thoughts took the whole length of the reply (kind `"cut"`).
-        EndpointFault: it holds an error, which some routers send with status 200.
-    """
+    """A `Reply` from the JSON body of a chat completion. An `EndpointFault` is raised where it has none, where thoughts took its
+    whole length, and for an error, which some routers send with status 200."""
     error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
     if isinstance(error, dict) and str(error.get("code")) in ERROR_STATUSES:
         raise translate_status(int(error["code"]), error_words(error))

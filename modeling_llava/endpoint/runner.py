@@ -24,8 +24,7 @@ from typing import Any
 from .chat import ChatModel, EndpointFault, FatalFault, Reply, RequestFault, Usage
 from .ledger import Ledger
 from .limits import Backoff, Budget, TokenBucket
-from .refusals import Refusal, Refusals
-from .task import Task, Verdict, fault_event, refusal_event, reply_event, resume_attempt
+from .task import Refusal, Refusals, Task, Verdict, fault_event, refusal_event, reply_event, resume_attempt
 
 
 logger = logging.getLogger(__name__)
@@ -66,35 +65,31 @@ class RunSummary:
     seconds: float = 0.0  # wall time
 
 
+@dataclass
 class _Run:
     """The state of one `run_tasks`, whose arguments it takes."""
 
-    def __init__(
-        self,
-        model: ChatModel,
-        ledger: Ledger,
-        run_id: str,
-        judge: Callable[[Task, Reply], Verdict],
-        settings: RunSettings,
-        budget: Budget,
-        on_settled: Callable[[Task, bool], None] | None,
-    ):
-        self.model, self.ledger, self.run_id, self.judge = model, ledger, run_id, judge
-        self.settings, self.budget, self.on_settled = settings, budget, on_settled
-        self.summary = RunSummary()
-        self.stopping = asyncio.Event()
-        self.rng = random.Random(settings.seed)
-        self.requests = TokenBucket(settings.requests_per_minute) if settings.requests_per_minute else None
-        tokens = settings.tokens_per_minute
-        self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
-        self.not_before = 0.0
+    model: ChatModel
+    ledger: Ledger
+    run_id: str
+    judge: Callable[[Task, Reply], Verdict]
+    settings: RunSettings
+    budget: Budget
+    on_settled: Callable[[Task, bool], None] | None
+    answered: int = 0
+    busy: int = 0  # tasks in progress
+    reserved: int = 0  # requests with reserved budget
+    not_before: float = 0.0  # no request is sent before
+    last_warning: float = 0.0  # of a silent endpoint
+
+    def __post_init__(self):
+        self.summary, self.refusals = RunSummary(), Refusals(self.ledger)
+        self.stopping, self.released = asyncio.Event(), asyncio.Event()
+        self.rng = random.Random(self.settings.seed)
         self.last_success = time.monotonic()
-        self.last_warning = 0.0  # of a silent endpoint
-        self.answered = 0
-        self.refusals = Refusals(ledger)
-        self.busy = 0  # tasks in progress
-        self.reserved = 0  # requests with reserved budget
-        self.released = asyncio.Event()
+        per_minute, tokens = self.settings.requests_per_minute, self.settings.tokens_per_minute
+        self.requests = TokenBucket(per_minute) if per_minute else None
+        self.tokens = TokenBucket(tokens, capacity=max(1.0, tokens / 60)) if tokens else None
 
     def stop(self, why: str, message: str) -> None:
         """Stops sending; requests in flight are finished. The first reason is kept."""

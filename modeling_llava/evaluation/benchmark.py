@@ -29,7 +29,7 @@ from pathlib import Path
 from ..data.images import image_key
 from ..io.atomic import write_atomic
 from ..io.locks import locked_file
-from .results import RUN_NAME, Scored, hash_files, hash_json, make_results, read_lines, write_results
+from .results import RUN_NAME, Scored, hash_files, hash_json, read_lines, write_results
 
 
 logger = logging.getLogger(__name__)
@@ -40,30 +40,19 @@ class Benchmark:
     """
     A benchmark that is ready to be answered.
 
-    Attributes:
-        name (`str`): As in `results.json`.
-        samples (`list[dict]`): As [`LlavaPredictor.answer_many`] takes them; ids are strings.
-        score (`Callable[[dict[str, str]], Scored]`): Scores answers, given by sample id; some may be missing.
-        data (`dict`): Hashes of the files, the split.
-        settings (`dict`): How the questions are asked and scored.
-        image_folder (`str`, *optional*): What the samples' paths are relative to.
-        follow_symlinks (`bool`): Allow links inside `image_folder` to lead out of it.
-        max_new_tokens (`int`): Of an answer.
-        total (`int`, *optional*): Samples of the whole benchmark, where `samples` are only some of them.
-
     Raises:
         ValueError: there are no samples, two have the same id, or a text has a lone surrogate.
     """
 
-    name: str
-    samples: list[dict]
-    score: Callable[[dict[str, str]], Scored]
-    data: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-    image_folder: str | None = None
-    follow_symlinks: bool = False
-    max_new_tokens: int = 512
-    total: int | None = None
+    name: str  # as in `results.json`
+    samples: list[dict]  # as `LlavaPredictor.answer_many` takes them; ids are strings
+    score: Callable[[dict[str, str]], Scored]  # scores answers, given by sample id; some may be missing
+    data: dict = field(default_factory=dict)  # hashes of the files, the split
+    settings: dict = field(default_factory=dict)  # how the questions are asked and scored
+    image_folder: str | None = None  # what the samples' paths are relative to
+    follow_symlinks: bool = False  # links inside the folder may lead out of it
+    max_new_tokens: int = 512  # of an answer
+    total: int | None = None  # samples of the whole benchmark, where `samples` are only some of them
 
     def __post_init__(self):
         if not self.samples:
@@ -95,10 +84,7 @@ class Benchmark:
         return replace(self, samples=self.samples[:limit], total=self.whole, settings=settings)
 
     def check_images(self) -> None:
-        """
-        Raises:
-            FileNotFoundError: image files are missing: how many of how many, and the first three.
-        """
+        """A `FileNotFoundError` says how many image files are missing."""
         images = [image for sample in self.samples for image in sample["images"]]
         paths = dict.fromkeys(os.fspath(image) for image in images if isinstance(image, (str, os.PathLike)))
         missing = [path for path in paths if not os.path.isfile(os.path.join(self.image_folder or "", path))]
@@ -154,15 +140,9 @@ def question_benchmark(
 
 @dataclass(frozen=True)
 class Shard:
-    """
-    One of `count` shards of the samples. Samples with the same images are in the same shard: each image is encoded once.
+    """One of `count` shards of the samples. Samples with the same images are in the same shard: each image is encoded once."""
 
-    Args:
-        index (`int`): From 0.
-        count (`int`): Number of shards.
-    """
-
-    index: int = 0
+    index: int = 0  # from 0
     count: int = 1
 
     def __post_init__(self):
@@ -196,11 +176,10 @@ class AnswerFolder:
     The folder of one run.
 
     Args:
-        folder (`str` or `os.PathLike`)
         identity (`dict`): What the answers depend on (benchmark, model, data, settings), as JSON.
 
     Raises:
-        ValueError: the folder belongs to another run, which has answers or is running; the differences are named.
+        ValueError: the folder has answers of another run; the differences are named.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: dict):
@@ -210,10 +189,10 @@ class AnswerFolder:
         self._claim()
 
     def _claim(self) -> None:
-        """Takes the folder if it belongs to no run with answers or with a running process."""
+        """Takes the folder if no run has answers in it."""
         run_file = self.folder / RUN_NAME
         with locked_file(self.folder / f".{RUN_NAME}.lock", wait=True):
-            if not run_file.is_file() or not self._is_in_use():
+            if not run_file.is_file() or not any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
                 write_atomic(run_file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n", sync=True)
             before = json.loads(run_file.read_text("utf-8"))
         if different := _differences(before, self.identity):
@@ -221,15 +200,6 @@ class AnswerFolder:
                 f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "
                 "the folder."
             )
-
-    def _is_in_use(self) -> bool:
-        if any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
-            return True
-        for path in self.folder.glob(".answers*.jsonl.lock"):
-            with locked_file(path) as is_free:
-                if not is_free:
-                    return True
-        return False
 
     def answers(self) -> dict[str, dict]:
         """All answers so far, of every shard, by id."""
@@ -239,17 +209,10 @@ class AnswerFolder:
                 found.setdefault(row["id"], row)
         return found
 
-    def run(
-        self, samples: list[dict], shard: Shard, answer_many: Callable[[list[dict]], Iterable], progress: bool = True
-    ) -> None:
+    def run(self, samples: list[dict], shard: Shard, answer_many: Callable[[list[dict]], Iterable]) -> None:
         """
-        Answers what this shard has not answered yet.
-
-        Args:
-            samples (`list[dict]`): All samples, as [`LlavaPredictor.answer_many`] takes them; ids are strings.
-            shard ([`Shard`])
-            answer_many: Gives an [`Answer`] for each of the samples, in any order. Called only if there is work.
-            progress (`bool`): Show a bar.
+        Answers those of all `samples` that this shard has not answered yet. `answer_many` gives an [`Answer`] for each, in any
+        order; it is called only if there is work.
         """
         from tqdm import tqdm
 
@@ -260,12 +223,14 @@ class AnswerFolder:
         if done:
             logger.warning("%s has %d of %d answers; resuming.", self.folder, len(done), len(samples))
         path = self.folder / shard.file_name
-        bar = tqdm(total=len(todo), desc="answers", unit="", disable=not progress or None)
+        bar = tqdm(total=len(todo), desc="answers", unit="", disable=None)
         with open(path, "ab") as file, bar:
             text = path.read_bytes()
             if not text.endswith(b"\n"):  # the process died while it wrote; that sample is answered again
                 file.truncate(text.rfind(b"\n") + 1)
-            for answer in answer_many(todo):
+            for number, answer in enumerate(answer_many(todo)):
+                if number == 0:
+                    self._claim()  # a run with other settings may have answered while this one loaded its model
                 row = {
                     "id": answer.id,
                     "text": answer.text,
@@ -279,12 +244,7 @@ class AnswerFolder:
 
     @contextlib.contextmanager
     def lock_shard(self, shard: Shard) -> Iterator[None]:
-        """
-        Locks this shard of the run.
-
-        Raises:
-            OSError: another process works on it.
-        """
+        """Locks this shard of the run; an `OSError` says that another process works on it."""
         with locked_file(self.folder / f".{shard.file_name}.lock") as is_mine:
             if not is_mine:
                 part = "this run" if shard.count == 1 else f"shard {shard.index + 1} of {shard.count} of this run"
@@ -292,7 +252,6 @@ class AnswerFolder:
                     f"{self.folder}: another process is at {part} now. Wait for it, stop it, or give another --out. "
                     "Processes divide a run by --shard 1/2 and --shard 2/2."
                 )
-            self._claim()  # a run with other settings may have taken the folder before this lock
             yield
 
     def lock_scoring(self) -> contextlib.AbstractContextManager[bool]:
@@ -310,18 +269,15 @@ def evaluate(
     batch_size: int | None = None,
     decoding: dict | None = None,
     partial: bool = False,
-    progress: bool = True,
 ) -> dict | None:
     """
     Answers a benchmark and scores it; resumes a run in the same folder.
 
     Args:
-        benchmark ([`Benchmark`])
         make_predictor (`Callable[[], LlavaPredictor]`): Loads the model; called only if samples are left to answer.
         out (`str` or `Path`): The run's folder.
         model (`dict`): From [`describe_model`].
         shard ([`Shard`], *optional*): What this process answers. The process that finishes last scores all.
-        batch_size (`int`, *optional*): As in [`LlavaPredictor.answer_many`]; does not change answers.
         decoding (`dict`, *optional*): Fields of [`DecodingSettings`].
         partial (`bool`, defaults to `False`): Score although some samples have no answer.
 
@@ -349,7 +305,7 @@ def evaluate(
 
     shard = shard or Shard()
     with folder.lock_shard(shard):
-        folder.run(benchmark.samples, shard, answer_many, progress)
+        folder.run(benchmark.samples, shard, answer_many)
         answers = folder.answers()
         answered = [sample["id"] for sample in benchmark.samples if sample["id"] in answers]
         if len(answered) < len(benchmark.samples) and not partial:
@@ -361,17 +317,10 @@ def evaluate(
                 return None
             scored = benchmark.score({sample_id: answers[sample_id]["text"] for sample_id in answered})
             scored.counts["cut_at_max_new_tokens"] = sum(answers[i]["finish_reason"] == "length" for i in answered)
-            results = make_results(
-                benchmark.name,
-                scored,
-                model=model,
-                data=data,
-                settings=settings,
-                total=benchmark.whole,
-                answered=len(answered),
+            whole, number = benchmark.whole, len(answered)
+            return write_results(
+                out, benchmark.name, scored, model=model, data=data, settings=settings, total=whole, answered=number
             )
-            write_results(folder.folder, results, scored.rows)
-            return results
 
 
 def _differences(before: dict, now: dict, path: str = "") -> list[str]:

@@ -34,29 +34,16 @@ class EvaluationCallback(TrainerCallback):
     to `benchmarks.jsonl`. Training itself is not changed. Each process answers its shard of the samples; with weights that are
     sharded over processes (FSDP, ZeRO-3) none can, which raises before the first step.
 
-    Args:
-        benchmarks (`Sequence[Benchmark]`): Slices: [`Benchmark.first`]`(200)`.
-        batch_size (`int`, *optional*): As in [`LlavaPredictor.answer_many`].
-        max_new_tokens (`int`, *optional*): Of an answer; each benchmark's own by default.
-
     In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python:
 
     ```python
-    >>> from modeling_llava.evaluation import pope
-    >>> from modeling_llava.evaluation.callback import EvaluationCallback
-    >>> from modeling_llava.training import train
-
     >>> questions = pope.read_questions(["coco_pope_random.json"])
     >>> slices = [pope.make_benchmark(questions, "val2014").first(200)]
     >>> train("finetune.yaml", callbacks=[EvaluationCallback(slices)])
     ```"""
 
-    def __init__(
-        self, benchmarks: Sequence[Benchmark], batch_size: int | None = None, max_new_tokens: int | None = None
-    ):
+    def __init__(self, benchmarks: Sequence[Benchmark]):
         self.benchmarks = list(benchmarks)
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
         if getattr(args, "is_sharded", False):
@@ -103,10 +90,9 @@ class EvaluationCallback(TrainerCallback):
         with predictor_in_training(args, model, processor) as predictor:
             answered = predictor.answer_many(
                 shard,
-                batch_size=self.batch_size,
                 image_folder=benchmark.image_folder,
                 follow_symlinks=benchmark.follow_symlinks,
-                max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
+                max_new_tokens=benchmark.max_new_tokens,
             )
             pairs = [(answer.id, answer.text) for answer in answered]
         return dict(gather_object(pairs))
@@ -122,13 +108,11 @@ class SampleAnswersCallback(TrainerCallback):
 
     Args:
         num_samples (`int`, *optional*, defaults to 8): Samples, spread over the evaluation data; the first ones of a stream.
-        max_new_tokens (`int`, *optional*, defaults to 128): Of an answer.
         is_sharded (`bool`, *optional*, defaults to `False`): Whether the weights are sharded over processes.
     """
 
-    def __init__(self, num_samples: int = 8, max_new_tokens: int = 128, is_sharded: bool = False):
+    def __init__(self, num_samples: int = 8, is_sharded: bool = False):
         self.num_samples = num_samples
-        self.max_new_tokens = max_new_tokens
         self.is_sharded = is_sharded
         self.answered: dict[int, list[tuple[str, str, str]]] = {}  # step → question, reference, answer
 
@@ -142,7 +126,7 @@ class SampleAnswersCallback(TrainerCallback):
         samples = spread(eval_dataloader.dataset, self.num_samples)
         questions = [_first_question(sample, str(number)) for number, sample in enumerate(samples)]
         with predictor_in_training(args, model, processing_class) as predictor:
-            found = predictor.answer_many(questions, do_sample=False, max_new_tokens=self.max_new_tokens)
+            found = predictor.answer_many(questions, do_sample=False, max_new_tokens=128)
             answers = {answer.id: answer.text for answer in found}
         rows = []
         for sample, question in zip(samples, questions):

@@ -11,6 +11,7 @@ punctuation; BLEU is sacrebleu's, lower case, tokenization 13a. Compare values a
 import os
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from ..data_engine.captions import read_captions as read_caption_rows
 from .benchmark import Benchmark, question_sample
@@ -21,12 +22,7 @@ QUESTION = "Describe the picture in one short sentence."
 
 
 def read_captions(annotations: str | os.PathLike) -> list[dict]:
-    """
-    `{"id", "image", "captions"}` of every image that has captions.
-
-    Raises:
-        ValueError: the file has none of the forms, or an image has no caption or one without a word.
-    """
+    """`{"id", "image", "captions"}` of every image; a `ValueError` names a file of another form or an image without a caption."""
     captions: dict[str, list[str]] = {}
     for row in read_caption_rows(annotations):
         captions.setdefault(row.image, []).extend(row.captions or [""])
@@ -44,12 +40,7 @@ def make_benchmark(
     question: str = QUESTION,
     files: Sequence[str | os.PathLike] = (),
 ) -> Benchmark:
-    """
-    Captioning as a [`Benchmark`].
-
-    Raises:
-        ImportError: `pycocoevalcap` or `sacrebleu` is not installed.
-    """
+    """Captioning as a [`Benchmark`]."""
     _scorers()  # raises before hours of answers are made
     return Benchmark(
         name="captions",
@@ -85,14 +76,14 @@ def score(images: list[dict], answers: dict[str, str]) -> Scored:
         }
         for image, value in zip(answered, per_image)
     ]
-    most = max((len(image["captions"]) for image in answered), default=0)
     # sacrebleu expects the first reference of all images, then the second, …; None where an image has fewer.
-    columns = [[dict(enumerate(image["captions"])).get(number) for image in answered] for number in range(most)]
+    columns = list(zip_longest(*(image["captions"] for image in answered)))
     said = [answers[image["id"]] for image in answered]
     bleu = sacrebleu.corpus_bleu(said, columns, lowercase=True).score if said else None
+    cider = [row["score"] for row in rows if row["score"] is not None]  # no shares: they can be above 1
     scores = {
         # CIDEr weighs words by how rare they are among the images: it is undefined for a single image.
-        "cider": score_of([row["score"] for row in rows if row["score"] is not None], is_share=False),
+        "cider": score_of(cider, [1.0] * len(cider)),
         "bleu4": {"value": bleu, "interval": None, "count": len(rows)},
     }
     versions = {"sacrebleu": sacrebleu.__version__, "tokenization": "13a, lower case"}

@@ -43,9 +43,7 @@ RETRY_PROMPT = (
 
 def parse_scores(review: str) -> tuple[float, float] | None:
     """
-    The two scores of a review, or `None`.
-
-    Two numbers from 1 to 10 at the beginning, with nothing else on their lines, or one labelled score for each answer.
+    The two scores of a review, or `None`: two numbers from 1 to 10 at the beginning, with nothing else on their lines, or one labelled score for each answer.
     `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`, `"8/9"`, `"0 11"` are not.
     """
     review = _MARKUP.sub("", review).strip()
@@ -62,12 +60,7 @@ def parse_scores(review: str) -> tuple[float, float] | None:
 
 
 def read_rules(path: str | Path | None = None) -> dict[str, dict[str, str]]:
-    """
-    What the judge is told, by category: `{category: {"role", "prompt"}}`, the published form. By default ours.
-
-    Raises:
-        ValueError: the file is not of that form.
-    """
+    """What the judge is told, by category: `{category: {"role", "prompt"}}`, the published form. By default ours."""
     path = path or Path(__file__).with_name("judge_rules.json")
     rules = read_json(path)
     for rule in rules.values() if isinstance(rules, dict) else [None]:
@@ -115,36 +108,23 @@ def rules_hash(rules: dict[str, dict[str, str]]) -> str:
 
 @dataclass
 class Asked:
-    """
-    What a language model replied.
+    """What a language model replied, by the task's id."""
 
-    Attributes:
-        replies (`dict[str, str]`): Accepted replies by the task's id.
-        rejected (`dict[str, str]`): Replies that were rejected for good, by the task's id.
-        refused (`dict[str, str]`): The endpoint's reason for each task that it refuses (too long, filtered); not asked again.
-        models (`list[str]`): The endpoint's names of the models that replied.
-        left_out (`set[str]`): Parameters that the endpoint does not take, and that were left out.
-        open (`int`): Tasks without any reply; the next run asks them again.
-        message (`str`): Why tasks are open, if they are.
-    """
-
-    replies: dict[str, str] = field(default_factory=dict)
-    rejected: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    models: list[str] = field(default_factory=list)
-    left_out: set[str] = field(default_factory=set)
-    open: int = 0
-    message: str = ""
+    replies: dict[str, str] = field(default_factory=dict)  # accepted
+    rejected: dict[str, str] = field(default_factory=dict)  # for good
+    refused: dict[str, str] = field(default_factory=dict)  # by the endpoint, with its reason; not asked again
+    models: set[str] = field(default_factory=set)  # that replied, as the endpoint names them
+    left_out: set[str] = field(default_factory=set)  # parameters that the endpoint does not take
+    open: int = 0  # tasks without any reply; the next run asks them again
+    message: str = ""  # why tasks are open
 
     def require_all(self, total: int, what: str, folder: Path, *, refused: bool = True, partial: bool = False) -> None:
         """
-        Args:
-            refused (`bool`): Refused requests raise too; else the caller counts them.
-            partial (`bool`): Any reply is enough.
+        With `partial`, any reply is enough.
 
         Raises:
             ConnectionError: tasks are open. Replies are kept.
-            ValueError: requests are refused; asking again does not change that.
+            ValueError: requests are refused (except without `refused`); asking again does not change that.
         """
         if partial and (self.replies or self.rejected):
             return
@@ -170,31 +150,20 @@ def ask_all(
     accept: Callable[[Task, Reply], Verdict] = lambda task, reply: Verdict(),
     settings: RunSettings | None = None,
     budget: Budget | None = None,
-    progress: bool = True,
 ) -> Asked:
     """
-    Asks what the ledger does not hold yet and returns all that it holds.
-
-    In the ledger a task's id ends with a hash of the whole request, and the ledger's name with one of the model's name: replies
-    are never reused for other prompts or another model.
-
-    Args:
-        tasks (`list[Task]`), model (`ChatModel`)
-        folder (`Path`), name (`str`): The ledger is `folder/name-<hash of the model's name>.jsonl`.
-        accept (`Callable[[Task, Reply], Verdict]`, *optional*): Accepts or rejects a reply; all are accepted by default.
-        settings, budget: Of the run.
-        progress (`bool`): Show a bar.
+    Asks what the ledger `folder/name-<hash of the model's name>.jsonl` does not hold yet and returns all that it holds. There a
+    task's id ends with a hash of the whole request: replies are never reused for other prompts or another model.
     """
     from tqdm import tqdm
 
-    asked_ids, asked_tasks = {}, []
+    asked_tasks = []
     for task in tasks:
         content = [task.messages, task.max_tokens, task.temperature, task.seed]
         asked_tasks.append(replace(task, id=f"{task.id}#{hash_json(content)[:12]}"))
-        asked_ids[asked_tasks[-1].id] = task.id
     with (
         Ledger(folder / f"{name}-{hash_json(model.name)[:8]}.jsonl") as ledger,
-        tqdm(total=len(tasks), desc=name, unit="", disable=not progress or None) as bar,
+        tqdm(total=len(tasks), desc=name, unit="", disable=None) as bar,
     ):
         bar.update(sum(ledger.state(task.id).final for task in asked_tasks))
         summary = run_tasks(
@@ -213,18 +182,16 @@ def ask_all(
             asked.message = f"Faults: {faults}."
         if summary.said and summary.said.partition(": ")[2] not in asked.message:
             asked.message += f" The endpoint said last: {summary.said}"
-        models = set()
-        for task_id, original in asked_ids.items():
-            state = ledger.state(task_id)
+        for task, asked_task in zip(tasks, asked_tasks):
+            state = ledger.state(asked_task.id)
             if not state.final:
                 asked.open += 1
                 continue
             event = ledger.reply_at(state.replies[-1])
             if event["reason"] == REFUSED:
-                asked.refused[original] = event["detail"]
+                asked.refused[task.id] = event["detail"]
                 continue
-            models.add(event["model"] or model.name)
+            asked.models.add(event["model"] or model.name)
             asked.left_out.update(event.get("left_out", ()))
-            (asked.replies if event["reason"] is None else asked.rejected)[original] = event["text"]
-        asked.models = sorted(models)
+            (asked.replies if event["reason"] is None else asked.rejected)[task.id] = event["text"]
     return asked

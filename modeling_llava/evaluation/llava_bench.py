@@ -52,23 +52,15 @@ LLAVA_BENCH_WILD = {
 
 @dataclass(frozen=True)
 class Question:
-    """
-    One question, the text that describes its image to the judge, and the reference answer.
-
-    Attributes:
-        id, image, category, text (`str`)
-        context (`str`): The image in words.
-        has_boxes (`bool`): Whether the context has boxes (COCO).
-        reference (`str`, *optional*): The language-only model's answer.
-    """
+    """One question, the text that describes its image to the judge, and the reference answer."""
 
     id: str
     image: str
     category: str
     text: str
-    context: str
-    has_boxes: bool
-    reference: str | None = None
+    context: str  # the image in words
+    has_boxes: bool  # whether the context has boxes (COCO)
+    reference: str | None = None  # the language-only model's answer
 
 
 def read_questions(
@@ -79,11 +71,7 @@ def read_questions(
 ) -> list[Question]:
     """
     Reads the three files and joins them; without `references` see [`ask_references`]. In `image_folder` images may have COCO's
-    names (`COCO_val2014_000000460149.jpg`).
-
-    Raises:
-        ValueError: a field is missing or of the wrong type, a question has no context or no reference, two questions have
-            the same id. File and row are named.
+    names (`COCO_val2014_000000460149.jpg`). A `ValueError` names file and row of what is missing or wrong.
     """
     context_of = {text_of(row, "image", place): _context(row, place) for row, place in read_rows(contexts)}
     reference_of = {}
@@ -157,23 +145,15 @@ def make_benchmark(
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """
-    How answers are judged.
+    """How answers are judged."""
 
-    Attributes:
-        rules (`dict`): From [`~judge.read_rules`].
-        both_orders (`bool`): Judge each pair a second time with the answers swapped, and take the mean: judges prefer one
-            side. Published results have the reference first only.
-        repeats (`int`): How often everything is judged; the spread is reported.
-        temperature (`float`, *optional*): Of the judge; 0.2 as in the published evaluation, `None` for the endpoint's default.
-        max_tokens (`int`): Longest review, in the judge's tokens.
-    """
-
-    rules: dict
+    rules: dict  # from `read_rules`
+    # Judge each pair a second time with the answers swapped, and take the mean: judges prefer one side. Published results
+    # have the reference first only.
     both_orders: bool = False
-    repeats: int = 1
-    temperature: float | None = 0.2
-    max_tokens: int = 1024
+    repeats: int = 1  # how often everything is judged; the spread is reported
+    temperature: float | None = 0.2  # as in the published evaluation; `None`: the endpoint's default
+    max_tokens: int = 1024  # of a review
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -186,18 +166,16 @@ class JudgeSettings:
 
 @dataclass
 class Reviews:
-    """
-    The judge's reviews.
-
-    Attributes:
-        asked ([`Asked`])
-        texts (`dict[tuple[str, int, str], str]`): Reviews by (question id, repeat, order), also those without scores.
-        pairs (`dict[tuple[str, int, str], tuple[float, float]]`): (reference, own) of those with scores.
-    """
+    """The judge's reviews, by [`review_id`]."""
 
     asked: Asked
-    texts: dict = field(default_factory=dict)
-    pairs: dict = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # also those without scores
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)  # (reference, own)
+
+
+def review_id(question: Question, repeat: int, order: str) -> str:
+    """The name of one review of a question."""
+    return f"{question.id}/{repeat}/{order}"
 
 
 def judge_answers(
@@ -210,33 +188,26 @@ def judge_answers(
     partial: bool = False,
     **asking: Any,
 ) -> Reviews:
-    """
-    Has every answered question with a reference reviewed; resumes. A review without a reply raises, except with `partial`.
-    `asking`: options of [`ask_all`].
-    """
-    keys, tasks = {}, []
+    """Has every answered question with a reference reviewed; resumes. `partial` and `asking` as in [`ask_references`]."""
+    tasks = []
     for question in questions:
         if question.id not in answers or question.reference is None:
             continue
         rule = rule_for(how.rules, question.category, question.has_boxes)
         for repeat in range(how.repeats):
+            # The seed makes repeats different requests, which a caching endpoint answers one by one.
+            sampling = {"temperature": how.temperature, "seed": repeat, "max_tokens": how.max_tokens}
             for order in how.orders:
-                first, second = question.reference, answers[question.id]
-                if order == SWAPPED:
-                    first, second = second, first
-                task_id = f"{question.id}/{repeat}/{order}"
-                keys[task_id] = (question.id, repeat, order)
-                # The seed makes repeats different requests, which a caching endpoint answers one by one.
-                sampling = {"temperature": how.temperature, "seed": repeat, "max_tokens": how.max_tokens}
-                tasks.append(review_task(task_id, question.text, question.context, first, second, rule, **sampling))
+                texts = [question.reference, answers[question.id]]
+                texts = texts[::-1] if order == SWAPPED else texts
+                name = review_id(question, repeat, order)
+                tasks.append(review_task(name, question.text, question.context, *texts, rule, **sampling))
     asked = ask_all(tasks, judge, folder, "reviews", accept=accept_review, **asking)
     asked.require_all(len(tasks), "reviews", folder, refused=False, partial=partial)
-    reviews = Reviews(asked)
-    for task_id, text in {**asked.replies, **asked.rejected}.items():
-        key = keys[task_id]
-        reviews.texts[key] = text
+    reviews = Reviews(asked, {**asked.replies, **asked.rejected})
+    for name, text in reviews.texts.items():
         if (pair := parse_scores(text)) is not None:
-            reviews.pairs[key] = pair[::-1] if key[2] == SWAPPED else pair
+            reviews.pairs[name] = pair[::-1] if name.endswith(SWAPPED) else pair
     return reviews
 
 
@@ -253,7 +224,7 @@ def score(
             continue
         valid = []
         for repeat in range(how.repeats):
-            pairs = [reviews.pairs.get((question.id, repeat, order)) for order in how.orders]
+            pairs = [reviews.pairs.get(review_id(question, repeat, order)) for order in how.orders]
             if None not in pairs:
                 valid.append(tuple(statistics.fmean(side) for side in zip(*pairs)))
                 per_repeat[repeat].append((question.category, *valid[-1]))
@@ -269,7 +240,7 @@ def score(
                 "score": own,
                 "out_of": reference,
                 "reviews": [
-                    {"repeat": repeat, "order": order, "text": reviews.texts.get((question.id, repeat, order))}
+                    {"repeat": repeat, "order": order, "text": reviews.texts.get(review_id(question, repeat, order))}
                     for repeat in range(how.repeats)
                     for order in how.orders
                 ],
@@ -292,7 +263,7 @@ def score(
     }
     described = {
         "name": judge.name,
-        "answered_by": reviews.asked.models,
+        "answered_by": sorted(reviews.asked.models),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "prompt_hash": rules_hash(how.rules),
         "both_orders": how.both_orders,
@@ -300,13 +271,6 @@ def score(
         "temperature": None if "temperature" in reviews.asked.left_out else how.temperature,
     }
     return Scored(rows, scores, "relative", counts, {"judge": described})
-
-
-def published_rows(name: str) -> dict[str, dict[str, float]]:
-    """Published results of a benchmark, by metric."""
-    table = LLAVA_BENCH_COCO if name == "llava-bench-coco" else LLAVA_BENCH_WILD
-    names = ["relative" if column == "all" else f"relative/{column}" for column in LLAVA_BENCH_COLUMNS]
-    return {row: dict(zip(names, values)) for row, values in table.items()}
 
 
 def _spread(repeats: list[list[tuple[str, float, float]]]) -> dict:

@@ -22,7 +22,7 @@ body { max-width: 64rem; margin: 0 auto; padding: 2rem 1rem; font: 15px/1.5 syst
 article { display: grid; grid-template-columns: minmax(0, 15rem) minmax(0, 1fr); gap: 1.25rem; padding: 1.25rem 0;
   border-top: 1px solid #8884; }
 img { max-width: 100%; border-radius: 8px; } p { margin: 0 0 .75rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-p b { display: block; font-size: .8rem; opacity: .65; } td { padding: .2rem .8rem .2rem 0; } summary { cursor: pointer; }
+p b { display: block; font-size: .8rem; opacity: .65; } pre { overflow-x: auto; } summary { cursor: pointer; }
 """
 
 
@@ -42,7 +42,7 @@ def write_bench_page(
     parts = [
         f"<p>Judge: {_escape(judge['name'])} ({_escape(', '.join(judge['answered_by']) or 'no reply')}), {judge['date']}, "
         f"prompts {judge['prompt_hash']}, {judge['repeats']} × {order}. Relative score: 100 · Σ own / Σ reference.</p>",
-        _table(markdown(compare([Run(name, results, [])]))),
+        f"<pre>{_escape(markdown(compare([Run(name, results, [])])))}</pre>",
     ]
 
     @functools.cache
@@ -104,15 +104,6 @@ def _text(name: str, text: str) -> str:
 
 def _points(score: float | None) -> str:
     return "no score" if score is None else f"{score:.1f}"
-
-
-def _table(text: str) -> str:
-    """The table and the remarks of [`report.markdown`] as HTML."""
-    lines = text.splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    cells = ["".join(f"<td>{_escape(cell.strip('*'))}</td>" for cell in row) for row in rows]
-    remarks = "".join(f"<li>{_escape(line[2:])}</li>" for line in lines if line.startswith("- "))
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table><ul>{remarks}</ul>"
 
 
 def _thumbnail(image: Image.Image) -> str:

@@ -24,10 +24,8 @@ ANSWER_RULE = (
 
 def read_questions(files: Sequence[str | os.PathLike]) -> list[dict]:
     """
-    The questions of all files; `category` is the row's, or the word of [`CATEGORIES`] in the file's name.
-
-    Raises:
-        ValueError: a field is missing or wrong, or there is no category. File and row are named.
+    The questions of all files; `category` is the row's, or the word of [`CATEGORIES`] in the file's name. A `ValueError` names
+    file and row of what is missing or wrong.
     """
     questions = []
     for path in files:

@@ -7,26 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..io.atomic import atomic_path
-from .llava_bench import published_rows
+from .llava_bench import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
 from .results import RESULTS_NAME, fingerprint, paired_difference, read_results
 from .scienceqa import SCIENCEQA, SCIENCEQA_COLUMNS
 
 
 COLOURS = ("#2f6f9f", "#d9822b", "#4f9d69", "#8b6bb1", "#c1554e", "#5d7b8a")
+PUBLISHED = {
+    "scienceqa": ("accuracy", SCIENCEQA_COLUMNS, SCIENCEQA),
+    "llava-bench-coco": ("relative", LLAVA_BENCH_COLUMNS, LLAVA_BENCH_COCO),
+    "llava-bench-in-the-wild": ("relative", LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD),
+}
 PUBLISHED_COLOUR = "#b9c0c9"
 
 
 @dataclass(frozen=True)
 class Run:
-    """
-    One evaluated run.
+    """One evaluated run, as in its folder."""
 
-    Attributes:
-        label (`str`): Its name in tables.
-        results (`dict`), rows (`list[dict]`): As in its folder.
-    """
-
-    label: str
+    label: str  # its name in tables
     results: dict
     rows: list[dict]
 
@@ -38,13 +37,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[str | os.PathLike], labels: Sequence[str] | None = None) -> list[Run]:
-    """
-    Reads runs. Labels are the folders' names by default, with their parents' where two are the same.
-
-    Raises:
-        ValueError: the labels are not as many as the runs, or not different.
-        FileNotFoundError, ValueError: see [`read_results`].
-    """
+    """Reads runs. Labels are the folders' names by default, with their parents' where two are the same."""
     folders = [Path(path).resolve() for path in paths]
     folders = [folder.parent if folder.suffix == ".json" else folder for folder in folders]
     if labels is None:
@@ -60,12 +53,8 @@ def read_runs(paths: Sequence[str | os.PathLike], labels: Sequence[str] | None =
 
 def compare(runs: Sequence[Run]) -> list[dict]:
     """
-    One comparison per benchmark, in the runs' order.
-
-    Returns:
-        `list[dict]`: `benchmark`, `primary_score`, `columns` (names of scores), `runs` (`label`, `model`, `scores`, `note`,
-        `counts`) and `differences`: each later run against the first one, over the samples that both have scored, with a
-        95 % interval and a p-value by paired bootstrap.
+    One comparison per benchmark, in the runs' order. Its `differences` are each later run against the first one, over the
+    samples that both have scored ([`paired_difference`]).
     """
     by_benchmark: dict[str, list[Run]] = {}
     for run in runs:
@@ -117,10 +106,9 @@ def _difference(first: Run, second: Run) -> dict:
 
 def published_for(benchmark: str) -> dict[str, dict[str, float]]:
     """Published rows of a benchmark, by score; empty for benchmarks without."""
-    if benchmark == "scienceqa":
-        names = ["accuracy" if column == "average" else f"accuracy/{column}" for column in SCIENCEQA_COLUMNS]
-        return {row: dict(zip(names, values)) for row, values in SCIENCEQA.items()}
-    return published_rows(benchmark) if benchmark.startswith("llava-bench") else {}
+    primary, columns, table = PUBLISHED.get(benchmark, ("", (), {}))
+    names = [primary if column in ("all", "average") else f"{primary}/{column}" for column in columns]
+    return {row: dict(zip(names, values)) for row, values in table.items()}
 
 
 def markdown(comparisons: Sequence[dict]) -> str:
@@ -178,17 +166,11 @@ def _sentence(difference: dict) -> str:
 
 
 def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = ()) -> None:
-    """
-    A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows in grey.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows in grey."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'modeling-llava[plots]'") from error
-    from matplotlib.figure import Figure
 
     primary, runs = comparison["primary_score"], comparison["runs"]
     columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
@@ -203,47 +185,35 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
     for number, run in enumerate(runs):
         scores = [run["scores"].get(column) or {"value": None} for column in columns]
         series.append((run["label"], COLOURS[number % len(COLOURS)], scores))
-    counts = {run["scores"][primary]["count"] for run in runs}
-    notes = [f"{run['label']}: {run['note']}" for run in runs if run["note"]]
-    note = "; ".join(notes) or f"{', '.join(map(str, sorted(counts)))} samples"
+    counts = ", ".join(sorted({str(run["scores"][primary]["count"]) for run in runs}))
+    note = "; ".join(f"{run['label']}: {run['note']}" for run in runs if run["note"]) or f"{counts} samples"
 
-    width = min(0.8 / len(series), 0.34)
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}):
-        inches = max(6.4, 0.9 * len(columns) * max(1.0, 0.32 * len(series)) + 1.2)
-        figure = Figure(figsize=(min(inches, 16), 4.4), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-        highest = 0.0
-        for number, (label, colour, scores) in enumerate(series):
-            drawn = [(column, score) for column, score in enumerate(scores) if score["value"] is not None]
-            values = [score["value"] for _, score in drawn]
-            ranges = [score.get("interval") or [score["value"]] * 2 for _, score in drawn]
-            # a bootstrap interval need not hold the value itself
-            below = [max(0.0, value - low) for value, (low, _) in zip(values, ranges)]
-            above = [max(0.0, high - value) for value, (_, high) in zip(values, ranges)]
-            offset = (number - (len(series) - 1) / 2) * width
-            bars = axes.bar(
-                [column + offset for column, _ in drawn],
-                values,
-                width * 0.92,
-                yerr=[below, above] if drawn else None,
-                color=colour,
-                label=label,
-                capsize=2.5,
-                zorder=2,
-            )
-            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8 if width > 0.18 else 6.5)
-            highest = max([highest, *(value + reach for value, reach in zip(values, above))])
-        axes.set_xticks(range(len(columns)), ["all" if name == primary else _title(name, primary) for name in columns])
-        axes.set_xlim(-0.55, len(columns) - 0.45)
-        axes.set_ylim(0, (highest or 1.0) * 1.14)
-        axes.set_ylabel("%")
-        axes.grid(axis="y", color="#e5e7eb", zorder=0)
-        figure.suptitle(f"{comparison['benchmark']}: {primary.replace('_', ' ')}", fontweight="bold")
-        axes.set_title(f"{note}; lines: 95 % intervals", fontsize=9)
-        if len(series) > 1:
-            figure.legend(loc="outside lower left", ncols=min(4, len(series)), frameon=False, fontsize=9)
-        with atomic_path(path) as partial:
-            figure.savefig(partial, format="png", metadata={"Software": None})
+    inches, width = 0.3 * len(columns) * len(series) + 2, min(0.8 / len(series), 0.34)
+    figure = Figure(figsize=(min(max(6.4, inches), 16), 4.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, colour, scores) in enumerate(series):
+        drawn = [(column, score) for column, score in enumerate(scores) if score["value"] is not None]
+        values = [score["value"] for _, score in drawn]
+        bounds = [score.get("interval") or [score["value"]] * 2 for _, score in drawn]
+        # a bootstrap interval need not hold the value itself
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds)]
+        above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds)]
+        places = [column + (number - (len(series) - 1) / 2) * width for column, _ in drawn]
+        errors = [below, above] if drawn else None
+        bars = axes.bar(places, values, width * 0.92, yerr=errors, color=colour, label=label, capsize=2.5, zorder=2)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=7)
+    axes.set_xticks(range(len(columns)), ["all" if name == primary else _title(name, primary) for name in columns])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("%")
+    axes.grid(axis="y", alpha=0.3, zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(
+        f"{comparison['benchmark']}: {primary.replace('_', ' ')}\n{note}; lines: 95 % intervals", fontsize=10
+    )
+    if len(series) > 1:
+        figure.legend(loc="outside lower left", ncols=min(4, len(series)), frameon=False, fontsize=9)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:

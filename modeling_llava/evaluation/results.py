@@ -48,38 +48,24 @@ _CHUNK = 2**22  # indices drawn at a time
 
 @dataclass
 class Scored:
+    """Answers with their scores."""
+
+    rows: list[dict]  # one per sample, as in `samples.jsonl`
+    scores: dict[str, dict]  # by name, from `score_of`
+    primary: str  # the score that is the mean of the rows' scores
+    counts: dict[str, int] = field(default_factory=dict)  # what went wrong, by reason
+    more: dict[str, Any] = field(default_factory=dict)  # further fields of `results.json`
+
+
+def score_of(scores: Sequence[float], out_of: Sequence[float] | None = None) -> dict:
     """
-    Answers with their scores.
-
-    Attributes:
-        rows (`list[dict]`): One per sample, as in `samples.jsonl`.
-        scores (`dict[str, dict]`): By name, from [`score_of`].
-        primary (`str`): The score that is the mean of the rows' scores.
-        counts (`dict[str, int]`): What went wrong, by reason.
-        more (`dict`): Further fields of `results.json`.
-    """
-
-    rows: list[dict]
-    scores: dict[str, dict]
-    primary: str
-    counts: dict[str, int] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-def score_of(scores: Sequence[float], out_of: Sequence[float] | None = None, is_share: bool = True) -> dict:
-    """
-    A score: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples.
-
-    Args:
-        scores, out_of: Of each sample; `out_of` is 1 by default.
-        is_share (`bool`, defaults to `True`): It cannot be above 100 %.
+    A score: `value` in percent (`None` without samples), its 95 % `interval`, and the `count` of samples. `out_of` is what
+    each sample can have; without it scores are shares, from 0 to 1.
     """
     total = len(scores) if out_of is None else sum(out_of)
-    if not total:
-        return {"value": None, "interval": None, "count": len(scores)}
-    bounds = interval(scores, out_of if is_share or out_of else [1.0] * len(scores))
+    bounds = interval(scores, out_of) if total else None
     return {
-        "value": 100 * sum(scores) / total,
+        "value": 100 * sum(scores) / total if total else None,
         "interval": None if bounds is None else [100 * bound for bound in bounds],
         "count": len(scores),
     }
@@ -128,10 +114,7 @@ def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray]) -> np.n
 
 def paired_difference(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> dict:
     """
-    Second minus first, in percentage points, on the same samples.
-
-    Args:
-        first, second (`list[tuple[float, float]]`): (score, out of) of each sample, in the same order.
+    Second minus first, in percentage points, on the same samples, of each of which (score, out of) is given.
 
     Returns:
         `dict`: `difference`; `interval`, 95 %, by a bootstrap that draws the same samples for both; `p_value`, two-sided: twice
@@ -155,12 +138,20 @@ def paired_difference(first: Sequence[tuple[float, float]], second: Sequence[tup
     }
 
 
-def make_results(
-    benchmark: str, scored: Scored, *, model: dict, data: dict, settings: dict, total: int, answered: int
+def write_results(
+    folder: str | os.PathLike,
+    benchmark: str,
+    scored: Scored,
+    *,
+    model: dict,
+    data: dict,
+    settings: dict,
+    total: int,
+    answered: int,
 ) -> dict:
-    """The content of `results.json`."""
+    """Writes `samples.jsonl`, then `results.json`, the content of which it returns."""
     num_scored = sum(row["score"] is not None for row in scored.rows)
-    return {
+    results = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
         "model": model,
@@ -176,15 +167,12 @@ def make_results(
         "counts": scored.counts,
         **scored.more,
     }
-
-
-def write_results(folder: str | os.PathLike, results: dict, rows: Iterable[dict]) -> None:
-    """Writes `samples.jsonl`, then `results.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored.rows)
     write_atomic(folder / SAMPLES_NAME, lines, sync=True)
     write_atomic(folder / RESULTS_NAME, json.dumps(results, indent=2, ensure_ascii=False) + "\n", sync=True)
+    return results
 
 
 def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
@@ -225,12 +213,7 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
 
 
 def read_rows(path: str | os.PathLike) -> list[tuple[dict, str]]:
-    """
-    The objects of JSON lines or of a JSON array, each with its place for errors (file and line, or row from 0).
-
-    Raises:
-        ValueError: something is not a JSON object; its place is named.
-    """
+    """The objects of JSON lines or of a JSON array, each with its place for errors (file and line, or row from 0)."""
     rows = JsonRows(Path(path))
     found = [(row, rows.where(index)) for index, row in enumerate(rows)]
     for row, place in found:

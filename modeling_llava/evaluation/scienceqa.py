@@ -62,24 +62,15 @@ SCIENCEQA_ABLATIONS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """
-    One question.
-
-    Attributes:
-        id (`str`), split (`str`)
-        question, hint, lecture, solution (`str`): Text; all but the question may be empty. The hint is the context.
-        choices (`tuple[str, ...]`), answer (`int`): The right choice is `choices[answer]`.
-        image: A path relative to the image folder, a `PIL.Image.Image`, or `None`.
-        subject (`str`), grade (`int`)
-    """
+    """One question."""
 
     id: str
     split: str
     question: str
     choices: tuple[str, ...]
-    answer: int
-    hint: str = ""
-    image: Any = None
+    answer: int  # the index of the right choice
+    hint: str = ""  # the context
+    image: Any = None  # a path relative to the image folder, or a `PIL.Image.Image`
     lecture: str = ""
     solution: str = ""
     subject: str = ""
@@ -99,8 +90,7 @@ def read_problems(
     `<split>/<id>/image.png` or `<id>/image.png`; without it images keep the official path.
 
     Raises:
-        ValueError: a file is not of its form, the split is unknown or names an unknown problem, a problem has a missing or
-            wrong field. File and problem are named.
+        ValueError: a file, the split or a field of a problem is wrong; file and problem are named.
         FileNotFoundError: a file or images are missing.
     """
     by_id, split_ids = read_json(problems), read_json(splits)
@@ -150,15 +140,7 @@ def question_text(problem: Problem, order: str = "QCM") -> str:
 
 
 def direct_question(problem: Problem) -> str:
-    """
-    What LLaVA-1.5 is asked: the context if there is one, the question, a choice per line, and the instruction.
-
-        Context: Sing, O goddess, the anger of Achilles …
-        Which figure of speech is used in this text?
-        A. chiasmus
-        B. apostrophe
-        Answer with the option's letter from the given choices directly.
-    """
+    """What LLaVA-1.5 is asked: the context if there is one, the question, a choice per line ("A. …"), and the instruction."""
     context = [f"Context: {problem.hint.strip()}"] if problem.hint.strip() else []
     choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem.choices)]
     return single_spaced("\n".join([*context, problem.question, *choices, DIRECT_ANSWER]))
@@ -175,12 +157,7 @@ def single_spaced(text: str) -> str:
 
 
 def split_order(order: str) -> tuple[str, str]:
-    """
-    `"QCM-LEA"` → (`"QCM"`, `"LEA"`).
-
-    Raises:
-        ValueError: it is not a published order.
-    """
+    """`"QCM-LEA"` → (`"QCM"`, `"LEA"`); a `ValueError` if it is not a published order."""
     given, _, learned = order.partition("-")
     if given not in INPUT_ORDERS or learned not in OUTPUT_ORDERS:
         raise ValueError(
@@ -212,19 +189,12 @@ def answer_text(problem: Problem, order: str = "LEA") -> str:
 
 
 def to_llava_rows(problems: Iterable[Problem], order: str) -> Iterator[dict]:
-    """
-    Rows of LLaVA's JSON; image paths are relative to the image folder.
-
-    Raises:
-        ValueError: an unknown order; an image that is not a path (write the Hub dataset's images to files first).
-    """
+    """Rows of LLaVA's JSON; image paths are relative to the image folder."""
     given, learned = split_order(order)
     for problem in problems:
         row: dict = {"id": problem.id}
         question = question_text(problem, given)
         if problem.image is not None:
-            if not isinstance(problem.image, str):
-                raise ValueError(f"problem {problem.id!r} has its image embedded; give --images to write it there.")
             row["image"] = problem.image
             question = f"{question}\n<image>"
         row["conversations"] = [
@@ -254,10 +224,8 @@ def columns_of(problem: Problem) -> list[str]:
 
 def score(problems: list[Problem], answers: dict[str, str]) -> Scored:
     """
-    Accuracy in every column, over the problems that have an answer.
-
-    An answer that names no choice, or one that does not exist, is wrong; both are counted (`counts["unparsed"]`,
-    `counts["invalid_letter"]`).
+    Accuracy in every column, over the problems that have an answer. An answer that names no choice, or one that does not
+    exist, is wrong and counted.
     """
     rows = []
     for problem in problems:
@@ -299,10 +267,7 @@ def make_benchmark(
         name="scienceqa",
         samples=[to_sample(problem, order, direct) for problem in problems],
         score=lambda answers: score(problems, answers),
-        data={
-            "files": hash_files(files),
-            "split": ", ".join(sorted({problem.split for problem in problems})),
-        },
+        data={"files": hash_files(files), "split": ", ".join(sorted({problem.split for problem in problems}))},
         settings={"order": "direct" if direct else order, "answer_rule": ANSWER_RULE},
         image_folder=None if image_folder is None else os.fspath(image_folder),
         max_new_tokens=16 if direct else 1024,
@@ -310,41 +275,28 @@ def make_benchmark(
 
 
 def _problem(problem_id: str, row: dict, source: str) -> Problem:
-    def wrong(what: str) -> ValueError:
-        return ValueError(f"{source}: problem {problem_id!r} {what}.")
-
-    missing = [name for name in ("question", "choices", "answer") if name not in row]
-    if missing:
-        raise wrong(f"has no {', '.join(missing)}; its fields are {', '.join(row)}")
-    choices, answer = row["choices"], row["answer"]
-    if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
-        raise wrong(f"has choices that are not a list of strings: {choices!r}")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise wrong(f"has {len(choices)} choices; 2 to {len(LETTERS)} are possible")
-    if not isinstance(answer, int) or answer not in range(len(choices)):
-        raise wrong(
-            f"has the answer {answer!r}, which is not the number of one of its {len(choices)} choices (from 0)"
-        )
-    texts = {name: row.get(name) or "" for name in ("question", "hint", "lecture", "solution", "subject", "grade")}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise wrong(f"has a {name} that is not text: {text!r}")
-    grade = texts.pop("grade")
-    number = re.fullmatch(r"grade\s*(\d+)", grade)
-    if grade and number is None:
-        raise wrong(f"has the grade {grade!r}; it should be like 'grade7'")
+    choices, answer, grade = row.get("choices"), row.get("answer"), row.get("grade") or ""
+    texts = {name: row.get(name) or "" for name in ("question", "hint", "lecture", "solution", "subject")}
+    has_choices = isinstance(choices, (list, tuple)) and all(isinstance(choice, str) for choice in choices)
+    number = re.fullmatch(r"(?:grade\s*(\d+))?", grade) if isinstance(grade, str) else None
+    is_right = {
+        "choices": has_choices and 2 <= len(choices) <= len(LETTERS),
+        "answer": has_choices and isinstance(answer, int) and answer in range(len(choices)),
+        "grade": number is not None,
+        **{name: isinstance(text, str) for name, text in texts.items()},
+        "question": isinstance(texts["question"], str) and texts["question"].strip(),
+    }
+    for name, right in is_right.items():
+        if not right:
+            raise ValueError(
+                f"{source}: problem {problem_id!r} has {name} = {row.get(name)!r}. 'choices' are 2 to {len(LETTERS)} texts, "
+                "'answer' is the number of the right one (from 0), 'grade' is like 'grade7', the rest is text."
+            )
     split, image = str(row.get("split") or ""), row.get("image")
     if isinstance(image, str):
         image = "/".join(filter(None, (split, problem_id, image)))
-    return Problem(
-        id=problem_id,
-        split=split,
-        choices=tuple(choices),
-        answer=answer,
-        image=image or None,
-        grade=int(number[1]) if number else 0,
-        **texts,
-    )
+    grade = int(number[1] or 0)
+    return Problem(problem_id, split, choices=tuple(choices), answer=answer, image=image or None, grade=grade, **texts)
 
 
 def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:

@@ -95,19 +95,15 @@ def score_with_language_model(
     **asking: Any,
 ) -> dict[str, Scored]:
     """
-    Scores of the language-only model alone and of both ensembles.
+    Scores of the language-only model alone and of both ensembles: `"language"`, `"complement"`, `"judge"`, over the same problems.
 
     Args:
-        problems (`list[Problem]`), own (`dict[str, str]`): LLaVA's answers by the problem's id.
-        model (`ChatModel`): The language-only model.
-        folder (`Path`): Folder of the ledgers.
+        own (`dict[str, str]`): LLaVA's answers by the problem's id.
+        folder (`Path`): Of the ledgers.
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
         partial (`bool`): Leave out problems without a reply, which raise otherwise ([`Asked.require_all`]).
         asking: Options of [`ask_all`].
-
-    Returns:
-        `dict[str, Scored]`: `"language"`, `"complement"`, `"judge"`, over the same problems.
     """
     problems = [problem for problem in problems if problem.id in own]
 
@@ -131,9 +127,9 @@ def score_with_language_model(
     }
     scored = {name: score(problems, texts) for name, texts in answers.items()}
     for one in scored.values():
-        one.more = {"answered_by": language.models, "no_reply": no_reply + len(undecided)}
+        one.more = {"answered_by": sorted(language.models), "no_reply": no_reply + len(undecided)}
     judged = [problem for problem in problems if problem.id in verdicts.replies]
     unread = [p for p in judged if parse_answer(verdicts.replies[p.id], len(p.choices)) is None]
     scored["judge"].counts |= {"judged": len(judged), "verdict_unparsed": len(unread)}
-    scored["judge"].more["answered_by"] = verdicts.models
+    scored["judge"].more["answered_by"] = sorted(verdicts.models)
     return scored

@@ -80,16 +80,9 @@ def read_questions(
     image_name: str | None = None,
 ) -> list[dict]:
     """
-    Questions with the people's answers: `{"id", "image", "text", "answers", "category"}`.
-
-    Args:
-        questions (`str` or `os.PathLike`): JSONL, or an official file.
-        annotations (`str` or `os.PathLike`, *optional*): Where the answers are, if not with the questions.
-        image_name (`str`, *optional*):
-            Image name for an `image_id` of official files. By default COCO's (val2014) for VQAv2, else `{image_id}.jpg`.
-
-    Raises:
-        ValueError: a file of another form, a missing or wrong field, or a question without an answer. File and row are named.
+    Questions with the people's answers: `{"id", "image", "text", "answers", "category"}`. `annotations` has the answers if they
+    are not with the questions; `image_name` is that of an `image_id`, by default COCO's (val2014) for VQAv2, else
+    `{image_id}.jpg`. A `ValueError` names file and row of what is missing or wrong.
     """
     read = _rows(questions, image_name)
     if annotations is not None:

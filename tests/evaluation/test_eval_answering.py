@@ -24,14 +24,16 @@ def samples_of(number, images=0):
     ]
 
 
+TEXT = "answer {}: a\u2028b\u2029c\x85d\x0be\r\nf"  # every kind of line break
+
+
 def answer_all(samples):
     for sample in samples:
-        yield Answer(sample["id"], f"answer {sample['id']}", 3, "stop")
+        yield Answer(sample["id"], TEXT.format(sample["id"]), 3, "stop")
 
 
-def test_answers_are_gone_on_with(tmp_path):
-    folder = AnswerFolder(tmp_path, {"benchmark": "x"})
-    asked = []
+def test_answers_are_resumed(tmp_path):
+    folder, asked = AnswerFolder(tmp_path, {"benchmark": "x"}), []
 
     def until_killed(samples):
         for answer in answer_all(samples):
@@ -41,35 +43,25 @@ def test_answers_are_gone_on_with(tmp_path):
             yield answer
 
     with pytest.raises(KeyboardInterrupt):
-        folder.run(samples_of(10), Shard(), until_killed, progress=False)
+        folder.run(samples_of(10), Shard(), until_killed)
     assert set(folder.answers()) == {"0", "1", "2", "3"}
     again = AnswerFolder(tmp_path, {"benchmark": "x"})
-    again.run(samples_of(10), Shard(), lambda samples: answer_all(asked.append(samples) or samples), progress=False)
+    again.run(samples_of(10), Shard(), lambda samples: answer_all(asked.append(samples) or samples))
     assert [sample["id"] for sample in asked[-1]] == [str(n) for n in range(4, 10)]
-    assert {i: row["text"] for i, row in again.answers().items()} == {str(n): f"answer {n}" for n in range(10)}
-    again.run(samples_of(10), Shard(), lambda samples: pytest.fail("everything is answered"), progress=False)
-
-
-def test_answers_with_every_kind_of_line_break_are_read_again(tmp_path):
-    from modeling_llava.inference.predictor import Answer
-
-    text = "a\u2028b\u2029c\x85d\x0be\r\nf"
-    folder = AnswerFolder(tmp_path, {"run": 1})
-    samples = [{"id": "x", "messages": [], "images": []}]
-    folder.run(samples, Shard(), lambda todo: [Answer(s["id"], text, 1, "stop") for s in todo], progress=False)
-    assert folder.answers()["x"]["text"] == text
+    assert {i: row["text"] for i, row in again.answers().items()} == {str(n): TEXT.format(n) for n in range(10)}
+    again.run(samples_of(10), Shard(), lambda samples: pytest.fail("everything is answered"))
 
 
 def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
     folder = AnswerFolder(tmp_path, {})
-    folder.run(samples_of(3), Shard(), answer_all, progress=False)
+    folder.run(samples_of(3), Shard(), answer_all)
     whole = (tmp_path / "answers.jsonl").read_bytes()
     (tmp_path / "answers.jsonl").write_bytes(whole[:-9])
     assert set(folder.answers()) == {"0", "1"}
     assert (tmp_path / "answers.jsonl").read_bytes() == whole[
         :-9
     ]  # reading changes nothing: another process may write
-    folder.run(samples_of(3), Shard(), answer_all, progress=False)
+    folder.run(samples_of(3), Shard(), answer_all)
     assert (tmp_path / "answers.jsonl").read_bytes() == whole
     (tmp_path / "answers.jsonl").write_bytes(b"{broken}\n" + whole)
     with pytest.raises(ValueError, match="answers.jsonl has a line that is not JSON"):
@@ -80,17 +72,16 @@ def test_folder_keeps_to_one_run(tmp_path):
     one = {"model": {"name": "a", "fingerprint": "1"}, "settings": {"limit": 3}}
     other = {"model": {"name": "b", "fingerprint": "1"}, "settings": {}}
     first, second = AnswerFolder(tmp_path, one), AnswerFolder(tmp_path, other)  # nothing was answered yet
-    refused = pytest.raises(ValueError, match='another run: model.name was "b", is "a"; settings.limit was null, is 3')
-    with second.lock_shard(Shard(1, 2)), refused:  # it is loading the model
+    second.run(samples_of(2), Shard(1, 2), answer_all)
+    refused = 'another run: model.name was "b", is "a"; settings.limit was null, is 3'
+    with pytest.raises(ValueError, match=refused):
         AnswerFolder(tmp_path, one)
-    with second.lock_shard(Shard(1, 2)), refused, first.lock_shard(Shard(0, 2)):
-        pass
-    AnswerFolder(tmp_path, other).run(samples_of(2), Shard(1, 2), answer_all, progress=False)
-    with refused:
-        AnswerFolder(tmp_path, one)
+    with pytest.raises(ValueError, match=refused):  # it was loading its model meanwhile
+        first.run(samples_of(2), Shard(0, 2), answer_all)
+    assert not first.answers().keys() - second.answers().keys()
 
 
-def test_shards_part_the_samples_and_keep_images_together():
+def test_shards_divide_the_samples_and_keep_images_together():
     samples = samples_of(20, images=7)
     parts = [Shard(i, 3).select(samples) for i in range(3)]
     assert sorted(int(sample["id"]) for part in parts for sample in part) == list(range(20))
@@ -145,7 +136,7 @@ def test_the_same_command_twice_at_once_is_refused(tmp_path):
     def score(answers):
         entered.append(answers)
         with pytest.raises(OSError, match="another process is at this run now.*--shard"):
-            evaluate(benchmark, lambda: pytest.fail("a model is loaded"), tmp_path, model={}, progress=False)
+            evaluate(benchmark, lambda: pytest.fail("a model is loaded"), tmp_path, model={})
         with AnswerFolder(tmp_path, identity).lock_shard(Shard(0, 2)):
             pass
         return Scored([{"id": i, "score": 1.0} for i in answers], {"accuracy": score_of([1.0])}, "accuracy")
@@ -157,8 +148,8 @@ def test_the_same_command_twice_at_once_is_refused(tmp_path):
     benchmark = Benchmark("x", samples_of(2), score)
     settings = {"max_new_tokens": 512}
     identity = {"benchmark": "x", "model": {}, "data": benchmark.data_identity(), "settings": settings}
-    assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]
-    assert evaluate(benchmark, Predictor, tmp_path, model={}, progress=False)["complete"]  # nothing holds it any more
+    assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]
+    assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]  # nothing holds it any more
     assert len(entered) == 2
 
 
@@ -179,7 +170,7 @@ def command(files, model_folder, out, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
-def test_killed_command_goes_on_and_gives_the_same(pope_files, model_folder):
+def test_killed_command_resumes_and_gives_the_same(pope_files, model_folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=environment)
     out = pope_files / "killed"

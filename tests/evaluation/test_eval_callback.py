@@ -1,6 +1,7 @@
 """Benchmarks during training: scores at every evaluation, and a run that is not changed by them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,8 @@ def benchmarks(tmp_path):
         for n in range(6)
     ]
     short = [{"id": "1", "image": "0.png", "text": "What?", "answers": ["cat"], "category": None}]
-    return [pope.make_benchmark(questions, tmp_path).first(4), vqa.make_benchmark(short, tmp_path)]
+    both = [pope.make_benchmark(questions, tmp_path).first(4), vqa.make_benchmark(short, tmp_path)]
+    return [replace(benchmark, max_new_tokens=3) for benchmark in both]
 
 
 def train(output, processor, callbacks, steps=4):
@@ -42,7 +44,7 @@ def train(output, processor, callbacks, steps=4):
 
 def test_scores_are_metrics_of_every_evaluation(tmp_path, benchmarks):
     processor = tiny_processor()
-    trainer = train(str(tmp_path / "run"), processor, [EvaluationCallback(benchmarks, max_new_tokens=3)])
+    trainer = train(str(tmp_path / "run"), processor, [EvaluationCallback(benchmarks)])
     logged = [entry for entry in trainer.state.log_history if "eval_pope_accuracy" in entry]
     assert [entry["step"] for entry in logged] == [2, 4]
     assert all(0 <= entry["eval_pope_accuracy"] <= 100 and "eval_vqa_exact_match" in entry for entry in logged)
@@ -55,7 +57,7 @@ def test_scores_are_metrics_of_every_evaluation(tmp_path, benchmarks):
 
 def test_training_is_the_same_with_and_without(tmp_path, benchmarks):
     processor = tiny_processor()
-    with_scores = train(str(tmp_path / "a"), processor, [EvaluationCallback(benchmarks, max_new_tokens=3)])
+    with_scores = train(str(tmp_path / "a"), processor, [EvaluationCallback(benchmarks)])
     without = train(str(tmp_path / "b"), processor, [])
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (with_scores, without)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
@@ -63,14 +65,13 @@ def test_training_is_the_same_with_and_without(tmp_path, benchmarks):
         assert torch.equal(first, second)
 
 
-def test_modes_are_set_back(tmp_path, benchmarks):
+def test_modes_are_restored(tmp_path, benchmarks):
     processor = tiny_processor()
     model = tiny_llava(processor).train()
     model.model.vision_tower.eval()
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(model, arguments, processing_class=processor)
-    callback = EvaluationCallback(benchmarks[:1], max_new_tokens=2)
-    callback.on_evaluate(arguments, trainer.state, None, {}, model=model, processing_class=processor)
+    EvaluationCallback(benchmarks[:1]).on_evaluate(arguments, trainer.state, None, {}, model, processor)
     assert model.training and not model.model.vision_tower.training
 
 
@@ -90,7 +91,7 @@ def test_processes_share_the_samples_and_all_know_the_scores(tmp_path, benchmark
         args = SimpleNamespace(
             output_dir=str(tmp_path / str(rank)), process_index=rank, world_size=2, bf16=False, fp16=False
         )
-        callback = EvaluationCallback(benchmarks[:1], max_new_tokens=2)
+        callback = EvaluationCallback(benchmarks[:1])
         callback.on_evaluate(args, state, None, metrics[rank], model=model, processing_class=processor)
     assert [sorted(sample for sample, _ in share) for share in shares] == [
         ["random/1", "random/3"],

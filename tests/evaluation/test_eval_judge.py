@@ -105,7 +105,7 @@ def own_is_second(messages):
 
 def judged(model, tmp_path, partial=False, **how):
     how = JudgeSettings(read_rules(), **how)
-    reviews = judge_answers(QUESTIONS, ANSWERS, model, tmp_path, how, settings=FAST, partial=partial, progress=False)
+    reviews = judge_answers(QUESTIONS, ANSWERS, model, tmp_path, how, settings=FAST, partial=partial)
     return score(QUESTIONS, ANSWERS, reviews, model, how)
 
 
@@ -184,7 +184,7 @@ def test_repeats_give_mean_and_spread(scripted, tmp_path):
         JudgeSettings({}, repeats=0)
 
 
-def test_judge_that_is_down_gives_no_score_and_is_gone_on_with(scripted, tmp_path):
+def test_judge_that_is_down_gives_no_score_and_is_resumed(scripted, tmp_path):
     replies = iter(["8 6", "8 4"])
     model = scripted(lambda messages: next(replies, None) or PassingFault("connection", "connection refused"))
     with pytest.raises(ConnectionError, match="2 of 4 reviews have no reply.*connection refused"):
@@ -203,7 +203,7 @@ def test_another_judge_or_other_answers_are_judged_anew(scripted, tmp_path):
     assert judged(second, tmp_path).scores["relative"]["value"] == 25.0 and len(second.asked) == 4
     how = JudgeSettings(read_rules())
     changed = {**ANSWERS, "2": "a better answer"}
-    judge_answers(QUESTIONS, changed, first, tmp_path, how, settings=FAST, progress=False)
+    judge_answers(QUESTIONS, changed, first, tmp_path, how, settings=FAST)
     assert len(first.asked) == 5
     ledgers = list(tmp_path.glob("reviews-*.jsonl"))
     assert len(ledgers) == 2 and all(json.loads(line) for path in ledgers for line in path.open())
@@ -218,7 +218,7 @@ def test_published_reviews_give_the_published_score(scripted):
     reviews = Reviews(Asked())
     for repeat, lines in enumerate(published["first_lines"]):
         for n, line in enumerate(lines.split("; ")):
-            key = (str(n), repeat, "reference first")
+            key = f"{n}/{repeat}/reference first"
             reviews.texts[key] = f"{line}\nBoth assistants …"
             reviews.pairs[key] = parse_scores(reviews.texts[key])
     assert len(reviews.pairs) == 180 and None not in reviews.pairs.values()
@@ -234,7 +234,9 @@ def test_published_reviews_give_the_published_score(scripted):
         assert scores[name]["repeats"] == pytest.approx(printed, abs=0.06)
     assert round(scores["relative"]["repeat_mean"], 1) == round(scores["relative"]["value"], 1) == 72.5
     assert scores["relative"]["repeat_std"] == pytest.approx(0.413, abs=1e-3)
-    pairs = np.array([[reviews.pairs[key] for key in reviews.pairs if key[0] == q.id] for q in questions]).mean(axis=1)
+    pairs = np.array(
+        [[reviews.pairs[key] for key in reviews.pairs if key.split("/")[0] == q.id] for q in questions]
+    ).mean(axis=1)
     drawn = pairs[np.random.default_rng(1).integers(0, 60, (20_000, 60))].mean(axis=1)  # [resamples, 2]
     bounds = np.percentile(100 * drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
     assert scores["relative"]["interval"] == pytest.approx(bounds, abs=0.8)

@@ -11,7 +11,6 @@ from modeling_llava.evaluation.results import (
     Scored,
     describe_model,
     fingerprint,
-    make_results,
     read_results,
     score_of,
     write_results,
@@ -26,7 +25,8 @@ def write_run(folder, scores, benchmark="vqa", total=None, data=None, model=None
     counted = [score for score in scores if score is not None]
     primary = {"vqa": "accuracy", "scienceqa": "accuracy", "llava-bench-coco": "relative"}[benchmark]
     scores = {primary: score_of(counted, out_of), f"{primary}/one": score_of(counted[:2])}
-    results = make_results(
+    write_results(
+        folder,
         benchmark,
         Scored(rows, scores, primary, {"unparsed": 2, "other": 0}, more),
         model=model or {"name": folder.name},
@@ -35,7 +35,6 @@ def write_run(folder, scores, benchmark="vqa", total=None, data=None, model=None
         total=total or len(rows),
         answered=len(rows),
     )
-    write_results(folder, results, rows)
     return folder
 
 

@@ -8,7 +8,6 @@ from tiny_science import problems_of, science_problem
 from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import (
-    OUTPUT_ORDERS,
     SCIENCEQA,
     SCIENCEQA_ABLATIONS,
     answer_text,
@@ -25,22 +24,16 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
     ("text", "num_choices", "choice"),
     [
         ("The answer is B.", 4, 1),
-        ("Magnets attract. The answer is A.", 2, 0),
         ("LECTURE. EXPLANATION. The answer is (C).", 3, 2),
-        ("the answer is c", 3, 2),
         ("The answer is: **D**", 4, 3),
         ("The answer is B\nBECAUSE: of that", 2, 1),
-        ("The answer is C because it is.", 3, 2),
         ("The answer is A. BECAUSE: … The answer is A.", 3, 0),
         ("B", 2, 1),
         (" (b) ", 2, 1),
-        ("B.", 2, 1),
         ("B. Ohio", 3, 1),
         ("(C) Ohio", 3, 2),
-        ("C: Ohio", 3, 2),
         ("Answer: B", 3, 1),
         ("Option C", 3, 2),
-        ("The answer is C, I think.", 3, 2),
         ("The answer is A (Ohio).", 3, 0),
         ('The correct answer is "B".', 3, 1),
         ("The answer is B, not C.", 3, 1),
@@ -50,15 +43,11 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
         ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
         ("B\nbecause it is", 3, 1),
         ("**B**", 3, 1),
-        ("[B]", 3, 1),
         ("It attracts.\n**Answer:** B", 3, 1),
         ("It attracts.\n**Answer**: (B) Ohio", 3, 1),
         ("It attracts.\nThe answer: B. Ohio", 3, 1),
         ("**The correct answer is:** C", 3, 2),
-        ("The answer is `C`.", 3, 2),
-        ("The answer is C…", 3, 2),
         ("The answer is B\uff0cfor it attracts", 3, 1),
-        ("The answer is A because it attracts.", 3, 0),
         ("Answer is B", 3, 1),
         ("It's B.", 3, 1),
         ("So it is (B), because it attracts.", 3, 1),
@@ -77,14 +66,12 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
         ("\\boxed{A} or B", 3, None),
         ("<think>The answer is A.", 3, None),
         ("The answer is B or C.", 3, None),
-        ("The answer is (B) or (C).", 3, None),
         ("The answer is B/C", 3, None),
         ("The answer is A, B and C.", 3, None),
         ("The answer is not B.", 3, None),
         ("The answer is C++", 3, None),
         ("The answer is D'oh", 4, None),
         ("The answer is A.M.", 3, None),
-        ("Answer: A\nAnswer: B", 3, None),
         ("Ohio.\nAnswer: A. one\nAnswer: B. two", 3, None),
         ("Ohio.\nAnswer: A or B", 3, None),
         ("Ohio.\nAnswer: A dog", 3, None),
@@ -92,13 +79,10 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
         ("(A) one (B) two (C) three", 3, None),
         ("A\nB\nC", 3, None),
         ("", 3, None),
-        ("I do not know.", 3, None),
         ("Ohio", 3, None),
         ("The answer is Apple.", 3, None),
         ("The answer is a dog.", 3, None),
-        ("A dog is an animal", 3, None),
         ("The answer is A. No, the answer is B.", 3, None),
-        ("A or B", 3, None),
         # no such choice
         ("The answer is D.", 3, None),
         ("E", 4, None),
@@ -188,12 +172,6 @@ def test_training_answers_without_a_lecture_have_no_gap(science):
     assert answer_text(problem, "AL") == "The answer is A."
 
 
-def test_every_training_answer_parses_as_its_problem(science):
-    for problem in [*problems_of(science), *problems_of(science, "train")]:
-        for order in OUTPUT_ORDERS:
-            assert parse_answer(answer_text(problem, order), len(problem.choices)) == problem.answer
-
-
 def test_training_data_loads_as_llava_rows(science):
     from modeling_llava.data import load_conversations
 
@@ -256,28 +234,25 @@ def test_published_rows_are_those_of_the_paper():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": None}, "problem '3' has choices that are not a list of strings"),
-        ({"choices": ["one"]}, "problem '3' has 1 choices"),
-        ({"answer": 7}, "problem '3' has the answer 7"),
-        ({"answer": "B"}, "problem '3' has the answer 'B'"),
-        ({"hint": 3}, "problem '3' has a hint that is not text"),
-        ({"grade": "third"}, "problem '3' has the grade 'third'"),
+        ({"choices": None}, "choices = None"),
+        ({"choices": ["one"]}, r"choices = \['one'\]"),
+        ({"answer": 7}, "answer = 7"),
+        ({"answer": "B"}, "answer = 'B'"),
+        ({"hint": 3}, "hint = 3"),
+        ({"grade": "third"}, "grade = 'third'"),
+        ({"question": None}, "question = None"),
     ],
 )
 def test_wrong_fields_name_the_problem(science, change, message):
     problems = json.loads((science / "problems.json").read_text())
     problems["3"].update(change)
     (science / "problems.json").write_text(json.dumps(problems))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"problem '3' has {message}"):
         problems_of(science)
 
 
 def test_wrong_files_are_named(science):
     problems = json.loads((science / "problems.json").read_text())
-    del problems["3"]["question"]
-    (science / "problems.json").write_text(json.dumps(problems))
-    with pytest.raises(ValueError, match="problem '3' has no question"):
-        problems_of(science)
     del problems["3"]
     (science / "problems.json").write_text(json.dumps(problems))
     with pytest.raises(ValueError, match="1 of 8 problems .* such as '3'"):
@@ -326,20 +301,15 @@ def test_command_answers_scores_and_says_how(science, model_folder, capsys):
     assert (science / "out/results.png").stat().st_size > 5000
 
 
-def test_limited_run_says_of_how_many(science, model_folder, capsys):
-    assert run_cli(science, model_folder, science / "out", "--limit", "3") == 0
-    results, _ = read_results(science / "out")
-    assert not results["complete"]
-    assert results["samples"]["total"] == 8 and results["samples"]["scored"] == 3
-    assert "3 of 8 samples scored" in capsys.readouterr().out
-
-
 def test_shards_together_give_what_one_process_gives(science, model_folder, capsys):
     assert run_cli(science, model_folder, science / "whole") == 0
     for shard in ("1/3", "3/3"):
         assert run_cli(science, model_folder, science / "parts", "--shard", shard) == 0
         assert not (science / "parts/results.json").exists()
         assert "not scored" in capsys.readouterr().err
+    assert run_cli(science, model_folder, science / "parts", "--shard", "1/3", "--partial") == 0
+    results, rows = read_results(science / "parts")
+    assert not results["complete"] and results["samples"]["scored"] == len(rows) < 8
     assert run_cli(science, model_folder, science / "parts", "--shard", "2/3") == 0
     whole, parts = read_results(science / "whole"), read_results(science / "parts")
     assert whole[1] == parts[1] and whole[0]["scores"] == parts[0]["scores"]
@@ -348,16 +318,14 @@ def test_shards_together_give_what_one_process_gives(science, model_folder, caps
     assert run_cli(science, model_folder, science / "parts", "--shard", "4/3") == 2
 
 
-def test_partial_scores_say_how_much_is_missing(science, model_folder):
-    assert run_cli(science, model_folder, science / "parts", "--shard", "1/2", "--partial") == 0
-    results, rows = read_results(science / "parts")
-    assert not results["complete"] and results["samples"]["scored"] == len(rows) < 8
-
-
-def test_folder_of_another_run_is_refused(science, model_folder, capsys):
-    assert run_cli(science, model_folder, science / "out", "--limit", "2") == 0
-    assert run_cli(science, model_folder, science / "out", "--limit", "3") == 2
-    assert "answers of another run" in (error := capsys.readouterr().err) and "limit was 2, is 3" in error
+def test_limited_run_says_of_how_many_and_another_one_is_refused_its_folder(science, model_folder, capsys):
+    assert run_cli(science, model_folder, science / "out", "--limit", "3") == 0
+    results, _ = read_results(science / "out")
+    assert not results["complete"]
+    assert results["samples"]["total"] == 8 and results["samples"]["scored"] == 3
+    assert "3 of 8 samples scored" in capsys.readouterr().out
+    assert run_cli(science, model_folder, science / "out", "--limit", "2") == 2
+    assert "limit was 3, is 2" in capsys.readouterr().err
 
 
 def test_hub_dataset_in_place_of_the_files(science, model_folder, tmp_path):

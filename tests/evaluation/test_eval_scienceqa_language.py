@@ -52,7 +52,7 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
 
     model = scripted(answer)
     scored = score_with_language_model(
-        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train"))
     )
     right_in = {name: {row["id"] for row in s.rows if row["score"]} for name, s in scored.items()}
     assert right_in["language"] == {"1", "2", "6"}
@@ -67,7 +67,7 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
     assert all(own[n] in text and (language[n] or "(no answer)") in text for n, text in zip("34567", sorted(shown)))
 
     again = score_with_language_model(
-        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train")), progress=False
+        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train"))
     )
     assert len(model.asked) == 13 and again["judge"].scores == scored["judge"].scores  # nothing is paid twice
 
@@ -91,7 +91,7 @@ def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
 
     def run(partial=False):
         return score_with_language_model(
-            test, own, scripted(answer), tmp_path, shots=shots, settings=settings, partial=partial, progress=False
+            test, own, scripted(answer), tmp_path, shots=shots, settings=settings, partial=partial
         )
 
     with pytest.raises(ConnectionError, match="5 of 8 questions have no reply.*the same command resumes"):
@@ -112,9 +112,7 @@ def test_problems_that_the_endpoint_refuses_are_named_and_left_out_by_partial(sc
 
     def run(**more):
         model = scripted(answer)
-        return model, lambda: score_with_language_model(
-            test, own, model, tmp_path, shots=shots, progress=False, **more
-        )
+        return model, lambda: score_with_language_model(test, own, model, tmp_path, shots=shots, **more)
 
     for _ in range(2):  # it is settled: the same command does not ask again
         model, ask = run()

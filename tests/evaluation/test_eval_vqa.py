@@ -234,7 +234,13 @@ def test_command(tmp_path, model_folder):
     assert run_cli(tmp_path, model_folder, tmp_path, "--instruction", "") == 0
     results, rows = read_results(tmp_path / "out")
     assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
-    for wrong in (["--max-new-tokens", 0], ["--batch-size", 0], ["--limit", 0], ["--temperature", 0], ["--top-p", 0.5]):
+    for wrong in (
+        ["--max-new-tokens", 0],
+        ["--batch-size", 0],
+        ["--limit", 0],
+        ["--temperature", 0],
+        ["--top-p", 0.5],
+    ):
         assert run_cli(tmp_path, model_folder, tmp_path, *wrong) == 2
 
 
