@@ -106,9 +106,7 @@ def _filter(args: argparse.Namespace) -> int:
         f"noun phrases: {summary.phrases:,} before, {summary.phrases_after:,} after; {summary.skipped:,} rarer than "
         f"{args.least} skipped, {summary.capped:,} cut to {args.most} captions"
     )
-    print(
-        f"report: {target.with_name(target.stem + '.report.json')}, {target.with_name(target.stem + '.concepts.png')}"
-    )
+    print("report:", *(target.with_name(f"{target.stem}.{name}") for name in ("report.json", "concepts.png")))
     print(f"next: llava data expand {args.target} STAGE1.json")
     return 0
 

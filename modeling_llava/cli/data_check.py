@@ -33,16 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..data.check import check_data
+    from ..io.checkpoints import load_processor
 
-    processor = None
-    if args.processor is not None:
-        from ..io.checkpoints import load_processor
-
-        processor = load_processor(args.processor)
     try:
         report = check_data(
             args.source if len(args.source) > 1 else args.source[0],
-            processor,
+            load_processor(args.processor) if args.processor is not None else None,
             args.image_folder,
             max_length=args.max_length,
             split=args.split,
@@ -69,7 +65,7 @@ def _show(report, args: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     if report.resumed_at:
         console.print(f"resumed after {report.resumed_at:,} samples of an earlier check")
     facts = Table(show_header=False, box=None)
@@ -94,35 +90,30 @@ def _show(report, args: argparse.Namespace) -> None:
             f"{report.batch_size:,} packs of {args.max_length:,} tokens ({report.pack_utilization:.1%} filled)",
         )
     if report.too_long["samples"]:
-        cut = report.too_long
         facts.add_row(
             "too long",
-            f"{cut['samples']:,} samples; overflow=truncate_text would cut {cut['tokens']:,} tokens, "
-            f"{cut['supervised_tokens']:,} of them supervised, and would fail for {cut['images_cut']:,} whose image would be "
-            f"cut and {cut['answers_lost']:,} with no answer left",
+            "{samples:,} samples; overflow=truncate_text would cut {tokens:,} tokens, {supervised_tokens:,} of them "
+            "supervised, and would fail for {images_cut:,} whose image would be cut and {answers_lost:,} with no answer "
+            "left".format(**report.too_long),
         )
     console.print(facts)
-    for title, counts, style in (("problems", report.problems, "red"), ("notices", report.notices, "yellow")):
+    for kind, counts, style in (("problem", report.problems, "red"), ("notice", report.notices, "yellow")):
         for reason, number in counts.items():
-            console.print(f"\n[bold {style}]{number:,} × {reason}[/] ({title[:-1]})")
+            console.print(f"\n[bold {style}]{number:,} × {reason}[/] ({kind})")
             for message in report.examples[reason]:
-                console.print(f"  {escape(message)}", highlight=False, soft_wrap=True)
+                console.print(f"  {escape(message)}")
             if number > len(report.examples[reason]):
-                console.print(f"  … and {number - len(report.examples[reason]):,} more", highlight=False)
+                console.print(f"  … and {number - len(report.examples[reason]):,} more")
     console.print()
     if report.files:
-        console.print(f"written: {', '.join(report.files)}", highlight=False, soft_wrap=True)
-        if not any(name.endswith(".png") for name in report.files) and report.tokens:
+        console.print(f"written: {', '.join(report.files)}")
+        if report.tokens and not any(name.endswith(".png") for name in report.files):
             console.print("no lengths.png: it requires matplotlib (pip install 'modeling-llava\\[plots]')")
     if not report.ok:
         where = "" if report.files else " (--out DIR writes the whole list)"
-        console.print(
-            f"[bold red]{sum(report.problems.values()):,} problems[/]: fix them, or train with on_bad_sample=drop and "
-            f"overflow=drop{where}"
-        )
+        problems = f"[bold red]{sum(report.problems.values()):,} problems[/]"
+        console.print(f"{problems}: fix them, or train with on_bad_sample=drop and overflow=drop{where}")
     elif args.processor is None:
-        console.print(
-            "[bold green]no problem[/] in records and images; next: the same with --processor MODEL, for tokens"
-        )
+        console.print("[bold green]no problem[/] in records and images; next: --processor MODEL, for tokens")
     else:
         console.print("[bold green]no problem[/]; next: llava data preview, or llava train RECIPE.yaml")

@@ -71,20 +71,18 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         follow_symlinks=args.follow_symlinks,
     )
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
+    dropped = f"{summarize_drops(dataset.dropped)}: `llava data check` lists them" if dataset.dropped else ""
     if args.id is not None:
-        wanted = set(args.id)
-        indices = [index for index in range(len(dataset)) if dataset[index]["id"] in wanted]
-        missing = wanted - {dataset[index]["id"] for index in indices}
+        names = [sample["id"] for sample in dataset]
+        missing = ", ".join(sorted({*args.id} - {*names}))
         if missing:
-            dropped = (
-                f" ({summarize_drops(dataset.dropped)}: `llava data check` lists them)" if dataset.dropped else ""
-            )
-            raise ValueError(f"There is no usable sample with the id {', '.join(sorted(missing))}{dropped}.")
+            raise ValueError(f"There is no usable sample with the id {missing}. {dropped}".strip())
+        indices = [index for index, name in enumerate(names) if name in args.id]
     elif args.random:
         indices = random.Random(args.seed).sample(range(len(dataset)), min(args.number, len(dataset)))
     else:
-        indices = list(range(len(dataset)))[args.start : args.start + args.number]
+        indices = range(len(dataset))[args.start : args.start + args.number]
         if not indices:
             raise ValueError(f"--start is {args.start} but there are {len(dataset)} samples, numbered from 0.")
 
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             batch = collator([conversation])
         except ValueError as error:
             bad += 1
-            console.print(Text(f"\n{error}", "red"), soft_wrap=True)
+            console.print(Text(f"\n{error}", "red"))
             continue
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         images = conversation["images"]
@@ -105,19 +103,18 @@ def run(args: argparse.Namespace) -> int:
             f"{len(ids):,} tokens",
             f"{int((labels != IGNORE_INDEX).sum()):,} supervised",
             f"{len(images)} image{'' if len(images) == 1 else 's'}",
+            *(image for image in images if isinstance(image, str)),
         ]
-        names = [image for image in images if isinstance(image, str)]
         console.print()
-        console.rule(Text(", ".join(facts + names), "bold"), align="left")
-        console.print(render_sample(processor, ids.tolist(), labels.tolist()), soft_wrap=True)
+        console.rule(Text(", ".join(facts), "bold"), align="left")
+        console.print(render_sample(processor, ids.tolist(), labels.tolist()))
         if args.save_images and images:
             for path in _save(batch, processor, Path(args.save_images), conversation["id"]):
-                console.print(f"written: {path}", highlight=False, soft_wrap=True)
+                console.print(f"written: {path}")
     console.print(
         f"\n{len(dataset):,} samples; [green]green[/]: supervised, [cyan]cyan[/]: images and other special tokens"
     )
-    if dataset.dropped:
-        console.print(f"{summarize_drops(dataset.dropped)}: `llava data check` lists them")
+    console.print(dropped)
     return 1 if bad else 0
 
 

@@ -19,11 +19,11 @@ _PUBLIC_NAMES = {
 }
 
 if TYPE_CHECKING:
-    from .collator import LlavaDataCollator
-    from .images import load_image
-    from .labels import conversation_length, encode_conversation
-    from .schema import BadSampleError, Conversation, from_llava_row, from_messages_row
-    from .sources import ConversationDataset, ConversationStream, load_conversations
+    from .collator import LlavaDataCollator  # noqa: F401
+    from .images import load_image  # noqa: F401
+    from .labels import conversation_length, encode_conversation  # noqa: F401
+    from .schema import BadSampleError, Conversation, from_llava_row, from_messages_row  # noqa: F401
+    from .sources import ConversationDataset, ConversationStream, load_conversations  # noqa: F401
 
 
 def __getattr__(name: str):
@@ -37,16 +37,4 @@ def __dir__():
     return sorted([*globals(), *_PUBLIC_NAMES])
 
 
-__all__ = [
-    "BadSampleError",
-    "Conversation",
-    "ConversationDataset",
-    "ConversationStream",
-    "LlavaDataCollator",
-    "conversation_length",
-    "encode_conversation",
-    "from_llava_row",
-    "from_messages_row",
-    "load_conversations",
-    "load_image",
-]
+__all__ = sorted(_PUBLIC_NAMES)

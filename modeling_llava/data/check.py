@@ -60,18 +60,15 @@ def check_data(
     in a small file, in `out` or in the system's folder for temporary files, and deleted at the end.
 
     Args:
-        source: As in [`load_conversations`]; not a stream.
+        source, split, config_name: As in [`load_conversations`]; not a stream.
         processor ([`LlavaProcessor`], *optional*):
             Its template and tokenizer give the lengths. Without one, records and images are checked but not tokens.
-        image_folder (`str`, *optional*): As in [`LlavaDataCollator`].
-        max_length (`int`, *optional*, defaults to 2048): Most tokens of a sample; longer ones are a problem.
-        split, config_name (`str`, *optional*): As in [`load_conversations`].
+        image_folder, follow_symlinks: As in [`LlavaDataCollator`].
+        max_length (`int`, *optional*, defaults to 2048): Maximum tokens of a sample; longer ones are a problem.
         batch_size (`int`, *optional*, defaults to 128): Samples (or packs) of an optimizer step.
         decode (`bool`, *optional*, defaults to `False`): Decode every image, instead of reading its header.
-        follow_symlinks (`bool`, *optional*, defaults to `False`): As in [`LlavaDataCollator`].
         num_workers (`int`, *optional*): Processes; by default one per core, and none for a few hundred samples.
-        out (`str`, *optional*):
-            Folder for `report.json`, `problems.jsonl` (every problem and notice) and `lengths.png`.
+        out (`str`, *optional*): Folder for `report.json`, `problems.jsonl` (every problem and notice) and `lengths.png`.
         show_progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Raises:

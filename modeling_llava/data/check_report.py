@@ -26,14 +26,11 @@ class Found(NamedTuple):
     id: str
     type: str | None = None
     images: int = 0
-    length: int = 0
-    """Tokens, images included; 0 where the record could not be encoded."""
+    length: int = 0  # tokens, images included; 0 where the record could not be encoded
     image_tokens: int = 0
     supervised: int = 0
-    hash: str | None = None
-    """Equal for the same images and text."""
-    problems: Sequence[tuple[str, str]] = ()
-    """`(reason, message)` of each."""
+    hash: str | None = None  # equal for the same images and text
+    problems: Sequence[tuple[str, str]] = ()  # (reason, message)
     notices: Sequence[tuple[str, str]] = ()
     cut: tuple[int, int, bool, bool] | None = None
     """Beyond `max_length`: tokens, supervised tokens, whether an image is, and whether every answer is."""
@@ -43,47 +40,31 @@ class Found(NamedTuple):
 class DataReport:
     """The result of [`check_data`]. Lengths are in tokens, images included; they are 0 where no processor was given."""
 
-    samples: int
-    """Records read."""
-    usable: int
-    """Records without a problem."""
+    samples: int  # records read
+    usable: int  # records without a problem
     images: int
-    """Images in all samples."""
-    text_only: int
-    """Samples without an image."""
-    types: dict[str, int]
-    """Samples by conversation type."""
-    problems: dict[str, int]
-    """Samples that cannot be trained on as they are, by reason."""
-    notices: dict[str, int]
-    """Samples that are unusual, by kind."""
-    examples: dict[str, list[str]]
-    """Up to five messages for each problem and notice."""
+    text_only: int  # samples without an image
+    types: dict[str, int]  # samples by conversation type
+    problems: dict[str, int]  # samples that cannot be trained on as they are, by reason
+    notices: dict[str, int]  # samples that are unusual, by kind
+    examples: dict[str, list[str]]  # up to five messages for each problem and notice
     length_mean: float
     length_median: float
     length_95th: float
     length_longest: int
     tokens: int
-    """Tokens of all encoded samples."""
     image_tokens: int
-    """Of them, image tokens."""
     supervised_tokens: int
-    """Of them, supervised positions."""
     max_length: int | None
     too_long: dict[str, int]
     """What `overflow="truncate_text"` would cut: `samples`, `tokens`, `supervised_tokens`, and how many of the samples
     it could not save: `images_cut` (an image would be cut), `answers_lost` (no answer would be left)."""
     batch_size: int
-    steps: int
-    """Optimizer steps of an epoch, `batch_size` samples each."""
-    packed_steps: int
-    """Optimizer steps of an epoch, `batch_size` packs of `max_length` positions each."""
-    pack_utilization: float
-    """Share of the packs' positions that is filled."""
-    resumed_at: int = 0
-    """Records that an earlier, interrupted check had read."""
-    files: list[str] = field(default_factory=list)
-    """Files that were written."""
+    steps: int  # optimizer steps of an epoch, `batch_size` samples each
+    packed_steps: int  # the same of `batch_size` packs of `max_length` tokens each
+    pack_utilization: float  # fraction of the packs' tokens that is filled, in [0, 1]
+    resumed_at: int = 0  # records that an earlier, interrupted check had read
+    files: list[str] = field(default_factory=list)  # that were written
 
     @property
     def ok(self) -> bool:
@@ -158,12 +139,7 @@ def write_report(out: Path, report: DataReport, findings: list[dict], lengths: l
 
 
 def plot_lengths(lengths: list[int], max_length: int | None, path: Path) -> Path | None:
-    """
-    Draw how many samples have how many tokens, as a PNG.
-
-    Returns:
-        `Path` of the picture; `None` if matplotlib is not installed or there is nothing to draw.
-    """
+    """Draw how many samples have how many tokens, as a PNG; `None` without matplotlib or anything to draw."""
     if not lengths or importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure

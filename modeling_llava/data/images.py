@@ -27,10 +27,8 @@ def load_image(
 
     Args:
         reference (`str`, `PIL.Image.Image`, `bytes` or `dict`):
-            A path, a `file` or `data` URL, base64 text, an image (left as it is), the bytes of an image file, or
-            `{"bytes", "path"}`.
-        image_folder (`str`, *optional*):
-            Paths are relative to it and must not leave it, by `..`, as absolute paths, or by a symbolic link.
+            A path, a `file` or `data` URL, base64 text, an image, the bytes of an image file, or `{"bytes", "path"}`.
+        image_folder (`str`, *optional*): Paths are relative to it and must not leave it.
         sample_id (`str`, *optional*): For the error.
         follow_symlinks (`bool`, defaults to `False`): Allow links inside `image_folder` to lead out of it.
 

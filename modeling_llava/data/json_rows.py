@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from .rows import Share
+from .rows import DataShard
 from .schema import BAD_ROW, BadSampleError
 
 
@@ -96,8 +96,8 @@ class JsonRows:
     def scan(self) -> Iterator:
         return (row for _, row in self._read(range(len(self._spans))))
 
-    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        return self._read(share.indices(len(self._spans)))
+    def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
+        return self._read(shard.indices(len(self._spans)))
 
     def _read(self, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
         with open(self.path, "rb") as file:

@@ -134,19 +134,16 @@ def encode_conversation(
             return None
         in_images = int((input_ids == image_token_id).sum())
         if overflow == "error":
-            raise _bad(
-                sample_id,
-                TOO_LONG,
-                f"has {length} tokens ({in_images} of them for its {encoded.num_images} images), max_length is "
-                f'{max_length}. Raise max_length, shorten the text, or set overflow="truncate_text" or "drop".',
-            )
+            what = f"has {length} tokens ({in_images} of them for its {encoded.num_images} images)"
+            fix = 'Raise max_length, shorten the text, or set overflow="truncate_text" or "drop".'
+            raise _bad(sample_id, TOO_LONG, f"{what}, max_length is {max_length}. {fix}")
         kept = int((input_ids[:max_length] == image_token_id).sum())
         if kept < in_images:
             raise _bad(
                 sample_id,
                 TOO_LONG,
-                f"has {length} tokens, of which {in_images} belong to its {encoded.num_images} images; cut to "
-                f'max_length={max_length} it would keep {kept} of these. Raise max_length, or set overflow="drop".',
+                f"has {length} tokens, {in_images} of them for its {encoded.num_images} images, of which a cut to "
+                f'max_length={max_length} would keep {kept}. Raise max_length, or set overflow="drop".',
             )
         if IGNORE_INDEX not in labels[max_length - 1 : max_length + 1]:
             logger.warning_once(
@@ -165,11 +162,8 @@ def encode_conversation(
             cause = "a weight, loss or train of 0 excludes all its answers"
         elif answers:
             cause = "the chat template marks nothing of its answers with {% generation %}"
-        raise _bad(
-            sample_id,
-            NOTHING_SUPERVISED,
-            f"has nothing to learn from: {cause}. Add an answer or leave the sample out.",
-        )
+        what = f"has nothing to learn from: {cause}. Add an answer or leave the sample out."
+        raise _bad(sample_id, NOTHING_SUPERVISED, what)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
@@ -270,11 +264,8 @@ def _image_lengths(encoded: _Encoded, processor, num_image_tokens, sample_id) ->
     if isinstance(num_image_tokens, int):
         return [num_image_tokens] * encoded.num_images
     if len(num_image_tokens) != encoded.num_images:
-        raise _bad(
-            sample_id,
-            BAD_MARKERS,
-            f"has {encoded.num_images} images but num_image_tokens tells of {len(num_image_tokens)}.",
-        )
+        what = f"has {encoded.num_images} images but num_image_tokens tells of {len(num_image_tokens)}."
+        raise _bad(sample_id, BAD_MARKERS, what)
     return list(num_image_tokens)
 
 
@@ -328,11 +319,10 @@ def _text_of(message: dict) -> str:
 
 def _find_answers(messages, control: ControlTokens, variables: dict, sample_id) -> tuple[str, list[tuple[int, int]]]:
     """
-    Render by a template that does not say where the answers are, and find them: each answer is framed by two
-    private-use characters, which leave the text again after rendering. That the frames changed nothing is checked by
-    rendering without them. A span begins where the template's own generation prompt ends, so that what the template
-    writes between it and the answer (a space, Qwen3's empty `<think>`) is learned too; the control token that follows
-    the answer is its stop.
+    Render by a template that does not say where the answers are, and find them: each is framed by two private-use characters,
+    which leave the text again; rendering without them shows that they changed nothing. A span begins where the template's
+    own generation prompt ends, so that what it writes before the answer (a space, Qwen3's empty `<think>`) is learned too;
+    the control token that follows the answer is its stop.
     """
     opening, closing = _unused_characters(messages)
     framed, prompts, leading_spaces = [], [], []

@@ -1,18 +1,17 @@
 """
 Raw rows of one source, by index or in a stream.
 
-Every class here and in `json_rows.py` has the same three ways in: `rows[index]`, `scan()` (every row once, without
-touching image bytes) and `stream(share, seed, epoch)`. The last two give a row that cannot be read as a
-[`BadSampleError`]; the first raises it. `count()` is the number of rows, and `identity()` is equal as long as the data is
-the same.
+Every class here and in `json_rows.py` has `rows[index]`, `scan()` (every row once, without touching image bytes) and
+`stream(shard, seed, epoch)`. The last two give a row that cannot be read as a [`BadSampleError`]; the first raises it.
+`count()` is the number of rows, and `identity()` is equal as long as the data is the same.
 """
 
-import copy
 import inspect
 import json
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compat import dataset_fingerprint
@@ -21,38 +20,36 @@ from ..compat import dataset_fingerprint
 _JSON = "arrow.json"
 
 
-class Share:
+@dataclass(frozen=True)
+class DataShard:
     """
-    The part of the rows that one worker of one process takes. All rows of all sources and epochs, one behind the other,
-    are dealt out in rounds: a round gives each share one row. So no share falls behind, whether epochs come out even or
-    not; and since each round begins at another share, none gets all the long, the bad, or the text-only rows of data in
-    which they recur at intervals.
+    The part of the rows that one worker of one process takes. All rows of all sources and epochs are dealt out in rounds: a
+    round gives each shard one row. So no shard falls behind, whether epochs come out even or not; and since each round begins
+    at another shard, none gets all the long, the bad, or the text-only rows of data in which they recur at intervals.
     """
 
-    def __init__(self, rank: int, world_size: int, worker: int, num_workers: int):
-        self.rank, self.world_size, self.worker, self.num_workers = rank, world_size, worker, num_workers
-        self.number, self.count = rank * num_workers + worker, world_size * num_workers
-        self.before = 0
-        """Rows that were dealt out already; the next one has the index 0."""
+    rank: int
+    world_size: int
+    worker: int
+    num_workers: int
+    before: int = 0
+    """Rows that were dealt out already; the next one has the index 0."""
 
-    def behind(self, num_rows: int) -> "Share":
-        """The share in what follows `num_rows` rows that were dealt out already."""
-        share = copy.copy(self)
-        share.before = num_rows
-        return share
+    @property
+    def count(self) -> int:
+        return self.world_size * self.num_workers
 
     def indices(self, num_rows: int) -> Iterator[int]:
-        """Those of the next `num_rows` rows that are in the share."""
-        for round_ in range(self.before // self.count, -(-(self.before + num_rows) // self.count)):
-            index = round_ * self.count + (self.number - self._turn(round_)) % self.count - self.before
+        """Those of the next `num_rows` rows that are in the shard."""
+        number, count = self.rank * self.num_workers + self.worker, self.count
+        for round_ in range(self.before // count, -(-(self.before + num_rows) // count)):
+            begins_at = zlib.crc32(b"%d" % round_) % count
+            index = round_ * count + (number - begins_at) % count - self.before
             if 0 <= index < num_rows:
                 yield index
 
-    def _turn(self, round_: int) -> int:
-        return zlib.crc32(b"%d" % round_) % self.count
-
     def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+        return f"{self.rank * self.num_workers + self.worker}/{self.count}"
 
 
 class ListRows:
@@ -73,8 +70,8 @@ class ListRows:
     def scan(self) -> Iterator:
         return iter(self.rows)
 
-    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
-        for index in share.indices(len(self.rows)):
+    def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
+        for index in shard.indices(len(self.rows)):
             yield index, self.rows[index]
 
 
@@ -117,8 +114,8 @@ class ArrowRows:
                     row[name] = placeholder
             yield from map(self._decoded, rows)
 
-    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
-        for index in share.indices(len(self.dataset)):
+    def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
+        for index in shard.indices(len(self.dataset)):
             yield index, self[index]
 
     def _decoded(self, row: dict) -> dict:
@@ -135,24 +132,22 @@ class StreamedRows:
     def count(self) -> int:
         return 0  # not known; they are not shared out by their number
 
-    def stream(self, share: Share, seed: int | None, epoch: int) -> Iterator[tuple[int | str, dict]]:
+    def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int | str, dict]]:
         from datasets.distributed import split_dataset_by_node
 
         dataset = self.dataset
         if seed is not None:
             # Only the order of the shards is drawn here; the rows go through the buffer of the ConversationStream.
-            one_by_one = {"max_buffer_input_shards": 1}
-            one_by_one = (
-                one_by_one if "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters else {}
-            )
-            dataset = dataset.shuffle(seed=seed, buffer_size=1, **one_by_one)
+            options = {"buffer_size": 1, "max_buffer_input_shards": 1}  # the second since datasets 5
+            known = inspect.signature(dataset.shuffle).parameters
+            dataset = dataset.shuffle(seed=seed, **{name: options[name] for name in options if name in known})
             dataset.set_epoch(epoch)
-        if share.world_size > 1:
+        if shard.world_size > 1:
             # Parts that are not equally long go round from epoch to epoch, so that no process falls behind.
-            share = Share((share.rank + epoch) % share.world_size, share.world_size, share.worker, share.num_workers)
-            dataset = split_dataset_by_node(dataset, share.rank, share.world_size)
-        # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by share.
-        prefix = f"{share}:" if share.count > 1 else ""
+            shard = replace(shard, rank=(shard.rank + epoch) % shard.world_size)
+            dataset = split_dataset_by_node(dataset, shard.rank, shard.world_size)
+        # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by shard.
+        prefix = f"{shard}:" if shard.count > 1 else ""
         for index, row in enumerate(dataset):
             yield f"{prefix}{index}", _decode_json(row, self._json_columns)
 

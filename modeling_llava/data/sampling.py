@@ -1,9 +1,7 @@
 """
-The order of samples: grouped by length and modality, or mixed by conversation type.
-
-The original groups by `group_by_modality_length`: a batch has either images in all samples or in none, and within
-that its samples are of similar length. Ours does the same, and depends on seed, epoch and the size of a global batch
-alone: with any number of processes, and after a resume, every optimizer step sees the same samples.
+The order of samples: grouped by length and modality, as the original's `group_by_modality_length`, or mixed by conversation
+type. It depends on seed, epoch and the size of a global batch alone: with any number of processes, and after a resume, every
+optimizer step sees the same samples.
 """
 
 from collections import Counter

@@ -116,13 +116,10 @@ def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Con
     Read a row of LLaVA's JSON, `{"id", "image": str | list, "conversations": [{"from", "value"}]}`, of the HF form,
     `{"messages": [{"role", "content": str | list}], "images": list}`, of any mixture of the two, or of a WebDataset.
 
-    `<image>` in a user's text marks an image where the row has images; in an answer it is text. How the white space next
-    to a marker is treated is said in `labels.py`. A content that is a list holds its images as items, and `<image>` in its
-    texts is text. Where the row has no `images`, each image item holds its own, as `apply_chat_template` takes it:
-    `{"type": "image", "image" | "path" | "url": …}`, or as OpenAI does: `{"type": "image_url", "image_url": {"url": …}}`.
-
-    A `system` prompt of the row becomes the first message. A turn whose `weight`, `loss` or `train` is 0 or false is not
-    learned.
+    `<image>` in a user's text marks an image where the row has images; in an answer it is text. A content that is a list
+    holds its images as items, and `<image>` in its texts is text. Where the row has no `images`, each image item holds its
+    own: `{"type": "image", "image" | "path" | "url": …}`, or as OpenAI does: `{"type": "image_url", "image_url": {"url": …}}`.
+    A `system` prompt of the row becomes the first message; a turn whose `weight`, `loss` or `train` is 0 is not learned.
 
     Args:
         row (`Mapping`):
@@ -232,9 +229,8 @@ def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
 
 class DropCounter:
     """
-    Counts dropped samples by reason, also across the worker processes of a `DataLoader`, and says each reason once.
-
-    The counts lie in shared memory, one row per worker, so that the copy in the main process sees them all.
+    Counts dropped samples by reason and says each reason once. The counts lie in shared memory, one row for each worker of a
+    `DataLoader`, so that the main process sees them all.
     """
 
     MAX_WORKERS = 256
@@ -318,12 +314,7 @@ def _is_medium(value: Any) -> bool:
 
 
 def _require_all_read(row: Mapping, turns: list[Mapping], images: list) -> None:
-    """
-    A row must not be trained on without the image that it names.
-
-    Raises:
-        BadSampleError: an image or a video under a key that is not read, or a marker in a row without images.
-    """
+    """A row must not be trained on without the image that it names: refuses keys and markers of images that are not read."""
     videos = [key for key in ("video", "videos") if _image_list(row.get(key))]
     if images and not videos:
         return
@@ -419,10 +410,7 @@ def count_images(messages: Sequence[Mapping]) -> int:
 
 
 def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping], images: Any) -> None:
-    """
-    Raises:
-        BadSampleError: `images` is no list, or not as long as the messages have places for images.
-    """
+    """Raises [`BadSampleError`] if `images` is not a list, or not as long as the messages have places for images."""
     if not isinstance(as_list(images), list):
         raise BadSampleError(sample_id, BAD_ROW, f"has images that are no list but {_short(images)}.")
     texts = [message.get("content") for message in messages if message.get("role") != "assistant"]

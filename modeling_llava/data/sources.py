@@ -12,6 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from ..io.images import ImageError, inside, is_no_path, where_looked
 from .json_rows import JsonRows
-from .rows import ArrowRows, ListRows, Share, StreamedRows
+from .rows import ArrowRows, DataShard, ListRows, StreamedRows
 from .schema import NOTHING, BadSampleError, Conversation, DropCounter, from_row, summarize_drops
 
 
@@ -65,8 +66,7 @@ def load_conversations(
             - the name of a dataset on the Hub;
             - a `datasets` object (a transform that was set is applied), or a list of rows in memory;
             - a list of any of these strings, or a dict of them by the type of the rows that name none.
-        image_folder (`str`, *optional*):
-            Relative image paths are joined to it; paths that leave it are bad samples.
+        image_folder (`str`, *optional*): Relative image paths are joined to it; paths that leave it are bad samples.
         split (`str`, defaults to `"train"`): Which split of a dataset that has several.
         streaming (`bool`, defaults to `False`): Return a [`ConversationStream`]: constant memory, no length.
         on_bad_sample (`str`, defaults to `"raise"`):
@@ -74,8 +74,8 @@ def load_conversations(
             streaming every row is checked here, before training starts; images are not opened.
         types (`Sequence[str]`, *optional*): Keep only samples of these types (the data ablation of LLaVA §5.1).
         config_name, revision (`str`, *optional*): Of a dataset on the Hub.
-        shuffle_buffer (`int`, defaults to 0): Streaming only: samples held back to draw from at random; 0 keeps the order.
-        seed (`int`, defaults to 0): Of that draw, together with the epoch.
+        shuffle_buffer, seed (`int`, defaults to 0):
+            Streaming only: samples held back to draw from at random (0 keeps the order), by seed and epoch.
         rank, world_size (`int`, defaults to 0 and 1):
             Streaming only: this process and the number of processes to share the rows with. Leave them as they are
             where something else shares the rows out, as `LlavaTrainer` and `accelerate` do.
@@ -234,18 +234,13 @@ class ConversationStream(torch.utils.data.IterableDataset):
         return self._dropped.as_dict()
 
     def set_epoch(self, epoch: int) -> None:
-        """
-        The order of the shuffle buffer and of the shards of `datasets` streams is drawn for each epoch, and rows that
-        do not come out even among processes and workers go to others of them.
-        """
+        """Orders are drawn for each epoch, and rows that do not come out even go to another process or worker."""
         self._epoch = epoch
 
     def shared_by(self, rank: int, world_size: int, keep_places: bool = False) -> "ConversationStream":
         """
-        The same stream, of which process `rank` takes its part.
-
-        With `keep_places` a row that is dropped leaves [`NOTHING`] in its place: processes that drop unequally many
-        would otherwise be in different epochs.
+        The same stream, of which process `rank` takes its part. With `keep_places` a row that is dropped leaves
+        [`NOTHING`] in its place: processes that drop unequally many would otherwise be in different epochs.
         """
         stream = copy.copy(self)
         stream._rank, stream._world_size, stream._keeps_places = rank, world_size, keep_places
@@ -254,18 +249,18 @@ class ConversationStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Conversation]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        share = Share(self._rank, self._world_size, worker, num_workers)
-        samples = self._samples(share)
+        shard = DataShard(self._rank, self._world_size, worker, num_workers)
+        samples = self._samples(shard)
         if self._shuffle_buffer > 1:
             # A string seed is hashed with SHA-512, so the draw is the same in every process and Python version.
-            samples = _shuffled(samples, self._shuffle_buffer, random.Random(f"{self._seed}-{self._epoch}-{share}"))
+            samples = _shuffled(samples, self._shuffle_buffer, random.Random(f"{self._seed}-{self._epoch}-{shard}"))
         return samples
 
-    def _samples(self, share: "Share") -> Iterator[Conversation]:
-        is_shared = share.count > 1
+    def _samples(self, shard: DataShard) -> Iterator[Conversation]:
+        is_shared = shard.count > 1
         before = self._epoch * sum(rows.count() for rows, _, _ in self._parts) if is_shared and self._epoch else 0
         for rows, type_name, what in self._parts:
-            part = share.behind(before)
+            part = replace(shard, before=before)
             for index, row in rows.stream(part, self._seed if self._shuffle_buffer else None, self._epoch):
                 try:
                     conversation = self._read(row, index, type_name)

@@ -80,8 +80,7 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
     What `path`, a folder or a Hub name, holds, by the names and the contents of its small files.
 
     Raises:
-        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
-        ValueError: it holds nothing that can be loaded, or something else ([`require_llava`]).
+        FileNotFoundError, ValueError: it is neither of both, or holds nothing that can be loaded ([`require_llava`]).
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
@@ -99,15 +98,10 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
 
 def require_llava(path: str | os.PathLike, **hub) -> bool:
     """
-    Whether a folder or Hub name is an adapter. Another model, a checkpoint in the original's format and an adapter without
-    weights are refused before they are read.
-
-    Args:
-        path (`str` or `os.PathLike`): A folder or a Hub name.
-        hub: `revision`, `cache_dir`, `token` and other arguments of transformers' `cached_file`.
+    Whether a folder or Hub name is an adapter; `hub` are `revision`, `token` and other arguments of `cached_file`.
 
     Raises:
-        ValueError: it is not a LLaVA; the message names the command that helps ([`other_than_llava`]).
+        ValueError: it is another model, in the original's format, or an adapter without weights; nothing large was read.
     """
     path = os.fspath(path)
     config = read_config(file_of(path, "config.json", **hub))
@@ -172,8 +166,7 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
     The processor of a folder or Hub name. What older ones lack (`patch_size`) is the model's configuration's.
 
     Raises:
-        FileNotFoundError: `path` is neither a folder nor of the form of a Hub name.
-        ValueError: the folder holds no processor, or a damaged one.
+        FileNotFoundError, ValueError: it is neither of both, or holds no processor, or a damaged one.
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
@@ -223,12 +216,7 @@ def find_base(
 
 
 def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
-    """
-    The model on which an adapter or a projector was trained.
-
-    Raises:
-        ValueError: the folder does not say, or the local folder that it names is gone.
-    """
+    """The model on which an adapter or a projector was trained. ValueError if it does not say, or that is gone."""
     path = os.fspath(path)
     config_file, config = _config_of(path, revision)
     base = config.get("base_model_name_or_path")
@@ -296,12 +284,7 @@ def saved_tensors(
 
 
 def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    A state dict of `model` by its names in memory, where it comes from a checkpoint, with other names.
-
-    Raises:
-        ValueError: some weights are fused in memory (mixture of experts), so that they have no saved name.
-    """
+    """A state dict of a checkpoint by the names in memory. ValueError for weights that are fused there (experts)."""
     own = model.state_dict()
     if state_dict.keys() <= own.keys():
         return state_dict
@@ -317,10 +300,7 @@ def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor])
 @torch.no_grad()
 def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """
-    Copy the weights of a full checkpoint into a model that exists, exactly and without a second model in memory.
-
-    `model.load_state_dict(file, strict=False)`, which `Trainer` uses to resume, finds not one key of a `llava`
-    checkpoint, since saved names differ from names in memory, and keeps the old weights.
+    Copy the weights of a full checkpoint into a model that exists, without a second model in memory.
 
     Raises:
         ValueError: names or shapes of the file and of the model differ.
@@ -383,13 +363,9 @@ def save_projector(
     revision: str | None = None,
 ) -> None:
     """
-    Write what a pretrain run trained, the projector and perhaps the vision tower, under stock names.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The model; components with a trainable parameter are written whole.
-        folder (`str` or `os.PathLike`): Of `projector.safetensors` and `projector_config.json`; created if absent.
-        state_dict (`dict`, *optional*): The model's, if it had to be gathered from several processes.
-        revision (`str`, *optional*): Branch, tag or commit from which the model was loaded.
+    Write what a pretrain run trained, the projector and perhaps the vision tower, whole and under stock names: into `folder`,
+    `projector.safetensors` and `projector_config.json`. `state_dict` is the model's if it had to be gathered, `revision` the
+    one from which the model was loaded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -415,10 +391,7 @@ def save_projector(
 @torch.no_grad()
 def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> list[str]:
     """
-    Put the projector of a pretrain run into a model, and the vision tower if the run trained it.
-
-    Returns:
-        `list[str]`: the components that were replaced.
+    Put what a pretrain run trained into a model; the names of the components that were replaced.
 
     Raises:
         ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
@@ -455,10 +428,8 @@ def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
 
 def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
     """
-    Loaders only warn of tensors for which the model has no module, and run the plain base.
-
-    Raises:
-        ValueError: such a tensor, or one of another size.
+    Raises ValueError if the base has no module for a tensor of the adapter, or one of another size: loaders only warn, and
+    run the plain base.
     """
     shapes = _adapter_shapes(path, **hub)
     if not shapes:
@@ -521,10 +492,7 @@ def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, 
 
 
 def name_stock_class_in_adapters() -> None:
-    """
-    Make PEFT name the stock class, not ours, in the adapters that it saves: its `AutoPeftModel` imports that class, also
-    where this package is not installed. Idempotent.
-    """
+    """Make PEFT name the stock class in the adapters that it saves, which `AutoPeftModel` imports without this package."""
     from peft import PeftConfig
 
     save = PeftConfig.save_pretrained
@@ -547,12 +515,7 @@ def name_stock_class_in_adapters() -> None:
 def four_bit_config(
     compute_dtype: torch.dtype, quant_type: str = "nf4", double_quant: bool = True
 ) -> BitsAndBytesConfig:
-    """
-    QLoRA's quantisation of the language model; tower, projector and head stay in `compute_dtype`.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
+    """QLoRA's quantisation of the language model; tower, projector and head stay in `compute_dtype`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             "4-bit weights need bitsandbytes: pip install 'modeling-llava[qlora]' (Linux and Windows; not macOS). "
@@ -581,10 +544,8 @@ def four_bits_of(adapter: str | os.PathLike, revision: str | None = None) -> tup
 
 def forbid_inference_packing(model: nn.Module) -> None:
     """
-    Keep 4-bit weights in the layout in which they can be trained.
-
-    On CPUs with AVX512-BF16, bitsandbytes repacks them in place in the first forward of `eval()`; a training step
-    after an evaluation then runs a kernel without gradients, with other results and no exception.
+    Keep 4-bit weights in the layout in which they can be trained: on CPUs with AVX512-BF16, bitsandbytes repacks them in the
+    first forward of `eval()`, and a training step after it runs a kernel without gradients, with other results and no exception.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

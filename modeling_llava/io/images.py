@@ -5,6 +5,7 @@ Errors that name a sample are in `data/images.py`.
 """
 
 import base64
+import contextlib
 import functools
 import io
 import os
@@ -14,7 +15,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from typing import Any
 
@@ -50,14 +51,7 @@ _OTHER_FORMATS = {
 
 
 class ImageError(ValueError):
-    """
-    An image that cannot be read.
-
-    Args:
-        reason (`str`): One of the four above, for counting.
-        name (`str`): What the image is called.
-        what (`str`): What is wrong and how to fix it, behind "The image {name}" or "the image {name}, which".
-    """
+    """An image that cannot be read: the reason, for counting; its name; and what is wrong, as in "The image {name} {what}."."""
 
     def __init__(self, reason: str, name: str, what: str):
         super().__init__(f"The image {name} {what}.")
@@ -186,17 +180,10 @@ def _fetch(url: str, name: str) -> io.BytesIO:
 
 def open_image(source: Any, name: str) -> Image.Image:
     """An image, or a file that Pillow opens, as an upright image of mode RGB. ImageError if it is damaged."""
-    try:
-        if isinstance(source, Image.Image):
-            check_size(source)
-            return to_rgb(upright(source))
-        with Image.open(source) as image:
-            check_size(image)
-            return to_rgb(upright(image))
-    except MemoryError:
-        raise
-    except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
-        raise ImageError(CORRUPT_IMAGE, name, _why_unreadable(error, source)) from error
+    with _explained(source, name), contextlib.ExitStack() as stack:
+        image = source if isinstance(source, Image.Image) else stack.enter_context(Image.open(source))
+        check_size(image)
+        return to_rgb(upright(image))
 
 
 def open_size(source: Any, name: str) -> tuple[int, int]:
@@ -206,16 +193,21 @@ def open_size(source: Any, name: str) -> tuple[int, int]:
     """
     if isinstance(source, Image.Image):
         return source.size
+    with _explained(source, name), Image.open(source) as image:
+        check_size(image)
+        size = image.size
+        if image.format in _END_MARKERS and _END_MARKERS[image.format] not in _ends(source)[1]:
+            image.load()
+        return size
+
+
+@contextlib.contextmanager
+def _explained(source: Any, name: str) -> Iterator[None]:
     try:
-        with Image.open(source) as image:
-            check_size(image)
-            size = image.size
-            if image.format in _END_MARKERS and _END_MARKERS[image.format] not in _ends(source)[1]:
-                image.load()
-            return size
+        yield
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # the plug-ins of Pillow raise a dozen types on broken files
         raise ImageError(CORRUPT_IMAGE, name, _why_unreadable(error, source)) from error
 
 

@@ -60,17 +60,9 @@ def other_than_llava(
     name: str, config: dict, adapter: dict | None = None, has: Callable[[str], bool] = lambda file: False
 ) -> str | None:
     """
-    What a folder or a Hub repository holds, if it is not a LLaVA that can be loaded, with the command that helps.
-
-    Args:
-        name (`str`): Folder or Hub name.
-        config (`dict`): Its `config.json`; `{}` without one.
-        adapter (`dict`, *optional*): Its `adapter_config.json`.
-        has (`Callable[[str], bool]`, *optional*): Whether it has a file of that name.
-
-    Returns:
-        `str`, *optional*: one sentence or two; `None` for a LLaVA, an adapter or projector of ours, and a folder without
-        any of these files.
+    What a folder or a Hub repository holds, if it is not a LLaVA that can be loaded, with the command that helps; `None` for a
+    LLaVA, and an adapter or projector of ours. `config` is its `config.json` (`{}` without one), `adapter` its
+    `adapter_config.json`; `has` says whether it has a file of a name.
     """
     if reason := unsupported(name, config):
         return reason
@@ -150,12 +142,7 @@ def read_config(file: str | os.PathLike | None) -> dict | None:
 
 @contextlib.contextmanager
 def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]:
-    """
-    Around a load: where it fails, and the folder's files say why, that is the error. A load that works costs nothing.
-
-    Raises:
-        ValueError: as [`what_is_broken`] says; what was raised otherwise.
-    """
+    """Around a load: where it fails, and the folder's files say why ([`what_is_broken`]), that is the ValueError raised."""
     try:
         yield
     except Exception as error:  # loaders raise whatever a broken file makes them raise
@@ -197,12 +184,7 @@ def has_tokenizer(folder: str | os.PathLike) -> bool:
 
 
 def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
-    """
-    The header of a safetensors file: `{name: {"dtype", "shape", "data_offsets"}}`, and `__metadata__`. No tensor is read.
-
-    Raises:
-        ValueError: the file is damaged or cut short.
-    """
+    """`{name: {"dtype", "shape", "data_offsets"}}`, and `__metadata__`. ValueError if the file is damaged or cut short."""
     try:
         with safe_open(path, framework="pt"):  # checks the header against itself and against the file's size
             pass

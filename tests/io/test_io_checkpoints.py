@@ -82,6 +82,15 @@ def test_what_is_not_a_llava_is_named_before_weights_are_read(tmp_path, config, 
         assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "name, said", [("mm_projector.bin", "llava convert"), ("model.gguf", "GGUF"), ("model.safetensors", "the folder")]
+)
+def test_one_file_in_the_place_of_a_folder_is_named(tmp_path, name, said, capsys):
+    (tmp_path / name).write_bytes(NOTHING)
+    assert main(["chat", str(tmp_path / name)]) == 2
+    assert said in (error := capsys.readouterr().err) and name in error
+
+
 @pytest.mark.parametrize("content", ["{ cut", "[1]"])
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
     (folder_of(tmp_path / "folder") / "config.json").write_text(content)
