@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -24,29 +24,17 @@ _SPACE = "▁"  # SentencePiece's visible space
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.type
 _LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
-# Field numbers of sentencepiece_model.proto, the attribute of `_SentencePieceModel` that each fills, and its type.
-_TRAINER_FIELDS = {
-    3: ("model_type", int),
-    35: ("byte_fallback", bool),
-    45: ("unk_piece", bytes.decode),
-    46: ("bos_piece", bytes.decode),
-    47: ("eos_piece", bytes.decode),
-}
-_NORMALIZER_FIELDS = {
-    2: ("charsmap", bytes),
-    3: ("add_dummy_prefix", bool),
-    4: ("remove_extra_whitespaces", bool),
-}
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class LegacyLlamaTokenizer(TokenizersBackend):
     """
-    A LLaMA tokenizer that keeps its pipeline, `legacy` or not (`init_kwargs["legacy"]`). Nothing depends on this class once it is saved: its files say
-    `PreTrainedTokenizerFast`, so every transformers (also 4.x, and vLLM on it) takes `tokenizer.json` as it is, whereas
-    `LlamaTokenizer` of transformers 5 would build the pipeline anew and lose a space wherever a text, or the text
-    after a special token, begins with one. The SentencePiece model is saved too: the original code and llama.cpp
-    read it.
+    A LLaMA tokenizer that keeps its pipeline, `legacy` or not (`init_kwargs["legacy"]`).
+
+    Nothing depends on this class once it is saved: its files say `PreTrainedTokenizerFast`, so every transformers (also 4.x, and
+    vLLM on it) takes `tokenizer.json` as it is, whereas `LlamaTokenizer` of transformers 5 would build the pipeline anew and lose
+    a space wherever a text, or the text after a special token, begins with one. The SentencePiece model is saved too: the original
+    code and llama.cpp read it.
     """
 
     sentencepiece_model: bytes | None = None
@@ -68,21 +56,19 @@ class LegacyLlamaTokenizer(TokenizersBackend):
 
 def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
     """
-    Load a language model's tokenizer so that its ids are the original's, and stay so after `save_pretrained` and a
-    reload by a plain `AutoTokenizer`.
+    Load a language model's tokenizer so that its ids are the original's, and stay so after `save_pretrained` and a reload by a
+    plain `AutoTokenizer`.
 
-    Where there is only a SentencePiece model of LLaMA's kind (`tokenizer.model`: every original LLaVA and Vicuna), the
-    fast tokenizer is built here: merges ordered by score, and, for `legacy` tokenizers (the default, as in the original
-    code), a space in front of every stretch of text between special tokens. Everything else is left to
-    `AutoTokenizer`, except that a `tokenizer.json` of a LLaMA tokenizer is taken as it is.
+    Where there is only a SentencePiece model of LLaMA's kind (`tokenizer.model`: every original LLaVA and Vicuna), the fast
+    tokenizer is built here: merges ordered by score, and, for `legacy` tokenizers (the default, as in the original code), a space
+    in front of every stretch of text between special tokens. Everything else is left to `AutoTokenizer`, except that a
+    `tokenizer.json` of a LLaMA tokenizer is taken as it is.
 
     Differs from the original where `legacy` is false and the whole prompt begins with a space: there one is lost.
 
     Args:
-        path (`str` or `os.PathLike`):
-            A folder, a Hub name, or a `tokenizer.model` file.
-        kwargs:
-            For `from_pretrained`, such as `padding_side="left"` or `gguf_file`; they win over the folder's files.
+        path (`str` or `os.PathLike`): A folder, a Hub name, or a `tokenizer.model` file.
+        kwargs: For `from_pretrained`, such as `padding_side="left"` or `gguf_file`; they win over the folder's files.
 
     Raises:
         OSError: there is no tokenizer at `path`.
@@ -116,13 +102,7 @@ def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> int:
     """
-    Give a tokenizer the image token (`tokenizer.image_token`), and a pad token if it has none; both become special.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            It is changed in place.
-        image_token (`str`, *optional*, defaults to `"<image>"`):
-            Text of the image token.
+    Give a tokenizer, in place, the image token (`tokenizer.image_token`), and a pad token if it has none; both become special.
 
     Returns:
         `int`: How many tokens are new, and so how many rows the embedding matrix lacks.
@@ -137,26 +117,25 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE
     return len(tokenizer) - before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # SentencePiece → tokenizer.json
 
 
 @dataclass
 class _SentencePieceModel:
-    """The fields of SentencePiece's `ModelProto` that tokenization depends on; the defaults are the format's own."""
+    """The fields of SentencePiece's `ModelProto` that tokenization depends on."""
 
-    pieces: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    types: list[int] = field(default_factory=list)
-    model_type: int = _UNIGRAM
-    byte_fallback: bool = False
-    unk_piece: str = "<unk>"
-    bos_piece: str = "<s>"
-    eos_piece: str = "</s>"
-    charsmap: bytes = b""
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
-    raw: bytes = b""
+    raw: bytes
+    pieces: list[str]
+    scores: list[float]
+    types: list[int]
+    model_type: int
+    byte_fallback: bool
+    unk_piece: str
+    bos_piece: str
+    eos_piece: str
+    charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
 
 
 def _build_tokenizer(
@@ -318,27 +297,32 @@ def _read_sentencepiece(path: str) -> _SentencePieceModel:
     """
     Read a SentencePiece `ModelProto`.
 
-    The library tells neither the normaliser's settings nor, without the protobuf runtime, the trainer's, and
-    transformers' generated reader needs a protobuf older than the current one.
+    The library tells neither the normalizer's settings nor, without the protobuf runtime, the trainer's, and generated readers
+    take only the protobuf that they were generated by.
     """
-    with open(path, "rb") as reader:
-        raw = reader.read()
-    model = _SentencePieceModel(raw=raw)
+    raw = Path(path).read_bytes()
     try:
-        for number, value in _fields(raw):
-            if number == 1:  # SentencePiece
-                piece = dict(_fields(value))
-                model.pieces.append(piece[1].decode("utf-8"))
-                model.scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                model.types.append(piece.get(3, _NORMAL))
-            elif number == 2:  # TrainerSpec
-                _read_into(model, value, _TRAINER_FIELDS)
-            elif number == 3:  # NormalizerSpec
-                _read_into(model, value, _NORMALIZER_FIELDS)
+        message = _fields(raw)
+        pieces = [_fields(piece) for piece in message[1]]
+        trainer, normalizer = (
+            _fields(b"".join(message.get(number, []))) for number in (2, 3)
+        )  # merged, as protobuf does
+        model = _SentencePieceModel(
+            raw,
+            pieces=[piece[1][-1].decode("utf-8") for piece in pieces],
+            scores=[struct.unpack("<f", _last(piece, 2, bytes(4)))[0] for piece in pieces],
+            types=[_last(piece, 3, _NORMAL) for piece in pieces],
+            model_type=_last(trainer, 3, _UNIGRAM),
+            byte_fallback=bool(_last(trainer, 35, False)),
+            unk_piece=_last(trainer, 45, b"<unk>").decode(),
+            bos_piece=_last(trainer, 46, b"<s>").decode(),
+            eos_piece=_last(trainer, 47, b"</s>").decode(),
+            charsmap=_last(normalizer, 2, b""),
+            add_dummy_prefix=bool(_last(normalizer, 3, True)),
+            remove_extra_whitespaces=bool(_last(normalizer, 4, True)),
+        )
     except (IndexError, KeyError, AttributeError, TypeError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(f"{path} is not a SentencePiece model ({type(error).__name__}: {error}).") from error
-    if not model.pieces:
-        raise ValueError(f"{path} is not a SentencePiece model: it holds no pieces.")
     if model.add_dummy_prefix and _USER_DEFINED in model.types:
         logger.warning(
             f"{path} has user-defined pieces. Text after one of them gets a leading space that SentencePiece does not add."
@@ -346,16 +330,13 @@ def _read_sentencepiece(path: str) -> _SentencePieceModel:
     return model
 
 
-def _read_into(model: _SentencePieceModel, message: bytes, names: dict) -> None:
-    for number, value in _fields(message):
-        if number in names:
-            name, convert = names[number]
-            setattr(model, name, convert(value))
+def _last(message: dict[int, list], number: int, default):
+    return message.get(number, [default])[-1]
 
 
-def _fields(message: bytes):
-    """Yield (field number, value) of a protobuf message: an `int` for a varint, `bytes` for everything else."""
-    at = 0
+def _fields(message: bytes) -> dict[int, list]:
+    """The values of a protobuf message by field number: an `int` for a varint, `bytes` for everything else."""
+    fields, at = {}, 0
 
     def varint() -> int:
         nonlocal at
@@ -372,15 +353,17 @@ def _fields(message: bytes):
         key = varint()
         kind = key & 7
         if kind == 0:
-            yield key >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
+            value = varint()
+        elif kind in (1, 2, 5):
+            size = {1: 8, 5: 4}.get(kind) or varint()
+            if at + size > len(message):
+                raise IndexError("the file ends inside a field")
+            value = message[at : at + size]
+            at += size
+        else:
             raise KeyError(f"wire type {kind}")
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        if at + size > len(message):
-            raise IndexError("the file ends inside a field")
-        yield key >> 3, message[at : at + size]
-        at += size
+        fields.setdefault(key >> 3, []).append(value)
+    return fields
 
 
 def _find_files(path: str, hub_options: dict) -> dict[str, str]:
