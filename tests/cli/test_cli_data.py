@@ -131,14 +131,3 @@ def test_preview_of_an_unknown_id_or_start(data, model, capsys):
     for option in ("-n", "--start", "--max-length"):
         assert main([*arguments, option, "-1"]) == 2
         assert f"{option} must be at least " in capsys.readouterr().err
-
-
-def test_help_names_every_sub_command(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["data", "--help"])
-    assert stopped.value.code == 0
-    output = capsys.readouterr().out
-    assert all(name in output for name in ("check", "preview", "expand", "filter", "generate", "report"))
-    with pytest.raises(SystemExit):
-        main(["data", "check", "--help"])
-    assert "--max-length" in capsys.readouterr().out

@@ -43,9 +43,6 @@ def fails(reason, words, *args, **options):
     assert words in message, message
 
 
-# What is read rightly.
-
-
 def test_gif_named_jpg_and_animation_give_the_first_frame(tmp_path):
     frames = [Image.new("P", (8, 6), i) for i in (3, 90)]
     for frame in frames:
@@ -54,12 +51,6 @@ def test_gif_named_jpg_and_animation_give_the_first_frame(tmp_path):
     assert_same(load_image("a.jpg", tmp_path), Image.new("RGB", (8, 6), (3, 252, 7)))
     noise().save(tmp_path / "b.jpg", "PNG", save_all=True, append_images=[noise(seed=1)])
     assert_same(load_image("b.jpg", tmp_path), noise())
-
-
-def test_cmyk_jpeg(tmp_path):
-    smooth().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
-    assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
 
 
 DEEP = (np.arange(30 * 40, dtype=np.uint16) * 54).reshape(30, 40)
@@ -82,22 +73,6 @@ def test_deep_and_floating_point_grey_is_scaled_not_clipped(data, expected):
     assert_same(load_image(data), Image.fromarray(expected.astype(np.uint8)))
 
 
-def test_16_bit_colour_png():
-    # Pillow does not write one: 8-bit values as the high bytes of a hand-made file.
-    import struct
-    import zlib
-
-    rgb = np.asarray(noise(5, 4))
-    rows = b"".join(b"\0" + b"".join(bytes([v, 9]) for v in row.reshape(-1)) for row in rgb)
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert_same(load_image(data), noise(5, 4))
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_is_laid_on_white(mode):
     image = noise(channels=4) if mode == "RGBA" else noise(channels=4).convert("LA")
@@ -118,12 +93,11 @@ def test_transparency_by_a_colour_or_a_palette_entry_is_laid_on_white(mode, tran
     assert_same(load_image(encoded(image, transparency=transparency)), expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr", "CMYK"])
 def test_other_modes(mode):
     image = smooth().convert(mode)
-    # no file format that Pillow writes alike in all its versions holds YCbCr as it is
-    reference = image if mode == "YCbCr" else encoded(image, "PNG")
-    assert_same(load_image(reference), image.convert("RGB"), tolerance=2 if mode == "YCbCr" else 0)
+    assert_same(load_image(image), image.convert("RGB"))
+    assert_same(load_image(encoded(image, "JPEG", quality=95) if mode == "CMYK" else image), image.convert("RGB"), 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -177,9 +151,6 @@ def test_stream_urls_are_opened_through_fsspec():
     fails(MISSING_IMAGE, "cannot be read", {"bytes": None, "path": "memory://pictures/b.png"})
 
 
-# What is one clear error.
-
-
 def test_missing_file(tmp_path):
     fails(MISSING_IMAGE, "'a.jpg', which is not there in the image folder", "a.jpg", tmp_path)
     noise().save(tmp_path / "a.png")
@@ -190,6 +161,10 @@ def test_missing_file(tmp_path):
         read_image_size("\ud83d.jpg", None, "s")
     fails(MISSING_IMAGE, "cannot be opened", "a" * 5000, tmp_path)
     fails(MISSING_IMAGE, "a URL: download", "https://example.com/a.jpg", tmp_path)
+    (tmp_path / "folder.jpg").mkdir()
+    fails(MISSING_IMAGE, "not a file", "folder.jpg", tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    fails(MISSING_IMAGE, "not a file", "pipe.jpg", tmp_path)
 
 
 def test_a_missing_path_is_answered_with_where_it_was_looked_for_and_the_near_name(tmp_path, monkeypatch):
@@ -204,13 +179,6 @@ def test_a_missing_path_is_answered_with_where_it_was_looked_for_and_the_near_na
     fails(MISSING_IMAGE, f"(looked in {str(tmp_path)!r}). There is 'Train/0.PNG' instead.", "train/0.png")
     with pytest.raises(ValueError, match="looked in .*There is 'Train/0.PNG' instead"):
         read_image("train/0.png")
-
-
-def test_folder_and_pipe_in_place_of_a_file(tmp_path):
-    (tmp_path / "a.jpg").mkdir()
-    fails(MISSING_IMAGE, "not a file", "a.jpg", tmp_path)
-    os.mkfifo(tmp_path / "b.jpg")
-    fails(MISSING_IMAGE, "not a file", "b.jpg", tmp_path)
 
 
 def test_paths_that_leave_the_folder(tmp_path):

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
 
 from modeling_llava.data import labels
 from modeling_llava.data.labels import conversation_length, encode_conversation
@@ -295,20 +294,6 @@ def test_images_of_different_lengths(processors):
     assert conversation_length(messages, processor, num_image_tokens=[3, 5]) == len(ids)
     with pytest.raises(ValueError, match="has 2 images but num_image_tokens tells of 1"):
         encode_conversation(messages, processor, num_image_tokens=[3])
-
-
-def test_a_stock_processor_gives_the_same(processors):
-    ours = processors["vicuna_v1"]
-    stock = StockLlavaProcessor(
-        ours.image_processor,
-        ours.tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=ours.chat_template,
-    )
-    for name in ("input_ids", "labels"):
-        assert torch.equal(encode_conversation(SAMPLE, stock)[name], encode_conversation(SAMPLE, ours)[name])
 
 
 OWN_TEMPLATES = {  # written for this test, without {% generation %}
