@@ -37,27 +37,23 @@ def compose(
     """
     A new LLaVA: pretrained tower, pretrained language model, an untrained projector between them.
 
-    The tokenizer's new tokens (the image token, a pad token where there is none) get rows in the embedding matrix and
-    the head, which is padded to a multiple of 64; a new row is the mean of the old ones.
+    The tokenizer's new tokens (the image token, a pad token where there is none) get rows in the embedding matrix and the head,
+    which is padded to a multiple of 64; a new row is the mean of the old ones.
 
     Args:
-        model_class (`type`):
-            [`LlavaForConditionalGeneration`].
-        vision (`str`):
-            Folder or Hub name of a CLIP- or SigLIP-like model (the pair, or the tower alone).
+        model_class (`type`): [`LlavaForConditionalGeneration`].
+        vision (`str`): Folder or Hub name of a CLIP- or SigLIP-like model (the pair, or the tower alone).
         language (`str`):
-            Folder or Hub name of any causal language model of transformers; or a path to a `.gguf` file, whose
-            weights are read without its quantisation.
+            Folder or Hub name of any causal language model of transformers; or a path to a `.gguf` file, whose weights are read
+            without its quantization.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Of all weights; `"auto"` takes the language model's.
-        gguf_file (`str`, *optional*):
-            Name of the GGUF file inside `language`.
-        config_overrides:
-            Fields of [`LlavaConfig`], such as `vision_feature_layer=-1` or `projector_num_layers=1`.
+        gguf_file (`str`, *optional*): Name of the GGUF file inside `language`.
+        config_overrides: Fields of [`LlavaConfig`], such as `vision_feature_layer=-1` or `projector_num_layers=1`.
 
     Raises:
-        ValueError: a field that [`LlavaConfig`] does not have; a language model whose head does what a `llava`
-            checkpoint cannot hold (a bias, scaled or capped logits); a tower without a fixed square image size.
+        ValueError: a field that [`LlavaConfig`] does not have; a language model whose head does what a `llava` checkpoint cannot
+            hold (a bias, scaled or capped logits); a tower without a fixed square image size.
     """
     unknown = sorted(set(config_overrides) - set(LlavaConfig.__dataclass_fields__))
     if unknown:
@@ -106,10 +102,7 @@ def compose(
 
 
 def _load(auto_class, name: str, **kwargs) -> PreTrainedModel:
-    """
-    Raises:
-        ValueError: it is an original LLaVA, or holds another model's weights, for which transformers takes random ones.
-    """
+    """`from_pretrained`, which would take random weights for those that another model's checkpoint does not hold."""
     if os.path.isdir(name) and is_original(config := read_config(Path(name, "config.json")) or {}):
         raise ValueError(other_than_llava(name, config))
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
@@ -147,7 +140,7 @@ def _assemble(model_class, config, vision_tower, causal_lm):
     head = causal_lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(
-            f"The head of {type(causal_lm).__name__} has a bias (or is none), which a llava checkpoint cannot hold."
+            f"The head of {type(causal_lm).__name__} has a bias (or is none): a llava checkpoint cannot hold it."
         )
     model.model.vision_tower = vision_tower
     model.model.prepare_for_compile()

@@ -19,24 +19,17 @@ def count_image_tokens(
     Image tokens that one image takes in the language model. Processor, collator and model all use this.
 
     Args:
-        height (`int`), width (`int`):
-            Size of the preprocessed image, in pixels.
-        patch_size (`int`):
-            Side of one patch of the vision tower, in pixels.
+        height (`int`), width (`int`): Size of the preprocessed image, in pixels.
+        patch_size (`int`): Side of one patch of the vision tower, in pixels.
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
-            Positions the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
+            Tokens that the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the tower's first position (the class token), `"full"` keeps all.
+            `"default"` drops the tower's first token (the class token), `"full"` keeps all.
 
     Returns:
-        `int`: `(height // patch_size) * (width // patch_size) + num_additional_image_tokens`, less one for `"default"`.
-
-    Example:
-
-    ```python
-    >>> count_image_tokens(336, 336, patch_size=14, num_additional_image_tokens=1)
-    576
-    ```"""
+        `int`: `(height // patch_size) * (width // patch_size) + num_additional_image_tokens`, less one for `"default"`; 576 for
+        336 × 336 pixels, patches of 14 and a class token.
+    """
     num_tokens = (height // patch_size) * (width // patch_size) + num_additional_image_tokens
     return num_tokens - 1 if vision_feature_select_strategy == "default" else num_tokens
 
@@ -73,15 +66,7 @@ class LlavaConfig(PreTrainedConfig):
     Raises:
         ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`;
             `vision_feature_layer` is not one of the tower's hidden states.
-
-    Example:
-
-    ```python
-    >>> from transformers import CLIPVisionConfig, LlamaConfig
-    >>> from modeling_llava import LlavaConfig
-
-    >>> config = LlavaConfig(vision_config=CLIPVisionConfig(), text_config=LlamaConfig())
-    ```"""
+    """
 
     model_type = "llava"
     attribute_map = {"image_token_id": "image_token_index"}
@@ -118,9 +103,8 @@ class LlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Most language models keep the flag in their own configuration; the head that is tied is ours.
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self.text_config.tie_word_embeddings)
-        layers = (
-            [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
-        )
+        layers = self.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
         depth = getattr(self.vision_config, "num_hidden_layers", None)
         if not layers or (isinstance(depth, int) and any(not -depth - 1 <= layer <= depth for layer in layers)):
             raise ValueError(

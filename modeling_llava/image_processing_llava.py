@@ -27,72 +27,48 @@ from transformers.utils import TensorType
 from .io.images import read_image, to_rgb, upright
 
 
-# Filters whose weights fall to zero at their ends: where those fall exactly does not matter.
-_SMOOTH = (
-    PILImageResampling.BILINEAR,
-    PILImageResampling.BICUBIC,
-    PILImageResampling.HAMMING,
-    PILImageResampling.LANCZOS,
-)
+_SMOOTH = {PILImageResampling[name] for name in ("BILINEAR", "BICUBIC", "HAMMING", "LANCZOS")}
+"""Filters whose weights fall to zero at their ends: where those fall exactly does not matter."""
 _TRANSPOSED_PIXELS = 1 << 19
-"""Larger pictures are resized as they lie."""
+"""Larger images are resized as they lie."""
 
 
 class LlavaImageProcessor(PilBackend):
     r"""
-    Turns images into the `pixel_values` of a LLaVA vision tower: pad to a square (LLaVA-1.5, `do_pad=True`) or keep
-    the proportions (LLaVA v1), resize, center crop, rescale to 0..1, normalise.
+    Turns images into the `pixel_values` of a LLaVA vision tower: pad to a square (LLaVA-1.5, `do_pad=True`) or keep the
+    proportions (LLaVA v1), resize, center crop, rescale to 0..1, normalize.
 
     It has the fields of the stock `LlavaImageProcessor` and of `CLIPImageProcessor`, reads and writes the same
-    `preprocessor_config.json`, and its pixels are bit for bit those of the original code. It is faster than the stock
-    Pillow one because an image stays a Pillow image until its last step, the horizontal pass of the resize skips the
-    rows that padding adds and runs down the columns of a transposed picture, neither pass computes what the crop takes
-    away where that is exact, and the float values are written once, straight into the batch.
+    `preprocessor_config.json`, and its pixels are bit for bit those of the original code. It is faster than the stock Pillow one
+    because an image stays a Pillow image until its last step, the horizontal pass of the resize skips the rows that padding adds
+    and runs down the columns of a transposed image, neither pass computes what the crop takes away where that is exact, and the
+    float values are written once, straight into the batch.
 
-    Differs from stock: Pillow ≥ 13 resizes a tall image vertically first where that is cheaper, so that a stock
-    processor's pixels (of pictures that are not padded) depend on Pillow's version by one step of 255. Here the order
-    is horizontal, then vertical, as in every Pillow that LLaVA was trained with.
+    Differs from stock: Pillow ≥ 13 resizes a tall image vertically first where that is cheaper, so that a stock processor's pixels
+    (of images that are not padded) depend on Pillow's version by one step of 255. Here the order is horizontal, then vertical, as
+    in every Pillow that LLaVA was trained with.
 
     Args:
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
             Convert to three channels; transparency is laid on white.
         do_pad (`bool`, *optional*, defaults to `False`):
-            Pad the shorter side with the mean colour, `tuple(int(x * 255) for x in image_mean)`, to a square before
-            resizing; an odd pixel goes to the bottom or right (LLaVA-1.5, `image_aspect_ratio: pad`).
-        do_resize (`bool`, *optional*, defaults to `True`):
-            Resize to `size`.
+            Pad the shorter side with the mean color, `tuple(int(x * 255) for x in image_mean)`, to a square before resizing; an
+            odd pixel goes to the bottom or right (LLaVA-1.5, `image_aspect_ratio: pad`).
+        do_resize (`bool`, *optional*, defaults to `True`), resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`),
         size (`int` or `dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
             In pixels; also `{"height", "width"}`, `{"shortest_edge", "longest_edge"}` or `{"max_height", "max_width"}`.
-        resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
-            Filter of the resize.
-        do_center_crop (`bool`, *optional*, defaults to `True`):
-            Cut (or fill up with zeros) to `crop_size` around the center.
-        crop_size (`int` or `dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
-            In pixels.
-        do_rescale (`bool`, *optional*, defaults to `True`):
-            Multiply by `rescale_factor`.
-        rescale_factor (`float`, *optional*, defaults to `1/255`):
-            See `do_rescale`.
-        do_normalize (`bool`, *optional*, defaults to `True`):
-            Subtract `image_mean` and divide by `image_std`.
-        image_mean (`float` or `list[float]`, *optional*, defaults to CLIP's):
-            One value per channel, RGB, in the range after rescaling.
-        image_std (`float` or `list[float]`, *optional*, defaults to CLIP's):
-            One value per channel, RGB, in the range after rescaling.
+        do_center_crop (`bool`, *optional*, defaults to `True`), crop_size (`int` or `dict[str, int]`, *optional*, defaults to 224):
+            Crop (or fill up with zeros) around the center, in pixels.
+        do_rescale (`bool`, *optional*, defaults to `True`), rescale_factor (`float`, *optional*, defaults to `1/255`):
+            Multiply.
+        do_normalize (`bool`, *optional*, defaults to `True`), image_mean, image_std (`float` or `list[float]`, default: CLIP's):
+            Subtract and divide, one value per channel, RGB, in the range after rescaling.
 
-    Every one of them can be overridden in a call. A call takes one image, a list, or a list of lists (which it
-    flattens) of `PIL.Image` (turned upright by their EXIF orientation), `np.ndarray` or `torch.Tensor` (`[3, H, W]`,
-    `[H, W, 3]`, `[H, W]` or a batch of them, 0..255), and of all that [`~modeling_llava.io.images.read_image`] reads
-    (paths, URLs, bytes, …), and returns a `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for
-    `return_tensors="pt"` or `"np"`, and a list of arrays `[3, height, width]` without it.
-
-    Example:
-
-    ```python
-    >>> processor = LlavaImageProcessor(size=336, crop_size=336, do_pad=True)
-    >>> processor(Image.new("RGB", (640, 480)), return_tensors="pt").pixel_values.shape
-    torch.Size([1, 3, 336, 336])
-    ```
+    Every one of them can be overridden in a call. A call takes one image, a list, or a list of lists (which it flattens) of
+    `PIL.Image` (turned upright by their EXIF orientation), `np.ndarray` or `torch.Tensor` (`[3, H, W]`, `[H, W, 3]`, `[H, W]` or a
+    batch of them, 0..255), and of all that [`~modeling_llava.io.images.read_image`] reads (paths, URLs, bytes, …), and returns a
+    `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for `return_tensors="pt"` or `"np"`, and a list of
+    arrays `[3, height, width]` without it.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -255,9 +231,9 @@ def _resize_rgb(
 ) -> Image.Image:
     """Pad, resize and cut the columns of an RGB image; the rows of the crop are left to the caller.
 
-    Pillow resizes in two passes with an 8-bit image in between. Taking the passes one by one gives the same pixels,
-    fixes their order, and lets each work on fewer pixels: a row of padding is of one colour before and after the
-    horizontal pass, and a column is not touched by its neighbours in the vertical pass.
+    Pillow resizes in two passes with an 8-bit image in between. Taking the passes one by one gives the same pixels, fixes their
+    order, and lets each work on fewer pixels: a row of padding is of one color before and after the horizontal pass, and a column
+    is not touched by its neighbors in the vertical pass.
     """
     width, height = image.size
     pad_columns, pad_rows = do_pad and width < height, do_pad and height < width
@@ -268,8 +244,8 @@ def _resize_rgb(
     )
     if not (target_height and target_width):
         raise ValueError(
-            f"A picture of {width}×{height} pixels would have {target_width}×{target_height} after the resize, none: it is "
-            f"too long and thin for size={dict(size)}."
+            f"An image of {width}×{height} pixels would have {target_width}×{target_height} after the resize, none: it is too long "
+            f"and thin for size={dict(size)}."
         )
     resample = PILImageResampling.BILINEAR if resample is None else resample
 
@@ -281,7 +257,7 @@ def _resize_rgb(
     elif width != target_width:
         first, last = left * width / target_width, (left + kept) * width / target_width
         if resample in _SMOOTH and first.is_integer() and last.is_integer():
-            # The columns that stay are whole columns of the picture: no others are computed.
+            # The columns that stay are whole columns of the image: no others are computed.
             image, left = _with_width(image, kept, resample, int(first), int(last)), 0
         else:
             image = _with_width(image, target_width, resample, 0, width)
@@ -295,12 +271,8 @@ def _resize_rgb(
 
 
 def _with_width(image: Image.Image, width: int, resample: PILImageResampling, first: int, last: int) -> Image.Image:
-    """
-    The horizontal pass: columns `first` to `last` (their neighbours are looked at too), resized to `width`.
-
-    Pillow is faster down a picture than along it, for the same pixels, so that two transpositions pay as long as a few
-    lines fit into the cache.
-    """
+    """The horizontal pass: columns `first` to `last` (their neighbors are looked at too), resized to `width`. Pillow is faster down
+    an image than along it, for the same pixels, so that two transpositions pay as long as a few lines fit into the cache."""
     if resample not in _SMOOTH or image.width * image.height > _TRANSPOSED_PIXELS:
         return image.resize((width, image.height), resample, box=(first, 0, last, image.height))
     lying = image.transpose(Image.Transpose.TRANSPOSE)
@@ -332,10 +304,8 @@ def _planes(image: Image.Image) -> np.ndarray:
 
 
 def _rescale_and_normalize(array: np.ndarray, factor: float, mean, std, out: np.ndarray) -> None:
-    """`out = (array * factor - mean) / std`, `[channels, H, W]` uint8 to float32, rounded as the stock processor rounds.
-
-    Stock takes the product in float64 and rounds it to float32; the rest is float32.
-    """
+    """`out = (array * factor - mean) / std`, `[channels, H, W]` uint8 to float32, rounded as the stock processor rounds: the product
+    is taken in float64 and rounded to float32, the rest is float32."""
     channels = len(out)
     for name, values in (("image_mean", mean), ("image_std", std)):
         if isinstance(values, Sequence) and len(values) != channels:

@@ -42,25 +42,22 @@ class LlavaProcessor(ProcessorMixin):
         patch_size (`int`, *optional*):
             Side of a patch of the vision tower, in pixels.
         vision_feature_select_strategy (`str`, *optional*):
-            `"default"` drops the tower's first position, `"full"` keeps all. As in the model's configuration.
+            `"default"` drops the tower's first token, `"full"` keeps all. As in the model's configuration.
         chat_template (`str`, *optional*):
             Jinja text ([`load_chat_template`]).
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Used where the tokenizer has no `image_token` of its own.
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
-            Positions that the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
+            Tokens that the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
 
     Example:
 
     ```python
     >>> processor = LlavaProcessor.from_vision_language_pretrained("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
     >>> messages = [{"role": "user", "content": [{"type": "image", "path": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}]
-    >>> inputs = processor.apply_chat_template(
-    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ... )
-    >>> inputs.input_ids.shape, inputs.pixel_values.shape
-    (torch.Size([1, 619]), torch.Size([1, 3, 336, 336]))
-    ```"""
+    >>> processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    ```
+    """
 
     # The stock signature, in its order: files are read by position.
     def __init__(

@@ -1,6 +1,7 @@
 """What makes a step fast, each with its plain equivalent; [`apply_kernels`] is the one entry."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -8,16 +9,12 @@ from torch import nn
 @dataclass
 class KernelReport:
     """
-    What [`apply_kernels`] exchanged.
-
-    Attributes:
-        exchanged (`dict[str, int]`): Class as `print(model)` shows it → number of modules.
-        left (`dict[str, int]`): Class of modules whose forward is bound on the instance (accelerate's hooks, Liger), which were
-            left as they are → number.
+    What [`apply_kernels`] exchanged: class as `print(model)` shows it → number of modules; and what it left, since its forward is
+    bound on the instance (accelerate's hooks, Liger).
     """
 
-    exchanged: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
+    exchanged: dict[str, int]
+    left: dict[str, int]
 
     def __str__(self) -> str:
         parts = [f"{count} × {name}" for name, count in self.exchanged.items()] or ["none"]
@@ -27,15 +24,14 @@ class KernelReport:
 
 def apply_kernels(model: nn.Module) -> KernelReport:
     """
-    Exchange the modules of a LLaVA by kernels that compute the same training step with less time and memory, in place.
+    Exchange the modules of a LLaVA's language model by kernels that compute the same training step with less time and memory, in
+    place, where a probe forward shows that they do: norms, MLPs, attention, LoRA layers.
 
     To be called after freezing and adding adapters, and before hooks: a hooked module keeps its forward. `restore(model)` of
     `kernels/exchange.py` takes it back. Answers in `eval()` are not affected.
 
     Args:
-        model ([`LlavaForConditionalGeneration`], ours or stock, or a `PeftModel` around it):
-            Its language model gets efficient norms, MLPs, attention and LoRA layers where a probe forward shows that they compute
-            the same.
+        model ([`LlavaForConditionalGeneration`], ours or stock, or a `PeftModel` around it)
 
     Returns:
         [`KernelReport`]
@@ -44,17 +40,10 @@ def apply_kernels(model: nn.Module) -> KernelReport:
     from .exchange import Kernel
 
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    report = KernelReport()
-    for module in core.modules():
-        if "forward" in vars(module):
-            name = type(module).__name__
-            report.left[name] = report.left.get(name, 0) + 1
+    left = Counter(type(module).__name__ for module in core.modules() if "forward" in vars(module))
     make_efficient(core.model.language_model)
-    for module in core.modules():
-        if isinstance(module, Kernel):
-            name = type(module).__name__
-            report.exchanged[name] = report.exchanged.get(name, 0) + 1
-    return report
+    exchanged = Counter(type(module).__name__ for module in core.modules() if isinstance(module, Kernel))
+    return KernelReport(dict(exchanged), dict(left))
 
 
 __all__ = ["KernelReport", "apply_kernels"]

@@ -20,8 +20,8 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
         vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
         feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
         unless_awaited (`bool`, *optional*, defaults to `False`):
-            Leave layers alone in whose computation something takes part: a trained parameter, or a hook, be it
-            somebody's own or that of an engine that shares the weights out.
+            Leave layers alone in whose computation something takes part: a trained parameter, or a hook, be it somebody's own or
+            that of an engine that shards the weights.
     """
     encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
     layers = list(getattr(encoder, "layers", []))

@@ -5,8 +5,9 @@ A kernel is a class that is put before the original class:
 
     LlamaRMSNorm   →   EfficientLlamaRMSNorm(EfficientNorm, LlamaRMSNorm)
 
-In training its `compute` runs, in `eval()` the original's `forward`, so that answers are the stock ones to the last bit. Parameters, buffers, hooks and `isinstance` stay as they are. A pickle holds the original class, so that it is read in a process
-without this package; copies and the replicas of `nn.DataParallel` keep the exchanged one.
+In training its `compute` runs, in `eval()` the original's `forward`, so that answers are the stock ones to the last bit. Parameters,
+buffers, hooks and `isinstance` stay as they are. A pickle holds the original class, so that it is read in a process without this
+package; copies and the replicas of `nn.DataParallel` keep the exchanged one.
 """
 
 import copy

@@ -25,11 +25,11 @@ def load_chat_template(name: str, *, image_token: str = IMAGE_TOKEN, image_wrap:
     """
     One of the project's chat templates, as one self-contained Jinja text that stock transformers renders.
 
-    All have `{% generation %}` around what is supervised: the answer with the space in front of it, and its stop. They
-    take string content and content lists, an optional system message (in place of the format's own; an empty one means
-    none), several images in a turn and turns without images. In a turn with images, these come first, each followed by
-    a line break, and the text is stripped; the template variable `keep_image_order=True` keeps the order (see
-    [`modeling_llava.data.labels`]). None writes the first `<s>`: the tokenizer does.
+    All have `{% generation %}` around what is supervised: the answer with the space in front of it, and its stop. They take string
+    content and content lists, an optional system message (in place of the format's own; an empty one means none), several images
+    in a turn and turns without images. In a turn with images, these come first, each followed by a line break, and the text is
+    stripped; the template variable `keep_image_order=True` keeps the order (see [`modeling_llava.data.labels`]). None writes the
+    first `<s>`: the tokenizer does.
 
     | name | original's name | ends an answer with |
     |---|---|---|
@@ -43,15 +43,13 @@ def load_chat_template(name: str, *, image_token: str = IMAGE_TOKEN, image_wrap:
     | `chatml` | – | `<\\|im_end\\|>` |
 
     Args:
-        name (`str`):
-            One of the names above.
-        image_token (`str`, *optional*, defaults to `"<image>"`):
-            Text of the image token.
+        name (`str`): One of the names above.
+        image_token (`str`, *optional*, defaults to `"<image>"`): Text of the image token.
         image_wrap (`tuple[str, str]`, *optional*):
             Text before and after every image token: `("<im_start>", "<im_end>")` for an original checkpoint with
-            `mm_use_im_start_end`. The original tokenizes the text after an image on its own, so a SentencePiece
-            tokenizer puts a space in front; one with `legacy=False` does not when the prompt is tokenized whole, and
-            needs `("", " ")` or `("<im_start>", "<im_end> ")` for the original's ids.
+            `mm_use_im_start_end`. The original tokenizes the text after an image on its own, so a SentencePiece tokenizer puts a
+            space in front; one with `legacy=False` does not when the prompt is tokenized whole, and requires `("", " ")` or
+            `("<im_start>", "<im_end> ")` for the original's ids.
 
     Raises:
         ValueError: there is no template of that name.
@@ -68,14 +66,12 @@ def insert_image_token(
     A language model's own chat template, made to write the image token for `{"type": "image"}` items.
 
     Content lists are turned into strings before the template sees them, by the same rule as in our own templates
-    ([`load_chat_template`]), so it works with every template that renders strings; text-only conversations are rendered
-    as before. The template is not marked with `{% generation %}`: `encode_conversation` finds the answers by itself.
+    ([`load_chat_template`]), so it works with every template that renders strings; text-only conversations are rendered as before.
+    The template is not marked with `{% generation %}`: `encode_conversation` finds the answers by itself.
 
     Args:
-        chat_template (`str`):
-            Jinja text of a template, such as `tokenizer.chat_template`.
-        image_token, image_wrap:
-            See [`load_chat_template`].
+        chat_template (`str`): Jinja text of a template, such as `tokenizer.chat_template`.
+        image_token, image_wrap: See [`load_chat_template`].
 
     Raises:
         ValueError: the template does not write a user's text where it can be found again.
@@ -90,8 +86,7 @@ def insert_image_token(
         render_jinja_template(conversations=[probe], chat_template=template, **variables)[0][0]
         for template, probe in [(chat_template, probes[0]), (changed, probes[0]), (changed, probes[1])]
     )
-    before_text, image, after_text = (image_wrap or ("", ""))[0], image_token, (image_wrap or ("", ""))[1]
-    expected = before.replace("First question", f"{before_text}{image}{after_text}\nFirst question")
+    expected = before.replace("First question", f"{image_token.join(image_wrap or ('', ''))}\nFirst question")
     if before != after or before.count("First question") != 1 or with_image != expected:
         raise ValueError(
             f"This chat template does not write a user's text as it is: 'First question' becomes {before!r}, and with an "
