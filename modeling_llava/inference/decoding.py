@@ -81,6 +81,11 @@ class Row:
         """The prompt's tokens after the prefix."""
         return self.ids[self.prefix.end :] if self.prefix else self.ids
 
+    @property
+    def next_ids(self) -> list[int]:
+        """The tokens of the next pass: the prompt's own, then the answer's latest."""
+        return self.tokens[-1:] or self.own_ids
+
 
 class Decoder:
     """
@@ -150,9 +155,7 @@ class Decoder:
             cache = RowCache(self.num_layers)
             cache.fit(1, len(prefix.ids))
             cache.add(None, False)
-            self._forward(
-                self._embed(Row("the prefix", prefix.ids, features=prefix.features)), cache, [len(prefix.ids)]
-            )
+            self._forward([Row("the prefix", prefix.ids, features=prefix.features)], cache)
             prefix.keys, prefix.values = [keys[0] for keys in cache.keys], [values[0] for values in cache.values]
             prefix.features = []
         return prefix
@@ -188,9 +191,8 @@ class Decoder:
                 new.append(row)
             if not active and not new:
                 return
-            if new:
-                self._add(active, new, cache, settings, copies=batch_size == 1)
-            self._step(active, len(new), cache, settings)
+            active += new
+            self._step(active, new, cache, settings, copies=batch_size == 1)
             yield from active.copy()
             if any(row.finish_reason for row in active):
                 _remove_finished(active, cache)
@@ -210,30 +212,22 @@ class Decoder:
         return needed <= (1 - MARGIN) * free_memory(self.device)
 
     @torch.inference_mode()
-    def _add(
-        self, active: list[Row], new: list[Row], cache: RowCache, settings: DecodingSettings, copies: bool
+    def _step(
+        self, rows: list[Row], new: list[Row], cache: RowCache, settings: DecodingSettings, copies: bool
     ) -> None:
+        """Gives each row its next token, in one pass with the prompts of the new ones."""
+        if new:
+            longest = max(len(row.ids if copies else row.own_ids) for row in rows)
+            cache.fit(len(rows), longest + settings.max_new_tokens)
         for row in new:
             if row.prefix is not None:
                 self.compute(row.prefix)
-        active += new
-        longest = max(len(row.ids if copies else row.own_ids) for row in active)
-        cache.fit(len(active), longest + settings.max_new_tokens)
-        for row in new:
             cache.add(row.prefix, copies)
+        self._choose(self.model.lm_head(self._forward(rows, cache)), rows, settings)
 
-    @torch.inference_mode()
-    def _step(self, active: list[Row], num_new: int, cache: RowCache, settings: DecodingSettings) -> None:
-        """A token for each row; the last `num_new` rows are prompts."""
-        old, new = active[: len(active) - num_new], active[len(active) - num_new :]
-        latest = torch.tensor([row.tokens[-1] for row in old], dtype=torch.long, device=self.device)
-        embeds = [self.model.get_input_embeddings()(latest), *map(self._embed, new)]
-        lengths = [1] * len(old) + [len(row.own_ids) for row in new]
-        hidden = self._forward(torch.cat(embeds) if new else embeds[0], cache, lengths)
-        self._choose(self.model.lm_head(hidden), active, settings)
-
-    def _forward(self, embeds: torch.Tensor, cache: RowCache, lengths: list[int]) -> torch.Tensor:
-        """`embeds [num_tokens, hidden]` → `[num_rows, hidden]` after each row's last token."""
+    def _forward(self, rows: list[Row], cache: RowCache) -> torch.Tensor:
+        """The hidden states `[num_rows, hidden]` after each row's last token; keys and values go into the cache."""
+        embeds, lengths = self._embed(rows), [len(row.next_ids) for row in rows]
         step = Step(cache, lengths, self.device)
         with (
             self.lock,
@@ -248,22 +242,29 @@ class Decoder:
                 llava_step=step,
             )
         cache.lengths = [old + length for old, length in zip(cache.lengths, lengths)]
-        hidden = outputs.last_hidden_state[0]
-        return hidden if len(hidden) == len(lengths) else hidden[step.last]
+        return outputs.last_hidden_state[0] if len(embeds) == len(rows) else outputs.last_hidden_state[0, step.last]
 
-    def _embed(self, row: Row) -> torch.Tensor:
-        """The embeddings `[num_tokens, hidden]` of a row's own tokens, with its images' features in their places."""
-        ids = torch.tensor(row.own_ids, device=self.device)
-        is_image = ids == self.model.config.image_token_id
-        embeds = self.model.get_input_embeddings()(ids.masked_fill(is_image, 0))  # its id may have no embedding
-        num_features = sum(len(features) for features in row.features)
-        if int(is_image.sum()) != num_features:
-            raise ValueError(
-                f"sample {row.id!r} has {int(is_image.sum())} image tokens but its images yield {num_features}. Do "
-                f"processor and model belong together? Does the question hold the text of the image token?"
-            )
-        if num_features:
-            embeds[is_image] = torch.cat(row.features).to(embeds.device, embeds.dtype)
+    def _embed(self, rows: list[Row]) -> torch.Tensor:
+        """The embeddings `[num_tokens, hidden]` of the rows' next tokens, with the images' features in their places."""
+        ids, places, features = [], [], []
+        for row in rows:
+            if not row.tokens:
+                own = [i for i, token in enumerate(row.own_ids, len(ids)) if token == self.model.config.image_token_id]
+                num_features = sum(map(len, row.features))
+                if len(own) != num_features:
+                    raise ValueError(
+                        f"sample {row.id!r} has {len(own)} image tokens but its images yield {num_features}. Do processor "
+                        "and model belong together? Does the question hold the text of the image token?"
+                    )
+                places += own
+                features += row.features
+            ids += row.next_ids
+        tokens = torch.tensor(ids, device=self.device)
+        if places:
+            tokens[places] = 0  # the image token may have no embedding
+        embeds = self.model.get_input_embeddings()(tokens)
+        if places:
+            embeds[places] = torch.cat(features).to(embeds.device, embeds.dtype)
         return embeds
 
     @torch.inference_mode()
@@ -271,15 +272,14 @@ class Decoder:
         """Row by row with transformers' own cache, for language models that `shared_prefix` cannot serve."""
         for row in rows:
             cache = DynamicCache(config=self.language_model.config)
-            embeds = self._embed(row)[None]
             while row.finish_reason is None:
+                embeds = self._embed([row])[None]
                 with self.lock:
                     _forget_lengths(self.language_model)  # of what another decoder answered meanwhile
                     outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
                     _forget_lengths(self.language_model)
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
-                embeds = self.model.get_input_embeddings()(torch.tensor([row.tokens[-1:]], device=self.device))
 
     def _choose(self, logits: torch.Tensor, rows: list[Row], settings: DecodingSettings) -> None:
         """Gives each row its next token. logits `[num_rows, vocab_size]`."""

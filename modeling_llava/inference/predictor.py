@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.images import image_key, load_image
-from ..data.schema import BadSampleError
+from ..data.images import image_key
+from ..io.images import read_image
 from ..text.control_tokens import ControlTokens
 from .decoding import Decoder, Row
 from .decoding_settings import DecodingSettings, default_settings
@@ -51,13 +51,12 @@ class _EncodedImages:
 
 class LlavaPredictor:
     """
-    Answers questions about images. An image, and the prompt in front of the question, is encoded once; its keys and
-    values are shared by all questions, in one batch or one after the other, and never copied. Greedy answers are those
-    of `generate`, token for token (float32).
+    Answers questions about images. An image, and the prompt in front of the question, is encoded once; a list of questions
+    shares its keys and values, a question alone begins with a copy of them. Greedy answers are those of `generate`, token for
+    token (float32).
 
     The model is put into `eval()`; its weights are not touched. A predictor is for one thread at a time; predictors over
-    one model may be in several threads: they share its lock, token by token. Hold
-    [`~modeling_llava.inference.model_lock`] for other uses of the model.
+    one model may be in several threads. Hold [`~modeling_llava.inference.model_lock`] for other uses of the model.
 
     Args:
         model ([`LlavaForConditionalGeneration`]):
@@ -67,11 +66,11 @@ class LlavaPredictor:
         system (`str`, *optional*):
             System message in place of the chat template's own.
         max_cached_images (`int`, *optional*, defaults to 8), max_cached_bytes (`int`, *optional*, defaults to 2 GiB):
-            Images whose keys and values are kept for when they are set again; those not used for longest go first. The
-            present image is kept whatever it takes. 7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
+            Images whose keys and values are kept for when they are set again, the latest used; the present image always is.
+            7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
         settings ([`DecodingSettings`], *optional*):
             How answers are chosen; by default greedy, at most 512 tokens, with the end tokens and what else the model's
-            generation configuration asks of greedy answers. Each question can override any field.
+            generation configuration sets for greedy answers. Each question can override any field.
 
     Example:
 
@@ -98,9 +97,7 @@ class LlavaPredictor:
         settings: DecodingSettings | None = None,
     ):
         if max_cached_images < 0 or max_cached_bytes < 0:
-            raise ValueError(
-                "max_cached_images and max_cached_bytes cannot be negative; 0 keeps the present image only."
-            )
+            raise ValueError("max_cached_images and max_cached_bytes must be 0 (the present image only) or more.")
         self.model = model.eval()
         self.processor = processor
         self.system = system
@@ -127,17 +124,17 @@ class LlavaPredictor:
         self.forget_history()
 
     def forget_history(self) -> None:
-        """Begins a new conversation about the same image."""
+        """Starts a new conversation about the same image."""
         self.history: list[tuple[str, str]] = []
         self._past: Prefix | None = None
 
     def set_image(self, image: Any) -> None:
         """
-        Encodes what the next questions are about, and begins a new conversation.
+        Encodes what the next questions are about, and starts a new conversation.
 
         Args:
             image (`str`, `PIL.Image.Image`, `bytes`, a list of them, or `None`):
-                A path, an image, the bytes of an image file; several images stand before the question in this order;
+                A path or URL, an image, the bytes of an image file; several images stand before the question in this order;
                 `None` for questions without an image.
 
         Raises:
@@ -146,13 +143,10 @@ class LlavaPredictor:
         references = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
         encoded = None
         if references:
-            try:
-                key = tuple(_content_key(reference) for reference in references)
-                encoded = self._cache.get(key)
-                images = [load_image(reference) for reference in references] if encoded is None else []
-            except BadSampleError as error:  # "has the image …"
-                raise ValueError(f"set_image: the question {error.message}") from None
+            key = tuple(_content_key(reference) for reference in references)
+            encoded = self._cache.get(key)
             if encoded is None:
+                images = [read_image(reference) for reference in references]
                 encoded = _EncodedImages(encode_images(images, self.decoder, self.processor))
                 self._cover(encoded, encode_prompt(self._messages([("?", None)], len(references)), self.processor))
             self._cache[key] = encoded
@@ -170,9 +164,8 @@ class LlavaPredictor:
         Args:
             question (`str` or `list[str]`)
             keep_history (`bool`, *optional*, defaults to `False`):
-                Continue the conversation: the earlier questions asked so, and their answers, are part of the prompt, and
-                this question and its answer become part of it. Otherwise the question stands alone and leaves the
-                conversation as it is.
+                Continue the conversation of the earlier questions that were asked so. Otherwise the question stands alone and
+                leaves the conversation as it is.
             batch_size (`int`, *optional*, defaults to 64):
                 Most questions of a list answered at a time; fewer where memory has room for fewer.
             settings: Fields of [`DecodingSettings`] for this call, such as `max_new_tokens=32`.
@@ -201,21 +194,18 @@ class LlavaPredictor:
 
     def stream(self, question: str, *, keep_history: bool = False, **settings) -> Iterator[str]:
         """
-        As [`ask`] with one question; yields the answer's text piece by piece, as it grows. With `keep_history` the turn
-        is kept once the last piece has been taken; an answer that is closed early, or ends after a new conversation began, leaves
-        the conversation as it was.
-
-        What was streamed, its number of tokens and why it ended are in `last_answer` afterwards.
+        As [`ask`] with one question; yields the answer's text piece by piece. With `keep_history` the turn is kept once the
+        last piece has been taken, unless a new conversation began meanwhile. `last_answer` then holds what was streamed.
         """
         return self._stream(question, keep_history, settings)[1]
 
     def prompt_length(self, question: str, *, keep_history: bool = False) -> int:
         """Tokens of the prompt that [`ask`] would answer, image tokens included; nothing is computed."""
-        turns = [*self.history, (question, None)] if keep_history else [(question, None)]
+        turns = [*(self.history if keep_history else []), (question, None)]
         return len(encode_prompt(self._messages(turns, self._num_images or 0), self.processor))
 
     def _stream(self, question: str, keep_history: bool, settings: dict) -> tuple[Row, Iterator[str]]:
-        turns = [*self.history, (question, None)] if keep_history else [(question, None)]
+        turns = [*(self.history if keep_history else []), (question, None)]
         row = self._row(turns, 0, self._past if keep_history else None)
         row.keep = keep_history
         return row, self._pieces(row, question, self._settings(settings), self.history)
@@ -251,9 +241,8 @@ class LlavaPredictor:
         **settings,
     ) -> Iterator[Answer]:
         """
-        Answers a benchmark's samples. Those with the same image are put together, and it is encoded once for them;
-        prompts of different lengths are computed without padding; a finished answer makes room for the next sample. Memory
-        does not grow with the number of samples.
+        Answers a benchmark's samples. Those with the same image are put together, and it is encoded once for them; prompts are
+        computed without padding; the next sample takes a finished one's place. Memory does not grow with their number.
 
         Args:
             samples (`Iterable[dict]`):
@@ -268,8 +257,7 @@ class LlavaPredictor:
             settings: Fields of [`DecodingSettings`].
 
         Yields:
-            [`Answer`]: as they are finished, not in the samples' order. An answer does not depend on the order, on the batch
-            or on the other samples.
+            [`Answer`]: as they are finished, not in the samples' order. An answer does not depend on the other samples.
 
         Raises:
             ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
@@ -299,9 +287,7 @@ class LlavaPredictor:
     def _row(self, turns: list[tuple[str, str | None]], row_id: int, past: Prefix | None = None) -> Row:
         """The row of a conversation whose last question is to be answered; `past` are the turns' keys and values."""
         if self._num_images is None:
-            raise ValueError(
-                "No image is set: call set_image(image) first, or set_image(None) to ask without an image."
-            )
+            raise ValueError("No image is set: call set_image(image), or set_image(None) to ask without an image.")
         question = turns[-1][0]
         if not isinstance(question, str):
             raise TypeError(f"A question is a string, not {type(question).__name__}.")
@@ -309,9 +295,8 @@ class LlavaPredictor:
             raise ValueError("The question is empty.")
         ids = encode_prompt(self._messages(turns, self._num_images), self.processor)
         row = Row(row_id, ids, match_chain(past or (self._images and self._images.prefix), ids))
-        if (
-            self._images and self.processor.image_token_id in row.own_ids
-        ):  # another beginning than when the image was set
+        # Another beginning than when the image was set, or a prefix that cannot be shared.
+        if self._images and self.processor.image_token_id in row.own_ids:
             self._cover(self._images, ids)
             row.prefix = match_chain(self._images.prefix, ids)
             row.features = [] if row.prefix else self._images.features
@@ -363,7 +348,7 @@ def _content_key(reference: Any) -> tuple:
     if isinstance(reference, Mapping) and reference.get("bytes") is None:
         reference = reference.get("path")
     if isinstance(reference, Image.Image):
-        image = load_image(reference)  # equal values are another image under another palette or orientation
+        image = read_image(reference)  # equal values are another image under another palette or orientation
         return "pixels", image.size, hashlib.blake2b(image.tobytes()).digest()
     if isinstance(reference, (str, os.PathLike)) and os.path.isfile(reference):
         info = os.stat(reference)
