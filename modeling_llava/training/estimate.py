@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
-from ..io.checkpoints import base_model_of, base_revision_of, checkpoint_kind
+from ..io.checkpoints import COMPONENTS, base_model_of, base_revision_of, checkpoint_kind
 from ..modeling_llava import LlavaForConditionalGeneration
 from .arguments import LlavaTrainingArguments
 
@@ -78,24 +78,18 @@ class ModelSizes:
     config: LlavaConfig
     tower: int
     projector: int
-    language_model: int
-    """With its head."""
+    language_model: int  # with its head
     head: int
-    embeddings: int
-    """The embedding matrix, and the head if it has its own."""
-    linears: tuple[tuple[int, int], ...]
-    """(inputs, outputs) of each linear layer of the language model but its head: what QLoRA keeps in 4 bits."""
-    layer_matrices: int
-    """Of `linears`."""
-    layer_rest: int
-    """Norms and biases of the language model."""
-    patches: int
-    """Per image; the vision tower's tokens are these and its class token."""
-    vision_tokens: int
+    embeddings: int  # the embedding matrix, and the head if it has its own
+    layer_matrices: int  # linear layers of the language model but its head: what QLoRA keeps in 4 bits
+    layer_rest: int  # norms and biases of the language model
+    linears: dict[str, list[tuple[int, int]]]  # component → (inputs, outputs) of its linear layers but the head
+    patches: int  # per image
+    vision_tokens: int  # per image: patches and class token
 
-    def lora(self, rank: int) -> int:
-        """Parameters of the LoRA weights of every linear layer of the language model."""
-        return sum(rank * (inputs + outputs) for inputs, outputs in self.linears)
+    def lora(self, rank: int, component: str = "language_model") -> int:
+        """Parameters of the LoRA weights of every linear layer of a component."""
+        return sum(rank * (inputs + outputs) for inputs, outputs in self.linears[component])
 
 
 def sizes_of(config: PreTrainedConfig) -> ModelSizes:
@@ -112,26 +106,34 @@ def sizes_of(config: PreTrainedConfig) -> ModelSizes:
                 raise ValueError(f"The configuration of {part.model_type} has no {name}: nothing can be estimated.")
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    tower, projector, language_model = (
-        sum(p.numel() for p in model.get_submodule(f"model.{name}").parameters())
-        for name in ("vision_tower", "multi_modal_projector", "language_model")
-    )
-    layers = model.model.language_model
-    if any(p.dim() > 2 for p in layers.parameters()):
+    parts = {name: model.get_submodule(f"model.{name}") for name in COMPONENTS}
+    if any(p.dim() > 2 for p in parts["language_model"].parameters()):
         raise ValueError(
             f"The language model ({text.model_type}) has weights that are not linear layers, as a mixture of experts has: "
             "nothing can be estimated."
         )
-    linears = tuple((m.in_features, m.out_features) for m in layers.modules() if isinstance(m, nn.Linear))
-    matrices = sum(inputs * outputs for inputs, outputs in linears)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    linears = {
+        name: [(m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear)]
+        for name, part in parts.items()
+    }
+    matrices = sum(inputs * outputs for inputs, outputs in linears["language_model"])
     head = text.vocab_size * text.hidden_size
     embeddings = head if config.tie_word_embeddings else 2 * head
-    language_model += embeddings - head
-    rest = language_model - embeddings - matrices
+    language_model = counts["language_model"] + embeddings - head
     patches = count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, 0, "full")
-    vision_tokens = patches + count_additional_image_tokens(vision)
     return ModelSizes(
-        config, tower, projector, language_model, head, embeddings, linears, matrices, rest, patches, vision_tokens
+        config=config,
+        tower=counts["vision_tower"],
+        projector=counts["multi_modal_projector"],
+        language_model=language_model,
+        head=head,
+        embeddings=embeddings,
+        layer_matrices=matrices,
+        layer_rest=language_model - embeddings - matrices,
+        linears=linears,
+        patches=patches,
+        vision_tokens=patches + count_additional_image_tokens(vision),
     )
 
 
@@ -172,11 +174,10 @@ class Settings(SimpleNamespace):
         return self.tokens or self.per_device_train_batch_size * self.length
 
     @property
-    def accumulated(self) -> int:
-        """Micro-batches of an optimizer step; they are on the device together."""
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps
-        return max(self.global_batch_size // (self.per_device_train_batch_size * self.devices), 1)
+    def accumulates(self) -> bool:
+        """Whether gradients of earlier micro-batches are kept while the next is computed."""
+        batch = self.per_device_train_batch_size * self.devices
+        return (self.global_batch_size or batch * self.gradient_accumulation_steps) > batch
 
     @property
     def compute_bytes(self) -> int:
@@ -206,25 +207,17 @@ class Estimate:
     weights: dict[str, float] = field(default_factory=dict)
     gradients: float = 0.0
     optimizer: float = 0.0
-    activations: float = 0.0
-    """Kept from the forward for the backward pass."""
-    working: float = 0.0
-    """On top of the activations, at the peak: one layer's backward pass, or the loss."""
-    loss: float = 0.0
-    """Of the loss, which is computed before the layers' backward passes."""
+    activations: float = 0.0  # kept from the forward for the backward pass
+    working: float = 0.0  # on top of them, at the peak: one layer's backward pass, or the loss
+    loss: float = 0.0  # it is computed before the layers' backward passes
     evaluation: float = 0.0
-    generation: float = 0.0
-    """Of one answer; as many more are generated at a time as memory has room for."""
-    buckets: float = 0.0
-    """16-bit copies of trained float32 weights, and what is in transit between devices."""
-    peak_of_step: float = 0.0
-    """Highest sum of gradients, activations and working memory, or evaluation; they do not peak at the same time."""
+    generation: float = 0.0  # of one answer; as many more are generated at a time as memory has room for
+    buckets: float = 0.0  # 16-bit copies of trained float32 weights, and what is in transit between devices
+    peak_of_step: float = 0.0  # the highest sum of the six before it: they do not peak at the same time
     overhead: float = 0.0
     trained_parameters: int = 0
-    checkpoint: float = 0.0
-    """On the disk: the weights that are saved, and the optimizer's state."""
-    saved: float = 0.0
-    """On the disk: the result."""
+    checkpoint: float = 0.0  # on the disk: the weights that are saved, and the optimizer's state
+    saved: float = 0.0  # on the disk: the result
     flops_per_token: float = 0.0
 
     @property
@@ -256,19 +249,21 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     if settings.adapter == "qlora":
         # a scale per 64 weights: in 8 bits, with a float32 scale per 256 of those, or in float32
         matrices, of_matrices = 0.5 + (1 / 64 + 4 / (64 * 256) if settings.double_quant else 4 / 64), "4-bit"
-    of_tower = t + original if settings.train_vision_tower else c
+    trains_tower, trains_projector = settings.train_vision_tower, settings.train_projector == "full"
+    of_tower, of_projector = (t + original if trained else c for trained in (trains_tower, trains_projector))
     result.weights = {
-        f"vision tower, {_dtype(t if settings.train_vision_tower else c)}": sizes.tower * of_tower,
-        f"projector, {_dtype(t)}": sizes.projector * (t + original),
+        f"vision tower, {_dtype(t if trains_tower else c)}": sizes.tower * of_tower,
+        f"projector, {_dtype(t if trains_projector else c)}": sizes.projector * of_projector,
         f"language model, layers, {of_matrices}": sizes.layer_matrices * matrices + sizes.layer_rest * frozen,
         f"language model, embeddings, head, {_dtype(frozen)}": sizes.embeddings * frozen,
     }
-    trained = sizes.projector + (sizes.language_model if full else 0)
-    trained += sizes.tower if settings.train_vision_tower else 0
+    in_layers = sizes.language_model if full else 0
     if trains_lora:
-        lora = sizes.lora(settings.lora_r)
+        in_layers = sizes.lora(settings.lora_r)
+        lora = in_layers + settings.lora_vision_tower * sizes.lora(settings.lora_r, "vision_tower")
+        lora += (settings.train_projector == "lora") * sizes.lora(settings.lora_r, "multi_modal_projector")
         result.weights[f"LoRA, rank {settings.lora_r}, {_dtype(t)}"] = lora * t
-        trained += lora
+    trained = trains_projector * sizes.projector + trains_tower * sizes.tower + (lora if trains_lora else in_layers)
     result.trained_parameters = trained
     result.gradients = trained * t
     state = trained * _state_bytes(settings.optim, t)
@@ -276,8 +271,8 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     result.checkpoint = state + (sum(result.weights.values()) if full else trained * t)
     result.saved = (sizes.tower + sizes.projector + sizes.language_model) * c if full else trained * t
     # Autocast keeps 16-bit copies of trained float32 weights for the length of a step.
-    if c == 2 and t == 4 and (full or trains_lora):
-        result.buckets += (trained - sizes.projector) * 2
+    if c == 2 and t == 4:
+        result.buckets += in_layers * 2
 
     # What is kept of one micro-batch
     layer, of_down, recomputed = (tokens * size for size in _language_layer(sizes, settings))
@@ -286,7 +281,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     feature_layers = 1 if isinstance(feature_layers, int) else len(feature_layers)
     outside = tokens * h * (3 * settings.residual_bytes + c)  # embeddings, last norm, hidden states
     outside += images * sizes.patches * (vision.hidden_size * feature_layers + 2 * h) * max(c, 4)
-    if settings.train_vision_tower:
+    if trains_tower or settings.lora_vision_tower:
         of_layer, tower_layers = (8 * vision.hidden_size + 4 * vision.intermediate_size) * c, vision.num_hidden_layers
         kept = tower_layers * of_layer
         if settings.activation_checkpointing:
@@ -295,7 +290,11 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     # The peak is where the MLP's last product is differentiated, or just after it, when its inputs are freed
     at_down = ((3 if trains_lora and settings.lora_dropout else 2) * m + h) * c
     backward = max(tokens * at_down, tokens * (4 * m + 2 * h) * c - of_down)
-    dequantized = max(inputs * outputs for inputs, outputs in sizes.linears) * c if settings.adapter == "qlora" else 0
+    dequantized = (
+        max(inputs * outputs for inputs, outputs in sizes.linears["language_model"]) * c
+        if settings.adapter == "qlora"
+        else 0
+    )
     backward += dequantized
     step = {False: layers + 1, True: 1}.get(settings.activation_checkpointing, 2)
     is_checkpointed = [index % step == 0 and step <= layers for index in range(layers)]
@@ -304,13 +303,12 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     result.activations = outside + sum(of_layers)
     result.loss, head_gradient = _loss(sizes, settings)
     tower = images * sizes.vision_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
-    pixels = images * 3 * vision.image_size**2 * 4 * settings.accumulated
+    pixels = images * 3 * vision.image_size**2 * 4
 
     # The peak: after the loss, or in the backward pass of some layer, where gradients replace activations
-    accumulates = settings.accumulated > 1
+    accumulates = settings.accumulates
     fixed = result.gradients if accumulates else 0.0
-    in_layers = sizes.layer_matrices + sizes.layer_rest if full else trained - sizes.projector
-    layer_gradient = in_layers * t / layers if full or trains_lora else 0.0
+    layer_gradient = (in_layers - (sizes.embeddings if full else 0)) * t / layers
     moments = [fixed + result.activations + result.loss, fixed + tower * c]
     for index in reversed(range(layers)):
         done = layers - 1 - index
@@ -322,10 +320,12 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     moments.append(result.gradients + (head_gradient if keeps_head_gradient else 0.0))
     # Without gradients: gate, up and their product; the layer's input and output, queries, keys, values, attention
     per_token = (3 * m + 6 * h) * c
-    eval_tokens = (settings.per_device_eval_batch_size or settings.per_device_train_batch_size) * settings.max_length
-    result.evaluation = eval_tokens * per_token + dequantized
+    eval_batch = settings.per_device_eval_batch_size
+    eval_tokens = tokens if eval_batch is None else eval_batch * settings.max_length
+    result.evaluation = eval_tokens * (per_token + outside / tokens) + dequantized
     result.generation = settings.max_length * (per_token + layers * _key_value_width(text) * c) + dequantized
-    result.peak_of_step = max(max(moments) + pixels, result.evaluation, result.generation)
+    generates = settings.sample_answers or settings.benchmarks
+    result.peak_of_step = max(max(moments) + pixels, result.evaluation, result.generation if generates else 0.0)
     result.working = max(backward + (recomputed if any(is_checkpointed) else 0.0), result.loss)
 
     _shard(result, sizes, settings)

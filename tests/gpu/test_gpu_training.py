@@ -19,12 +19,9 @@ from modeling_llava.training.recipes import PRESETS, preset_names
 
 def words(settings, preset, **changes):
     fixed = {
-        "max_steps": 4,
-        "global_batch_size": 4,
-        "per_device_train_batch_size": 2,
-        "save_steps": 2,
-        "logging_steps": 1,
-    }
+        "max_steps": 4, "global_batch_size": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1,
+        "dataloader_num_workers": 0,
+    }  # fmt: skip
     kept = {name: value for name, value in settings.items() if name not in ("disable_tqdm", "dataloader_pin_memory")}
     evaluates = {"eval_size": 4, "eval_strategy": "steps", "eval_steps": 2, "sample_answers": 2}
     return ["train", preset, *(f"{name}={value}" for name, value in {**kept, **fixed, **evaluates, **changes}.items())]

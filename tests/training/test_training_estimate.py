@@ -1,6 +1,5 @@
 """The estimate of memory, compared with the growth of a process; its settings and parameters, with the real ones."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -70,12 +69,28 @@ def test_estimated_growth_is_within_15_percent_of_the_measured(case, tmp_path):
     assert estimated == pytest.approx(measured["growth"], rel=0.15)
 
 
-def test_defaults_are_those_of_the_training_arguments():
-    ours = {setting.name: setting.default for setting in dataclasses.fields(Settings)}
-    theirs = {setting.name: setting.default for setting in dataclasses.fields(LlavaTrainingArguments)}
-    shared = ours.keys() & theirs.keys()
-    assert {"lora_r", "max_length", "packing", "optim", "gradient_accumulation_steps"} <= shared
-    assert {name: ours[name] or None for name in shared} == {name: theirs[name] or None for name in shared}
+def test_every_second_layer_is_between_the_two_others():
+    sizes = sizes_of(LlavaConfig(text_config={**TEXT, "num_hidden_layers": 5}))
+    off, half, on = (
+        estimate(sizes, Settings(activation_checkpointing=value)).activations
+        for value in (False, "every_second", True)
+    )
+    assert half == pytest.approx(off * 2 / 5 + on * 3 / 5, rel=0.03)  # layers 0, 2 and 4
+
+
+def test_evaluation_answers_and_larger_adapters_count():
+    sizes = sizes_of(LlavaConfig(text_config=TEXT))
+
+    def total(**settings):
+        recipe = {"adapter": "lora", "per_device_train_batch_size": 1, "activation_checkpointing": True, "lora_r": 8}
+        return estimate(sizes, Settings(**recipe | settings)).total
+
+    assert total(per_device_eval_batch_size=64) > total(per_device_eval_batch_size=1) == total()
+    assert total(packing="full", pack_length=4096) > total(packing="full") > total()  # more images in a row
+    assert total(sample_answers=4, max_length=300) >= total(max_length=300)
+    assert total(train_projector="full") > total(train_projector="lora") > total(train_projector="frozen")
+    assert total(train_vision_tower=True) > total(lora_vision_tower=True) > total()
+    assert total(optim="adamw_torch") > total(optim="adamw_8bit") > total(optim="paged_adamw_8bit")
 
 
 @pytest.mark.parametrize("text", ["llama", "phi3", "qwen2"])

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from rich.console import Console
 
-from modeling_llava.training import read_recipe, train
+from modeling_llava.training import preset_names, read_recipe, train
 from modeling_llava.training.estimate import GIB, Settings, estimate, load_config, sizes_of
 from modeling_llava.training.recipes import PRESETS
 
@@ -14,8 +14,8 @@ FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b
 
 
 def estimated_gib(gpu, size):
-    recipe = read_recipe(f"qlora-{gpu}gb")
-    settings = Settings(**{name: value for name, value in recipe.items() if hasattr(Settings, name)})
+    """With activation checkpointing in every layer, the least."""
+    settings = Settings(**read_recipe(f"qlora-{gpu}gb") | {"activation_checkpointing": True})
     return estimate(sizes_of(load_config(f"llava-hf/llava-1.5-{size}-hf")), settings).total / GIB
 
 
@@ -31,16 +31,29 @@ def test_13b_does_not_fit_8_gb_and_the_preset_says_so():
     assert "13B does not fit" in (PRESETS / "qlora-8gb.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_leave_the_speed_to_the_memory_and_the_papers_numbers_alone(name):
+    recipe = read_recipe(name)
+    assert recipe["activation_checkpointing"] == "auto"
+    for_one_gpu = name.startswith("qlora")
+    assert recipe.get("packing", "auto") == ("auto_full" if for_one_gpu else "auto")
+    assert recipe.get("lora_dropout", 0.05) == (0 if for_one_gpu else 0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("attention, packing", [("null", "full"), ("eager", "none")])
 @pytest.mark.parametrize("gpu", [8, 12, 16, 24])
-def test_preset_trains_a_tiny_model(gpu, base_model, instructions, tmp_path):
+def test_preset_trains_a_tiny_model(gpu, attention, packing, base_model, instructions, tmp_path):
+    """Also where samples cannot be packed."""
     recipe = read_recipe(
         f"qlora-{gpu}gb",
         [
             f"model={base_model}", f"data={instructions}", f"image_folder={instructions.parent}", "max_steps=1",
             f"output_dir={tmp_path / 'run'}", "report_to=none", "dataloader_num_workers=0", "global_batch_size=4",
+            f"attn_implementation={attention}",
         ],
     )  # fmt: skip
     result = train(recipe, console=Console(file=open("/dev/null", "w")))
     assert result.kind == "adapter" and result.global_step == 1
+    assert read_recipe(tmp_path / "run" / "recipe.yaml")["packing"] == packing
