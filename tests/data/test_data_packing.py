@@ -21,38 +21,12 @@ def instruct_lengths(number, seed=0):
     return np.clip(text + 576 * (rng.random(number) < 0.94), 20, 2048)
 
 
-def fewest_packs(lengths, capacity):
-    """By trying everything: the least number of packs (for a handful of samples)."""
-    best = len(lengths)
-
-    def place(remaining, rooms):
-        nonlocal best
-        if len(rooms) >= best:
-            return
-        if not remaining:
-            best = len(rooms)
-            return
-        for i in {room: i for i, room in enumerate(rooms) if room >= remaining[0]}.values():
-            place(remaining[1:], [*rooms[:i], rooms[i] - remaining[0], *rooms[i + 1 :]])
-        place(remaining[1:], [*rooms, capacity - remaining[0]])
-
-    place(sorted(lengths, reverse=True), [])
-    return best
-
-
 @given(LENGTHS, st.integers(50, 90), st.none() | st.integers(0, 5))
 def test_every_sample_is_in_exactly_one_pack_and_none_is_overfull(lengths, capacity, seed):
     plan = best_fit_packs(lengths, capacity, seed)
     assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in pack) <= capacity for pack in plan)
     assert plan.num_samples == len(lengths) and plan.num_tokens == sum(lengths)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=8))
-def test_best_fit_decreasing_keeps_its_bound(lengths):
-    # Johnson 1973: at most 11/9 of the fewest packs, plus 6/9 (Dósa 2007, for first- and best-fit-decreasing)
-    assert len(best_fit_packs(lengths, 12)) <= 11 / 9 * fewest_packs(lengths, 12) + 6 / 9
 
 
 def test_the_fullest_sufficient_pack_is_chosen():

@@ -134,8 +134,5 @@ def test_a_type_without_a_weight_and_a_weight_without_a_type_are_errors():
         TypeMixtureSampler(TYPES, {"conversation": 1, "detail": 1, "complex": 1, "reasoning": 1})
     with pytest.raises(ValueError, match=r"no weight for None \(1 samples\)"):
         TypeMixtureSampler([*TYPES, None], {"conversation": 1, "detail": 1, "complex": 1})
-
-
-def test_types_are_read_off_any_dataset():
     rows = [{"type": "detail"}, {"type": None}, {}]
     assert conversation_types(rows) == ["detail", None, None]

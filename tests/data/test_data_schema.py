@@ -70,20 +70,6 @@ def test_null_image_is_no_image(key, image):
     assert caught.value.reason == BAD_MARKERS
 
 
-@pytest.mark.parametrize("form", ["LLaVA", "messages"])
-@pytest.mark.parametrize("key", ["image_path", "image_file", "img", "file_name", "picture", "photo"])
-@pytest.mark.parametrize("many", [False, True])
-def test_well_known_names_of_an_image_are_read(form, key, many):
-    row = {"image": None, key: ["dir/a b.JPG"] if many else "dir/a b.JPG", "thumbnail": "other.png"}
-    if form == "LLaVA":
-        row |= llava_row("<image>\nWhat?", "A lamp.", image=None)
-    else:
-        row["messages"] = [{"role": "user", "content": [IMAGE, text("What?")]}, {"role": "assistant", "content": "A."}]
-    conversation = from_row(row)
-    assert conversation["images"] == ["dir/a b.JPG"]
-    assert conversation["messages"][0]["content"] == [IMAGE, text("What?")]
-
-
 MEDIA = {
     "path": "a.jpg",
     "URL": "https://x.org/a.png?width=3",
@@ -150,21 +136,6 @@ def test_id_falls_back_to_the_row_number_and_type_is_kept():
     assert from_llava_row({**row, "id": 5})["id"] == "5"
 
 
-def test_messages_row_with_items_after_arrow():
-    row = {
-        "id": 3,
-        "messages": [
-            {"role": "system", "content": [text("Be short.")]},
-            {"role": "user", "content": [{"type": "image", "text": None}, text("A <image>?")]},
-            {"role": "assistant", "content": [text("Yes.")]},
-        ],
-        "images": [{"bytes": b"x", "path": None}],
-    }
-    conversation = from_messages_row(row)
-    assert conversation["messages"][1]["content"] == [IMAGE, text("A <image>?")]  # in items it is text
-    assert conversation["images"] == [{"bytes": b"x", "path": None}] and conversation["id"] == "3"
-
-
 def test_items_may_hold_their_images_where_the_row_holds_none():
     places = [{"image": b"abc"}, {"path": "a.jpg", "image": None}, {"url": "https://x.org/a.jpg"}]
     items = [{"type": "image", "text": None, **place} for place in places]
@@ -187,15 +158,6 @@ def test_one_image_of_any_type_is_one_image(image):
 
 
 PLAIN = from_row(llava_row("<image>\nWhat?", "A lamp."))
-
-
-@pytest.mark.parametrize("key", ["conversations", "messages"])
-@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
-@pytest.mark.parametrize("roles", [("human", "gpt"), ("User", "Assistant"), ("user", "model"), ("USER", "bot")])
-@pytest.mark.parametrize("as_json", [False, True])
-def test_turns_of_other_tools_are_read_as_the_plain_ones(key, names, roles, as_json):
-    turns = [dict(zip(names, turn)) for turn in zip(roles, ("<image>\nWhat?", "A lamp."))]
-    assert from_row({"id": "s", "image": "a.jpg", key: json.dumps(turns) if as_json else turns}) == PLAIN
 
 
 @pytest.mark.parametrize("image", [{"image": "a.jpg"}, {"0.jpg": "a.jpg"}, {"jpeg": "a.jpg", "png": None}])
