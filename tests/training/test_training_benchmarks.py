@@ -1,6 +1,5 @@
 """The GPU benchmark, run from end to end on tiny shapes: stock and ours compute the same."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,25 +10,39 @@ import torch
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "train_gpu.py"
+DRY = ["--plan", "dry", "--device", "cpu"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["7b-lora", "13b-qlora"])
-def test_gpu_benchmark_runs_on_tiny_shapes(case, tmp_path):
-    if "qlora" in case and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    words = ["--tiny", "--device", "cpu", "--rounds", "1", "--only", case, "--out", str(tmp_path / "result.json")]
-    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]  # the script itself compares losses and gradient norms
+def test_gpu_benchmark_writes_each_row_and_measures_none_twice(tmp_path):
+    command = [sys.executable, SCRIPT, *DRY, "--out", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [row["workload"] for row in rows] == ["mix", "2048"]
-    assert all(row["stock_tokens_per_second"] > 0 and row["ours_peak_gib"] > 0 for row in rows)
-    assert all(row["estimated_gib"] > 0 for row in rows)
+    assert [row["kind"] for row in rows] == ["step", "trainer", "decode"]
+    assert all(row["stock_speed"] > 0 and row["ours_speed"] > 0 for row in rows), rows
+    assert rows[0]["losses_differ_by"] < 1e-4 and rows[0]["gradient_norms_differ_by"] < 1e-3
+    assert rows[0]["ours_estimated_gib"] > 0
+    before = (tmp_path / "result.json").stat().st_mtime_ns
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (tmp_path / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_computes_the_same_on_a_4_bit_base():
+    pytest.importorskip("bitsandbytes")
+    losses = []
+    for side in ("stock", "ours"):
+        command = [sys.executable, SCRIPT, *DRY, "--measure", "step", "13b-qlora", side, "mix"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append(json.loads(done.stdout.splitlines()[-1])["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_benchmark_without_a_gpu_is_one_line_and_2():
+def test_gpu_benchmark_without_a_gpu_says_its_plan_and_ends_with_2():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and "7b-qlora" in done.stdout
     assert "no CUDA GPU" in done.stderr.splitlines()[-1]
