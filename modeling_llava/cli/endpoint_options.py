@@ -11,16 +11,11 @@ def add_endpoint_arguments(
     max_reply_tokens: int | None = None,
 ) -> None:
     """Adds the options, with the command's defaults; `max_reply_tokens=None` is the benchmark's."""
-    group = parser.add_argument_group("the endpoint")
-    group.add_argument(
-        "--base-url",
-        metavar="URL",
-        help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI); the key is OPENAI_API_KEY",
-    )
-    group.add_argument(
-        "--concurrency", type=int, default=concurrency, metavar="N", help="requests in flight (default: %(default)s)"
-    )
-    group.add_argument(
+    group = parser.add_argument_group("the endpoint (its key: OPENAI_API_KEY)")
+    add = group.add_argument
+    add("--base-url", metavar="URL", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI)")
+    add("--concurrency", type=int, default=concurrency, metavar="N", help="requests in flight (default: %(default)s)")
+    add(
         "--max-reply-tokens",
         "--review-tokens",
         type=int,
@@ -28,28 +23,20 @@ def add_endpoint_arguments(
         metavar="N",
         help=f"longest reply, thoughts included (default: {max_reply_tokens or 'of the benchmark'})",
     )
-    group.add_argument(
+    add(
         "--length-parameter",
         choices=("max_tokens", "max_completion_tokens"),
         default="max_tokens",
         help="the endpoint's name for the longest reply; the second is used if it asks for it (default: %(default)s)",
     )
-    group.add_argument("--requests-per-minute", type=float, metavar="N", help="limit of requests")
-    group.add_argument(
-        "--tokens-per-minute", type=float, metavar="N", help="limit of tokens, prompts and longest replies"
-    )
-    group.add_argument("--timeout", type=float, default=120, metavar="S", help="for one reply (default: %(default)g)")
-    group.add_argument(
-        "--patience",
-        type=float,
-        default=patience,
-        metavar="S",
-        help="stop after so many seconds without a reply (default: %(default)g)",
-    )
-    group.add_argument("--max-tokens", type=int, metavar="N", help="budget: tokens of the whole run")
-    group.add_argument("--max-cost", type=float, metavar="USD", help="budget: dollars of the whole run; needs prices")
-    group.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")
-    group.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
+    add("--requests-per-minute", type=float, metavar="N", help="limit of requests")
+    add("--tokens-per-minute", type=float, metavar="N", help="limit of tokens, prompts and longest replies")
+    add("--timeout", type=float, default=120, metavar="S", help="seconds for one reply (default: %(default)g)")
+    add("--patience", type=float, default=patience, metavar="S", help="stop after S seconds without a reply")
+    add("--max-tokens", type=int, metavar="N", help="budget: tokens of the whole run")
+    add("--max-cost", type=float, metavar="USD", help="budget: dollars of the whole run; needs prices")
+    add("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")
+    add("--price-out", type=float, default=0.0, metavar="USD", help="dollars per million reply tokens")
 
 
 def temperature(text: str) -> float | None:
@@ -57,9 +44,7 @@ def temperature(text: str) -> float | None:
     return None if text == "default" else float(text)
 
 
-def make_chat_model(
-    args: argparse.Namespace, name: str, optional: tuple[str, ...] = ("temperature", "seed"), **options
-):
+def make_chat_model(args: argparse.Namespace, name: str, optional=("temperature", "seed"), **options):
     """The language model `name` at the endpoint; `options` are those of `OpenAIModel`."""
     from ..endpoint import OpenAIModel
 

@@ -77,20 +77,13 @@ def _add_question_arguments(parser: argparse.ArgumentParser):
     add_model_arguments(parser)
     data = parser.add_argument_group("the data")
     data.add_argument("--images", required=True, metavar="DIR", help="image folder")
-    data.add_argument(
-        "--instruction", metavar="TEXT", help="line after the question; '' for none (default: LLaVA-1.5's)"
-    )
+    data.add_argument("--instruction", metavar="TEXT", help="after the question; '' for none (default: LLaVA-1.5's)")
     return data
 
 
 def _add_pope_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_question_arguments(parser).add_argument(
-        "--questions",
-        required=True,
-        nargs="+",
-        metavar="F",
-        help="JSONL: image, text, label; random, popular or adversarial is in the file's name or in `category`",
-    )
+    what = "JSONL: image, text, label; random, popular or adversarial is in the file's name or in `category`"
+    _add_question_arguments(parser).add_argument("--questions", required=True, nargs="+", metavar="F", help=what)
 
 
 def _make_pope(args: argparse.Namespace):
@@ -103,18 +96,11 @@ def _make_pope(args: argparse.Namespace):
 
 def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
     data = _add_question_arguments(parser)
-    data.add_argument(
-        "--questions",
-        required=True,
-        metavar="F",
-        help="JSONL: question_id, image, question, answers or answer; or the official file of VQAv2, GQA, TextVQA, VizWiz",
-    )
+    what = "JSONL: question_id, image, question, answers or answer; or the file of VQAv2, GQA, TextVQA or VizWiz"
+    data.add_argument("--questions", required=True, metavar="F", help=what)
     data.add_argument("--annotations", metavar="F", help="file of the answers, if they are not with the questions")
-    data.add_argument(
-        "--image-name",
-        metavar="F",
-        help="image name in official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)",
-    )
+    what = "image name in official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)"
+    data.add_argument("--image-name", metavar="F", help=what)
 
 
 def _make_vqa(args: argparse.Namespace):
@@ -155,18 +141,10 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of `llava eval`, the baseline first")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs (default: their folders)")
     parser.add_argument("--out", metavar="DIR", help="write report.md, report.json and a plot per benchmark")
-    parser.add_argument(
-        "--published",
-        nargs="*",
-        metavar="ROW",
-        default=(),
-        help="published rows to draw in the plots, such as LLaVA-13B",
-    )
-    parser.add_argument(
-        "--attach",
-        metavar="MODEL",
-        help="copy the results of these weights into MODEL's folder, for the model card of `llava publish`",
-    )
+    what = "published rows to draw in the plots, such as LLaVA-13B"
+    parser.add_argument("--published", nargs="*", metavar="ROW", default=(), help=what)
+    what = "copy the results of these weights into MODEL's folder, for the model card of `llava publish`"
+    parser.add_argument("--attach", metavar="MODEL", help=what)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -177,10 +155,7 @@ def _report(args: argparse.Namespace) -> int:
     comparisons = compare(runs)
     known = sorted({row for comparison in comparisons for row in published_for(comparison["benchmark"])})
     if unknown := [row for row in args.published if row not in known]:
-        raise ValueError(
-            f"--published: there is no row {', '.join(map(repr, unknown))}; "
-            + (f"there are {', '.join(known)}." if known else "these benchmarks have none.")
-        )
+        raise ValueError(f"--published: there is no row {', '.join(unknown)}; there are {', '.join(known) or 'none'}.")
     text = markdown(comparisons)
     print(text)
     if args.out:

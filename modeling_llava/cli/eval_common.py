@@ -11,15 +11,9 @@ from .chat import add_loading_arguments
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The model, the run's folder, and how the model answers."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs=None if required else "?",
-        help="folder or Hub name of a LLaVA, an adapter or a projector",
-    )
-    parser.add_argument(
-        "--out", required=required, metavar="DIR", help="the run's folder; the same command resumes a run"
-    )
+    what = "folder or Hub name of a LLaVA, an adapter or a projector"
+    parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=what)
+    parser.add_argument("--out", required=required, metavar="DIR", help="the run's folder; the same command resumes")
     model = parser.add_argument_group("the model")
     add_loading_arguments(model)
     model.add_argument("--system", metavar="TEXT", help="system message in place of the chat template's")
@@ -34,12 +28,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     how.add_argument(
         "--shard",
         metavar="I/N",
-        help="answer the I-th of N shards (from 1); the last to finish scores all. Default: rank and number of processes "
-        "of `accelerate launch` or `torchrun`",
+        help="answer the I-th of N shards; the last to finish scores all (default: by `accelerate launch` or `torchrun`)",
     )
-    how.add_argument(
-        "--partial", action="store_true", help="score although samples are missing; the results say how many"
-    )
+    how.add_argument("--partial", action="store_true", help="score although samples are missing; results say how many")
 
 
 def apply_options(args: argparse.Namespace, benchmark):

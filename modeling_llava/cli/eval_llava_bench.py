@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     data = parser.add_argument_group("the data")
     data.add_argument("--questions", required=True, metavar="F", help="JSONL: question_id, image, category, text")
-    data.add_argument(
-        "--contexts", required=True, metavar="F", help="JSONL: image, captions and instances, or caption"
-    )
+    what = "JSONL: image, captions and instances, or caption"
+    data.add_argument("--contexts", required=True, metavar="F", help=what)
     data.add_argument("--references", metavar="F", help="JSONL: question_id, text (the published answers of GPT-4)")
     data.add_argument("--reference-model", metavar="NAME", help="without --references: the model that gives them")
     data.add_argument("--images", required=True, metavar="DIR", help="image folder")
@@ -37,13 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--rules", metavar="F", help="the judge's rules, in the published form (default: ours)")
     judge.add_argument("--both-orders", action="store_true", help="judge each pair twice, with the answers swapped")
     judge.add_argument("--repeats", type=int, default=1, metavar="N", help="judge everything N times (default: 1)")
-    judge.add_argument(
-        "--judge-temperature",
-        type=temperature,
-        default=0.2,
-        metavar="T",
-        help="a number, or 'default' for the endpoint's (default: %(default)s)",
-    )
+    what = "a number, or 'default' for the endpoint's (default: %(default)s)"
+    judge.add_argument("--judge-temperature", type=temperature, default=0.2, metavar="T", help=what)
     add_endpoint_arguments(parser)
 
 

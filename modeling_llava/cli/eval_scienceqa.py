@@ -29,29 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("the data")
     data.add_argument("--problems", metavar="F", help="problems.json")
     data.add_argument("--splits", metavar="F", help="pid_splits.json")
-    data.add_argument(
-        "--dataset", metavar="NAME", help="instead: a Hub dataset or folder in the form of derek-thomas/ScienceQA"
-    )
+    what = "instead: a Hub dataset or folder in the form of derek-thomas/ScienceQA"
+    data.add_argument("--dataset", metavar="NAME", help=what)
     data.add_argument("--split", default="test", help="which split (default: %(default)s)")
     data.add_argument("--images", metavar="DIR", help="folder with <split>/<id>/image.png")
     form = parser.add_argument_group("the form")
-    form.add_argument(
-        "--order",
-        default="QCM-LEA",
-        help="what is given and what is learned, such as QCM-LEA (reasoning first), QCM-ALE (answer first), QCM-A, QCM-LEPA "
-        "(LLaVA's headings) (default: %(default)s)",
-    )
+    what = "what is given and what is learned, such as QCM-ALE (answer first), QCM-A, QCM-LEPA (LLaVA's headings)"
+    form.add_argument("--order", default="QCM-LEA", help=what + " (default: %(default)s, reasoning first)")
     form.add_argument("--direct", action="store_true", help="ask for the letter alone, as LLaVA-1.5 is evaluated")
-    form.add_argument(
-        "--export-training", metavar="F", help="write the split as training data (LLaVA's JSON) and stop"
-    )
+    form.add_argument("--export-training", metavar="F", help="write the split as training data (LLaVA's JSON)")
     language = parser.add_argument_group("a language-only model, alone and together with MODEL")
-    language.add_argument(
-        "--language-model", metavar="NAME", help="its name at the endpoint; it is given worked examples"
-    )
-    language.add_argument(
-        "--judge", metavar="NAME", help="the model that decides where the two differ (default: --language-model)"
-    )
+    language.add_argument("--language-model", metavar="NAME", help="its name at the endpoint")
+    what = "the model that decides where the two differ (default: --language-model)"
+    language.add_argument("--judge", metavar="NAME", help=what)
     language.add_argument("--shots", type=int, default=2, help="worked examples (default: %(default)s)")
     language.add_argument("--shots-split", default="train", help="split of the worked examples (default: %(default)s)")
     add_endpoint_arguments(parser)

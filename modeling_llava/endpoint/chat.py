@@ -79,20 +79,13 @@ class ChatModel(Protocol):
 
 
 class EndpointFault(Exception):
-    """A request without a usable reply.
-
-    Args:
-        kind: Name under which it is counted: `"429"`, `"500"`, `"timeout"`, `"connection"`, `"malformed"`, …
-        message: One line.
-        retry_after: Seconds that the endpoint asks to wait.
-        maybe_paid: Whether the endpoint may have billed the request.
-    """
+    """A request without a usable reply."""
 
     def __init__(self, kind: str, message: str, *, retry_after: float | None = None, maybe_paid: bool = False):
         super().__init__(message)
-        self.kind = kind
-        self.retry_after = retry_after
-        self.maybe_paid = maybe_paid
+        self.kind = kind  # under which it is counted: "429", "500", "timeout", "connection", "malformed", …
+        self.retry_after = retry_after  # seconds that the endpoint asks to wait
+        self.maybe_paid = maybe_paid  # the endpoint may have billed the request
 
 
 class PassingFault(EndpointFault):

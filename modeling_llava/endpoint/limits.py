@@ -85,11 +85,10 @@ class Budget:
 
     Before a request is sent, its estimate is reserved; the reply replaces it by what was used. Prompt tokens are estimated
     from characters by the largest ratio seen so far (at least `TOKENS_PER_CHARACTER`); the budget can be overdrawn by the
-    error of this estimate for the requests in flight. The first request of a run reserves the upper bound `most`.
+    error of this estimate for the requests in flight.
     """
 
     TOKENS_PER_CHARACTER = 0.3
-    TEMPLATE_TOKENS = 32
 
     def __init__(self, max_tokens: int | None = None, max_cost: float | None = None, prices: Prices | None = None):
         for name, most in (("tokens", max_tokens), ("dollars", max_cost)):
@@ -112,20 +111,14 @@ class Budget:
         characters = sum(len(message["content"]) for message in messages)
         return Usage(round(characters * self.ratio) + 4 * len(messages), max_tokens)
 
-    def most(self, messages: list[Message], max_tokens: int) -> Usage:
-        """Upper bound of the tokens of a request: one per byte, and what a chat template may add."""
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
-        return Usage(size + self.TEMPLATE_TOKENS * len(messages), max_tokens)
-
-    def message(self, needed: Usage, known: bool) -> str:
-        """Why a request is not sent. `known`: the need is by `estimate`, not by `most`."""
+    def message(self, needed: Usage) -> str:
+        """Why a request is not sent."""
         parts = []
         if self.max_tokens is not None:
             parts.append(f"{self.tokens:,} of {self.max_tokens:,} tokens are used")
         if self.max_cost is not None:
             parts.append(f"${self.cost:.4f} of ${self.max_cost:.2f} are spent")
-        how = "" if known else ", counting one per byte of the prompt until the first reply"
-        return f"The budget does not cover the next request (up to {needed.total_tokens:,} tokens{how}): {' and '.join(parts)}."
+        return f"The budget does not cover the next request (up to {needed.total_tokens:,} tokens): {' and '.join(parts)}."
 
     def reserve(self, estimate: Usage, factor: float = 1.0) -> bool:
         """Reserves `estimate`, at `factor` times its price; `False`, with nothing reserved, if that exceeds the budget."""

@@ -58,9 +58,7 @@ class RunSummary:
     rejected: int = 0  # tasks settled with a rejected reply or a refused request
     skipped: int = 0  # tasks that were settled before
     batched: int = 0  # tasks that wait in a batch file
-    given_up: Counter = field(
-        default_factory=Counter
-    )  # tasks left open after faults, by kind; the next run retries them
+    given_up: Counter = field(default_factory=Counter)  # tasks left open, by fault; the next run retries them
     said: str = ""  # the endpoint's last error
     seconds: float = 0.0  # wall time
 
@@ -140,9 +138,8 @@ class _Run:
 
     async def pause(self, seconds: float) -> bool:
         """Waits; `False` if the run was stopped meanwhile."""
-        if seconds > 0:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), seconds)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
         return not self.stopping.is_set()
 
     async def wait_for_limits(self, estimate: Usage) -> bool:
@@ -154,12 +151,11 @@ class _Run:
             if (rest := self.not_before - time.monotonic()) > 0:
                 await self.pause(rest)
                 continue
-            waits = [0.0]
-            if self.requests:
-                waits.append(self.requests.take())
+            wait = self.requests.take() if self.requests else 0.0
             if self.tokens:
-                waits.append(self.tokens.take(estimate.total_tokens))
-            await self.pause(max(waits))
+                wait = max(wait, self.tokens.take(estimate.total_tokens))
+            if wait > 0:
+                await self.pause(wait)
             if self.not_before <= time.monotonic():
                 break
         return not self.stopping.is_set()
@@ -168,18 +164,16 @@ class _Run:
         """Reserves what a task may use; `None` if the budget is exhausted or the run was stopped.
 
         Replies mostly use less than was reserved, so the budget counts as exhausted only when no request is in flight.
-        Tokens per prompt are learned from replies: with a budget, the first request reserves an upper bound, and each reply
-        allows one more request in flight (1, 2, 4, …), so that a low estimate is noticed early.
+        Tokens per prompt are learned from replies: with a budget, each reply allows one more request in flight (1, 2, 4, …),
+        so that a low estimate is noticed early.
         """
         while not self.stopping.is_set():
-            known = self.answered or not self.budget.limited
-            expected = self.budget.estimate if known else self.budget.most
-            estimate = expected(task.messages, task.max_tokens)
+            estimate = self.budget.estimate(task.messages, task.max_tokens)
             if (self.reserved <= self.answered or not self.budget.limited) and self.budget.reserve(estimate):
                 self.reserved += 1
                 return estimate
             if not self.budget.reserved_tokens:
-                self.stop("budget", self.budget.message(estimate, known))
+                self.stop("budget", self.budget.message(estimate))
                 break
             self.released.clear()
             await self.released.wait()
@@ -328,10 +322,8 @@ def run_tasks(
 
     Args:
         tasks: Drawn one by one as workers become free.
-        ledger: Open for writing.
         run_id: Part of each request's id, so that two runs with the same prompts differ.
         judge: Judges each reply; a rejected reply with a `retry_prompt` is requested once more.
-        budget: Maximum tokens and dollars, over all runs on this ledger.
         on_settled: Called with each settled task and whether its reply was accepted.
         handle_interrupt: Return after the first Ctrl-C instead of raising `KeyboardInterrupt`.
     """

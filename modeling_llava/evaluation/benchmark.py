@@ -145,18 +145,14 @@ class Shard:
     index: int = 0  # from 0
     count: int = 1
 
-    def __post_init__(self):
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"There is no shard {self.index + 1} of {self.count}: give --shard 1/4 to --shard 4/4.")
-
     @classmethod
     def parse(cls, text: str | None) -> "Shard":
         """`"2/4"` → the second of four. `None`: the rank of this process under `accelerate launch` or `torchrun`."""
         if text is None:
             return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if match is None:
-            raise ValueError(f"--shard is {text!r}; give it as number/count, from 1: --shard 1/4.")
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"--shard is {text!r}; it must be like 1/4, 2/4, 3/4 or 4/4.")
         return cls(int(match[1]) - 1, int(match[2]))
 
     @property
@@ -173,13 +169,8 @@ class Shard:
 
 class AnswerFolder:
     """
-    The folder of one run.
-
-    Args:
-        identity (`dict`): What the answers depend on (benchmark, model, data, settings), as JSON.
-
-    Raises:
-        ValueError: the folder has answers of another run; the differences are named.
+    The folder of one run. `identity` is what the answers depend on (benchmark, model, data, settings); a `ValueError` names the
+    differences if the folder has answers of another run.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: dict):
@@ -275,7 +266,6 @@ def evaluate(
 
     Args:
         make_predictor (`Callable[[], LlavaPredictor]`): Loads the model; called only if samples are left to answer.
-        out (`str` or `Path`): The run's folder.
         model (`dict`): From [`describe_model`].
         shard ([`Shard`], *optional*): What this process answers. The process that finishes last scores all.
         decoding (`dict`, *optional*): Fields of [`DecodingSettings`].
@@ -285,8 +275,7 @@ def evaluate(
         `dict | None`: the results; `None` if another shard is unfinished (and `partial` is off) or is scoring.
 
     Raises:
-        OSError: another process works on this run, or on this shard of it.
-        FileNotFoundError: images are missing.
+        OSError: another process works on this shard of the run, or images are missing.
         ValueError: the folder holds another run.
     """
     benchmark.check_images()

@@ -22,8 +22,6 @@ from .pages import write_sample_page
 
 logger = logging.getLogger(__name__)
 
-LOG_NAME = "benchmarks.jsonl"
-
 
 class EvaluationCallback(TrainerCallback):
     """
@@ -61,27 +59,18 @@ class EvaluationCallback(TrainerCallback):
             if state.is_world_process_zero:  # a judge should be asked once
                 scored = benchmark.score(texts)
                 answers[benchmark.name] = {row["id"]: row["answer"] for row in scored.rows}
-                values = {score: entry["value"] for score, entry in scored.scores.items()}
-                logger.info(
-                    "step %d: %s %s %s on %d of %d samples",
-                    state.global_step,
-                    benchmark.name,
-                    scored.primary,
-                    values[scored.primary],
-                    len(benchmark.samples),
-                    benchmark.whole,
-                )
-                values = {score: value for score, value in values.items() if value is not None and "/" not in score}
-                scores = {f"eval_{name}_{score}": value for score, value in values.items()}
+                values = {score: entry["value"] for score, entry in scored.scores.items() if "/" not in score}
+                scores = {f"eval_{name}_{score}": value for score, value in values.items() if value is not None}
                 scores[f"eval_{name}_runtime"] = round(time.perf_counter() - start, 2)
             found |= broadcast_object_list([scores])[0]
+        logger.info("step %d: %s", state.global_step, found)
         metrics.update(found)
         state.log_history.append({**found, "step": state.global_step, "epoch": state.epoch})
         if state.is_world_process_zero:
             line = {"step": state.global_step, "scores": found, "answers": answers}
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / LOG_NAME, "a", encoding="utf-8") as file:
+            with open(folder / "benchmarks.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _answer(self, benchmark: Benchmark, args, model, processor) -> dict[str, str]:
@@ -103,12 +92,8 @@ class SampleAnswersCallback(TrainerCallback):
     Answers the first questions of the same few samples at every evaluation, into `sample_answers/step-N.html` in the output
     folder: one file with its images embedded.
 
-    Training is not changed. The main process answers while the others wait; with sharded weights (FSDP, ZeRO-3) no answers
-    are written, and a warning says so.
-
-    Args:
-        num_samples (`int`, *optional*, defaults to 8): Samples, spread over the evaluation data; the first ones of a stream.
-        is_sharded (`bool`, *optional*, defaults to `False`): Whether the weights are sharded over processes.
+    Training is not changed. The main process answers while the others wait; with sharded weights (FSDP, ZeRO-3:
+    `is_sharded`) no answers are written, and a warning says so.
     """
 
     def __init__(self, num_samples: int = 8, is_sharded: bool = False):
@@ -176,6 +161,3 @@ def _first_question(sample: dict, sample_id: str) -> dict:
 
 def _text(message: dict) -> str:
     return "\n".join(item["text"].strip() for item in message["content"] if item["type"] == "text")
-
-
-__all__ = ["EvaluationCallback", "SampleAnswersCallback", "predictor_in_training", "spread"]

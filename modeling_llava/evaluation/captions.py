@@ -100,6 +100,3 @@ def _scorers():
             "Captions are scored with pycocoevalcap and sacrebleu: pip install 'modeling-llava[eval]'"
         ) from error
     return Cider, sacrebleu
-
-
-__all__ = ["QUESTION", "make_benchmark", "read_captions", "score", "words_of"]

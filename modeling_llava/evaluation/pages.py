@@ -29,14 +29,7 @@ p b { display: block; font-size: .8rem; opacity: .65; } pre { overflow-x: auto; 
 def write_bench_page(
     path: str | os.PathLike, results: dict, rows: list[dict], image_folder: str, follow_symlinks: bool = False
 ) -> None:
-    """
-    Writes a run of LLaVA-Bench: its table, then by category each image, question, both answers and the judge's reviews.
-
-    Args:
-        path (`str` or `os.PathLike`): The HTML file.
-        results (`dict`), rows (`list[dict]`): From [`read_results`].
-        image_folder (`str`), follow_symlinks (`bool`): As in [`load_image`].
-    """
+    """Writes a run of LLaVA-Bench: its table, then by category each image, question, both answers and the judge's reviews."""
     judge, name = results["judge"], results["model"]["name"]
     order = "both orders" if judge["both_orders"] else "reference first"
     parts = [
@@ -116,5 +109,3 @@ def _thumbnail(image: Image.Image) -> str:
 
 
 _escape = html.escape
-
-__all__ = ["write_bench_page", "write_sample_page"]

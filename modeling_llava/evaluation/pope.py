@@ -104,6 +104,3 @@ def _table(rows: list[dict]) -> dict[str, dict]:
         "f1": {"value": 200 * right_yes / both if both else None, "interval": None, "count": len(rows)},
         "yes_ratio": score_of([float(row["said"] == "yes") for row in rows]),
     }
-
-
-__all__ = ["CATEGORIES", "INSTRUCTION", "make_benchmark", "parse_yes_no", "read_questions", "score"]

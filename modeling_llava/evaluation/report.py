@@ -219,31 +219,16 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
 def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:
     """
     Copies results into the folder of the evaluated weights as `results-<benchmark>.json`, where `llava publish` finds them.
-
-    Runs of other weights, such as the baseline of a comparison, are left out; so are runs without a fingerprint (of a model on
-    the Hub) if another run's fingerprint is that of the folder. Nothing is copied if one of the rest is refused.
-
-    Raises:
-        FileNotFoundError: the folder is not there.
-        ValueError: no run is of the weights in the folder; a run is incomplete; two runs are of the same benchmark.
+    Runs of other weights, such as the baseline of a comparison, are left out. Nothing is copied if one of the rest is refused.
     """
     folder = Path(model_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder of a model.")
-    weights, of_these, of_unknown, of_others = fingerprint(folder), [], [], []
-    for path in paths:
+    weights, sources = fingerprint(folder), {}
+    for path in map(Path, paths):
         results, _ = read_results(path)
-        model = results["model"]
-        known = {model.get("fingerprint"), model.get("adapter_fingerprint")} - {None}
-        (of_unknown if not known else of_these if weights in known else of_others).append((path, results))
-    if of_others and not of_these:
-        path, results = of_others[0]
-        raise ValueError(
-            f"{path} is of other weights ({results['model']['name']}) than those in {folder}"
-            + (f", and none of the {len(paths)} runs is of those." if len(paths) > 1 else ".")
-        )
-    sources: dict[Path, Path] = {}  # by target
-    for path, results in of_these or of_unknown:
+        if weights not in (results["model"].get("fingerprint"), results["model"].get("adapter_fingerprint")):
+            continue
         if not results["complete"]:
             raise ValueError(
                 f"{path} is of {results['samples']['scored']} of {results['samples']['total']} samples; a model card shows "
@@ -254,10 +239,9 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
             raise ValueError(
                 f"{sources[target]} and {path} are both results of {results['benchmark']}; give one of them."
             )
-        sources[target] = Path(path)
+        sources[target] = path
+    if not sources:
+        raise ValueError(f"None of {', '.join(map(str, paths))} is of the weights in {folder}: evaluate that folder.")
     for target, path in sources.items():
         shutil.copyfile(path / RESULTS_NAME if path.is_dir() else path, target)
     return list(sources)
-
-
-__all__ = ["Run", "attach", "compare", "markdown", "plot", "published_for", "read_runs"]

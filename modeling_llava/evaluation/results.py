@@ -41,7 +41,7 @@ from ..versions import recorded_versions
 SCHEMA_VERSION = 1
 RUN_NAME, RESULTS_NAME, SAMPLES_NAME = "evaluation.json", "results.json", "samples.jsonl"
 RESAMPLES = 2000
-_REQUIRED = ("schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores")
+_REQUIRED = {"schema_version", "benchmark", "model", "samples", "complete", "primary_score", "scores"}
 _MIB = 2**20
 _CHUNK = 2**22  # indices drawn at a time
 
@@ -176,22 +176,15 @@ def write_results(
 
 
 def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
-    """
-    Results and per-sample rows of a run's folder (or of its `results.json`).
-
-    Raises:
-        FileNotFoundError: there are no results; the message says whether a run was started there.
-        ValueError: a file of another kind, or of a newer schema.
-    """
+    """Results and per-sample rows of a run's folder (or of its `results.json`)."""
     path = Path(path)
     file = path / RESULTS_NAME if path.is_dir() or not path.suffix else path
     if not file.is_file():
         started = " A run was started there and is not scored yet." if (file.parent / RUN_NAME).is_file() else ""
         raise FileNotFoundError(f"{file} is not there.{started}")
     results = read_json(file)
-    missing = [key for key in _REQUIRED if not isinstance(results, dict) or key not in results]
-    if missing:
-        raise ValueError(f"{file} is not a result of an evaluation: it has no {', '.join(missing)}.")
+    if not isinstance(results, dict) or not _REQUIRED <= results.keys():
+        raise ValueError(f"{file} is not a result of an evaluation, which has {', '.join(sorted(_REQUIRED))}.")
     if results["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"{file} has schema version {results['schema_version']!r}, this package reads {SCHEMA_VERSION}. Upgrade it."

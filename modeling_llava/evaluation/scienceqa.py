@@ -87,11 +87,7 @@ def read_problems(
 ) -> list[Problem]:
     """
     The problems of one split (`train`, `val`, `test`, `minival`, …), in its order. `images` is a folder with
-    `<split>/<id>/image.png` or `<id>/image.png`; without it images keep the official path.
-
-    Raises:
-        ValueError: a file, the split or a field of a problem is wrong; file and problem are named.
-        FileNotFoundError: a file or images are missing.
+    `<split>/<id>/image.png` or `<id>/image.png`; without it images keep the official path. Errors name file and problem.
     """
     by_id, split_ids = read_json(problems), read_json(splits)
     if not isinstance(split_ids, dict) or not all(isinstance(ids, list) for ids in split_ids.values()):

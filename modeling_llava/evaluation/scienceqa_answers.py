@@ -82,6 +82,3 @@ def parse_answer(text: str, num_choices: int) -> int | None:
 def _only(letters) -> str | None:
     letters = {letter.upper() for letter in letters}
     return letters.pop() if len(letters) == 1 else None
-
-
-__all__ = ["ANSWER_RULE", "find_letter", "parse_answer"]

@@ -99,11 +99,9 @@ def score_with_language_model(
 
     Args:
         own (`dict[str, str]`): LLaVA's answers by the problem's id.
-        folder (`Path`): Of the ledgers.
         shots (`list[Problem]`): Worked examples.
         judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
-        partial (`bool`): Leave out problems without a reply, which raise otherwise ([`Asked.require_all`]).
-        asking: Options of [`ask_all`].
+        folder, partial, asking: As in [`ask_references`].
     """
     problems = [problem for problem in problems if problem.id in own]
 

@@ -199,6 +199,3 @@ def _answers(row: dict, place: str) -> list[str]:
             "in another file by --annotations."
         )
     return answers
-
-
-__all__ = ["INSTRUCTION", "instruction_for", "make_benchmark", "normalise", "read_questions", "score", "soft_accuracy"]

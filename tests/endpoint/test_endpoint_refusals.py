@@ -6,7 +6,6 @@ import json
 import pytest
 
 from modeling_llava.endpoint import (
-    Budget,
     Ledger,
     OpenAIModel,
     PassingFault,
@@ -147,20 +146,6 @@ def test_others_that_wait_for_a_limit_are_not_taken_for_refused(tmp_path):
 
     done = run(tmp_path, range(12), Busy(range(9)), at_once=10)
     assert (done.stopped, done.accepted, done.rejected) == ("done", 3, 9)
-
-
-def test_the_first_request_of_a_budget_is_held_with_the_most_that_it_can_take(tmp_path):
-    class Dear(Refusing):
-        async def complete(self, messages, **options):
-            self.asked.append(0)
-            size = sum(len(message["content"].encode()) for message in messages)
-            return Reply("fine", usage=Usage(size + 20, 20))
-
-    long = [Task(f"t{i}", [{"role": "user", "content": "字" * 400}], max_tokens=20) for i in range(9)]  # 1200 bytes
-    for budget, accepted in ((1200, 0), (2600, 2)):
-        with Ledger(tmp_path / f"{budget}") as ledger:
-            done = run_tasks(long, Dear([]), ledger, settings=RunSettings(4), budget=Budget(max_tokens=budget))
-            assert (done.stopped, done.accepted) == ("budget", accepted) and sum(ledger.counts.used) <= budget
 
 
 def lines_of(requests, refused):

@@ -98,13 +98,8 @@ def test_shard_of_the_command_line_and_of_the_environment(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (Shard.parse(None).index, Shard.parse(None).file_name) == (3, "answers.4-of-8.jsonl")
-    for text, message in (
-        ("0/4", "no shard 0 of 4"),
-        ("5/4", "no shard 5 of 4"),
-        ("1", "number/count"),
-        ("a/b", "number/"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for text in ("0/4", "5/4", "1", "a/b"):
+        with pytest.raises(ValueError, match=f"--shard is '{text}'"):
             Shard.parse(text)
 
 
