@@ -58,10 +58,14 @@ class Visitor:
         return self.press("image", "change", [self.upload_value])
 
     def ask(self, question):
-        return self.press("ask", "click", [question, self.upload_value, *self.sampling])
+        return self.press("ask", "click", self.data(question))
 
     def retry(self):
-        return self.press("retry", "click", ["", self.upload_value, *self.sampling])
+        return self.press("retry", "click", self.data(""))
+
+    def data(self, question):
+        """What the page sends with a question; the first value is the server's own."""
+        return [None, question, self.upload_value, *self.sampling]
 
     def join(self, element, event, data):
         """Puts an event into the queue."""

@@ -60,18 +60,12 @@ def build_page(
     limits: Limits | None = None,
 ):
     """
-    The Gradio application.
+    The Gradio application, for [`launch`].
 
     Args:
-        sessions ([`Sessions`])
-        processor: Of the model.
         folder (`str` or `os.PathLike`): The folder of uploads and examples; no other file is served.
         title (`str`): The model's name.
         examples (`list[tuple[str, str]]`, *optional*): Image paths, each with a question.
-        limits ([`Limits`], *optional*)
-
-    Returns:
-        `gradio.Blocks`, for [`launch`].
 
     Raises:
         ImportError: Gradio is not installed.
@@ -108,7 +102,8 @@ def build_page(
             return NO_IMAGE
         return f"{num_image_tokens(processor)} image tokens, computed once for all questions."
 
-    def answer(again, question, upload, temperature, top_p, new_tokens, request) -> Iterator[list[Any]]:
+    # Gradio passes `request` for its annotation.
+    def answer(again, question, upload, temperature, top_p, new_tokens, request: gr.Request) -> Iterator[list[Any]]:
         """Yields messages, the question's box, the status line, and the three buttons."""
         tab = sessions[request.session_hash]
         chat = tab.chat
@@ -118,9 +113,9 @@ def build_page(
                 raise ValueError(
                     f"The question has {len(question):,} characters; the limit is {limits.question_characters:,}."
                 )
-            settings = {"max_new_tokens": max(1, min(int(new_tokens), limits.new_tokens))}  # a request can be forged
+            settings = {"max_new_tokens": new_tokens}
             if temperature > 0:
-                settings |= {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
+                settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
             conversation = chat.conversation
             pieces = chat.retry(**settings) if again else chat.ask(question, **settings)
             asked, box = (conversation.turns[-1][0], question) if again else (question, "")
@@ -146,13 +141,6 @@ def build_page(
             status = "Something went wrong; the server's terminal says what."
             yield [_messages(chat.conversation.turns), question, status, *idle(chat)]
             raise
-
-    # Gradio reads the signatures: it passes `request` for its annotation.
-    def ask(question, upload, temperature, top_p, new_tokens, request: gr.Request):
-        yield from answer(False, question, upload, temperature, top_p, new_tokens, request)
-
-    def retry(question, upload, temperature, top_p, new_tokens, request: gr.Request):
-        yield from answer(True, question, upload, temperature, top_p, new_tokens, request)
 
     def stop(request: gr.Request) -> None:
         if request.session_hash in sessions:
@@ -185,13 +173,10 @@ def build_page(
                     type="index", samples_per_page=len(examples) or 1, visible=bool(examples), elem_id="examples",
                 )  # fmt: skip
                 with gr.Accordion("Generation settings", open=False, elem_id="sampling"):
-                    temperature = gr.Slider(
-                        0, 2, 0, step=0.05, label="Temperature", info="0: greedy; higher: more varied"
-                    )
+                    most = limits.new_tokens
+                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: greedy")
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                    new_tokens = gr.Slider(
-                        1, limits.new_tokens, min(512, limits.new_tokens), step=1, label="Maximum new tokens"
-                    )
+                    new_tokens = gr.Slider(1, most, min(512, most), step=1, precision=0, label="Maximum new tokens")
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
                     label="Conversation", show_label=False, height="max(320px, 100vh - 300px)", latex_delimiters=[],
@@ -211,12 +196,13 @@ def build_page(
                 gr.Markdown("The model can be wrong, and sound certain.", elem_id="caution")
 
         inputs = [question, image, temperature, top_p, new_tokens]
+        again, first = gr.State(True), gr.State(False)
         outputs = [chatbot, question, status, ask_button, stop_button, retry_button]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         gallery.click(choose, [gallery, question], [image, question], **private)
         image.change(look, image, [chatbot, *outputs[2:]], **private)
-        gr.on([question.submit, ask_button.click], ask, inputs, outputs, **private)
-        retry_button.click(retry, inputs, outputs, **private)
+        gr.on([question.submit, ask_button.click], answer, [first, *inputs], outputs, **private)
+        retry_button.click(answer, [again, *inputs], outputs, **private)
         stop_button.click(stop, None, None, concurrency_limit=None, **private)
         gr.on([reset_button.click, chatbot.clear], reset, None, outputs, concurrency_limit=None, **private)
         page.unload(stop)
@@ -235,11 +221,9 @@ def launch(
     allow_hosts: Iterable[str] = (),
 ) -> str:
     """
-    Starts the server in threads of its own, behind [`Guard`]; returns its address.
+    Starts the server of [`build_page`] in threads of its own, behind [`Guard`]; returns its address.
 
     Args:
-        page: From [`build_page`], with its `folder`.
-        host (`str`), port (`int`, *optional*): Where to listen.
         browser (`bool`): Open the page on this machine.
         root_path (`str`, *optional*): The path, or the whole URL, at which a proxy serves the page.
         allow_hosts (`Iterable[str]`, *optional*): Names that a proxy passes on.

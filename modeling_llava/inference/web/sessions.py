@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 class Tab:
-    """One browser tab: its [`Chat`], and the upload that the chat is about."""
+    """A browser tab: its [`Chat`], and the upload that the chat is about."""
 
     def __init__(self, chat: Chat):
         self.chat = chat
@@ -64,9 +64,6 @@ class Sessions:
         self.make_chat, self.max_encoded, self.max_sessions = make_chat, max_encoded, max_sessions
         self._tabs: OrderedDict[str, Tab] = OrderedDict()
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._tabs)
 
     def __contains__(self, key: str) -> bool:
         return key in self._tabs
