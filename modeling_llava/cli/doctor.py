@@ -20,6 +20,7 @@ CUDA_TORCH = "pip install --force-reinstall torch --index-url https://download.p
 """A build for the GPU. `pip install torch` installs one on Linux, and one for the CPU on Windows."""
 
 OTHER_TORCH = "install a build of torch for an older CUDA: https://pytorch.org/get-started/locally"
+BITSANDBYTES = "bitsandbytes is not installed: pip install 'modeling-llava[qlora]' (Linux, Windows)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,24 +36,24 @@ def run(args: argparse.Namespace) -> int:
 def diagnose() -> dict:
     """The machine, what works on it, and `problems`, each with its fix."""
     packages, extras, problems = _packages()
+    memory_gib = None
+    if packages["psutil"] is not None:
+        import psutil
+
+        memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
+    gpus = [] if packages["torch"] is None else _gpus(problems, memory_gib)
+    on_gpu = any(gpu["compute_capability"] for gpu in gpus)
     report = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": packages,
         "extras": extras,
-        "gpus": [],
-        "cpu": {"cores": os.cpu_count(), "memory_gib": None},
-        "four_bit": "not tested: torch is missing",
+        "gpus": gpus,
+        "cpu": {"cores": os.cpu_count(), "memory_gib": memory_gib},
+        "four_bit": _try_four_bit(on_gpu) if extras["qlora"]["bitsandbytes"] else BITSANDBYTES,
         "disk_free_gib": round(shutil.disk_usage(os.getcwd()).free / 2**30, 1),
         "problems": problems,
     }
-    if packages["psutil"] is not None:
-        import psutil
-
-        report["cpu"]["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
-    if packages["torch"] is not None:
-        report["gpus"] = _gpus(problems, report["cpu"]["memory_gib"])
-        report["four_bit"] = _try_four_bit(any(gpu["compute_capability"] for gpu in report["gpus"]))
     report["works"] = {"llava": "no: fix the problems below first"} if problems else _what_works(report)
     return report
 
@@ -80,46 +81,35 @@ def _gpus(problems: list[str], memory_gib: float | None) -> list[dict]:
     """The GPUs that torch finds; why it cannot use one is added to the problems."""
     import torch
 
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    architectures = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]  # such as sm_75, sm_90a
+    oldest = min((int(name[3:].rstrip("af")) for name in architectures), default=0)
     gpus = []
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
+    for card in cards:
+        capability, total = f"{card.major}.{card.minor}", round(card.total_memory / 2**30, 1)
         gpus.append(
-            {
-                "name": found.name,
-                "memory_gib": round(found.total_memory / 2**30, 1),
-                "compute_capability": f"{found.major}.{found.minor}",
-                "bf16": found.major >= 8,
-            }
+            {"name": card.name, "memory_gib": total, "compute_capability": capability, "bf16": card.major >= 8}
         )
-        architectures = [
-            name for name in torch.cuda.get_arch_list() if name.startswith("sm_")
-        ]  # such as sm_75, sm_90a
-        numbers = [int(name[3:].rstrip("af")) for name in architectures]
-        if 10 * found.major + found.minor < min(numbers, default=0):
+        if 10 * card.major + card.minor < oldest:
             problems.append(
-                f"torch {torch.__version__} has no kernels for {found.name}, only for {architectures}: {OTHER_TORCH}"
+                f"torch {torch.__version__} has kernels for {architectures}, not for {card.name}: {OTHER_TORCH}"
             )
-    if not gpus and torch.backends.mps.is_available():
-        gpus.append({"name": "Apple GPU (mps)", "memory_gib": memory_gib, "compute_capability": None, "bf16": True})
-    driver = None if gpus else _driver()
-    if driver is not None:
-        build, oldest = torch.version.cuda, OLDEST_DRIVER.get((torch.version.cuda or "").partition(".")[0], 0)
+    if gpus:
+        return gpus
+    if torch.backends.mps.is_available():
+        return [{"name": "Apple GPU (mps)", "memory_gib": memory_gib, "compute_capability": None, "bf16": True}]
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True).stdout.partition(".")[0]
+        build = torch.version.cuda
+        needed = OLDEST_DRIVER.get((build or "").partition(".")[0], 0)
         if build is None:
             problems.append(f"torch {torch.__version__} is a build for the CPU, but there is a GPU: {CUDA_TORCH}")
-        elif int(driver.partition(".")[0]) < oldest:
+        elif driver.isdigit() and int(driver) < needed:
             problems.append(
-                f"CUDA {build} needs NVIDIA's driver {oldest}, it is {driver}: update it, or {OTHER_TORCH}"
+                f"CUDA {build} needs NVIDIA's driver {needed}, it is {driver}: update it, or {OTHER_TORCH}"
             )
-    return gpus
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver, by its own tool; `None` without one."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return []
 
 
 def _try_four_bit(on_gpu: bool) -> str:
@@ -134,8 +124,6 @@ def _try_four_bit(on_gpu: bool) -> str:
         inputs = torch.ones(2, 64, device=device, requires_grad=True)
         layer(inputs).sum().backward()
         return f"works ({device})" if torch.isfinite(inputs.grad).all() else f"gives no finite gradients on {device}"
-    except ModuleNotFoundError:
-        return "bitsandbytes is not installed: pip install 'modeling-llava[qlora]' (Linux, Windows)"
     except Exception as error:  # a compiled library that does not load, a kernel that is missing: whatever they raise
         return f"fails: {type(error).__name__}: {error}"
 
@@ -179,15 +167,13 @@ def _needed_gib() -> dict[str, float]:
 def _print(report: dict) -> None:
     print(f"Python {report['python']}, {report['system']}")
     for name, found in {"installed": report["packages"], **report["extras"]}.items():
-        print(f"{name}: {', '.join(f'{package} {version}' for package, version in found.items())}")
+        listed = ", ".join(f"{package} {version or 'missing'}" for package, version in found.items())
+        print(f"{name}: {listed}")
     print("To install what an extra lacks: pip install 'modeling-llava[EXTRA]', such as [web], or [all].")
-    cpu = report["cpu"]
-    print(f"CPU: {cpu['cores']} cores, {cpu['memory_gib']} GiB")
+    print("CPU: {cores} cores, {memory_gib} GiB".format(**report["cpu"]))
     print(f"disk: {report['disk_free_gib']} GiB free here; the files of a 7B model take 14 GiB")
-    for gpu in report["gpus"]:
-        print(f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB, bf16: {'yes' if gpu['bf16'] else 'no'}")
-    if not report["gpus"]:
-        print("GPU: none that torch can use")
+    for gpu in report["gpus"] or [None]:
+        print(f"GPU: {gpu['name']}, {gpu['memory_gib']} GiB" if gpu else "GPU: none that torch can use")
     print(f"4 bit: {report['four_bit']}\n")
     for what, answer in report["works"].items():
         print(f"{what:24} {answer}")

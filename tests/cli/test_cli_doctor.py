@@ -61,18 +61,14 @@ def test_what_fits_a_gpu_is_what_its_preset_is_made_for(memory, fits):
     "cuda, driver, problem",
     [
         (None, "560.94", "build for the CPU, but there is a GPU: pip install"),
-        ("13.0", "560.94", "needs NVIDIA's driver 580, it is 560.94"),
+        ("13.0", "560.94", "needs NVIDIA's driver 580, it is 560"),
         ("12.6", "560.94", None),
         ("13.0", None, None),
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_a_problem_with_its_fix(cuda, driver, problem, monkeypatch):
-    def nvidia_smi(command, **kwargs):
-        if driver is None:
-            raise FileNotFoundError
-        return SimpleNamespace(stdout=f"{driver}\n")
-
-    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if driver is None else f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", lambda *command, **kwargs: SimpleNamespace(stdout=f"{driver}\n"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     problems = doctor.diagnose()["problems"]
@@ -86,7 +82,7 @@ def test_a_gpu_older_than_torchs_kernels_is_a_problem(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
     monkeypatch.setattr(doctor, "_try_four_bit", lambda on_gpu: "fails")
     (problem,) = doctor.diagnose()["problems"]
-    assert "no kernels for GTX 1080" in problem
+    assert "not for GTX 1080" in problem
 
 
 def test_oldest_transformers_is_that_of_setup(request):
