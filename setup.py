@@ -50,6 +50,7 @@ EXTRAS["dev"] = sorted(
         "pytest-cov>=5.0",
         "hypothesis>=6.100",
         "ruff>=0.9",
+        "transformers-mlinter>=0.1.5",
         "selenium>=4.20",
         "nbclient>=0.10",
         "nbformat>=5.10",
