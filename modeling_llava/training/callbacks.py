@@ -6,6 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,13 +29,11 @@ LOSS_CURVE_NAME = "loss_curve.png"
 
 class PreviewCallback(TrainerCallback):
     """
-    Before step 1: parameters per component, and the first samples of the first batch with their supervised text marked.
+    Before step 1: parameters per component, kernels, and the first samples with their supervised text marked.
 
     Args:
-        trainer ([`LlavaTrainer`]):
-            The trainer, whose collator makes the batch.
-        console (`rich.console.Console`, *optional*):
-            Where to print; the terminal by default.
+        trainer ([`LlavaTrainer`]): The trainer, whose collator makes the batch.
+        console (`rich.console.Console`, *optional*): Where to print; the terminal by default.
     """
 
     def __init__(self, trainer: Any, console: Any = None):
@@ -53,10 +52,8 @@ class PreviewCallback(TrainerCallback):
         dataset, processor = self.trainer.train_dataset, self.trainer.processing_class
         if args.preview_samples < 1 or processor is None or isinstance(dataset, IterableDataset):
             return  # samples that are read from a stream would be missing in training
-        # The preview must not change the run.
-        random_state = torch.random.get_rng_state()
-        batch = self.trainer.data_collator([dataset[i] for i in range(min(args.preview_samples, len(dataset)))])
-        torch.random.set_rng_state(random_state)
+        with torch.random.fork_rng(devices=[]):  # the preview must not change the run
+            batch = self.trainer.data_collator([dataset[i] for i in range(min(args.preview_samples, len(dataset)))])
         for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
             attended = batch["attention_mask"][row].bool() if "attention_mask" in batch else slice(None)
             console.print(f"Sample {row + 1}, as the model sees it ([bold green]green[/]: what it learns):")
@@ -93,7 +90,7 @@ def _is_4_bit(parameter: nn.Parameter) -> bool:
 
 
 class LossCurveCallback(TrainerCallback):
-    """After the last step: `loss_curve.png` in the output folder, if matplotlib is installed."""
+    """After the last step: `loss_curve.png` in the output folder."""
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -102,13 +99,11 @@ class LossCurveCallback(TrainerCallback):
 
 def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) -> Path | None:
     """
-    Plot training loss (with its centred moving mean) and evaluation loss over optimizer steps.
+    Plot training loss (with its centred moving mean) and evaluation loss over optimizer steps, as PNG.
 
     Args:
-        log_history (`list[dict]`):
-            `trainer.state.log_history`, or that of a `trainer_state.json`.
-        path (`str` or `os.PathLike`):
-            The PNG file.
+        log_history (`list[dict]`): `trainer.state.log_history`, or that of a `trainer_state.json`.
+        path (`str` or `os.PathLike`): The file.
 
     Returns:
         `Path` of the plot; `None` if matplotlib is not installed or nothing was logged.
@@ -129,18 +124,14 @@ def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) 
     if trained:
         steps, losses = zip(*trained)
         axes.plot(steps, losses, color="#4c72b0", alpha=0.35, linewidth=1, label="training")
-        # A centred window, narrower towards both ends: a trailing mean would lag
-        half = max(len(losses) // 40, 1)
-        smoothed = []
-        for i in range(len(losses)):
-            reach = min(half, i, len(losses) - 1 - i)
-            smoothed.append(sum(losses[i - reach : i + reach + 1]) / (2 * reach + 1))
+        half, last = max(len(losses) // 40, 1), len(losses) - 1
+        reach = [min(half, i, last - i) for i in range(len(losses))]  # narrower towards both ends: no lag
+        smoothed = [fmean(losses[i - r : i + r + 1]) for i, r in enumerate(reach)]
         axes.plot(steps, smoothed, color="#4c72b0", linewidth=2, label=f"training, mean of {2 * half + 1} entries")
     if evaluated:
         axes.plot(*zip(*evaluated), color="#dd8452", marker="o", linewidth=2, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per supervised token)", ylim=(0, None))
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +152,7 @@ class SpeedCallback(TrainerCallback):
     - `minutes_left`: until the last step, at the pace since the start of the run, evaluations and checkpoints included.
 
     Args:
-        micro_batch_tokens (`int`, *optional*):
-            With `packing="full"`: tokens for which the packs of a micro-batch have room.
+        micro_batch_tokens (`int`, *optional*): With `packing="full"`: tokens for which the packs of a micro-batch have room.
     """
 
     def __init__(self, micro_batch_tokens: int | None = None):

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import GenerationConfig, Trainer
 from transformers.trainer import FSDP_MODEL_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..compat import set_last_learning_rate
 from ..data.schema import summarize_drops
@@ -69,27 +68,49 @@ class CheckpointingTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if not self.args.should_save:
             return
-        self._write_weights(folder, state_dict)
-        write_run_record(folder, self.args, self.data_record, self.base_record)
+        if self.args.stage == "pretrain":
+            save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args.model_revision)
+        else:
+            core, processor = core_model(self.model), self.processing_class
+            if processor is not None and self.args.adapter == "none":
+                add_generation_stop(core.generation_config, processor)
+            in_training = _set_or_remove(core.config, "use_cache", self._use_cache)
+            try:
+                super()._save(str(folder), state_dict)
+            finally:
+                _set_or_remove(core.config, "use_cache", in_training)
+            if self.args.adapter != "none":
+                finish_adapter_folder(folder, self.initial_lora)
+                if processor is not None:
+                    note_generation_stop(folder, self.base_generation_config, processor)
+        self._save_companions(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, which writes nothing here where checkpoints are sharded: not even the result of a run."""
         self._check_weights()
+        is_checkpoint = _internal_call and output_dir is not None  # not the upload of a result
+        if is_checkpoint and self.args.should_save:
+            # A finished checkpoint is one with this file, which is written last: none may be left from before.
+            Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
         if not self.saves_shards:
             super().save_model(output_dir, _internal_call)
-        elif _internal_call:  # a checkpoint: its weights come with the optimizer
-            self._save_companions(Path(output_dir))
+            return
+        if is_checkpoint:  # its weights come with the optimizer
+            if self.args.should_save:
+                self._save_companions(Path(output_dir))
         else:
             self._save(output_dir, gather_weights(self.model, self.args))
-            self.accelerator.wait_for_everyone()
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _check_weights(self) -> None:
         """Raise ValueError where nothing was learnt so far, or weights are not finite: such a checkpoint would replace a good one."""
         if not self._speed.num_batches:
             return
-        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        own = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained]  # this process's shard
+        broken = [name for name, weights in own if not weights.isfinite().all()]
         num_broken = torch.tensor(len(broken), device=self.args.device)
         if self.args.is_sharded:  # every process saves then; otherwise one may save alone, and has all weights
             num_broken = self.accelerator.reduce(num_broken, reduction="sum")
@@ -117,18 +138,12 @@ class CheckpointingTrainer(Trainer):
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     def _save_companions(self, folder: Path) -> None:
-        """What a checkpoint holds beside its weights."""
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            self._save_processor_and_arguments(folder)
-            write_run_record(folder, self.args, self.data_record, self.base_record)
-        self.accelerator.wait_for_everyone()
-
-    def _save_processor_and_arguments(self, folder: Path) -> None:
+        """What a checkpoint holds besides its weights."""
+        folder.mkdir(parents=True, exist_ok=True)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        write_run_record(folder, self.args, self.data_record, self.base_record)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.saves_shards:
@@ -143,33 +158,11 @@ class CheckpointingTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what says that a checkpoint is complete comes after every process's part
 
-    def _write_weights(self, folder: Path, state_dict: dict | None) -> None:
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            # A finished checkpoint is one with this file, which is written last: none may be left from before.
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        if self.args.stage == "pretrain":
-            save_projector(self.accelerator.unwrap_model(self.model), folder, state_dict, self.args.model_revision)
-            self._save_processor_and_arguments(folder)
-        else:
-            core = core_model(self.model)
-            config = core.config
-            if self.processing_class is not None and self.args.adapter == "none":
-                add_generation_stop(core.generation_config, self.processing_class)
-            in_training = _set_or_remove(config, "use_cache", self._use_cache)
-            try:
-                super()._save(str(folder), state_dict)
-            finally:
-                _set_or_remove(config, "use_cache", in_training)
-            if self.args.adapter != "none":
-                finish_adapter_folder(folder, self.initial_lora)
-                if self.processing_class is not None:
-                    note_generation_stop(folder, self.base_generation_config, self.processing_class)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As in `Trainer`, which copies the weights of a checkpoint by their names, and knows no projector."""
-        for name in (PROJECTOR_CONFIG_NAME, PROJECTOR_WEIGHTS_NAME):
-            if self.args.stage == "pretrain" and self.is_world_process_zero():
-                shutil.copy(os.path.join(checkpoint_folder, name), os.path.join(self.args.output_dir, name))
+        if self.args.stage == "pretrain" and self.is_world_process_zero():
+            for name in (PROJECTOR_CONFIG_NAME, PROJECTOR_WEIGHTS_NAME):
+                shutil.copy(os.path.join(checkpoint_folder, name), self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(self, *args, **kwargs):
@@ -230,12 +223,6 @@ class CheckpointingTrainer(Trainer):
                 set_last_learning_rate(scheduler, number, group["lr"])
 
 
-def _is_finite(parameter: nn.Parameter) -> bool:
-    """Whether all of a parameter is, or this process's part of a sharded one."""
-    part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return bool(part.isfinite().all())
-
-
 def _set_or_remove(config: Any, name: str, value: Any) -> Any:
     """Set an attribute, or remove it if `value` is `ABSENT`; returns what it was."""
     before = vars(config).get(name, ABSENT)
@@ -264,10 +251,7 @@ def is_sharded_checkpoint(folder: str | os.PathLike) -> bool:
 
 
 def weights_to_save(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, torch.Tensor]:
-    """
-    The weights of a checkpoint of this run, by their names in memory: all of a full model, otherwise what is trained. No
-    copies; this process's shard of sharded ones.
-    """
+    """The weights of a checkpoint by their names in memory, not copied: all of a full model, otherwise what is trained."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     weights = get_model_state_dict(model)
@@ -301,10 +285,7 @@ def load_shards(model: nn.Module, folder: str | os.PathLike, args: LlavaTraining
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, torch.Tensor]:
-    """
-    Whole weights of a run's result on the first process, in main memory; nothing on the others. A tensor at a time, so
-    that no device must hold more. Every process must call it.
-    """
+    """Whole weights of a run's result in the first process's main memory, gathered one by one. Every process must call it."""
     from torch.distributed.tensor import DTensor
 
     is_full = args.adapter == "none" and args.stage == "finetune"

@@ -76,8 +76,7 @@ def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedMo
     its processor. Weights have the dtype of their file until [`prepare_model`].
 
     Raises:
-        ValueError: as in [`base_and_adapter`]; the projector does not fit.
-        FileNotFoundError: `model` or `projector` does not exist.
+        ValueError, FileNotFoundError: as in [`base_and_adapter`]; the projector does not fit, or would not be saved.
     """
     base, revision, adapter_path = base_and_adapter(args)
     own = args.model if has_processor(args.model, args.model_revision) else base

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..compat import let_cpu_shard
 from ..constants import IGNORE_INDEX
+from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..io.checkpoints import base_name_to_record, base_record
@@ -53,16 +54,13 @@ class LlavaTrainer(CheckpointingTrainer):
 
     Beyond [`~transformers.Trainer`]:
 
-    - freezes what the stage freezes, and adds the adapter (unless `model` is PEFT-wrapped already);
-    - a learning rate per component;
+    - freezes what the stage freezes, adds the adapter (unless `model` is PEFT-wrapped), a learning rate per component;
     - packs samples instead of padding them, groups them by length and modality, and shards streams over processes;
     - `neftune_noise_alpha` is scaled by the length of each sample of a pack;
     - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
     - an evaluation of the loss alone builds no logits;
-    - a checkpoint holds the processor with its chat template; in the stage `pretrain` it holds what is trained, and
-      not the frozen gigabytes;
-    - resuming and `load_best_model_at_end` read the weights of a full checkpoint (stock looks for them under other
-      names, finds none, and continues with a warning).
+    - a checkpoint holds the processor; in the stage `pretrain` what is trained, and not the frozen gigabytes;
+    - resuming and `load_best_model_at_end` read the weights of a full checkpoint (stock finds none under their names).
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
@@ -128,9 +126,9 @@ class LlavaTrainer(CheckpointingTrainer):
             **kwargs,
         )
         self.model_init = model_init
-        full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
         if self.is_fsdp_enabled:
             _configure_fsdp(self.accelerator, self.model, args)
+        full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
         if args.activation_checkpointing == "every_second":
@@ -171,16 +169,16 @@ class LlavaTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A group per component and weight decay; everything else as `Trainer` has it."""
         trained = self.model if model is None else model
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            if not {"params", "model", "optimizer_dict"} & kwargs.keys():  # optimizers that choose by themselves
-                groups = optimizer_groups(trained, self.args, self.get_decay_parameter_names(trained))
-                self.optimizer_cls_and_kwargs = (optimizer_class, {**kwargs, "params": groups})
-                try:
-                    return super().create_optimizer(model)
-                finally:
-                    self.optimizer_cls_and_kwargs = None
-        return super().create_optimizer(model)
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(model)
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        if not {"params", "model", "optimizer_dict"} & kwargs.keys():  # optimizers that choose by themselves
+            kwargs["params"] = optimizer_groups(trained, self.args, self.get_decay_parameter_names(trained))
+            self.optimizer_cls_and_kwargs = (optimizer_class, kwargs)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -192,8 +190,8 @@ class LlavaTrainer(CheckpointingTrainer):
             sampler = TypeMixtureSampler.from_dataset(dataset, self.args.type_weights, self.args.sampling_seed)
         else:
             return super()._get_train_sampler(train_dataset)
-        self.pop_callback(_EpochOfSampler)
-        self.add_callback(_EpochOfSampler(sampler))
+        self.pop_callback(_AtBegin)
+        self.add_callback(_AtBegin(sampler))
         return sampler
 
     _grouped_sampler: GroupedSampler | None = None
@@ -219,8 +217,8 @@ class LlavaTrainer(CheckpointingTrainer):
         collator = self.data_collator
         if is_training and self.args.dataloader_in_order:
             collator = SkipBatchesCollator(collator)
-            self.pop_callback(_SkipOnResume)
-            self.add_callback(_SkipOnResume(collator))
+            self.pop_callback(_AtBegin)
+            self.add_callback(_AtBegin(collator))
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_size=batch_size,
@@ -232,13 +230,9 @@ class LlavaTrainer(CheckpointingTrainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
         )
+        device = None if is_training else self.accelerator.device
         loader = prepare_data_loader(
-            loader,
-            self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=not is_training,
-            dispatch_batches=False,
+            loader, device, num_processes=1, process_index=0, put_on_device=not is_training, dispatch_batches=False
         )
         if dataloader_key is not None:
             self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
@@ -262,12 +256,7 @@ class LlavaTrainer(CheckpointingTrainer):
         return batches, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        As in `Trainer`; next to the training loss stands the speed (see [`SpeedCallback`]).
-
-        Raises:
-            ValueError: the loss is not finite. (With fp16 that may pass: such a step is skipped, and the scale lowered.)
-        """
+        """As in `Trainer`, with the speed; ValueError where the loss is not finite (with fp16 such a step is skipped)."""
         if not math.isfinite(logs.get("loss", 0.0)) and self.args.precision != "fp16":
             raise self._diverged(f"the loss is {logs['loss']}")
         speed = self._speed.report(self.state, self.args.world_size) if "loss" in logs else {}
@@ -288,10 +277,8 @@ class LlavaTrainer(CheckpointingTrainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._evaluated is not None and loss is not None and inputs.get("labels") is not None:
             count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
-            # A stock model's loss of a batch with nothing supervised is not a number
-            self._evaluated = (
-                self._evaluated + torch.stack([torch.where(count > 0, loss * count, 0.0), count]).double()
-            )
+            total = torch.where(count > 0, loss * count, 0.0)  # stock's loss is NaN where nothing is supervised
+            self._evaluated = self._evaluated + torch.stack([total, count]).double()
         return loss, logits, labels
 
     _evaluated: torch.Tensor | None = None
@@ -311,10 +298,8 @@ class LlavaTrainer(CheckpointingTrainer):
         return output
 
 
-def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, model: nn.Module):
+def default_collator(processor: ProcessorMixin, args: LlavaTrainingArguments, model: nn.Module) -> LlavaDataCollator:
     """The collator for datasets of conversations, with the settings of a run and what the model's forward takes."""
-    from ..data.collator import LlavaDataCollator
-
     return LlavaDataCollator(
         processor,
         max_length=args.max_length,
@@ -338,14 +323,13 @@ def _allow_fsdp_on_cpu(args: LlavaTrainingArguments) -> None:
 
 def _configure_fsdp(accelerator: Accelerator, model: nn.Module, args: LlavaTrainingArguments) -> None:
     """
-    Fill in what the launch configuration leaves open: a layer is gathered at a time, and in mixed precision gradients
-    are summed in float32 and outputs keep their dtype (accelerate would round the loss itself to 16 bit).
+    Fill in what the launch configuration leaves open: a layer is gathered at a time (accelerate fails on class names that a LLaVA
+    lists but does not have), and in mixed precision gradients are summed in float32 and outputs, the loss too, keep their dtype.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         present = {type(module).__name__ for module in model.modules()}
-        core = core_model(model)
-        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(core._no_split_modules or ()))
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(core_model(model)._no_split_modules or ()))
     if plugin.fsdp_version == 2 and args.compute_dtype != torch.float32:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -368,24 +352,19 @@ def _smoothed_loss(label_smoothing: float):
     return loss
 
 
-class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler its epoch, also after a resume and inside accelerate's wrappers."""
+class _AtBegin(TrainerCallback):
+    """Tells a sampler its epoch, also inside accelerate's wrappers, and a stream's collator how many batches are skipped."""
 
-    def __init__(self, sampler: TypeMixtureSampler | GroupedSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class _SkipOnResume(TrainerCallback):
-    """Tells the collator of a stream how many batches were trained on already, and will be skipped."""
-
-    def __init__(self, collator: SkipBatchesCollator):
-        self.collator = collator
+    def __init__(self, told: GroupedSampler | TypeMixtureSampler | SkipBatchesCollator):
+        self.told = told
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.collator.skip(0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps)
+        if isinstance(self.told, SkipBatchesCollator):
+            self.told.skip(0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if not isinstance(self.told, SkipBatchesCollator):
+            self.told.set_epoch(int(state.epoch or 0))
 
 
 __all__ = ["LlavaTrainer", "default_collator"]
