@@ -32,7 +32,7 @@ def add_endpoint_arguments(
     add("--requests-per-minute", type=float, metavar="N", help="limit of requests")
     add("--tokens-per-minute", type=float, metavar="N", help="limit of tokens, prompts and longest replies")
     add("--timeout", type=float, default=120, metavar="S", help="seconds for one reply (default: %(default)g)")
-    add("--patience", type=float, default=patience, metavar="S", help="stop after S seconds without a reply")
+    add("--patience", type=float, default=patience, metavar="S", help="seconds without a reply (default: %(default)g)")
     add("--max-tokens", type=int, metavar="N", help="budget: tokens of the whole run")
     add("--max-cost", type=float, metavar="USD", help="budget: dollars of the whole run; needs prices")
     add("--price-in", type=float, default=0.0, metavar="USD", help="dollars per million prompt tokens")

@@ -29,7 +29,7 @@ from pathlib import Path
 from ..data.images import image_key
 from ..io.atomic import write_atomic
 from ..io.locks import locked_file
-from .results import RUN_NAME, Scored, hash_files, hash_json, read_lines, write_results
+from .results import RUN_NAME, Scored, hash_files, hash_json, write_results
 
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class AnswerFolder:
         """All answers so far, of every shard, by id."""
         found: dict[str, dict] = {}
         for path in sorted(self.folder.glob("answers*.jsonl")):
-            for row in read_lines(path):
+            for row in _whole_lines(path):
                 found.setdefault(row["id"], row)
         return found
 
@@ -310,6 +310,16 @@ def evaluate(
             return write_results(
                 out, benchmark.name, scored, model=model, data=data, settings=settings, total=whole, answered=number
             )
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """The rows of a file, except a last line that is incomplete: a process may be writing it."""
+    text = path.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}). Remove that line, or the file.") from None
 
 
 def _differences(before: dict, now: dict, path: str = "") -> list[str]:

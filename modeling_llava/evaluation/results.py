@@ -192,17 +192,7 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     samples = file.parent / results["samples"]["file"]
     if not samples.is_file():
         raise FileNotFoundError(f"{samples}, which {file} names, is not there.")
-    return results, read_lines(samples)
-
-
-def read_lines(path: str | os.PathLike) -> list[dict]:
-    """The rows of a JSONL file of this package. An incomplete last line, which a process may be writing, is left out."""
-    text = Path(path).read_bytes()
-    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON ({error}). Remove that line, or the file.") from None
+    return results, [row for row, _ in read_rows(samples)] if samples.stat().st_size else []
 
 
 def read_rows(path: str | os.PathLike) -> list[tuple[dict, str]]:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from tiny_predictor import picture, user_turn
@@ -193,46 +192,3 @@ def test_killed_command_resumes_and_gives_the_same(pope_files, model_folder):
     assert (out / "samples.jsonl").read_text() == (pope_files / "whole/samples.jsonl").read_text()
     lines = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 60  # nothing is answered twice
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
-def test_two_processes_of_a_launcher_share_the_work(pope_files, model_folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    subprocess.run(command(pope_files, model_folder, pope_files / "whole"), check=True, env=os.environ)
-    out = pope_files / "shared"
-    processes = [
-        subprocess.Popen(command(pope_files, model_folder, out), env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert (out / "samples.jsonl").read_text() == (pope_files / "whole/samples.jsonl").read_text()
-    assert {path.name for path in Path(out).glob("answers*")} == {"answers.1-of-2.jsonl", "answers.2-of-2.jsonl"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
-def test_memory_stays_flat_over_ten_thousand_samples(model_folder):
-    """Resident memory after 10,000 answers is that after the first 1,000, each sample with an image of its own."""
-    import psutil
-
-    from modeling_llava.inference import LlavaPredictor, load_model
-
-    predictor = LlavaPredictor(*load_model(model_folder, device="cpu"))
-    process, at = psutil.Process(), {}
-    # The tokenizers library keeps the tokens of the first 10,000 texts (20 MB); that is not what is measured here.
-    for number in range(10_000):
-        predictor.processor.tokenizer(f"Text number {number} fills the cache of the tokenizer. " * 2)
-
-    def samples():
-        for number in range(10_000):
-            question = f"What is {number}? " + "Why? " * (number % 7)
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            images = [picture(number, (20, 20))]
-            yield {"id": str(number), "messages": [{"role": "user", "content": content}], "images": images}
-
-    for number, _ in enumerate(predictor.answer_many(samples(), batch_size=16, max_new_tokens=3), 1):
-        if number % 1000 == 0:
-            at[number] = process.memory_info().rss
-    assert number == 10_000
-    assert at[10_000] < at[1_000] + 4 * 2**20, {k: v // 2**20 for k, v in at.items()}

@@ -5,12 +5,11 @@ import re
 
 import pytest
 from fault_server import FaultServer
-from local_serve import Serve, smollm2_folder
 from tiny_predictor import picture
 
 from modeling_llava.cli.main import main
 from modeling_llava.endpoint import RequestFault
-from modeling_llava.evaluation.judge import parse_scores, read_rules
+from modeling_llava.evaluation.judge import read_rules
 from modeling_llava.evaluation.llava_bench import (
     JudgeSettings,
     ask_references,
@@ -271,49 +270,3 @@ def test_page_escapes_what_models_say(bench, model_folder, monkeypatch):
         assert run_cli(bench, model_folder, bench / "out", server.url) == 0
     page = (bench / "out/index.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;alert" in page
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_folder", ["llava-hf"], indirect=True)
-def test_judge_is_a_real_language_model_behind_a_real_server(bench, model_folder, tmp_path, monkeypatch):
-    """
-    SmolLM2 with 135M parameters is no judge: where it is given an example it mostly repeats it, else it rambles. What it says
-    is of no interest here, only that what is reported is what it said.
-    """
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    asked = [
-        ("Which two numbers are there?", "7 5"),  # what it repeats is two numbers
-        ("Which numbers are on the shirts?", "7 5"),
-        ("Why?", "It likes to."),
-    ]
-    rows = [
-        {"question_id": n, "image": "0.png", "text": text, "category": "conv" if n < 2 else "complex"}
-        for n, (text, _) in enumerate(asked)
-    ]
-    write_lines(bench / "questions.jsonl", rows)
-    write_lines(bench / "references.jsonl", [{"question_id": n, "text": text} for n, (_, text) in enumerate(asked)])
-    dog = {"category": "dog", "bbox": [0.1, 0.2, 0.5, 0.8]}
-    write_lines(
-        bench / "contexts.jsonl", [{"image": "0.png", "captions": ["A brown dog runs on grass."], "instances": [dog]}]
-    )
-    rules = {
-        "conv": "Score Assistant 1 and Assistant 2. Write two numbers between 1 and 10, separated by a blank. Write nothing "
-        "else. Do not explain. For example: 7 5",
-        "complex": "Which answer is better, and why? Explain at length.",
-    }
-    rules = {name: {"role": "Assistant", "prompt": prompt} for name, prompt in rules.items()}
-    (tmp_path / "rules.json").write_text(json.dumps(rules))
-    with Serve(smollm2_folder(tmp_path / "smollm2"), tmp_path / "serve.log") as server:
-        more = ["--rules", tmp_path / "rules.json", "--review-tokens", "8", "--judge-temperature", "0"]
-        more += ["--concurrency", "1", "--timeout", "400", "--patience", "400", "--judge", server.name]
-        assert run_cli(bench, model_folder, bench / "out", server.url, *more) == 0
-    results, rows = read_results(bench / "out")
-    counts = results["counts"]
-    assert counts["reviews"] == 3 == counts["reviews_with_scores"] + counts["reviews_without_scores"]
-    assert counts["reviews_with_scores"] >= 1 and results["judge"]["answered_by"]
-    for row in rows:
-        assert (row["out_of"], row["score"]) == (parse_scores(row["reviews"][0]["text"]) or (None, None))
-    scored = [row for row in rows if row["score"] is not None]
-    relative = 100 * sum(row["score"] for row in scored) / sum(row["out_of"] for row in scored)
-    assert results["scores"]["relative"]["value"] == pytest.approx(relative)
-    assert results["samples"]["scored"] == len(scored) and results["complete"] == (len(scored) == 3)

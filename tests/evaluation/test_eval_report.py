@@ -143,34 +143,19 @@ def test_benchmarks_are_not_mixed_and_published_rows_stand_beside(tmp_path):
     assert "published" not in vqa and "| *LLaVA-13B (published)* |" in science and "*90.92*" in science
 
 
-def test_less_than_the_whole_is_said(tmp_path):
-    runs = [write_run(tmp_path / "a", [1.0, 0.0], total=500), write_run(tmp_path / "b", [1.0, 0.0, 1.0])]
-    text = markdown(compare(read_runs(runs)))
-    assert "a: 2 of 500 samples scored" in text
-    assert "2 samples" in text.split("b less a")[1]
-
-
 def test_other_data_and_other_judges_are_noted(tmp_path):
-    one = write_run(
-        tmp_path / "a",
-        [4.0, 8.0],
-        "llava-bench-coco",
-        out_of=[8.0, 8.0],
-        judge={"prompt_hash": "x", "answered_by": ["g"]},
-    )
-    two = write_run(
-        tmp_path / "b", [8.0, 8.0], "llava-bench-coco", out_of=[8.0, 8.0], judge={"prompt_hash": "y", "answered_by": ["g"]},
-        data={"prompts": "q"},
-    )  # fmt: skip
-    (difference,) = compare(read_runs([one, two]))[0]["differences"]
+    def judged(name, scores, prompts, **more):
+        judge = {"prompt_hash": prompts, "answered_by": ["g"]}
+        return write_run(tmp_path / name, scores, "llava-bench-coco", out_of=[8.0, 8.0], judge=judge, **more)
+
+    runs = [judged("a", [4.0, 8.0], "x"), judged("b", [8.0, 8.0], "y", data={"prompts": "q"})]
+    (difference,) = compare(read_runs(runs))[0]["differences"]
     assert difference["difference"] == 25.0 and "the judges differ" in difference["note"]
     assert "the data differ" in difference["note"]
-    rows = [json.loads(line) for line in (two / "samples.jsonl").read_text().splitlines()]
-    (two / "samples.jsonl").write_text("".join(json.dumps({**row, "id": f"x{row['id']}"}) + "\n" for row in rows))
-    (difference,) = compare(read_runs([one, two]))[0]["differences"]
-    assert difference["difference"] is None and "not comparable (no sample in common)" in markdown(
-        compare(read_runs([one, two]))
-    )
+    rows = [json.dumps({**row, "id": f"x{row['id']}"}) for row in read_results(runs[1])[1]]
+    (runs[1] / "samples.jsonl").write_text("\n".join(rows))
+    (comparison,) = compare(read_runs(runs))
+    assert comparison["differences"][0]["difference"] is None and "no sample in common" in markdown([comparison])
 
 
 def test_labels(tmp_path):
@@ -218,30 +203,19 @@ def test_runs_without_any_score_are_drawn_and_told(tmp_path, recwarn):
     assert "a: 0 of 2 samples scored" in markdown([comparison])
 
 
-def test_results_are_attached_to_their_weights_only(tmp_path):
-    weights, others = tmp_path / "weights", tmp_path / "others"
-    for folder, content in ((weights, b"1"), (others, b"2")):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(content)
-    run = write_run(tmp_path / "run", [1.0, 0.0], "scienceqa", model=describe_model(str(weights)))
-    assert attach([run], weights) == [weights / "results-scienceqa.json"]
-    assert json.loads((weights / "results-scienceqa.json").read_text())["scores"]["accuracy"]["value"] == 50.0
-    with pytest.raises(ValueError, match="is of the weights"):
-        attach([run], others)
-    part = write_run(tmp_path / "part", [1.0], "scienceqa", total=9, model=describe_model(str(weights)))
-    with pytest.raises(ValueError, match="is of 1 of 9 samples"):
-        attach([part], weights)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        attach([run], tmp_path / "nowhere")
+@pytest.fixture
+def weights(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"1")
+    return tmp_path / "weights"
 
 
-def test_a_baseline_is_compared_and_not_attached(tmp_path, capsys):
-    weights, before = tmp_path / "weights", tmp_path / "before"
-    for folder, content in ((weights, b"1"), (before, b"2")):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(content)
-    mine = write_run(tmp_path / "mine", [1.0, 1.0], "scienceqa", model=describe_model(str(weights)))
-    baseline = write_run(tmp_path / "baseline", [0.0, 1.0], "scienceqa", total=9, model=describe_model(str(before)))
+def test_results_are_attached_to_their_weights_only(tmp_path, weights, capsys):
+    model = describe_model(str(weights))
+    mine = write_run(tmp_path / "mine", [1.0, 1.0], "scienceqa", model=model)
+    baseline = write_run(
+        tmp_path / "baseline", [0.0, 1.0], "scienceqa", total=9, model={"name": "a", "fingerprint": "b"}
+    )
     hub = write_run(tmp_path / "hub", [0.0, 0.0], "scienceqa", model=describe_model("owner/name"))
     runs = list(map(str, (baseline, mine, hub)))
     assert main(["eval", "report", *runs, "--attach", str(weights)]) == 0
@@ -251,24 +225,18 @@ def test_a_baseline_is_compared_and_not_attached(tmp_path, capsys):
     attached = json.loads((weights / "results-scienceqa.json").read_text())
     assert attached["model"]["fingerprint"] == fingerprint(weights)
     (weights / "results-scienceqa.json").unlink()
-    (weights / "model.safetensors").write_bytes(b"3")
-    assert main(["eval", "report", *runs, "--attach", str(weights)]) == 2
-    assert "of the weights in" in capsys.readouterr().err
-    assert not (weights / "results-scienceqa.json").exists()
-
-
-def test_two_results_of_one_benchmark_are_not_attached_over_each_other(tmp_path, capsys):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    (weights / "model.safetensors").write_bytes(b"1")
-    model = describe_model(str(weights))
-    names = ("vqa", "scienceqa", "vqa-hot")
-    runs = [write_run(tmp_path / name, [1.0, 0.0], name.partition("-")[0], model=model) for name in names]
-    assert main(["eval", "report", *map(str, runs), "--attach", str(weights)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{runs[0]} and {runs[2]} are both results of vqa" in line
-    assert len(list(weights.iterdir())) == 1
-    assert len(attach(runs[:2], weights)) == 2
+    part = write_run(tmp_path / "part", [1.0], "scienceqa", total=9, model=model)
+    again = write_run(tmp_path / "again", [1.0], "scienceqa", model=model)
+    for paths, message in (
+        ([baseline, hub], "is of the weights in"),
+        ([mine, part], "is of 1 of 9 samples"),
+        ([mine, again], "both results of scienceqa"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(paths, weights)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        attach([mine], tmp_path / "nowhere")
+    assert [path.name for path in weights.iterdir()] == ["model.safetensors"]
 
 
 def test_attached_results_reach_the_model_card(tmp_path, model_folder):
