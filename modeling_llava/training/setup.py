@@ -187,9 +187,8 @@ def prepare_model(model: nn.Module, args: LlavaTrainingArguments) -> nn.Module:
         set_trainable(model, args)
     elif not is_peft(model):
         model = add_adapter(model, args)
-    if args.train_vision_tower:
-        for parameter in unused_tower_parameters(core_model(model)):
-            parameter.requires_grad_(False)
+    for parameter in unused_tower_parameters(core_model(model)):
+        parameter.requires_grad_(False)
     set_dtypes(model, args)
     forbid_inference_packing(model)
     return model
