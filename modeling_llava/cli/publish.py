@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     # before a merge, which takes minutes
     check_names(args.repo, *(args.base_model or []), *(args.dataset or []))
     check_card_fields(args.license, args.language)
-    check_refs(*([] if args.revision is None else [args.revision]), *(args.tag or []))
+    check_refs(args.revision, *(args.tag or []))
     for path in args.results or []:
         warn_of_other_weights(console, path, source)
     with contextlib.ExitStack() as stack:
@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
             language=args.language,
             summary=args.summary,
         )
-        args.repo = publication.repo
-        table = Table("file", "size", title=f"{args.repo} ({publication.kind})", title_justify="left")
+        table = Table("file", "size", title=f"{publication.repo} ({publication.kind})", title_justify="left")
         for name, size in publication.files.items():
             table.add_row(name, f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB")
         console.print(table)
@@ -86,10 +85,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"Not published: {', '.join(publication.left_out)}")
         for problem in publication.problems[:20]:
             console.print(f"problem: {problem}", style="red")
-        if len(publication.problems) > 20:
-            console.print(f"… and {len(publication.problems) - 20:,} more", style="red")
         if publication.problems:
-            raise ValueError(f"cannot publish: {len(publication.problems)} problems; nothing was uploaded.")
+            raise ValueError(f"cannot publish: {len(publication.problems):,} problems; nothing was uploaded.")
         if publication.kind == "full":
             say_who_runs_it(console, publication.folder)
         if publication.generate_kwargs:
@@ -100,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if publication.kind in ("full", "adapter") and not args.no_run:
             from ..hub.trial import ask_once
 
-            answer = ask_once(publication.folder, source)
-            console.print(f"The pipeline answers: {answer!r}")
+            console.print(f"The pipeline answers: {ask_once(publication.folder, source)!r}")
         if args.dry_run:
             console.print(f"Nothing was uploaded. The publication is in {publication.folder}; read its README.md.")
             return 0

@@ -101,11 +101,8 @@ class Problem:
 def select_files(folder: str | os.PathLike, kind: str) -> tuple[list[Path], list[Path]]:
     """Split a folder's files into those that are published and those that stay."""
     folder = Path(folder)
-    files = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in path.relative_to(folder).parts)
-    )
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    files = [file for file in files if not any(part.startswith((".", "checkpoint-")) for part in file.parts)]
     published = [file for file in files if any(_matches(file, pattern) for pattern in PUBLISHED[kind])]
     return published, [file for file in files if file not in published]
 
@@ -127,17 +124,20 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
         name, ending = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.is_symlink():
             problems.append(Problem(name, 0, "is a link; publish the file itself."))
-        elif ending in PICKLES or _beginning(path).startswith(PICKLE_BEGINNINGS):
+            continue
+        with open(path, "rb") as file:
+            beginning = file.read(4096)
+        if ending in PICKLES or beginning.startswith(PICKLE_BEGINNINGS):
             problems.append(
                 Problem(name, 0, "can hold a pickle, which runs code when loaded; save it as safetensors.")
             )
-        elif _is_archive(path):
+        elif beginning.startswith(ARCHIVE_BEGINNINGS) or beginning[257:262] == b"ustar":
             problems.append(Problem(name, 0, "is an archive, which is not searched; unpack or remove it."))
         elif ending == ".safetensors":
             problems += _problems_in_safetensors(path, name)
         elif ending == ".parquet":
             problems += _problems_in_parquet(path, name)
-        elif ending in TEXT_ENDINGS or _is_text(path):
+        elif ending in TEXT_ENDINGS or _is_text(beginning):
             problems += _problems_in_lines(path, name)
         else:
             with open(path, "rb") as file:
@@ -153,71 +153,45 @@ def link_problems(folder: str | os.PathLike, kind: str) -> list[Problem]:
     inside = [folder] + ([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])
     below = {pattern.split("/")[0] for pattern in PUBLISHED[kind] if "/" in pattern}
     problems = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if not path.is_symlink() or not (
-            any(_matches(name, pattern) for pattern in PUBLISHED[kind]) or str(name) in below
-        ):
+    for path in sorted(path for path in folder.rglob("*") if path.is_symlink()):
+        name, place = path.relative_to(folder), path.resolve()
+        if not (str(name) in below or any(_matches(name, pattern) for pattern in PUBLISHED[kind])):
             continue
-        place = path.resolve()
         if not path.exists():
             problems.append(Problem(name.as_posix(), 0, "is a link to a missing file."))
         elif not path.is_file():
             problems.append(Problem(name.as_posix(), 0, "is a link to a folder; put the folder itself here."))
         elif not any(place.is_relative_to(root) for root in inside):
-            problems.append(
-                Problem(name.as_posix(), 0, f"is a link out of this folder ({place}); copy the file here.")
-            )
+            message = f"is a link out of this folder ({place}); copy the file here."
+            problems.append(Problem(name.as_posix(), 0, message))
     return problems
 
 
 def missing_files(folder: Path, kind: str) -> list[Problem]:
     """Missing files without which a publication cannot be used."""
     if kind == "dataset":
-        has_card = (folder / "README.md").is_file()
-        return (
-            [] if has_card else [Problem("README.md", 0, "is missing; say what the data is and under which licence.")]
-        )
-    needed = {"full": ["config.json"], "adapter": ["adapter_config.json"], "projector": ["projector_config.json"]}[
-        kind
-    ]
-    if kind != "projector":
-        needed += ["processor_config.json"]
-    problems = [
-        Problem(name, 0, "is missing; save the processor next to the weights (processor.save_pretrained).")
-        for name in needed
-        if not (folder / name).is_file()
-    ]
+        what = {"README.md": "say what the data is and under which licence."}
+    else:
+        config = {"full": "config.json", "adapter": "adapter_config.json", "projector": "projector_config.json"}[kind]
+        what = {config: "save the model again.", "*.safetensors": "save the weights as safetensors."}
+    if kind in ("full", "adapter"):
+        what["processor_config.json"] = "save the processor next to the weights (processor.save_pretrained)."
+    if kind == "full":
+        what["chat_template*"] = "the model needs one to be asked questions."
+    problems = [Problem(name, 0, f"is missing; {fix}") for name, fix in what.items() if not any(folder.glob(name))]
     if kind == "full" and not has_tokenizer(folder):
-        message = "is missing; copy the language model's tokenizer files there."
-        problems.append(Problem("tokenizer.json", 0, message))
+        problems.append(Problem("tokenizer.json", 0, "is missing; copy the language model's tokenizer files there."))
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(read_record(index).get("weight_map", {}).values())
-        lost = sorted(name for name in named if not (folder / name).is_file())
-        problems += [
-            Problem(index.name, 0, f"names {name}, which is not there; save the model again.") for name in lost
-        ]
-    if not any(folder.glob("*.safetensors")):
-        problems.append(Problem("*.safetensors", 0, "there are no weights; save them as safetensors."))
-    if kind == "full" and not any(folder.glob("chat_template*")):
-        problems.append(Problem("chat_template.jinja", 0, "is missing; the model needs one to be asked questions."))
+        lost = {name for name in read_record(index).get("weight_map", {}).values() if not (folder / name).is_file()}
+        message = "names {}, which is not there; save the model again."
+        problems += [Problem(index.name, 0, message.format(name)) for name in sorted(lost)]
     return problems
 
 
-def _beginning(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4096)
-
-
-def _is_archive(path: Path) -> bool:
-    beginning = _beginning(path)
-    return beginning.startswith(ARCHIVE_BEGINNINGS) or beginning[257:262] == b"ustar"
-
-
-def _is_text(path: Path) -> bool:
+def _is_text(beginning: bytes) -> bool:
     """By its content, since there are too many suffixes."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(beginning := _beginning(path))  # may end within a character
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)  # may end within a character
     except UnicodeDecodeError:
         return False
     return b"\0" not in beginning
@@ -248,13 +222,11 @@ def _problems_in_text(
         return re.search(pattern, text, re.MULTILINE) if any(hint in lower for hint in hints) else None
 
     problems = []
-    secret = next((what for what, looks in SECRETS.items() if search(*looks)), None)
-    if secret is not None:
+    if secret := next((what for what, looks in SECRETS.items() if search(*looks)), None):
         problems.append(Problem(name, number, f"holds what looks like {secret}; remove it, and revoke it."))
     if name not in ("tokenizer.json", "vocab.json", "tokenizer.model"):  # their tokens are not paths
         if found := search(*local_path):
-            message = f"names a path on this machine ({found[0]}); use a Hub name."
-            problems.append(Problem(name, number, message))
+            problems.append(Problem(name, number, f"names a path on this machine ({found[0]}); use a Hub name."))
     return problems
 
 
@@ -268,7 +240,7 @@ def _problems_in_safetensors(path: Path, name: str) -> list[Problem]:
 
 
 def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
-    """The first problem of each kind in its text columns and its footer; images in it are not searched."""
+    """The first problem of each kind in its texts and its footer; images in it are not searched."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -278,8 +250,7 @@ def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
             texts = [value.decode("utf-8", "replace") for value in (file.metadata.metadata or {}).values()]
             texts += file.schema_arrow.names
             for group in range(file.num_row_groups):
-                for column in file.read_row_group(group).columns:
-                    texts += _strings(column.combine_chunks())
+                texts += _strings(file.read_row_group(group).to_pylist())
                 for text in texts:
                     for problem in _problems_in_text(text.replace("\\/", "/"), name, 0):
                         found.setdefault(problem.message.partition("(")[0], problem)
@@ -289,23 +260,15 @@ def _problems_in_parquet(path: Path, name: str) -> list[Problem]:
     return list(found.values())
 
 
-def _strings(values) -> Iterator[str]:
-    """Every text in an Arrow array, however deep."""
-    import pyarrow as pa
-
-    kind = values.type
-    if pa.types.is_dictionary(kind):
-        yield from _strings(values.dictionary)
-    elif pa.types.is_map(kind):
-        yield from _strings(values.keys)
-        yield from _strings(values.items)
-    elif pa.types.is_struct(kind):
-        for part in values.flatten():
-            yield from _strings(part)
-    elif pa.types.is_nested(kind):  # lists of every make
-        yield from _strings(values.flatten())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        yield from (text for text in values.to_pylist() if text)
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 __all__ = ["Problem", "find_problems", "link_problems", "missing_files", "read_record", "select_files"]

@@ -63,8 +63,9 @@ def render_model_card(
     settings = (yaml.safe_load(recipe) if recipe else None) or {}
     config = read_record(folder / "config.json")
     base_models = base_models or _base_models(config, settings)
-    datasets = datasets or _datasets(run)
-    evaluation = _evaluation(folder)
+    datasets = datasets or [name for name, sha256 in _sources(run) if not sha256 and _is_hub_name(name)]
+    evaluation, layers = _evaluation(folder), config.get("projector_num_layers", 2)
+    needs_us = f"its projector has {layers} layers, for which they have no form" if layers > 2 else None
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")  # of a table
     environment.filters["quoted"] = lambda text: json.dumps(str(text), ensure_ascii=False)  # a YAML string too
@@ -73,8 +74,8 @@ def render_model_card(
         repo=repo,
         kind=kind,
         generate_kwargs=generate_kwargs,
-        needs_us=_needs_us(config),
-        runtimes=_runtimes(kind, repo, config, base_models[0] if base_models else "BASE"),
+        needs_us=needs_us,
+        runtimes=_runtimes(kind, repo, config, base_models[0] if base_models else "BASE", needs_us),
         base_models=base_models,
         datasets=datasets,
         license=license,
@@ -100,10 +101,6 @@ def _base_models(config: dict, settings: dict) -> list[str]:
     return [name for name in names if _is_hub_name(name)]
 
 
-def _datasets(run: dict) -> list[str]:
-    return [name for name, sha256 in _sources(run) if not sha256 and _is_hub_name(name)]
-
-
 def _sources(run: dict) -> list[tuple[str, str | None]]:
     """Name, and SHA-256 of a local file, of each source of the training data."""
     sources = (run.get("data") or {}).get("sources") or []
@@ -114,13 +111,7 @@ def _is_hub_name(name: Any) -> bool:
     return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
 
 
-def _needs_us(config: dict) -> str | None:
-    """Why stock transformers cannot run the model; `None` if it can."""
-    layers = config.get("projector_num_layers", 2)
-    return f"its projector has {layers} layers, for which they have no form" if layers > 2 else None
-
-
-def _runtimes(kind: str, repo: str, config: dict, base: str) -> dict[str, str]:
+def _runtimes(kind: str, repo: str, config: dict, base: str, needs_us: str | None) -> dict[str, str]:
     """Runtime → how to run this model with it, or why it does not run."""
     ours = f"`llava chat {repo}`, `llava web {repo}`; `LlavaPredictor` encodes an image once for many questions"
     if kind == "projector":
@@ -138,8 +129,8 @@ def _runtimes(kind: str, repo: str, config: dict, base: str) -> dict[str, str]:
             "vLLM, SGLang, llama.cpp": f"after `llava merge {repo} merged`: as for a full model (`vllm serve ./merged`; "
             "`llava convert merged gguf --to gguf`)",
         }
-    if reason := _needs_us(config):
-        return {"modeling_llava": ours, "transformers, vLLM, SGLang, llama.cpp": f"no: {reason}"}
+    if needs_us:
+        return {"modeling_llava": ours, "transformers, vLLM, SGLang, llama.cpp": f"no: {needs_us}"}
     is_linear = config.get("projector_hidden_act") == "linear"
     return {
         "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")`, or `transformers serve` and '
@@ -153,14 +144,19 @@ def _runtimes(kind: str, repo: str, config: dict, base: str) -> dict[str, str]:
 
 def _llama_cpp(repo: str, config: dict) -> str:
     language, vision = (config.get(part, {}).get("model_type", "") for part in ("text_config", "vision_config"))
-    if config and (language not in ("llama", "mistral") or vision != "clip_vision_model"):
-        return f"no: `llava convert` writes its files for CLIP with LLaMA or Mistral, not for {vision} with {language}"
-    if config.get("vision_feature_select_strategy", "default") != "default":
+    if config and vision not in ("clip_vision_model", "siglip_vision_model"):
+        return f"no: `llava convert` writes its files for CLIP and SigLIP, not for {vision}"
+    if config.get("vision_feature_select_strategy", "default") != (
+        "full" if vision.startswith("siglip") else "default"
+    ):
         return "no: it always drops the class token, which this model keeps"
+    convert = f"`llava convert {repo} gguf --to gguf`"
+    if config and language not in ("llama", "mistral", "qwen2", "qwen3"):
+        return f"{convert}, then llama.cpp's `convert_hf_to_gguf.py gguf/language_model` (not run for {language})"
+    files = "gguf/model-f16.gguf", "gguf/mmproj-f16.gguf"
     return (
-        f"`llava convert {repo} gguf --to gguf`, then `llama-mtmd-cli -m gguf/model-f16.gguf --mmproj "
-        'gguf/mmproj-f16.gguf --image photo.jpg -p "…"`; Ollama: a `Modelfile` with `FROM ./gguf/model-f16.gguf` and '
-        "`FROM ./gguf/mmproj-f16.gguf`"
+        f'{convert}, then `llama-mtmd-cli -m {files[0]} --mmproj {files[1]} --image photo.jpg -p "…"`; Ollama: a '
+        f"`Modelfile` with `FROM ./{files[0]}` and `FROM ./{files[1]}` (not run)"
     )
 
 
@@ -223,18 +219,17 @@ def _hardware(run: dict, settings: dict) -> str:
     if not run:
         return ""
     devices = run.get("devices", 1)
-    accelerator = run.get("accelerator")
-    where = f"{devices} × {accelerator}" if accelerator else f"{devices} process{'es' if devices > 1 else ''}"
+    where = (
+        f"{devices} × {run['accelerator']}"
+        if run.get("accelerator")
+        else f"{devices} process{'es' if devices > 1 else ''}"
+    )
     return f"{where}, {run.get('machine', 'unknown machine')}, {settings.get('precision', 'unknown')} arithmetic"
 
 
 def _duration(state: dict, results: dict) -> str:
-    seconds = results.get("train_runtime")
-    if seconds is None:
-        seconds = next(
-            (e["train_runtime"] for e in reversed(state.get("log_history", [])) if "train_runtime" in e), None
-        )
-    steps = state.get("global_step")
+    logged = [entry["train_runtime"] for entry in state.get("log_history", []) if "train_runtime" in entry]
+    seconds, steps = results.get("train_runtime", logged[-1] if logged else None), state.get("global_step")
     if seconds is None or not steps:
         return ""
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -253,12 +248,11 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(benchmark, str) or not isinstance(results.get("scores"), dict):  # not of `llava eval`
             continue
         for metric, score in results["scores"].items():
-            interval = score.get("interval") if isinstance(score, dict) else None
-            value = score.get("value", score.get("mean")) if isinstance(score, dict) else score
+            score = score if isinstance(score, dict) else {"value": score}
+            value, interval, count = score.get("value", score.get("mean")), score.get("interval"), score.get("count")
             if not _is_number(value):
                 continue
             has_interval = isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
-            count = score.get("count") if isinstance(score, dict) else None
             rows.append(
                 {
                     "dataset": benchmark,

@@ -1,16 +1,14 @@
 """Publish a model or a data set: gather, check, write the card, push. Nothing leaves before every check has passed."""
 
 import glob
-import logging
 import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, hf_api
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
@@ -21,8 +19,6 @@ from .files import Problem, find_problems, link_problems, missing_files, read_re
 from .model_card import render_model_card
 from .staging import drop_local_names, finish_data_card, name_base, stage_files, stage_results
 
-
-logger = logging.getLogger(__name__)
 
 HTTP_ERROR = (getattr(hf_api, "httpx2", None) or hf_api.httpx).HTTPError
 """Of huggingface_hub's HTTP library; a broken connection is not an `OSError` there."""
@@ -56,13 +52,11 @@ def gather(
     repo: str,
     folder: str | os.PathLike | None = None,
     *,
-    base_models: list[str] | None = None,
-    datasets: list[str] | None = None,
     results: list[str | os.PathLike] | None = None,
+    base_models: list[str] | None = None,
     license: str | None = None,
-    data_license: str | None = None,
     language: str = "en",
-    summary: str | None = None,
+    **card,
 ) -> Publication:
     """
     Gather what is to be published in a folder, write the model card into it, and look for problems.
@@ -75,8 +69,8 @@ def gather(
             Where to gather; by default `SOURCE-to-publish`. An earlier one is replaced.
         results (`list[str]`, *optional*):
             Output folders of `llava eval` (or their `results.json`) for the card, in addition to those in `source`.
-        base_models, datasets, license, data_license, language, summary:
-            See [`render_model_card`]. A data set has its own card, into which `license` is written.
+        base_models, license, language, card:
+            Arguments of [`render_model_card`]. A data set has its own card, into which `license` is written.
 
     Returns:
         [`Publication`]: with `problems`, which must be empty for [`push`].
@@ -89,7 +83,7 @@ def gather(
     source = Path(source).resolve()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder. Give the folder of a model, an adapter or a data set.")
-    check_names(repo, *(base_models or []), *(datasets or []))
+    check_names(repo, *(base_models or []), *(card.get("datasets") or []))
     check_card_fields(license, language)
     repo = _with_owner(repo)
     folder = Path(folder).resolve() if folder is not None else source.with_name(f"{source.name}-to-publish")
@@ -107,20 +101,18 @@ def gather(
     problems = link_problems(source, form)
     linked = {problem.file for problem in problems}
 
-    if folder == source or source in folder.parents:
-        raise ValueError(f"{folder} is inside {source}, which is being published. Choose another folder.")
     marker = folder / ".gathered-by-llava-publish"
+    if folder == source or source in folder.parents or folder in source.parents:
+        raise ValueError(
+            f"{folder} and {source}, which is being published, are inside each other. Choose another folder."
+        )
     if folder.exists() and any(folder.iterdir()) and not marker.is_file():
         raise ValueError(f"{folder} exists and was not made by this command. Choose another folder.")
-    if folder in source.parents:
-        raise ValueError(
-            f"{source}, which is being published, is inside {folder}, which is replaced. Choose another folder."
-        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     marker.touch()
     stage_files(source, folder, [file for file in published if file.as_posix() not in linked])
-    _stage_all_results(results or [], folder)
+    stage_results(results or [], folder)
     if kind in BASE_FILES:
         name_base(folder / BASE_FILES[kind], base)
     drop_local_names(folder)
@@ -128,29 +120,15 @@ def gather(
     if kind == "dataset":
         finish_data_card(folder / "README.md", repo, license)
     else:
-        card = render_model_card(
-            folder,
-            repo,
-            kind=kind,
-            base_models=base_models,
-            datasets=datasets,
-            license=license or "other",
-            data_license=data_license,
-            language=language,
-            summary=summary,
-            generate_kwargs=generate_kwargs,
-        )
-        (folder / "README.md").write_text(card, "utf-8")
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != marker
-    }
+        card |= {"base_models": base_models, "license": license or "other", "generate_kwargs": generate_kwargs}
+        text = render_model_card(folder, repo, kind=kind, language=language, **card)
+        (folder / "README.md").write_text(text, "utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != marker)
     return Publication(
         repo=repo,
         kind=kind,
         folder=folder,
-        files=files,
+        files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         left_out=[str(file) for file in left_out],
         problems=problems + find_problems(folder) + missing_files(folder, kind),
         source=source,
@@ -159,7 +137,7 @@ def gather(
 
 
 def check_names(*names: str) -> None:
-    """Raises a `ValueError` if one of `names` is not a valid name on the Hub."""
+    """ValueError if one of `names` is not a valid name on the Hub."""
     for name in names:
         try:
             validate_repo_id(name)
@@ -167,10 +145,10 @@ def check_names(*names: str) -> None:
             raise ValueError(f"{name!r} is not a name on the Hub: give owner/name. ({error})") from None
 
 
-def check_refs(*names: str) -> None:
-    """Raises a `ValueError` if one of `names` cannot be the name of a branch or a tag."""
+def check_refs(*names: str | None) -> None:
+    """ValueError if one of `names` cannot be the name of a branch or a tag."""
     for name in names:
-        if re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
+        if name is not None and re.search(r"[\s~^:?*\[\\\x00-\x1f]|\.\.|^[-/.]|[/.]$|^$", name):
             raise ValueError(f"{name!r} cannot be the name of a branch or a tag. Choose another, such as v1.0.")
 
 
@@ -209,11 +187,10 @@ def push(
             f"cannot publish: {len(publication.problems)} problems:\n"
             + "\n".join(f"  {problem}" for problem in publication.problems)
         )
-    api = HfApi(endpoint=endpoint)
-    kind: dict[str, Any] = {"repo_type": publication.repo_type}
-    check_refs(*([] if revision is None else [revision]), *(tags or []))
+    api, kind, tags = HfApi(endpoint=endpoint), {"repo_type": publication.repo_type}, tags or []
+    check_refs(revision, *tags)
     try:
-        held = _check_repository(api, publication, private, revision, tags or [])
+        held = _check_repository(api, publication, private, revision, tags)
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
         if revision is not None and not revision.startswith("refs/"):  # such as an existing pull request
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
@@ -230,12 +207,8 @@ def push(
             raise ValueError(
                 f"The files were uploaded, but {repo} has the tag {moved[0]!r} already, of the commit before. Choose another."
             )
-        for tag in tags or []:
+        for tag in tags:
             api.create_tag(repo, tag=tag, revision=revision, exist_ok=True, **kind)
-    except LocalTokenNotFoundError:
-        raise PermissionError(
-            "You are not logged in: run `hf auth login`, or set HF_TOKEN to a write token."
-        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         said = " ".join((error.server_message or str(error)).split())
@@ -290,20 +263,11 @@ def _kind(source: Path) -> tuple[str, Path, str]:
     )
 
 
-def _stage_all_results(paths: list[str | os.PathLike], folder: Path) -> None:
-    staged: dict[str, str | os.PathLike] = {}
-    for path in paths:
-        name = stage_results(Path(path), folder)
-        if name in staged:
-            raise ValueError(f"{path} and {staged[name]} are of the same benchmark. Give one.")
-        staged[name] = path
-
-
 def _check_repository(
     api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
 ) -> dict[str, str]:
     """Refuses what would silently go wrong in an existing repository; returns those of `tags` that the latest commit has."""
-    kind: dict[str, Any] = {"repo_type": publication.repo_type}
+    kind = {"repo_type": publication.repo_type}
     try:
         info = api.repo_info(publication.repo, **kind)
     except RepositoryNotFoundError:
@@ -313,8 +277,6 @@ def _check_repository(
             f"{publication.repo} exists and is public: --private applies to new repositories. Make it private in its settings "
             "first, or choose another name."
         )
-    if not tags:
-        return {}
     refs = api.list_repo_refs(publication.repo, **kind)
     head = {branch.name: branch.target_commit for branch in refs.branches}.get(revision or "main")
     held = {tag.name: tag.target_commit for tag in refs.tags if tag.name in tags}

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,10 @@ def stage_files(source: Path, target: Path, files: list[Path]) -> None:
 
 
 def _shortened(file: Path) -> str:
-    is_prose = file.name.startswith("results")  # a path within a sentence is a problem that the user is asked about
+    is_prose = file.name not in (
+        "recipe.yaml",
+        "run.json",
+    )  # a path within a sentence is a problem that the user is asked about
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -78,21 +81,23 @@ def _shortened(file: Path) -> str:
         raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}). Fix or remove it.") from None
 
 
-def stage_results(path: Path, folder: Path) -> str:
-    """Copies `results.json` of an evaluation and its plot under names of their own; returns the name of the first."""
-    file = path / "results.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
-    benchmark = read_record(file).get("benchmark")
-    if not isinstance(benchmark, str) or not benchmark:
-        raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
-    name = "results-" + re.sub(r"[^A-Za-z0-9]+", "-", benchmark).strip("-").lower()
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copyfile(file, Path(scratch, f"{name}.json"))
-        stage_files(Path(scratch), folder, [Path(f"{name}.json")])
-    if (plot := file.with_name("results.png")).is_file():
-        shutil.copyfile(plot, folder / f"{name}.png")
-    return f"{name}.json"
+def stage_results(paths: Iterable[str | os.PathLike], folder: Path) -> None:
+    """Copies the `results.json` of evaluations and their plots into `folder`, named for their benchmark."""
+    staged = set()
+    for path in map(Path, paths):
+        file = path / "results.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} holds no results.json: give an output folder of `llava eval`.")
+        benchmark = read_record(file).get("benchmark")
+        if not isinstance(benchmark, str) or not benchmark:
+            raise ValueError(f"{file} names no benchmark: it was not written by `llava eval`.")
+        place = folder / f"results-{re.sub(r'[^A-Za-z0-9]+', '-', benchmark).strip('-').lower()}.json"
+        if place in staged:
+            raise ValueError(f"{path} and another one are of the same benchmark, {benchmark}. Give one.")
+        staged.add(place)
+        place.write_text(_shortened(file), "utf-8")
+        if (plot := file.with_name("results.png")).is_file():
+            shutil.copyfile(plot, place.with_suffix(".png"))
 
 
 def finish_data_card(card: Path, repo: str, license: str | None) -> None:

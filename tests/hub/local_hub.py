@@ -31,13 +31,8 @@ class LocalHub:
         self._lock = threading.Lock()
 
     def __enter__(self):
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -82,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         if failure:
             return self._json({"error": "injected"}, int(failure))
         writes = self.command in ("POST", "PUT") and "/lfs-storage/" not in path
-        if writes and self.headers.get("Authorization") not in (f"Bearer {self.hub.token}", None):
+        if writes and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._json({"error": "Invalid token"}, 401)
         for method, pattern, function in self.ROUTES:
             match = re.fullmatch(pattern, path)
@@ -131,9 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.url}/{prefix}{key[1]}", "id": key[1], "name": key[1]})
 
     def _validate_yaml(self, body):
-        content = json.loads(body)["content"]
-        if not content.startswith("---\n"):
-            return self._json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
         self._json({"errors": [], "warnings": []})
 
     def _preupload(self, body, kind, repo, revision):
@@ -210,14 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(kind, repo)
         if repository is None:
             return
-        refs = {"branches": repository["commits"], "tags": repository["tagged"]}
-        listed = {
-            which: [
-                {"name": name, "ref": f"refs/{which}/{name}", "targetCommit": commit} for name, commit in all_.items()
-            ]
-            for which, all_ in refs.items()
-        }
-        self._json({**listed, "converts": []})
+        refs = {"converts": []}
+        for kind, commits in (("branches", repository["commits"]), ("tags", repository["tagged"])):
+            refs[kind] = [{"name": name, "ref": name, "targetCommit": commit} for name, commit in commits.items()]
+        self._json(refs)
 
     def _info(self, body, kind, repo, revision="main"):
         repository = self._repository(kind, repo)
@@ -236,12 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = repository and self._files(repository, revision)
         if files is None:
             return
-        self._json(
-            [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for name, content in files.items()
-            ]
-        )
+        entries = [{"type": "file", "path": name, "size": len(c), "oid": "0" * 40} for name, c in files.items()]
+        self._json(entries)
 
     def _files(self, repository, revision):
         branch = next((name for name, commit in repository["commits"].items() if revision in (name, commit)), None)

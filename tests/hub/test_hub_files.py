@@ -27,22 +27,15 @@ def name_lost_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("results_notes.json", '{"key": "hf_' + "a" * 34 + '"}', "Hugging Face token"),
-        ("results_notes.json", '{"key": "sk-' + "a" * 40 + '"}', "OpenAI key"),
-        ("results_notes.json", '{"note": "see /home/someone/notes"}', "a path on this machine"),
-        ("results_notes.json", '{"note": "see C:\\\\\\\\Users\\\\\\\\me"}', "a path on this machine"),
-    ],
-)
-def test_secrets_and_local_paths_stop_the_push(hub, model_folder, name, content, message):
-    (model_folder / name).write_text(content)
+def test_secrets_and_local_paths_stop_the_push(hub, model_folder):
+    (model_folder / "results_notes.json").write_text(
+        json.dumps({"key": SECRET, "note": "see C:\\Users\\me"}, indent=1)
+    )
     publication = gather(model_folder, "tester/my-llava")
-    assert len(publication.problems) == 1
-    assert message in str(publication.problems[0]) and str(publication.problems[0]).startswith(name)
-    assert "a" * 34 not in str(publication.problems[0])
-    with pytest.raises(ValueError, match="1 problem"):
+    found = [str(problem) for problem in publication.problems]
+    assert "results_notes.json:2: holds what looks like a Hugging Face token" in found[0] and SECRET not in found[0]
+    assert "results_notes.json:3: names a path on this machine" in found[1] and len(found) == 2
+    with pytest.raises(ValueError, match="2 problems"):
         push(publication, endpoint=hub.url)
     assert hub.requests == []
 
@@ -57,20 +50,6 @@ def test_pickles_optimizer_state_and_checkpoints_stay(model_folder):
     assert "optimizer.pt" in publication.left_out and "pytorch_model.bin" in publication.left_out
 
 
-def test_a_model_without_its_tokenizer_is_not_published(model_folder):
-    for name in ("tokenizer.json", "tokenizer.model"):
-        (model_folder / name).unlink(missing_ok=True)
-    publication = gather(model_folder, "tester/my-llava")
-    assert [str(problem) for problem in publication.problems] == [
-        "tokenizer.json: is missing; copy the language model's tokenizer files there."
-    ]
-
-
-def test_a_pickle_that_got_in_is_a_problem(tmp_path):
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    assert [str(problem) for problem in find_problems(tmp_path)][0].startswith("weights.bin: can hold a pickle")
-
-
 def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, model_folder):
     (tmp_path / "diary.json").write_text('{"dear": "diary"}')
     (model_folder / "results-mine.json").symlink_to(tmp_path / "diary.json")
@@ -78,10 +57,9 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, model_fold
     (model_folder / "special_tokens_map.json").symlink_to("added_tokens.json")
     (model_folder / "added_tokens.json").write_text("{}")
     publication = gather(model_folder, "tester/my-llava")
-    assert [str(problem) for problem in publication.problems] == [
-        f"results-mine.json: is a link out of this folder ({tmp_path / 'diary.json'}); copy the file here.",
-        "vocab.json: is a link to a missing file.",
-    ]
+    out, lost = map(str, publication.problems)
+    assert "results-mine.json: is a link out of this folder" in out and str(tmp_path / "diary.json") in out
+    assert "vocab.json: is a link to a missing file" in lost
     assert "results-mine.json" not in publication.files and "special_tokens_map.json" in publication.files
 
 
@@ -98,8 +76,9 @@ def test_a_folder_of_the_hubs_cache_is_published_though_its_files_are_links(tmp_
     "spoil, message",
     [
         (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json: is missing"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template*: is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "*.safetensors: is missing"),
+        (lambda folder: [file.unlink() for file in folder.glob("tokenizer.*")], "tokenizer.json: is missing"),
         (cut_weights, "model.safetensors: is damaged or cut off"),
         (name_lost_shard, "model.safetensors.index.json: names model-00002-of-00002.safetensors, which is not there"),
     ],
@@ -159,13 +138,8 @@ def test_every_kind_of_file_is_searched(tmp_path, name, content, message):
 
 
 def test_selection_takes_models_files_only_from_the_top(tmp_path):
-    for name in (
-        "config.json",
-        "runs/events.json",
-        "model-00001-of-00002.safetensors",
-        ".cache/config.json",
-        "notes.txt",
-    ):
+    names = ("config.json", "runs/events.json", "model-00001-of-00002.safetensors", ".cache/config.json", "notes.txt")
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     published, left = select_files(tmp_path, "model")

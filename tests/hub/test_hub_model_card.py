@@ -134,7 +134,12 @@ def test_card_of_a_projector_says_how_a_projector_is_used(tmp_path, model_folder
     [
         ({"projector_num_layers": 3}, "its projector has 3 layers"),
         ({"projector_hidden_act": "linear", "projector_num_layers": 1}, "| vLLM | no: it has no linear activation |"),
-        ({"text_config": {"model_type": "qwen2"}}, "| llama.cpp | no: `llava convert` writes its files for CLIP with"),
+        (
+            {"vision_config": {"model_type": "dinov2"}},
+            "| llama.cpp | no: `llava convert` writes its files for CLIP and SigLIP",
+        ),
+        ({"vision_feature_select_strategy": "full"}, "| llama.cpp | no: it always drops the class token"),
+        ({"text_config": {"model_type": "phi3"}}, "`convert_hf_to_gguf.py gguf/language_model` (not run for phi3)"),
     ],
 )
 def test_card_promises_no_runtime_that_cannot_run_the_model(model_folder, fields, expected):

@@ -52,16 +52,30 @@ def test_published_model_downloads_and_loads(hub, model_folder, tmp_path):
 
 
 def test_local_paths_of_the_run_are_shortened_and_the_source_is_not_changed(model_folder):
+    lines = ["vqa --questions /home/me/q.jsonl --images ~/my/pics --limit 200", "pope --questions owner/name"]
+    recipe = {"model": "../start", "benchmarks": lines, "image_folder": "/data/my pictures", "lora_target": r"a\.b/.*"}
+    (model_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     publication = gather(model_folder, "tester/my-llava")
+    assert publication.problems == []
     for name in ("recipe.yaml", "run.json", "trainer_state.json", "README.md"):
-        text = (publication.folder / name).read_text()
-        assert "/home" not in text
-    assert "instruct.json" in (publication.folder / "recipe.yaml").read_text()
+        assert "/home" not in (publication.folder / name).read_text()
+    assert yaml.safe_load((publication.folder / "recipe.yaml").read_text()) == {
+        "model": "start",
+        "benchmarks": ["vqa --questions q.jsonl --images pics --limit 200", "pope --questions owner/name"],
+        "image_folder": "my pictures",
+        "lora_target": r"a\.b/.*",
+    }
+    assert "instruct.json" in (publication.folder / "run.json").read_text()
+    with open(publication.folder / "generation_config.json", "a") as file:  # what was gathered may be edited
+        file.write(" ")
     assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+    assert (publication.folder / "model.safetensors").samefile(model_folder / "model.safetensors")
+    (publication.folder / "left-over.json").write_text("{}")
+    assert not (gather(model_folder, "tester/my-llava").folder / "left-over.json").exists()
 
 
-def test_an_interrupted_upload_goes_on_without_sending_twice(hub, model_folder):
+def test_an_interrupted_upload_resumes_without_sending_twice(hub, model_folder):
     publication = gather(model_folder, "tester/my-llava")
     hub.fail_next("POST", "/commit/", "500")
     with pytest.raises(OSError, match="interrupted .* to resume"):
@@ -70,50 +84,48 @@ def test_an_interrupted_upload_goes_on_without_sending_twice(hub, model_folder):
     assert sent and hub.files("tester/my-llava") == {}
     push(publication, endpoint=hub.url)
     assert hub.uploads == sent
-    assert "model.safetensors" in hub.files("tester/my-llava")
+    assert hub.files("tester/my-llava")["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
 
 
-def test_a_cut_connection_while_weights_are_sent_is_survived(hub, model_folder):
+@pytest.mark.parametrize(
+    "method, path, how, error, said",
+    [
+        ("PUT", "/lfs-storage/", "drop", None, None),  # huggingface_hub tries again by itself
+        (
+            "PUT",
+            "/lfs-storage/",
+            "403",
+            OSError,
+            "interrupted .*uploading .* 403",
+        ),  # a RuntimeError there; no matter of tokens
+        ("POST", "/repos/create", "drop", OSError, "interrupted"),
+        ("POST", "/commit/", "drop", OSError, "interrupted"),
+        ("GET", "/api/models/", "drop", OSError, "interrupted"),
+        ("POST", "/commit/", "429", OSError, "too many requests"),
+        ("POST", "/repos/create", "403", PermissionError, "may write there"),
+        ("POST", "/commit/", "400", ValueError, r"rejects tester/my-llava \(400: .*injected"),
+    ],
+)
+def test_a_failure_of_the_hub_is_one_clear_error_and_no_log_holds_the_token(
+    hub, model_folder, caplog, method, path, how, error, said
+):
     publication = gather(model_folder, "tester/my-llava")
-    hub.fail_next("PUT", "/lfs-storage/", "drop")
-    push(publication, endpoint=hub.url)  # huggingface_hub tries again by itself
-    sent = hub.files("tester/my-llava")["model.safetensors"]
-    assert sent == (model_folder / "model.safetensors").read_bytes()
-
-
-def test_a_storage_that_refuses_a_large_file_is_one_clear_error(hub, model_folder):
-    """huggingface_hub raises a `RuntimeError` there; and it is not about the token."""
-    publication = gather(model_folder, "tester/my-llava")
-    hub.fail_next("PUT", "/lfs-storage/", "403")
-    with pytest.raises(
-        OSError, match=r"The upload was interrupted \(.*uploading .* 403\). Run the same command again"
-    ):
-        push(publication, endpoint=hub.url)
+    hub.fail_next(method, path, how)
+    caplog.set_level("DEBUG")
+    if error is not None:
+        with pytest.raises(error, match=said) as raised:
+            push(publication, endpoint=hub.url)
+        assert TOKEN not in str(raised.value)
     push(publication, endpoint=hub.url)
-    assert "model.safetensors" in hub.files("tester/my-llava")
-
-
-def test_a_token_that_may_not_write_is_one_clear_error_without_the_token(hub, model_folder):
-    publication = gather(model_folder, "tester/my-llava")
-    hub.fail_next("POST", "/repos/create", "403")
-    with pytest.raises(PermissionError, match="may write there") as error:
-        push(publication, endpoint=hub.url)
-    assert TOKEN not in str(error.value)
-
-
-@pytest.mark.parametrize("method, path", [("POST", "/repos/create"), ("POST", "/commit/"), ("GET", "/api/models/")])
-def test_a_cut_connection_is_one_clear_error_and_no_log_holds_the_token(hub, model_folder, caplog, method, path):
-    publication = gather(model_folder, "tester/my-llava")
-    hub.fail_next(method, path, "drop")
-    with (
-        caplog.at_level("DEBUG"),
-        pytest.raises(OSError, match="The upload was interrupted .* Run the same command again"),
-    ):
-        push(publication, endpoint=hub.url)
-    with caplog.at_level("DEBUG"):
-        push(publication, endpoint=hub.url)
-    assert "config.json" in hub.files("tester/my-llava")
+    assert {"config.json", "model.safetensors"} <= set(hub.files("tester/my-llava"))
     assert caplog.records and TOKEN not in caplog.text
+
+
+def test_without_a_token_the_login_is_named(hub, model_folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(model_folder / "none"))
+    with pytest.raises(PermissionError, match="hf auth login"):
+        push(gather(model_folder, "tester/my-llava"), endpoint=hub.url)
 
 
 def test_private_is_never_sent_to_a_public_repository(hub, model_folder):
@@ -130,7 +142,6 @@ def test_a_tag_of_an_older_commit_is_refused_before_anything_is_sent(hub, model_
     push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, tags=["v1"])
     push(gather(model_folder, "tester/my-llava"), endpoint=hub.url, tags=["v1"])  # the same again: nothing to do
     push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url)
-    before = dict(hub.files("tester/my-llava"))
     push(gather(model_folder, "tester/my-llava", summary="Another."), endpoint=hub.url, tags=["v2"])
     with pytest.raises(ValueError, match="files were uploaded, but tester/my-llava has the tag 'v2' already"):
         push(gather(model_folder, "tester/my-llava", summary="More."), endpoint=hub.url, tags=["v2", "v3"])
@@ -230,51 +241,26 @@ def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
     assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train-00000.parquet"}
 
 
-def test_what_was_gathered_can_be_edited_without_changing_the_model(model_folder):
-    before = (model_folder / "generation_config.json").read_text()
-    publication = gather(model_folder, "tester/my-llava")
-    with open(publication.folder / "generation_config.json", "a") as file:
-        file.write(" ")
-    assert (model_folder / "generation_config.json").read_text() == before
-    assert (publication.folder / "model.safetensors").samefile(model_folder / "model.safetensors")
-
-
-def test_places_within_a_line_of_the_recipe_are_shortened_too(model_folder):
-    lines = ["vqa --questions /home/me/q.jsonl --images ~/my/pics --limit 200", "pope --questions owner/name"]
-    recipe = {"model": "../start", "benchmarks": lines, "image_folder": "/data/my pictures", "lora_target": r"a\.b/.*"}
-    (model_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    publication = gather(model_folder, "tester/my-llava")
-    assert publication.problems == []
-    assert yaml.safe_load((publication.folder / "recipe.yaml").read_text()) == {
-        "model": "start",
-        "benchmarks": ["vqa --questions q.jsonl --images pics --limit 200", "pope --questions owner/name"],
-        "image_folder": "my pictures",
-        "lora_target": r"a\.b/.*",
-    }
-
-
-def test_what_the_hub_does_not_take_is_not_called_an_interruption(hub, model_folder):
-    publication = gather(model_folder, "tester/my-llava")
-    hub.fail_next("POST", "/commit/", "400")
-    with pytest.raises(ValueError, match=r"rejects tester/my-llava \(400: .*injected"):
-        push(publication, endpoint=hub.url)
-
-
 def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        gather(tmp_path / "nowhere", "tester/x")
-    with pytest.raises(ValueError, match="not a name on the Hub"):
-        gather(model_folder, "a/b/c")
-    with pytest.raises(ValueError, match="was not made by this command"):
-        gather(model_folder, "tester/x", tmp_path)
-    with pytest.raises(ValueError, match="is being published"):
-        gather(model_folder, "tester/x", model_folder / "inside")
-    with pytest.raises(ValueError, match="'/home/me/base' is not a name on the Hub"):
-        gather(model_folder, "tester/x", base_models=["/home/me/base"])
     gathered = gather(model_folder, "tester/x", tmp_path / "out").folder
     inside = shutil.copytree(model_folder, gathered / "copy")
-    with pytest.raises(ValueError, match="which is being published, is inside .*, which is replaced"):
-        gather(inside, "tester/x", gathered)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    for source, words, said in (
+        (tmp_path / "nowhere", ["tester/x"], "is not a folder"),
+        (tmp_path / "other", ["tester/x"], "holds neither a model .* nor a data set.*notes.txt"),
+        (model_folder, ["a/b/c"], "not a name on the Hub"),
+        (model_folder, ["tester/x", tmp_path / "other"], "was not made by this command"),
+        (model_folder, ["tester/x", model_folder / "inside"], "are inside each other"),
+        (inside, ["tester/x", gathered], "are inside each other"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
+            gather(source, *words)
+    with pytest.raises(ValueError, match="'/home/me/base' is not a name on the Hub"):
+        gather(model_folder, "tester/x", base_models=["/home/me/base"])
+    with pytest.raises(ValueError, match="cannot publish: 1 problems"):
+        (model_folder / "chat_template.jinja").unlink()
+        push(gather(model_folder, "tester/x"))
     assert (inside / "config.json").is_file()
 
 
@@ -317,13 +303,6 @@ def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_
     card = (tmp_path / "lora-to-publish" / "README.md").read_text()
     assert "1,234 samples" in card and "stock `llava` checkpoint" in card and "84.20 – 86.80" in card
     assert not list(tmp_path.glob(".merging-*"))
-
-
-def test_gathering_again_replaces_what_was_gathered(model_folder):
-    first = gather(model_folder, "tester/my-llava")
-    (first.folder / "left-over.json").write_text("{}")
-    second = gather(model_folder, "tester/my-llava")
-    assert not (second.folder / "left-over.json").exists()
 
 
 def test_what_stock_needs_to_end_an_answer_is_said_and_stands_in_the_card(tmp_path):
