@@ -27,11 +27,16 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def in_llama_cpp_python(*words: str | Path) -> None:
-    """Run a program in a Python that has llama-cpp-python, with this one's packages as well."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [llama_cpp_python(), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def llava_with_llama_cpp(*words: str | Path) -> None:
+    """A command of `llava` in this Python, to whose packages llama-cpp-python is added."""
+    where = "import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parents[1])"
+    folder = subprocess.check_output([llama_cpp_python(), "-c", where], text=True).strip()
+    program = f"import sys; sys.path.append({folder!r}); from modeling_llava.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    _run(sys.executable, "-c", program, *map(str, words))
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -49,6 +54,6 @@ def run_llama_cpp(
         cases.append({"image": str(work / f"{i}.npy"), "prompt": prompt})
     files = {name: str(next(folder.glob(f"{name}-*.gguf"))) for name in ("model", "mmproj")}
     (work / "job.json").write_text(json.dumps({**files, "num_tokens": num_tokens, "cases": cases}))
-    in_llama_cpp_python(PROGRAM, work / "job.json", work / "out.npz")
+    _run(llama_cpp_python(), str(PROGRAM), str(work / "job.json"), str(work / "out.npz"))
     result = np.load(work / "out.npz")
     return [{key: result[f"{key}_{i}"] for key in ("ids", "features", "logits", "greedy")} for i in range(len(images))]

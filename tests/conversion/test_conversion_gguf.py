@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conversion_cases import GOLDEN, edit_json, random_original
-from llama_cpp_runs import in_llama_cpp_python, needs_llama_cpp, run_llama_cpp
+from llama_cpp_runs import llava_with_llama_cpp, needs_llama_cpp, run_llama_cpp
 from PIL import Image
 from published import CONVERSATION, FORMS, build, build_siglip
 from published.templates import LLAVA_HF
@@ -453,7 +453,7 @@ def test_llama_cpp_computes_what_we_do_for_siglip_with_llama_and_qwen(tmp_path, 
     """Image features of `mmproj`, and greedy tokens of the language model with the weights that the file holds."""
     folder = build_siglip(name, wide=True)
     words = ["convert", folder, tmp_path / "out", "--to", "gguf", "--dtype", dtype]
-    in_llama_cpp_python("-m", "modeling_llava.cli.main", *words)
+    llava_with_llama_cpp(*words)
     _, stored, kinds = read(tmp_path / f"out/model-{dtype}.gguf")
     matrices = {kinds[key] for key, value in stored.items() if value.dim() > 1}
     assert matrices == {"q4_k_m": {"Q4_K", "Q6_K"}}.get(dtype, {dtype.upper()})  # a fallback would be Q5_0 or Q8_0
