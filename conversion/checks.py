@@ -119,7 +119,7 @@ def check_folder(
 ) -> CheckReport:
     """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
     report = CheckReport(folder)
-    config = LlavaConfig.from_dict(read_json(config_file or folder / "config.json", "a checkpoint"))
+    config = LlavaConfig.from_dict(read_json(config_file or folder / "config.json"))
     weights = find_weights(folder)
     if weights is None:
         raise ValueError(f"{folder} holds no weights (model.safetensors or its index).")

@@ -3,19 +3,16 @@
 import os
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from modeling_llava.io import load_errors
 
 
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
@@ -33,35 +30,19 @@ def local_folder(name: str | Path, what: str) -> Path:
         return path.parent
     if path.exists() or not load_errors.HUB_NAME.fullmatch(str(name)):
         raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
-    return _from_hub(str(name), what)
-
-
-def _from_hub(name: str, what: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"The {what} {name!r} is not a folder here, and the Hub does not give it ({reason}). Download it and give "
-            "its folder."
+            f"The {what} {str(name)!r} is not a folder here, and the Hub does not give it ({' '.join(str(error).split())}). "
+            "Download it and give its folder."
         ) from error
 
 
-def read_json(path: Path, of_what: str) -> dict:
+def read_json(path: Path, of_what: str = "a checkpoint") -> dict:
     """A JSON object. OSError without the file, ValueError if it cannot be read as one."""
     content = load_errors.read_config(path)
     if content is None:
         there = ", ".join(sorted(file.name for file in path.parent.iterdir())[:8]) or "nothing"
         raise OSError(f"{path.parent} is not {of_what}: it has no {path.name}. It holds: {there}.")
     return content
-
-
-def check_has_tokenizer(folder: Path) -> None:
-    """OSError without a tokenizer: from `tokenizer_config.json` alone transformers 5 makes an empty one."""
-    if not load_errors.has_tokenizer(folder):
-        raise OSError(
-            f"{folder} has no tokenizer (tokenizer.model or tokenizer.json). Copy the language model's tokenizer files there."
-        )

@@ -14,7 +14,7 @@ from modeling_llava.io.load_errors import what_is_broken
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 
-from .folders import check_has_tokenizer, local_folder, read_json
+from .folders import local_folder, read_json
 from .keymaps import canonical_hf_key, drop_derived, match_keys, rename_all, shapes_of
 from .tensors import LazyTensor, find_weights, read_checkpoint, shards_of
 
@@ -71,9 +71,8 @@ def read_hf(source: str | Path) -> HfCheckpoint:
         raise ValueError(f"{folder} is an adapter. Merge it first: llava merge {folder} OUT.")
     if (folder / PROJECTOR_CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is a projector alone. Merge it first: llava merge {folder} OUT.")
-    if "quantization_config" in read_json(folder / "config.json", "a checkpoint"):
+    if "quantization_config" in read_json(folder / "config.json"):
         raise ValueError(f"{folder} is quantised; give the 16-bit checkpoint from which it was made.")
-    check_has_tokenizer(folder)
     if reason := what_is_broken(folder, weights=False):
         raise ValueError(reason)
     config = LlavaConfig.from_pretrained(folder)

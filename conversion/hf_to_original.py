@@ -27,6 +27,15 @@ ARCHITECTURES = {
 }
 """Language model → the original's `model_type` and class."""
 
+DEFAULTS = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_use_im_start_end": False,
+    "image_aspect_ratio": "square",
+}
+"""What a field of the original's configuration that is not there stands for."""
+
 TOWER_FOLDER = "vision_tower"
 """Sub-folder for a tower that has no name of its own."""
 
@@ -87,7 +96,7 @@ def convert_hf_to_original(
         _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
         _write_generation_config(hf, keeps_files, folder.partial)
         kept = hf.folder / ORIGINAL_FILES / "config.json"
-        is_same = kept.is_file() and read_json(kept, "a checkpoint") == config
+        is_same = kept.is_file() and read_json(kept) == config
         folder.write_config(kept.read_text("utf-8") if is_same else json.dumps(config, indent=2) + "\n")
         if check:
             report = check_original(folder.partial, hf, config, has_tower=bool(tower["folder"]), dtype=dtype)
@@ -186,59 +195,42 @@ def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
 
 def original_config(hf: HfCheckpoint, projector: Projector, rows: int, tower: dict) -> dict:
     """
-    The original's `config.json`: the recorded one, if any, with the fields whose meaning has changed.
+    The original's `config.json`: the one that the checkpoint came with, if any, with the fields whose meaning has changed.
     """
-    config = hf.config
-    recorded = dict(hf.record.get("config") or {})
-    result = _with_changes(recorded, hf) if recorded else _text_fields(hf)
-    kind = f"mlp{projector.layers}x_gelu" if projector.is_numbered else "linear"
-    _set(result, "mm_projector_type", kind, default="linear" if recorded else None)
+    config, recorded = hf.config, hf.record.get("config") or {}
     strategies = {strategy: feature for feature, strategy in FEATURE_STRATEGIES.items()}
-    feature = strategies[config.vision_feature_select_strategy]
-    _set(result, "mm_vision_select_feature", feature, default="patch" if recorded else None)
-    states = config.vision_config.num_hidden_layers + 1  # −2 and, of three layers, 2 are the same hidden state
-    if (result.get("mm_vision_select_layer", -2) - config.vision_feature_layer) % states:
-        result["mm_vision_select_layer"] = config.vision_feature_layer
-    result.setdefault("mm_vision_select_layer", config.vision_feature_layer)
-    _set(result, "mm_hidden_size", projector.inputs)
-    _set(result, "vocab_size", rows)
-    _set(result, "mm_vision_tower", tower["name"])
-    if tower["trained"]:
-        result["unfreeze_mm_vision_tower"] = True
+    layer, ratio = recorded.get("mm_vision_select_layer", -2), recorded.get("image_aspect_ratio", "square")
+    if (layer - config.vision_feature_layer) % (config.vision_config.num_hidden_layers + 1):  # −2 may be 22 too
+        layer = config.vision_feature_layer
     pads = bool(getattr(hf.processor.image_processor, "do_pad", False))
-    if pads != (result.get("image_aspect_ratio") == "pad"):
-        result["image_aspect_ratio"] = "pad" if pads else "square"
+    if pads != (ratio == "pad"):
+        ratio = "pad" if pads else "square"
     template = hf.processor.chat_template or ""
-    has_marks = all(mark in template for mark in IMAGE_MARKS)
-    _set(result, "mm_use_im_start_end", has_marks, default=False if recorded else None)
+    fields = {
+        "mm_projector_type": f"mlp{projector.layers}x_gelu" if projector.is_numbered else "linear",
+        "mm_vision_select_feature": strategies[config.vision_feature_select_strategy],
+        "mm_vision_select_layer": layer,
+        "mm_hidden_size": projector.inputs,
+        "mm_vision_tower": tower["name"],
+        "mm_use_im_start_end": all(mark in template for mark in IMAGE_MARKS),
+        "image_aspect_ratio": ratio,
+        "vocab_size": rows,
+    }
+    if tower["trained"]:
+        fields["unfreeze_mm_vision_tower"] = True
+    text = _fields_of_4(config.text_config)
     if not recorded:
-        result |= {
-            "use_mm_proj": True,
-            "mm_use_im_patch_token": False,
-            "image_aspect_ratio": "pad" if pads else "square",
-        }
-    return result
-
-
-def _set(config: dict, name: str, value, default=None) -> None:
-    if config.get(name, default) != value:
-        config[name] = value
-
-
-def _with_changes(recorded: dict, hf: HfCheckpoint) -> dict:
-    """The configuration that the checkpoint came with, and what its language model's has become since (longer context…)."""
-    before, now = (_fields_of_4(text) for text in (read_text_config(recorded), hf.config.text_config))
+        model_type, architecture = ARCHITECTURES[config.text_config.model_type]
+        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        text |= {"architectures": [architecture], "model_type": model_type, "torch_dtype": dtype}
+        return text | fields | {"use_mm_proj": True, "mm_use_im_patch_token": False}
+    before = _fields_of_4(read_text_config(recorded))
     of_tokens = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-    changed = {k: v for k, v in now.items() if k in before and v != before[k] and k not in of_tokens}
-    return recorded | changed
-
-
-def _text_fields(hf: HfCheckpoint) -> dict:
-    """The fields of a checkpoint that never was an original."""
-    model_type, architecture = ARCHITECTURES[hf.config.text_config.model_type]
-    dtype = str(hf.config.dtype or torch.float32).removeprefix("torch.")
-    fields = _fields_of_4(hf.config.text_config)
-    return {"architectures": [architecture], "model_type": model_type, "torch_dtype": dtype, **fields}
+    since = {
+        k: v for k, v in text.items() if k in before and v != before[k] and k not in of_tokens
+    }  # longer context, …
+    changed = {k: v for k, v in fields.items() if recorded.get(k, DEFAULTS.get(k)) != v}
+    return recorded | since | changed
 
 
 def _fields_of_4(text: PreTrainedConfig) -> dict:
@@ -306,17 +298,14 @@ def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, f
 
 
 def _write_generation_config(hf: HfCheckpoint, keeps_files: bool, folder: Path) -> None:
-    kept = hf.folder / ORIGINAL_FILES
-    if keeps_files and kept.is_dir():
-        source = kept / "generation_config.json"
-        if source.is_file():
-            shutil.copyfile(source, folder / "generation_config.json")
-        return
-    source = hf.folder / "generation_config.json"
-    if source.is_file():
-        fields = json.loads(source.read_text("utf-8"))
+    kept, target = hf.folder / ORIGINAL_FILES / "generation_config.json", folder / "generation_config.json"
+    if keeps_files and kept.parent.is_dir():
+        if kept.is_file():
+            shutil.copyfile(kept, target)
+    elif (source := hf.folder / "generation_config.json").is_file():
+        fields = read_json(source)
         fields.pop("transformers_version", None)
-        write_json(folder / "generation_config.json", fields)
+        write_json(target, fields)
 
 
 def _write_tower_files(hf: HfCheckpoint, folder: Path) -> None:

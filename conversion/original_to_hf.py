@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_llava.configuration_llava import LlavaConfig, count_image_tokens
+from modeling_llava.configuration_llava import LlavaConfig
 from modeling_llava.image_processing_llava import LlavaImageProcessor
 from modeling_llava.processing_llava import LlavaProcessor
 from modeling_llava.text.chat_templates import CHAT_TEMPLATES, choose_chat_template, insert_image_token
@@ -24,7 +24,7 @@ from modeling_llava.text.tokenization import LegacyLlamaTokenizer, add_image_tok
 from .checks import CheckReport, check_folder
 from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, RECORD
-from .keymaps import projector_entries
+from .keymaps import FLOAT_DTYPES, projector_entries
 from .originals import FEATURE_STRATEGIES, Original, read_original
 from .tensors import LazyTensor, as_bytes, cast, extended, in_memory
 from .vocabularies import writes_images
@@ -36,24 +36,13 @@ logger = logging.getLogger(__name__)
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this number of rows, as matrix products on GPUs prefer."""
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 IMAGE_MARKS = ("<im_start>", "<im_end>")
 """Around each image if `mm_use_im_start_end` is set."""
 
 IMAGE_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
+    "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 """Of a CLIP tower's `preprocessor_config.json`, what LLaVA's image processor takes over."""
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -153,11 +142,10 @@ def convert_original_to_hf(
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; there are {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in FLOAT_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; there are float32, float16 and bfloat16.")
+    return found
 
 
 # Tensors
@@ -198,11 +186,9 @@ def make_processor(original: Original, chat_template: str | None = None) -> tupl
     config = original.config
     tokenizer = load_tokenizer(original.tokenizer_folder, padding_side="left")  # for generation in batches
     marks = IMAGE_MARKS if config.get("mm_use_im_start_end") else ("", "")
-    wanted = ["<im_patch>"] if config.get("mm_use_im_patch_token") else []
-    wanted += [mark for mark in marks if mark]
-    missing = [token for token in wanted if token not in tokenizer.get_vocab()]
-    if missing:  # the original adds them when it loads such a checkpoint
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    wanted = ["<im_patch>"] * bool(config.get("mm_use_im_patch_token")) + [mark for mark in marks if mark]
+    # the original adds those that are missing when it loads such a checkpoint
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
     add_image_token(tokenizer)
     if isinstance(tokenizer, LegacyLlamaTokenizer) and not tokenizer.init_kwargs["legacy"]:
         # The original tokenizes the text after an image separately, which puts a space in front of it.
@@ -217,7 +203,7 @@ def make_processor(original: Original, chat_template: str | None = None) -> tupl
         tokenizer=tokenizer,
         patch_size=original.vision_config.patch_size,
         num_additional_image_tokens=1,  # CLIP's class token
-        vision_feature_select_strategy=_strategy(config),
+        vision_feature_select_strategy=FEATURE_STRATEGIES[config.get("mm_vision_select_feature", "patch")],
         chat_template=template,
     )
     which = "the one given" if "{" in which else which
@@ -280,15 +266,9 @@ def _own_or_other(name: str, tokenizer: PreTrainedTokenizerBase, image_wrap: tup
     if name == "own" and (own := _own(tokenizer)) is not None and writes_images(own):
         return own
     template = choose_chat_template(name, tokenizer, image_wrap)
-    return (
-        template
-        if name in ("own", *CHAT_TEMPLATES) or writes_images(template)
-        else insert_image_token(template, image_wrap=image_wrap)
-    )
-
-
-def _strategy(config: dict) -> str:
-    return FEATURE_STRATEGIES[config.get("mm_vision_select_feature", "patch")]
+    if name in ("own", *CHAT_TEMPLATES) or writes_images(template):
+        return template
+    return insert_image_token(template, image_wrap=image_wrap)
 
 
 def _image_processor(original: Original) -> LlavaImageProcessor:
@@ -305,42 +285,31 @@ def _image_processor(original: Original) -> LlavaImageProcessor:
     return processor
 
 
-def _feature_layer(original: Original) -> int:
-    layer = original.config.get("mm_vision_select_layer", -2)
-    # transformers 5.23 takes 0 for "no hidden states" and fails; counted from the end it is the same one
-    return layer or -(original.vision_config.num_hidden_layers + 1)
-
-
 def make_config(original: Original, processor: LlavaProcessor, tensors: Mapping[str, LazyTensor]) -> LlavaConfig:
     """The HF configuration. Its field `original_checkpoint` keeps the original's, for the way back."""
-    tokenizer, text, vision = processor.tokenizer, deepcopy(original.text_config), original.vision_config
+    text, vision, layers = deepcopy(original.text_config), original.vision_config, original.projector.layers
     embedding = tensors["language_model.model.embed_tokens.weight"]
-    text.vocab_size = embedding.num_rows
-    text.pad_token_id = tokenizer.pad_token_id
-    strategy = _strategy(original.config)
-    layers = original.projector.layers
+    text.vocab_size, text.pad_token_id = embedding.num_rows, processor.tokenizer.pad_token_id
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_seq_length=count_image_tokens(vision.image_size, vision.image_size, vision.patch_size, 1, strategy),
+        image_seq_length=processor.num_image_tokens,
         projector_hidden_act="linear" if layers == 1 else "gelu",
         projector_num_layers=layers,
-        vision_feature_layer=_feature_layer(original),
-        vision_feature_select_strategy=strategy,
+        # transformers 5.23 takes 0 for "no hidden states" and fails; counted from the end it is the same one
+        vision_feature_layer=original.config.get("mm_vision_select_layer", -2) or -(vision.num_hidden_layers + 1),
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = embedding.dtype
-    setattr(
-        config,
-        RECORD,
-        {
-            "config": original.config,
-            "vocab_size": original.text_config.vocab_size,
-            "vision_tower": {"name": original.config.get("mm_vision_tower"), "inside": original.tower_inside},
-        },
-    )
+    record = {
+        "config": original.config,
+        "vocab_size": original.text_config.vocab_size,
+        "vision_tower": {"name": original.config.get("mm_vision_tower"), "inside": original.tower_inside},
+    }
+    setattr(config, RECORD, record)
     return config
 
 
@@ -350,22 +319,18 @@ def _write_small_files(original: Original, processor: LlavaProcessor, config: Ll
     make_generation_config(original, processor).save_pretrained(folder)
     keep = folder / ORIGINAL_FILES
     keep.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (original.tokenizer_folder / name).is_file():
-            shutil.copyfile(original.tokenizer_folder / name, keep / name)
-    for name in ("config.json", "generation_config.json"):
-        if (original.folder / name).is_file():
-            shutil.copyfile(original.folder / name, keep / name)
+    files = [original.tokenizer_folder / name for name in TOKENIZER_FILES]
+    files += [original.folder / name for name in ("config.json", "generation_config.json")]
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, keep / file.name)
 
 
 def make_generation_config(original: Original, processor: LlavaProcessor) -> GenerationConfig:
     """The source's generation configuration, with the tokens that begin, end and pad a text."""
-    for folder in (original.folder, original.tokenizer_folder):
-        if (folder / "generation_config.json").is_file():
-            fields = read_json(folder / "generation_config.json", "a checkpoint")
-            break
-    else:
-        fields = {"bos_token_id": original.text_config.bos_token_id, "eos_token_id": original.text_config.eos_token_id}
+    text, folders = original.text_config, (original.folder, original.tokenizer_folder)
+    file = next((f / "generation_config.json" for f in folders if (f / "generation_config.json").is_file()), None)
+    fields = read_json(file) if file else {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
     if not fields.get("do_sample"):  # transformers 5 refuses to save a temperature that nothing uses
         fields = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
     fields.pop("transformers_version", None)

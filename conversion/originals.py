@@ -22,9 +22,9 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from modeling_llava.io.load_errors import NON_LORA_FILES, PROJECTOR_FILES, is_original, unsupported
+from modeling_llava.io.load_errors import NON_LORA_FILES, PROJECTOR_FILES, has_tokenizer, is_original, unsupported
 
-from .folders import check_has_tokenizer, local_folder, read_json
+from .folders import local_folder, read_json
 from .keymaps import (
     CLIP_TEXT_SIDE,
     TOWER_PREFIXES,
@@ -121,11 +121,14 @@ def read_original(
             raise ValueError(
                 f"{folder} is an adapter in the HF format. Make a full model of it: llava merge {folder} OUT"
             )
-        config = read_json(folder / "config.json", "a checkpoint")
+        config = read_json(folder / "config.json")
         files.append(folder / "config.json")
     _check_is_original(config, folder)
     kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
-    check_has_tokenizer(tokenizer_folder)
+    if not has_tokenizer(tokenizer_folder):
+        raise OSError(
+            f"{tokenizer_folder} has no tokenizer (tokenizer.model or tokenizer.json): copy the language model's."
+        )
 
     text_config = read_text_config(config)
     if embedding := tensors.get("model.embed_tokens.weight"):
@@ -138,8 +141,18 @@ def read_original(
     vision_config = read_vision_config(tower_folder) if tower is None else tower[0]
     layers, is_numbered = read_projector_type(config)
     projector = Projector(layers, vision_config.hidden_size, text_config.hidden_size, is_numbered=is_numbered)
-    _check_feature_layer(config, vision_config, tower_folder)
-    _check_projector_width(tensors, projector, tower_folder)
+    layer, states = config.get("mm_vision_select_layer", -2), vision_config.num_hidden_layers + 1
+    if type(layer) is not int or not -states <= layer < states:
+        raise ValueError(
+            f"mm_vision_select_layer is {layer!r}, but the tower {tower_folder} has {states} hidden states "
+            f"({states - 1} layers and the embeddings): {-states} to {states - 1}."
+        )
+    first = tensors.get(projector_entries(projector)[0].original)
+    if first is not None and first.shape[1:] != (projector.inputs,):
+        raise ValueError(
+            f"The vision tower {tower_folder} gives {projector.inputs} features per patch (hidden_size), but {first.origin} "
+            f"is {list(first.shape)}. Give the tower that it was trained with: --vision-tower."
+        )
 
     tower_inside = tower_form(tensors) == "inside"
     entries = [*language_entries(text_config), *projector_entries(projector)]
@@ -151,6 +164,7 @@ def read_original(
     elif not tower_inside:
         matched |= {entry: tower[1][entry.hf] for entry in towers}
     files.append(tower_folder / "config.json")
+    names = source, config.get("version"), config.get("_name_or_path"), base
     return Original(
         kind=kind,
         folder=folder,
@@ -160,16 +174,11 @@ def read_original(
         text_config=text_config,
         vision_config=vision_config,
         projector=projector,
-        names=_names(source, config.get("version"), config.get("_name_or_path"), base),
+        names=" ".join(os.path.basename(os.path.abspath(name)).lower() for name in names if name),
         tensors=matched,
         tower_inside=tower_inside,
         files=files,
     )
-
-
-def _names(*names: str | Path | None) -> str:
-    """The last component of each path or name, in lower case."""
-    return " ".join(os.path.basename(os.path.abspath(name)).lower() for name in names if name)
 
 
 # Configurations
@@ -205,12 +214,10 @@ def _build(config_class: type[PreTrainedConfig], fields: dict, origin: str) -> P
 def read_projector_type(config: dict) -> tuple[int, bool]:
     """Number of layers of the projector, and whether a single one is numbered (`mlp1x_gelu`). The default is linear."""
     kind = config.get("mm_projector_type") or "linear"
-    if kind == "linear":
-        return 1, False
-    match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-    if match is None or int(match[1]) < 1:
+    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if match is None and kind != "linear":
         raise ValueError(f"mm_projector_type {kind!r} is not known; converted are 'linear' and 'mlpNx_gelu'.")
-    return int(match[1]), True
+    return (int(match[1]), True) if match else (1, False)
 
 
 # Weights
@@ -226,7 +233,9 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
         raise ValueError(f"{folder} holds no weights (model, pytorch_model, adapter_model or mm_projector): {there}.")
     if weights and not adapter and base is None:
         tensors = drop_derived(_read(weights, files))
-        _warn_if_delta(tensors, folder)
+        norm = tensors.get("model.norm.weight")
+        if norm is not None and norm.tensor().float().abs().mean() < 0.05:  # a model's is near 1 or above
+            logger.warning(f"{folder} looks like a delta. If it is one, give the language model of which with --base.")
         return "full", tensors, folder
 
     if base is None:
@@ -235,7 +244,7 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
         what = "a LoRA adapter" if adapter else "a projector alone"
         raise ValueError(f"{folder} holds {what}: give the language model that it belongs to with --base{called}.")
     base_folder = local_folder(base, "base")
-    if "text_config" in read_json(base_folder / "config.json", "a checkpoint"):
+    if "text_config" in read_json(base_folder / "config.json"):
         raise ValueError(f"The base {base_folder} is in the HF form. Give the language model, or an original LLaVA.")
     base_weights = find_weights(base_folder)
     if base_weights is None:
@@ -266,16 +275,6 @@ def _read(file: Path, files: list[Path]) -> dict[str, LazyTensor]:
     return read_checkpoint(file)
 
 
-def _warn_if_delta(tensors: dict[str, LazyTensor], folder: Path) -> None:
-    norm = tensors.get("model.norm.weight")
-    if norm is not None and norm.tensor().float().abs().mean() < 0.05:
-        logger.warning(
-            "%s looks like a delta: its model.norm.weight is near 0, a model's is near 1 or above. If it is one, give "
-            "the language model that it is to be added to with --base.",
-            folder,
-        )
-
-
 # Vision tower
 
 
@@ -303,13 +302,13 @@ def find_tower(folder: Path, config: dict, vision_tower: str | Path | None) -> P
 def read_vision_config(folder: Path) -> CLIPVisionConfig:
     """A CLIP tower's configuration; of a CLIP pair, the vision half. ValueError for another kind of tower."""
     config = read_json(folder / "config.json", "a vision tower")
-    kind = config.get("model_type")
-    if kind == "clip":
-        vision = _build(CLIPConfig, config, f"{folder}/config.json").vision_config
-    elif kind == "clip_vision_model":
-        vision = _build(CLIPVisionConfig, config, f"{folder}/config.json")
-    else:
-        raise ValueError(f"The vision tower {folder} is a {kind!r}; the original's towers are CLIP's (clip).")
+    config_class = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig}.get(config.get("model_type"))
+    if config_class is None:
+        raise ValueError(
+            f"The vision tower {folder} is a {config.get('model_type')!r}; the original's are CLIP's (clip)."
+        )
+    vision = _build(config_class, config, f"{folder}/config.json")
+    vision = getattr(vision, "vision_config", vision)
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
         vision.__dict__.pop(name, None)
     return vision
@@ -329,21 +328,3 @@ def read_tower(folder: Path, vision: CLIPVisionConfig, files: list[Path]) -> dic
     tensors = {key: value for key, value in tensors.items() if not CLIP_TEXT_SIDE.fullmatch(key)}
     matched = match_entries(vision_entries(vision, form), tensors, f"The vision tower {weights}")
     return dict(zip(vision_entries(vision), matched.values(), strict=True))
-
-
-def _check_feature_layer(config: dict, vision: CLIPVisionConfig, folder: Path) -> None:
-    layer, states = config.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
-    if type(layer) is not int or not -states <= layer < states:
-        raise ValueError(
-            f"mm_vision_select_layer is {layer!r}, but the tower {folder} has {states} hidden states "
-            f"({vision.num_hidden_layers} layers and the embeddings): {-states} to {states - 1}."
-        )
-
-
-def _check_projector_width(tensors: dict[str, LazyTensor], projector: Projector, tower: Path) -> None:
-    weight = tensors.get(projector_entries(projector)[0].original)
-    if weight is not None and weight.shape[1:] != (projector.inputs,):
-        raise ValueError(
-            f"The vision tower {tower} gives {projector.inputs} features per patch (hidden_size), but {weight.origin} "
-            f"takes {weight.shape[1]}. Give the tower that it was trained with: --vision-tower."
-        )

@@ -97,7 +97,7 @@ def fold_lora(
             PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors
             (biases, modules to save), which replace the base's.
         config (`Mapping`):
-            The `adapter_config.json`: `r`, `lora_alpha`, `fan_in_fan_out`, `use_rslora`, `alpha_pattern`.
+            The `adapter_config.json`: `lora_alpha`, `use_rslora`, `alpha_pattern`.
         base (`Mapping[str, LazyTensor]`): The original's names → tensors.
         source (`str`): For errors.
 
@@ -132,7 +132,7 @@ def fold_lora(
             raise ValueError(f"{source} has lora_{'/'.join(sides)} of '{module}' but not the other of the two.")
         if key not in folded:
             raise ValueError(f"The base has no '{key}', for which {sides['A'].origin} is an adapter. {WRONG_BASE}")
-        folded[key] = _lora_sum(folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"]), config)
+        folded[key] = _lora_sum(folded[key], sides["A"], sides["B"], _scale(config, module, sides["A"]))
     return folded
 
 
@@ -146,9 +146,8 @@ def _scale(config: Mapping, module: str, down: LazyTensor) -> float:
     return alpha / (math.sqrt(down.shape[0]) if config.get("use_rslora") else down.shape[0])
 
 
-def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, config: Mapping) -> LazyTensor:
-    is_transposed = bool(config.get("fan_in_fan_out"))
-    shape = (up.shape[0], down.shape[1])[:: -1 if is_transposed else 1]
+def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float) -> LazyTensor:
+    shape = up.shape[0], down.shape[1]
     if weight.dtype not in FLOAT_DTYPES or up.shape[1] != down.shape[0] or weight.shape != shape:
         raise ValueError(
             f"The adapter does not fit the base: {up.origin} {list(up.shape)} times {down.origin} {list(down.shape)} is "
@@ -156,10 +155,7 @@ def _lora_sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float
         )
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        if is_transposed:  # W [in, out] += (B A)ᵀ
-            change = down.tensor().float().T[start:stop] @ up.tensor().float().T
-        else:
-            change = up.rows(start, stop).float() @ down.tensor().float()
+        change = up.rows(start, stop).float() @ down.tensor().float()
         return (weight.rows(start, stop).float() + scale * change).to(weight.dtype)
 
     return LazyTensor(weight.dtype, weight.shape, rows, f"{weight.origin} with {down.origin}")

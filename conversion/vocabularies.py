@@ -17,16 +17,19 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ADDED_SCORE = -1000.0
 FILL_SCORE = -10000.0
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _split(pattern: str) -> list[dict]:
+    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL]
+
+
 PRE_TOKENIZERS = {
     "gpt-2": [{**BYTE_LEVEL, "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**BYTE_LEVEL, "use_regex": True}],
-    **{
-        name: [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL]
-        for name, split in (("llama-bpe", LLAMA3_SPLIT), ("qwen2", QWEN2_SPLIT))
-    },
+    "llama-bpe": _split(LLAMA3_SPLIT),
+    "qwen2": _split(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 """llama.cpp's name of a way to split text before BPE → `pre_tokenizer` of `tokenizer.json`. It knows no others by rule."""
 
@@ -74,10 +77,8 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     text = {"type": "text", "text": probe}
     content, without = "content", _render(template, probe)
     if probe not in without:  # stock LLaVA's own template reads lists of items only
-        content, without = (
-            "[{'type': 'text', 'text': content}] if content is string else content",
-            _render(template, [text]),
-        )
+        content = "[{'type': 'text', 'text': content}] if content is string else content"
+        without = _render(template, [text])
     with_image = _render(template, [{"type": "image"}, text])
     before, _, after = without.partition(probe)
     around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
@@ -132,21 +133,18 @@ def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> d
         table = _from_sentencepiece(folder / "tokenizer.model")
     else:
         table = _from_json(folder / "tokenizer.json")
-    fill = rows - len(table["tokens"])
-    if fill < 0:
-        raise ValueError(
-            f"The tokenizer of {folder} has {len(table['tokens'])} tokens, but the embedding has {rows} rows."
-        )
-    table["tokens"] += [f"[PAD{i}]" for i in range(len(table["tokens"]), rows)]
-    table["scores"] += [FILL_SCORE] * fill
-    table["types"] += [UNUSED] * fill
-    for i, token in tokenizer.added_tokens_decoder.items():
-        if i >= rows:
-            raise ValueError(f"Token {token.content!r} of {folder} has id {i}, but the embedding has {rows} rows.")
-        if table["types"][i] == UNKNOWN:
-            continue
-        table["tokens"][i], table["scores"][i] = token.content, ADDED_SCORE
-        table["types"][i] = CONTROL if token.special else USER_DEFINED
+    added = tokenizer.added_tokens_decoder
+    size = max([len(table["tokens"]), *(i + 1 for i in added)])
+    if size > rows:
+        raise ValueError(f"The tokenizer of {folder} has {size} tokens, but the embedding has {rows} rows.")
+    fill = range(len(table["tokens"]), rows)
+    table["tokens"] += [f"[PAD{i}]" for i in fill]
+    table["scores"] += [FILL_SCORE] * len(fill)
+    table["types"] += [UNUSED] * len(fill)
+    for i, token in added.items():
+        if table["types"][i] != UNKNOWN:
+            table["tokens"][i], table["scores"][i] = token.content, ADDED_SCORE
+            table["types"][i] = CONTROL if token.special else USER_DEFINED
     return table
 
 
@@ -158,13 +156,8 @@ def _from_sentencepiece(path: Path) -> dict:
     for i in range(model.get_piece_size()):
         tokens.append(model.id_to_piece(i))
         scores.append(model.get_score(i))
-        kinds = (
-            (model.is_unknown, UNKNOWN),
-            (model.is_control, CONTROL),
-            (model.is_unused, UNUSED),
-            (model.is_byte, BYTE),
-        )
-        types.append(next((kind for is_kind, kind in kinds if is_kind(i)), NORMAL))
+        kinds = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, UNUSED: model.is_unused, BYTE: model.is_byte}
+        types.append(next((kind for kind, is_kind in kinds.items() if is_kind(i)), NORMAL))
     return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scores, "types": types, "merges": None}
 
 
@@ -174,13 +167,19 @@ def _from_json(path: Path) -> dict:
         return _table_by_score(content)
     table = _table(content)
     merges = [" ".join(pair) for pair in _merges(content)]
-    pre = _pre_tokenizer_name(content.get("pre_tokenizer") or {}, path)
+    pre_tokenizer = content.get("pre_tokenizer") or {}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    parts = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in parts]
+    pre = next((name for name, known in PRE_TOKENIZERS.items() if parts == known), None)
+    if pre is None:
+        raise ValueError(
+            f"{path} splits text in a way that is not known for llama.cpp ({json.dumps(pre_tokenizer)[:200]}); "
+            f"known are {', '.join(PRE_TOKENIZERS)}."
+        )
     return {**table, "model": "gpt2", "pre": pre, "scores": [0.0] * len(table["tokens"]), "merges": merges}
 
 
 def _read_bpe(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has neither tokenizer.model nor tokenizer.json.")
     content = json.loads(path.read_text("utf-8"))
     if content["model"].get("type") != "BPE":
         raise ValueError(f"{path} is a {content['model'].get('type')} tokenizer; LLaMA's and Mistral's are BPE.")
@@ -209,24 +208,9 @@ def _table_by_score(content: dict) -> dict:
     for token, i in ids.items():
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             table["types"][i] = BYTE
-    if content["model"].get("unk_token") in ids:
-        table["types"][ids[content["model"]["unk_token"]]] = UNKNOWN
+        elif token == content["model"].get("unk_token"):
+            table["types"][i] = UNKNOWN
     return {**table, "model": "llama", "pre": "default", "scores": scores, "merges": None}
-
-
-def _pre_tokenizer_name(pre_tokenizer: dict, path: Path) -> str:
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    for name, known in PRE_TOKENIZERS.items():
-        if [_without_defaults(part) for part in parts] == [_without_defaults(part) for part in known]:
-            return name
-    raise ValueError(
-        f"{path} splits text in a way that is not known for llama.cpp ({json.dumps(pre_tokenizer)[:200]}); "
-        f"known are {', '.join(PRE_TOKENIZERS)}."
-    )
-
-
-def _without_defaults(part: dict) -> dict:
-    return {key: value for key, value in part.items() if key != "trim_offsets"}
 
 
 # SentencePiece

@@ -266,7 +266,7 @@ def test_tower_of_another_width_is_refused(tmp_path):
     wide = CLIPVisionModel(CLIPVisionModel.config_class(**{**config, "hidden_size": 48}))
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(
-        ValueError, match=r"48 features.*'model\.mm_projector\.0\.weight' of .* takes 32.*--vision-tower"
+        ValueError, match=r"48 features.*'model\.mm_projector\.0\.weight' of .* is \[64, 32\].*--vision-tower"
     ):
         convert_original_to_hf(source, tmp_path / "out", vision_tower=tmp_path / "wide")
 
