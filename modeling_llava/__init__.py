@@ -26,13 +26,7 @@ _MODULES = {
     "LlavaProcessor": "processing_llava",
 }
 
-__all__ = [
-    "LlavaConfig",
-    "LlavaForConditionalGeneration",
-    "LlavaImageProcessor",
-    "LlavaModel",
-    "LlavaProcessor",
-]
+__all__ = ["LlavaConfig", "LlavaForConditionalGeneration", "LlavaImageProcessor", "LlavaModel", "LlavaProcessor"]
 
 
 def __getattr__(name: str):

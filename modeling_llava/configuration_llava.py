@@ -1,3 +1,7 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to
+# in writing, software distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied. See the License for the specific language governing permissions and limitations under the License.
 """LLaVA's configuration, and the one formula for how many image tokens an image takes."""
 
 from typing import Literal
@@ -37,35 +41,29 @@ def count_image_tokens(
 @strict
 class LlavaConfig(PreTrainedConfig):
     r"""
-    Configuration of LLaVA: a vision tower, a projector and a language model. The saved file is a stock `llava`
-    configuration: stock transformers loads it and ignores `projector_num_layers`, the one field of ours.
+    Configuration of LLaVA: a vision tower, a projector and a language model. The saved file is a stock `llava` configuration: stock
+    transformers loads it and ignores `projector_num_layers`, the one field of ours.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            The vision tower's configuration. Defaults to CLIP ViT-L/14-336 (LLaVA-1.5).
-        text_config (`PreTrainedConfig` or `dict`, *optional*):
-            The language model's configuration. Defaults to `LlamaConfig()`.
-        image_token_index (`int`, *optional*, defaults to 32000):
-            Id of the image token; also reachable as `image_token_id`.
-        image_seq_length (`int`, *optional*, defaults to 576):
-            Image tokens per image, in tokens ([`count_image_tokens`]).
+        vision_config, text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Default to CLIP ViT-L/14-336 (LLaVA-1.5) and `LlamaConfig()`.
+        image_token_index (`int`, *optional*, defaults to 32000): Id of the image token; also reachable as `image_token_id`.
+        image_seq_length (`int`, *optional*, defaults to 576): Tokens per image ([`count_image_tokens`]).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's layers. `"linear"` for the paper's single matrix W.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the tower's class token, `"full"` keeps every position.
+            `"default"` drops the tower's class token, `"full"` keeps every token.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
             Hidden state(s) of the tower that are projected; several are concatenated along the features.
-        multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
-            Whether the projector's layers have a bias.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether the head shares the embedding matrix; taken over from `text_config` when that ties.
+        multimodal_projector_bias (`bool`, *optional*, defaults to `True`): Whether the projector's layers have a bias.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Also where `text_config` ties.
         projector_num_layers (`int`, *optional*, defaults to 2):
-            Linear layers of the projector. 1 is the paper's W (LLaVA §4.1, Eq. 1); it is saved as `linear_1 = W` and
-            `linear_2 =` identity, so that stock transformers computes the same. More than 2 has no stock form.
+            Linear layers of the projector. 1 is the paper's W (LLaVA §4.1, Eq. 1); it is saved as `linear_1 = W` and `linear_2 =`
+            identity, so that stock transformers computes the same. More than 2 has no stock form.
 
     Raises:
-        ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`;
-            `vision_feature_layer` is not one of the tower's hidden states.
+        ValueError: `projector_num_layers` is below 1, or is 1 with an activation other than `"linear"`; `vision_feature_layer` is
+            not one of the tower's hidden states.
     """
 
     model_type = "llava"
@@ -108,9 +106,8 @@ class LlavaConfig(PreTrainedConfig):
         depth = getattr(self.vision_config, "num_hidden_layers", None)
         if not layers or (isinstance(depth, int) and any(not -depth - 1 <= layer <= depth for layer in layers)):
             raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} is not one of the vision tower's hidden states: it has "
-                f"{depth} layers, so 0 (the patch embeddings) to {depth}, or {-depth - 1 if depth else None} to -1 "
-                "(the last layer's)."
+                f"vision_feature_layer={self.vision_feature_layer} is not one of the vision tower's hidden states: it has {depth} "
+                f"layers, so 0 (the patch embeddings) to {depth}, or {-depth - 1 if depth else None} to -1 (the last layer's)."
             )
         if self.projector_num_layers < 1:
             raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
@@ -123,11 +120,10 @@ class LlavaConfig(PreTrainedConfig):
 
 def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
     """
-    Positions that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
+    Tokens that the tower adds to its patches (1: CLIP's class token, 0: SigLIP), read off a run without weights.
 
     Raises:
-        ValueError: the tower has no fixed image size and square patches, takes more than pixels, or merges or drops
-            patches.
+        ValueError: the tower has no fixed image size and square patches, takes more than pixels, or merges or drops patches.
     """
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
@@ -142,17 +138,15 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
             shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # what towers' own code says of it
             raise ValueError(
-                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone "
-                f"({str(error).splitlines()[0]}), and LLaVA gives it no more. Choose one that takes images of one size, such "
-                "as CLIP's or SigLIP's."
+                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone ({str(error).splitlines()[0]}), "
+                "and LLaVA gives it no more. Choose one that takes images of one size, such as CLIP's or SigLIP's."
             ) from error
     patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
     shape = next(iter(shapes))  # [1, tokens, hidden]
     if len(shapes) > 1 or len(shape) != 3 or shape[1] < patches:
         raise ValueError(
-            f"The vision tower ({vision_config.model_type}) does not keep one position for each of its {patches} patches: "
-            f"its layers give {', '.join(str(list(shape)) for shape in sorted(shapes))}. Choose one that does, such as CLIP's "
-            "or SigLIP's."
+            f"The vision tower ({vision_config.model_type}) does not keep one token for each of its {patches} patches: its layers "
+            f"give {', '.join(str(list(shape)) for shape in sorted(shapes))}. Choose one that does, such as CLIP's or SigLIP's."
         )
     return shape[1] - patches
 

@@ -1,3 +1,7 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to
+# in writing, software distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied. See the License for the specific language governing permissions and limitations under the License.
 """`LlavaImageProcessor`: images to `pixel_values`, with Pillow and torch only (torchvision is not needed)."""
 
 import functools
@@ -49,22 +53,15 @@ class LlavaImageProcessor(PilBackend):
     in every Pillow that LLaVA was trained with.
 
     Args:
-        do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Convert to three channels; transparency is laid on white.
         do_pad (`bool`, *optional*, defaults to `False`):
             Pad the shorter side with the mean color, `tuple(int(x * 255) for x in image_mean)`, to a square before resizing; an
             odd pixel goes to the bottom or right (LLaVA-1.5, `image_aspect_ratio: pad`).
-        do_resize (`bool`, *optional*, defaults to `True`), resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`),
         size (`int` or `dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224}`):
             In pixels; also `{"height", "width"}`, `{"shortest_edge", "longest_edge"}` or `{"max_height", "max_width"}`.
-        do_center_crop (`bool`, *optional*, defaults to `True`), crop_size (`int` or `dict[str, int]`, *optional*, defaults to 224):
-            Crop (or fill up with zeros) around the center, in pixels.
-        do_rescale (`bool`, *optional*, defaults to `True`), rescale_factor (`float`, *optional*, defaults to `1/255`):
-            Multiply.
-        do_normalize (`bool`, *optional*, defaults to `True`), image_mean, image_std (`float` or `list[float]`, default: CLIP's):
-            Subtract and divide, one value per channel, RGB, in the range after rescaling.
+        do_convert_rgb, do_resize, resample, do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize, image_mean, image_std:
+            As in stock, with CLIP's defaults. Transparency is laid on white.
 
-    Every one of them can be overridden in a call. A call takes one image, a list, or a list of lists (which it flattens) of
+    Each can be overridden in a call. A call takes one image, a list, or a list of lists (which it flattens) of
     `PIL.Image` (turned upright by their EXIF orientation), `np.ndarray` or `torch.Tensor` (`[3, H, W]`, `[H, W, 3]`, `[H, W]` or a
     batch of them, 0..255), and of all that [`~modeling_llava.io.images.read_image`] reads (paths, URLs, bytes, …), and returns a
     `BatchFeature` with `pixel_values`: float32 `[num_images, 3, height, width]` for `return_tensors="pt"` or `"np"`, and a list of

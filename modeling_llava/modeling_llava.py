@@ -1,3 +1,7 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to
+# in writing, software distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied. See the License for the specific language governing permissions and limitations under the License.
 """
 LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuning, §4.1).
 
@@ -40,8 +44,6 @@ logger = logging.get_logger(__name__)
 
 
 class _WithImageOutputs:
-    """What outputs say of their images, as in transformers since 5.24."""
-
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
         """The projected image features `(num_image_tokens, hidden_size)`, in the order of their image tokens."""
@@ -57,14 +59,10 @@ class LlavaModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
     Output of [`LlavaModel`].
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The language model's output, before the head.
-        past_key_values (`Cache`, *optional*; called `cache` since transformers 5.24):
-            Keys and values of the tokens so far.
-        hidden_states (`tuple[torch.Tensor]`, *optional*), attentions (`tuple[torch.Tensor]`, *optional*):
-            The language model's, one per layer.
-        image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            What [`LlavaModel.get_image_features`] returned.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Before the head.
+        past_key_values (`Cache`, *optional*; called `cache` since transformers 5.24): Keys and values of the tokens so far.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): The language model's, one per layer.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*): What [`LlavaModel.get_image_features`] returned.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -73,15 +71,12 @@ class LlavaModelOutputWithPast(_WithImageOutputs, BaseModelOutputWithPast):
 @dataclass
 class LlavaCausalLMOutputWithPast(_WithImageOutputs, CausalLMOutputWithPast):
     """
-    Output of [`LlavaForConditionalGeneration`].
+    Output of [`LlavaForConditionalGeneration`]; what is not named here is as in [`LlavaModelOutputWithPast`].
 
     Args:
-        loss (`torch.Tensor`, a float32 scalar, *optional*):
-            Next-token loss over the supervised tokens; given with `labels`.
+        loss (`torch.Tensor`, a float32 scalar, *optional*): Next-token loss over the supervised tokens; given with `labels`.
         logits (`torch.Tensor` of shape `(batch_size, num_kept_tokens, vocab_size)`):
             Scores before the softmax. Reading logits that were skipped (see `skip_logits`) raises.
-        past_key_values, hidden_states, attentions, image_outputs:
-            As in [`LlavaModelOutputWithPast`].
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None

@@ -1,3 +1,7 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to
+# in writing, software distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY
+# KIND, either express or implied. See the License for the specific language governing permissions and limitations under the License.
 """`LlavaProcessor`: images and chat to model inputs. Stock transformers reads what it saves, and it reads stock files."""
 
 import copy
@@ -35,18 +39,13 @@ class LlavaProcessor(ProcessorMixin):
     that a user typed as ordinary text.
 
     Args:
-        image_processor ([`LlavaImageProcessor`]):
-            Any image processor whose output has one fixed size.
-        tokenizer (`PreTrainedTokenizerBase`):
-            It knows the image token ([`~modeling_llava.text.tokenization.add_image_token`]).
-        patch_size (`int`, *optional*):
-            Side of a patch of the vision tower, in pixels.
+        image_processor ([`LlavaImageProcessor`]): Any image processor whose output has one fixed size.
+        tokenizer (`PreTrainedTokenizerBase`): It knows the image token ([`~modeling_llava.text.tokenization.add_image_token`]).
+        patch_size (`int`, *optional*): Side of a patch of the vision tower, in pixels.
         vision_feature_select_strategy (`str`, *optional*):
             `"default"` drops the tower's first token, `"full"` keeps all. As in the model's configuration.
-        chat_template (`str`, *optional*):
-            Jinja text ([`load_chat_template`]).
-        image_token (`str`, *optional*, defaults to `"<image>"`):
-            Used where the tokenizer has no `image_token` of its own.
+        chat_template (`str`, *optional*): Jinja text ([`load_chat_template`]).
+        image_token (`str`, *optional*, defaults to `"<image>"`): Used where the tokenizer has no `image_token` of its own.
         num_additional_image_tokens (`int`, *optional*, defaults to 0):
             Tokens that the tower adds to the patches: 1 for CLIP's class token, 0 for SigLIP.
 
@@ -109,24 +108,20 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             vision (`str` or `os.PathLike`):
-                Folder or Hub name of a CLIP- or SigLIP-like model. Its own image processor says size, crop, mean and
-                standard deviation; without one, CLIP's are taken at the tower's image size.
+                Folder or Hub name of a CLIP- or SigLIP-like model. Its own image processor says size, crop, mean and standard
+                deviation; without one, CLIP's are taken at the tower's image size.
             language (`str` or `os.PathLike`):
-                Folder or Hub name of a causal language model, or a `.gguf` file.
-            chat_template (`str`, *optional*, defaults to `"vicuna_v1"`):
+                Folder or Hub name of a causal language model, or a `.gguf` file (`gguf_file`: its name inside `language`).
+            chat_template (`str`, *optional*, defaults to `"vicuna_v1"`), image_wrap (`tuple[str, str]`, *optional*):
                 As for [`choose_chat_template`].
             do_pad (`bool`, *optional*, defaults to `True`):
                 Pad an image to a square (LLaVA-1.5) instead of cropping it (LLaVA v1, the paper).
             vision_feature_select_strategy (`str`, *optional*):
                 Defaults to `"default"` for a tower with a class token and to `"full"` for one without.
-            image_wrap (`tuple[str, str]`, *optional*):
-                See [`load_chat_template`].
-            gguf_file (`str`, *optional*):
-                Name of the GGUF file inside `language`.
 
         Raises:
-            ValueError: the image processor's output is not of the tower's image size; the chat template does not exist
-                or does not fit the tokenizer.
+            ValueError: the image processor's output is not of the tower's image size; the chat template does not exist or does
+                not fit the tokenizer.
         """
         from .composition import split_gguf_path, vision_tower_config
 
@@ -171,19 +166,15 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             images (`ImageInput`, *optional*):
-                One image, a list for all texts in order, or one list per text (`[[image], []]`): PIL images, arrays,
-                tensors, paths or URLs.
-            text (`str` or `list[str]`, *optional*):
-                Prompts. The tokenizer adds `<s>`.
+                One image, a list for all texts in order, or one list per text (`[[image], []]`): PIL images, arrays, tensors, paths
+                or URLs.
+            text (`str` or `list[str]`, *optional*): Prompts. The tokenizer adds `<s>`.
             control_token_marks (`Marks`, *optional*):
                 Given by `apply_chat_template` with a text whose user-typed control tokens are marked.
-            kwargs:
-                For the tokenizer (`padding`, `return_tensors`, …), the image processor, and
-                `return_mm_token_type_ids`.
+            kwargs: For the tokenizer (`padding`, `return_tensors`, …), the image processor, and `return_mm_token_type_ids`.
 
         Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` `[batch, sequence]`, `pixel_values`
-            `[num_images, 3, height, width]`.
+            `BatchFeature`: `input_ids` and `attention_mask` `[batch, sequence]`, `pixel_values` `[num_images, 3, height, width]`.
 
         Raises:
             ValueError: a sample has another number of `<image>` than of images; `images` holds `None`.
@@ -276,16 +267,15 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages, or a batch of them, in any form that [`~modeling_llava.text.messages.plain_messages`] reads. Images
-                are `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that hold `None` are passed over.
+                Messages, or a batch of them, in any form that [`~modeling_llava.text.messages.plain_messages`] reads.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
-                With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text, except,
-                in an assistant's message, one that was added and that the template does not write, such as `<seg>`.
-                Template variables are the caller's own and are left as they are. Differs from stock, where the default
-                is off, its ids of the surrounding text are not those of one tokenization, and no assistant mask can be had.
+                With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text, except, in an
+                assistant's message, one that was added and that the template does not write, such as `<seg>`. Template variables
+                are the caller's own and are left as they are. Differs from stock, where the default is off, its ids of the
+                surrounding text are not those of one tokenization, and no assistant mask can be had.
             kwargs:
-                As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`,
-                `return_dict`, `return_tensors`, and the template's variables, such as `keep_image_order=True`.
+                As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`, `return_dict`,
+                `return_tensors`, and the template's variables, such as `keep_image_order=True`.
         """
         conversation = plain_messages(conversation)
         batch = conversation if isinstance(conversation, list) else []
@@ -330,13 +320,8 @@ class _MarkedTextReader:
 
 def num_image_tokens(processor: ProcessorMixin, size: tuple[int, int] | None = None) -> int:
     """
-    Image tokens of one image; for stock processors too.
-
-    Args:
-        processor (`ProcessorMixin`):
-            A processor of ours or a stock one.
-        size (`tuple[int, int]`, *optional*):
-            Height and width of the preprocessed image, in pixels; those of every image by default.
+    Image tokens of one image of `size` (height and width of preprocessed images, in pixels), by default of every image; for stock
+    processors too.
 
     Raises:
         ValueError: the processor lacks `patch_size` or the like, or its images have no fixed size.
@@ -353,13 +338,7 @@ def num_image_tokens(processor: ProcessorMixin, size: tuple[int, int] | None = N
 
 def image_size(processor: ProcessorMixin, size=None, crop_size=None) -> tuple[int, int]:
     """
-    Height and width of every preprocessed image, in pixels.
-
-    Args:
-        processor (`ProcessorMixin`):
-            A processor of ours or a stock one.
-        size, crop_size (`dict` or `int`, *optional*):
-            The image processor's own by default.
+    Height and width of every preprocessed image, in pixels; with `size` and `crop_size` in place of the image processor's own.
 
     Raises:
         ValueError: the image processor's output has no fixed size.

@@ -18,12 +18,9 @@ from .exchange import Kernel, exchanged_class, original_class
 
 CHUNK_ELEMENTS = 2**23
 """Logits that exist at one time, in elements (32 MiB in float32): a chunk has `CHUNK_ELEMENTS // vocabulary` rows."""
-
-MIN_CHUNK_ROWS = 256
-"""Rows of a chunk at least: below this, reading the head's matrix takes longer than computing with it."""
-
-MIN_CHUNK_ROWS_TRAINED = 512
-"""The same for a trained head, whose gradient is read and written with every chunk as well."""
+MIN_CHUNK_ROWS, MIN_CHUNK_ROWS_TRAINED = 256, 512
+"""Rows of a chunk at least: below this, reading the head's matrix (and of a trained head its gradient, too) takes longer than
+computing with it."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -121,22 +121,16 @@ def varlen_attention_forward(
     Causal attention within each sample of a pack; stock `sdpa` where no pack is described.
 
     Args:
-        module (`nn.Module`): The attention layer.
-        query (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`):
-            Queries, after the rotary embedding.
-        key, value (`torch.Tensor` of shape `(batch_size, num_key_value_heads, sequence_length, head_dim)`):
-            Keys and values; fewer heads than queries are shared by groups (GQA).
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`):
+            After the rotary embedding. Fewer heads of keys and values than of queries are shared by groups (GQA).
         attention_mask: What [`varlen_mask`] or [`mask_of_pack`] returned.
         dropout (`float`, *optional*, defaults to 0.0), scaling (`float`, *optional*, defaults to `head_dim ** -0.5`):
             Share of attention weights that are dropped; factor of the scores.
-        sliding_window (`int`, *optional*):
-            Tokens that a query sees, itself included, within its sample (Mistral).
+        sliding_window (`int`, *optional*): Tokens that a query sees, itself included, within its sample (Mistral).
         cu_seq_lens_q (`torch.IntTensor` of shape `(num_samples + 1,)`, *optional*):
             Where the samples begin in the flattened batch, and its end, in tokens. `cu_seq_lens_k` equals it.
-        max_length_q (`int`, *optional*):
-            Length of the longest sample, in tokens. `max_length_k` equals it.
-        segment_lengths (`list[int]`, *optional*):
-            Length of each sample, in tokens: where no kernel takes `cu_seq_lens_q`, the device is not asked for it.
+        max_length_q (`int`, *optional*), segment_lengths (`list[int]`, *optional*):
+            Length of the longest sample, and of each, in tokens: given, the device is not asked for them.
 
     Returns:
         `tuple`: the output, of shape `(batch_size, sequence_length, num_heads, head_dim)`, and `None`.
@@ -282,11 +276,8 @@ def _windowed(query, key, value, window, arguments):
 
 def use_varlen_attention(model: PreTrainedModel) -> None:
     """
-    Let the language model of a LLaVA use "varlen" attention; the vision tower keeps its own.
-
-    Args:
-        model ([`LlavaForConditionalGeneration`], [`LlavaModel`] or stock ones):
-            The model, without adapters around it or the base model inside them.
+    Let the language model of a LLaVA (ours or stock, without adapters around it) use "varlen" attention; the vision tower keeps its
+    own.
 
     Raises:
         ValueError: the language model's attention is written in a way that transformers cannot replace.

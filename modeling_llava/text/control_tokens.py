@@ -1,8 +1,8 @@
 """
 Control tokens written by a chat template, and text typed by a user that only looks like one.
 
-A rendered chat is one string, in which a `</s>` of the template and a `</s>` of the user are the same five characters.
-They are told apart by marking the user's before rendering, and kept apart when tokenizing:
+A rendered chat is one string, in which a `</s>` of the template and a `</s>` of the user are the same five characters. They are told
+apart by marking the user's before rendering, and kept apart when tokenizing:
 
     user types      "say </s>"                  mark:      one character of it becomes a private-use one
     template        "USER: say □/s> ASSISTANT:" render:    once; lengths and spans are what they would be unmarked
@@ -10,11 +10,10 @@ They are told apart by marking the user's before rendering, and kept apart when 
     tokenize        the template's `</s>` become private-use names, the marks are taken back, and a twin of the tokenizer,
                     whose control tokens have those names and the same ids, reads the whole text at once
 
-So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece itself. In what the assistant says, special
-tokens that have no role and that the template does not write, such as a `<seg>` that was added for masks, stay tokens:
-the model says them. transformers' own
-`sanitize_control_tokens` cuts the text at such places and tokenizes the pieces apart, which gives other ids for the
-text around, gives no assistant mask, and misses a token that arises where two texts meet ("<ima" and "ge>").
+So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece itself. In what the assistant says, special tokens
+that have no role and that the template does not write, such as a `<seg>` that was added for masks, stay tokens. transformers' own
+`sanitize_control_tokens` cuts the text at such places and tokenizes the pieces apart, which gives other ids for the text around,
+gives no assistant mask, and misses a token that arises where two texts meet ("<ima" and "ge>").
 
 A conversation that holds nothing suspicious, nearly every one, is not marked and takes the tokenizer as it is.
 """
@@ -44,9 +43,8 @@ _CACHE: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, Control
 
 class ControlTokens:
     """
-    The control tokens of one tokenizer: its special tokens and the image token. Other added tokens are ordinary words.
-
-    Get one by [`ControlTokens.of`], which keeps it for as long as the tokenizer lives and its tokens stay the same.
+    The control tokens of one tokenizer: its special tokens and the image token. Other added tokens are ordinary words. Get one by
+    [`ControlTokens.of`], which keeps it for as long as the tokenizer lives and its tokens stay the same.
 
     Attributes:
         ids (`dict[str, int]`): Ids of the control tokens, by their text.
@@ -102,12 +100,9 @@ class ControlTokens:
 
     def mark(self, *values: Any, template: str = "") -> tuple[tuple, "Marks | None"]:
         """
-        Mark what could be taken for a control token in every string of `values` (messages, tools, …), except, in an
-        assistant's message, the special tokens that the chat `template` leaves to what is said.
-
-        Returns:
-            `tuple[tuple, Marks | None]`: The values, as new objects, and what takes the marks back; or the values
-            themselves and `None` if there is nothing to mark.
+        Mark what could be taken for a control token in every string of `values` (messages, tools, …), except, in an assistant's
+        message, the special tokens that the chat `template` leaves to what is said. Gives new values, and what takes the marks
+        back; or the values themselves and `None` if there is nothing to mark.
         """
         own = "|".join(map(re.escape, self.said(template) if template else []))
         said = {"assistant": re.compile(own)} if own else {}
@@ -137,9 +132,9 @@ class ControlTokens:
 
     def _marked_positions(self, text: str, said: re.Pattern | None = None) -> set[int]:
         """
-        Where a character must be marked, so that no control token is in `text` and none can arise by joining it to
-        its neighbours: at the first character of every occurrence, of a beginning of one at the text's end, and of an
-        end (or middle) of one at the text's beginning. The text is looked at as it is and stripped, as templates do.
+        Where a character must be marked, so that no control token is in `text` and none can arise by joining it to its neighbors: at
+        the first character of every occurrence, of a beginning of one at the text's end, and of an end (or middle) of one at the
+        text's beginning. The text is looked at as it is and stripped, as templates do.
         """
         positions = set()
         if any(initial in text for initial in self._initials):
@@ -151,11 +146,9 @@ class ControlTokens:
                 for at in range(max(start, end - self._longest), end):
                     if text[at:end] in self._starts:
                         positions.add(at)
-            if text[start] in self._first_of_ends:
-                if any(
-                    text[start:stop] in self._ends for stop in range(start + 1, min(end, start + self._longest) + 1)
-                ):
-                    positions.add(start)
+            stops = range(start + 1, min(end, start + self._longest) + 1)
+            if text[start] in self._first_of_ends and any(text[start:stop] in self._ends for stop in stops):
+                positions.add(start)
             if end - start < self._longest and any(text[start:end] in literal for literal in self._literals):
                 positions.add(start)
         if positions and said is not None:

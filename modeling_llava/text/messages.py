@@ -13,9 +13,9 @@ def plain_messages(messages: Any) -> Any:
     """
     Messages, or a batch of them, as new lists and dicts; what is neither is returned as it is.
 
-    NumPy arrays and Arrow lists become lists, JSON text in the place of a list or dict is read, keys that hold `None`
-    (`datasets` gives every item of a table the same keys) and text items without a text are dropped, `from` and `value`
-    become `role` and `content`, and an image item, also OpenAI's `image_url`, becomes `{"type": "image", "image": …}`.
+    NumPy arrays and Arrow lists become lists, JSON text in the place of a list or dict is read, keys that hold `None` (`datasets`
+    gives every item of a table the same keys) and text items without a text are dropped, `from` and `value` become `role` and
+    `content`, and an image item, also OpenAI's `image_url`, becomes `{"type": "image", "image": …}`.
     """
     if not isinstance(messages, dict):
         messages = as_list(_read_json(getattr(messages, "messages", messages)))  # the attribute: a pipeline's `Chat`

@@ -26,8 +26,8 @@ _LOOPS = re.compile(r"\{%-?\s*(?:for\b(.*?)\bin\b(.*?)-?%\}|endfor\b)", re.DOTAL
 
 def answer_stop(processor: ProcessorMixin) -> str:
     """
-    The stop with which the processor's chat template ends an answer: a special token such as `"</s>"`, or a text such as
-    `"###"`; `""` where only white space, or nothing, follows an answer.
+    The stop with which the processor's chat template ends an answer: a special token such as `"</s>"`, or a text such as `"###"`;
+    `""` where only white space, or nothing, follows an answer.
 
     Raises:
         ValueError: there is no chat template, or it does not render a question and its answer.
@@ -59,14 +59,12 @@ def teaches_no_stop(processor: ProcessorMixin) -> bool:
 
 def end_answers_with_eos(chat_template: str, special_tokens: dict[str, str]) -> str:
     """
-    A template whose answers end with white space, made to end them with the EOS token in its place, inside
-    `{% generation %}`. Everything else that it writes stays as it is, the generation prompt included.
+    A template whose answers end with white space, made to end them with the EOS token in its place, inside `{% generation %}`.
+    Everything else that it writes stays as it is, the generation prompt included.
 
     Args:
-        chat_template (`str`):
-            Jinja text. One without `{% generation %}` gets these marks.
-        special_tokens (`dict[str, str]`):
-            `tokenizer.special_tokens_map`.
+        chat_template (`str`): Jinja text. One without `{% generation %}` gets these marks.
+        special_tokens (`dict[str, str]`): `tokenizer.special_tokens_map`.
 
     Raises:
         ValueError: there is no EOS token, or the template does not let its answers be found.
@@ -108,10 +106,8 @@ def add_generation_stop(config: GenerationConfig, processor: ProcessorMixin) -> 
 
 
 def note_generation_stop(folder: str | os.PathLike, base: GenerationConfig, processor: ProcessorMixin) -> None:
-    """
-    Write `generation_config.json` into an adapter's folder where its base's lacks the stop: whoever loads the adapter gets
-    the base's, and gives this one to `generate(generation_config=…)`.
-    """
+    """Write `generation_config.json` into an adapter's folder where its base's lacks the stop: whoever loads the adapter gets the
+    base's, and gives this one to `generate(generation_config=…)`."""
     if missing_stop(base, processor) is None:
         return
     config = copy.deepcopy(base)
@@ -122,10 +118,8 @@ def note_generation_stop(folder: str | os.PathLike, base: GenerationConfig, proc
 
 
 def needed_by_stock(folder: str | os.PathLike, kind: str) -> dict | None:
-    """
-    What `generate` of stock transformers has to be given for the full model (`kind="full"`) or adapter in a folder, such as
-    `{"eos_token_id": [2, 7]}` or `{"stop_strings": ["###"]}`; `None` where it ends its answers by itself, or it is not known.
-    """
+    """What `generate` of stock transformers has to be given for the full model (`kind="full"`) or adapter in a folder, such as
+    `{"eos_token_id": [2, 7]}` or `{"stop_strings": ["###"]}`; `None` where it ends its answers by itself, or it is not known."""
     noted = os.path.isfile(os.path.join(folder, "generation_config.json"))
     if kind == "adapter" and noted:
         config = GenerationConfig.from_pretrained(folder)
@@ -139,10 +133,8 @@ def needed_by_stock(folder: str | os.PathLike, kind: str) -> dict | None:
 
 
 def missing_stop(config: GenerationConfig, processor: ProcessorMixin) -> dict | None:
-    """
-    What `generate` has to be given to end where the chat template does, such as `{"eos_token_id": [2, 7]}` or
-    `{"stop_strings": ["###"]}` (with `tokenizer=…`); `None` where the generation configuration says enough.
-    """
+    """What `generate` has to be given to end where the chat template does, such as `{"eos_token_id": [2, 7]}` or
+    `{"stop_strings": ["###"]}` (with `tokenizer=…`); `None` where the generation configuration says enough."""
     try:
         stop, token = answer_stop(processor), stop_token_id(processor)
     except ValueError:

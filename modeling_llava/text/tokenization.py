@@ -182,8 +182,11 @@ def _tokenizer_json(model: _SentencePieceModel, config: dict, added_tokens: list
             normalizers.append({"type": "Prepend", "prepend": _SPACE})
         normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
 
-    decoders = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}]
-    decoders.append({"type": "Fuse"})
+    decoders = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     if model.add_dummy_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
 
@@ -276,20 +279,15 @@ def _added_tokens(model: _SentencePieceModel, config: dict, files: dict[str, str
 
 def _post_processor(config: dict, vocab: dict[str, int]) -> dict:
     """`<s>` in front (LLaMA's default) and `</s>` behind (not its default), as the configuration says."""
-
-    def name(key: str) -> str:
-        token = config[key]
-        return token["content"] if isinstance(token, dict) else token
-
     single, pair, special = [{"Sequence": {"id": "A", "type_id": 0}}], [{"Sequence": {"id": "B", "type_id": 1}}], {}
     for key, default in (("bos", True), ("eos", False)):
-        if not config.get(f"add_{key}_token", default):
-            continue
-        token = name(f"{key}_token")
-        special[token] = {"id": token, "ids": [vocab[token]], "tokens": [token]}
-        for sequence, type_id in ((single, 0), (pair, 1)):
-            entry = {"SpecialToken": {"id": token, "type_id": type_id}}
-            sequence.insert(0, entry) if key == "bos" else sequence.append(entry)
+        if config.get(f"add_{key}_token", default):
+            token = config[f"{key}_token"]
+            token = token["content"] if isinstance(token, dict) else token
+            special[token] = {"id": token, "ids": [vocab[token]], "tokens": [token]}
+            for sequence, type_id in ((single, 0), (pair, 1)):
+                at = 0 if key == "bos" else len(sequence)
+                sequence.insert(at, {"SpecialToken": {"id": token, "type_id": type_id}})
     return {"type": "TemplateProcessing", "single": single, "pair": single + pair, "special_tokens": special}
 
 
