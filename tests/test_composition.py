@@ -161,7 +161,7 @@ def test_heads_that_a_llava_checkpoint_cannot_hold_are_refused(tmp_path, golden,
 @pytest.mark.parametrize("tower, shapes", [("vit_mae", r"\[1, 2, 32\]"), ("convnext", r"\[1, 8, 7, 7\]")])
 def test_a_tower_without_a_position_for_each_patch_is_refused(tower, shapes):
     sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "patch_size": 4} if tower == "convnext" else {}
-    with pytest.raises(ValueError, match=f"{tower}. does not keep one position for each .* patches: .*{shapes}"):
+    with pytest.raises(ValueError, match=f"{tower}.*patches: .*{shapes}"):
         count_additional_image_tokens(tiny_vision_config(tower, **sizes))
 
 

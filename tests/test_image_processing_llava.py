@@ -1,8 +1,6 @@
 import base64
 import io
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -220,10 +217,11 @@ def test_call_overrides_do_not_stay():
     processor = LlavaImageProcessor(size=28, crop_size=28)
     image = noise(40, 30)
     before = processor(image, return_tensors="pt").pixel_values
-    padded = processor(image, return_tensors="pt", do_pad=True, size=20, crop_size=20).pixel_values
-    assert padded.shape == (1, 3, 20, 20)
-    assert torch.equal(
-        padded, LlavaImageProcessor(size=20, crop_size=20, do_pad=True)(image, return_tensors="pt")["pixel_values"]
+    assert processor(image, return_tensors="pt", do_pad=True, size=20, crop_size=20).pixel_values.shape == (
+        1,
+        3,
+        20,
+        20,
     )
     assert torch.equal(processor(image, return_tensors="pt").pixel_values, before)
     half = processor(image, return_tensors="pt", image_mean=0.5, image_std=0.5).pixel_values
@@ -366,12 +364,6 @@ def test_loads_the_image_processor_of_a_vision_tower(stock, tmp_path):
     )
 
 
-def test_auto_image_processor_gives_ours(tmp_path):
-    LlavaImageProcessorPil(do_pad=True).save_pretrained(tmp_path)
-    loaded = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is LlavaImageProcessor and loaded.do_pad is True
-
-
 def test_unknown_size_names_the_choices():
     with pytest.raises(ValueError, match="shortest_edge"):
         LlavaImageProcessor(size={"longest_edge": 30})(noise(40, 30))
@@ -382,19 +374,3 @@ def test_a_picture_of_which_the_resize_would_leave_nothing_is_named(width, heigh
     processor = LlavaImageProcessor(size={"max_height": 20, "max_width": 20}, do_center_crop=False)
     with pytest.raises(ValueError, match=f"{width}×{height} pixels would have {target}"):
         processor(noise(width, height))
-
-
-@pytest.mark.slow
-def test_works_where_torchvision_cannot_be_imported(tmp_path):
-    code = (
-        "import sys; sys.modules['torchvision'] = None\n"
-        "from PIL import Image\n"
-        "from modeling_llava import LlavaImageProcessor\n"
-        "from transformers import AutoImageProcessor\n"
-        "p = LlavaImageProcessor(size=28, crop_size=28, do_pad=True); p.save_pretrained(sys.argv[1])\n"
-        "p = AutoImageProcessor.from_pretrained(sys.argv[1])\n"
-        "print(type(p).__name__, tuple(p(Image.new('RGB', (40, 30)), return_tensors='pt').pixel_values.shape))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "LlavaImageProcessor (1, 3, 28, 28)"

@@ -134,20 +134,6 @@ def test_low_rank_matrices_beside_16_bit_weights_are_as_exact_as_pefts():
     assert errors[1] < 1.2 * errors[0]
 
 
-def test_switched_off_or_merged_low_rank_matrices_are_left_to_peft():
-    model = get_peft_model(
-        language_model(), LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False)
-    ).eval()
-    make_efficient(model.get_base_model().base_model)
-    plain = language_model().eval()
-    with torch.no_grad():
-        with model.disable_adapter():
-            torch.testing.assert_close(model(**inputs()).logits, plain(**inputs()).logits)
-        before = model(**inputs()).logits
-        model.merge_adapter()
-        torch.testing.assert_close(model(**inputs()).logits, before, rtol=1e-4, atol=1e-4)
-
-
 def test_dora_is_left_as_it_is():
     config = LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False, use_dora=True)
     model = get_peft_model(language_model(), config)
@@ -179,17 +165,6 @@ def test_four_bit_layers_give_the_same(tmp_path):
     counts = make_efficient(models[0].get_base_model().base_model)
     assert counts["loras"] == 14 and counts["mlps"] == 2
     assert_same_step(*models, tolerance=1e-4)
-
-
-def test_generation_with_a_cache_is_the_stock_one():
-    stock = language_model().eval()
-    lean = copy.deepcopy(stock)
-    make_efficient(lean.base_model)
-    ids = inputs()["input_ids"][:, :9]
-    answers = [
-        m.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0) for m in (lean, stock)
-    ]
-    assert torch.equal(*answers) and answers[0].shape == (1, 15)
 
 
 def kept_bytes(model):

@@ -13,7 +13,7 @@ from tiny import tiny_batch, tiny_config
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.kernels import apply_kernels
-from modeling_llava.kernels.exchange import Kernel, exchange, original_class, restore
+from modeling_llava.kernels.exchange import Kernel, exchange, restore
 
 
 def plain_model():
@@ -157,11 +157,3 @@ def test_eager_attention_is_left_to_the_model():
     apply_kernels(model)
     model.set_attn_implementation("eager")
     assert_same_step(model, expected)
-
-
-def test_the_original_class_is_known():
-    model = plain_model()
-    norm = model.model.language_model.norm
-    before = type(norm)
-    apply_kernels(model)
-    assert original_class(norm) is before and isinstance(norm, before)

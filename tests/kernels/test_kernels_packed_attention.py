@@ -1,6 +1,5 @@
 """Packed attention against the same samples one by one, and against stock attention wherever nothing is packed."""
 
-import copy
 import json
 import logging
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM
 from transformers import LlavaForConditionalGeneration as StockModel
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
@@ -77,20 +76,6 @@ def test_a_pack_equals_its_samples_one_by_one(name, checkpointing):
         torch.testing.assert_close(grad, expected_grads[key], rtol=1e-5, atol=1e-5)
 
 
-def test_samples_of_a_pack_do_not_see_each_other():
-    model = language_model("llama-gqa").eval()
-    model.set_attn_implementation(VARLEN)
-    parts = samples()
-    with torch.no_grad():
-        before = model(**pack(parts)).logits
-        parts[0] = parts[0].flip(0)
-        parts[2] = parts[2].flip(0)
-        after = model(**pack(parts)).logits
-    kept = torch.cat([torch.full((length,), bool(i % 2)) for i, length in enumerate(LENGTHS)])
-    assert torch.equal(before[:, kept], after[:, kept])
-    assert not torch.isclose(before[:, ~kept], after[:, ~kept]).all(-1).any()
-
-
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_padded_batches_equal_eager_and_sdpa(name):
     model = language_model(name).eval()
@@ -127,18 +112,6 @@ def test_generation_equals_sdpa(name, cache):
         )  # fmt: skip
     assert answers[0].shape == (2, 19)
     assert torch.equal(*answers)
-
-
-def test_prefill_into_a_static_cache_equals_no_cache():
-    model = language_model("llama-gqa").eval()
-    model.set_attn_implementation(VARLEN)
-    ids = samples()[2][None]
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        first = model(ids[:, :9], past_key_values=cache, cache_position=torch.arange(9)).logits
-        rest = model(ids[:, 9:], past_key_values=cache, cache_position=torch.arange(9, 14)).logits
-    torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, rtol=0, atol=1e-5)
 
 
 def test_output_has_the_form_of_every_attention_function():
@@ -242,15 +215,6 @@ def test_only_the_language_model_is_switched_and_nothing_of_it_is_saved(tmp_path
     batch = tiny_batch()
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**batch).logits, stock.eval()(**batch).logits, rtol=0, atol=1e-5)
-
-
-def test_a_model_can_be_loaded_with_it(tmp_path):
-    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, attn_implementation={"text_config": VARLEN, "vision_config": "sdpa"}
-    )
-    assert model.model.language_model.config._attn_implementation == VARLEN
-    assert copy.deepcopy(model.config).text_config._attn_implementation == VARLEN
 
 
 def test_contradictions_are_refused():

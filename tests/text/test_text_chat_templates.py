@@ -4,10 +4,9 @@ import sys
 
 import pytest
 from golden_text import GOLDEN, GOLDEN_CASES, MODELS, TEMPLATES, golden_messages, golden_rows, tiny_processor
-from PIL import Image
 
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.text.chat_templates import CHAT_TEMPLATES, has_generation_marks, insert_image_token
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
 from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
@@ -29,18 +28,6 @@ def render(template, messages, **variables):
     if template in CHAT_TEMPLATES:
         template = load_chat_template(template)
     return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **variables)
-
-
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_every_template_is_one_text_with_generation_marks(name):
-    template = load_chat_template(name)
-    assert has_generation_marks(template)
-    assert "{%- include" not in template
-
-
-def test_an_unknown_template_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="no chat template 'vicuna'; the templates are chatml, llama_2"):
-        load_chat_template("vicuna")
 
 
 STOCK_ENCODE = """
@@ -244,10 +231,3 @@ def test_a_language_models_own_template_gets_the_image_token(own):
 def test_a_template_that_hides_the_question_is_refused():
     with pytest.raises(ValueError, match="does not write a user's text as it is: 'First question' becomes"):
         insert_image_token("{% for message in messages %}{{ message['content'] | upper }}{% endfor %}")
-
-
-def test_pictures_in_messages_reach_the_template_as_images():
-    messages = [user({"type": "image", "image": Image.new("RGB", (4, 4))}, TEXT)]
-    assert "USER: <image>\nWhat is this? " in render("vicuna_v1", messages)
-    messages = [user({"type": "image_url", "image_url": {"url": "http://x/y.png"}}, TEXT)]
-    assert "USER: <image>\nWhat is this? " in render("vicuna_v1", messages)
