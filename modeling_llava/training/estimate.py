@@ -197,7 +197,7 @@ class Settings(SimpleNamespace):
     @property
     def residual_bytes(self) -> int:
         """Of a number between two layers."""
-        return 4 if self.is_full and self.trained_bytes == 4 else self.compute_bytes
+        return self.trained_bytes if self.is_full else self.compute_bytes
 
 
 @dataclass
@@ -275,7 +275,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         result.buckets += in_layers * 2
 
     # What is kept of one micro-batch
-    layer, of_down, recomputed = (tokens * size for size in _language_layer(sizes, settings))
+    layer, of_down = (tokens * size for size in _language_layer(sizes, settings))
     layer_input = tokens * h * settings.residual_bytes
     feature_layers = sizes.config.vision_feature_layer
     feature_layers = 1 if isinstance(feature_layers, int) else len(feature_layers)
@@ -313,7 +313,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     for index in reversed(range(layers)):
         done = layers - 1 - index
         gradients = fixed + layer_gradient if accumulates else done * layer_gradient
-        again = recomputed if is_checkpointed[index] else 0.0
+        again = layer if is_checkpointed[index] else 0.0
         moments.append(outside + sum(of_layers[: index + 1]) + again + backward + head_gradient + gradients)
     # Last the gradient of the embeddings; where they are tied to the head, the head's gradient is still kept.
     keeps_head_gradient = accumulates or sizes.config.tie_word_embeddings
@@ -326,7 +326,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     result.generation = settings.max_length * (per_token + layers * _key_value_width(text) * c) + dequantized
     generates = settings.sample_answers or settings.benchmarks
     result.peak_of_step = max(max(moments) + pixels, result.evaluation, result.generation if generates else 0.0)
-    result.working = max(backward + (recomputed if any(is_checkpointed) else 0.0), result.loss)
+    result.working = max(backward + (layer if any(is_checkpointed) else 0.0), result.loss)
 
     _shard(result, sizes, settings)
     result.overhead = CUDA_CONTEXT + FRAGMENTATION * result.peak_of_step if settings.device == "cuda" else 0.0
@@ -350,9 +350,8 @@ def _key_value_width(text: PreTrainedConfig) -> int:
     return 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_dim
 
 
-def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float, float]:
-    """Bytes per token that autograd keeps of one layer, how many of them the MLP's last matrix keeps, and those of a checkpointed
-    layer while it is computed again."""
+def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float]:
+    """Bytes per token that autograd keeps of one layer, and how many of them the MLP's last matrix keeps."""
     c, text, full = settings.compute_bytes, sizes.config.text_config, settings.is_full
     h, m, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
     queries = heads * (getattr(text, "head_dim", None) or h // heads)
@@ -379,7 +378,7 @@ def _language_layer(sizes: ModelSizes, settings: Settings) -> tuple[float, float
     kept += of_down
     if not settings.kernels:
         kept += 2 * h * (settings.residual_bytes + c) + m * c * (2 if full else 1)
-    return kept, of_down, kept
+    return kept, of_down
 
 
 def _loss(sizes: ModelSizes, settings: Settings) -> tuple[float, float]:
@@ -395,9 +394,11 @@ def _loss(sizes: ModelSizes, settings: Settings) -> tuple[float, float]:
 
 def _state_bytes(optim: str, trained_bytes: int) -> float:
     """Bytes of the optimizer's state per trained parameter."""
-    if optim in ("sgd", "adafactor"):
-        return 0.0 if optim == "sgd" else 0.1
-    return (1 if "lion" in optim else 2) * (1.05 if "8bit" in optim else trained_bytes)
+    return (
+        0.0
+        if optim in ("sgd", "adafactor")
+        else (1 if "lion" in optim else 2) * (1.05 if "8bit" in optim else trained_bytes)
+    )
 
 
 def _shard(result: Estimate, sizes: ModelSizes, settings: Settings) -> None:
@@ -419,22 +420,15 @@ def _shard(result: Estimate, sizes: ModelSizes, settings: Settings) -> None:
 
 
 def choose_checkpointing(sizes: ModelSizes, settings: Settings, available: float) -> tuple[bool | str, str]:
-    """
-    The fastest `activation_checkpointing` for which a device has room, and why in words.
-
-    Args:
-        available (`float`): Bytes for the allocator, weights included (see [`available_memory`]).
-    """
+    """The fastest `activation_checkpointing` for which a device has so many bytes, weights included, and why in words."""
     needed = {
         value: estimate(sizes, settings.replace(activation_checkpointing=value)).total - CUDA_CONTEXT
         for value in CHECKPOINTING
     }
     chosen = next((value for value, size in needed.items() if size <= (1 - MARGIN) * available), True)
     figures = ", ".join(f"{CHECKPOINTING[value]} {size / GIB:.1f}" for value, size in needed.items())
-    return (
-        chosen,
-        f"activation_checkpointing: {CHECKPOINTING[chosen]} (estimated GiB: {figures}; {available / GIB:.1f} free)",
-    )
+    why = f"(estimated GiB: {figures}; {available / GIB:.1f} free)"
+    return chosen, f"activation_checkpointing: {CHECKPOINTING[chosen]} {why}"
 
 
 def available_memory(device: torch.device) -> int:
@@ -444,14 +438,4 @@ def available_memory(device: torch.device) -> int:
     return min(free + torch.cuda.memory_reserved(device), share)
 
 
-__all__ = [
-    "LIKE_LLAMA",
-    "Estimate",
-    "ModelSizes",
-    "Settings",
-    "available_memory",
-    "choose_checkpointing",
-    "estimate",
-    "load_config",
-    "sizes_of",
-]
+__all__ = ["LIKE_LLAMA", "Settings", "available_memory", "choose_checkpointing", "estimate", "load_config", "sizes_of"]

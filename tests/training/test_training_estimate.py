@@ -106,6 +106,11 @@ def test_lora_weights_are_counted_as_peft_adds_them(text, tmp_path):
     assert sizes_of(config).lora(4) == added
 
 
+def test_a_configuration_without_a_size_is_named():
+    with pytest.raises(ValueError, match="gpt2 has no intermediate_size"):
+        sizes_of(LlavaConfig(text_config=AutoConfig.for_model("gpt2")))
+
+
 def test_embeddings_that_are_tied_are_counted_once():
     text = AutoConfig.for_model("llama", **TEXT)
     tied = AutoConfig.for_model("llama", **TEXT, tie_word_embeddings=True)
