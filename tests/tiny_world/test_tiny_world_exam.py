@@ -34,11 +34,11 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_the_exam_asks_each_kind_once_per_picture(world):
+def test_the_exam_asks_each_kind_once_per_image(world):
     items = set_exam(world / "unseen", seed=0)
-    per_picture = Counter(item.image for item in items)
+    per_image = Counter(item.image for item in items)
     # one thing: neither count nor largest; several small ones: no largest
-    assert len(per_picture) == 60 and set(per_picture.values()) == {len(KINDS) - 2, len(KINDS) - 1, len(KINDS)}
+    assert len(per_image) == 60 and set(per_image.values()) == {len(KINDS) - 2, len(KINDS) - 1, len(KINDS)}
     assert len({item.id for item in items}) == len(items)
     assert items == set_exam(world / "unseen", seed=0)
     presence = [item.answer.startswith("Yes") for item in items if item.kind == "presence"]
@@ -48,10 +48,8 @@ def test_the_exam_asks_each_kind_once_per_picture(world):
 def test_held_out_questions_are_decided_by_a_held_out_pair(world):
     items = set_exam(world / "held_out", seed=0, held_out=True)
     assert len({item.image for item in items}) == 30
-    by_picture = {}
-    for one in items:
-        by_picture.setdefault(one.image, []).append(one)
-    for asked in by_picture.values():
+    for image in {item.image for item in items}:
+        asked = [item for item in items if item.image == image]
         assert {"colour", "object", "position"} <= {one.kind for one in asked}
         words = " ".join(one.question + " " + one.answer for one in asked)
         assert any(name in words for name in HELD_OUT_NAMES)
@@ -65,55 +63,42 @@ def test_score_by_hand():
 
 
 def test_majority_answer_by_hand():
-    training = [("What colour is the ball?", "The ball is red.")] * 2 + [
-        ("What colour is the ball?", "The ball is blue.")
-    ]
+    question = "What colour is the ball?"
+    training = [(question, "The ball is blue."), *[(question, "The ball is red.")] * 2]
     items = [item(0), item(1, question="what colour is the ball"), item(2, question="Never asked?")]
     assert answer_by_majority(items, training) == ["The ball is red.", "The ball is red.", ""]
 
 
 def test_turns_are_read_from_llava_rows_on_either_side_of_the_image():
-    rows = [
-        {"conversations": [{"from": "human", "value": "<image>\nA?"}, {"from": "gpt", "value": "1"}]},
-        {
-            "conversations": [
-                {"from": "human", "value": "B?\n<image>"},
-                {"from": "gpt", "value": "2"},
-                {"from": "human", "value": "C?"},
-                {"from": "gpt", "value": "3"},
-            ]
-        },
+    rows = [["<image>\nA?", "1"], ["B?\n<image>", "2", "C?", "3"]]
+    assert read_turns([{"conversations": [{"value": text} for text in row]} for row in rows]) == [
+        ("A?", "1"),
+        ("B?", "2"),
+        ("C?", "3"),
     ]
-    assert read_turns(rows) == [("A?", "1"), ("B?", "2"), ("C?", "3")]
 
 
 @pytest.mark.parametrize("scenes", [2, 3, 17])
-def test_no_question_keeps_its_picture_when_they_are_shuffled(scenes):
+def test_no_question_keeps_its_image_when_they_are_shuffled(scenes):
     items = [item(number) for number in range(scenes) for _ in range(3)]
     for seed in range(20):
         shuffled = shuffle_images(items, seed)
-        assert all(one.image != picture for one, picture in zip(items, shuffled))
+        assert all(one.image != image for one, image in zip(items, shuffled))
         assert set(shuffled) == {one.image for one in items}
 
 
-def test_a_blank_picture_has_the_size_and_one_colour(tmp_path):
+def test_a_blank_image_has_the_size_and_one_colour(tmp_path):
     Image.new("RGB", (7, 5), "red").save(tmp_path / "a.png")
     blank = blank_image(tmp_path / "a.png")
     assert blank.size == (7, 5) and len(blank.getcolors()) == 1
 
 
 def test_the_figure_shows_wrong_answers_in_their_proportion_and_a_held_out_pair():
-    rows = [
-        {
-            "image": f"{number}.jpg",
-            "kind": KINDS[number % len(KINDS)],
-            "question": "?",
-            "answer": "x",
-            "expected": "It is the blue star." if number == 77 else "x",
-            "right": number % 5 != 0,
-        }
-        for number in range(100)
-    ]
+    rows = []
+    for number in range(100):
+        expected = "It is the blue star." if number == 77 else "x"
+        row = {"image": f"{number}.jpg", "kind": KINDS[number % len(KINDS)], "question": "?", "answer": "x"}
+        rows.append({**row, "expected": expected, "right": number % 5 != 0})
     chosen = choose_answers(rows, 10)
     assert len(chosen) == 10 and len({row["image"] for row in chosen}) == 10
     assert sum(not row["right"] for row in chosen) == 2

@@ -30,24 +30,26 @@ def tokenizer():
     return train_tokenizer([message["content"] for messages in dialogues for message in messages])
 
 
+def labels_of_a_boat(folder, side):
+    """Labels of an image with a boat of `side` in its top left corner, by head, `[6, 6]`."""
+    thing = Thing("boat", "red", "large", "top", "left", (side / 2, side / 2), side)
+    write_split(folder, [Scene("snow", (thing,), 0)])
+    paths, labels, place = patch_labels(folder)
+    assert place.tolist() == [list(PLACES).index("snow")] and len(paths) == 1
+    return {head: found.view(6, 6) for head, found in labels.items()}
+
+
 def test_patches_learn_what_the_boxes_say(tmp_path):
-    # A thing of a third of the picture in the top left: patches of 1/6, centres at 1/12, 3/12, … The box covers 0..1/3,
-    # so two by two patches; their centres lie at a quarter and three quarters of its side, outside of 0.7 × its middle
-    # (0.15 to 0.85 of the side) none: all four are taught.
-    thing = Thing("boat", "red", "large", "top", "left", (1 / 6, 1 / 6), 1 / 3)
-    write_split(tmp_path, [Scene("snow", (thing,), 0)])
-    paths, labels, place = patch_labels(tmp_path)
+    # Patches of 1/6, centres at 1/12, 3/12, …: a box of 1/3 covers two by two, whose centres lie at a quarter and three
+    # quarters of its side, within its middle (0.15 to 0.85): all four have labels.
     covered = torch.zeros(6, 6, dtype=torch.bool)
     covered[:2, :2] = True
+    labels = labels_of_a_boat(tmp_path / "a", 1 / 3)
     for head, answer in (("category", "boat"), ("colour", "red"), ("size", "large"), ("position", "top left")):
-        found = labels[head].view(6, 6)
-        assert torch.equal(found != 0, covered) and set(found[covered].tolist()) == {HEADS[head].index(answer)}
-    assert place.tolist() == [list(PLACES).index("snow")] and len(paths) == 1
-    # A box of half the picture: the three by three patches' outer centres lie at 1/6 and 5/6 of its side, all taught;
-    # of four fifths: centres at 0.104, 0.3125, … of its side, the outermost are in the box and not taught.
-    thing = Thing("boat", "red", "large", "top", "left", (0.4, 0.4), 0.8)
-    write_split(tmp_path / "b", [Scene("snow", (thing,), 0)])
-    grid = patch_labels(tmp_path / "b")[1]["category"].view(6, 6)
+        assert torch.equal(labels[head] != 0, covered)
+        assert set(labels[head][covered].tolist()) == {HEADS[head].index(answer)}
+    # Of a box of four fifths the outermost centres, at 0.104 and 0.94 of its side, are in it and without a label.
+    grid = labels_of_a_boat(tmp_path / "b", 0.8)["category"]
     assert (grid[0, :5] == IGNORE_INDEX).all() and (grid[:5, 4] == IGNORE_INDEX).all()
     assert (grid[1:4, 1:4] == HEADS["category"].index("boat")).all() and (grid[5] == 0).all()
 

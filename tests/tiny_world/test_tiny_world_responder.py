@@ -1,4 +1,4 @@
-"""The scripted responder, told of pictures in captions and boxes only."""
+"""The scripted responder, told of images in captions and boxes only."""
 
 import asyncio
 import random
@@ -53,27 +53,23 @@ def test_answers_are_true_of_the_scene():
     for scene in draw_scenes(100, 1, "train"):
         by_category = {thing.category: thing for thing in scene.things}
         by_colour = {thing.colour: thing for thing in scene.things}
+        largest = max(scene.things, key=lambda thing: thing.side)
         kinds = set()
         for question in list_questions(read_context(text_of(context_of(scene))), random.Random(0)):
             kinds.add(question.kind)
-            words = question.text.rstrip("?").split()
-            last = words[-1]
-            if question.kind == "colour":
-                assert question.answer == f"The {last} is {by_category[last].colour}."
-            elif question.kind == "object":
-                assert question.answer.split()[-1] == by_colour[words[-2]].category + "."
-            elif question.kind == "position":
-                thing = by_category[last]
-                assert question.answer == f"The {last} is at the {thing.row} {thing.column}."
-            elif question.kind == "size":
-                category = words[2]
-                assert question.answer == f"The {category} is {by_category[category].size}."
+            words, answer = question.text.rstrip("?").split(), question.answer
+            if question.kind == "presence":
+                assert answer.startswith("Yes") == (words[-1] in by_category)
             elif question.kind == "count":
-                assert {2: "two things", 3: "three things"}[len(scene.things)] in question.answer
-            elif question.kind == "presence":
-                assert question.answer.startswith("Yes") == (last in by_category)
+                assert {2: "two things", 3: "three things"}[len(scene.things)] in answer
             elif question.kind == "largest":
-                assert max(scene.things, key=lambda thing: thing.side).name in question.answer
+                assert largest.name in answer
+            elif question.kind == "object":
+                assert answer.split()[-1] == by_colour[words[-2]].category + "."
+            elif question.kind != "place":
+                thing = by_category[words[2] if question.kind == "size" else words[-1]]
+                told = {"colour": thing.colour, "size": thing.size, "position": f"at the {thing.row} {thing.column}"}
+                assert answer == f"The {thing.category} is {told[question.kind]}."
         assert {"place", "presence", "colour", "object", "size", "position"} <= kinds
         assert ("count" in kinds) == (len(scene.things) > 1)
 
@@ -92,15 +88,8 @@ def test_replies_pass_the_data_engines_rules():
             reply = asyncio.run(responder.complete(prompt.messages(context), max_tokens=512, temperature=0.7))
             turns = validate(reply.text, kind, SETTINGS, reply.finish_reason)
             if kind == "conversation":
-                assert len(turns) == min(
-                    6,
-                    len(
-                        {
-                            question.text
-                            for question in list_questions(read_context(text_of(context)), random.Random(0))
-                        }
-                    ),
-                )
+                possible = list_questions(read_context(text_of(context)), random.Random(0))
+                assert len(turns) == min(6, len({question.text for question in possible}))
             if kind == "detail":
                 assert all(thing.name in turns[0][1] for thing in scene.things)
 
@@ -128,20 +117,17 @@ def test_the_responder_is_a_chat_model_and_repeats_itself():
 
 
 @pytest.mark.parametrize(
-    "messages",
+    "system, text",
     [
-        [
-            {"role": "system", "content": "Be nice."},
-            {"role": "user", "content": "A red ball.\n\nball: [0.1, 0.1, 0.2, 0.2]"},
-        ],
-        [{"role": "system", "content": load_prompts(PROMPTS)["detail"].system}, {"role": "user", "content": "Hello."}],
-        [
-            {"role": "system", "content": load_prompts(PROMPTS)["detail"].system},
-            {"role": "user", "content": "A ball in a meadow.\n\nball: [0.1, 0.1, 0.2, 0.2]"},
-        ],
+        ("Be nice.", "A red ball in a meadow.\n\nball: [0.1, 0.1, 0.2, 0.2]"),
+        (None, "Hello."),
+        (None, "A ball in a meadow.\n\nball: [0.1, 0.1, 0.2, 0.2]"),
+        (None, "A red ball.\n\nball: [0.1, 0.1, 0.2, 0.2]"),
     ],
 )
-def test_what_the_responder_does_not_understand_it_refuses(messages):
+def test_the_responder_refuses_what_it_does_not_understand(system, text):
+    system = system or load_prompts(PROMPTS)["detail"].system
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     with pytest.raises(RequestFault):
         asyncio.run(ScriptedResponder().complete(messages, max_tokens=64, temperature=0.0))
 
