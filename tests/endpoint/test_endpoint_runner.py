@@ -143,7 +143,7 @@ GOOD = '{"choices": [{"message": {"content": "%s"}}], "usage": %s}'
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", "connection", True),  # cut
         (b"SSH-2.0-OpenSSH_9\r\n\r\n", "malformed", True),
         (http("<html>"), "malformed", True),
-        (http("null"), "malformed", True),
+        (http('{"usage": {"prompt_tokens": ' + "9" * 6000 + "}}"), "malformed", True),
         (http("[" * 100_000), "malformed", True),
     ],
 )

@@ -6,8 +6,8 @@ import re
 import pytest
 from fault_server import FaultServer
 from tiny_predictor import picture
+from tiny_science import llava_eval
 
-from modeling_llava.cli.main import main
 from modeling_llava.endpoint import RequestFault
 from modeling_llava.evaluation.judge import read_rules
 from modeling_llava.evaluation.llava_bench import (
@@ -174,11 +174,10 @@ def test_a_review_that_the_judge_refuses_is_counted_as_without_reply_and_never_a
 
 def run_cli(bench, model_folder, out, url, *more, references=True):
     questions, contexts, reference_file = files_of(bench)
-    files = ["--questions", questions, "--contexts", contexts, "--images", bench / "images", "--out", out]
+    files = ["--questions", questions, "--contexts", contexts, "--images", bench / "images"]
     files += ["--references", reference_file] if references else []
-    arguments = ["--judge", "local-judge", "--base-url", url, "--max-new-tokens", "8", "--patience", "2"]
-    arguments += ["--dtype", "float32", "--device", "cpu"]
-    return main(["eval", "llava-bench", str(model_folder), *map(str, [*files, *arguments, *more])])
+    options = ["--judge", "local-judge", "--base-url", url, "--max-new-tokens", "8", "--patience", "2"]
+    return llava_eval("llava-bench", model_folder, out, *files, *options, *more)
 
 
 def review(messages):
@@ -190,8 +189,7 @@ def review(messages):
     ] + "\nBecause."
 
 
-def test_command_against_a_local_endpoint(bench, model_folder, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+def test_command_against_a_local_endpoint(bench, model_folder, capsys):
     with FaultServer(reply=review, faults={"500": 0.2}, seed=3) as server:
         assert run_cli(bench, model_folder, bench / "out", server.url) == 0
         assert max(server.paid.values()) == 1
@@ -220,8 +218,7 @@ def test_command_against_a_local_endpoint(bench, model_folder, capsys, monkeypat
     assert (bench / "out/results.png").stat().st_size > 5000
 
 
-def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys):
 
     def reply(messages):
         body = server.bodies[-1]
@@ -230,7 +227,7 @@ def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys,
             words = "Use max_completion_tokens." if name == "max_tokens" else "Unsupported value."
             return 400, {"error": {"message": words, "param": name}}
         return (
-            "<think>3 4</think>\n**8/10 9/10**\nFine."
+            "<think>3 4</think>\n**8/10 9/10**\n<script>alert(1)</script>"
             if "[Assistant 1]" in messages[1]["content"]
             else "Made.</think>A dog."
         )
@@ -241,18 +238,18 @@ def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys,
         assert run_cli(bench, model_folder, bench / "out", server.url, *more, references=False) == 0
     results, rows = read_results(bench / "out")
     assert results["complete"] and results["judge"]["temperature"] is None
+    page = (bench / "out/index.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert" in page
     assert {row["reference"] for row in rows} == {"A dog."} and {row["score"] for row in rows} == {8.5}
 
 
-def test_a_judge_that_says_nothing_is_an_error_with_its_own_words(bench, model_folder, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+def test_a_judge_that_says_nothing_is_an_error_with_its_own_words(bench, model_folder, capsys):
     with FaultServer(reply=lambda messages: (400, {"error": {"message": "No such deployment."}})) as server:
         assert run_cli(bench, model_folder, bench / "out", server.url, "--partial") == 2
     assert "No such deployment." in capsys.readouterr().err
 
 
-def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, capsys):
     with FaultServer(reply=review) as server:
         url = server.url
     assert run_cli(bench, model_folder, bench / "out", url) == 2
@@ -262,11 +259,3 @@ def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, caps
     assert len((bench / "out/answers.jsonl").read_text().splitlines()) == 6
     with FaultServer(reply=review) as server:
         assert run_cli(bench, model_folder, bench / "out", server.url) == 0
-
-
-def test_page_escapes_what_models_say(bench, model_folder, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    with FaultServer(reply=lambda messages: "8 6\n<script>alert(1)</script>") as server:
-        assert run_cli(bench, model_folder, bench / "out", server.url) == 0
-    page = (bench / "out/index.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;alert" in page

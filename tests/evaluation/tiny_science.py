@@ -1,5 +1,6 @@
-"""Problems in the form of ScienceQA's `problems.json`."""
+"""Problems in the form of ScienceQA's `problems.json`, and the command that all benchmarks have."""
 
+from modeling_llava.cli.main import main
 from modeling_llava.evaluation.scienceqa import read_problems
 
 
@@ -26,3 +27,9 @@ def science_problem(number, split="test", **changes):
 
 def problems_of(science, split="test"):
     return read_problems(science / "problems.json", science / "pid_splits.json", split, science / "images")
+
+
+def llava_eval(benchmark, model, out, *options):
+    """The status of `llava eval BENCHMARK MODEL`, on the CPU."""
+    options = ["--out", out, "--dtype", "float32", "--device", "cpu", *options]
+    return main(["eval", benchmark, str(model), *map(str, options)])
