@@ -93,26 +93,10 @@ class ArrowRows:
 
     def scan(self) -> Iterator[dict]:
         """All rows, with a placeholder for each image, so that no image bytes are touched."""
-        import pyarrow.compute as pc
-
         for table in self.dataset.iter(batch_size=1000):
-            placeholders = {}
-            for name in table.column_names:
-                column = table.column(name)
-                if _holds_bytes(column.type):
-                    placeholders[name] = _placeholders(column)
-                elif _is_list(column.type) and _holds_bytes(column.type.value_type):
-                    images = iter(_placeholders(pc.list_flatten(column)))
-                    lengths = pc.list_value_length(column).to_pylist()
-                    placeholders[name] = [[next(images) for _ in range(length or 0)] for length in lengths]
-                else:
-                    continue
-                table = table.drop_columns([name])
-            rows = table.to_pylist()
-            for name, column in placeholders.items():
-                for row, placeholder in zip(rows, column):
-                    row[name] = placeholder
-            yield from map(self._decoded, rows)
+            columns = [_without_bytes(table.column(name)) for name in table.column_names]
+            for values in zip(*columns):
+                yield self._decoded(dict(zip(table.column_names, values)))
 
     def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
         for index in shard.indices(len(self.dataset)):
@@ -189,14 +173,19 @@ def _holds_bytes(arrow_type) -> bool:
     return is_image or pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
 
 
-def _placeholders(column) -> list[dict | None]:
-    """One for each image; `None` stays `None`."""
-    return [{"bytes": None, "path": None} if valid else None for valid in column.is_valid().to_pylist()]
+def _without_bytes(column) -> list:
+    """The values of a column, with a placeholder for each image; `None` stays `None`."""
+    import pyarrow.compute as pc
+
+    if _holds_bytes(column.type):
+        return [{"bytes": None, "path": None} if valid else None for valid in column.is_valid().to_pylist()]
+    if _is_list(column.type) and _holds_bytes(column.type.value_type):
+        images = iter(_without_bytes(pc.list_flatten(column)))
+        return [[next(images) for _ in range(length or 0)] for length in pc.list_value_length(column).to_pylist()]
+    return column.to_pylist()
 
 
 def _is_list(arrow_type) -> bool:
     import pyarrow as pa
 
-    return (
-        pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
-    )
+    return isinstance(arrow_type, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
