@@ -205,25 +205,23 @@ def require_new_rows_are_saved(model: nn.Module) -> None:
 
     core = core_model(model)
     base = base_name_to_record(core)
-    config = read_config(file_of(base, "config.json")) if base else None
-    before = (config or {}).get("text_config", {}).get("vocab_size")
-    number = core.get_input_embeddings().weight.shape[0]
-    if before is None or number <= before:
+    config = base and read_config(file_of(base, "config.json"))
+    before, embeddings, head = (config or {}).get("text_config", {}).get("vocab_size"), *_vocabulary(core)
+    if before is None or len(embeddings) <= before:
         return
-    rows = [name for name, tensor in get_peft_model_state_dict(model).items() if len(tensor) == number]
-    config = model.peft_config[model.active_adapter]
-    has_new_tokens = bool(getattr(config, "trainable_token_indices", None))
-    is_tied = core.get_output_embeddings().weight is core.get_input_embeddings().weight
-    lost = [
-        name
-        for name, is_held in (("embed_tokens", has_new_tokens), ("lm_head", is_tied))
-        if not is_held and not any(name in row for row in rows)
-    ]
+    whole = [name for name, tensor in get_peft_model_state_dict(model).items() if len(tensor) == len(embeddings)]
+    are_new_trained = bool(getattr(model.peft_config[model.active_adapter], "trainable_token_indices", None))
+    held = {"embed_tokens": are_new_trained, "lm_head": head is embeddings}
+    lost = [part for part, is_held in held.items() if not is_held and not any(part in name for name in whole)]
     if lost:
         raise ValueError(
-            f"The model has {number} tokens, its base {base} {before}, and the adapter would not hold the new rows of "
+            f"The model has {len(embeddings)} tokens, its base {base} {before}, and the adapter would not hold the new rows of "
             f"{' and '.join(lost)}. Add {lost} to modules_to_save of the LoraConfig, or save the resized model and adapt that."
         )
+
+
+def _vocabulary(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
 def initial_lora(model: nn.Module) -> dict[str, torch.Tensor]:

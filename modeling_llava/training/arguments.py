@@ -39,7 +39,7 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None):
 
 
 class _Resolved:
-    """A number that follows from other settings: it is computed again for a copy (`dataclasses.replace`) with others."""
+    """A value that follows from other settings: it is computed again for a copy (`dataclasses.replace`) with others."""
 
 
 class _ResolvedInt(int, _Resolved):
@@ -47,6 +47,10 @@ class _ResolvedInt(int, _Resolved):
 
 
 class _ResolvedFloat(float, _Resolved):
+    pass
+
+
+class _ResolvedStr(str, _Resolved):
     pass
 
 
@@ -457,7 +461,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if switched is not None and self.precision not in ("auto", switched):
             raise ValueError(f"precision={self.precision} contradicts {switched}=true. Leave {switched} out.")
         if self.precision == "auto":
-            self.precision = switched or ("fp32" if self.use_cpu else best_precision())
+            self.precision = _ResolvedStr(switched or ("fp32" if self.use_cpu else best_precision()))
         if self.precision == "fp16" and self.use_cpu:
             raise ValueError("precision=fp16 needs a GPU. On the CPU set precision=fp32, or bf16 (auto takes fp32).")
         if self.trained_dtype == "bfloat16" and self.precision != "bf16":
@@ -465,7 +469,8 @@ class LlavaTrainingArguments(TrainingArguments):
                 f"trained_dtype=bfloat16 requires precision=bf16; it is {self.precision}. Set trained_dtype=float32, or "
                 "precision=bf16."
             )
-        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if switched is None:
+            self.bf16, self.fp16 = _ResolvedInt(self.precision == "bf16"), _ResolvedInt(self.precision == "fp16")
 
     def _resolve_global_batch_size(self):
         per_step = self.train_batch_size * self.world_size
@@ -558,7 +563,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, _Resolved):
-        return int(value) if isinstance(value, int) else float(value)
+        return next(kind for kind in (int, float, str) if isinstance(value, kind))(value)
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value

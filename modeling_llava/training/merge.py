@@ -53,17 +53,15 @@ def merge_adapter(
     as_trained: bool = False,
 ) -> Path:
     """
-    Fold an adapter into its base and write a full stock checkpoint with its processor, and with the record of its run,
-    from which `llava publish` writes the model card.
+    Fold an adapter, or what a pretrain run trained, into its base: a full stock checkpoint with its processor and the record of its
+    run, from which `llava publish` writes the model card.
 
-    The base is read in 16 bits, also where the adapter was trained on a 4-bit base: merging into 4-bit weights would round what
-    was learned away. A QLoRA adapter makes up for the rounding of its 4-bit base: `as_trained` rounds the base in the same way
-    first, so that the result computes what was trained; without it a model of 135M is worse (`examples/results/real_pictures`).
-    Sums are made in float32 and rounded once. The base stays on the disk (mapped); a shard of the result is in memory at a time.
+    The base is read in 16 bits, also where the adapter was trained on a 4-bit base; sums are made in float32 and rounded once. The
+    base stays on the disk (mapped), and a shard of the result is in memory at a time.
 
     Args:
         adapter (`str`):
-            An adapter folder or Hub name; the output folder of a pretrain run works as well.
+            An adapter folder or Hub name, or the output folder of a pretrain run.
         output (`str`):
             Folder to be written; it must be new or empty.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
@@ -73,19 +71,20 @@ def merge_adapter(
         revision (`str`, *optional*):
             Branch, tag or commit of `adapter`.
         as_trained (`bool`, *optional*, defaults to `False`):
-            Round the language model to the 4 bits of its training (by the adapter's `recipe.yaml`) and back first.
+            Round the language model to the 4 bits of its training (by the adapter's `recipe.yaml`) and back first, so that the
+            result computes what was trained; otherwise the adapter meets weights that it has not seen.
 
     Raises:
         ImportError: `as_trained` without bitsandbytes.
-        ValueError: `adapter` is a full model already, or holds weights that are not finite; the base holds 4-bit weights; `output`
-            is not empty; `as_trained` for an adapter that was not trained on a 4-bit base.
+        ValueError: `adapter` is a full model, or not finite; the base holds 4-bit weights; `output` is not empty; `as_trained` for an
+            adapter that was not trained on a 4-bit base.
     """
     kind = checkpoint_kind(adapter, revision)
-    if kind == "full" and file_of(adapter, "config.json", revision) is None:  # a Hub name that was not found
-        raise OSError(
-            f"{adapter!r} is not a folder here, and the Hub does not give it: check the name and the network."
-        )
     if kind == "full":
+        if file_of(adapter, "config.json", revision) is None:
+            raise OSError(
+                f"{adapter!r} is not a folder, and the Hub does not give it: check the name and the network."
+            )
         raise ValueError(f"{adapter} is a full model already: there is nothing to merge.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -140,12 +139,7 @@ def merge_adapter(
 
 @torch.no_grad()
 def _merged_tensors(model: PreTrainedModel, adapter: str, revision: str | None, kind: str, rounding: tuple | None):
-    """
-    Saved name → tensor of the base, and address → function that gives what replaces it, for those that change.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[int, Callable[[], torch.Tensor]]]`
-    """
+    """Saved name → tensor of the base; and, by the address of those that change, a function that gives what replaces it."""
     if kind == "projector":
         load_projector(model, adapter, revision)
         return saved_tensors(model), {}

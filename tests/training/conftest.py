@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from published import build
+from rich.console import Console
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -70,3 +71,9 @@ def settings(base_model, instructions, tmp_path) -> dict:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    """A console that is not the terminal; what it was given: `export_text()`."""
+    return Console(record=True, width=160, file=open(tmp_path / "console.txt", "w"))

@@ -25,7 +25,9 @@ from modeling_llava.io.checkpoints import (
     load_adapter_for_inference,
 )
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
+from modeling_llava.training import train as run
 from modeling_llava.training.adapters import add_adapter, initial_lora, load_adapter, lora_target_pattern
+from modeling_llava.training.setup import load_model_and_processor
 
 
 LANGUAGE_MODELS = {
@@ -186,7 +188,7 @@ assert "modeling_llava" not in [m.split(".")[0] for m in sys.modules]
 
 FORMS = {  # settings → what is trained
     "projector": ({}, {"language_model", "multi_modal_projector"}),
-    "lora only": ({"train_projector": "lora"}, {"language_model", "multi_modal_projector"}),
+    "lora only": ({"train_projector": "lora", "use_rslora": True}, {"language_model", "multi_modal_projector"}),
     "frozen": ({"train_projector": "frozen"}, {"language_model"}),
     "lora on the tower": ({"lora_vision_tower": True, "train_projector": "lora", "use_dora": True}, set(COMPONENTS)),
     "tower": ({"train_vision_tower": True}, set(COMPONENTS)),
@@ -197,7 +199,8 @@ FORMS = {  # settings → what is trained
 def test_each_form_trains_its_parts_and_is_merged_further_trained_and_named(base, tmp_path, form):
     settings, expected = FORMS[form]
     trainer = train(base, tmp_path / "adapter", **settings)
-    merged, before = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))), load(base)
+    stock, before = transformers.LlavaForConditionalGeneration, load(base)
+    merged = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged")), stock)
     changed = [name for name, old in before.named_parameters() if not torch.equal(old, merged.get_parameter(name))]
     assert {component_of(name) for name in changed} == expected
     assert not any("norm" in n or "embed_tokens" in n or "lm_head" in n for n in changed if "vision_tower" not in n)
@@ -413,19 +416,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_qlora(base, tmp_pat
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_b)
 
 
-def test_neftune_noise_is_added_in_training_and_gone_after(base, tmp_path):
-    plain = train(base, tmp_path / "a", logging_steps=1)
-    noisy = train(base, tmp_path / "b", logging_steps=1, neftune_noise_alpha=15.0)
-    first = [t.state.log_history[0]["loss"] for t in (plain, noisy)]
-    assert first[0] != first[1]
-    embedding = noisy.model.get_base_model().get_input_embeddings()
-    assert not embedding._forward_hooks
-
-
 def test_training_goes_on_from_an_adapter(settings, tmp_path):
-    from modeling_llava.training.run import train as run
-    from modeling_llava.training.setup import load_model_and_processor
-
     first = run({**settings, "adapter": "lora"})
     further = {**settings, "model": str(first.output_dir), "output_dir": str(tmp_path / "second"), "adapter": "lora"}
     model, _ = load_model_and_processor(LlavaTrainingArguments(**further))
@@ -436,8 +427,6 @@ def test_training_goes_on_from_an_adapter(settings, tmp_path):
     further["output_dir"] = str(tmp_path / "third")  # without a checkpoint, which would not fit either
     with pytest.raises(ValueError, match="Set adapter=lora"):
         run({**further, "adapter": "none"})
-    with pytest.raises(ValueError, match="Set train_vision_tower=false"):
-        run({**further, "train_vision_tower": True})
 
 
 def logits_of_folder(folder, settings):
@@ -455,7 +444,7 @@ def logits_of(model, settings):
     return model.eval()(**batch).logits
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": "lora_only"}, {"adapter": "qlora"}])
+@pytest.mark.parametrize("settings", [{"lora_bias": "lora_only"}, {"adapter": "qlora"}])
 def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path, settings):
     trainer = train(base, tmp_path / "adapter", **settings)
     merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
@@ -529,8 +518,6 @@ def test_merge_refuses_4_bit_bases_full_models_and_full_folders(base, tmp_path):
 
 
 def test_qlora_without_bitsandbytes_says_what_to_install(settings, monkeypatch):
-    from modeling_llava.training import train as run
-
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'modeling-llava\[qlora\]'.*adapter=lora works without"):
         run({**settings, "adapter": "qlora"})

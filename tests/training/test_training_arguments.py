@@ -57,13 +57,16 @@ def test_optimizers_that_group_by_themselves_keep_one_rate_for_all():
         ({"stage": "pretrain", "learning_rate": 5e-4}, {"learning_rate": 5e-4}),
         ({"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}),
         ({"global_batch_size": 16}, {"gradient_accumulation_steps": 8}),
+        ({"bf16": True}, {"precision": "bf16"}),
+        ({"precision": "bf16"}, {"bf16": True}),
     ],
 )
 def test_a_copy_with_other_settings_resolves_again_what_follows_from_them(changed, expected):
     args = LlavaTrainingArguments(per_device_train_batch_size=2, global_batch_size=8)
-    copied = dataclasses.replace(args, **changed)
+    copied = dataclasses.replace(dataclasses.replace(args, **changed), seed=2)
     assert {name: getattr(copied, name) for name in expected} == expected
-    assert yaml.safe_load(yaml.safe_dump(copied.to_recipe()))["learning_rate"] == copied.learning_rate
+    recipe = yaml.safe_load(yaml.safe_dump(copied.to_recipe()))
+    assert (recipe["learning_rate"], recipe["precision"]) == (copied.learning_rate, copied.precision)
 
 
 def test_every_setting_has_a_help_text():

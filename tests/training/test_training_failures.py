@@ -9,14 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from modeling_llava.training import resume, train
-
-
-@pytest.fixture
-def quiet(tmp_path):
-    return Console(file=open(tmp_path / "console.txt", "w"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import logging
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from tiny import tiny_config, tiny_text_config
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.neftune import activate_neftune
@@ -26,11 +25,6 @@ from modeling_llava.training.setup import (
     prepare_model,
     resolve_packing,
 )
-
-
-@pytest.fixture
-def quiet(tmp_path):
-    return Console(file=open(tmp_path / "console.txt", "w"))
 
 
 def losses(result):
@@ -126,15 +120,9 @@ def test_a_packed_run_is_the_padded_run(settings, kind, quiet, tmp_path):
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
 
 
-def test_full_packs_are_filled_and_hold_every_sample_once(settings, quiet, caplog):
-    args = LlavaTrainingArguments(
-        **{**settings, "packing": "full", "pack_length": 300, "num_train_epochs": 1, "max_steps": -1},
-        per_device_eval_batch_size=2,
-    )
-    model, processor = load_model_and_processor(args)
-    train_dataset, _ = load_datasets(args)
+def test_full_packs_are_filled_and_hold_every_sample_once(settings, caplog):
     with caplog.at_level(logging.WARNING):
-        trainer = LlavaTrainer(model, args, train_dataset=train_dataset, processing_class=processor)
+        trainer = trainer_for(settings, packing="full", pack_length=300, num_train_epochs=1, max_steps=-1)
     assert "24 samples in" in caplog.text and "% filled" in caplog.text
     assert isinstance(trainer.train_dataset, PackedDataset)
     collator, seen = trainer.data_collator, []
@@ -142,9 +130,8 @@ def test_full_packs_are_filled_and_hold_every_sample_once(settings, quiet, caplo
         pack = trainer.train_dataset[i]
         seen += [sample["id"] for sample in pack]
         assert collator([pack])["input_ids"].shape[1] == sum(collator.length(s) for s in pack) <= 300
-    assert sorted(seen) == sorted(sample["id"] for sample in train_dataset)
+    assert sorted(seen) == sorted(f"s{i}" for i in range(24))
     assert trainer.train_dataset.plan.utilization > 0.8
-    trainer.args.per_device_train_batch_size = 1
     assert trainer.train().global_step == -(-len(trainer.train_dataset) // 2)
 
 
@@ -156,20 +143,8 @@ def test_full_packs_resume_where_they_stopped(settings, quiet, tmp_path):
     assert losses(again) == losses(whole)
 
 
-@pytest.mark.parametrize("packing", ["none", "batch", "full"])
-def test_a_stream_is_trained_on_in_every_form(settings, packing, quiet):
-    result = train(
-        {**settings, "streaming": True, "shuffle_buffer": 8, "packing": packing, "max_steps": 20}, console=quiet
-    )
-    assert result.global_step == 20 and all(loss > 0 for loss in losses(result))
-
-
-def test_full_packs_take_the_weights_of_types(settings, quiet, caplog):
-    only_detail = {"conversation": 0, "detail": 1, "complex": 0}
-    args = LlavaTrainingArguments(**{**settings, "packing": "full", "type_weights": only_detail})
-    model, processor = load_model_and_processor(args)
-    train_dataset, _ = load_datasets(args)
-    trainer = LlavaTrainer(model, args, train_dataset=train_dataset, processing_class=processor)
+def test_full_packs_take_the_weights_of_types(settings):
+    trainer = trainer_for(settings, packing="full", type_weights={"conversation": 0, "detail": 1, "complex": 0})
     drawn = [sample for i in range(len(trainer.train_dataset)) for sample in trainer.train_dataset[i]]
     assert {sample["type"] for sample in drawn} == {"detail"} and len(drawn) == 8
 

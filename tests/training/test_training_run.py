@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -28,11 +27,6 @@ from modeling_llava.training.setup import load_datasets, load_model_and_processo
 
 BOTH_FORMS = pytest.mark.parametrize("base_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
 PUBLISHED = pytest.mark.parametrize("base_model", ["llava-hf"], indirect=True)
-
-
-@pytest.fixture
-def quiet(tmp_path):
-    return Console(record=True, width=160, file=open(tmp_path / "console.txt", "w"))
 
 
 def keys(folder):

@@ -2,11 +2,9 @@
 
 import json
 import logging
-from io import StringIO
 
 import pytest
 from published import FORMS, build, copy
-from rich.console import Console
 from transformers import AutoProcessor, GenerationConfig
 
 from modeling_llava.text.chat_templates import load_chat_template
@@ -31,11 +29,8 @@ def test_a_published_template_gets_its_stop_and_keeps_its_prompt(settings, caplo
     assert answer_stop(published) == ""
     processor = processor_of_run(settings, "llava-hf")
     assert answer_stop(processor) == "</s>"
-    assert (
-        question(processor)
-        == question(published)
-        == FORMS["llava-hf"].prompt.replace("What colour is it?", "What is it?")
-    )
+    prompt = FORMS["llava-hf"].prompt.replace("What colour is it?", "What is it?")
+    assert question(processor) == question(published) == prompt
     said = [record.getMessage() for record in caplog.records if "teaches no stop" in record.getMessage()]
     assert len(said) == 1 and "chat_template=keep" in said[0]
 
@@ -54,36 +49,31 @@ def test_captions_and_templates_with_a_stop_are_left_alone(settings):
     assert processor_of_run(settings, "qwen2.5").chat_template == own.chat_template
 
 
-def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, caplog):
+def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, quiet, caplog):
     caplog.set_level(logging.WARNING)
     model = tmp_path / "model"
     copy("llava-hf", model)
     generation = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": 0}))
-    quiet = {"console": Console(file=StringIO())}
     changed = {**settings, "model": str(model), "max_length": 1024, "max_steps": 1, "preview_samples": 0}
     stop = AutoProcessor.from_pretrained(model).tokenizer.eos_token_id
 
-    full = train({**changed, "output_dir": str(tmp_path / "full")}, **quiet)
+    full = train({**changed, "output_dir": str(tmp_path / "full")}, console=quiet)
     assert GenerationConfig.from_pretrained(full.output_dir).eos_token_id == [stop, 0]
     assert answer_stop(AutoProcessor.from_pretrained(full.output_dir)) == "</s>"
     assert "generate_kwargs" not in caplog.text
 
-    adapter = train({**changed, "adapter": "lora", "output_dir": str(tmp_path / "adapter")}, **quiet)
+    adapter = train({**changed, "adapter": "lora", "output_dir": str(tmp_path / "adapter")}, console=quiet)
     assert f"'eos_token_id': [0, {stop}]" in caplog.text  # an adapter is loaded with its base's configuration
     assert GenerationConfig.from_pretrained(adapter.output_dir).eos_token_id == [0, stop]
     merged = merge_adapter(str(adapter.output_dir), str(tmp_path / "merged"))
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [0, stop]
 
 
-def test_a_text_that_ends_answers_is_named_for_stock(settings, tmp_path, caplog):
+def test_a_text_that_ends_answers_is_named_for_stock(settings, quiet, caplog):
     changed = {**settings, "chat_template": "vicuna_v0", "max_steps": 1, "preview_samples": 0}
-    train(changed, console=Console(file=StringIO()))
-    assert (
-        "{'stop_strings': ['###']}" in caplog.text
-        and "tokenizer=" in caplog.text
-        and "generate_kwargs=" in caplog.text
-    )
+    train(changed, console=quiet)
+    assert all(part in caplog.text for part in ("{'stop_strings': ['###']}", "tokenizer=", "generate_kwargs="))
 
 
 @pytest.mark.parametrize("form", ["llama3", "qwen3", "phi3", "gemma", "mistral"])

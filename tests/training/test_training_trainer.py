@@ -1,12 +1,10 @@
 """`LlavaTrainer` as people call it in a notebook: arguments used twice, `model_init`, single steps, saving on one process."""
 
-import io
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
@@ -74,10 +72,9 @@ def test_one_process_can_save_while_the_others_do_not(settings, make, monkeypatc
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_kernels_are_reported_and_turned_off_by_one_setting(settings, kernels):
-    console = Console(file=io.StringIO(), width=200)
-    train({**settings, "kernels": kernels, "max_steps": 1, "preview_samples": 0}, console=console)
-    assert ("Kernels: " in console.file.getvalue()) == kernels
+def test_kernels_are_reported_and_turned_off_by_one_setting(settings, kernels, quiet):
+    train({**settings, "kernels": kernels, "max_steps": 1, "preview_samples": 0}, console=quiet)
+    assert ("Kernels: " in quiet.export_text()) == kernels
 
 
 def test_a_process_without_supervised_tokens_of_its_own_saves(settings, make):
