@@ -14,7 +14,8 @@ sides are compared in every round, and the run fails if they differ.
     scienceqa  48 questions, each with an image of its own and as long as ScienceQA's are (question, context and choices),
                16 new tokens each; stock: padded batches of 8 in the order of the data. Also answered by stock one by one,
                once: ours must give just these answers
-    lengths    the same questions; every twentieth token ends an answer, so that they have 1 to 64 tokens
+    lengths    the same questions; every twentieth token ends an answer, so that they have 1 to 64 tokens (and the language
+               model has weights so large that its answers vary)
     memory     10,000 samples, each with its own image, through a tiny model: resident memory after 1,000 and after all
 
 The model: CLIP 12 layers × 384 at 336 pixels (576 image tokens), Llama 12 layers × 576, vocabulary 32,064, random weights.
@@ -70,7 +71,7 @@ CASES = {
 WORDS = "what which where why how many people are in the picture on the left of a dog and does it show when you look".split()
 
 
-def make_sides(side: int = 336, tiny: bool = False):
+def make_sides(side: int = 336, tiny: bool = False, std: float = 0.02):
     """Stock's model and processor, and our predictor, with the same weights."""
     tokenizer = load_tokenizer(TOKENIZER, padding_side="left")
     add_image_token(tokenizer)
@@ -96,6 +97,9 @@ def make_sides(side: int = 336, tiny: bool = False):
         LlavaConfig(vision_config=vision_config, text_config=text_config, **tokens)
     ).eval()
     with torch.no_grad():
+        for weight in (*stock.model.language_model.parameters(), stock.lm_head.weight):
+            if weight.dim() == 2:
+                weight.normal_(std=std)
         # Answers of the tokenizer's words: the other rows of the head win nothing.
         stock.lm_head.weight[:259] = stock.lm_head.weight[700:] = 0.0
     ours.load_state_dict(stock.state_dict())
@@ -226,7 +230,7 @@ def run_questions(number: int, rounds: int, wanted: float) -> dict:
 
 
 def run_scienceqa(rounds: int, wanted: float, max_new_tokens: int = 16, ends: tuple[int, ...] = ()) -> dict:
-    stock, processor, predictor = make_sides()
+    stock, processor, predictor = make_sides(std=0.05 if ends else 0.02)
     stock.generation_config.eos_token_id = list(ends) or None
     predictor.settings = type(predictor.settings)(end_token_ids=ends)
     generator = torch.Generator().manual_seed(0)

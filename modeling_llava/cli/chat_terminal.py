@@ -35,7 +35,6 @@ class Terminal:
     all else goes to stderr, and the exit code is 1 if a line failed.
 
     Args:
-        chat ([`Chat`]): What answers.
         name (`str`): The model's, for transcripts.
         remember (`bool`, *optional*, defaults to `True`): Keep the history of questions in `~/.llava_history`.
     """
@@ -197,33 +196,21 @@ class Terminal:
             f"{statistics.first_token_seconds:.1f} s{context if self.chat.max_length else ''}{cut}\n"
         )
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, colour: int = 2) -> None:
         """What is not an answer: dimmed, on stderr."""
-        print(f"\033[2m{text}\033[0m" if self.colour else text, file=sys.stderr, flush=True)
+        print(f"\033[{colour}m{text}\033[0m" if self.colour else text, file=sys.stderr, flush=True)
 
     def complain(self, text: str) -> None:
         self.failed = True
-        text = _printable(text)
-        print(f"\033[31m{text}\033[0m" if self.colour else text, file=sys.stderr, flush=True)
+        self.note(_printable(text), colour=31)
 
 
 def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:
+    r"""
+    The paths and URLs of a line, as terminals and file managers write them when a file is dragged or pasted: in quotes, with
+    `\ ` for a space, as `file://` URLs, behind PowerShell's `&`. On `windows` every backslash separates folders. A line that
+    is the path of a file as it stands is one path, whatever it holds.
     """
-    The paths and URLs of a line, as terminals and file managers write them when a file is dragged or pasted.
-
-    Quotes, `file://` URLs, PowerShell's `& '…'` and `~` are taken off; `\\ ` is a space, but a backslash in a Windows path
-    is a backslash. A line that is the path of a file as it stands is one path, whatever it holds.
-
-    Args:
-        text (`str`): One line.
-        windows (`bool`, *optional*): Whether every backslash separates folders; by default, as on this machine.
-
-    Example:
-
-    ```python
-    >>> split_references(r"'my cat.jpg' /home/me/a\\ dog.png file:///home/me/a%20bird.png")
-    ['my cat.jpg', '/home/me/a dog.png', '/home/me/a bird.png']
-    ```"""
     text = text.strip().removeprefix("& ").strip()
     if os.path.isfile(_local(text)):
         return [_local(text)]
@@ -238,10 +225,7 @@ def split_references(text: str, windows: bool = os.name == "nt") -> list[str]:
 
 
 def are_images(text: str) -> bool:
-    """
-    Whether a line holds nothing but images, so that it need not be asked about: URLs, files with an image's ending,
-    or paths (with a folder) that end as an image's would.
-    """
+    """Whether a line holds nothing but images: URLs, files with an image's ending, paths (with a folder) that end so."""
     names = [] if "\n" in text.strip() else split_references(text)
     return bool(names) and all(
         is_url(name)

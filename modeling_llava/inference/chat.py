@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..io.atomic import write_atomic
 from ..io.images import ImageError, read_image
-from .predictor import LlavaPredictor
+from .predictor import Answer, LlavaPredictor
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -65,23 +65,17 @@ class Statistics:
     The latest answer in numbers.
 
     Attributes:
-        num_tokens (`int`), seconds (`float`): Of the whole answer.
         first_token_seconds (`float`): From the question to the first visible piece.
+        tokens_per_second (`float`): After it.
         finish_reason (`str`): As in [`~modeling_llava.inference.Answer`].
         prompt_tokens (`int`): Of the question and all before it, image tokens included.
     """
 
     num_tokens: int
-    seconds: float
     first_token_seconds: float
+    tokens_per_second: float
     finish_reason: str
     prompt_tokens: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        """After the first piece, which waits for the prompt."""
-        waited = self.seconds - self.first_token_seconds
-        return (self.num_tokens - 1) / waited if waited > 0 and self.num_tokens > 1 else 0.0
 
 
 class Chat:
@@ -142,20 +136,14 @@ class Chat:
         an exception, leaves the answer as far as it was streamed; without any text, the question is not kept either.
 
         Raises:
-            ValueError: an empty question, one while another is being answered, or a conversation that has become longer
-                than the language model can take.
+            ValueError: an empty question, one while another is being answered, or more tokens than the language model takes.
         """
         if not question.strip():
             raise ValueError("The question is empty.")
         return self._pieces(question, self.conversation.turns.copy(), {**self.settings, **settings})
 
     def retry(self, **settings) -> Iterator[str]:
-        """
-        Answers the latest question again; the new answer replaces the old one.
-
-        Raises:
-            ValueError: nothing was asked yet; and as [`ask`].
-        """
+        """Answers the latest question again; the new answer replaces the old one. Errors as [`ask`], or nothing was asked."""
         if not self.conversation.turns:
             raise ValueError("Nothing was asked yet.")
         *before, (question, _) = self.conversation.turns
@@ -188,23 +176,19 @@ class Chat:
         finally:
             if stream is not None:
                 stream.close()
-            seconds, last = time.perf_counter() - begun, predictor.last_answer
-            self.statistics = Statistics(
-                last.num_tokens if last else 0,
-                seconds,
-                first or seconds,
-                last.finish_reason if last else "broken off",
-                prompt_tokens,
-            )
+            seconds, last = time.perf_counter() - begun, predictor.last_answer or Answer(0, "", 0, "broken off")
+            later = seconds - (first or seconds)
+            speed = (last.num_tokens - 1) / later if later else 0.0
+            self.statistics = Statistics(last.num_tokens, first or seconds, speed, last.finish_reason, prompt_tokens)
             if answer:
                 conversation.turns[:] = [*before, (question, answer)]
             self._busy.release()
 
     def _fit(self, prompt_tokens: int, settings: dict) -> dict:
         """Room for the answer within the tokens that the language model was made for."""
-        room = None if self.max_length is None else self.max_length - prompt_tokens
-        if room is None:
+        if self.max_length is None:
             return settings
+        room = self.max_length - prompt_tokens
         if room < 1:
             raise ValueError(
                 f"The conversation is {prompt_tokens:,} tokens long, and the model takes {self.max_length:,}. Start a new "
@@ -216,14 +200,8 @@ class Chat:
 
 def save_transcript(conversations: list[Conversation], path: str | os.PathLike, model: str = "") -> Path:
     """
-    Write conversations to a file, whole or not at all.
-
-    A name that ends in `.json` gets rows of `messages` and `images`, which `llava data check` and `llava train` read;
-    any other name gets Markdown.
-
-    Raises:
-        OSError: the file cannot be written.
-        ValueError: there is nothing to write.
+    Writes conversations to a file, whole or not at all: rows of `messages` and `images`, which `llava train` reads, if its name
+    ends in `.json`, else Markdown. ValueError: there is nothing to write.
     """
     told = [conversation for conversation in conversations if conversation.turns]
     if not told:

@@ -275,9 +275,7 @@ class Decoder:
             while row.finish_reason is None:
                 embeds = self._embed([row])[None]
                 with self.lock:
-                    _forget_lengths(self.language_model)  # of what another decoder answered meanwhile
                     outputs = self.language_model(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
-                    _forget_lengths(self.language_model)
                 self._choose(self.model.lm_head(outputs.last_hidden_state[:, -1]), [row], settings)
                 yield row
 
@@ -302,19 +300,6 @@ class Decoder:
         # A token is a character at least, but for the bytes of rare characters.
         tail = self.tokenizer.decode(row.tokens[-(max(map(len, stop_strings)) + 8) :])
         return any(stop in tail for stop in stop_strings)
-
-
-def _forget_lengths(language_model) -> None:
-    """
-    Sets "dynamic" rotary angles back to those of a model just loaded. They grow with the longest sequence so far, and
-    transformers keeps them for the next one: a prompt's answer would depend on the prompts before it.
-    """
-    for module in language_model.modules():
-        if not hasattr(module, "original_max_seq_len"):
-            continue
-        for kind in module.rope_type if isinstance(module.rope_type, dict) else [None]:
-            token = torch.zeros(1, 1, dtype=torch.long, device=next(module.buffers()).device)
-            module(token.float(), token, **({} if kind is None else {"layer_type": kind}))  # a sequence of one token
 
 
 @torch.inference_mode()

@@ -48,9 +48,8 @@ class DecodingSettings:
         min_new_tokens (`int`, defaults to 0): Tokens of an answer before an end token may come.
         seed (`int`, defaults to 0):
             With `do_sample`. Every row draws from a generator of its own, made of the seed and the row's id: an answer
-            does not depend on what else is in the batch, nor on where an interrupted run went on.
-        stop_strings (`tuple[str, ...]`): An answer ends before the first of them, for models whose turns do not end
-            with an end token (`###` of LLaVA v0).
+            does not depend on what else is in the batch, nor on where an interrupted run resumed.
+        stop_strings (`tuple[str, ...]`): An answer ends before the first of them (`###` of LLaVA v0).
         end_token_ids (`tuple[int, ...]`): An answer ends with one of these.
 
     Raises:
@@ -70,8 +69,10 @@ class DecodingSettings:
     end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {self.max_new_tokens!r}.")
+        for name, least in (("max_new_tokens", 1), ("no_repeat_ngram_size", 0), ("min_new_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}.")
         if not self.do_sample and (self.temperature not in (0, 1) or self.top_k is not None or self.top_p is not None):
             raise ValueError(
                 f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p} change nothing in a greedy answer. "
@@ -87,10 +88,6 @@ class DecodingSettings:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none.")
-        for name in ("no_repeat_ngram_size", "min_new_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number, at least 0, got {value!r}; 0 is none.")
         if isinstance(self.end_token_ids, int):
             raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):

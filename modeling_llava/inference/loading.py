@@ -40,26 +40,17 @@ def load_model(
 
     Args:
         path (`str` or `os.PathLike`):
-            Folder or Hub name of a full checkpoint, an adapter or a pretrain run's output. The last two find their
-            base by themselves.
+            Folder or Hub name of a full checkpoint, or of an adapter or a pretrain run's output, which find their base.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Of the weights that are not quantised; `"auto"` is the checkpoint's own.
-        device (`str` or `torch.device`, *optional*):
-            Where to put the model; by default the accelerator if there is one, else the CPU.
+        device (`str` or `torch.device`, *optional*): By default the accelerator if there is one, else the CPU.
         load_in_4bit (`bool`, *optional*):
             Quantise the language model to 4 bits, those of an adapter's training or else NF4; tower, projector and head stay
             in `dtype`. By default an adapter that was trained on a 4-bit base is loaded on one; a line says so.
-        adapter (`str` or `os.PathLike`, *optional*):
-            An adapter to put on `path`, which must then be a full checkpoint.
-        base (`str`, *optional*):
-            The base of an adapter or a projector, if it is no longer where its folder says.
-        revision (`str`, *optional*):
-            Branch, tag or commit of `path` on the Hub.
-        attn_implementation (`str`, *optional*):
-            As in `from_pretrained`.
-
-    Returns:
-        `tuple` of [`~transformers.PreTrainedModel`] and [`~transformers.ProcessorMixin`]
+        adapter (`str` or `os.PathLike`, *optional*): An adapter to put on `path`, a full checkpoint.
+        base (`str`, *optional*): Of an adapter or a projector, if it is no longer where its folder says.
+        revision (`str`, *optional*): Branch, tag or commit of `path` on the Hub.
+        attn_implementation (`str`, *optional*): As in `from_pretrained`.
 
     Raises:
         FileNotFoundError: `path` is neither a folder nor the form of a Hub name.
@@ -92,10 +83,9 @@ def load_model(
         settings["quantization_config"] = four_bit_config(compute_dtype, *(of_training or ()))
         settings["dtype"] = compute_dtype
 
-    with explained(base or path):
-        model = AutoModelForImageTextToText.from_pretrained(
-            base or path, revision=revision if base is None else base_revision, **settings
-        )
+    source, source_revision = (path, revision) if base is None else (base, base_revision)
+    with explained(source):
+        model = AutoModelForImageTextToText.from_pretrained(source, revision=source_revision, **settings)
     with explained(path):
         if kind == "adapter":
             load_adapter_for_inference(model, path, revision)
@@ -103,9 +93,9 @@ def load_model(
             load_projector(model, path, revision)
     if load_in_4bit:
         forbid_inference_packing(model)
-    source = path if base is None or has_processor(path, revision) else base
-    processor = load_processor(source, revision if source == path else None)
-    return model.eval(), processor
+    if base is not None and has_processor(path, revision):
+        source, source_revision = path, revision
+    return model.eval(), load_processor(source, source_revision)
 
 
 def choose_four_bits(
@@ -144,12 +134,7 @@ def default_device() -> torch.device:
 
 
 def usable_device(device: str | int | torch.device) -> torch.device:
-    """
-    The device of a name.
-
-    Raises:
-        ValueError: PyTorch does not know it, or this machine does not have it.
-    """
+    """The device of a name. ValueError: PyTorch does not know it, or this machine does not have it."""
     try:
         found = torch.device(device)
         module = torch.get_device_module(found)

@@ -23,19 +23,15 @@ MAX_GROUPS = 8
 
 def encode_prompt(messages: list[dict], processor, **template_variables) -> list[int]:
     """
-    The ids of a prompt that asks for an answer.
-
-    The whole prompt is rendered once and tokenized once; then each image token is repeated. What a user typed that looks
-    like a control token (`<image>`, `</s>`) is ordinary text.
+    The ids of a prompt that asks for an answer, exactly those that the processor gives, without touching the images: rendered
+    once, tokenized once, then `num_image_tokens` image tokens per image. What a user typed that looks like a control token
+    (`<image>`, `</s>`) is ordinary text.
 
     Args:
         messages (`list[dict]`):
             `{"role", "content": [{"type": "image"} | {"type": "text", "text": …}]}`, a user's turn last.
         processor: Ours or stock's.
         template_variables: For the chat template, such as `keep_image_order=True`.
-
-    Returns:
-        `list[int]`: ids, `num_image_tokens` image tokens per image.
 
     Raises:
         ValueError: the processor has no chat template.
@@ -72,12 +68,7 @@ def rows_of_samples(
     follow_symlinks: bool,
     template_variables: dict,
 ) -> Iterator[Row]:
-    """
-    Rows to be answered, read as they are needed; see [`LlavaPredictor.answer_many`].
-
-    Raises:
-        ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
-    """
+    """Rows to be answered, read as they are needed; see [`LlavaPredictor.answer_many`] for arguments and errors."""
     own = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
     while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
         groups: dict[tuple, list[tuple[dict, list[int]]]] = {}

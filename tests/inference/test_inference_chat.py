@@ -42,7 +42,7 @@ def test_answers_are_those_of_generate_on_the_whole_conversation(chat, model, pr
         assert "".join(pieces) == answer and len(pieces) > 3
         assert chat.conversation.turns == [*turns, (question, answer)]
     assert chat.statistics.num_tokens == 10 and chat.statistics.finish_reason == "length"
-    assert 0 < chat.statistics.first_token_seconds < chat.statistics.seconds
+    assert chat.statistics.first_token_seconds > 0
     assert chat.statistics.tokens_per_second > 0
 
 

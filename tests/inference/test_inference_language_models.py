@@ -103,24 +103,6 @@ def test_language_models_whose_keys_or_scores_depend_on_more_are_not_shared(text
     assert predictor.ask(QUESTIONS[:2], max_new_tokens=6) == expected
 
 
-def test_angles_that_grow_with_the_prompt_do_not_stay_for_the_next_one(processor):
-    """transformers keeps the longest length so far; each answer is that of a model just loaded."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-
-    def fresh():
-        return tiny_llava(processor, max_position_embeddings=48, rope_parameters=rope)
-
-    questions = [f"{QUESTIONS[1]} " * 5, QUESTIONS[1] * 2, QUESTIONS[0]]
-    turns = [[user_turn(question, [picture(1)])] for question in questions]
-    expected = [generated(fresh(), processor, turn, 8) for turn in turns]
-    model = fresh()
-    predictor = LlavaPredictor(model, processor)
-    predictor.set_image(picture(1))
-    assert predictor.ask(questions, max_new_tokens=8) == expected
-    predictor.ask(questions[0], max_new_tokens=8)
-    assert generated(model, processor, turns[1], 8) == expected[1]
-
-
 def test_lora_adapter_as_peft_model_and_as_loaded_adapter(processor, tmp_path):
     from peft import LoraConfig, get_peft_model
 

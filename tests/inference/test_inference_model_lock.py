@@ -1,7 +1,6 @@
 """Predictors over one model, in threads: while one computes, the model is not the others' to use."""
 
 import copy
-import itertools
 import threading
 
 import pytest
@@ -86,24 +85,6 @@ def test_an_adapter_and_its_base_take_turns_too(model, processor):
     with torch.device("meta"):
         other = tiny_llava(processor)
     assert model_lock(other) is not model_lock(model)
-
-
-def test_answers_that_grow_side_by_side_do_not_lend_each_other_their_angles(processor):
-    """Angles that go by the longest row so far belong to the model: the other answer's must not stay for the next token."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    model = tiny_llava(processor, max_position_embeddings=24, rope_parameters=rope)
-    questions = [f"{QUESTIONS[1]} " * 3, QUESTIONS[1]]
-    expected = [generated(model, processor, [user_turn(question, [picture(1)])], 8) for question in questions[::-1]]
-    streams = []
-    for question in questions[::-1]:
-        predictor = LlavaPredictor(model, processor)
-        assert not predictor.decoder.shares_prefixes
-        predictor.set_image(picture(1))
-        streams.append(predictor.stream(question, max_new_tokens=8))
-    answers = ["", ""]
-    for pieces in itertools.zip_longest(*streams, fillvalue=""):
-        answers = [answer + piece for answer, piece in zip(answers, pieces)]
-    assert answers == expected
 
 
 def test_a_predictor_can_be_copied_with_its_model(model, processor):
