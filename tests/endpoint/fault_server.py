@@ -1,15 +1,12 @@
 """A local OpenAI-compatible server that injects faults, counts what it was asked and bills each request key once.
 
-In a test: `with FaultServer(latency=0.01, faults={"500": 0.1}) as server: … server.url … server.paid`.
-Alone, for benchmarks: `python fault_server.py --latency 0.2` prints its URL and serves until its stdin closes.
+`with FaultServer(latency=0.01, faults={"500": 0.1}) as server: … server.url … server.paid`
 """
 
-import argparse
 import asyncio
 import hashlib
 import json
 import random
-import sys
 import threading
 from collections import Counter
 
@@ -212,11 +209,3 @@ class FaultServer:
         )
         writer.write(head.encode() + payload)
         await writer.drain()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--latency", type=float, default=0.2)
-    with FaultServer(latency=parser.parse_args().latency) as running:
-        print(running.url, flush=True)
-        sys.stdin.read()

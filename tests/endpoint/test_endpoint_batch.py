@@ -48,6 +48,11 @@ def output_line(line, text="good", status=200, error=None):
     return json.dumps({"id": "batch_req_1", "custom_id": request["custom_id"], "response": response, "error": error})
 
 
+def written(ledger, model, folder, number=4):
+    """The lines of a batch file."""
+    return write_batch(tasks(number), model, ledger, folder).files[0].read_text().splitlines()
+
+
 def test_batch_file_has_openais_form(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
         summary = write_batch(tasks(2), model, ledger, tmp_path / "out", run_id="run")
@@ -70,8 +75,7 @@ def test_batch_file_has_openais_form(tmp_path, model):
 
 def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
-        first = write_batch(tasks(), model, ledger, tmp_path / "out")
-    a, b, c, d = first.files[0].read_text().splitlines()
+        a, b, c, d = written(ledger, model, tmp_path / "out")
     results = tmp_path / "output.jsonl"
     expired = {"code": "batch_expired", "message": "expired"}
     results.write_text("\n".join([output_line(c, status=500), output_line(a), output_line(b, "bad")]) + "\n")
@@ -79,14 +83,8 @@ def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_p
     errors.write_text(output_line(d, error=expired) + "\n")
     with Ledger(tmp_path / "l") as ledger:
         read = read_batch(tasks(), [results, errors], ledger, judge=judge)
-        assert (read.accepted, read.again, read.rejected, read.faults, read.waiting) == (
-            1,
-            1,
-            0,
-            {"500": 1, "batch_expired": 1},
-            0,
-        )
-        assert ledger.counts.faults == {"500": 1, "batch_expired": 1}
+        assert (read.accepted, read.again, read.rejected, read.waiting) == (1, 1, 0, 0)
+        assert ledger.counts.faults == read.faults == {"500": 1, "batch_expired": 1}
         assert ledger.counts.used_in_batch == [22, 6] and ledger.counts.used == [0, 0]
     with Ledger(tmp_path / "l") as ledger:  # read from disk again
         second = write_batch(tasks(), model, ledger, tmp_path / "out")
@@ -107,9 +105,8 @@ def test_a_budget_bounds_what_is_written_in_dollars_at_half_their_price(tmp_path
 
 def test_results_read_twice_count_once(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
-        first = write_batch(tasks(), model, ledger, tmp_path / "out")
         results = tmp_path / "output.jsonl"
-        results.write_text("\n".join(output_line(line) for line in first.files[0].read_text().splitlines()))
+        results.write_text("\n".join(map(output_line, written(ledger, model, tmp_path / "out"))))
         read_batch(tasks(), [results], ledger, judge=judge)
         again = read_batch(tasks(), [results], ledger, judge=judge)
         assert again.accepted == 0 and again.unknown == 4 and ledger.counts.accepted == 4
@@ -118,7 +115,7 @@ def test_results_read_twice_count_once(tmp_path, model):
 def test_of_two_results_under_one_name_the_reply_counts_whatever_the_order(tmp_path, model):
     for order in (1, -1):
         with Ledger(tmp_path / f"l{order}") as ledger:
-            lines = write_batch(tasks(), model, ledger, tmp_path / f"out{order}").files[0].read_text().splitlines()
+            lines = written(ledger, model, tmp_path / f"out{order}")
             expired = {"code": "batch_expired", "message": "expired"}
             (tmp_path / "a").write_text("\n".join(output_line(line) for line in reversed(lines)))
             (tmp_path / "b").write_text("\n".join(output_line(line, error=expired) for line in lines))
@@ -130,8 +127,7 @@ def test_of_two_results_under_one_name_the_reply_counts_whatever_the_order(tmp_p
 @pytest.mark.parametrize("place", ["response", "status_code", "body", "error", "error in body"])
 def test_results_of_an_odd_form_are_faults(tmp_path, model, place, odd):
     with Ledger(tmp_path / "l") as ledger:
-        line = write_batch(tasks(1), model, ledger, tmp_path / "out").files[0].read_text()
-        result = json.loads(output_line(line, status=400))
+        result = json.loads(output_line(*written(ledger, model, tmp_path / "out", 1), status=400))
         if place == "error in body":
             result["response"]["body"]["error"] = odd
         elif place == "error":
@@ -143,9 +139,11 @@ def test_results_of_an_odd_form_are_faults(tmp_path, model, place, odd):
         assert not ledger.state("t0").final and ledger.state("t0").batched is None
 
 
-def test_an_output_file_cut_short_is_named_and_nothing_of_it_is_read(tmp_path, model):
+def test_a_file_cut_short_or_of_another_kind_is_named_and_nothing_of_it_is_read(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
-        lines = write_batch(tasks(), model, ledger, tmp_path / "out").files[0].read_text().splitlines()
+        lines = written(ledger, model, tmp_path / "out")
+        with pytest.raises(ValueError, match="line 1, is not a batch result.*not its input"):
+            read_batch(tasks(), [tmp_path / "out" / "batch-000.jsonl"], ledger, judge=judge)
         (tmp_path / "r").write_text("\n".join(map(output_line, lines))[:-40])
         with pytest.raises(ValueError, match="r, line 4, is not JSON .*cut short"):
             read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
@@ -197,10 +195,3 @@ def test_a_process_that_dies_while_writing_leaves_nothing_asked_twice(tmp_path, 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch-000.jsonl"]
     with Ledger(tmp_path / "other") as ledger:  # another run in the same folder
         assert write_batch(tasks(), model, ledger, tmp_path / "out", run_id="other").files[0].name == "batch-001.jsonl"
-
-
-def test_an_input_file_given_as_a_result_is_named(tmp_path, model):
-    with Ledger(tmp_path / "l") as ledger:
-        written = write_batch(tasks(), model, ledger, tmp_path / "out")
-        with pytest.raises(ValueError, match="line 1, is not a batch result.*not its input"):
-            read_batch(tasks(), written.files, ledger, judge=judge)

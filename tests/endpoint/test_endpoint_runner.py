@@ -251,22 +251,6 @@ def test_endpoint_that_stays_dead_stops_the_run_and_the_next_run_goes_on(tmp_pat
         assert first.accepted + second.accepted == 150
 
 
-def test_retry_after_holds_back_every_request(tmp_path):
-    times = []
-    first = [True]
-
-    def script(messages):
-        times.append(time.monotonic())
-        if first[0]:
-            first[0] = False
-            return PassingFault("429", "slow down", retry_after=0.5)
-        return "fine"
-
-    with Ledger(tmp_path / "l") as ledger:
-        run_tasks(tasks(20), Scripted(script), ledger, settings=RunSettings(1, backoff=QUICK))
-    assert times[1] - times[0] >= 0.5
-
-
 def test_limits_are_kept_after_a_pause_that_the_endpoint_asked_for(tmp_path):
     times = []
 
@@ -285,13 +269,6 @@ def test_an_endpoint_that_asks_to_wait_longer_than_patience_ends_the_run(tmp_pat
     with Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(10), model, ledger, settings=RunSettings(1))
     assert summary.stopped == "endpoint" and "asks to wait 7200 s" in summary.message and len(model.asked) == 1
-
-
-def test_connections_are_kept_however_many_there_are(tmp_path):
-    with FaultServer(latency=0.05) as server, Ledger(tmp_path / "l") as ledger:
-        model = OpenAIModel("tiny", base_url=server.url)
-        run_tasks(tasks(300), model, ledger, settings=RunSettings(110, backoff=QUICK))
-        assert server.opened <= 110
 
 
 def test_tokens_per_minute_are_kept_by_what_was_used(tmp_path, monkeypatch):
@@ -382,15 +359,13 @@ def test_a_rejected_reply_is_asked_for_once_more_with_the_reason(tmp_path):
         ]
 
 
-def test_a_reply_rejected_twice_settles_the_task_and_both_are_kept(tmp_path):
+def test_a_reply_rejected_twice_settles_the_task(tmp_path):
     model = Scripted(lambda messages: "bad")
-    with Ledger(tmp_path / "l") as ledger:
-        summary = run_tasks(tasks(3), model, ledger, judge=rejecting)
-        assert (summary.accepted, summary.rejected, len(model.asked)) == (0, 3, 6)
-        assert ledger.counts.rejected == {"too_short": 6} and ledger.state("t0").final
-    with Ledger(tmp_path / "l") as ledger:
-        assert run_tasks(tasks(3), model, ledger, judge=rejecting).skipped == 3
-    assert len(model.asked) == 6
+    for again in (False, True):
+        with Ledger(tmp_path / "l") as ledger:
+            summary = run_tasks(tasks(3), model, ledger, judge=rejecting)
+            assert (summary.rejected, summary.skipped, len(model.asked)) == ((0, 3, 6) if again else (3, 0, 6))
+            assert ledger.counts.rejected == {"too_short": 6} and ledger.state("t0").final
 
 
 def test_a_run_stopped_between_the_two_replies_goes_on_with_the_second(tmp_path):

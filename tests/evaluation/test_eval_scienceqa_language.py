@@ -20,14 +20,7 @@ def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
     shots = choose_shots(train, 2)
     assert all(shot.image is None and shot.solution for shot in shots) and shots == choose_shots(train, 2)
     task = language_tasks(test, shots)[0]
-    assert [message["role"] for message in task.messages] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-        "user",
-    ]
+    assert [message["role"] for message in task.messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert task.messages[2]["content"].endswith(f"The answer is {shots[0].letter}.")
     assert task.messages[-1]["content"] == question_text(test[0]) and task.temperature == 0.0
     with pytest.raises(ValueError, match="5 worked examples are required"):
@@ -50,10 +43,8 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
         (number,) = [n for n in right if f"Which is number {n}?" in messages[-1]["content"]]
         return (verdict if "Assistant 1" in messages[-1]["content"] else language)[number]
 
-    model = scripted(answer)
-    scored = score_with_language_model(
-        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train"))
-    )
+    model, shots = scripted(answer), choose_shots(problems_of(science, "train"))
+    scored = score_with_language_model(test, own, model, tmp_path / "l", shots=shots)
     right_in = {name: {row["id"] for row in s.rows if row["score"]} for name, s in scored.items()}
     assert right_in["language"] == {"1", "2", "6"}
     assert right_in["complement"] == {"1", "2", "6", "4"}  # where it says nothing, LLaVA answers: 4 right, 7 wrong
@@ -66,9 +57,7 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
     shown = [messages[-1]["content"] for messages in model.asked[8:]]
     assert all(own[n] in text and (language[n] or "(no answer)") in text for n, text in zip("34567", sorted(shown)))
 
-    again = score_with_language_model(
-        test, own, model, tmp_path / "l", shots=choose_shots(problems_of(science, "train"))
-    )
+    again = score_with_language_model(test, own, model, tmp_path / "l", shots=shots)
     assert len(model.asked) == 13 and again["judge"].scores == scored["judge"].scores  # nothing is paid twice
 
 
@@ -110,16 +99,10 @@ def test_problems_that_the_endpoint_refuses_are_named_and_left_out_by_partial(sc
         filtered = "Which is number 3?" in messages[-1]["content"]
         return RequestFault("400", "filtered") if filtered else "The answer is A."
 
-    def run(**more):
-        model = scripted(answer)
-        return model, lambda: score_with_language_model(test, own, model, tmp_path, shots=shots, **more)
-
     for _ in range(2):  # it is settled: the same command does not ask again
-        model, ask = run()
-        with pytest.raises(
-            ValueError, match=r"1 of 8 questions are refused by the endpoint, '3' .*400: filtered.*--partial"
-        ):
-            ask()
+        model = scripted(answer)
+        with pytest.raises(ValueError, match=r"1 of 8 questions .* '3' .*400: filtered.*--partial"):
+            score_with_language_model(test, own, model, tmp_path, shots=shots)
     assert model.asked == []
-    scored = run(partial=True)[1]()
+    scored = score_with_language_model(test, own, scripted(answer), tmp_path, shots=shots, partial=True)
     assert scored["language"].scores["accuracy"]["count"] == 7 and scored["language"].more["no_reply"] == 1
