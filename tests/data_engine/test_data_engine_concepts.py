@@ -1,6 +1,4 @@
 import hashlib
-import random
-from collections import Counter
 
 import pytest
 from hypothesis import example, given
@@ -47,33 +45,8 @@ def test_choice_equals_the_twenty_line_reference(captions, settings):
     assert choose_captions(lambda: captions, settings) == reference(captions, settings)
 
 
-def captions_like_cc3m(number, seed=0):
-    """Phrases with Zipf frequencies, two or three a caption."""
-    rng = random.Random(seed)
-    phrases = [f"phrase {i}" for i in range(max(10, number // 5))]
-    weights = [1 / (i + 1) for i in range(len(phrases))]
-    picks = iter(rng.choices(phrases, weights, k=3 * number))
-    return [tuple(sorted({next(picks) for _ in range(rng.randint(2, 3))})) for _ in range(number)]
-
-
-def test_paper_settings_skip_rare_phrases_and_cap_common_ones():
-    captions = captions_like_cc3m(4000)
-    counts = Counter(phrase for phrases in captions for phrase in phrases)
-    chosen = choose_captions(lambda: captions, ConceptSettings())
-    for takes, phrases in zip(chosen, captions):
-        frequencies = [counts[phrase] for phrase in phrases]
-        if any(3 <= frequency <= 100 for frequency in frequencies):
-            assert takes
-        if all(frequency < 3 for frequency in frequencies):
-            assert not takes
-    after = Counter(phrase for takes, phrases in zip(chosen, captions) if takes for phrase in phrases)
-    for phrase, frequency in counts.items():
-        assert after[phrase] >= min(100, frequency) or frequency < 3
-    assert sum(chosen) < len(captions)
-
-
 def test_choice_depends_on_the_seed_alone_and_is_the_same_on_every_machine():
-    captions = captions_like_cc3m(3000)
+    captions = [(f"phrase {row % 7}",) for row in range(3000)]
     choices = [choose_captions(lambda: captions, ConceptSettings(seed=seed)) for seed in (0, 0, 1)]
     assert choices[0] == choices[1] != choices[2]
     # By hand from the definition: blake2b of the phrase, salted by the seed, then splitmix64.

@@ -2,6 +2,7 @@ import asyncio
 import dataclasses
 import json
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +389,19 @@ def test_report_escapes_what_the_model_wrote(tmp_path):
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;tags" in page
 
 
+@pytest.mark.skipif(not shutil.which("node"), reason="node runs the page's script")
+def test_the_reports_script_marks_and_downloads_the_drop_list(whole_run):
+    out, _ = whole_run
+    harness = Path(__file__).parent / "run_report.js"
+    done = subprocess.run(["node", harness, out / "report.html"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {
+        "count": 1,
+        "classes": {"a:detail": False, "b:complex": True},
+        "saved": {"run": open_run(out).id, "drop": ["b:complex"]},
+        "name": "drop.json",
+    }
+
+
 def test_samples_in_the_report_are_spread_over_the_types():
     samples = [(f"c{i}", "conversation") for i in range(500)] + [(f"d{i}", "detail") for i in range(5)]
     chosen = choose_samples(samples, 40)
@@ -443,23 +457,3 @@ def test_a_disk_too_small_for_the_images_leaves_the_rest_whole(tmp_path, images,
     summary = generate(tmp_path / "run", Responder(), ALL, contexts=contexts(3), images=images, output=settings)
     assert len(rows_of(tmp_path / "run")) == 9 and not (tmp_path / "run" / "dataset").exists()
     assert "0.0 GB are free" in summary.output.notes[0]
-
-
-SHARED = Path(__file__).parents[3] / "shared"
-
-
-@pytest.mark.skipif(not (SHARED / "photos").is_dir(), reason="the real pictures are not beside the project")
-def test_real_pictures_with_coco_files_give_data_and_dataset(tmp_path):
-    photos = SHARED / "photos"
-    summary = generate(
-        tmp_path / "run",
-        Responder(),
-        GenerateConfig("scripted"),
-        captions=photos / "coco_captions.json",
-        boxes=photos / "coco_instances.json",
-        images=photos / "images",
-        limit=20,
-        output=OutputSettings(card=False, report_samples=5),
-    )
-    assert summary.output.images == 20 and not summary.output.missing_images
-    assert len(list((tmp_path / "run" / "dataset" / "data").glob("train-00000-*.parquet"))) == 1

@@ -22,11 +22,6 @@ PUBLISHED = SHARED / "prompts"
 
 # Written by hand from the file of contexts: five captions, then the boxes by area.
 EXPECTED = {
-    ("000000296284", "conversation"): """A donut shop is full of different flavors of donuts.
-Fruit flavored donuts lined up in a glass fronted cabinet
-A rack with some doughnuts in a glass case.
-A display case in a bakery filled with donuts.
-An assortment of doughnuts are arranged in a display case.""",
     ("000000296284", "detail"): """A donut shop is full of different flavors of donuts.
 Fruit flavored donuts lined up in a glass fronted cabinet
 A rack with some doughnuts in a glass case.
@@ -67,7 +62,9 @@ needs_shared = pytest.mark.skipif(
 @pytest.mark.parametrize("name, kind", EXPECTED)
 def test_what_the_model_is_told_of_a_real_image_is_as_written_by_hand(name, kind):
     for folder in (None, PUBLISHED):
-        assert load_prompts(folder)[kind].query(contexts()[name]) == EXPECTED[name, kind]
+        prompts = load_prompts(folder)
+        assert prompts[kind].query(contexts()[name]) == EXPECTED[name, kind]
+        assert prompts["conversation"].query(contexts()[name]) == EXPECTED[name, kind].partition("\n\n")[0]
 
 
 @needs_shared
@@ -80,24 +77,7 @@ def test_whole_prompt_of_a_real_image_is_system_examples_as_turns_and_the_contex
     names = ["system_message", "000_caps", "000_conv", "001_caps", "001_conv", "002_caps", "002_conv"]
     for message, name in zip(messages, names):
         assert message["content"] == (folder / f"{name}.txt").read_text().strip()
-    assert messages[-1]["content"] == THIRD
-
-
-THIRD = """A newspaper that has sunglasses on top of it sitting in front of books.
-an apple sunglasses books and a teddy bear
-A folded newspaper and sunglasses are on a table with an apple, books, and teddy bear behind.
-An apple sitting on a table next to sunglasses and a news paper.
-There are sunglasses laying on the folded newspaper.
-
-tie: [0.258, 0.074, 0.527, 0.589]
-teddy bear: [0.753, 0.084, 1.0, 0.517]
-book: [0.535, 0.09, 0.735, 0.583]
-book: [0.443, 0.099, 0.574, 0.588]
-book: [0.154, 0.107, 0.275, 0.59]
-book: [0.051, 0.112, 0.159, 0.6]
-book: [0.681, 0.097, 0.796, 0.483]
-apple: [0.621, 0.482, 0.853, 0.645]
-book: [0.267, 0.337, 0.386, 0.579]"""
+    assert messages[-1]["content"] == f"{context.caption_text}\n\n{context.box_text}"
 
 
 @pytest.mark.parametrize("folder", [None, pytest.param(PUBLISHED, marks=needs_shared)])

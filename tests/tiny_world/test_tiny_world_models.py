@@ -93,15 +93,6 @@ def test_the_tokenizer_gives_back_any_text(tokenizer, text):
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_the_tokenizer_is_the_same_after_a_reload(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    text = "<|user|>What colour is the star?<|assistant|>"
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert (again.bos_token, again.eos_token, again.pad_token) == ("<s>", "</s>", "<pad>")
-    assert again.chat_template == tokenizer.chat_template
-
-
 def test_exactly_answers_and_their_ends_are_learnt(tokenizer):
     rng, scenes = random.Random(1), scene_texts(1, "test")
     for _ in range(20):
