@@ -188,7 +188,7 @@ def _rounded_to_four_bits(weight: torch.Tensor, quant_type: str, double_quant: b
 @torch.no_grad()
 def _write_shards(tensors: dict, merged: dict, folder: Path, adapter: str, dtype: str | torch.dtype) -> None:
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=MERGED_SHARD_SIZE)
-    for file, names in tqdm(plan.filename_to_tensors.items(), desc="merging", unit="file"):
+    for file, names in tqdm(plan.filename_to_tensors.items(), desc="merging", unit="file", disable=None):  # a terminal only
         shard = {}
         for name in names:
             tensor = merged.get(tensors[name].data_ptr(), lambda name=name: tensors[name])()
