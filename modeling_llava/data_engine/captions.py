@@ -170,8 +170,7 @@ class FilterSummary:
         self.phrases, self.phrases_after = len(before), len(after)
         self.skipped = sum(count < settings.least for count in before.values())
         self.capped = sum(count > settings.most for count in before.values())
-        top = sorted(before, key=lambda phrase: (-before[phrase], phrase))[:20]
-        self.commonest = [[phrase, before[phrase], after[phrase]] for phrase in top]
+        self.commonest = [[phrase, count, after[phrase]] for phrase, count in before.most_common(20)]
 
 
 def filter_captions(

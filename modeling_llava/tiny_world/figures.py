@@ -59,20 +59,12 @@ def plot_losses(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def choose_answers(answers: list[dict[str, Any]], number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Answers for the figure: each image once, right and wrong in their true proportion, of as many kinds as there are.
-
-    At least one is wrong if any is, and at least one is about a held-out pair.
-    """
+    """Answers for the figure: right and wrong in their true proportion, each image once, one about a held-out pair."""
     order = random.Random(f"{seed}:figure").sample(answers, len(answers))
     order = list({row["image"]: row for row in order}.values())
     wrong, right = ([row for row in order if row["right"] is value] for value in (False, True))
     num_wrong = max(1, round(number * sum(not row["right"] for row in answers) / max(1, len(answers))))
-    rounds: dict[str, int] = {}
-    in_rounds = []  # each kind once, each kind a second time, …
-    for row in right:
-        rounds[row["kind"]] = rounds.get(row["kind"], 0) + 1
-        in_rounds.append((rounds[row["kind"]], len(in_rounds), row))
-    candidates = [*wrong[:num_wrong], *(row for *_, row in sorted(in_rounds, key=lambda item: item[:2]))]
+    candidates = [*wrong[:num_wrong], *right]
     chosen = candidates[:number]
     held_out = [row for row in candidates if any(name in row["expected"] for name in HELD_OUT_NAMES)]
     if held_out and not any(row in held_out for row in chosen):

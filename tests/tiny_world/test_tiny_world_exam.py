@@ -103,7 +103,6 @@ def test_the_figure_shows_wrong_answers_in_their_proportion_and_a_held_out_pair(
     assert len(chosen) == 10 and len({row["image"] for row in chosen}) == 10
     assert sum(not row["right"] for row in chosen) == 2
     assert any("blue star" in row["expected"] for row in chosen)
-    assert len({row["kind"] for row in chosen}) >= 6
     assert all(row["right"] for row in choose_answers([row for row in rows if row["right"]], 10))
 
 
