@@ -150,11 +150,6 @@ class LlavaMultiModalProjector(nn.Module):
         return hidden_states
 
 
-def _is_one_of_several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def _is_beginning(cache: Cache | None) -> bool:
     """Whether no token came before. A cache is not asked while compiling (a static one's length is a tensor), and a paged
     one, of several sequences, has no length to ask for."""
@@ -334,18 +329,11 @@ class LlavaModel(LlavaPreTrainedModel):
         elif not torch.compiler.is_compiling() and (input_ids == self.config.image_token_id).any():
             logger.warning_once(message)
 
-    def _later_tower_layers_skipped(self, feature_layer: int | list[int] | None):
-        """In training nothing of the tower is read but its features. (At other times several threads may use the model, and the
-        one that calls `get_image_features` is to have all of them.)"""
-        if not self.training or torch.compiler.is_compiling():
-            return nullcontext()
-        feature_layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        return without_later_layers(self.vision_tower, feature_layer, unless_awaited=True)
-
     def _must_run_without_images(self, past_key_values: Cache | None) -> bool:
         """Whether a batch without images must still run the vision path: other processes reduce its gradients (DDP) or gather
         its weights (FSDP, ZeRO-3) at the same time, or nothing else in the model is trained."""
-        several, parts = _is_one_of_several_processes(), (self.vision_tower, self.multi_modal_projector)
+        distributed, parts = torch.distributed, (self.vision_tower, self.multi_modal_projector)
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         if not several and not (self.training and torch.is_grad_enabled()):
             return False
         takes_part = any(map(is_sharded, parts))
@@ -406,7 +394,11 @@ class LlavaModel(LlavaPreTrainedModel):
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            with self._later_tower_layers_skipped(vision_feature_layer):
+            # In training nothing of the tower is read but its features. (At other times several threads may use the model, and the
+            # one that calls `get_image_features` is to have all of them.)
+            layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+            is_skipping = self.training and not torch.compiler.is_compiling()
+            with without_later_layers(self.vision_tower, layer) if is_skipping else nullcontext():
                 image_outputs = self.get_image_features(
                     pixel_values=pixel_values,
                     vision_feature_layer=vision_feature_layer,
@@ -424,8 +416,10 @@ class LlavaModel(LlavaPreTrainedModel):
                 inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
             else:  # their number is known without waiting for the device
                 self._check_number_of_features(len(image_token_indices), image_features)
-                tokens = inputs_embeds.flatten(0, 1).index_copy(0, image_token_indices, image_features)
-                inputs_embeds = tokens.view_as(inputs_embeds)
+                indices = image_token_indices.to(inputs_embeds.device)
+                inputs_embeds = (
+                    inputs_embeds.flatten(0, 1).index_copy(0, indices, image_features).view_as(inputs_embeds)
+                )
         else:
             if input_ids is not None and input_ids.shape[1] > 1 and _is_beginning(past_key_values):
                 self._check_for_missing_images(input_ids, image_token_indices, images_required)

@@ -12,23 +12,21 @@ from .exchange import Kernel, can_exchange, exchange, original_class
 
 
 @contextmanager
-def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int], unless_awaited: bool = False):
+def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]):
     """
-    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same.
+    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same. Not if something
+    takes part in their computation: a trained parameter, or a hook, be it somebody's own or that of an engine that shards the weights.
 
     Args:
         vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
         feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
-        unless_awaited (`bool`, *optional*, defaults to `False`):
-            Leave layers alone in whose computation something takes part: a trained parameter, or a hook, be it somebody's own or
-            that of an engine that shards the weights.
     """
     encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
     layers = list(getattr(encoder, "layers", []))
     selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
     later = [layer for layer in layers[last:] if can_exchange(layer)]
-    if unless_awaited and any(_is_awaited(module) for layer in later for module in layer.modules()):
+    if any(_is_awaited(module) for layer in later for module in layer.modules()):
         later = []
     try:
         for layer in later:

@@ -148,9 +148,9 @@ def causal_language_model_loss(
         total = cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         count = (targets != IGNORE_INDEX).sum()
     else:
-        supervised = supervised_indices
-        if supervised is None:
-            supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        if supervised_indices is None:
+            supervised_indices = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        supervised = supervised_indices.to(targets.device)
         count = supervised.numel()
         total = _summed_loss(hidden_states[supervised], targets[supervised], lm_head, label_smoothing)
 
