@@ -292,14 +292,6 @@ def test_grey_of_16_bits_keeps_its_high_byte(mode):
     assert_pixels(image, Image.fromarray((DEEP >> 8).astype(np.uint8)).convert("RGB"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_file_of_16_bits_that_lies_on_its_side(form, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.rot90(DEEP)).save(tmp_path / "a.png", exif=exif)
-    assert_pixels(FORMS[form](tmp_path / "a.png"), Image.fromarray((DEEP >> 8).astype(np.uint8)).convert("RGB"))
-
-
 def test_arrays_that_have_a_range_of_their_own_are_left_as_they_are():
     processor = LlavaImageProcessor(size=28, crop_size=28, do_resize=False, do_normalize=False)
     for settings, scale in (({"do_rescale": False}, 1), ({"rescale_factor": 1 / 65535}, 65535)):

@@ -493,19 +493,6 @@ def test_half_precision(tmp_path, dtype):
     assert outputs.loss.dtype == torch.float32 and torch.isfinite(outputs.loss)
 
 
-def test_device_map_with_the_language_model_on_disk(tmp_path):
-    model = LlavaForConditionalGeneration(tiny_config()).eval()
-    model.save_pretrained(tmp_path)
-    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
-    mapped = LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, device_map={**places, "model.language_model": "disk"}, offload_folder=tmp_path / "offload"
-    ).eval()
-    batch = without_labels(tiny_batch())
-    with torch.no_grad():
-        assert mapped.model.language_model.layers[0].mlp.up_proj.weight.device.type == "meta"
-        torch.testing.assert_close(mapped(**batch).logits, model(**batch).logits)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [

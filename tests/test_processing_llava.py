@@ -1,9 +1,6 @@
 import base64
 import inspect
 import io
-import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -98,46 +95,6 @@ def test_apply_chat_template_gives_what_stock_gives_for_ordinary_text(processor,
     assert set(ours) == set(stock)
     for name in ours:
         assert torch.equal(ours[name], stock[name]), name
-
-
-STOCK = """
-import json, sys
-from transformers import AutoProcessor
-from PIL import Image
-folder, again = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder)
-assert not any(name.split(".")[0] == "modeling_llava" for name in sys.modules)
-assert type(processor).__module__ == "transformers.models.llava.processing_llava"
-messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 30), "teal")},
-                                         {"type": "text", "text": "What is this?"}]}]
-output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-processor.save_pretrained(again)
-print(json.dumps([output["input_ids"], float(output["pixel_values"][0].sum()), processor.tokenizer.padding_side]))
-"""
-
-
-def test_stock_loads_what_we_save_and_we_load_what_stock_saves(tmp_path, processor):
-    processor.save_pretrained(tmp_path / "ours")
-    config = json.loads((tmp_path / "ours" / "processor_config.json").read_text())
-    assert config["processor_class"] == "LlavaProcessor"
-    result = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "ours"), str(tmp_path / "stock")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    ids, pixel_sum, padding_side = json.loads(result.stdout)
-    messages = [user(PICTURE, "What is this?")]
-    for folder in ("ours", "stock"):
-        loaded = AutoProcessor.from_pretrained(tmp_path / folder)
-        assert type(loaded) is LlavaProcessor
-        assert loaded.chat_template == processor.chat_template
-        assert (loaded.patch_size, loaded.num_additional_image_tokens) == (14, 1)
-        output = loaded.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-        assert output["input_ids"] == ids
-        assert float(output["pixel_values"][0].sum()) == pytest.approx(pixel_sum, rel=1e-5)
-    assert padding_side == "left"
 
 
 # --- Images and their tokens -----------------------------------------------------------------------------------------

@@ -75,6 +75,16 @@ def test_logits_and_gradients_are_the_stock_ones(family, checkpointing):
     assert_same_step(lean, stock)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_the_norm_that_cuda_gets_is_the_stock_one_but_for_rounding(dtype, tolerance):
+    norm = language_model(dtype=dtype).model.norm
+    hidden = torch.randn(3, 5, 64).to(dtype).requires_grad_()
+    ours = torch.nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    gradients = [torch.autograd.grad(out.float().pow(2).sum(), (hidden, norm.weight)) for out in (ours, norm(hidden))]
+    for actual, expected in zip((ours, *gradients[0]), (norm(hidden), *gradients[1])):
+        assert actual.dtype == dtype and (actual - expected).norm() < 2 * tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_the_sliding_window_of_each_layer_stays(family):
     window = {"sliding_window": 4}
