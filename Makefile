@@ -2,6 +2,7 @@
 #
 #   make quickstart   install, then the whole life of a small LLaVA on this machine's CPU
 #   make test         install, then the default tests (a few minutes on two cores)
+#   make test-gpu     the tests that need a CUDA GPU, under eight minutes; skipped with that reason without one
 #   make test-slow    the slow tests: real servers, kills and resumes, two processes, the full quickstart
 #   make style        format and fix
 #   make quality      check formatting and lint
@@ -20,7 +21,7 @@ WORKERS ?= 2
 ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-slow test-newest coverage style quality bench clean
+.PHONY: install quickstart test test-gpu test-slow test-newest coverage style quality bench clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +49,9 @@ quickstart: install
 
 test: install
 	$(PYTEST) -n $(WORKERS) $(ARGS)
+
+test-gpu: install
+	$(PYTEST) -v -m gpu tests/gpu $(ARGS)
 
 test-slow: $(VENV)/.installed-slow
 	$(PYTEST) -n $(WORKERS) -v -m slow --timeout 1200 $(ARGS)

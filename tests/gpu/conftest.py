@@ -13,12 +13,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; run by `make test-gpu`")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    reason = "run by `make test-gpu`" if "gpu" not in config.option.markexpr else None
+    reason = reason if torch.cuda.is_available() else "torch finds no CUDA GPU"
     for item in items:
-        if "gpu" in item.path.parts[-2]:
+        if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch finds no CUDA GPU"))
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,27 @@
 """`llava train` on a GPU: every preset from start to end, its memory against the estimate, precision, waits, workers."""
 
+import gc
 import json
 import math
 import warnings
 
 import pytest
 import torch
-import yaml
 from tiny_predictor import tiny_processor
 from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
-from modeling_llava.training import read_recipe, train
-from modeling_llava.training.estimate import CUDA_CONTEXT, GIB, Settings, estimate, load_config, sizes_of
-from modeling_llava.training.recipes import PRESETS, preset_names
+from modeling_llava.training import preset_names, read_recipe, train
+from modeling_llava.training.estimate import (
+    CUDA_CONTEXT,
+    GIB,
+    Settings,
+    available_memory,
+    estimate,
+    load_config,
+    sizes_of,
+)
 
 
 def words(settings, preset, **changes):
@@ -51,7 +58,7 @@ def test_every_preset_trains_evaluates_and_resumes(preset, settings, monkeypatch
 
 @pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
 def test_fp16_trains(adapter, settings):
-    history = train({**settings, "adapter": adapter, "precision": "fp16", "max_steps": 6}).log_history
+    history = train({**settings, "adapter": adapter, "precision": "fp16", "max_steps": 10}).log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert math.isfinite(losses[-1]) and losses[-1] < losses[0]
 
@@ -132,29 +139,21 @@ def test_peak_is_within_10_percent_of_the_estimate(
         "report_to": "none", "preview_samples": 0, "overflow": "truncate_text",
     }  # fmt: skip
     value = {"on": True, "off": False}.get(checkpointing, checkpointing)
-    settings = Settings(**recipe | {"activation_checkpointing": value, "supervised": 0.7})
+    settings = Settings(**recipe | {"activation_checkpointing": value, "supervised": 0.7, "images": 1})
     estimated = estimate(sizes_of(load_config(str(wide_model))), settings).total - CUDA_CONTEXT
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cap = 1.1 * estimated
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
     train(recipe)
+    gc.collect()
+    torch.cuda.empty_cache()
     train(recipe | {"max_steps": 3})  # resumes
     reserved = torch.cuda.max_memory_reserved()
     assert reserved == pytest.approx(estimated, rel=0.1), f"{reserved / GIB:.2f} GiB"
 
 
-@pytest.mark.parametrize("share, expected", [(1.0, False), (None, True)])
-def test_auto_sees_the_share_of_the_process(share, expected, settings, tmp_path):
-    """A share of what the run takes with checkpointing alone leaves no other choice."""
-    recipe = {**settings, "activation_checkpointing": "auto"}
-    if share is None:
-        share = 64 * 2**20 / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(share)
-    try:
-        train(recipe)
-    except torch.OutOfMemoryError:
-        pytest.skip("the share is too small for this build's workspaces")
-    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert resolved["activation_checkpointing"] is expected
-    assert PRESETS.is_dir()
+def test_memory_is_within_the_share_of_the_process():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    assert available_memory(torch.device("cuda", 0)) <= 0.1 * total
