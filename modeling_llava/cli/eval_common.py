@@ -71,12 +71,17 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     )
 
     def make_predictor():
+        import torch
+
         from ..inference import LlavaPredictor, load_model
 
+        device, local_rank = args.device, os.environ.get("LOCAL_RANK")
+        if device is None and shard.count > 1 and local_rank and torch.cuda.is_available():
+            device = f"cuda:{local_rank}"
         loaded = load_model(
             args.model,
             dtype=args.dtype,
-            device=_device(args, shard),
+            device=device,
             load_in_4bit=four_bits,
             adapter=args.adapter,
             base=args.base,
@@ -94,15 +99,6 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
         decoding=decoding,
         partial=args.partial,
     )
-
-
-def _device(args: argparse.Namespace, shard) -> str | None:
-    """Under `torchrun` each process uses the accelerator of its local rank."""
-    import torch
-
-    if args.device is None and shard.count > 1 and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return args.device
 
 
 def finish(args: argparse.Namespace, results: dict | None, published: list[str] = ()) -> int:

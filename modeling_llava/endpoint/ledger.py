@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,8 +57,8 @@ class LedgerCounts:
     models: Counter = field(default_factory=Counter)  # as the endpoint names them
 
 
-class Ledger:
-    """An append-only JSONL file and its state; a context manager. One process at a time can write it.
+class Ledger(AbstractContextManager):
+    """An append-only JSONL file and its state. One process at a time can write it.
 
     `append` hands lines to the operating system, so that they survive a kill of the process; `synced` waits until they are
     on disk.
@@ -95,9 +95,6 @@ class Ledger:
                 self._load()
                 self._reading = files.enter_context(open(self.path, "rb"))
             self._files = files.pop_all()
-
-    def __enter__(self) -> "Ledger":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

@@ -113,12 +113,9 @@ class Budget:
 
     def message(self, needed: Usage) -> str:
         """Why a request is not sent."""
-        parts = []
-        if self.max_tokens is not None:
-            parts.append(f"{self.tokens:,} of {self.max_tokens:,} tokens are used")
-        if self.max_cost is not None:
-            parts.append(f"${self.cost:.4f} of ${self.max_cost:.2f} are spent")
-        return f"The budget does not cover the next request (up to {needed.total_tokens:,} tokens): {' and '.join(parts)}."
+        used = f"{self.tokens:,} tokens" + (f" of {self.max_tokens:,}" if self.max_tokens is not None else "")
+        used += f" and ${self.cost:.4f} of ${self.max_cost:.2f}" if self.max_cost is not None else ""
+        return f"The budget does not cover the next request (up to {needed.total_tokens:,} tokens): {used} are used."
 
     def reserve(self, estimate: Usage, factor: float = 1.0) -> bool:
         """Reserves `estimate`, at `factor` times its price; `False`, with nothing reserved, if that exceeds the budget."""

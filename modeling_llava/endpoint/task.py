@@ -164,10 +164,8 @@ class Refusals:
         return settled
 
     def end(self) -> list[Refusal]:
-        """Called at the end: returns what is refused finally; the rest stays in `open`.
-
-        Without any reply in this run, that is what an earlier run, which had replies to others, had refused too.
-        """
+        """Called at the end: returns what is refused finally; the rest stays in `open`. Without any reply in this run, that is
+        what an earlier run, which had replies to others, had refused too."""
         if self.too_many:
             return []
         settled, kept = [], []

@@ -130,7 +130,7 @@ def question_benchmark(
     return Benchmark(
         name=name,
         samples=[question_sample(row["id"], row["image"], row["text"], instruction) for row in questions],
-        score=lambda answers: score(questions, answers),
+        score=lambda answers: score([row for row in questions if row["id"] in answers], answers),
         data={"files": hash_files(files)},
         settings={"instruction": instruction, **settings},
         image_folder=os.fspath(image_folder),
@@ -306,10 +306,9 @@ def evaluate(
                 return None
             scored = benchmark.score({sample_id: answers[sample_id]["text"] for sample_id in answered})
             scored.counts["cut_at_max_new_tokens"] = sum(answers[i]["finish_reason"] == "length" for i in answered)
+            about = {"model": model, "data": data, "settings": settings}
             whole, number = benchmark.whole, len(answered)
-            return write_results(
-                out, benchmark.name, scored, model=model, data=data, settings=settings, total=whole, answered=number
-            )
+            return write_results(out, benchmark.name, scored, total=whole, answered=number, **about)
 
 
 def _whole_lines(path: Path) -> list[dict]:

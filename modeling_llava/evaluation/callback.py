@@ -32,13 +32,9 @@ class EvaluationCallback(TrainerCallback):
     to `benchmarks.jsonl`. Training itself is not changed. Each process answers its shard of the samples; with weights that are
     sharded over processes (FSDP, ZeRO-3) none can, which raises before the first step.
 
-    In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python:
-
-    ```python
-    >>> questions = pope.read_questions(["coco_pope_random.json"])
-    >>> slices = [pope.make_benchmark(questions, "val2014").first(200)]
-    >>> train("finetune.yaml", callbacks=[EvaluationCallback(slices)])
-    ```"""
+    In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python a slice is
+    `pope.make_benchmark(pope.read_questions(["coco_pope_random.json"]), "val2014").first(200)`.
+    """
 
     def __init__(self, benchmarks: Sequence[Benchmark]):
         self.benchmarks = list(benchmarks)

@@ -120,11 +120,8 @@ class Asked:
 
     def require_all(self, total: int, what: str, folder: Path, *, refused: bool = True, partial: bool = False) -> None:
         """
-        With `partial`, any reply is enough.
-
-        Raises:
-            ConnectionError: tasks are open. Replies are kept.
-            ValueError: requests are refused (except without `refused`); asking again does not change that.
+        A `ConnectionError` if tasks are open, a `ValueError` if requests are refused (except without `refused`), since asking
+        again does not change that. With `partial`, any reply is enough.
         """
         if partial and (self.replies or self.rejected):
             return

@@ -214,10 +214,7 @@ def judge_answers(
 def score(
     questions: Sequence[Question], answers: dict[str, str], reviews: Reviews, judge: ChatModel, how: JudgeSettings
 ) -> Scored:
-    """
-    Relative scores by category and over all, from the reviews that have scores; reviews without scores are counted. With both
-    orders a repeat counts for a question only if both reviews have scores.
-    """
+    """Relative scores by category and over all. With both orders a repeat counts for a question only if both have scores."""
     rows, per_repeat = [], [[] for _ in range(how.repeats)]
     for question in questions:
         if question.id not in answers:

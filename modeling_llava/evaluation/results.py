@@ -139,24 +139,14 @@ def paired_difference(first: Sequence[tuple[float, float]], second: Sequence[tup
 
 
 def write_results(
-    folder: str | os.PathLike,
-    benchmark: str,
-    scored: Scored,
-    *,
-    model: dict,
-    data: dict,
-    settings: dict,
-    total: int,
-    answered: int,
+    folder: str | os.PathLike, benchmark: str, scored: Scored, *, total: int, answered: int, **about: dict
 ) -> dict:
-    """Writes `samples.jsonl`, then `results.json`, the content of which it returns."""
+    """Writes `samples.jsonl`, then `results.json`, whose content it returns. `about`: its `model`, `data` and `settings`."""
     num_scored = sum(row["score"] is not None for row in scored.rows)
     results = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
-        "model": model,
-        "data": data,
-        "settings": settings,
+        **about,
         "versions": recorded_versions(),
         "machine": machine(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

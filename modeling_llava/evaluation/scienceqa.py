@@ -26,7 +26,6 @@ from .scienceqa_answers import ANSWER_RULE, find_letter, parse_answer
 
 LETTERS = "ABCDEFGHIJ"
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-NO_CONTEXT = "N/A"
 DIRECT_ANSWER = "Answer with the option's letter from the given choices directly."
 """How LLaVA-1.5's evaluation of ScienceQA asks for the letter alone."""
 INPUT_ORDERS = ("QCM", "CQM", "QCML", "QCME", "QCMLE", "QCLM", "QCEM", "QCLEM")
@@ -123,7 +122,7 @@ def question_text(problem: Problem, order: str = "QCM") -> str:
     choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices))
     parts = {
         "Q": f"Question: {problem.question}",
-        "C": f"Context: {problem.hint.strip() or NO_CONTEXT}",
+        "C": f"Context: {problem.hint.strip() or 'N/A'}",
         "M": f"Options: {choices}",
     }
     reasons = reasons_of(problem)
@@ -219,14 +218,9 @@ def columns_of(problem: Problem) -> list[str]:
 
 
 def score(problems: list[Problem], answers: dict[str, str]) -> Scored:
-    """
-    Accuracy in every column, over the problems that have an answer. An answer that names no choice, or one that does not
-    exist, is wrong and counted.
-    """
+    """Accuracy in every column. An answer that names no choice, or one that does not exist, is wrong and counted."""
     rows = []
     for problem in problems:
-        if problem.id not in answers:
-            continue
         text = answers[problem.id]
         letter, choice = find_letter(text), parse_answer(text, len(problem.choices))
         rows.append(
@@ -262,7 +256,7 @@ def make_benchmark(
     return Benchmark(
         name="scienceqa",
         samples=[to_sample(problem, order, direct) for problem in problems],
-        score=lambda answers: score(problems, answers),
+        score=lambda answers: score([problem for problem in problems if problem.id in answers], answers),
         data={"files": hash_files(files), "split": ", ".join(sorted({problem.split for problem in problems}))},
         settings={"order": "direct" if direct else order, "answer_rule": ANSWER_RULE},
         image_folder=None if image_folder is None else os.fspath(image_folder),

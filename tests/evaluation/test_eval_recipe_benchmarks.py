@@ -4,7 +4,6 @@ import json
 
 import pytest
 from test_eval_sample_answers import losses, recipe  # noqa: F401 (a fixture)
-from tiny_science import science_problem
 
 from modeling_llava.cli.eval import slice_of
 from modeling_llava.cli.main import main
@@ -45,11 +44,3 @@ def test_a_recipe_scores_slices_at_each_evaluation_and_training_is_the_same(reci
 def test_a_wrong_line_is_one_error_that_shows_it(line, message):
     with pytest.raises(ValueError, match=message):
         slice_of(line, "out")
-
-
-def test_scienceqa_takes_the_same_words_as_its_command(tmp_path):
-    problems, splits = tmp_path / "problems.json", tmp_path / "pid_splits.json"
-    problems.write_text(json.dumps({str(n): science_problem(n, image=None) for n in range(4)}))
-    splits.write_text(json.dumps({"test": [str(n) for n in range(4)]}))
-    line = f"scienceqa --problems {problems} --splits {splits} --split test --images {tmp_path} --limit 2"
-    assert [len(slice_of(line, "out").samples), slice_of(line, "out").name] == [2, "scienceqa"]

@@ -234,17 +234,3 @@ def test_results_are_attached_to_their_weights_only(tmp_path, weights, capsys):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         attach([mine], tmp_path / "nowhere")
     assert [path.name for path in weights.iterdir()] == ["model.safetensors"]
-
-
-def test_attached_results_reach_the_model_card(tmp_path, model_folder):
-    import shutil
-
-    from modeling_llava.hub.model_card import render_model_card
-
-    weights = tmp_path / "weights"
-    shutil.copytree(model_folder, weights)
-    run = write_run(tmp_path / "run", [1.0, 0.0, 1.0], "scienceqa", model=describe_model(str(weights)))
-    attach([run], weights)
-    card = render_model_card(weights, "me/weights", kind="full")
-    front_matter = card.split("---")[1]
-    assert "model-index" in front_matter and "66.6667" in front_matter and "scienceqa" in front_matter

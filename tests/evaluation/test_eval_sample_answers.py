@@ -15,7 +15,6 @@ from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
 from modeling_llava.evaluation.callback import spread
 from modeling_llava.inference import LlavaPredictor
-from modeling_llava.training import parse_recipe
 from modeling_llava.training.batches import FilledDataset
 
 
@@ -87,8 +86,3 @@ def test_evaluation_data_that_is_a_stream_gives_its_first_samples():
     assert [sample["id"] for sample in spread(stream, 2)] == [0, 1]
     filled_up = FilledDataset([{"id": n} for n in range(3)], 16)  # as several processes evaluate it
     assert [sample["id"] for sample in spread(filled_up, 8)] == [0, 1, 2]
-
-
-def test_answers_need_evaluation_data(recipe, tmp_path):
-    with pytest.raises(ValueError, match="sample_answers .*set eval_size, or eval_data"):
-        parse_recipe(str(recipe), [f"output_dir={tmp_path}", "eval_size=null", "eval_strategy=no", "sample_answers=2"])

@@ -1,16 +1,14 @@
 """ScienceQA with a language-only model: alone by worked examples, as a complement, and as the judge."""
 
 import pytest
-from tiny_science import problems_of, science_problem
+from tiny_science import problems_of
 
 from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
 from modeling_llava.endpoint.limits import Backoff
-from modeling_llava.evaluation.scienceqa import question_text, read_hub_problems
+from modeling_llava.evaluation.scienceqa import question_text
 from modeling_llava.evaluation.scienceqa_language import (
     choose_shots,
-    judge_tasks,
     language_tasks,
-    prefer,
     score_with_language_model,
 )
 
@@ -59,14 +57,6 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
 
     again = score_with_language_model(test, own, model, tmp_path / "l", shots=shots)
     assert len(model.asked) == 13 and again["judge"].scores == scored["judge"].scores  # nothing is paid twice
-
-
-def test_ensemble_rules():
-    problem = read_hub_problems([science_problem(1)], "test")[0]
-    said = {reply: prefer(problem, reply, own="The answer is A.") for reply in ("no idea", "B", "E", None)}
-    assert said == {"no idea": "The answer is A.", "B": "B", "E": "The answer is A.", None: "The answer is A."}
-    assert not judge_tasks([problem], {problem.id: "B"}, {problem.id: "The answer is B."})
-    assert judge_tasks([problem], {problem.id: "?"}, {problem.id: "?"})  # neither has answered: they are not the same
 
 
 def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
