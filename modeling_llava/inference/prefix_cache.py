@@ -93,17 +93,14 @@ def match_chain(prefix: Prefix | None, ids: list[int]) -> Prefix | None:
 
 class RowCache:
     """
-    Keys and values of the rows' own tokens: per layer `[num_slots, num_kv_heads, capacity, head_dim]`. Row `i` has
-    `lengths[i]` tokens, at the front of slot `i`, after the shared `prefixes[i]`; the active rows are the first slots.
+    Keys and values of the rows' own tokens: per layer `[num_slots, num_kv_heads, capacity, head_dim]`, where `capacity` grows
+    to `max_length`. Row `i` has `lengths[i]` tokens, at the front of slot `i`, after the shared `prefixes[i]`.
     """
 
     def __init__(self, num_layers: int):
-        self.num_slots = 0
-        self.max_length = 0
-        """Most tokens that a slot will ever hold: what `capacity` grows to."""
+        self.num_slots = self.capacity = self.max_length = 0
         self.lengths: list[int] = []
         self.prefixes: list[Prefix | None] = []
-        self.capacity = 0
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
 

@@ -322,13 +322,8 @@ def supports_shared_prefix(language_model, device: torch.device) -> bool:
     """
     config = language_model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    sinks = any(hasattr(module, "sinks") for module in language_model.modules())
-    return bool(
-        language_model._supports_attention_backend
-        and kinds <= {"full_attention", "sliding_attention"}
-        and not capped
-        and not sinks
+    return (
+        kinds <= {"full_attention", "sliding_attention"}
         and not _rope_types(config) & {"dynamic", "longrope"}  # their angles go by the longest row of a pass
         and _hands_on_steps(language_model, device)
     )

@@ -171,37 +171,6 @@ def test_sampling_is_repeatable_by_its_seed(script, folder):
     assert script(["What is it?", "/retry"], [*arguments, "--seed", "7"])[1] != first
 
 
-def test_adapter_folder_adapter_option_and_merged_model_answer_alike(script, folder, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText
-
-    from modeling_llava.training import merge_adapter
-
-    base = AutoModelForImageTextToText.from_pretrained(folder)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    lines, arguments = ["What is it?"], ["--image", folder.parent / "1.png", *ASK]
-    answers = [
-        script(lines, [*model, *arguments])[1]
-        for model in ([tmp_path / "adapter"], [folder, "--adapter", tmp_path / "adapter"], [tmp_path / "merged"])
-    ]
-    assert answers[0] == answers[1] == answers[2] != script(lines, [folder, *arguments])[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_and_processor", ["llava-hf"], indirect=True)
-def test_four_bit_model_answers_as_the_predictor_over_it(script, folder):
-    pytest.importorskip("bitsandbytes")
-    from modeling_llava.inference import LlavaPredictor
-
-    predictor = LlavaPredictor.from_pretrained(folder, load_in_4bit=True)
-    predictor.set_image(folder.parent / "1.png")
-    code, out, err = script(["What is it?"], [folder, "--load-in-4bit", "--image", folder.parent / "1.png", *ASK])
-    assert code == 0 and out == [predictor.ask("What is it?", max_new_tokens=8)]
-    assert "4-bit" in err
-
-
 # At a terminal
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
-from tiny_predictor import assistant_turn, generated, png_header, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import generated, png_header, tiny_llava, tiny_processor, user_turn
 
 from modeling_llava.cli.main import main
 from modeling_llava.cli.web import _title
@@ -231,19 +231,9 @@ class Page:
 
 @pytest.mark.slow
 def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
-    red, blue = square("red"), square("blue")
+    red = square("red")
     red.save(tmp_path / "red.png")
-    blue.save(tmp_path / "blue.png")
-    (tmp_path / "fake.png").write_text("not a picture")
     (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
-
-    def answer(turns, question, image, length):
-        messages = []
-        for number, (earlier, said) in enumerate([*turns, (question, None)]):
-            messages.append(user_turn(earlier, [image] if number == 0 else []))
-            messages += [] if said is None else [assistant_turn(said)]
-        return " ".join(generated(*model_and_processor, messages, length).split())
-
     browser = open_browser()
     page = Page(browser, site)
     page.upload(tmp_path / "red.png")
@@ -260,7 +250,7 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     grown = browser.execute_script("return window.seen")
     assert len(set(grown)) > 3 and grown == sorted(grown) and grown[0] < len(first)
     assert page.question() == ""
-    whole = answer([], "What is it?", red, 300)
+    whole = " ".join(generated(*model_and_processor, [user_turn("What is it?", [red])], 300).split())
     plain = [text.replace("*", "").replace("_", "")[:20] for text in (first, whole)]  # what Markdown takes away
     assert plain[0] == plain[1]
 
@@ -277,57 +267,31 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     page.wait(lambda: "Stopped." in page.status() and page.enabled("ask"))
     assert page.said()[:3] == stopped[:3] and page.said()[3][:8] == stopped[3][:8]
 
-    # Somebody else, with another picture, sees nothing of this.
-    other = Page(open_browser(), site)
-    assert other.said() == []
-    other.upload(tmp_path / "blue.png")
-    other.wait(lambda: "4 image tokens" in other.status())
-    other.type("What is it?")
-    other.press("ask")
-    other.wait(lambda: len(other.said()) == 2 and len(other.said()[1]) > 30)
-    other.press("stop")
-    other.wait(lambda: "Stopped." in other.status())
-    theirs = answer([], "What is it?", blue, 60)
-    assert theirs[:20] != whole[:20]
-    assert other.said()[1].replace("*", "").replace("_", "")[:20] == theirs.replace("*", "").replace("_", "")[:20]
-    assert len(page.said()) == 4
-
-    # A new beginning; what is no picture is named; an example is there for the asking, and keeps what was typed.
+    # A new chat; what is not an image is named; an example keeps the question that was typed.
     page.press("reset")
     page.wait(lambda: page.said() == [] and "4 image tokens" in page.status() and not page.enabled("retry"))
-    for name, message in (("fake.png", "is not an image"), ("bomb.png", "has far more than 50.0 million pixels")):
-        other.upload(tmp_path / name)
-        other.wait(lambda message=message: message in other.find("body")[0].text)
-        other.wait(lambda: other.status() == "No image: the one above cannot be read." and other.said() == [])
-        other.find("#image button[aria-label='Remove Image']")[0].click()
-        other.wait(lambda: other.status() == NO_IMAGE)
+    page.upload_another(tmp_path / "bomb.png")
+    page.wait(lambda: "has far more than 50.0 million pixels" in page.find("body")[0].text)
+    page.wait(lambda: page.status() == "No image: the one above cannot be read.")
+    page.find("#image button[aria-label='Remove Image']")[0].click()
+    page.wait(lambda: page.status() == NO_IMAGE)
     for typed in ("", "And what is on the left?"):
         page.type(typed)
-        for number, suggested in enumerate(("How many balls", "What is shown")):
+        for number in range(2):
             page.find("#examples button")[number].click()
-            page.wait(lambda begin=typed or suggested: page.question().startswith(begin))
+            page.wait(lambda begin=typed or "How many balls": page.question().startswith(begin))
             page.wait(lambda: page.find("#image img") and "4 image tokens" in page.status())
         page.press("reset")
         page.wait(lambda: page.question() == "")
 
     # Not one request left for another host, and no script complained.
-    for one in (page, other):
-        events = [json.loads(entry["message"])["message"] for entry in one.browser.get_log("performance")]
-        urls = [
-            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
-        ]
-        elsewhere = [
-            url for url in urls if not url.startswith((site, "data:", "blob:", "chrome:", "chrome-extension:"))
-        ]
-        assert urls and elsewhere == []
-        refused = [
-            event["params"]["response"]["url"]
-            for event in events
-            if event["method"] == "Network.responseReceived" and event["params"]["response"]["status"] >= 400
-        ]
-        assert refused == []  # the guard lets through all that the page needs
-        errors = [entry["message"] for entry in one.browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert errors == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    own = (site, "data:", "blob:", "chrome:", "chrome-extension:")
+    assert urls and [url for url in urls if not url.startswith(own)] == []
+    responses = [event["params"]["response"] for event in events if event["method"] == "Network.responseReceived"]
+    assert [response["url"] for response in responses if response["status"] >= 400] == []
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 @pytest.mark.slow

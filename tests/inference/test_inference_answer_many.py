@@ -54,24 +54,6 @@ def test_benchmark_answers_equal_generate_whatever_the_batch(model, processor, p
     assert passes.images == [6]  # six images in all, each encoded once
 
 
-def test_benchmark_answers_of_other_lengths_and_finished_rows(model, processor):
-    """Rows that end early make room: the answers stay what they are."""
-    samples = samples_of([([seed], QUESTIONS[seed % 5]) for seed in range(13)])
-    predictor = LlavaPredictor(model, processor)
-    free = {answer.id: answer for answer in predictor.answer_many(samples, max_new_tokens=30)}
-    stops = (free["s2"].text[4:6], free["s5"].text[10:12])
-    expected = {}
-    for number in range(13):
-        cut = free[f"s{number}"].text
-        for stop in stops:
-            cut = cut.split(stop)[0].strip()
-        expected[f"s{number}"] = cut
-    answers = list(predictor.answer_many(samples, batch_size=4, max_new_tokens=30, stop_strings=stops))
-    assert {answer.id: answer.text for answer in answers} == expected
-    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
-    assert all(answer.num_tokens == 30 for answer in answers if answer.finish_reason == "length")
-
-
 def test_a_row_that_ends_makes_room_at_once(model, processor, passes):
     """Another takes its place in the next pass, in which the others get their next token; their answers stay what they are."""
     samples = samples_of([([seed], QUESTIONS[seed]) for seed in range(4)])

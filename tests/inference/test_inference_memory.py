@@ -79,16 +79,6 @@ def test_rows_at_a_time_follow_free_memory_and_answers_do_not(model, processor, 
         assert max(card.rows) == batch_size
 
 
-def test_a_list_of_questions_follows_free_memory(model, processor, card):
-    predictor = LlavaPredictor(model, processor)
-    predictor.set_image(picture(1))
-    expected = predictor.ask(QUESTIONS, max_new_tokens=NEW_TOKENS)
-    assert max(card.rows) == 5
-    card.size, card.rows = 0, []
-    assert predictor.ask(QUESTIONS, max_new_tokens=NEW_TOKENS) == expected
-    assert max(card.rows) == 1
-
-
 def test_buffers_change_shape_with_the_rows_and_answers_do_not(model, processor, card):
     """Long prompts between short ones: fewer slots and longer ones, and back."""
     generator = torch.Generator().manual_seed(0)

@@ -135,14 +135,6 @@ def test_image_after_the_question(model):
     assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
 
 
-def test_question_that_looks_like_control_tokens_is_text(predictor, model, processor):
-    question = "Is <image> or </s> a token? <s>"
-    predictor.set_image(picture(1))
-    assert predictor.ask(question, max_new_tokens=8) == generated(
-        model, processor, [user_turn(question, [picture(1)])], 8
-    )
-
-
 def test_prompts_are_those_of_the_processor(processor):
     for messages in (
         [user_turn(QUESTIONS[3], [picture(1), picture(2)])],

@@ -31,16 +31,7 @@ footer {display: none !important}
 
 @dataclass(frozen=True)
 class Limits:
-    """
-    Limits of the server.
-
-    Attributes:
-        upload_bytes, pixels: Of an image. 50 million pixels take 150 MB while they are read.
-        question_characters: Of one question.
-        new_tokens: Of one answer.
-        answers_at_once: Visitors who are answered at the same time; the others wait in the queue.
-        waiting: Length of the queue.
-    """
+    """Of the server: an image's bytes and pixels (50 million take 150 MB), an answer's tokens, visitors answered and queued."""
 
     upload_bytes: int = 20 * 2**20
     pixels: int = 50_000_000
