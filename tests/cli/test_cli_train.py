@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import TrainerState
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
 from modeling_llava.cli.train import _needs
 from modeling_llava.training import LlavaTrainingArguments, read_recipe
+from modeling_llava.training.callbacks import DurationCallback
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_v15_tiny_lora"
@@ -139,3 +141,13 @@ def test_download_disk_and_free_memory_are_told_before_loading(monkeypatch, tmp_
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 8 * 2**30))
         line = _needs(args)[-1]
         assert f"{free}.0 of 8.0 GiB are free" in line and ("may not fit" in line) != fits
+
+
+def test_a_run_says_once_how_long_it_takes(caplog, monkeypatch):
+    callback, state = DurationCallback(num_epochs=3), TrainerState(max_steps=300, is_world_process_zero=True)
+    monkeypatch.setattr("time.perf_counter", lambda: 64.0 * state.global_step)
+    args = SimpleNamespace(gradient_accumulation_steps=2)
+    callback.on_train_begin(args, state, None, train_dataloader=range(200))
+    for state.global_step in range(1, 20):
+        callback.on_step_end(args, state, None)
+    assert caplog.messages == ["By its first steps, the run takes about 5 h 20 min (3 epochs, 300 optimizer steps)."]
