@@ -19,12 +19,12 @@ def check_transformers() -> None:
         ImportError: it is too old, or not installed.
     """
     oldest, beyond = TRANSFORMERS
-    fix = f"pip install --upgrade 'transformers>={oldest},<{beyond}'"
     found = installed("transformers")
-    if found is None:
-        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, and there is none: {fix}.")
-    if is_older(found, oldest):
-        raise ImportError(f"modeling_llava needs transformers ≥ {oldest}, {found} is installed: {fix}.")
+    if found is None or is_older(found, oldest):
+        raise ImportError(
+            f"modeling_llava needs transformers ≥ {oldest}, {found or 'none'} is installed: "
+            f"pip install --upgrade 'transformers>={oldest},<{beyond}'."
+        )
 
 
 def installed(package: str) -> str | None:
