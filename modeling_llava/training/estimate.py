@@ -159,7 +159,8 @@ class Settings(SimpleNamespace):
     @classmethod
     def of(cls, args: LlavaTrainingArguments) -> "Settings":
         known = {name: getattr(args, name) for name in vars(cls()) if hasattr(args, name)}
-        return cls(**known | {"devices": args.world_size, "device": args.device.type})
+        sharding = "fsdp" if args.is_sharded else "ddp"
+        return cls(**known | {"devices": args.world_size, "device": args.device.type, "sharding": sharding})
 
     def replace(self, **changes: Any) -> "Settings":
         return Settings(**vars(self) | changes)
