@@ -235,7 +235,14 @@ def test_pictures_whose_square_or_resize_would_fill_the_memory(size, tmp_path):
     assert load_image("b.png", tmp_path).size == (1, 1000)
 
 
+def test_lack_of_memory_is_not_called_a_broken_image(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        load_image(encoded(noise()))
+
+
 def test_values_without_a_meaning():
+    fails(CORRUPT_IMAGE, "0×4 pixels, none", Image.new("RGB", (0, 4)))
     values = np.linspace(-3, 900, 1200, dtype=np.float32).reshape(30, 40)
     fails(CORRUPT_IMAGE, "from -3 to 900", encoded(Image.fromarray(values), "TIFF"))
     values = np.arange(1200, dtype=np.int32).reshape(30, 40) * 1000

@@ -11,7 +11,14 @@ from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
-from modeling_llava.io.checkpoints import checkpoint_kind, find_base, load_processor
+from modeling_llava.io.checkpoints import (
+    checkpoint_kind,
+    find_base,
+    four_bits_of,
+    load_processor,
+    load_projector,
+    save_projector,
+)
 
 
 ORIGINAL = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
@@ -132,6 +139,38 @@ def test_an_adapter_of_another_model_is_refused(saved, adapter, tmp_path, change
     ):
         with pytest.raises(ValueError, match="other is not for the base .* tensors, .* fit no module"):
             call(other)
+
+
+def test_a_base_or_a_recipe_that_cannot_be_read_is_named(adapter, tmp_path):
+    folder = changed(adapter, tmp_path / "other", lambda name, t: (name, t))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for base, said in ((None, "names no base"), ("/no/where", "is not there"), (str(adapter), "an adapter itself")):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=said):
+            find_base(folder)
+    (folder / "recipe.yaml").write_text("adapter: [")
+    with pytest.raises(ValueError, match="recipe.yaml is not YAML"):
+        four_bits_of(folder)
+
+
+def test_a_projector_of_another_model_is_refused(saved, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(saved)
+    model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
+    save_projector(model, tmp_path)
+    assert load_projector(model, tmp_path) == ["multi_modal_projector"]
+    tensors = load_file(tmp_path / "projector.safetensors")
+    name = next(iter(tensors))
+    for wrong, said in (
+        ({**tensors, name: torch.zeros(3)}, "but the model's is"),
+        ({name: tensors[name]}, "are missing"),
+    ):
+        save_file(wrong, tmp_path / "projector.safetensors")
+        with pytest.raises(ValueError, match=said):
+            load_projector(model, tmp_path)
+    config = json.loads((tmp_path / "projector_config.json").read_text())
+    (tmp_path / "projector_config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
+    with pytest.raises(ValueError, match="vision_feature_layer=-1, but the model has -2"):
+        load_projector(model, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
