@@ -15,33 +15,28 @@ Log in first: `hf auth login`. The same command resumes an interrupted upload.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument(
-        "model", help="folder of a full model, an adapter, a projector, or a data set or run of the data engine"
-    )
-    parser.add_argument("repo", help="name on the Hub: owner/name, or name for your own")
-    parser.add_argument(
-        "--private", action="store_true", help="make the new repository private (an existing public one is refused)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="gather and check everything, upload nothing")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="folder of a full model, an adapter, a projector, or a data set or run of the data engine")
+    add("repo", help="name on the Hub: owner/name, or name for your own")
+    add("--private", action="store_true", help="make the new repository private (an existing public one is refused)")
+    add("--dry-run", action="store_true", help="gather and check everything, upload nothing")
+    add(
         "--merge",
         action="store_true",
         help="an adapter or projector: merge it into its base and publish the full model",
     )
-    parser.add_argument("--base-model", action="append", metavar="NAME", help="Hub name of a base model (repeatable)")
-    parser.add_argument("--dataset", action="append", metavar="NAME", help="Hub name of training data (repeatable)")
-    parser.add_argument(
-        "--results", action="append", metavar="DIR", help="output of llava eval for the card (repeatable)"
-    )
-    parser.add_argument("--license", help="the Hub's identifier, such as llama2 (default for models: other)")
-    parser.add_argument("--data-license", metavar="TEXT", help="licence of the training data, for the card")
-    parser.add_argument("--language", default="en", help="language of the answers, by its ISO 639 code (default: en)")
-    parser.add_argument("--summary", help="first paragraph of the model card")
-    parser.add_argument("--revision", help="branch to push to; created from main if absent")
-    parser.add_argument("--tag", action="append", metavar="TAG", help="git tag for the commit (repeatable)")
-    parser.add_argument("--message", default="Upload with llava publish", help="first line of the commit")
-    parser.add_argument("--out", help="folder to gather in (default: MODEL-to-publish)")
-    parser.add_argument("--no-run", action="store_true", help="do not load the model and ask it a question first")
+    add("--base-model", action="append", metavar="NAME", help="Hub name of a base model (repeatable)")
+    add("--dataset", action="append", metavar="NAME", help="Hub name of training data (repeatable)")
+    add("--results", action="append", metavar="DIR", help="output of llava eval for the card (repeatable)")
+    add("--license", help="the Hub's identifier, such as llama2 (default for models: other)")
+    add("--data-license", metavar="TEXT", help="licence of the training data, for the card")
+    add("--language", default="en", help="language of the answers, by its ISO 639 code (default: en)")
+    add("--summary", help="first paragraph of the model card")
+    add("--revision", help="branch to push to; created from main if absent")
+    add("--tag", action="append", metavar="TAG", help="git tag for the commit (repeatable)")
+    add("--message", default="Upload with llava publish", help="first line of the commit")
+    add("--out", help="folder to gather in (default: MODEL-to-publish)")
+    add("--no-run", action="store_true", help="do not load the model and ask it a question first")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,16 +104,14 @@ def run(args: argparse.Namespace) -> int:
 def merged(console, source, stack):
     """The merged model of an adapter or projector, in a folder that is deleted when `stack` ends."""
     import tempfile
-    from pathlib import Path
 
     from ..training import merge_adapter
 
     console.print(f"Merging {source} into its base …")
-    parent = source.resolve().parent  # the folder for temporary files may be small, or in memory
-    scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".merging-"))
-    folder = Path(scratch, source.resolve().name)
-    merge_adapter(str(source), str(folder))
-    return folder
+    source = source.resolve()  # the folder for temporary files may be small, or in memory
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=source.parent, prefix=".merging-"))
+    merge_adapter(str(source), f"{scratch}/{source.name}")
+    return type(source)(scratch, source.name)
 
 
 def say_who_runs_it(console, folder) -> None:

@@ -42,17 +42,12 @@ def render_model_card(
 
     Args:
         folder (`str` or `Path`):
-            A full, adapter or projector folder. `config.json` or `adapter_config.json`, and where there are any
-            `recipe.yaml`, `run.json`, `trainer_state.json`, `results*.json` and figures are read.
+            A full, adapter or projector folder. Its configuration, and where there are any the records of the run,
+            `results*.json` and figures are read.
         repo (`str`): Name on the Hub, `owner/name`.
-        kind (`str`): `"full"`, `"adapter"` or `"projector"` ([`modeling_llava.io.checkpoints.checkpoint_kind`]).
-        base_models (`list[str]`, *optional*):
-            Hub names of the base models; by default those that the run or the configuration names.
-        datasets (`list[str]`, *optional*): Hub names of the training data; by default those that the run names.
-        license (`str`, *optional*, defaults to `"other"`): The Hub's identifier of the weights' licence.
-        data_license (`str`, *optional*): Licence of the training data, in words.
-        language (`str`, *optional*, defaults to `"en"`): Language of the answers.
-        summary (`str`, *optional*): First paragraph, in place of the one that is written from the facts.
+        kind (`str`): `"full"`, `"adapter"` or `"projector"` ([`checkpoint_kind`]).
+        base_models, datasets, license, data_license, language, summary:
+            The options of `llava publish`; by default what the records say.
         generate_kwargs (`dict`, *optional*):
             What `generate` has to be given to end an answer ([`modeling_llava.text.stops.needed_by_stock`]).
     """
@@ -114,27 +109,23 @@ def _is_hub_name(name: Any) -> bool:
 def _runtimes(kind: str, repo: str, config: dict, base: str, needs_us: str | None) -> dict[str, str]:
     """Runtime → how to run this model with it, or why it does not run."""
     ours = f"`llava chat {repo}`, `llava web {repo}`; `LlavaPredictor` encodes an image once for many questions"
+    merged = f"after `llava merge {repo} merged`: as for a full model (`merged` in place of the name)"
     if kind == "projector":
-        merged = f"after `llava merge {repo} merged`"
-        return {
-            "modeling_llava": f"{merged}: `llava chat merged`; for stage 2, `projector: {repo}` in a recipe",
-            "transformers, vLLM, SGLang, llama.cpp": f"{merged}: as for a full model",
-        }
+        stage2 = f"`projector: {repo}` in a recipe for stage 2, or `llava merge {repo} merged`, `llava chat merged`"
+        return {"modeling_llava": stage2, "transformers, vLLM, SGLang, llama.cpp": merged}
     if kind == "adapter":
         load = f'LlavaForConditionalGeneration.from_pretrained("{base}")'
         return {
             "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")` (with `peft` installed)',
             "modeling_llava": ours,
             "PEFT": f'`PeftModel.from_pretrained({load}, "{repo}")`',
-            "vLLM, SGLang, llama.cpp": f"after `llava merge {repo} merged`: as for a full model (`vllm serve ./merged`; "
-            "`llava convert merged gguf --to gguf`)",
+            "vLLM, SGLang, llama.cpp": merged,
         }
     if needs_us:
         return {"modeling_llava": ours, "transformers, vLLM, SGLang, llama.cpp": f"no: {needs_us}"}
     is_linear = config.get("projector_hidden_act") == "linear"
     return {
-        "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")`, or `transformers serve` and '
-        f"`transformers chat {repo}`",
+        "transformers": f'`AutoModelForImageTextToText.from_pretrained("{repo}")`, `transformers serve`, `transformers chat`',
         "modeling_llava": ours,
         "vLLM": "no: it has no linear activation" if is_linear else f"`vllm serve {repo}`",
         "SGLang": f"`python -m sglang.launch_server --model-path {repo}`",

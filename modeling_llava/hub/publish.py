@@ -38,9 +38,7 @@ class Publication:
     files: dict[str, int]  # name → bytes
     left_out: list[str]  # files of the source folder that are not published
     problems: list[Problem] = field(default_factory=list)
-    source: Path | None = None  # of a run of the data engine, its data set
     generate_kwargs: dict | None = None  # what stock's `generate` needs to end its answers
-    url: str | None = None  # once it has been pushed
 
     @property
     def repo_type(self) -> str:
@@ -67,10 +65,8 @@ def gather(
         repo (`str`): Name on the Hub: `owner/name`, or `name` for your own.
         folder (`str` or `os.PathLike`, *optional*):
             Where to gather; by default `SOURCE-to-publish`. An earlier one is replaced.
-        results (`list[str]`, *optional*):
-            Output folders of `llava eval` (or their `results.json`) for the card, in addition to those in `source`.
-        base_models, license, language, card:
-            Arguments of [`render_model_card`]. A data set has its own card, into which `license` is written.
+        results, base_models, license, language, card:
+            The options of `llava publish`. A data set has its own card, into which `license` is written.
 
     Returns:
         [`Publication`]: with `problems`, which must be empty for [`push`].
@@ -131,7 +127,6 @@ def gather(
         files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         left_out=[str(file) for file in left_out],
         problems=problems + find_problems(folder) + missing_files(folder, kind),
-        source=source,
         generate_kwargs=generate_kwargs,
     )
 
@@ -165,14 +160,8 @@ def push(
     Create the repository if it does not exist, and upload what was gathered. After an interruption, call it again: files
     that the Hub has are not uploaded twice.
 
-    Args:
-        publication ([`Publication`]): From [`gather`].
-        private (`bool`, *optional*, defaults to `False`): Make a new repository private; an existing public one is refused.
-        revision (`str`, *optional*): Branch to push to; it is created from `main` if absent.
-        tags (`list[str]`, *optional*):
-            Git tags for the new commit, such as `["v1"]`. A tag of an older commit is refused before the upload.
-        message (`str`, *optional*): The commit's first line.
-        endpoint (`str`, *optional*): Another Hub; `HF_ENDPOINT` or the public one by default.
+    The arguments are those of `llava publish`. A tag that exists, and `private` for an existing public repository, are refused
+    before the upload. `endpoint` is another Hub than `HF_ENDPOINT` or the public one.
 
     Returns:
         `str`: its URL.
@@ -190,7 +179,7 @@ def push(
     api, kind, tags = HfApi(endpoint=endpoint), {"repo_type": publication.repo_type}, tags or []
     check_refs(revision, *tags)
     try:
-        held = _check_repository(api, publication, private, revision, tags)
+        _check_repository(api, publication, private, tags)
         repo = api.create_repo(publication.repo, private=private, exist_ok=True, **kind).repo_id
         if revision is not None and not revision.startswith("refs/"):  # such as an existing pull request
             api.create_branch(repo, branch=revision, exist_ok=True, **kind)
@@ -203,23 +192,19 @@ def push(
             delete_patterns=_stale_weights(api, repo, publication, revision),
             **kind,
         )
-        if moved := sorted(tag for tag, at in held.items() if at != commit.oid):
-            raise ValueError(
-                f"The files were uploaded, but {repo} has the tag {moved[0]!r} already, of the commit before. Choose another."
-            )
         for tag in tags:
-            api.create_tag(repo, tag=tag, revision=revision, exist_ok=True, **kind)
+            api.create_tag(repo, tag=tag, revision=revision, **kind)
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+        status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split())
         if status in (401, 403):
             raise PermissionError(
                 f"The Hub refused {publication.repo} ({status}: {said}): log in with a token that may write there "
                 "(`hf auth login`), and check the owner's name."
             ) from None
-        if status is not None and 400 <= status < 500 and status not in (408, 429):
+        if 400 <= status < 500 and status not in (408, 429):
             raise ValueError(f"The Hub rejects {publication.repo} ({status}: {said}).") from None
-        raise _interrupted("too many requests: wait a while" if status == 429 else str(status or error)) from None
+        raise _interrupted("too many requests: wait a while" if status == 429 else str(status)) from None
     except (OSError, HTTP_ERROR) as error:
         raise _interrupted(str(error)) from None
     except RuntimeError as error:  # of a large file: the Hub's storage
@@ -227,8 +212,7 @@ def push(
             raise
         response = getattr(error.__cause__, "response", None)
         raise _interrupted(f"{error} {error.__cause__ if response is None else response.status_code}") from None
-    publication.url = str(commit.commit_url).split("/commit/")[0]
-    return publication.url
+    return str(commit.commit_url).split("/commit/")[0]
 
 
 def _interrupted(why: str) -> OSError:
@@ -263,27 +247,26 @@ def _kind(source: Path) -> tuple[str, Path, str]:
     )
 
 
-def _check_repository(
-    api: HfApi, publication: Publication, private: bool, revision: str | None, tags: list[str]
-) -> dict[str, str]:
-    """Refuses what would silently go wrong in an existing repository; returns those of `tags` that the latest commit has."""
-    kind = {"repo_type": publication.repo_type}
+def _check_repository(api: HfApi, publication: Publication, private: bool, tags: list[str]) -> None:
+    """Refuses what would silently go wrong in an existing repository."""
     try:
-        info = api.repo_info(publication.repo, **kind)
+        info = api.repo_info(publication.repo, repo_type=publication.repo_type)
     except RepositoryNotFoundError:
-        return {}
+        return
     if private and info.private is False:
         raise ValueError(
             f"{publication.repo} exists and is public: --private applies to new repositories. Make it private in its settings "
             "first, or choose another name."
         )
-    refs = api.list_repo_refs(publication.repo, **kind)
-    head = {branch.name: branch.target_commit for branch in refs.branches}.get(revision or "main")
-    held = {tag.name: tag.target_commit for tag in refs.tags if tag.name in tags}
-    for tag, commit in held.items():
-        if commit != head:
-            raise ValueError(f"{publication.repo} has a tag {tag!r}, of an older commit. Choose another tag.")
-    return held
+    there = (
+        {tag.name for tag in api.list_repo_refs(publication.repo, repo_type=publication.repo_type).tags}
+        if tags
+        else {}
+    )
+    if taken := next((tag for tag in tags if tag in there), None):
+        raise ValueError(
+            f"{publication.repo} has a tag {taken!r}, of an earlier commit. Choose another, or leave it out."
+        )
 
 
 def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: str | None) -> list[str]:

@@ -53,10 +53,8 @@ def stage_files(source: Path, target: Path, files: list[Path]) -> None:
 
 
 def _shortened(file: Path) -> str:
-    is_prose = file.name not in (
-        "recipe.yaml",
-        "run.json",
-    )  # a path within a sentence is a problem that the user is asked about
+    # the user is asked about a path within a sentence
+    is_prose = file.name not in ("recipe.yaml", "run.json")
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):

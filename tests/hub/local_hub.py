@@ -82,7 +82,14 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, function in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if method == self.command and match:
-                return function(self, body, **match.groupdict())
+                names = match.groupdict()
+                if "kind" in names:
+                    names["repository"] = self.hub.repositories.get(
+                        (names.pop("kind").rstrip("s") or "model", names["repo"])
+                    )
+                    if names["repository"] is None:
+                        return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+                return function(self, body, **names)
         self._json({"error": f"no route {self.command} {path}"}, 404)
 
     do_GET = do_POST = do_PUT = do_HEAD = _handle
@@ -97,12 +104,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    def _repository(self, kind, repo):
-        found = self.hub.repositories.get((kind.rstrip("s"), repo))
-        if found is None:
-            self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        return found
 
     # routes
 
@@ -128,10 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate_yaml(self, body):
         self._json({"errors": [], "warnings": []})
 
-    def _preupload(self, body, kind, repo, revision):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _preupload(self, body, repo, repository, revision):
         files = []
         for file in json.loads(body)["files"]:
             large = file["path"].endswith(LARGE_SUFFIXES)
@@ -158,10 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _lfs_verify(self, body):
         self._json({}, 200 if json.loads(body)["oid"] in self.hub.objects else 404)
 
-    def _commit(self, body, kind, repo, revision):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _commit(self, body, repo, repository, revision):
         files = dict(repository["revisions"][revision])
         for line in body.decode().splitlines():
             operation = json.loads(line)
@@ -177,20 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
         repository["commits"][revision] = commit
         self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"})
 
-    def _branch(self, body, kind, repo, branch):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _branch(self, body, repo, repository, branch):
         if branch in repository["revisions"]:
             return self._json({"error": "exists"}, 409)
         repository["revisions"][branch] = dict(repository["revisions"]["main"])
         repository["commits"][branch] = repository["commits"]["main"]
         self._json({})
 
-    def _tag(self, body, kind, repo, revision):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _tag(self, body, repo, repository, revision):
         tag = json.loads(body)["tag"]
         if tag in repository["tags"]:
             return self._json({"error": "exists"}, 409)
@@ -198,19 +187,13 @@ class _Handler(BaseHTTPRequestHandler):
         repository["tagged"][tag] = repository["commits"][revision]
         self._json({})
 
-    def _refs(self, body, kind, repo):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _refs(self, body, repo, repository):
         refs = {"converts": []}
         for kind, commits in (("branches", repository["commits"]), ("tags", repository["tagged"])):
             refs[kind] = [{"name": name, "ref": name, "targetCommit": commit} for name, commit in commits.items()]
         self._json(refs)
 
-    def _info(self, body, kind, repo, revision="main"):
-        repository = self._repository(kind, repo)
-        if repository is None:
-            return
+    def _info(self, body, repo, repository, revision="main"):
         files = self._files(repository, revision)
         if files is None:
             return
@@ -219,9 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         private = repository["visibility"] == "private"
         self._json({"id": repo, "sha": commit, "siblings": siblings, "private": private, "tags": []})
 
-    def _tree(self, body, kind, repo, revision):
-        repository = self._repository(kind, repo)
-        files = repository and self._files(repository, revision)
+    def _tree(self, body, repo, repository, revision):
+        files = self._files(repository, revision)
         if files is None:
             return
         entries = [{"type": "file", "path": name, "size": len(c), "oid": "0" * 40} for name, c in files.items()]
@@ -236,9 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.commit = repository["commits"][branch]
         return repository["revisions"][branch]
 
-    def _resolve(self, body, repo, revision, file, kind="model"):
-        repository = self._repository(kind, repo)
-        files = repository and self._files(repository, revision)
+    def _resolve(self, body, repo, repository, revision, file):
+        files = self._files(repository, revision)
         if files is None:
             return
         if file not in files:
@@ -270,10 +251,6 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", _KIND + "/revision/(?P<revision>[^/]+)", _info),
         ("GET", _KIND + "/tree/(?P<revision>[^/]+)/?", _tree),
         ("GET", _KIND + "/refs", _refs),
-        ("GET", "/datasets/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)",
-         lambda self, body, **names: self._resolve(body, kind="dataset", **names)),
-        ("HEAD", "/datasets/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)",
-         lambda self, body, **names: self._resolve(body, kind="dataset", **names)),
-        ("GET", "/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
-        ("HEAD", "/" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
+        ("GET", "/(?P<kind>datasets|)/?" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
+        ("HEAD", "/(?P<kind>datasets|)/?" + _REPO + "/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
     ]  # fmt: skip

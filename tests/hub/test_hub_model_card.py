@@ -153,5 +153,5 @@ def test_card_promises_no_runtime_that_cannot_run_the_model(model_folder, fields
 
 def test_card_without_any_record_says_what_is_not_known(tmp_path):
     card = render_model_card(tmp_path, "tester/x", kind="full")
-    assert "left no record" in card and "No evaluation results" in card
+    assert "left no record" in card and "no evaluation results" in card
     assert "None" not in card
