@@ -86,9 +86,16 @@ def test_a_text_that_uses_up_the_private_planes_is_refused(tokenizer):
         ControlTokens.of(tokenizer).mark(text)
 
 
-def test_a_tokenizer_without_the_image_token_is_refused_with_the_mend():
-    with pytest.raises(ValueError, match="no image token '<image>'. Add it: .*add_image_token"):
-        ControlTokens.of(load_tokenizer(GOLDEN / "tiny_spm.model"))
+def test_tokenizers_that_cannot_be_read_are_refused():
+    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model")
+    with pytest.raises(ValueError, match="no image token '<image>'.*add_image_token"):
+        ControlTokens.of(tokenizer)
+    add_image_token(tokenizer)
+    tokenizer.add_tokens([f"<{i}>" for i in range(3100)], special_tokens=True)
+    with pytest.raises(ValueError, match="3105 control tokens"):
+        ControlTokens.of(tokenizer)
+    with pytest.raises(TypeError, match="AutoTokenizer"):
+        ControlTokens(object(), "<image>")
 
 
 WORDS = ["[UNK]", "</s>", "▁a", "a", "b", "<", "/", "s", ">", "##a", "##b", "##/", "##s", "##>"]
