@@ -175,7 +175,7 @@ def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, name
         (400, {"error": {"message": "too  long"}}, "too long"),
         (400, [{"error": {"message": "in a list"}}], "in a list"),
         (400, "<html><body><h1>Bad request</h1> of a proxy</body></html>", "^Bad request of a proxy$"),
-        (400, "", "400"),
+        (403, "", "403"),
     ],
 )
 def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, body, words):

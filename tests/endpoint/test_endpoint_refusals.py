@@ -76,11 +76,6 @@ def test_settings_that_every_request_is_refused_for_stop_the_run_and_settle_noth
     assert run(tmp_path, range(1000), Refusing([])).accepted == 1000
 
 
-def test_many_refusals_before_the_first_slow_reply_do_not_stop_the_run(tmp_path):
-    done = run(tmp_path, range(60), Refusing(range(40), seconds=0.2), at_once=45)
-    assert (done.stopped, done.accepted, done.rejected) == ("done", 20, 40)
-
-
 def test_an_endpoint_that_begins_to_refuse_everything_stops_the_run_and_settles_nothing_of_that(tmp_path):
     done = run(tmp_path, range(500), Refusing(range(100, 500)), at_once=4)
     assert (done.stopped, done.accepted, done.rejected) == ("endpoint", 100, 0)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -208,6 +209,9 @@ def test_a_key_that_no_header_can_carry_is_named_before_anything_is_asked(monkey
     OpenAIModel("m")
     with pytest.raises(ValueError, match="timeout"):
         OpenAIModel("m", timeout=0)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match="modeling-llava.engine."):
+        OpenAIModel("m")
 
 
 def test_a_slow_reply_times_out_and_is_asked_for_again_under_the_same_name(tmp_path):

@@ -93,40 +93,24 @@ def test_in_the_wild_contexts_have_a_description(bench):
 
 
 @pytest.mark.parametrize(
-    ("file", "row", "message"),
+    ("file", "change", "message"),
     [
-        ("questions", {"question_id": 9, "image": "0.png", "text": "x"}, "questions.jsonl, line 7 has no 'category'"),
-        ("questions", {"question_id": 9, "image": "0.png", "txt": "x", "category": "c"}, "line 7 has no 'text'"),
-        (
-            "questions",
-            {"question_id": 9, "image": 3, "text": "x", "category": "c"},
-            "image = 3, which is empty or not text",
-        ),
-        ("questions", {"image": "0.png", "text": "x", "category": "c"}, "line 7 has no 'question_id'"),
-        (
-            "questions",
-            {"question_id": 0, "image": "0.png", "text": "x", "category": "c"},
-            "question_id 0 of an earlier",
-        ),
-        (
-            "questions",
-            {"question_id": 0, "image": "9.png", "text": "x", "category": "c"},
-            "'9.png', for which .*contexts",
-        ),
-        (
-            "questions",
-            {"question_id": 9, "image": "0.png", "text": "x", "category": "c"},
-            "question_id 9, for which .*ref",
-        ),
-        ("contexts", {"image": "3.png"}, "contexts.jsonl, line 3 has neither 'caption'"),
-        ("contexts", {"image": "3.png", "captions": ["a"], "instances": [{"box": 1}]}, "line 3 has instances"),
-        ("references", {"question_id": 9}, "references.jsonl, line 7 has no 'text'"),
+        ("questions", {"category": None}, "line 7 has category = None"),
+        ("questions", {"image": 3}, "line 7 has image = 3, which is empty or not text"),
+        ("questions", {"question_id": None}, "line 7 has the question_id None"),
+        ("questions", {"question_id": 0}, "question_id 0 of an earlier"),
+        ("questions", {"image": "9.png"}, "'9.png', for which .*contexts"),
+        ("questions", {}, "question_id 9, for which .*ref"),
+        ("contexts", {}, "line 3 has neither 'caption'"),
+        ("contexts", {"captions": ["a"], "instances": [{"box": 1}]}, "line 3 has instances"),
+        ("references", {"text": ""}, "line 7 has text = '', which is empty"),
     ],
 )
-def test_wrong_rows_are_named(bench, file, row, message):
+def test_wrong_rows_are_named(bench, file, change, message):
+    row = {"question_id": 9, "image": "0.png", "text": "x", "category": "c", **change}
     with open(bench / f"{file}.jsonl", "a") as lines:
         lines.write(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{file}.jsonl, .*{message}"):
         read_questions(*files_of(bench))
 
 

@@ -233,6 +233,10 @@ def test_wrong_files_are_named(science):
         problems_of(science)
     with pytest.raises(ValueError, match="no split 'minitest'; it has test, train"):
         problems_of(science, "minitest")
+    with pytest.raises(FileNotFoundError, match="image folder .* is not there"):
+        read_problems(science / "problems.json", science / "pid_splits.json", "train", science / "nowhere")
+    with pytest.raises(ValueError, match="is not a problems file"):
+        read_problems(science / "pid_splits.json", science / "pid_splits.json", "test")
     (science / "pid_splits.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a splits file"):
         problems_of(science)
@@ -326,3 +330,18 @@ def test_hub_dataset_in_place_of_the_files(science, model_folder, tmp_path):
     assert main(["eval", "scienceqa", *map(str, export)]) == 0
     image = json.loads((tmp_path / "t.json").read_text())[0]["image"]
     assert (tmp_path / "written" / image).is_file()
+    assert main(["eval", "scienceqa", *map(str, export[:2]), "--export-training", "t.json"]) == 2  # where to?
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "Give MODEL and --out"),
+        ("--export-training t.json", "Give --problems and --splits"),
+        ("--export-training t.json --dataset x --problems p", "give one or the other"),
+        ("MODEL --out o --images i --problems p --splits s --order QMC", "'QMC' is not known"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message, capsys):
+    assert main(["eval", "scienceqa", *options.split()]) == 2
+    assert message in capsys.readouterr().err

@@ -1,10 +1,14 @@
 """ScienceQA with a language-only model: alone by worked examples, as a complement, and as the judge."""
 
+import sys
+
 import pytest
-from tiny_science import problems_of
+from fault_server import FaultServer
+from tiny_science import llava_eval, problems_of
 
 from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
 from modeling_llava.endpoint.limits import Backoff
+from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import question_text
 from modeling_llava.evaluation.scienceqa_language import (
     choose_shots,
@@ -96,3 +100,15 @@ def test_problems_that_the_endpoint_refuses_are_named_and_left_out_by_partial(sc
     assert model.asked == []
     scored = score_with_language_model(test, own, scripted(answer), tmp_path, shots=shots, partial=True)
     assert scored["language"].scores["accuracy"]["count"] == 7 and scored["language"].more["no_reply"] == 1
+
+
+def test_command(science, model_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    files = ["--problems", science / "problems.json", "--splits", science / "pid_splits.json"]
+    with FaultServer(reply=lambda messages: "The answer is A.") as server:
+        options = [*files, "--images", science / "images", "--language-model", "lm", "--base-url", server.url]
+        assert llava_eval("scienceqa", model_folder, science / "out", *options, "--max-new-tokens", 3) == 0
+    results, rows = read_results(science / "out" / "language")
+    assert (results["model"], results["scores"]["accuracy"]["value"], len(rows)) == ({"name": "lm"}, 50.0, 8)
+    said = capsys.readouterr()
+    assert "+ lm, complement |" in said.out and "+ lm, judge |" in said.out and "modeling-llava[plots]" in said.err

@@ -176,9 +176,10 @@ def test_files_of_windows_editors_are_read(tmp_path):
     row = {"question_id": 1, "image": "a.png", "question": "What?", "answer": "cat"}
     (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\r\n")
     assert read_questions(tmp_path / "q.jsonl")[0]["answers"] == ["cat"]
-    (tmp_path / "q.jsonl").write_bytes('{"question": "café"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="q.jsonl, line 1"):
-        read_questions(tmp_path / "q.jsonl")
+    for wrong in ('{"question": "café"}'.encode("latin-1"), b"3"):
+        (tmp_path / "q.jsonl").write_bytes(wrong)
+        with pytest.raises(ValueError, match="q.jsonl, line 1"):
+            read_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize(
