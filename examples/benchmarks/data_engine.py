@@ -1,13 +1,13 @@
 """
-The data engine: how near to the ideal it asks, how flat its memory stays, how soon it resumes, how fast it filters.
+The data engine: how close to the ideal it asks, how flat its memory stays, how soon it resumes, how fast it filters.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/data_engine.py
     OMP_NUM_THREADS=1 python examples/benchmarks/data_engine.py --only asking
 
-* asking: 2,000 contexts, one request each, 64 at once, of a local server that answers after 200 ms
-  (`latency_server.py`, in a process of its own). The ideal is 2,000 / 64 × 0.2 s = 6.25 s; as no request can be cut in
-  two, 64 workers need 32 rounds or 6.4 s. Everything a real run does is done: prompts with examples, validation, ledger
-  lines synced before the next request. Median of five.
+* asking: 2,000 contexts, one request each, 64 at once, to a local server that answers after 200 ms (`latency_server.py`, in a
+  process of its own). The ideal is 2,000 / 64 × 0.2 s = 6.25 s; since no request can be split, 64 workers need 32 rounds or
+  6.4 s. Everything that a real run does is done: prompts with examples, validation, ledger lines synced before the next
+  request. Median of five.
 * memory: what the process holds after a tenth of the replies against what it holds at the end.
 * resuming: 10,000 contexts are settled; the time from the call to the first new request.
 * filter: 100,000 captions with Zipf-distributed noun phrases that lie on disk; counting, choosing and writing.
@@ -19,14 +19,14 @@ The first measurement gave 1.53 × and 3.3 ms of work per request. What was done
 (in brackets what it gave, on a machine with other work):
 
 * A reply's line waits for the disk together with the next request's line: one wait instead of two. Predicted −0.05.
-* The event loop syncs by itself: a thread waits for the interpreter's lock at each of its steps (10 ms a sync that takes
-  1 ms). Not predicted, found by timing (1.32 → 1.21 with the line above).
+* The event loop syncs without a thread, which waits for the interpreter's lock at each of its steps (10 ms for a sync that
+  takes 1 ms). Not predicted, found by timing (1.32 → 1.21 with the line above).
 * aiohttp under the `openai` client instead of httpx: predicted 2.0 → 1.4 ms of work per request (1.8 → 1.25).
 * Validation looks at each different letter once and for words before patterns: predicted −0.3 ms (0.49 → 0.10 ms).
 * The server makes the reply within the latency, not after it: predicted −0.02 (1.16 → 1.08).
 
 Predicted before the first run for the other parts: resuming 1 s (a ledger of 20,000 lines and 10,000 contexts are parsed,
-the contexts written anew and synced), the filter 3 s.
+the contexts written again and synced), the filter 3 s.
 
 Writes `examples/results/benchmarks/data_engine.json`.
 """
@@ -160,7 +160,7 @@ def resuming(folder: Path, number: int) -> dict:
 
 
 def filtering(folder: Path, number: int) -> dict:
-    """The phrases are written as `extract_shards` would have left them, so that the filter finds them known."""
+    """The phrases are on disk as `extract_shards` leaves them, so that the filter does not extract them."""
     rng = random.Random(0)
     names = [f"thing {i}" for i in range(number // 5)]
     weights = [1 / (i + 1) for i in range(len(names))]

@@ -181,7 +181,7 @@ def measure_trainer(size: str, adapter: str, side: str, workload: str, device: s
             epochs[-1] += clock(device)
 
     settings = {"output_dir": str(folder / "out"), "num_train_epochs": 2, "per_device_train_batch_size": 4}
-    settings |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "gradient_checkpointing": True}
+    settings |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "activation_checkpointing": True}
     settings |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": device == "cpu"}
     settings["optim"] = "paged_adamw_8bit" if device == "cuda" else "adamw_torch"
     if side == "ours":

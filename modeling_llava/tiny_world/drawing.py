@@ -102,13 +102,10 @@ def draw_place(place: str, rng: np.random.Generator, size: int = SCENE_SIZE) -> 
     return image
 
 
-def _regular(points: int, inner: float = 1.0, turn: float = -90.0) -> list[tuple[float, float]]:
-    """Corners of a regular polygon (inner = 1) or star in the unit circle, the first one at `turn` degrees."""
-    corners = []
-    for index in range(2 * points):
-        radius, angle = (1.0, inner)[index % 2], math.radians(turn + 180 * index / points)
-        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
-    return corners
+def _star(points: int = 5, inner: float = 0.45) -> list[tuple[float, float]]:
+    """Corners of a star in the unit circle, the first one at the top."""
+    corners = [((1.0, inner)[index % 2], math.radians(180 * index / points - 90)) for index in range(2 * points)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in corners]
 
 
 def draw_thing(thing: Thing, rng: random.Random, scale: int) -> Image.Image:
@@ -136,8 +133,8 @@ def draw_thing(thing: Thing, rng: random.Random, scale: int) -> Image.Image:
         draw.arc([x0, y0, x1, y1], 90, 270, fill=light, width=pen * 2)
         ellipse(-0.1, -0.65, 0.45, -0.25, shade(body, 0.75), None)
     elif thing.category == "star":
-        polygon([(x * 0.97, y * 0.97 + 0.06) for x, y in _regular(5, 0.45)], body)
-        draw.polygon(at([(x * 0.5, y * 0.5 + 0.06) for x, y in _regular(5, 0.45)]), fill=light)
+        polygon([(x * 0.97, y * 0.97 + 0.06) for x, y in _star()], body)
+        draw.polygon(at([(x * 0.5, y * 0.5 + 0.06) for x, y in _star()]), fill=light)
     elif thing.category == "heart":
         curve = []
         for step in range(72):

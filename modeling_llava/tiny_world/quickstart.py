@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data_engine.run import write_json
 from .scenes import HELD_OUT
-from .world import draw_scenes, write_json, write_split
+from .world import draw_scenes, write_split
 
 
 PHASES: dict[str, str] = {
@@ -124,8 +125,10 @@ class Quickstart:
             if phase not in self.progress["phases"]:
                 self.on_phase(phase)
                 begun = time.perf_counter()
-                facts = getattr(self, f"_{phase}")()
-                facts = {**(facts or {}), "seconds": round(time.perf_counter() - begun, 1), "peak_rss": peak_rss()}
+                self.losses, self.steps = [], getattr(self.settings, f"{phase}_steps", 0)
+                facts = getattr(self, f"_{phase}")() or {}
+                seconds = round(time.perf_counter() - begun, 1)
+                facts = {**facts, "losses": self.losses, "seconds": seconds, "peak_rss": peak_rss()}
                 self.progress["phases"][phase] = facts
                 write_json(self.out / "progress.json", self.progress)
         results = self.results()
@@ -187,21 +190,17 @@ class Quickstart:
     def _language(self) -> dict[str, Any]:
         from .language import train_language_model
 
-        settings = self.settings
-        options = {"steps": settings.language_steps, "batch_size": settings.batch_size, "most_things": settings.things}
-        return self._train_part(train_language_model, "language_model", **options)
+        settings, out = self.settings, self._fresh("parts/language_model")
+        options = {"batch_size": settings.batch_size, "most_things": settings.things, "seed": settings.seed}
+        return train_language_model(out, steps=settings.language_steps, log=self._log, **options)
 
     def _vision(self) -> dict[str, Any]:
         from .vision import train_vision_tower
 
-        settings, split = self.settings, self.out / "world" / "train"
-        options = {"steps": settings.vision_steps, "batch_size": settings.vision_batch_size, "split": split}
-        return self._train_part(train_vision_tower, "vision_encoder", **options)
-
-    def _train_part(self, train: Callable, name: str, steps: int, **options) -> dict[str, Any]:
-        losses, log = self._recorder(steps)
-        facts = train(out=self._fresh(f"parts/{name}"), steps=steps, seed=self.settings.seed, log=log, **options)
-        return {**facts, "losses": losses}
+        settings, out = self.settings, self._fresh("parts/vision_encoder")
+        options = {"batch_size": settings.vision_batch_size, "seed": settings.seed}
+        split = self.out / "world" / "train"
+        return train_vision_tower(split, out, steps=settings.vision_steps, log=self._log, **options)
 
     def _compose(self) -> dict[str, Any]:
         import torch
@@ -265,7 +264,7 @@ class Quickstart:
         self._fresh(phase)
         recipe = self._recipe(phase)
         write_recipe(recipe, self.out / f"{phase}.yaml", f"{PHASES[phase]}: llava train {self.out / phase}.yaml")
-        losses, record = self._recorder(recipe["max_steps"])
+        record = self._log
 
         class LossCallback(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **kwargs):
@@ -274,7 +273,7 @@ class Quickstart:
 
         with open(self.out / f"{phase}.log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             result = train(recipe, callbacks=[LossCallback()], console=Console(file=log, width=120))
-        return {"losses": losses, "steps": result.global_step}
+        return {"steps": result.global_step}
 
     _pretrain = functools.partialmethod(_train, "pretrain")
     _finetune = functools.partialmethod(_train, "finetune")
@@ -346,15 +345,9 @@ class Quickstart:
         answers = json.loads((self.out / "answers.json").read_text("utf-8"))
         plot_answers(answers, phases["exam"]["scores"], self.out, self.out / "answers.png", self.settings.seed)
 
-    def _recorder(self, steps: int) -> tuple[list[float], Callable[[int, float], None]]:
-        """A list, and a function that adds a step's loss to it and reports the step."""
-        losses: list[float] = []
-
-        def log(step: int, loss: float) -> None:
-            losses.append(round(loss, 4))
-            self.on_step(step, steps, loss)
-
-        return losses, log
+    def _log(self, step: int, loss: float) -> None:
+        self.losses.append(round(loss, 4))
+        self.on_step(step, self.steps, loss)
 
     def _fresh(self, name: str) -> Path:
         """A path in the run's folder where nothing is."""

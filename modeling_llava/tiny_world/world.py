@@ -1,12 +1,11 @@
 """Makes the tiny world: images on disk with captions and boxes in COCO's form."""
 
-import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from ..io.atomic import write_atomic
+from ..data_engine.run import write_json
 from .drawing import SCENE_SIZE, draw_image
 from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
 
@@ -46,10 +45,6 @@ def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int =
 def _save_image(job: tuple[Scene, Path, int]) -> None:
     scene, path, size = job
     draw_image(scene, size).save(path, quality=JPEG_QUALITY)
-
-
-def write_json(path: Path, content: object) -> None:
-    write_atomic(path, json.dumps(content, indent=1))
 
 
 def scene_texts(seed: int, name: str, most_things: int = 3) -> Iterator[Scene]:
