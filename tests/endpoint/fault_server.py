@@ -50,12 +50,10 @@ class FaultServer:
 
     Args:
         latency: Seconds from a whole request to its reply.
-        faults: Probability of each fault per request: "429", "500", "cut" (connection closed inside the reply), "drop"
-            (closed before anything is done), "malformed" (a body that is no JSON), "shape" (JSON without choices),
-            "hang" (no answer for a minute).
+        faults: Probability per request of "429", "500", "cut" (inside the reply), "drop" (before anything is done),
+            "malformed" (no JSON), "shape" (JSON without choices), "hang" (no answer for a minute); `seed` draws them.
         honours_keys: Whether the same `Idempotency-Key` is billed once and answered with the first reply.
         reply: `messages -> text`, or `messages -> (status, body)`.
-        seed: Of the faults.
         retry_after: What a 429 says.
     """
 

@@ -49,14 +49,6 @@ def test_bucket_lets_a_request_larger_than_itself_pass_and_pays_it_off_afterward
     assert bucket.take(10) == pytest.approx(10)  # 100 tokens at 10 per second
 
 
-def test_bucket_is_given_back_what_was_not_used():
-    bucket = TokenBucket(600, capacity=100, clock=Clock())
-    bucket.take(100)
-    bucket.give_back(70)
-    assert bucket.take(70) == 0
-    assert bucket.take(30) == pytest.approx(3)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -134,7 +126,9 @@ def test_statuses_say_what_may_be_done_about_them(status, code, name):
     assert type(translate_status(status, "m", {}, code)).__name__ == name
 
 
-def test_a_refusal_and_a_reply_without_usage_are_replies():
+def test_a_refusal_and_a_reply_in_parts_are_replies():
+    parts = [{"type": "thinking", "thinking": []}, "A ", {"type": "text", "text": "cat."}]
+    assert parse_completion({"choices": [{"message": {"content": parts}}]}).text == "A cat."
     body = {"choices": [{"finish_reason": "content_filter", "message": {"content": None, "refusal": "I won't."}}]}
     reply = parse_completion(body)
     assert (reply.text, reply.finish_reason, reply.usage) == ("I won't.", "content_filter", None)
@@ -145,11 +139,6 @@ def test_what_is_no_completion_is_a_passing_fault(body):
     with pytest.raises(PassingFault) as caught:
         parse_completion(body)
     assert caught.value.kind == "malformed" and caught.value.maybe_paid
-
-
-def test_a_reply_in_parts_is_their_text():
-    parts = [{"type": "thinking", "thinking": []}, "A ", {"type": "text", "text": "cat."}]
-    assert parse_completion({"choices": [{"message": {"content": parts}}]}).text == "A cat."
 
 
 @pytest.mark.parametrize(
