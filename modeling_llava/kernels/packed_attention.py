@@ -21,6 +21,7 @@ for the language model of a LLaVA by `use_varlen_attention(model)`; nothing abou
 """
 
 import functools
+import importlib.util
 import inspect
 
 import torch
@@ -210,10 +211,10 @@ def _supports_flash(index: int | None) -> bool:
 @functools.cache
 def _torch_varlen():
     """PyTorch's FlashAttention for packs; None before the version that has windows and grouped heads."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
+    from torch.nn.attention.varlen import varlen_attn
+
     known = inspect.signature(varlen_attn).parameters
     return varlen_attn if "window_size" in known and "enable_gqa" in known else None
 

@@ -6,7 +6,7 @@ import pytest
 from golden_text import GOLDEN, GOLDEN_CASES, MODELS, TEMPLATES, golden_messages, golden_rows, tiny_processor
 
 from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
+from modeling_llava.text.chat_templates import CHAT_TEMPLATES, choose_chat_template, insert_image_token
 from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
@@ -226,6 +226,17 @@ def test_a_language_models_own_template_gets_the_image_token(own):
     assert render(changed, with_image, keep_image_order=True) == render(own, kept)
     wrapped = insert_image_token(own, image_wrap=("<a>", "<b>"))
     assert f"<a><image><b>\n{QUESTION}" in render(wrapped, with_image)
+
+
+def test_templates_that_do_not_fit_the_tokenizer_are_refused():
+    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model")
+    add_image_token(tokenizer)
+    for name, message in (("vicuna", "chatml, llama_2"), ("own", "no chat template of its own")):
+        with pytest.raises(ValueError, match=message):
+            choose_chat_template(name, tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos token"):
+        choose_chat_template("vicuna_v1", tokenizer)
 
 
 def test_a_template_that_hides_the_question_is_refused():
