@@ -14,14 +14,15 @@ of a mapped file, which the system takes back when it needs them.
 * coco: the boxes of 860,000 annotations with segmentations.
 
 Predicted, before (each row is decoded in a window of text to see where it ends) → after (msgspec finds the rows):
-count 9 → 1.5 s; open 30 → 28 s, as decoding and checking prevail; at random 40 → 50 µs a row, as the file is opened for each;
-shard 12 → 5 s, its first row 0 → 1.5 s; refused 9 → 20 s; lines as before; coco 14 → 13 s. Anonymous memory of open:
-180 → 100 MB above that of the imports; all memory 1 GB more, the file.
+count 9 → 1.5 s; open 30 → 28 s, as decoding and checking prevail; at random 40 → 50 µs a row; shard 12 → 5 s, its first
+row 0 → 1.5 s; refused 9 → 20 s; lines as before; coco 14 → 13 s. Anonymous memory of open: 180 → 100 MB above the imports.
 
 Measured, in seconds of the processor on two cores full of other work (one round): count 8.1 → 1.8; open 41 → 40 and 67 →
-63 µs a row; shard 13.0 → 7.0, but its first row comes after the whole file is looked through; refused 8.1 → 21 (a
-first version that searched for each bracket took 42); lines 1.1 → 1.3; coco 10 → 14, since an item of 320 bytes is sought and
-read by itself. Anonymous memory of open: 200 → 108 MiB. The peak of all memory is 0.9 GiB higher, the mapped file.
+63 µs a row; shard 13.0 → 7.0, its first row after the whole file; refused 8.1 → 21; lines 1.1 → 1.3; coco 10 → 14, since an
+item of 320 bytes is sought and read by itself. Anonymous memory of open: 200 → 108 MiB; the mapped file is 0.9 GiB.
+
+refused since then, by `json` over the file as Latin-1 text (predicted: half of the time, the file's size in memory), with
+100,000 rows (150 MB): 3.2 → 1.3 s and 6 → 158 MiB.
 
 Writes `examples/results/benchmarks/json_rows.json`.
 """
