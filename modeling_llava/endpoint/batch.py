@@ -65,7 +65,7 @@ def write_batch(
 
     def write_file() -> None:
         number = len(ledger.batch_files)
-        while (path := folder / f"batch-{number:03d}.jsonl").exists() and _first_line(path) != lines[0]:
+        while (path := folder / f"batch-{number:03d}.jsonl").exists() and not path.read_bytes().startswith(lines[0]):
             number += 1
         write_atomic(path, b"".join(lines), sync=True)
         ledger.append_now([{**event, "file": path.name} for event in events])
@@ -166,11 +166,6 @@ def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
             events.append(fault_event(task.id, state.batched, 1 + len(state.replies), fault))
     ledger.append_now(events)
     return len(events)
-
-
-def _first_line(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.readline()
 
 
 def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:

@@ -14,7 +14,7 @@ To add a benchmark:
 2. Its command in `cli/eval.py`: a line in `SUBCOMMANDS`, and in `BENCHMARKS` the two functions that add its arguments and
    make the benchmark from them. That gives `llava eval NAME` (answers, shards, resuming, tables, a plot) and `benchmarks` of
    a training recipe.
-3. Published scores to show in tables: [`report.published_for`].
+3. Published scores to show in tables: a line in `PUBLISHED` of `report.py`.
 """
 
 import contextlib

@@ -138,8 +138,8 @@ def _with_image(row: dict, name: str, place: str) -> dict:
 
 def instruction_for(questions: list[dict]) -> str:
     """What LLaVA-1.5 is given after such questions; VizWiz has answers of the type "unanswerable"."""
-    may_be_unanswerable = any(question["category"] == "unanswerable" for question in questions)
-    return f"{UNANSWERABLE}\n{INSTRUCTION}" if may_be_unanswerable else INSTRUCTION
+    categories = {question["category"] for question in questions}
+    return f"{UNANSWERABLE}\n{INSTRUCTION}" if "unanswerable" in categories else INSTRUCTION
 
 
 def make_benchmark(
