@@ -5,16 +5,8 @@ import shutil
 import pytest
 import torch
 from tiny import tiny_text_config, tiny_vision_config
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    CLIPConfig,
-    CLIPModel,
-)
-from transformers import (
-    LlavaForConditionalGeneration as StockModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, CLIPModel
+from transformers import LlavaForConditionalGeneration as StockModel
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.configuration_llava import count_additional_image_tokens
@@ -73,25 +65,16 @@ def test_composed_model_is_its_parts_and_loads_in_stock(tmp_path, golden, tower,
     )
 
 
-def test_new_rows_are_the_mean_of_the_known_ones(tmp_path, golden):
-    text = save_language_model(tmp_path / "language", golden)
+@pytest.mark.parametrize("vocab_size, rows", [(VOCABULARY, 704), (768, 768)], ids=["grown", "kept in reserve"])
+def test_new_rows_are_the_mean_of_the_known_ones(tmp_path, golden, vocab_size, rows):
+    text = save_language_model(tmp_path / "language", golden, vocab_size=vocab_size)
     model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
     alone = AutoModelForCausalLM.from_pretrained(text)
-    for ours, known in (
-        (model.get_input_embeddings().weight, alone.get_input_embeddings().weight),
-        (model.lm_head.weight, alone.lm_head.weight),
-    ):
-        assert torch.equal(ours[:VOCABULARY], known)
-        torch.testing.assert_close(ours[VOCABULARY:], known.mean(dim=0).expand(4, -1))
-
-
-def test_rows_that_the_language_model_kept_in_reserve_are_used(tmp_path, golden):
-    text = save_language_model(tmp_path / "language", golden, vocab_size=768)
-    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
-    assert model.get_input_embeddings().weight.shape[0] == 768
     assert model.config.image_token_id == VOCABULARY
-    known = AutoModelForCausalLM.from_pretrained(text).lm_head.weight[:VOCABULARY]
-    torch.testing.assert_close(model.lm_head.weight[VOCABULARY], known.mean(dim=0))
+    for ours, theirs in ((model.get_input_embeddings(), alone.get_input_embeddings()), (model.lm_head, alone.lm_head)):
+        known = theirs.weight[:VOCABULARY]
+        assert torch.equal(ours.weight[:VOCABULARY], known) and len(ours.weight) == rows
+        torch.testing.assert_close(ours.weight[VOCABULARY:], known.mean(dim=0).expand(rows - VOCABULARY, -1))
 
 
 def test_tied_language_model_stays_tied(tmp_path, golden):
@@ -111,15 +94,11 @@ def test_fields_of_the_configuration_are_taken(tmp_path, golden):
     assert model.dtype == model.model.vision_tower.dtype == torch.bfloat16
     assert model.config.vision_feature_layer == -1
     assert model.config.projector_hidden_act == "linear"
-    assert torch.equal(model.model.multi_modal_projector.linear_2.weight.float(), torch.eye(64))
-
-
-def test_projector_is_new_and_has_the_language_models_spread(tmp_path, golden):
-    text = save_language_model(tmp_path / "language", golden)
-    model = LlavaForConditionalGeneration.from_vision_language_pretrained(save_tower(tmp_path / "tower"), text)
-    weight = model.model.multi_modal_projector.linear_2.weight
-    assert 0.015 < weight.std().item() < 0.025  # initializer_range 0.02
-    assert model.model.multi_modal_projector.linear_2.bias.abs().sum() == 0
+    projector = model.model.multi_modal_projector
+    assert torch.equal(projector.linear_2.weight.float(), torch.eye(64))
+    assert (
+        0.015 < projector.linear_1.weight.float().std() < 0.025 and not projector.linear_1.bias.any()
+    )  # initializer_range
 
 
 def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
@@ -134,6 +113,9 @@ def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
     )
 
 
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
 @pytest.mark.parametrize(
     "language, overrides, message",
     [
@@ -142,13 +124,9 @@ def test_the_vision_half_of_a_clip_pair_is_taken(tmp_path, golden):
             {"head_dim": 16, "pad_token_id": 0},
             "scaling or capping",
         ),  # capped at 30, far from random weights'
-        ("cohere", {"bos_token_id": 1, "eos_token_id": 2}, "scaling or capping"),
+        ("cohere", IDS, "scaling or capping"),
         ("phi", {}, "bias"),
-        (
-            "mamba",
-            {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-            "cannot be the language model of a llava",
-        ),
+        ("mamba", {**IDS, "pad_token_id": 0}, "cannot be the language model of a llava"),
         ("openai-gpt", {"n_positions": 64}, "cannot be the language model of a llava"),  # no cache, which stock reads
     ],
 )
