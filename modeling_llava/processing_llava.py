@@ -189,21 +189,13 @@ class LlavaProcessor(ProcessorMixin):
             processor = copy.copy(self)
             processor.tokenizer = _MarkedTextReader(self.tokenizer, control_token_marks)
         try:
-            outputs = ProcessorMixin.__call__(processor, images=images, text=text, **kwargs)
+            return ProcessorMixin.__call__(processor, images=images, text=text, **kwargs)
         except ValueError as error:
             if text is None and _is_text(images):
                 raise ValueError(
                     f"{error} Images come first, then text: give a prompt alone as processor(text=…)."
                 ) from error
             raise
-        if self.tokenizer.padding_side == "right" and isinstance(text, (list, tuple)) and len(text) > 1:
-            padding = kwargs.get("padding", kwargs.get("text_kwargs", {}).get("padding"))
-            if padding and "padding_side" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
-                logger.warning_once(
-                    "A batch is padded on the right, after which generation is wrong. To generate, set "
-                    'processor.tokenizer.padding_side = "left".'
-                )
-        return outputs
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if isinstance(images, (list, tuple)):

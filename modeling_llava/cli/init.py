@@ -31,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Table
 
     from .. import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -61,20 +60,19 @@ def run(args: argparse.Namespace) -> int:
         out.rmdir()
     os.replace(partial, out)
 
-    table = Table("part", "parameters", "what", title=str(out), title_justify="left")
     parts = {
-        "vision tower": model.model.vision_tower,
-        "projector (new)": model.model.multi_modal_projector,
-        "language model": model.model.language_model,
+        "vision tower": "vision_tower",
+        "projector (new)": "multi_modal_projector",
+        "language model": "language_model",
     }
-    for name, module in parts.items():
-        table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,}", type(module).__name__)
-    table.add_row("tokens per image", f"{model.config.image_seq_length:,}", f"layer {args.feature_layer}")
-    table.add_row("vocabulary", f"{model.lm_head.weight.shape[0]:,}", f"<image> is {model.config.image_token_id}")
-    console.print(table)
+    for title, name in parts.items():
+        module = getattr(model.model, name)
+        console.print(f"{title}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
+    console.print(f"tokens per image: {model.config.image_seq_length} (layer {args.feature_layer})")
+    console.print(f"vocabulary: {model.lm_head.weight.shape[0]:,} rows, <image> is {model.config.image_token_id}")
     console.print(
-        f"The projector is not trained yet. Next: llava train pretrain model={args.out} data=captions.json image_folder=images "
-        "output_dir=pretrain",
+        f"{out} is written, its projector not trained yet. Next: llava train pretrain model={args.out} data=captions.json "
+        "image_folder=images output_dir=pretrain",
         soft_wrap=True,
     )
     return 0
