@@ -82,6 +82,8 @@ def check_stock_ready(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     logits: bool = True,
+    config_file: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> CheckReport:
     """
     Check that stock transformers can run a HF LLaVA folder, and that it computes what the original did.
@@ -94,6 +96,8 @@ def check_stock_ready(
             Of the reference.
         logits (`bool`, *optional*, defaults to `True`):
             Run the model on one image: some minutes for 7B on a CPU.
+        config_file (`Path`, *optional*): In place of `config.json`.
+        dtype (`torch.dtype`, *optional*): To which the reference's weights were rounded.
 
     Returns:
         [`CheckReport`], with `is_stock_ready`.
@@ -106,18 +110,7 @@ def check_stock_ready(
         raise ValueError(f"{folder} is an adapter. Make a full model of it first: llava merge {folder} OUT")
     if isinstance(reference, (str, Path)):
         reference = read_original(reference, base, vision_tower)
-    return check_folder(Path(folder), reference=reference, logits=logits)
-
-
-def check_folder(
-    folder: Path,
-    *,
-    config_file: Path | None = None,
-    reference: Original | None = None,
-    dtype: torch.dtype | None = None,
-    logits: bool = True,
-) -> CheckReport:
-    """[`check_stock_ready`], where `config.json` has another name yet, or the weights were rounded to `dtype`."""
+    folder = Path(folder)
     report = CheckReport(folder)
     config = LlavaConfig.from_dict(read_json(config_file or folder / "config.json"))
     weights = find_weights(folder)
@@ -306,14 +299,10 @@ def hf_logits(config: LlavaConfig, tensors: dict[str, LazyTensor], inputs) -> to
 def original_logits(original: Original, inputs, image_token_id: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     Logits of the last tokens as the original computes them: tower, projector, features put between the text's
-    embeddings, language model. It uses the original's configuration, names and weights only.
+    embeddings, language model. It uses the original's configuration, names and weights only, rounded to `dtype`.
 
-    Args:
-        original ([`Original`]): The whole original model.
-        inputs:
-            `input_ids [1, S]` with `image_token_id` at the image's tokens, `pixel_values [1, 3, H, W]`.
-        image_token_id (`int`): Marks the image's tokens; the original has no such token.
-        dtype (`torch.dtype`, *optional*): To which the weights are rounded first.
+    `inputs` are `input_ids [1, S]` with `image_token_id`, which the original does not have, at the image's tokens, and
+    `pixel_values [1, 3, H, W]`.
     """
     read = {entry.original: cast(tensor, dtype) for entry, tensor in original.tensors.items()}
     prefix = TOWER_PREFIXES["inside"]

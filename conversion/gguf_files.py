@@ -1,11 +1,13 @@
 """GGUF files: tensors written with the `gguf` package, one after the other and piece by piece, quantised, and read back."""
 
 import ctypes
+import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from modeling_llava.io.atomic import atomic_path
@@ -39,32 +41,21 @@ class GgufTensor:
         return count // BLOCK * 34 if self.kind == "q8_0" else count * TORCH_TYPES[self.kind].itemsize
 
 
-def import_gguf():
+def import_package(name: str, hint: str):
     try:
-        import gguf
+        return importlib.import_module(name)
     except ImportError:
-        raise ImportError("Writing GGUF needs the gguf package: pip install 'modeling-llava[gguf]'.") from None
-    return gguf
-
-
-def import_llama_cpp():
-    try:
-        import llama_cpp
-    except ImportError:
-        raise ImportError(
-            f"{' and '.join(QUANTISED)} are written by llama.cpp: pip install llama-cpp-python. Or convert with --dtype f16 "
-            "and run its llama-quantize."
-        ) from None
-    return llama_cpp
+        raise ImportError(f"Writing GGUF of this type needs {name}: pip install {hint}.") from None
 
 
 def write_gguf(
-    gguf, path: Path, architecture: str, metadata: Callable, tensors: Mapping[str, GgufTensor], advance=int
+    gguf, path: Path, architecture: str, metadata: Mapping, tensors: Mapping[str, GgufTensor], advance=int
 ) -> None:
-    """Write a GGUF file; it gets its name when it is whole and on the disk."""
+    """Write a GGUF file, with fields by [`language_metadata`]; it gets its name when it is whole and on the disk."""
     with atomic_path(path, sync=True) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
-        metadata(gguf, writer)
+        for field, value in metadata.items():
+            writer.add_array(field, value) if "." in field else getattr(writer, f"add_{field}")(value)
         for name, tensor in tensors.items():
             kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
             writer.add_tensor_info(name, tensor.content.shape, None, tensor.nbytes, raw_dtype=kind)
@@ -96,12 +87,10 @@ def quantise(llama_cpp, source: Path, target: Path, dtype: str) -> None:
             raise OSError(f"llama.cpp could not quantise {source} to {dtype}: is the disk full?")
 
 
-def check_gguf(
-    gguf, report: CheckReport, path: Path, tensors: Mapping[str, GgufTensor], dtype: str | None = None
-) -> None:
+def check_gguf(gguf, report: CheckReport, path: Path, tensors: Mapping[str, GgufTensor], dtype: str) -> None:
     """
-    Read a file back: names, shapes, types, and every value within the rounding of its type; of a quantised file (`dtype`)
-    that each matrix has one of its types, since llama.cpp silently takes another one for rows that its blocks do not divide.
+    Read a file back: names, shapes, types and every value; of a quantised file (`dtype`) that each matrix has one of its types,
+    since llama.cpp silently takes another one for rows that its blocks do not divide.
     """
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -109,18 +98,18 @@ def check_gguf(
         report.add(path.name, "failed", f"has {len(found)} tensors, {len(tensors)} were written")
         return
     if dtype in QUANTISED:
-        kinds = {
-            name: found[name].tensor_type.name for name, tensor in tensors.items() if len(tensor.content.shape) > 1
+        matrices = {name: found[name].tensor_type.name for name, t in tensors.items() if len(t.content.shape) > 1}
+        wrong = {
+            f"'{name}' as {kind}, whose rows of {tensors[name].content.shape[1]} values are no multiple of 256; take q8_0"
+            for name, kind in matrices.items()
+            if kind not in QUANTISED[dtype][1]
         }
-        wrong = [name for name, kind in kinds.items() if kind not in QUANTISED[dtype][1]]
-        why = f"are not stored as {dtype}, such as '{wrong[0]}' as {kinds[wrong[0]]}: its rows of " if wrong else ""
-        why += f"{tensors[wrong[0]].content.shape[1]} values are no multiple of 256; take q8_0" if wrong else ""
+        problem = f"are not stored as {dtype}"
     else:
-        wrong = [key for key, tensor in tensors.items() if not _reads_back(gguf, found[key], tensor)]
-        why = f"do not read back, such as '{wrong[0]}': they hold values that are not numbers, or " if wrong else ""
-        why += f"too large for {tensors[wrong[0]].kind} (bf16 and f32 go further)" if wrong else ""
+        wrong = {f"'{name}'" for name, tensor in tensors.items() if not _reads_back(gguf, found[name], tensor)}
+        problem = f"hold values that are not numbers, or too large for {dtype} (bf16 and f32 go further)"
     if wrong:
-        report.add(path.name, "failed", f"{len(wrong)} tensors {why}")
+        report.add(path.name, "failed", f"{len(wrong)} tensors {problem}, such as {min(wrong)}")
     else:
         report.add(path.name, "ok", f"{len(tensors)} tensors, {len(reader.fields)} fields, read back")
 
@@ -131,15 +120,8 @@ def _reads_back(gguf, found, tensor: GgufTensor) -> bool:
         return False
     data, start = found.data.reshape(tensor.content.num_rows, -1), 0
     for rows in tensor.content.pieces():
-        stop = start + rows.shape[0]
-        values = torch.from_numpy(gguf.dequantize(data[start:stop].copy(), kind)).reshape(rows.shape)
-        wanted = rows.float()
-        if tensor.kind == "q8_0":  # the step of a block is its largest value / 127; its scale is kept in float16
-            step = wanted.reshape(-1, BLOCK).abs().amax(-1, keepdim=True) / 127
-            error = (values - wanted).reshape(-1, BLOCK).abs()
-            if not bool((error <= step * 0.57 + 1e-7).all()):
-                return False
-        elif not values.isfinite().all() or not torch.equal(values, wanted.to(TORCH_TYPES[tensor.kind]).float()):
+        stored, start = data[start : start + len(rows)], start + len(rows)
+        is_finite = np.isfinite(gguf.dequantize(stored.copy(), kind)).all()
+        if not is_finite or stored.tobytes() != bytes(_packed(gguf, rows, tensor.kind)):
             return False
-        start = stop
     return True

@@ -28,20 +28,12 @@ ORIGINAL_FILES = "original"
 
 @dataclass
 class HfCheckpoint:
-    """
-    A HF LLaVA folder.
-
-    Args:
-        folder (`Path`): The folder.
-        config ([`LlavaConfig`]): Its configuration; `projector_num_layers` is what the weights show.
-        tensors (`dict[str, LazyTensor]`): All of its tensors, the identity of a one-layer projector included.
-        files (`list[Path]`): The files of its weights, and `config.json`.
-    """
+    """A HF LLaVA folder."""
 
     folder: Path
-    config: LlavaConfig
-    tensors: dict[str, LazyTensor]
-    files: list[Path]
+    config: LlavaConfig  # `projector_num_layers` is what the weights show
+    tensors: dict[str, LazyTensor]  # the identity of a one-layer projector included
+    files: list[Path]  # of its weights, and `config.json`
 
     @property
     def record(self) -> dict:

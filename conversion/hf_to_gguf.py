@@ -6,9 +6,8 @@ to the selected layer and the projector. Of a language model that is not in [`AR
 `convert_hf_to_gguf.py` is written in place of the first file.
 
 llama.cpp has had a bug since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
-after the patches but reads positions and results as if it came first. In every LLaVA-1.5 each patch gets its
-neighbour's position, and the first patch is lost. `class_token_last=True` writes a file that such builds compute correctly
-(see `_for_class_token_last`). SigLIP has no class token.
+after the patches but reads positions and results as if it came first. `class_token_last=True` writes a file that such builds
+compute correctly (see `_for_class_token_last`). SigLIP has no class token.
 """
 
 import json
@@ -32,8 +31,7 @@ from .gguf_files import (
     TYPES,
     GgufTensor,
     check_gguf,
-    import_gguf,
-    import_llama_cpp,
+    import_package,
     quantise,
     write_gguf,
 )
@@ -48,6 +46,8 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 """Language model → its architecture in the `gguf` package."""
 
 ROPES = ("default", "linear", "llama3")
+TOWERS = (CLIPVisionConfig, SiglipVisionConfig)
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "bf16": "MOSTLY_BF16"}
 SMALL_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json", "chat_template.json")
 """What the fields of the two files are made from, next to `config.json`."""
@@ -83,60 +83,53 @@ def convert_hf_to_gguf(
 
     Raises:
         ImportError: the `gguf` package, or for a quantised file `llama-cpp-python`, is not installed.
-        ValueError: llama.cpp's LLaVA cannot express it: a projector of more than two layers, image features with the
-            class token, another activation; or the check failed.
+        ValueError: llama.cpp's LLaVA cannot express it, or the check failed.
         OSError: a file is not there, or the disk is too small.
     """
-    gguf = import_gguf()
+    gguf = import_package("gguf", "'modeling-llava[gguf]'")
     if dtype not in TYPES:
         raise ValueError(f"dtype {dtype!r} is not a GGUF type that is written; there are {', '.join(TYPES)}.")
-    llama_cpp = import_llama_cpp() if dtype in QUANTISED else None
+    llama_cpp = import_package("llama_cpp", "llama-cpp-python") if dtype in QUANTISED else None
     hf = read_hf(source)
     layers = feature_layers(hf)
     is_known = _check_is_known_to_llama_cpp(hf)
-    kinds = {torch_type: name for name, torch_type in TORCH_TYPES.items()}
-    model, kind, image_kind = f"model-{dtype}.gguf", dtype, dtype
-    if dtype in QUANTISED:  # from the checkpoint's own type, without rounding before
-        kind, image_kind = kinds[hf.tensors["language_model.model.embed_tokens.weight"].dtype], "f16"
-    mmproj = f"mmproj-{image_kind}.gguf"
-    image_tensors = mmproj_tensors(gguf, hf, max(layers), image_kind)
+    kind, image_kind = dtype, dtype
+    if llama_cpp is not None:  # from the checkpoint's own type, without rounding before
+        saved = hf.tensors["language_model.model.embed_tokens.weight"].dtype
+        kind, image_kind = next(name for name, torch_type in TORCH_TYPES.items() if torch_type == saved), "f16"
+    model, mmproj, shards = f"model-{dtype}.gguf", f"mmproj-{image_kind}.gguf", {}
+    plan = {mmproj: mmproj_tensors(gguf, hf, max(layers), image_kind)}
     if class_token_last:
-        _for_class_token_last(image_tensors, hf)
-    plan = {mmproj: image_tensors}
-    shards = {}
+        _for_class_token_last(plan[mmproj], hf)
     if is_known:
         plan[model] = language_tensors(gguf, hf, kind)
     else:
         text = {key.removeprefix("language_model."): tensor for key, tensor in hf.part("language_model").items()}
         shards = plan_shards(text, DEFAULT_SHARD_SIZE)
-    small = [hf.folder / name for name in SMALL_FILES if (hf.folder / name).is_file()]
+    files = [*hf.files, *(hf.folder / name for name in SMALL_FILES if (hf.folder / name).is_file())]
     report = CheckReport(Path(output)) if check else None
     direction = f"hf to gguf {dtype} {class_token_last=}"
-    with OutputFolder(output, direction, [*hf.files, *small], plan | shards, overwrite=overwrite) as folder:
-        advance = folder.progress.update
-        if not (folder.partial / mmproj).exists():
-            metadata = mmproj_metadata(hf, layers, image_kind)
-            write_gguf(gguf, folder.partial / mmproj, "clip", metadata, image_tensors, advance)
+    with OutputFolder(output, direction, files, plan | shards, overwrite=overwrite) as folder:
+        place, advance = folder.partial, folder.progress.update
+        if not (place / mmproj).exists():
+            write_gguf(
+                gguf, place / mmproj, "clip", mmproj_metadata(gguf, hf, layers, image_kind), plan[mmproj], advance
+            )
         if shards:
             folder.write_shards(shards, LANGUAGE_FOLDER)
-            _write_language_files(hf, folder.partial / LANGUAGE_FOLDER)
-        elif not (folder.partial / model).exists():
-            written = folder.partial / (model if llama_cpp is None else "not_quantised.gguf")
-            write_gguf(gguf, written, architecture(gguf, hf), language_metadata(hf, kind), plan[model], advance)
+            _write_language_files(hf, place / LANGUAGE_FOLDER)
+        elif not (place / model).exists():
+            architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[hf.config.text_config.model_type]]]
+            written = place / ("not_quantised.gguf" if llama_cpp else model)
+            write_gguf(gguf, written, architecture, language_metadata(gguf, hf, kind), plan[model], advance)
             if llama_cpp is not None:
-                quantise(llama_cpp, written, folder.partial / model, dtype)
+                quantise(llama_cpp, written, place / model, dtype)
                 written.unlink()
         if check:
-            check_gguf(gguf, report, folder.partial / mmproj, image_tensors)
-            if is_known:
-                check_gguf(gguf, report, folder.partial / model, plan[model], dtype)
+            for name, tensors in plan.items():
+                check_gguf(gguf, report, place / name, tensors, dtype if name == model else image_kind)
         folder.commit(report)
-    notes = _notes(hf, class_token_last)
-    if not is_known:
-        notes.append(
-            f"The language model is in {Path(output) / LANGUAGE_FOLDER}. Convert it with llama.cpp's convert_hf_to_gguf.py."
-        )
-    return Conversion(Path(output), notes, report)
+    return Conversion(Path(output), _notes(hf, output, is_known, class_token_last), report)
 
 
 # What llama.cpp can express
@@ -162,29 +155,28 @@ def _check_is_known_to_llama_cpp(hf: HfCheckpoint) -> bool:
     strategy = "default" if count_additional_image_tokens(vision) else "full"
     is_known = text.model_type in ARCHITECTURES
     rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    problems = {
-        f"a vision tower of kind {vision.model_type!r}; CLIP and SigLIP are converted": not isinstance(
-            vision, CLIPVisionConfig | SiglipVisionConfig
-        ),
-        f"a projector of {config.projector_num_layers} layers; llama.cpp's has two": config.projector_num_layers > 2,
-        f"projector_hidden_act {config.projector_hidden_act!r}; llama.cpp has 'gelu'": config.projector_hidden_act
-        not in ("gelu", "linear"),
-        f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}; llama.cpp drops the class token and "
-        f"nothing else ({strategy!r})": config.vision_feature_select_strategy != strategy,
-        f"a vision tower with {vision.hidden_act!r}; llama.cpp has quick_gelu and gelu": vision.hidden_act
-        not in ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
-        "a vision tower with square MLPs, whose two layers llama.cpp would swap": vision.intermediate_size
-        == vision.hidden_size,
-        f"rope_type {rope!r}; written are {', '.join(ROPES)}": is_known and rope not in ROPES,
-        f"a language model with {text.hidden_act!r}; llama.cpp has silu": is_known and text.hidden_act != "silu",
-    }
-    if problem := next((text for text, is_there in problems.items() if is_there), None):
+    act, selected, tower = config.projector_hidden_act, config.vision_feature_select_strategy, vision.model_type
+    tower_act, middle = getattr(vision, "hidden_act", None), getattr(vision, "intermediate_size", None)
+    problems = (
+        (not isinstance(vision, TOWERS), f"a vision tower of kind {tower!r}; CLIP and SigLIP are converted"),
+        (config.projector_num_layers > 2, f"a projector of {config.projector_num_layers} layers; llama.cpp's has two"),
+        (act not in ("gelu", "linear"), f"projector_hidden_act {act!r}; llama.cpp has 'gelu'"),
+        (selected != strategy, f"vision_feature_select_strategy={selected!r}; llama.cpp drops the class token alone"),
+        (tower_act not in ACTIVATIONS, f"a tower with {tower_act!r}; known are {', '.join(ACTIVATIONS)}"),
+        (middle == vision.hidden_size, "a tower with square MLPs, whose layers llama.cpp would swap"),
+        (is_known and rope not in ROPES, f"rope_type {rope!r}; known are {', '.join(ROPES)}"),
+        (is_known and text.hidden_act != "silu", f"a language model with {text.hidden_act!r}; llama.cpp has silu"),
+    )
+    if problem := next((problem for is_there, problem in problems if is_there), None):
         raise ValueError(f"{hf.folder} has {problem}.")
     return is_known
 
 
-def _notes(hf: HfCheckpoint, class_token_last: bool) -> list[str]:
+def _notes(hf: HfCheckpoint, output: str | Path, is_known: bool, class_token_last: bool) -> list[str]:
     notes = []
+    if not is_known:
+        place = Path(output) / LANGUAGE_FOLDER
+        notes.append(f"The language model is in {place}. Convert it with llama.cpp's convert_hf_to_gguf.py.")
     if class_token_last:
         notes.append("mmproj is for builds of llama.cpp with the bug of issue 25814; a fixed build needs the other.")
     elif count_additional_image_tokens(hf.config.vision_config):
@@ -326,78 +318,67 @@ def _write_language_files(hf: HfCheckpoint, folder: Path) -> None:
 # Metadata: functions that fill a `gguf.GGUFWriter`
 
 
-def architecture(gguf, hf: HfCheckpoint) -> str:
-    return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[hf.config.text_config.model_type]]]
+def _general(gguf, hf: HfCheckpoint, kind: str, what: str) -> dict:
+    return {
+        "type": what,
+        "name": hf.folder.name,
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "file_type": gguf.LlamaFileType[FILE_TYPES[kind]],
+    }
 
 
-def language_metadata(hf: HfCheckpoint, kind: str) -> Callable:
-    """LLaMA and Mistral are one architecture to llama.cpp."""
+def language_metadata(gguf, hf: HfCheckpoint, kind: str) -> dict:
+    """Fields of the language model's file: names of a `gguf.GGUFWriter`'s methods without `add_`, and their argument."""
     text, processor = hf.config.text_config, hf.processor
     tokenizer = AutoTokenizer.from_pretrained(hf.folder)
     table = vocabulary(hf.folder, tokenizer, text.vocab_size)
-    rope = getattr(text, "rope_parameters", None) or {}
-
-    def fill(gguf, writer) -> None:
-        writer.add_type("model")
-        writer.add_name(hf.folder.name)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
-        writer.add_vocab_size(text.vocab_size)
-        writer.add_context_length(text.max_position_embeddings)
-        writer.add_embedding_length(text.hidden_size)
-        writer.add_block_count(text.num_hidden_layers)
-        writer.add_feed_forward_length(text.intermediate_size)
-        writer.add_head_count(text.num_attention_heads)
-        writer.add_head_count_kv(text.num_key_value_heads)
-        writer.add_key_length(head_dim(text))
-        writer.add_value_length(head_dim(text))
-        writer.add_layer_norm_rms_eps(text.rms_norm_eps)
-        writer.add_rope_dimension_count(head_dim(text))
-        writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-        if rope.get("rope_type") == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(float(rope["factor"]))
-        writer.add_tokenizer_model(table["model"])
-        writer.add_tokenizer_pre(table["pre"])
-        writer.add_token_list(table["tokens"])
-        writer.add_token_scores(table["scores"])
-        writer.add_token_types(table["types"])
-        if table["merges"] is not None:
-            writer.add_token_merges(table["merges"])
-        for name in ("bos", "eos", "unk", "pad"):
-            if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
-                getattr(writer, f"add_{name}_token_id")(i)
-        ids = tokenizer("a").input_ids
-        writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
-        writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-        if processor.chat_template:
-            writer.add_chat_template(gguf_chat_template(processor.chat_template, processor.image_token))
-
-    return fill
+    rope, ids = getattr(text, "rope_parameters", None) or {}, tokenizer("a").input_ids
+    fields = _general(gguf, hf, kind, "model") | {
+        "vocab_size": text.vocab_size,
+        "context_length": text.max_position_embeddings,
+        "embedding_length": text.hidden_size,
+        "block_count": text.num_hidden_layers,
+        "feed_forward_length": text.intermediate_size,
+        "head_count": text.num_attention_heads,
+        "head_count_kv": text.num_key_value_heads,
+        "key_length": head_dim(text),
+        "value_length": head_dim(text),
+        "layer_norm_rms_eps": text.rms_norm_eps,
+        "rope_dimension_count": head_dim(text),
+        "rope_freq_base": float(rope.get("rope_theta", 10000.0)),
+        "tokenizer_model": table["model"],
+        "tokenizer_pre": table["pre"],
+        "token_list": table["tokens"],
+        "token_scores": table["scores"],
+        "token_types": table["types"],
+        "token_merges": table["merges"],
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")},
+        "add_bos_token": ids[0] == tokenizer.bos_token_id,
+        "add_eos_token": ids[-1] == tokenizer.eos_token_id,
+    }
+    if rope.get("rope_type") == "linear":
+        fields |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
+    if processor.chat_template:
+        fields["chat_template"] = gguf_chat_template(processor.chat_template, processor.image_token)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def mmproj_metadata(hf: HfCheckpoint, layers: list[int], kind: str) -> Callable:
-    """The tower up to the deepest selected layer. `feature_layer` counts hidden states from the embeddings on."""
+def mmproj_metadata(gguf, hf: HfCheckpoint, layers: list[int], kind: str) -> dict:
+    """The same of the tower up to the deepest selected layer and the projector."""
     vision, images = hf.config.vision_config, hf.processor.image_processor
-
-    def fill(gguf, writer) -> None:
-        writer.add_type("mmproj")
-        writer.add_name(hf.folder.name)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
-        writer.add_clip_has_vision_encoder(True)
-        writer.add_clip_projector_type("mlp")
-        writer.add_vision_projection_dim(hf.config.text_config.hidden_size)
-        writer.add_vision_image_size(vision.image_size)
-        writer.add_vision_patch_size(vision.patch_size)
-        writer.add_vision_embedding_length(vision.hidden_size)
-        writer.add_vision_feed_forward_length(vision.intermediate_size)
-        writer.add_vision_block_count(max(layers))
-        writer.add_vision_head_count(vision.num_attention_heads)
-        writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
-        writer.add_vision_image_mean([float(x) for x in images.image_mean])
-        writer.add_vision_image_std([float(x) for x in images.image_std])
-        writer.add_vision_use_gelu(vision.hidden_act != "quick_gelu")
-        writer.add_array("clip.vision.feature_layer", layers)
-
-    return fill
+    return _general(gguf, hf, kind, "mmproj") | {
+        "clip_has_vision_encoder": True,
+        "clip_projector_type": "mlp",
+        "vision_projection_dim": hf.config.text_config.hidden_size,
+        "vision_image_size": vision.image_size,
+        "vision_patch_size": vision.patch_size,
+        "vision_embedding_length": vision.hidden_size,
+        "vision_feed_forward_length": vision.intermediate_size,
+        "vision_block_count": max(layers),
+        "vision_head_count": vision.num_attention_heads,
+        "vision_attention_layernorm_eps": vision.layer_norm_eps,
+        "vision_image_mean": [float(x) for x in images.image_mean],
+        "vision_image_std": [float(x) for x in images.image_std],
+        "vision_use_gelu": vision.hidden_act != "quick_gelu",
+        "clip.vision.feature_layer": layers,  # hidden states, counted from the embeddings on
+    }

@@ -83,7 +83,8 @@ def convert_hf_to_original(
     tensors = original_tensors(hf, projector, rows, tower["inside"], dtype)
     config = original_config(hf, projector, rows, tower)
     shards = plan_shards(tensors, max_shard_size)
-    own_tower = _tower_tensors(hf, dtype) if tower["folder"] else {}
+    entries = vision_entries(hf.config.vision_config, "clip") if tower["folder"] else []
+    own_tower = {entry.original: cast(hf.tensors[entry.hf], dtype) for entry in entries}
 
     report = None
     with OutputFolder(
@@ -137,11 +138,8 @@ def original_vocabulary(hf: HfCheckpoint, tokenizer: PreTrainedTokenizerBase) ->
 
     Left out are the image token, a pad token right after it and the padding rows, unless later tokens follow them.
     """
-    ids = tokenizer.get_vocab()
-    image = hf.config.image_token_id
-    ours = {image}
-    if tokenizer.pad_token_id == image + 1 and tokenizer.pad_token == "<pad>":
-        ours.add(image + 1)
+    ids, image = tokenizer.get_vocab(), hf.config.image_token_id
+    ours = {image, image + 1} if ids.get("<pad>") == tokenizer.pad_token_id == image + 1 else {image}
     needed = max((i for i in ids.values() if i not in ours), default=-1) + 1
     recorded = hf.record.get("vocab_size")
     has_files = any((hf.folder / ORIGINAL_FILES / name).is_file() for name in TOKENIZER_FILES)
@@ -170,22 +168,14 @@ def original_tensors(
     return tensors
 
 
-def _tower_tensors(hf: HfCheckpoint, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    entries = vision_entries(hf.config.vision_config, "clip")
-    return {entry.original: cast(hf.tensors[entry.hf], dtype) for entry in entries}
-
-
 def _plan_tower(hf: HfCheckpoint, name: str | None) -> dict:
     """`name` for `mm_vision_tower`, whether the weights go `inside`, and the `folder` to write or `None`."""
     recorded = hf.record.get("vision_tower") or {}
     name = name or recorded.get("name")
     if not name:
         return {"name": TOWER_FOLDER, "inside": False, "folder": TOWER_FOLDER, "trained": False}
-    inside = bool(recorded.get("inside"))
-    trained = False
-    if not inside and "crc32" in recorded:
-        trained = checksum(hf.part("vision_tower")) != recorded["crc32"]
-    path = Path(name)
+    inside, path = bool(recorded.get("inside")), Path(name)
+    trained = not inside and "crc32" in recorded and checksum(hf.part("vision_tower")) != recorded["crc32"]
     is_ours = not HUB_NAME.fullmatch(name) and not path.is_absolute() and ".." not in path.parts
     return {"name": name, "inside": inside or trained, "folder": name if is_ours else None, "trained": trained}
 
@@ -226,9 +216,8 @@ def original_config(hf: HfCheckpoint, projector: Projector, rows: int, tower: di
         return text | fields | {"use_mm_proj": True, "mm_use_im_patch_token": False}
     before = _fields_of_4(read_text_config(recorded))
     of_tokens = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-    since = {
-        k: v for k, v in text.items() if k in before and v != before[k] and k not in of_tokens
-    }  # longer context, …
+    # a longer context, say
+    since = {k: v for k, v in text.items() if k in before and v != before[k] and k not in of_tokens}
     changed = {k: v for k, v in fields.items() if recorded.get(k, DEFAULTS.get(k)) != v}
     return recorded | since | changed
 
@@ -248,21 +237,17 @@ def _fields_of_4(text: PreTrainedConfig) -> dict:
 
 
 def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, folder: Path) -> None:
-    if keeps_files:
-        source, names = hf.folder / ORIGINAL_FILES, TOKENIZER_FILES
-    elif has_sentencepiece(hf.folder):
-        source, names = hf.folder, ("tokenizer.model",)
+    source, names = hf.folder / (ORIGINAL_FILES if keeps_files else ""), TOKENIZER_FILES
+    if not keeps_files and has_sentencepiece(source):
+        names = ("tokenizer.model",)
         _write_slow_tokenizer_files(tokenizer, rows, folder)
         if not (source / "tokenizer.model").is_file():
             (folder / "tokenizer.model").write_bytes(sentencepiece_model(source / "tokenizer.json"))
-    else:
-        source, names = hf.folder, TOKENIZER_FILES
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not keeps_files and (
-        template := hf.processor.chat_template
-    ):  # the original knows its own; the way back reads it
+    template = hf.processor.chat_template
+    if not keeps_files and template:  # the original knows its own; the way back reads it
         write_atomic(folder / CHAT_TEMPLATE, template)
 
 
@@ -272,14 +257,7 @@ def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, f
     tokens = {name: getattr(tokenizer, name) for name in named if getattr(tokenizer, name) is not None}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         tokens["pad_token"] = tokens.get("unk_token", tokens["eos_token"])
-    added = {
-        str(i): {
-            "content": token.content,
-            **{name: getattr(token, name) for name in ("lstrip", "normalized", "rstrip", "single_word", "special")},
-        }
-        for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        if i < rows
-    }
+    added = sorted((i, token) for i, token in tokenizer.added_tokens_decoder.items() if i < rows)
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": bool(tokenizer.init_kwargs.get("legacy", True)),
@@ -290,7 +268,7 @@ def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, f
         "clean_up_tokenization_spaces": False,
         "sp_model_kwargs": {},
         "use_default_system_prompt": False,
-        "added_tokens_decoder": added,
+        "added_tokens_decoder": {str(i): token.__getstate__() for i, token in added},
         **tokens,
     }
     write_json(folder / "tokenizer_config.json", config)
@@ -298,14 +276,9 @@ def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, f
 
 
 def _write_generation_config(hf: HfCheckpoint, keeps_files: bool, folder: Path) -> None:
-    kept, target = hf.folder / ORIGINAL_FILES / "generation_config.json", folder / "generation_config.json"
-    if keeps_files and kept.parent.is_dir():
-        if kept.is_file():
-            shutil.copyfile(kept, target)
-    elif (source := hf.folder / "generation_config.json").is_file():
-        fields = read_json(source)
-        fields.pop("transformers_version", None)
-        write_json(target, fields)
+    source = hf.folder / (ORIGINAL_FILES if keeps_files else "") / "generation_config.json"
+    if source.is_file():
+        shutil.copyfile(source, folder / "generation_config.json")
 
 
 def _write_tower_files(hf: HfCheckpoint, folder: Path) -> None:

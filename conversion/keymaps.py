@@ -32,36 +32,21 @@ saved."""
 
 @dataclass(frozen=True)
 class Projector:
-    """
-    Args:
-        layers (`int`): Linear layers.
-        inputs (`int`): Image features per patch.
-        hidden (`int`): Width of the language model.
-        bias (`bool`, *optional*, defaults to `True`): Of the layers.
-        is_numbered (`bool`, *optional*, defaults to `False`):
-            The original's single layer is in an `nn.Sequential` (`mlp1x_gelu`) and is called `mm_projector.0`.
-    """
+    """Its number of layers and their widths."""
 
     layers: int
-    inputs: int
-    hidden: int
+    inputs: int  # image features per patch
+    hidden: int  # of the language model
     bias: bool = True
-    is_numbered: bool = False
+    is_numbered: bool = False  # the original's layers are in an `nn.Sequential`; a single one as well, of `mlp1x_gelu`
 
 
 @dataclass(frozen=True)
 class Entry:
-    """
-    One tensor: its shape, as in PyTorch, and its names.
-
-    Args:
-        part (`str`): `"language"`, `"vision"` or `"projector"`.
-        original (`str`, *optional*): Name in the original's checkpoint; `None` where it has no such tensor.
-        hf (`str`): Name in the HF checkpoint.
-    """
+    """One tensor: its names in both forms, and its shape, as in PyTorch."""
 
     part: Literal["language", "vision", "projector"]
-    original: str | None
+    original: str | None  # where the original has no such tensor
     hf: str
     shape: tuple[int, ...]
 
@@ -188,15 +173,9 @@ def match_keys(
     """
     Compare what is there with what must be there.
 
-    Args:
-        shapes (`Mapping[str, tuple[int, ...]]`): Of every tensor that must be there.
-        tensors (`Mapping[str, LazyTensor]`): What is there.
-        source (`str`): For the error: what was read.
-        hint (`str`, *optional*): For the error: the likely cause and the fix.
-
     Raises:
         ValueError: a tensor is unknown, missing, of another shape, or not float32, float16 or bfloat16. All of them are
-            listed (the first five of each kind).
+            listed (the first five of each kind), with `source`, what was read, and `hint`, the likely cause.
     """
     there = [(tensors[key], shape) for key, shape in shapes.items() if key in tensors]
     problems = {

@@ -21,7 +21,7 @@ from modeling_llava.text.chat_templates import CHAT_TEMPLATES, choose_chat_templ
 from modeling_llava.text.stops import add_generation_stop, missing_stop
 from modeling_llava.text.tokenization import LegacyLlamaTokenizer, add_image_token, load_tokenizer
 
-from .checks import CheckReport, check_folder
+from .checks import CheckReport, check_stock_ready
 from .folders import TOKENIZER_FILES, read_json
 from .hf_checkpoints import ORIGINAL_FILES, RECORD
 from .keymaps import FLOAT_DTYPES, projector_entries
@@ -50,18 +50,11 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 @dataclass
 class Conversion:
-    """
-    What a conversion did.
-
-    Args:
-        output (`Path`): The folder that was written.
-        notes (`list[str]`): What the user should know about it, one sentence each.
-        check (`CheckReport`, *optional*): What the check at its end found; `None` if it was not asked for.
-    """
+    """What a conversion did."""
 
     output: Path
-    notes: list[str]
-    check: CheckReport | None = None
+    notes: list[str]  # what the user should know about it, one sentence each
+    check: CheckReport | None = None  # what the check at its end found, if it was asked for
 
 
 def convert_original_to_hf(
@@ -125,16 +118,14 @@ def convert_original_to_hf(
         _write_small_files(original, processor, config, folder.partial)
         config_file = folder.write_config(config.to_json_string())
         if check:
-            report = check_folder(folder.partial, config_file=config_file, reference=original, dtype=dtype)
+            report = check_stock_ready(folder.partial, config_file=config_file, reference=original, dtype=dtype)
         folder.commit(report)
     notes = [template]
     if original.kind != "full":
         notes.append(f"A {original.kind} and its base were merged into one checkpoint.")
     if config.projector_num_layers > 2:
-        notes.append(
-            f"The projector has {config.projector_num_layers} layers, which stock transformers does not have: only "
-            "this package loads, trains and runs the checkpoint."
-        )
+        layers = f"{config.projector_num_layers} layers, which stock transformers does not have"
+        notes.append(f"The projector has {layers}: only this package loads, trains and runs the checkpoint.")
     if stop := missing_stop(make_generation_config(original, processor), processor):
         given = ", ".join(f"{name}={value!r}" for name, value in stop.items())
         notes.append(f"An answer ends with a text, not a token: stock's generate needs {given} and the tokenizer.")

@@ -59,19 +59,9 @@ class Original:
     """
     A whole original LLaVA, its parts and base put together; no weight is read yet.
 
-    Args:
-        kind (`str`): What the folder held: `"full"`, `"delta"`, `"lora"` or `"projector"`.
-        folder, tokenizer_folder, tower_folder (`Path`):
-            With the configuration, the tokenizer and the tower's `preprocessor_config.json`.
-        config (`dict`): The original's `config.json`.
-        text_config, vision_config (`PreTrainedConfig`):
-            Of the language model (`vocab_size` is the embedding's rows) and the tower.
-        projector ([`Projector`]): Its layers.
-        names (`str`):
-            Names of the checkpoint's folder and base, which may tell its version.
-        tensors (`dict[Entry, LazyTensor]`): All of its tensors.
-        tower_inside (`bool`): The checkpoint held the tower's weights (it was trained).
-        files (`list[Path]`): Every file that was read.
+    `config` is the original's `config.json`, `text_config.vocab_size` the embedding's rows. `names` are those of the
+    checkpoint's folder and base, which may tell its version. `tower_inside`: the checkpoint held the tower's weights, since
+    it was trained. `files` are all that were read.
     """
 
     kind: Literal["full", "delta", "lora", "projector"]
@@ -99,16 +89,9 @@ def read_original(
     """
     Read what an original checkpoint is, and with its base and tower the whole model that it stands for.
 
-    Args:
-        source (`str` or `Path`):
-            Folder or Hub name of a full checkpoint, delta, LoRA or projector; or a path to `mm_projector.bin`.
-        base (`str` or `Path`, *optional*):
-            Folder or Hub name of the language model (or LLaVA) to which a delta, LoRA or projector belongs.
-        vision_tower (`str` or `Path`, *optional*):
-            Folder or Hub name of the CLIP tower. By default the one that `mm_vision_tower` names: a path, a folder in
-            or next to `source`, or a Hub name.
-        config (`dict`, *optional*), tower (*optional*):
-            In place of `config.json`, and of the tower's folder: its configuration, and its tensors by their HF names.
+    `source`, `base` and `vision_tower` are those of [`convert_original_to_hf`]; by default the tower is the one that
+    `mm_vision_tower` names: a path, a folder in or next to `source`, or a Hub name. `config` stands in for `config.json`, and
+    `tower`, a configuration and tensors by their HF names, for the tower's folder.
 
     Raises:
         ValueError: it is not an original LLaVA, or a part is missing, superfluous or of another size.
@@ -279,12 +262,7 @@ def _read(file: Path, files: list[Path]) -> dict[str, LazyTensor]:
 
 
 def find_tower(folder: Path, config: dict, vision_tower: str | Path | None) -> Path:
-    """
-    The folder of the vision tower: the one given, or the one that the configuration names.
-
-    Raises:
-        OSError: it is not there.
-    """
+    """The folder of the vision tower: the one given, or the one that the configuration names. OSError if it is not there."""
     if vision_tower is not None:
         return local_folder(vision_tower, "vision tower")
     name = config.get("mm_vision_tower") or config.get("vision_tower")

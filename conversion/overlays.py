@@ -92,14 +92,8 @@ def fold_lora(
     """
     The base's tensors with a LoRA adapter folded in: `W + scale · B A`, `scale = alpha / r` (`/ √r` for rsLoRA).
 
-    Args:
-        adapter (`Mapping[str, LazyTensor]`):
-            PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors
-            (biases, modules to save), which replace the base's.
-        config (`Mapping`):
-            The `adapter_config.json`: `lora_alpha`, `use_rslora`, `alpha_pattern`.
-        base (`Mapping[str, LazyTensor]`): The original's names → tensors.
-        source (`str`): For errors.
+    `adapter` holds PEFT's tensors: `….lora_A.weight` `[r, in]`, `….lora_B.weight` `[out, r]`, and whole tensors (biases,
+    modules to save), which replace the base's. `config` is its `adapter_config.json`, `source` its name for errors.
 
     Raises:
         ValueError: not a LoRA adapter, or one of a kind that is not a sum (DoRA); a target that the base lacks; shapes

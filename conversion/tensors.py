@@ -31,15 +31,11 @@ PIECE_BYTES = 16 * 2**20
 """Maximum bytes that are read or computed at once."""
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -50,12 +46,8 @@ class LazyTensor:
     """
     A tensor that is read or computed in pieces of rows (slices of the first dimension).
 
-    Args:
-        dtype (`torch.dtype`): Of the elements.
-        shape (`tuple[int, ...]`): Sizes; `()` for a scalar, which counts as one row.
-        rows (`Callable[[int, int], torch.Tensor]`):
-            Gives the rows `[start, stop)`, of `dtype` and with the trailing sizes of `shape`.
-        origin (`str`): For errors: which tensor of which file.
+    `rows(start, stop)` gives the rows `[start, stop)`, of `dtype` and with the trailing sizes of `shape`; a scalar, of shape
+    `()`, counts as one row. `origin` says for errors which tensor of which file it is.
     """
 
     def __init__(

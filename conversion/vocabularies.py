@@ -116,12 +116,7 @@ def _render(template: str, content: str | list[dict]) -> str:
 
 def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict:
     """
-    The tokenizer's tables.
-
-    Args:
-        folder (`Path`): Of the HF checkpoint, with `tokenizer.model` or `tokenizer.json`.
-        tokenizer (`PreTrainedTokenizerBase`): Loaded from it, for the added tokens.
-        rows (`int`): Of the embedding; ids without a token become unused ones.
+    llama.cpp's tables of a folder's tokenizer; ids without a token, up to the embedding's `rows`, become unused ones.
 
     Returns:
         `dict`: `model` (`"llama"` or `"gpt2"`), `pre`, `tokens`, `scores`, `types`, `merges` (`None` where it has none).
@@ -239,13 +234,13 @@ def sentencepiece_model(tokenizer_json: Path) -> bytes:
     message = b""
     for i in range(len(content["model"]["vocab"])):
         kind = CONTROL if i in special and table["types"][i] == NORMAL else table["types"][i]
-        piece = _text(1, table["tokens"][i]) + _key(2, 5) + struct.pack("<f", table["scores"][i])
-        message += _block(1, piece + _number(3, kind))
+        score = _varint(2 << 3 | 5) + struct.pack("<f", table["scores"][i])
+        message += _field(1, _field(1, table["tokens"][i].encode()) + score + _field(3, kind))
     unknown = content["model"].get("unk_token") or "<unk>"
-    bpe, is_legacy_prefix = 2, _adds_prefix(content)
-    trainer = _number(3, bpe) + _number(35, 1) + _text(45, unknown)  # model_type, byte_fallback, unk_piece
-    normalizer = _text(1, "identity") + _number(3, is_legacy_prefix) + _number(4, 0)  # no extra spaces removed
-    return message + _block(2, trainer) + _block(3, normalizer)
+    bpe, adds_prefix = 2, _adds_prefix(content)
+    trainer = _field(3, bpe) + _field(35, 1) + _field(45, unknown.encode())  # model_type, byte_fallback, unk_piece
+    normalizer = _field(1, b"identity") + _field(3, adds_prefix) + _field(4, 0)  # no extra spaces removed
+    return message + _field(2, trainer) + _field(3, normalizer)
 
 
 def _adds_prefix(content: dict) -> int:
@@ -264,17 +259,8 @@ def _varint(value: int) -> bytes:
     return bytes([*result, value])
 
 
-def _key(field: int, kind: int) -> bytes:
-    return _varint(field << 3 | kind)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _key(field, 0) + _varint(value)
-
-
-def _block(field: int, content: bytes) -> bytes:
-    return _key(field, 2) + _varint(len(content)) + content
-
-
-def _text(field: int, text: str) -> bytes:
-    return _block(field, text.encode("utf-8"))
+def _field(number: int, value: int | bytes) -> bytes:
+    """One field of a protobuf message."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value

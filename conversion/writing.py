@@ -79,12 +79,9 @@ class OutputFolder:
     """
     The output of a conversion, as a context: built as `OUT.partial-HASH`, renamed by `commit`.
 
-    Args:
-        output (`str` or `Path`): The folder. It must not exist, or be empty, unless `overwrite`.
-        direction (`str`): Of the conversion, with the options that change what is written.
-        files (`Iterable[Path]`): What is read.
-        plan (`Mapping[str, Mapping]`): The tensors of each file that is written, with their `nbytes`.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace `output` once the new folder is complete.
+    The hash is of `direction` (with the options that change what is written), the `files` that are read, and the `plan`: the
+    tensors of each file that is written, with their `nbytes`. With `overwrite`, `output` is replaced once the new folder is
+    complete.
 
     Raises:
         ValueError: `output` exists, the check failed, or another process is writing it.

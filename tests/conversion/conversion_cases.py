@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_text_config
+from transformers import AutoModelForCausalLM
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -75,36 +77,12 @@ def rewrite(folder: Path, change, form: str = "safetensors") -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), "utf-8")
 
 
-def random_language_model(
-    *,
-    model_type: str = "llama",
-    vocabulary: int = 700,
-    hidden: int = 64,
-    heads: int = 4,
-    kv_heads: int = 2,
-    seed: int = 0,
-):
+def random_language_model(model_type: str = "llama", hidden: int = 64, seed: int = 0):
     """A tiny LLaMA or Mistral with grouped queries, of transformers, with random weights (norms included)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    fields = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    }
+    fields = {"hidden_size": hidden, "vocab_size": 700, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+    fields |= {"sliding_window": None} if model_type == "mistral" else {}
     torch.manual_seed(seed)
-    if model_type == "mistral":
-        model = MistralForCausalLM(MistralConfig(**fields, sliding_window=None))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**fields))
+    model = AutoModelForCausalLM.from_config(tiny_text_config(model_type, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))

@@ -15,7 +15,6 @@ from conversion_cases import GOLDEN, edit_json, random_original
 from llama_cpp_runs import llava_with_llama_cpp, needs_llama_cpp, run_llama_cpp
 from PIL import Image
 from published import CONVERSATION, FORMS, build, build_siglip
-from published.templates import LLAVA_HF
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from torch.nn import functional as F
@@ -156,22 +155,6 @@ def test_linear_projector_survives_llama_cpps_gelu(folders, tmp_path):
     assert torch.allclose(result, projector(features), atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", None)])
-def test_types_round_as_they_should(folders, tmp_path, dtype, tolerance):
-    """Matrices in the type asked for, vectors in float32; of q8_0 the step is a block's largest value / 127."""
-    convert_hf_to_gguf(folders / "llava_v15_tiny", tmp_path / "out", dtype=dtype)
-    model = LlavaForConditionalGeneration.from_pretrained(folders / "llava_v15_tiny")
-    _, tensors, kinds = read(tmp_path / f"out/model-{dtype}.gguf")
-    assert kinds["blk.0.ffn_up.weight"] == dtype.upper() and kinds["blk.0.ffn_norm.weight"] == "F32"
-    exact = model.model.language_model.layers[0].mlp.up_proj.weight.detach()
-    stored = tensors["blk.0.ffn_up.weight"]
-    if tolerance is not None:
-        assert ((stored - exact).abs() <= tolerance * exact.abs() + 1e-7).all()
-    else:
-        steps = exact.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
-        assert ((stored - exact).reshape(-1, 32).abs() <= 0.57 * steps).all()
-
-
 # Tokenizer and template
 
 
@@ -246,15 +229,6 @@ def test_template_puts_llama_cpps_image_marker_where_training_had_the_image(fold
         assert rendered(load_chat_template(name, image_wrap=wrap), given) == expected.replace("<image>", marker)
 
 
-def test_template_that_reads_items_only_is_given_llama_cpps_strings_as_items():
-    """That of the LLaVA-1.5 checkpoints on the Hub writes nothing of a string."""
-    given = [{**turn, "content": turn["content"][-1]["text"]} for turn in CONVERSATION[:3]]
-    given[0]["content"] = "<__media__>" + given[0]["content"]
-    prompt = FORMS["llava-hf"].prompt.replace("<image>", "<__media__>")
-    assert rendered(LLAVA_HF, given[:1]) == prompt
-    assert rendered(LLAVA_HF, given) == f"{prompt} It is red. USER: Why? ASSISTANT:"
-
-
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "USER: <image>"])
 def test_template_that_is_none_for_images_is_refused(template):
     with pytest.raises(ValueError, match="does not support images"):
@@ -286,7 +260,7 @@ def test_values_beyond_the_type_are_found(folders, tmp_path):
     tensors = load_file(tmp_path / "hf/model.safetensors")
     tensors["language_model.model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
     save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_up\.weight'.*too large for f16 \(bf16 and f32 go further\)"):
+    with pytest.raises(ValueError, match=r"too large for f16 \(bf16 and f32 go further\).*'blk\.1\.ffn_up\.weight'"):
         convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out")
     assert convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out", dtype="bf16").check.is_sound
 
@@ -340,7 +314,7 @@ def test_class_token_last_needs_a_class_token(tmp_path):
 def test_another_language_model_is_written_as_a_folder_for_llama_cpps_own_program(tmp_path):
     conversion = convert_hf_to_gguf(build("phi3"), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["language_model", "mmproj-f16.gguf"]
-    assert "convert_hf_to_gguf.py" in conversion.notes[-1] and conversion.check.is_sound
+    assert "convert_hf_to_gguf.py" in conversion.notes[0] and conversion.check.is_sound
     folder = tmp_path / "out/language_model"
     text, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()) and json.loads((folder / "config.json").read_text())["model_type"] == "phi3"

@@ -70,12 +70,6 @@ def test_round_trip_gives_back_projectors_of_any_depth(tmp_path, kind, model_typ
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_round_trip_keeps_half_precision_and_mixed_types(tmp_path):
-    source = copy_original(tmp_path / "source")
-    rewrite(source, lambda t: {k: v if "mm_projector" in k else v.bfloat16() for k, v in t.items()}, "sharded")
-    assert equal(original_tensors(source), original_tensors(there_and_back(tmp_path, source)))
-
-
 def test_round_trip_of_a_trained_tower(tmp_path):
     """Its weights lie in the checkpoint (`unfreeze_mm_vision_tower`), and go back there."""
     source = copy_original(tmp_path / "source", unfreeze_mm_vision_tower=True)
@@ -237,12 +231,6 @@ def test_template_that_a_checkpoint_was_trained_with_comes_back(tmp_path, compos
     assert LlavaProcessor.from_pretrained(tmp_path / "again").chat_template == template
 
 
-def test_name_of_an_unchanged_tower_can_be_given(tmp_path, composed):
-    convert_hf_to_original(composed, tmp_path / "back", vision_tower=HUB_TOWER)
-    assert read(tmp_path / "back/config.json")["mm_vision_tower"] == HUB_TOWER
-    assert not (tmp_path / "back/vision_tower").exists()
-
-
 def test_tokenizer_reads_as_before(tmp_path, composed):
     """The slow files that are written give the ids of the golden prompts, read again by our loader."""
     convert_hf_to_original(composed, tmp_path / "back")
@@ -336,20 +324,16 @@ def test_what_is_no_whole_checkpoint_says_what_to_do(tmp_path, composed):
     with pytest.raises(ValueError, match="CLIP with LLaMA or Mistral"):
         convert_hf_to_original(build("qwen2.5"), tmp_path / "back")
     edit_tensors(composed, lambda t: t | {"language_model.extra": t.pop("language_model.model.norm.weight")})
-    for change, error, message in (
-        (
-            lambda: None,
-            ValueError,
-            r"1 missing: 'language_model\.model\.norm\.weight'.*1 not known: 'language_model\.ext",
-        ),
-        (lambda: (composed / "model.safetensors").unlink(), ValueError, "holds no weights"),
-        (lambda: (composed / "processor_config.json").unlink(), ValueError, "no processor"),
-        (lambda: [(composed / name).unlink() for name in TOKENIZERS], OSError, "hf has no tokenizer"),
-        (lambda: (composed / "projector_config.json").write_text("{}"), ValueError, "a projector alone.*llava merge"),
-        (lambda: (composed / "adapter_config.json").write_text("{}"), ValueError, "is an adapter.*llava merge"),
+    for change, message in (
+        (lambda: None, r"1 missing: 'language_model\.model\.norm\.weight'.*1 not known: 'language_model\.ext"),
+        (lambda: (composed / "model.safetensors").unlink(), "holds no weights"),
+        (lambda: [(composed / name).unlink() for name in TOKENIZERS], "hf has no tokenizer"),
+        (lambda: (composed / "processor_config.json").unlink(), "no processor"),
+        (lambda: (composed / "projector_config.json").write_text("{}"), "a projector alone.*llava merge"),
+        (lambda: (composed / "adapter_config.json").write_text("{}"), "is an adapter.*llava merge"),
     ):
         change()
-        with pytest.raises(error, match=message):
+        with pytest.raises(ValueError, match=message):
             convert_hf_to_original(composed, tmp_path / "back")
 
 

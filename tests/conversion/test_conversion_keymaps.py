@@ -4,9 +4,7 @@ import re
 
 import pytest
 import torch
-from conversion_cases import random_language_model
 from tiny import tiny_config, tiny_text_config, tiny_vision_config
-from transformers import CLIPVisionModel
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
@@ -17,9 +15,7 @@ from modeling_llava.conversion.keymaps import (
     key_table,
     language_entries,
     match_keys,
-    projector_entries,
     rename_all,
-    vision_entries,
 )
 from modeling_llava.conversion.tensors import in_memory
 
@@ -61,51 +57,6 @@ def test_hf_column_is_what_stock_transformers_has(text, bias):
     table = key_table(text, config.vision_config, Projector(2, 40, 64, bias, True))
     stock = {canonical_hf_key(name): tuple(p.shape) for name, p in model.named_parameters()}
     assert {entry.hf: entry.shape for entry in table} == stock
-
-
-def test_original_columns_are_transformers_own_names():
-    for model_type in ("llama", "mistral"):
-        model = random_language_model(model_type=model_type)
-        own = {entry.original: entry.shape for entry in language_entries(model.config)}
-        assert own == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tower = {entry.original: entry.shape for entry in vision_entries(VISION, "bare")}
-    assert tower == {name: tuple(p.shape) for name, p in CLIPVisionModel(VISION).named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("layers", "numbered", "names"),
-    [
-        (1, False, ["model.mm_projector"]),
-        (1, True, ["model.mm_projector.0"]),  # mlp1x_gelu
-        (2, True, ["model.mm_projector.0", "model.mm_projector.2"]),
-        (3, True, ["model.mm_projector.0", "model.mm_projector.2", "model.mm_projector.4"]),
-    ],
-)
-def test_projector_names_are_those_of_the_originals_modules(layers, numbered, names):
-    """The original builds `nn.Linear`, or `nn.Sequential(Linear, GELU, Linear, …)`."""
-    entries = projector_entries(Projector(layers, 32, 64, is_numbered=numbered))
-    original = [entry.original for entry in entries if entry.original]
-    assert original == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-    expected = {f"multi_modal_projector.linear_{i}" for i in range(1, max(2, layers) + 1)}
-    assert {entry.hf.rpartition(".")[0] for entry in entries} == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "canonical"),
-    [
-        ("model.language_model.layers.0.mlp.up_proj.weight", "language_model.model.layers.0.mlp.up_proj.weight"),
-        ("lm_head.weight", "language_model.lm_head.weight"),
-        ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector.linear_1.bias"),
-        ("vision_tower.pre_layrnorm.bias", "vision_tower.vision_model.pre_layrnorm.bias"),
-        ("model.vision_tower.embeddings.class_embedding", "vision_tower.vision_model.embeddings.class_embedding"),
-        ("language_model.model.norm.weight", "language_model.model.norm.weight"),
-        ("vision_tower.vision_model.post_layernorm.weight", "vision_tower.vision_model.post_layernorm.weight"),
-        ("my.vision_tower.embeddings.class_embedding", "my.vision_tower.embeddings.class_embedding"),
-    ],
-)
-def test_spellings_of_hf_keys_are_put_into_one(key, canonical):
-    assert canonical_hf_key(key) == canonical
-    assert canonical_hf_key(canonical) == canonical
 
 
 def test_match_lists_every_difference_at_once():

@@ -9,7 +9,7 @@ from conversion_cases import random_language_model
 from safetensors.torch import load_file
 
 from modeling_llava.conversion import tensors as tensors_module
-from modeling_llava.conversion.overlays import add_delta, fold_lora, put_over, without_adapter_prefix
+from modeling_llava.conversion.overlays import add_delta, fold_lora, put_over
 from modeling_llava.conversion.tensors import in_memory
 
 
@@ -64,14 +64,6 @@ def test_folded_lora_is_what_peft_merges(tmp_path, use_rslora, bias, alpha_patte
 
 def lora(down: torch.Tensor, up: torch.Tensor, module: str = "h") -> dict[str, torch.Tensor]:
     return {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
-
-
-def test_half_precision_base_is_folded_in_float32_and_rounded_once():
-    weight, down, up = torch.randn(8, 64).half(), torch.randn(16, 64) * 0.01, torch.randn(8, 16) * 0.01
-    folded = whole(fold_lora(lazy(lora(down, up)), {"lora_alpha": 16}, lazy({"h.weight": weight}), "A"))["h.weight"]
-    exact = weight.double() + up.double() @ down.double()
-    assert folded.dtype == torch.float16
-    assert torch.equal(folded, exact.half())
 
 
 @pytest.mark.parametrize(
@@ -146,19 +138,6 @@ def test_wrong_base_of_a_delta_is_one_clear_error(change, message):
     change(delta, base)
     with pytest.raises(ValueError, match=message):
         add_delta(lazy(delta, "delta.bin"), lazy(base), "DELTA")
-
-
-def test_names_of_adapters_and_projectors_become_the_models():
-    names = {
-        "base_model.model.model.mm_projector.0.weight": "model.mm_projector.0.weight",
-        "model.mm_projector.0.bias": "model.mm_projector.0.bias",
-        "mm_projector.2.weight": "model.mm_projector.2.weight",
-        "mm_projector.bias": "model.mm_projector.bias",
-        "base_model.model.model.embed_tokens.weight": "model.embed_tokens.weight",
-        "base_model.model.lm_head.base_layer.weight": "lm_head.weight",
-    }
-    renamed = without_adapter_prefix(lazy({name: torch.zeros(1) for name in names}))
-    assert list(renamed) == list(names.values())
 
 
 @pytest.mark.parametrize("gap", [0, 1])

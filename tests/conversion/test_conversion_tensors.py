@@ -11,7 +11,6 @@ from modeling_llava.conversion import tensors as tensors_module
 from modeling_llava.conversion.tensors import (
     cast,
     extended,
-    find_weights,
     first_rows,
     in_memory,
     permuted_rows,
@@ -198,10 +197,3 @@ def test_index_that_lies_is_one_clear_error(tmp_path, weight_map, message):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=message):
         read_checkpoint(folder / "model.safetensors.index.json")
-
-
-def test_safetensors_are_preferred_to_pickles(tmp_path):
-    assert find_weights(tmp_path) is None
-    for name in ("pytorch_model.bin", "model.safetensors"):
-        (tmp_path / name).touch()
-        assert find_weights(tmp_path).name == name

@@ -11,7 +11,7 @@ import pytest
 from llama_cpp_runs import llava_with_llama_cpp, needs_llama_cpp, run_llama_cpp
 from PIL import Image
 from published import FORMS, QUESTION, build_language, build_tower
-from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, llava, run
+from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, STOCK, llava, run
 
 from modeling_llava import LlavaProcessor
 

@@ -105,9 +105,7 @@ def _ends(stop: str, before: str = "", last: str = "") -> tuple[str, str]:
     return f"{before}{ANSWERS[0]}{stop}", f"{before}{last}{ANSWERS[1]}{stop}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Parts
-# ---------------------------------------------------------------------------------------------------------------------
 
 _TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -145,9 +143,7 @@ LLAMA3 = Vocabulary("bytes", _LLAMA3_TOKENS, config=_LLAMA3, template=templates.
 QWEN2 = Vocabulary("bytes", _QWEN_TOKENS, config=_QWEN, template=templates.QWEN2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Language models
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -315,9 +311,7 @@ def _write_siglip_tower(folder: Path) -> None:
     SiglipImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Stock llava checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _write_weights(folder: Path, dtype: torch.dtype) -> None:
@@ -520,9 +514,7 @@ FORMS: dict[str, Form] = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The original's folders
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -578,15 +570,8 @@ def _write_projector_file(folder: Path, tensors: dict[str, torch.Tensor]) -> Non
 def _write_llama2_chat(folder: Path) -> None:
     """liuhaotian/llava-llama-2-13b-chat-lightning-preview."""
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    _golden(
-        "llava_v15_tiny",
-        generation,
-        _2023,
-        model_type="llava",
-        image_aspect_ratio="square",
-        mm_resampler_type=None,
-        transformers_version="4.31.0",
-    )(folder)
+    fields = {"model_type": "llava", "image_aspect_ratio": "square", "mm_resampler_type": None}
+    _golden("llava_v15_tiny", generation, _2023, transformers_version="4.31.0", **fields)(folder)
     _write_projector_file(folder, load_file(folder / "model.safetensors"))
 
 
@@ -597,44 +582,26 @@ def _write_v0_delta(folder: Path) -> None:
     shutil.copytree(delta / "vision_tower", folder / "vision_tower")
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
     _write_projector_file(folder, tensors)
-    pad = {
-        name: torch.cat([value[:700], torch.zeros(1, value.shape[1], dtype=value.dtype), value[700:]])
-        for name, value in tensors.items()
-        if name in ("model.embed_tokens.weight", "lm_head.weight")
-    }
-    torch.save({**tensors, **pad}, folder / "pytorch_model.bin")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        value = tensors[name]
+        tensors[name] = torch.cat([value[:700], torch.zeros(1, value.shape[1], dtype=value.dtype), value[700:]])
+    torch.save(tensors, folder / "pytorch_model.bin")
     added = {"<im_end>": 703, "<im_patch>": 701, "<im_start>": 702, "[PAD]": 700}
     write_json(folder / "added_tokens.json", added)
     kept = (
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "rms_norm_eps",
-        "use_cache",
-        "tie_word_embeddings",
-        "mm_vision_tower",
-        "mm_vision_select_layer",
-        "mm_hidden_size",
-        "mm_use_im_start_end",
-        "use_mm_proj",
-        "tune_mm_mlp_adapter",
-    )
+        "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+        "rms_norm_eps", "use_cache", "tie_word_embeddings", "mm_vision_tower", "mm_vision_select_layer", "mm_hidden_size",
+        "mm_use_im_start_end", "use_mm_proj", "tune_mm_mlp_adapter",
+    )  # fmt: skip
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    write_json(
-        folder / "config.json",
-        {
-            **{name: config[name] for name in kept if name in config},
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "max_sequence_length": 2048,
-            "vocab_size": 704,
-            "transformers_version": "4.28.0.dev0",
-            **_FIRST,
-        },
-    )
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_sequence_length": 2048,
+        "vocab_size": 704,
+    }
+    fields |= {name: config[name] for name in kept if name in config}
+    write_json(folder / "config.json", {**fields, "transformers_version": "4.28.0.dev0", **_FIRST})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **_FIRST})
     _edit(folder / "tokenizer_config.json", ("added_tokens_decoder", "additional_special_tokens", "legacy"))
     write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]",
@@ -695,9 +662,7 @@ ORIGINALS: dict[str, Original] = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Folders, each written once
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -751,26 +716,19 @@ def build_siglip(language: str, wide: bool = False) -> Path:
     return _once("siglip-wide" if wide else "siglip", language, write)
 
 
-def each_form(not_yet: dict[str, str] | None = None, fast: tuple[str, ...] = tuple(FORMS)):
-    """
-    Parametrises a test over `FORMS`: those that fail today are strict xfails (`not_yet`: name → reason), those that are not
-    `fast` are slow tests.
-    """
-    return pytest.mark.parametrize(
-        "form",
-        [
-            pytest.param(
-                form,
-                id=name,
-                marks=[
-                    *([pytest.mark.xfail(strict=True, reason=not_yet[name])] if name in (not_yet or {}) else []),
-                    *([] if name in fast else [pytest.mark.slow]),
-                ],
-            )
-            for name, form in FORMS.items()
-        ],
-    )
+def each_form(fast: tuple[str, ...] = tuple(FORMS)):
+    """Parametrises a test over `FORMS`; those that are not `fast` are slow tests."""
+    parameters = [
+        pytest.param(form, id=name, marks=[] if name in fast else [pytest.mark.slow]) for name, form in FORMS.items()
+    ]
+    return pytest.mark.parametrize("form", parameters)
 
 
 every_form = each_form()
 every_original = pytest.mark.parametrize("original", ORIGINALS.values(), ids=ORIGINALS)
+
+
+__all__ = [
+    "ANSWERS", "CONVERSATION", "FORMS", "LANGUAGES", "ORIGINALS", "QUESTION", "Form", "Language", "Original", "build",
+    "build_language", "build_original", "build_siglip", "build_tower", "copy", "each_form", "every_form", "every_original",
+]  # fmt: skip
