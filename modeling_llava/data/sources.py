@@ -343,15 +343,10 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         if tables:
             for file in tables:
                 _require_parquet(file)
-            if len(files) > len(tables):
+            if left := [file for file in files if file.suffix not in _TABLES]:
                 logger.warning(
-                    "%s: of %d files those that end in %s are read, and the others, such as %s, are not. Give a pattern "
-                    "(%s) or a list of files to choose.",
-                    path,
-                    len(files),
-                    tables[0].suffix,
-                    next(file.name for file in files if file not in tables),
-                    path / "*.json",
+                    f"{path}: its {tables[0].suffix} files are read, and {len(left)} others, such as {left[0].name}, are not. "
+                    f"For those give a pattern: {path / '*.json'}."
                 )
             return [table(str(path))]
         files = _of_split(files, split)

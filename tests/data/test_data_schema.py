@@ -196,6 +196,11 @@ def test_weights_of_turns_are_kept_or_refused():
             from_row({"conversations": changed})
 
 
+def messages_row(*contents):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"id": "s", "messages": messages}
+
+
 BAD_ROWS = [
     (llava_row("<image>\nHi", " \n"), EMPTY_ANSWER, "empty answer in turn 1"),
     (llava_row("<image>\nHi", ""), EMPTY_ANSWER, "empty answer"),
@@ -217,23 +222,11 @@ BAD_ROWS = [
     ({"id": "s", "conversations": "Hi"}, BAD_ROW, "no list of 'conversations'"),
     ({"id": "s", "text": "Hi"}, BAD_ROW, "neither a LLaVA row"),
     ({**llava_row("<image>", "A."), "images": ["b.jpg"]}, BAD_ROW, "both 'image' and 'images'"),
-    ({"id": "s", "messages": [{"role": "user", "content": 3}]}, BAD_ROW, "neither text nor a list"),
-    (
-        {"id": "s", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
-        BAD_ROW,
-        "neither an image nor a text",
-    ),
-    ({"id": "s", "messages": [{"role": "assistant", "content": [IMAGE]}]}, BAD_MARKERS, "images belong to the user"),
-    (
-        {"id": "s", "messages": [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": "A."}]},
-        BAD_MARKERS,
-        "marks 1 image in its user turns but comes with 0",
-    ),
-    (
-        {"id": "s", "messages": [{"role": "assistant", "content": "A."}, {"role": "user", "content": "Q"}]},
-        BAD_ROLES,
-        "assistant, user",
-    ),
+    (messages_row(3), BAD_ROW, "neither text nor a list"),
+    (messages_row([{"type": "video"}]), BAD_ROW, "neither an image nor a text"),
+    (messages_row("Q", [IMAGE]), BAD_MARKERS, "images belong to the user"),
+    (messages_row([IMAGE], "A."), BAD_MARKERS, "marks 1 image in its user turns but comes with 0"),
+    (messages_row("Q", "A.", "Q"), BAD_ROLES, "user, assistant, user"),
     ("text", BAD_ROW, "neither a LLaVA row"),
 ]
 
