@@ -129,10 +129,11 @@ def _needs(settings) -> list[str]:
     except (OSError, ValueError):
         return []  # a model that cannot be read: training says why, one that cannot be estimated trains
     run = e.Settings.of(settings)
-    lines = needs(run, e.estimate(sizes, run.replace(activation_checkpointing=True)))
+    result = e.estimate(sizes, run.replace(activation_checkpointing=True))
+    lines = needs(run, result)
     if on_gpu:
         free, total = torch.cuda.mem_get_info(settings.device)
-        least = e.estimate(sizes, run.replace(activation_checkpointing=True)).total - e.CUDA_CONTEXT
+        least = result.total - e.CUDA_CONTEXT
         verdict = "" if least <= free else ": it may not fit, close other programs or see llava estimate --gpu"
         lines.append(
             f"GPU: {free / e.GIB:.1f} of {total / e.GIB:.1f} GiB are free, other programs and a desktop hold the rest; the run "

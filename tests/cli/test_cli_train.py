@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.cli.main import main
-from modeling_llava.cli.train import _needs
+from modeling_llava.cli.train import _needs, _trial_of
 from modeling_llava.training import LlavaTrainingArguments, read_recipe
 from modeling_llava.training.callbacks import DurationCallback
 
@@ -124,6 +124,8 @@ def test_a_trial_shows_answers_and_hours_and_leaves_the_run_alone(recipe, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list((tmp_path / "run" / "trial").glob("checkpoint-*"))
     assert main([*words, "--trial", "0"]) == 2
+    streamed = _trial_of({"streaming": True, "output_dir": "run"}, 5)  # nothing can be held out
+    assert "eval_size" not in streamed and streamed["sample_answers"] == 0
 
 
 def test_download_disk_and_free_memory_are_told_before_loading(monkeypatch, tmp_path):
@@ -141,6 +143,8 @@ def test_download_disk_and_free_memory_are_told_before_loading(monkeypatch, tmp_
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * 2**30, 8 * 2**30))
         line = _needs(args)[-1]
         assert f"{free}.0 of 8.0 GiB are free" in line and ("may not fit" in line) != fits
+    args.model = "nobody/nothing"  # which training says
+    assert _needs(args) == []
 
 
 def test_a_run_says_once_how_long_it_takes(caplog, monkeypatch):
