@@ -57,31 +57,23 @@ def test_bleu_by_hand():
     scored = score(images[:1], {"0.png": "the cat sat on mat"})
     assert scored.scores["bleu4"]["value"] == pytest.approx(100 * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
     assert scored.scores["cider"]["value"] is None  # says nothing of a single image
+    both = score(images, {"0.png": "the cat sat on mat", "1.png": "x y z u v"})  # with two references, and with one
+    assert both.scores["bleu4"]["value"] == pytest.approx(100 * (10 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25)
     nothing = score(images, {})  # --partial before the first answer
     assert [metric["value"] for metric in nothing.scores.values()] == [None, None] and nothing.rows == []
 
 
-def test_forms_of_annotations(tmp_path):
+def test_annotations_of_coco_are_read_and_captions_without_a_word_named(tmp_path):
+    texts = ("A cat.", "One cat.")
     coco = {
         "images": [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.jpg"}],
-        "annotations": [{"id": n, "image_id": 5, "caption": text} for n, text in enumerate(("A cat.", "One cat."))],
+        "annotations": [{"id": n, "image_id": 5, "caption": text} for n, text in enumerate(texts)],
     }
     (tmp_path / "c.json").write_text(json.dumps(coco))
-    assert read_captions(tmp_path / "c.json") == [
-        {"id": "a.jpg", "image": "a.jpg", "captions": ["A cat.", "One cat."]}
-    ]
-    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": ["A cat."]}))
-    assert read_captions(tmp_path / "c.jsonl")[0]["captions"] == ["A cat."]
-    rows = [{"image": "a.jpg", "captions": [text]} for text in ("A cat.", "One cat.")]
-    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_captions(tmp_path / "c.jsonl")[0]["captions"] == ["A cat.", "One cat."]
-    for text, message in (
-        ("", "'a.jpg' has a caption without a word"),
-        ("…", "'a.jpg' has a"),
-        (3, "line 1 has no 'caption'"),
-    ):
+    assert read_captions(tmp_path / "c.json") == [{"id": "a.jpg", "image": "a.jpg", "captions": list(texts)}]
+    for text in ("", "…"):
         (tmp_path / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "captions": [text]}))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="'a.jpg' has a caption without a word"):
             read_captions(tmp_path / "c.jsonl")
 
 
