@@ -31,6 +31,14 @@ def noise(width, height, channels=3, seed=0):
     return Image.fromarray(values if channels > 1 else values[..., 0])
 
 
+def assert_equals_stock(image, call=None, **options):
+    processors = (cls(**options) for cls in (LlavaImageProcessor, LlavaImageProcessorPil))
+    ours, stock = (processor(image, return_tensors="np", **(call or {})).pixel_values for processor in processors)
+    assert ours.dtype == stock.dtype
+    np.testing.assert_array_equal(ours, stock)
+    return ours
+
+
 def aspect_ratio_of(checkpoint):
     for path in (GOLDEN / checkpoint).rglob("config.json"):
         config = json.loads(path.read_text())
@@ -102,17 +110,12 @@ def test_pixels_equal_the_written_out_steps_for_random_sizes(pad):
     ],
 )
 def test_pixels_equal_the_stock_pil_processors(options, resample):
-    ours = LlavaImageProcessor(resample=resample, **options)
-    stock = LlavaImageProcessorPil(resample=resample, **options)
-    # Landscape, where every Pillow resizes horizontally first, and tall pictures where padding makes them square.
+    # Landscape, where every Pillow resizes horizontally first, and tall images where padding makes them square.
     sizes = [(80, 60), (61, 60), (60, 60), (42, 42), (200, 70), (43, 42)]
     if options.get("do_pad"):
         sizes += [(60, 80), (60, 61), (70, 200)]
-    for i, (width, height) in enumerate(sizes):
-        image = noise(width, height, seed=i)
-        a, b = ours(image, return_tensors="np").pixel_values, stock(image, return_tensors="np").pixel_values
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=f"{width}x{height}")
+    for i, size in enumerate(sizes):
+        assert_equals_stock(noise(*size, seed=i), resample=resample, **options)
 
 
 @pytest.mark.parametrize("resample", ["BILINEAR", "BICUBIC", "HAMMING", "LANCZOS", "BOX", "NEAREST"])
@@ -178,13 +181,8 @@ def test_arrays_and_tensors_equal_the_image_they_hold():
 
 def test_float_arrays_equal_stock():
     image = np.asarray(noise(40, 30)).astype(np.float32)
-    options = {"size": 28, "crop_size": 28}
-    for array in (image, image.astype(np.int64)):
-        ours = LlavaImageProcessor(**options)(array, return_tensors="np").pixel_values
-        np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(array, return_tensors="np").pixel_values)
-    ours = LlavaImageProcessor(**options)(image / 255, do_rescale=False, return_tensors="np").pixel_values
-    stock = LlavaImageProcessorPil(**options)(image / 255, do_rescale=False, return_tensors="np").pixel_values
-    np.testing.assert_array_equal(ours, stock)
+    for array, call in ((image, {}), (image.astype(np.int64), {}), (image / 255, {"do_rescale": False})):
+        assert_equals_stock(array, call, size=28, crop_size=28)
 
 
 def test_float_arrays_of_the_unit_range_are_padded_with_the_mean_in_their_range():
@@ -195,22 +193,18 @@ def test_float_arrays_of_the_unit_range_are_padded_with_the_mean_in_their_range(
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "PA"])
 def test_other_modes_equal_stock(mode):
-    if mode in ("LA", "RGBA", "PA"):
-        rgba = noise(40, 30, channels=4)
-        image = rgba if mode == "RGBA" else rgba.convert("LA") if mode == "LA" else rgba.convert("LA").convert("PA")
-    else:
-        image = noise(40, 30).convert(mode)
-    options = {"size": 28, "crop_size": 28}
-    ours = LlavaImageProcessor(**options)(image, return_tensors="np").pixel_values
-    np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(image, return_tensors="np").pixel_values)
+    image = noise(40, 30, channels=4 if "A" in mode else 3)
+    image = (
+        image.convert("LA").convert(mode) if mode in ("LA", "PA") else image if mode == "RGBA" else image.convert(mode)
+    )
+    assert_equals_stock(image, size=28, crop_size=28)
 
 
 def test_grey_images_without_conversion_keep_one_channel():
     options = {"size": 28, "crop_size": 28, "do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5]}
-    image = noise(40, 30, channels=1)
-    ours = LlavaImageProcessor(**options)(image, return_tensors="np").pixel_values
-    assert ours.shape == (1, 1, 28, 28)
-    np.testing.assert_array_equal(ours, LlavaImageProcessorPil(**options)(image, return_tensors="np").pixel_values)
+    assert assert_equals_stock(noise(40, 30, channels=1), **options).shape == (1, 1, 28, 28)
+    with pytest.raises(ValueError, match="image_mean has 2 values but the image has 1 channels"):
+        LlavaImageProcessor(**{**options, "image_mean": [0.5, 0.5]})(noise(40, 30, channels=1))
 
 
 def test_call_overrides_do_not_stay():
