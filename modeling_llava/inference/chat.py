@@ -83,7 +83,7 @@ class Chat:
     One person's conversation over a [`LlavaPredictor`]. Images are encoded once and stay encoded over all turns.
 
     Args:
-        predictor ([`LlavaPredictor`]): This chat's own; several may share a model, and take turns in threads.
+        predictor ([`LlavaPredictor`]): This chat's own; several, in threads, may share a model.
         seed (`int`, *optional*): Of the first sampled answer; each further one takes the next. Random by default.
         settings: Fields of [`~modeling_llava.inference.DecodingSettings`] for every answer.
     """
@@ -110,14 +110,14 @@ class Chat:
         return self._busy.locked()
 
     def show(self, images: list[NamedImage]) -> None:
-        """Begins a conversation about these images (none: about text alone), and encodes them."""
+        """Starts a conversation about these images (none: about text alone), and encodes them."""
         with self._predicting:
             self.predictor.set_image([image.image for image in images])
             self.encoded = True
         self.conversation = Conversation(list(images))
 
     def reset(self) -> None:
-        """Begins a new conversation about the same images."""
+        """Starts a new conversation about the same images."""
         self.conversation = Conversation(self.conversation.images)
 
     def release(self) -> None:

@@ -59,12 +59,9 @@ class LlavaPredictor:
     one model may be in several threads. Hold [`~modeling_llava.inference.model_lock`] for other uses of the model.
 
     Args:
-        model ([`LlavaForConditionalGeneration`]):
-            Ours or stock's; with a LoRA adapter (`PeftModel`) or 4-bit weights too.
-        processor ([`LlavaProcessor`]):
-            Ours or stock's, with a chat template.
-        system (`str`, *optional*):
-            System message in place of the chat template's own.
+        model ([`LlavaForConditionalGeneration`]): Ours or stock's; with a LoRA adapter (`PeftModel`) or 4-bit weights too.
+        processor ([`LlavaProcessor`]): Ours or stock's, with a chat template.
+        system (`str`, *optional*): System message in place of the chat template's own.
         max_cached_images (`int`, *optional*, defaults to 8), max_cached_bytes (`int`, *optional*, defaults to 2 GiB):
             Images whose keys and values are kept for when they are set again, the latest used; the present image always is.
             7B in 16 bits take 0.5 MB per token, 0.3 GB per image of 576.
@@ -162,16 +159,12 @@ class LlavaPredictor:
         Answers a question, or a list of them at once, about the image.
 
         Args:
-            question (`str` or `list[str]`)
             keep_history (`bool`, *optional*, defaults to `False`):
                 Continue the conversation of the earlier questions that were asked so. Otherwise the question stands alone and
                 leaves the conversation as it is.
             batch_size (`int`, *optional*, defaults to 64):
                 Most questions of a list answered at a time; fewer where memory has room for fewer.
             settings: Fields of [`DecodingSettings`] for this call, such as `max_new_tokens=32`.
-
-        Returns:
-            The answer, or a list of them in the questions' order.
 
         Raises:
             ValueError: no image was set (`set_image(None)` says that there is none); an empty question; a list of

@@ -84,15 +84,18 @@ class Step:
                 query[:, :, span], key[:, :, span], value[:, :, span], scaling, window
             )
         query = query[0].unflatten(0, (key.shape[1], -1))  # [num_kv_heads, group, num_tokens, head_dim]
-        if self.shared:
+        if self.shared and not self.groups[0].is_pass:
             merged = query.new_zeros((*query.shape[:3], value.shape[-1]), dtype=torch.float32)
             lse = query.new_zeros((*query.shape[:3], 1), dtype=torch.float32)
         for rows in self.groups:
             own = keys[rows.slots, :, : rows.num_keys], values[rows.slots, :, : rows.num_keys]
             mask = rows.mask(query.shape[1], window)
             if self.shared:
-                found = partial_attention(rows.pad(query), *own, mask, scaling)
-                merged[:, :, rows.tokens], lse[:, :, rows.tokens] = map(rows.unpad, found)
+                found = map(rows.unpad, partial_attention(rows.pad(query), *own, mask, scaling))
+                if rows.is_pass:
+                    merged, lse = (states.contiguous() for states in found)
+                else:
+                    merged[:, :, rows.tokens], lse[:, :, rows.tokens] = found
             else:
                 found = scaled_dot_product_attention(rows.pad(query), *own, attn_mask=mask, scale=scaling)
                 if rows.is_pass:
@@ -121,16 +124,17 @@ class _PaddedRows:
         self.slots = slice(rows[0], rows[-1] + 1) if in_order else torch.tensor(rows, device=device)
         self.num_keys = int(columns[padded].max()) + 1
         self.distance = (columns[padded][:, :, None] - torch.arange(self.num_keys)).to(device)  # query − key
-        self.masks: dict[int | None, torch.Tensor | None] = {}
+        self.masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, group: int, window: int | None) -> torch.Tensor | None:
         """`[num_rows, 1, group * longest, num_keys]`, or `None` where a single token sees all."""
         if window not in self.masks:
-            sees_all = self.distance.shape[:2] == (1, 1) and (window is None or self.num_keys <= window)
+            if self.distance.shape[:2] == (1, 1) and (window is None or self.num_keys <= window):
+                return None
             mask = self.distance >= 0
             if window is not None:
                 mask = mask & (self.distance < window)
-            self.masks[window] = None if sees_all else mask.repeat(1, group, 1)[:, None]
+            self.masks[window] = mask.repeat(1, group, 1)[:, None]
         return self.masks[window]
 
     def pad(self, query):

@@ -2,15 +2,13 @@
 The web server's filter in front of Gradio, which answers whatever Host and Origin say and fetches files from other servers.
 """
 
-import logging
 import re
 from collections.abc import Iterable
 
+from transformers.utils import logging
 
-logger = logging.getLogger(__name__)
 
-MAX_REFUSALS_LOGGED = 200
-"""Each once, so that a scan does not fill the terminal."""
+logger = logging.get_logger(__name__)
 
 # The page loads nothing from other hosts, whatever an answer's Markdown says. Gradio's page has inline scripts.
 POLICY = (
@@ -42,7 +40,6 @@ class Guard:
         self.app, self.max_bytes, self.root_path = app, max_bytes, root_path
         self.proxied = {host.lower() for host in proxied}
         self.hosts = None if hosts is None else {host.lower() for host in hosts} | self.proxied
-        self.told: set[str] = set()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -61,10 +58,7 @@ class Guard:
         if (refusal := self._refusal(scope)) is None:
             return await self.app(scope, receive, send_with_headers)
         status, text = refusal
-        told = f"{scope['method']} {scope['path']!r:.80} was refused: {text}"
-        if told not in self.told and len(self.told) < MAX_REFUSALS_LOGGED:
-            self.told.add(told)
-            logger.warning(told)
+        logger.warning_once(f"{scope['method']} {scope['path']!r:.80} was refused: {text}")
         plain = [(b"content-type", b"text/plain; charset=utf-8")]
         await send_with_headers({"type": "http.response.start", "status": status, "headers": plain})
         await send({"type": "http.response.body", "body": text.encode()})
