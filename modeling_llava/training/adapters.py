@@ -54,7 +54,7 @@ def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None =
     For Llama: `model\.language_model\.(.*\.)?(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
 
     Raises:
-        ValueError: a name that no layer of the language model has, or it has no linear layers (but some of its own type).
+        ValueError: a name that no layer of the language model has.
     """
     language_model = model.get_submodule(LANGUAGE_MODEL)
     if target not in (None, "all-linear", ["all-linear"]):
@@ -67,12 +67,7 @@ def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None =
             if not any(layer.endswith(f".{name}") for layer in layers):
                 raise ValueError(f"lora_target: no layer of the language model is called {name!r}. {_TARGET_HINT}")
         return rf"{re.escape(LANGUAGE_MODEL)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
-    if not (pattern := _linear_layers(model, LANGUAGE_MODEL)):
-        raise ValueError(
-            f"The language model ({type(language_model).__name__}) has no torch.nn.Linear layers for LoRA. "
-            "Set lora_target to a regular expression over its module names."
-        )
-    return pattern
+    return _linear_layers(model, LANGUAGE_MODEL)
 
 
 _TARGET_HINT = (
@@ -81,11 +76,11 @@ _TARGET_HINT = (
 )
 
 
-def _linear_layers(model: nn.Module, place: str) -> str | None:
-    """The regular expression of all linear layers of a part of the model; `None` if it has none."""
+def _linear_layers(model: nn.Module, place: str) -> str:
+    """The regular expression of all linear layers of a part of the model."""
     modules = model.get_submodule(place).named_modules()
     endings = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
-    return rf"{re.escape(place)}\.(.*\.)?({'|'.join(sorted(endings))})" if endings else None
+    return rf"{re.escape(place)}\.(.*\.)?({'|'.join(sorted(endings))})"
 
 
 def tower_layers(model: nn.Module) -> tuple[nn.Module, str | None, int]:

@@ -456,8 +456,6 @@ class LlavaTrainingArguments(TrainingArguments):
     def _resolve_precision(self):
         """Turn `precision` into transformers' two switches, or take it from them where they are set."""
         switched = "bf16" if self.bf16 else "fp16" if self.fp16 else None
-        if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both set. Set precision=bf16 or precision=fp16 instead.")
         if switched is not None and self.precision not in ("auto", switched):
             raise ValueError(f"precision={self.precision} contradicts {switched}=true. Leave {switched} out.")
         if self.precision == "auto":

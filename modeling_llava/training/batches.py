@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,16 +24,16 @@ from .arguments import LlavaTrainingArguments
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class EndlessStream(IterableDataset):
     """
     A stream that starts its next epoch when it ends: the shards of processes and workers differ in length, and one that ended
     would leave the others waiting. A run that resumes counts batches from its beginning, whatever the epoch.
     """
 
-    def __init__(self, stream: Iterable, world_size: int = 1):
-        self.stream = stream
-        self.world_size = world_size
-        self._epoch = 0
+    stream: Iterable
+    world_size: int = 1
+    _epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -83,15 +84,15 @@ class SkipBatchesCollator:
         return self.collator(examples) if number >= self.num_batches else {}
 
 
+@dataclass(eq=False)
 class FilledDataset(Dataset):
     """
     The samples of a dataset, then placeholders, up to a multiple of what the processes' batches take. Accelerate would start over
     at the first sample, which an evaluation would count twice.
     """
 
-    def __init__(self, dataset: Any, multiple: int):
-        self.dataset = dataset
-        self.multiple = multiple
+    dataset: Any
+    multiple: int
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple) * self.multiple
@@ -100,16 +101,16 @@ class FilledDataset(Dataset):
         return self.dataset[index] if index < len(self.dataset) else NOTHING
 
 
+@dataclass(eq=False)
 class ShardedStream(IterableDataset):
     """
     A process's shard of a stream that knows of no processes: each reads all of it, and takes one sample of each round, or a
     placeholder where the last round has none left, so that all have equally many.
     """
 
-    def __init__(self, stream: Iterable, rank: int, world_size: int):
-        self.stream = stream
-        self.rank = rank
-        self.world_size = world_size
+    stream: Iterable
+    rank: int
+    world_size: int
 
     def set_epoch(self, epoch: int) -> None:
         _set_epoch(self.stream, epoch)
@@ -207,14 +208,11 @@ def usable_lengths(dataset: Any, collator: Any, args: LlavaTrainingArguments, dr
     Lengths of all samples, in tokens; no image is opened. The work is sharded over processes and the DataLoader's workers.
 
     Args:
-        drop (`bool`, *optional*, defaults to `True`):
-            Whether unusable samples can be left out here; otherwise they are left to the collator.
+        drop (`bool`): Whether unusable samples can be left out here (BadSampleError if the settings say so); otherwise they
+            are left to the collator.
 
     Returns:
         `np.ndarray`: int64 `[num_samples]`, 0 where a sample cannot be used.
-
-    Raises:
-        BadSampleError: a sample cannot be used, and is not to be dropped.
     """
     rank, world_size = args.process_index, args.world_size
     own = _Lengths(dataset, _require_lengths(collator), args.max_length, range(rank, len(dataset), world_size))
@@ -243,14 +241,14 @@ def usable_lengths(dataset: Any, collator: Any, args: LlavaTrainingArguments, dr
     return np.array(measured, dtype=np.int64)
 
 
+@dataclass(eq=False)
 class _Lengths(Dataset):
     """The length of each sample, or the error in its place."""
 
-    def __init__(self, dataset: Any, collator: Any, max_length: int, indices: range):
-        self.dataset = dataset
-        self.collator = collator
-        self.max_length = max_length
-        self.indices = indices
+    dataset: Any
+    collator: Any
+    max_length: int
+    indices: range
 
     def __len__(self) -> int:
         return len(self.indices)

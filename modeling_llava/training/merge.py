@@ -82,9 +82,7 @@ def merge_adapter(
     kind = checkpoint_kind(adapter, revision)
     if kind == "full":
         if file_of(adapter, "config.json", revision) is None:
-            raise OSError(
-                f"{adapter!r} is not a folder, and the Hub does not give it: check the name and the network."
-            )
+            raise OSError(f"{adapter!r} is not a folder here, and the Hub does not give it: check name and network.")
         raise ValueError(f"{adapter} is a full model already: there is nothing to merge.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -188,7 +186,8 @@ def _rounded_to_four_bits(weight: torch.Tensor, quant_type: str, double_quant: b
 @torch.no_grad()
 def _write_shards(tensors: dict, merged: dict, folder: Path, adapter: str, dtype: str | torch.dtype) -> None:
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=MERGED_SHARD_SIZE)
-    for file, names in tqdm(plan.filename_to_tensors.items(), desc="merging", unit="file", disable=None):  # a terminal only
+    # disable=None: a bar in terminals only
+    for file, names in tqdm(plan.filename_to_tensors.items(), desc="merging", unit="file", disable=None):
         shard = {}
         for name in names:
             tensor = merged.get(tensors[name].data_ptr(), lambda name=name: tensors[name])()

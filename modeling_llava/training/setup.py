@@ -112,12 +112,7 @@ def _choose_chat_template(processor: ProcessorMixin, args: LlavaTrainingArgument
         processor.chat_template = load_chat_template(args.chat_template)
     elif args.chat_template is None and args.stage == "finetune" and teaches_no_stop(processor):
         tokens = processor.tokenizer.special_tokens_map
-        try:
-            processor.chat_template = end_answers_with_eos(chat_template_of(processor), tokens)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} Set chat_template=vicuna_v1, LLaVA-1.5's own, or chat_template=keep to train without one."
-            ) from error
+        processor.chat_template = end_answers_with_eos(chat_template_of(processor), tokens)
         if args.process_index == 0:
             logger.warning(
                 f"The model's chat template ends an answer with white space, which teaches no stop: it is replaced by "

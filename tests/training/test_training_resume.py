@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.checkpoints import load_shards
 from modeling_llava.training.resume import (
     checkpoint_folders,
     find_resumable_checkpoint,
@@ -213,6 +214,9 @@ def test_resume_settings(settings, tmp_path, caplog):
     assert first.resumed_from is None
     with pytest.raises(ValueError, match="resume=never, but .* holds checkpoint-2"):
         train({**settings, "stage": "pretrain", "resume": "never"})
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ValueError, match="not complete .*trainer_state.json is missing"):
+        train({**settings, "stage": "pretrain", "resume": str(tmp_path / "half")})
     with pytest.raises(FileNotFoundError, match="there is no such checkpoint"):
         train({**settings, "stage": "pretrain", "resume": str(tmp_path / "run" / "checkpoint-9")})
     again = train({**settings, "save_steps": 1, "stage": "pretrain"})
@@ -324,3 +328,6 @@ def test_a_sharded_checkpoint_is_refused_where_the_run_is_not_sharded(settings, 
         (tmp_path / "run" / "checkpoint-2" / shards / ".metadata").touch()
     with pytest.raises(ValueError, match="checkpoint-2 is sharded by FSDP2, and this run is not sharded"):
         train({**settings, "max_steps": 3})
+    args = LlavaTrainingArguments(**settings)
+    with pytest.raises(OSError, match="process 0: "):  # torch's own exception is none that `except Exception` catches
+        load_shards(load_model_and_processor(args)[0], tmp_path / "run" / "checkpoint-2", args)

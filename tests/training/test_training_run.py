@@ -344,6 +344,8 @@ def test_users_mistakes_are_one_clear_error(settings, tmp_path):
         train({**settings, "model": "./no/such/model"})
     with pytest.raises(ValueError, match="model is not set"):
         train({k: v for k, v in settings.items() if k != "model"})
+    with pytest.raises(ValueError, match="overrides apply to a recipe file"):
+        train(settings, ["max_steps=1"])
     with pytest.raises(ValueError, match="output_dir is not set"):
         train({k: v for k, v in settings.items() if k != "output_dir"})
     with pytest.raises(ValueError, match="data is not set"):
@@ -380,11 +382,13 @@ def test_pretrain_output_becomes_a_full_checkpoint_by_merging(settings, tmp_path
             train({**adapter, "train_vision_tower": lost != "vision_tower", **trained})
 
 
-def test_loss_curve_needs_no_evaluation_and_says_when_it_has_nothing(tmp_path):
+def test_loss_curve_needs_no_evaluation_and_says_when_it_has_nothing(tmp_path, monkeypatch):
     assert plot_loss_curve([], tmp_path / "a.png") is None
     history = [{"step": i, "loss": 3 / (i + 1)} for i in range(5)] + [{"step": 4, "eval_loss": 1.0}]
     assert plot_loss_curve(history, tmp_path / "b.png").is_file()
     assert not list(tmp_path.glob(".*"))  # nothing is left beside it
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_loss_curve(history, tmp_path / "c.png") is None
 
 
 @BOTH_FORMS

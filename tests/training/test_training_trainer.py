@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
@@ -51,6 +52,12 @@ def test_model_init_trains_each_time_from_what_it_gives(settings, make):
     assert trainer.model.get_base_model() is calls[-1] and "lora" in str(trainer.model.peft_config).lower()
     with pytest.raises(ValueError, match="either `model` or `model_init`"):
         make(args, model_init=model_init)
+    with pytest.raises(ValueError, match="has an adapter, but adapter=none"):
+        make(LlavaTrainingArguments(**settings), model=trainer.model)
+    with pytest.raises(ValueError, match="cannot tell the length of a conversation"):
+        make(LlavaTrainingArguments(**settings, packing="full"), data_collator=list)
+    with pytest.raises(TypeError, match="TrainingArguments"):
+        LlavaTrainer(trainer.model, TrainingArguments(settings["output_dir"]))
 
 
 def test_a_prediction_step_outside_of_an_evaluation(settings, make):
