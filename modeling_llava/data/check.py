@@ -82,11 +82,7 @@ def check_data(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length} tokens: at least 1 is needed.")
     parts = open_sources(source, split, False, config_name)
-    places = []
-    for part, (rows, _, what) in enumerate(parts):
-        # Reading through a source once also finds where the rows of a JSON file lie.
-        scan = tqdm(rows.scan(), desc=f"reading {what}", unit=" rows", delay=3, disable=not show_progress)
-        places += [(part, row) for row, _ in enumerate(scan)]
+    places = [(part, row) for part, (rows, _, _) in enumerate(parts) for row in range(rows.count())]
     places = np.array(places, dtype=np.int64).reshape(-1, 2)  # [num_records, (part, row)]
     if not len(places):
         raise ValueError(f"{' + '.join(what for _, _, what in parts)} holds no sample.")
