@@ -27,8 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..data.images import image_key
-from ..io.atomic import write_atomic
-from ..io.locks import locked_file
+from ..io.atomic import locked_file, write_atomic
 from .results import RUN_NAME, Scored, hash_files, hash_json, write_results
 
 

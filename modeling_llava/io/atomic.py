@@ -1,5 +1,6 @@
-"""Files that are whole or not there: written next to their place, then moved."""
+"""Files that are whole or not there: written next to their place, then moved; and locks between processes."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -42,4 +43,29 @@ def sha256_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["atomic_path", "sha256_of", "write_atomic"]
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """
+    Lock an open file, or on POSIX an open folder, until it is closed or the process dies.
+
+    Returns:
+        `bool`: `False` if another process has it (never with `wait`); `True` also on a file system without locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
+
+
+@contextmanager
+def locked_file(path: str | os.PathLike, wait: bool = False) -> Iterator[bool]:
+    """[`lock`] a file, created if absent, until the block ends; `False` if another process has it."""
+    with open(path, "ab") as file:
+        yield lock(file.fileno(), wait)

@@ -21,10 +21,9 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io.atomic import sha256_of, write_atomic
+from ..io.atomic import lock, sha256_of, write_atomic
 from ..io.checkpoints import RUN_RECORD_NAME
 from ..io.load_errors import safetensors_header
-from ..io.locks import lock
 from ..versions import recorded_versions
 from .arguments import LlavaTrainingArguments
 from .recipes import write_recipe
