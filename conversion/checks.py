@@ -17,7 +17,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CLIPVisionModel
-from transformers.utils import logging as hf_logging
 
 from modeling_llava.configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from modeling_llava.io.checkpoints import require_llava
@@ -151,19 +150,9 @@ def _check_projector(report: CheckReport, config: LlavaConfig) -> None:
 def _check_keys(report: CheckReport, folder: Path, config: LlavaConfig) -> None:
     """Load the folder onto the meta device, which matches all names and shapes and reads no weight."""
     model_class = model_class_of(config)
-    progress_bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        _, info = model_class.from_pretrained(
-            folder,
-            config=model_class.config_class.from_dict(config.to_dict()),
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    finally:
-        if progress_bars:
-            hf_logging.enable_progress_bar()
+    stock_config = model_class.config_class.from_dict(config.to_dict())
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, info = model_class.from_pretrained(folder, config=stock_config, **options)
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         text = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in wrong.items())
