@@ -247,6 +247,12 @@ class LlavaTrainer(CheckpointingTrainer):
 
     _evaluated_dataset: Any = None
 
+    def _prepare_input(self, data):
+        """As in `Trainer`, which waits for the device at each tensor that it copies there."""
+        if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=self.args.device.type == "cuda")
+        return super()._prepare_input(data)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._speed.begin_step()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
