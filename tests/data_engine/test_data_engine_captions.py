@@ -170,7 +170,7 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_extraction_goes_on_where_it_stopped_and_does_not_repeat(spacy_model, tmp_path, monkeypatch, workers):
+def test_extraction_resumes_and_repeats_nothing(spacy_model, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(noun_phrases, "SHARD_CAPTIONS", 3)
     captions = SENTENCES
     shards = extract_shards(captions, tmp_path / "p", workers=workers)

@@ -311,27 +311,18 @@ def test_rows_in_a_file_named_json_are_read_as_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "annotations, words",
+    "boxes, words",
     [
         ([], "0 boxes"),
-        (
-            [{"image_id": 1, "category_id": 7, "segmentation": [[1, 1, 2, 1, 2, 2]]}] * 3,
-            "3 × annotation without a bbox",
-        ),
-        ([{"image_id": 1, "category_id": 7, "bbox": [1, 1, 5, 5], "iscrowd": 1}] * 2, "2 × box around a crowd"),
-        ([{"image_id": 1, "category_id": 7, "bbox": [0.1, 0.2, 0.3, 0.9]}], "1 × box in fractions 0..1"),
-        ([{"image_id": 1, "category_id": 7, "bbox": [0.6, 0.7, 0.9, 1.0]}], "1 × box in fractions 0..1"),  # corners
+        ([{"segmentation": [[1, 1, 2, 1, 2, 2]]}] * 3, "3 × annotation without a bbox"),
+        ([{"bbox": [1, 1, 5, 5], "iscrowd": 1}] * 2, "2 × box around a crowd"),
+        ([{"bbox": [0.1, 0.2, 0.3, 0.9]}], "1 × box in fractions 0..1"),
+        ([{"bbox": [0.6, 0.7, 0.9, 1.0]}], "1 × box in fractions 0..1"),  # corners
     ],
 )
-def test_a_file_of_boxes_that_gives_none_stops_and_says_why(tmp_path, annotations, words):
-    image = {"id": 1, "file_name": "a.jpg", "width": 10, "height": 10}
-    (tmp_path / "c.json").write_text(
-        json.dumps({"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]})
-    )
-    instances = {"images": [image], "annotations": annotations, "categories": [{"id": 7, "name": "cat"}]}
-    (tmp_path / "b.json").write_text(json.dumps(instances))
-    with pytest.raises(ValueError, match=f"has a box in .*b.json: .*{words}"):
-        list(read_contexts(tmp_path / "c.json", tmp_path / "b.json"))
+def test_a_file_of_boxes_that_gives_none_stops_and_says_why(tmp_path, boxes, words):
+    with pytest.raises(ValueError, match=f"has a box in .*instances.json: .*{words}"):
+        list(read_contexts(*coco(tmp_path, boxes)))
 
 
 def test_corners_in_place_of_width_and_height_are_told_by_the_images_edge(tmp_path):

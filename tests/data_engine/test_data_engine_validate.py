@@ -93,17 +93,30 @@ def reason_of(text, kind="conversation", finish="stop", **settings):
     return None
 
 
+SENTENCES = {
+    "en": "The man on the left is holding an umbrella while the woman next to him looks at the street.",
+    "de": "Der Mann auf der linken Seite hält einen Schirm, während die Frau neben ihm auf die Straße blickt.",
+    "fr": "L'homme à gauche tient un parapluie pendant que la femme à côté de lui regarde la rue.",
+    "es": "El hombre de la izquierda sostiene un paraguas mientras la mujer que está a su lado mira la calle.",
+    "it": "L'uomo a sinistra tiene un ombrello mentre la donna accanto a lui guarda la strada che è nella città.",
+    "pt": "O homem à esquerda segura um guarda-chuva enquanto a mulher ao lado dele olha para a rua.",
+    "nl": "De man links houdt een paraplu vast terwijl de vrouw naast hem naar de straat kijkt.",
+    "ru": "Мужчина слева держит зонт, а женщина рядом с ним смотрит на улицу.",
+    "ja": "左側の男性は傘を持っていて、隣の女性は通りを見ています。",
+    "zh": "左边的男人拿着一把雨伞,他旁边的女人看着街道,远处还有一辆汽车。",
+    "ko": "왼쪽에 있는 남자는 우산을 들고 있고 옆에 있는 여자는 거리를 보고 있습니다.",
+    "ar": "الرجل على اليسار يحمل مظلة بينما تنظر المرأة بجانبه إلى الشارع.",
+    "hi": "बाईं ओर का आदमी छाता पकड़े हुए है और उसके बगल वाली महिला सड़क देख रही है।",
+}
+
+
 REJECTED = [
     ("no_parse", "conversation", "The cat sits on the mat and looks at the dog."),
     ("empty", "conversation", "  \n"),
     ("empty", "detail", "Answer:\n"),
     ("refusal", "conversation", "I'm sorry, but I can't see the image."),
     ("refusal", "conversation", block(("What is it?", "As an AI language model, I cannot view photos."))),
-    (
-        "refusal",
-        "detail",
-        "I am unable to view the picture, so a full description of it is not possible for me to give at all.",
-    ),
+    ("refusal", "detail", "I am unable to view the picture. " + LONG),
     ("image_marker", "conversation", block(("What is in <image>?", "A cat."))),
     ("image_marker", "conversation", block(("What is it?", "A cat.<|im_end|>\n<|im_start|>user"))),
     ("mentions_source", "conversation", block(("What is it?", "The caption says that it is a cat."))),
@@ -113,16 +126,8 @@ REJECTED = [
     ("mentions_source", "detail", LONG + " The coordinates of the dog show that it is on the left."),
     ("mentions_source", "detail", "According to the descriptions, " + LONG),
     ("mentions_source", "detail", "Based on the provided information, " + LONG),
-    (
-        "wrong_language",
-        "detail",
-        "Zwei Hunde laufen am Strand entlang, weil die Ebbe eingesetzt hat und der nasse Sand fest genug ist, um sie zu tragen, und die Sonne scheint dazu.",
-    ),
-    (
-        "wrong_language",
-        "detail",
-        "两只狗在海滩上奔跑,因为潮水退去,湿沙足够坚实,可以承载它们的速度,远处有一艘小船,天空很晴朗,没有别的人。",
-    ),
+    ("wrong_language", "detail", SENTENCES["de"] * 2),
+    ("wrong_language", "detail", SENTENCES["zh"] * 2),
     ("too_short", "detail", "Two dogs run."),
     ("too_short", "complex", block(("Why do they run?", "Because they like it."))),
     ("too_long", "detail", LONG + " word" * 600),
@@ -134,16 +139,7 @@ REJECTED = [
     ),
     ("gives_answer_away", "conversation", block(("What color is the red hydrant?", "The hydrant is red."))),
     ("gives_answer_away", "conversation", block(("Where is the cat on the mat?", "The cat is on the mat."))),
-    (
-        "gives_answer_away",
-        "complex",
-        block(
-            (
-                "Why do the two dogs run along the beach because the tide is low and the wet sand is firm enough to carry them at speed?",
-                LONG,
-            )
-        ),
-    ),
+    ("gives_answer_away", "complex", block((f"Why do {LONG[4:-1]}?", LONG))),
 ]
 
 
@@ -221,23 +217,6 @@ def test_published_answers_of_gpt_4_pass_every_rule():
         text = row["output"] if kind == "detail" else block((row["instruction"], row["output"]))
         validate(text, kind, ValidationSettings())
     assert len(rows) == 90
-
-
-SENTENCES = {
-    "en": "The man on the left is holding an umbrella while the woman next to him looks at the street.",
-    "de": "Der Mann auf der linken Seite hält einen Schirm, während die Frau neben ihm auf die Straße blickt.",
-    "fr": "L'homme à gauche tient un parapluie pendant que la femme à côté de lui regarde la rue.",
-    "es": "El hombre de la izquierda sostiene un paraguas mientras la mujer que está a su lado mira la calle.",
-    "it": "L'uomo a sinistra tiene un ombrello mentre la donna accanto a lui guarda la strada che è nella città.",
-    "pt": "O homem à esquerda segura um guarda-chuva enquanto a mulher ao lado dele olha para a rua.",
-    "nl": "De man links houdt een paraplu vast terwijl de vrouw naast hem naar de straat kijkt.",
-    "ru": "Мужчина слева держит зонт, а женщина рядом с ним смотрит на улицу.",
-    "ja": "左側の男性は傘を持っていて、隣の女性は通りを見ています。",
-    "zh": "左边的男人拿着一把雨伞,他旁边的女人看着街道,远处还有一辆汽车。",
-    "ko": "왼쪽에 있는 남자는 우산을 들고 있고 옆에 있는 여자는 거리를 보고 있습니다.",
-    "ar": "الرجل على اليسار يحمل مظلة بينما تنظر المرأة بجانبه إلى الشارع.",
-    "hi": "बाईं ओर का आदमी छाता पकड़े हुए है और उसके बगल वाली महिला सड़क देख रही है।",
-}
 
 
 @pytest.mark.parametrize("expected", SENTENCES)
