@@ -162,4 +162,4 @@ def test_peak_is_within_10_percent_of_the_estimate(
 def test_memory_is_within_the_share_of_the_process():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.1)
-    assert available_memory(torch.device("cuda", 0)) <= 0.1 * total
+    assert available_memory(torch.device("cuda", 0)) <= 0.1 * total + 1
