@@ -14,6 +14,7 @@ from modeling_llava.io.atomic import atomic_path
 
 from .checks import CheckReport
 from .tensors import LazyTensor, as_bytes
+from .writing import write_tensor
 
 
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -67,8 +68,11 @@ def write_gguf(
         with open(partial, "ab") as file:
             file.write(bytes(-file.tell() % alignment))
             for tensor in tensors.values():
-                for rows in tensor.content.pieces():
-                    advance(file.write(_packed(gguf, rows, tensor.kind)))
+                if tensor.content.dtype == TORCH_TYPES.get(tensor.kind):
+                    write_tensor(tensor.content, file, advance)
+                else:
+                    for rows in tensor.content.pieces():
+                        advance(file.write(_packed(gguf, rows, tensor.kind)))
                 file.write(bytes(-tensor.nbytes % alignment))
 
 

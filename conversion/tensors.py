@@ -47,13 +47,19 @@ class LazyTensor:
     A tensor that is read or computed in pieces of rows (slices of the first dimension).
 
     `rows(start, stop)` gives the rows `[start, stop)`, of `dtype` and with the trailing sizes of `shape`; a scalar, of shape
-    `()`, counts as one row. `origin` says for errors which tensor of which file it is.
+    `()`, counts as one row. `origin` says for errors which tensor of which file it is, `place` in which file, from which byte
+    on, its content lies as it is.
     """
 
     def __init__(
-        self, dtype: torch.dtype, shape: tuple[int, ...], rows: Callable[[int, int], torch.Tensor], origin: str
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        rows: Callable[[int, int], torch.Tensor],
+        origin: str,
+        place: tuple[Path, int] | None = None,
     ):
-        self.dtype, self.shape, self.rows, self.origin = dtype, tuple(shape), rows, origin
+        self.dtype, self.shape, self.rows, self.origin, self.place = dtype, tuple(shape), rows, origin, place
 
     @property
     def num_rows(self) -> int:
@@ -96,7 +102,7 @@ def stored(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], 
             file.readinto(as_bytes(content))
         return content
 
-    return LazyTensor(dtype, shape, rows, f"tensor '{key}' of {path}")
+    return LazyTensor(dtype, shape, rows, f"tensor '{key}' of {path}", (path, offset))
 
 
 def in_memory(tensor: torch.Tensor, origin: str) -> LazyTensor:
@@ -114,7 +120,7 @@ def cast(source: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
 
 def first_rows(source: LazyTensor, num_rows: int) -> LazyTensor:
     """The first `num_rows` rows of `source`."""
-    return LazyTensor(source.dtype, (num_rows, *source.shape[1:]), source.rows, source.origin)
+    return LazyTensor(source.dtype, (num_rows, *source.shape[1:]), source.rows, source.origin, source.place)
 
 
 def permuted_rows(source: LazyTensor, order: torch.Tensor) -> LazyTensor:

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
@@ -60,8 +61,25 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], advance: Calla
     with atomic_path(path, sync=True) as partial, open(partial, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            for piece in tensor.pieces():
-                advance(file.write(as_bytes(piece)))
+            write_tensor(tensor, file, advance)
+
+
+def write_tensor(tensor: LazyTensor, file: BinaryIO, advance: Callable[[int], None]) -> None:
+    """Append a tensor's content to a file; what another file holds as it is, by the kernel where it can."""
+    done = 0
+    if tensor.place is not None and hasattr(os, "copy_file_range"):
+        file.flush()
+        path, offset = tensor.place
+        with open(path, "rb") as source:
+            try:
+                while count := os.copy_file_range(source.fileno(), file.fileno(), tensor.nbytes - done, offset + done):
+                    advance(count)
+                    done += count
+            except OSError:
+                if done:
+                    raise  # otherwise it is on another file system
+    for piece in tensor.pieces() if not done else ():
+        advance(file.write(as_bytes(piece)))
 
 
 def is_full_disk(error: BaseException) -> bool:

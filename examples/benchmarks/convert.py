@@ -13,8 +13,7 @@ HF → original are compared bit for bit.
 
 Wanted: time ≤ 1.5 × the copy for safetensors, memory < 1.5 × the largest shard written (2 GB).
 Predicted before the first run: time 1.1 × (reading and writing once, renaming apart), memory 0.6 × (one tensor at a time,
-and the mapped pages that the system has not taken back). Before unchanged tensors were read in pieces like all others (they were
-copied by the kernel, 1.26, 0.99 and 1.08 ×): 1.3, 1.2 and 1.1 ×, memory as before.
+and the mapped pages that the system has not taken back).
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Lazy tensors and the files they lie in: exact, in pieces, and safe with files that lie."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -76,7 +77,29 @@ def test_transformations_equal_those_of_whole_tensors(values, tmp_path, small_pi
     assert torch.equal(longer.rows(38, 40), mean.expand(2, 5))
 
 
-def test_written_safetensors_are_read_by_the_library(values, tmp_path, small_pieces):
+def test_copy_that_fails_half_way_is_not_taken_for_one_between_file_systems(values, tmp_path, monkeypatch):
+    save_file(values, tmp_path / "a.safetensors")
+    lazy = read_safetensors(tmp_path / "a.safetensors")
+    done = []
+
+    def fail(source, target, count, offset):
+        done.append(count)
+        if len(done) > 1:
+            raise OSError(28, "No space left on device")
+        return 4
+
+    monkeypatch.setattr(os, "copy_file_range", fail, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "b.safetensors", {"matrix": lazy["matrix"]})
+    assert not (tmp_path / "b.safetensors").exists()
+    write_safetensors(tmp_path / "b.safetensors", {"matrix": lazy["matrix"]})  # fails at once: another file system
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["matrix"], values["matrix"])
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_written_safetensors_are_read_by_the_library(values, tmp_path, small_pieces, monkeypatch, by_kernel):
+    if not by_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
     save_file(values, tmp_path / "a.safetensors")
     lazy = read_safetensors(tmp_path / "a.safetensors")
     written = {**lazy, "more": extended(lazy["matrix"], 64), "small": in_memory(torch.ones(2), "x")}

@@ -178,6 +178,8 @@ KILLED = """
 import os, sys
 from modeling_llava.conversion import convert_original_to_hf, writing
 
+del os.copy_file_range  # pieces are counted
+
 pieces, real = [], writing.as_bytes
 
 def die(piece):  # as by `kill -9`, in the middle of a shard: nothing is cleaned up
