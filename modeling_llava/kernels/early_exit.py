@@ -5,6 +5,7 @@ give, so they need not be computed.
 
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ..compat import forward_hooks, is_capturing
@@ -38,8 +39,8 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
 
 
 def _is_awaited(module: nn.Module) -> bool:
-    parameters = module.parameters(recurse=False)
-    return any(not is_capturing(hook) for hook in forward_hooks(module)) or any(p.requires_grad for p in parameters)
+    is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
+    return is_trained or any(not is_capturing(hook) for hook in forward_hooks(module))
 
 
 class SkippedLayer(Kernel):
