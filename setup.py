@@ -34,7 +34,6 @@ EXTRAS = {
     "engine": ["openai[aiohttp]>=2.0", "spacy>=3.8", "matplotlib>=3.8"],
     "ray": ["ray[data]>=2.40"],
     "eval": ["openai[aiohttp]>=2.0", "matplotlib>=3.8", "sacrebleu>=2.4", "pycocoevalcap>=1.2"],
-    "chat": ["prompt_toolkit>=3.0"],
     "web": ["gradio>=6.24"],
     "gguf": ["gguf>=0.17"],
     "tracking": ["tensorboard>=2.16"],
