@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (default: 512)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default); 0.2 to 1: more varied")
     add("--top-p", type=float, metavar="P", help="sample from the most likely tokens of this total probability")
-    add("--top-k", type=int, metavar="K", help="sample from so many most likely tokens")
-    add("--seed", type=int, metavar="N", help="of the sampling, for the same answers again")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    add("--seed", type=int, metavar="N", help="seed of the sampling, to reproduce answers")
     add("--no-history", action="store_true", help="do not remember questions in ~/.llava_history")
 
 
@@ -40,7 +40,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="PATH", help="base of an adapter, if it is no longer where its folder says")
     add_four_bit_arguments(parser)
     dtypes = ["auto", "float16", "bfloat16", "float32"]
-    add("--dtype", default="auto", choices=dtypes, help="of the weights (default: auto)")
+    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights (default: auto)")
     add("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu (default: the accelerator, if any)")
     add("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
 

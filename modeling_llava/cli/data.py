@@ -8,7 +8,7 @@ from . import data_check, data_generate, data_preview
 
 
 SUBCOMMANDS: dict[str, str] = {
-    "check": "every record and image, before a run of days finds what is wrong",
+    "check": "check every record and image before training",
     "preview": "samples as the model sees them, with the supervised tokens marked",
     "expand": "captions into stage 1 data",
     "filter": "a concept-balanced choice of captions",

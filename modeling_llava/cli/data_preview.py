@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--type", action="append", metavar="TYPE", help="only samples of this type (repeatable)")
     parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
     parser.add_argument(
-        "--overflow", choices=("error", "drop", "truncate_text"), default="truncate_text", help="for longer samples"
+        "--overflow",
+        choices=("error", "drop", "truncate_text"),
+        default="truncate_text",
+        help="what to do with samples over --max-length (default: truncate_text)",
     )
     parser.add_argument(
         "--first-turn-order",
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="as_is",
         help="of image and question; random as in the paper (default: as_is)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --random and --first-turn-order (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --random and --first-turn-order (default: 0)")
     parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
     parser.add_argument("--save-images", metavar="DIR", help="write each image there as the vision tower sees it")
     parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")

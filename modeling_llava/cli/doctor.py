@@ -16,7 +16,9 @@ USES_MODELS = False
 OLDEST_DRIVER = {"12": 525, "13": 580}
 """Of NVIDIA's, for each major version of CUDA."""
 
-CUDA_TORCH = "install it again with the command that https://pytorch.org/get-started gives for this system and its driver"
+CUDA_TORCH = (
+    "install it again with the command that https://pytorch.org/get-started gives for this system and its driver"
+)
 """A build for the GPU. `pip install torch` installs one on Linux, and one for the CPU on Windows."""
 
 OTHER_TORCH = "install a build of torch for an older CUDA: https://pytorch.org/get-started/locally"

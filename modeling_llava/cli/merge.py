@@ -8,7 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="folder to write; new or empty")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"],
-        help="of the written weights; auto: the base model's (default)",
+        help="dtype of the written weights; auto: the base model's (default)",
     )  # fmt: skip
     parser.add_argument("--base", help="the base model, if it has moved")
     parser.add_argument(

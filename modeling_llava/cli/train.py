@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trial",
         type=int,
         metavar="STEPS",
-        help="train so many optimizer steps into output_dir/trial, show answers to held-out samples before and after, and say "
+        help="train STEPS optimizer steps into output_dir/trial, show answers to held-out samples before and after, and say "
         "how long the whole run takes",
     )
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"the whole run takes {duration.whole}"
             if duration.whole
-            else "a trial of 2 steps and more measures the time"
+            else "run a trial of at least 2 steps to estimate the time"
         )
         return 0
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]

@@ -1,4 +1,6 @@
-"""From a conversation to `input_ids` and `labels`: one render, one tokenization.
+"""From a conversation to `input_ids` and `labels` (the label mask): one render, one tokenization.
+
+[`encode_conversation`] makes both. Text inside `{% generation %}` of the chat template is supervised; all else is -100.
 
 How a line break next to an image is written
 ============================================
@@ -80,7 +82,7 @@ def encode_conversation(
     Ids and labels of one conversation, from one render and one tokenization. No image is opened.
 
     What the template marks with `{% generation %}` is supervised: in our templates the answer and its stop (LLaVA §4.2,
-    Table 2). A template without marks is asked where the answers went (see `_find_answers`). Every image token is then
+    Table 2). In a template without marks `_find_answers` locates the answers. Every image token is then
     repeated to its number of tokens.
 
         <s> A chat … USER: <image> <image> … \n What is it ? ASSISTANT:  A cat . </s>
@@ -161,7 +163,7 @@ def encode_conversation(
         elif answers and all(turn_weight(answer) == 0 for answer in answers):
             cause = "a weight, loss or train of 0 excludes all its answers"
         elif answers:
-            cause = "the chat template marks nothing of its answers with {% generation %}"
+            cause = "the chat template has no {% generation %} marks around its answers"
         what = f"has nothing to learn from: {cause}. Add an answer or leave the sample out."
         raise _bad(sample_id, NOTHING_SUPERVISED, what)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
@@ -201,7 +203,7 @@ def _warn_if_endless(processor) -> None:
 
 class _Encoded(NamedTuple):
     ids: list[int]  # one per image
-    supervised: list[tuple[int, int]]  # spans of positions in `ids`
+    supervised: list[tuple[int, int]]  # (start, end) indices into `ids`
     num_images: int
     image_token_id: int
 
@@ -218,7 +220,7 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
     control = ControlTokens.of(tokenizer, processor.image_token)
     text, spans, marks = _render(messages, processor, control, keep_image_order, sample_id)
     bos = tokenizer.bos_token
-    # A template that writes the first token itself wants none from the tokenizer (as in apply_chat_template).
+    # If the template writes the BOS token itself, the tokenizer must not add one (as in apply_chat_template).
     has_bos = bos is not None and text.startswith(bos)
     if marks is not None:
         text, tokenizer = marks.rename(text), marks.tokenizer(tokenizer)
@@ -233,7 +235,9 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
     try:
         encoding = backend.encode(text, add_special_tokens=False)
     except TypeError as error:  # what the tokenizers library says of half a surrogate pair
-        raise _bad(sample_id, BAD_ROW, "holds half of a character (a lone surrogate): take it out.") from error
+        raise _bad(
+            sample_id, BAD_ROW, "contains a lone surrogate (half of a character such as an emoji). Remove it."
+        ) from error
     ids, offsets = encoding.ids, encoding.offsets
 
     prefix, suffix = ([], []) if has_bos else (control.prefix, control.suffix)
@@ -305,8 +309,8 @@ def _render(messages, processor, control: ControlTokens, keep_image_order: bool,
             raise _bad(
                 sample_id,
                 NOTHING_SUPERVISED,
-                f"excludes an answer from learning, but the chat template marks {len(spans)} stretches of its "
-                f"{len(learned)} answers, so which one is which is not known. Leave the sample or its weights out.",
+                f"excludes an answer from training, but the chat template marks {len(spans)} spans for its "
+                f"{len(learned)} answers, so they cannot be matched. Leave out the sample or its weights.",
             )
         spans = [span for span, is_learned in zip(spans, learned) if is_learned]
     return text, spans, marks

@@ -8,13 +8,13 @@ processes.
 
 To add a benchmark:
 
-1. A file next to this one, such as `pope.py`, the shortest: `read_questions` reads its files, `score` makes a [`Scored`] of
+1. A file next to this one; `pope.py` is a short example: `read_questions` reads its files, `score` makes a [`Scored`] from
    questions and answers, `make_benchmark` puts both into a [`Benchmark`]. Questions with short answers use
    [`question_benchmark`], others [`question_sample`].
 2. Its command in `cli/eval.py`: a line in `SUBCOMMANDS`, and in `BENCHMARKS` the two functions that add its arguments and
    make the benchmark from them. That gives `llava eval NAME` (answers, shards, resuming, tables, a plot) and `benchmarks` of
    a training recipe.
-3. Published scores to show in tables: a line in `PUBLISHED` of `report.py`.
+3. Published scores to show in tables: a line in `PUBLISHED` of `report.py`, under the benchmark's `name` (optional).
 """
 
 import contextlib
@@ -201,7 +201,7 @@ class AnswerFolder:
 
     def run(self, samples: list[dict], shard: Shard, answer_many: Callable[[list[dict]], Iterable]) -> None:
         """
-        Answers those of all `samples` that this shard has not answered yet. `answer_many` gives an [`Answer`] for each, in any
+        Answers the samples of this shard that have no answer yet. `answer_many` yields an [`Answer`] for each, in any
         order; it is called only if there is work.
         """
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Chat templates: the original's conversation formats, and any language model's own with the image token put in."""
+"""Chat templates: the original's conversation formats, and any language model's own with the image token inserted."""
 
 import functools
 import os
@@ -141,8 +141,8 @@ def with_image_token(chat_template: Any, image_token: str) -> Any:
 
 def warn_of_joined_texts(messages: list[dict], chat_template: str, keep_image_order: bool = False) -> None:
     """
-    Our templates put a turn's images first and join its texts as they are, as the original does: say so of texts between
-    which an image stood, and no space.
+    Warn when texts on both sides of an image are joined without a space: our templates, like the original, put a turn's
+    images first and join its texts unchanged.
     """
     if keep_image_order or "images_and_text_of" not in chat_template:
         return

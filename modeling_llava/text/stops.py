@@ -1,7 +1,7 @@
 """
 The one rule for what ends an answer, used by training, generation, conversion and publishing.
 
-A stop is a special token (`</s>`, `<|im_end|>`) or a text that is not blank (`###` of LLaVA v0). White space is none: the
+A stop is a special token (`</s>`, `<|im_end|>`) or text (`###` of LLaVA v0). White space is not a stop: the
 template of `llava-hf/llava-1.5-7b-hf` ends an answer with a space, though the original was trained with `</s>` there.
 """
 

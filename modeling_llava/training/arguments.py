@@ -75,7 +75,8 @@ class LlavaTrainingArguments(TrainingArguments):
     processor: str | None = _setting(None, "Folder or Hub name of the processor; the model's own by default.")
     chat_template: str | None = _setting(
         None,
-        "Name of one of our chat templates (vicuna_v1, llava_v1, plain, …). By default the processor's own; where that ends an "
+        "Name of one of our chat templates: chatml, llama_2, llava_v1, plain, v0_mmtag, v1_mmtag, vicuna_v0, vicuna_v1. "
+        "By default the processor's own; where that ends an "
         "answer with white space alone, as llava-hf/llava-1.5-7b-hf's does, finetuning puts the EOS token there. keep: the "
         "processor's own as it is.",
     )
@@ -106,8 +107,8 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     train_projector: str = _setting(
         "full",
-        "full: the projector's own weights, which an adapter then holds whole. lora: LoRA weights, of which alone some servers "
-        "take an adapter. frozen: nothing.",
+        "full: train the projector's own weights; an adapter then stores all of them. lora: LoRA weights, the only kind of "
+        "adapter that some servers accept. frozen: do not train it.",
         ("full", "lora", "frozen"),
     )
     train_vision_tower: bool = _setting(False, "Train the vision tower as well.")
@@ -122,7 +123,7 @@ class LlavaTrainingArguments(TrainingArguments):
         None, "Highest learning rate. By default 1e-3 (pretrain), 2e-5 (finetune), 2e-4 (LoRA and QLoRA)."
     )
     lr_scheduler_type: str = _default("cosine", "Schedule of the learning rate.")
-    warmup_steps: float = _default(0.03, "Optimizer steps of linear warm-up; below 1 a share of all steps.")
+    warmup_steps: float = _default(0.03, "Optimizer steps of linear warm-up; below 1, a fraction of all steps.")
 
     # --- The adapter ---
     adapter: str = _setting(
@@ -167,7 +168,9 @@ class LlavaTrainingArguments(TrainingArguments):
     streaming: bool = _setting(
         False, "Read `data` while training, over and over, without loading it; needs max_steps."
     )
-    shuffle_buffer: int = _setting(10_000, "streaming: samples held back, from which the next is drawn at random.")
+    shuffle_buffer: int = _setting(
+        10_000, "streaming: size of the shuffle buffer, in samples; the next sample is drawn from it at random."
+    )
     max_samples: int | None = _setting(None, "Use only this many samples of `data`, drawn by `data_seed`.")
     only_types: list[str] | None = _setting(
         None, "Use only conversations of these types (the paper's data ablation), such as [conversation, detail]."
@@ -175,7 +178,7 @@ class LlavaTrainingArguments(TrainingArguments):
     type_weights: dict[str, float] | None = _setting(
         None, "Draw conversations by type with these weights; {conversation: 1, detail: 1, complex: 1} is the paper's."
     )
-    max_length: int = _setting(2048, "Most positions of one sample in the language model, image tokens included.")
+    max_length: int = _setting(2048, "Maximum tokens of one sample, image tokens included.")
     overflow: str = _setting(
         "error",
         "A sample above max_length: stop with an error, drop it, or truncate its text. Image tokens are never cut.",
@@ -193,11 +196,11 @@ class LlavaTrainingArguments(TrainingArguments):
     packing: str = _setting(
         "auto",
         "none: pad. batch: the samples of a micro-batch share a row; the same steps without padding. full: rows of "
-        "pack_length, filled by best fit; batch sizes count rows then. auto, auto_full: batch, full where the language model "
+        "pack_length, filled by best fit; batch sizes then count rows. auto, auto_full: batch, full where the language model "
         "allows it.",
         ("auto", "auto_full", "none", "batch", "full"),
     )
-    pack_length: int | None = _setting(None, "packing=full: most positions of a row; max_length by default.")
+    pack_length: int | None = _setting(None, "packing=full: maximum tokens of a row; max_length by default.")
     group_by_modality: bool = _setting(
         False,
         "With train_sampling_strategy=group_by_length: batches have images in all samples or in none, as the original's "
@@ -230,20 +233,20 @@ class LlavaTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = _setting(
         None, "Stop after this many evaluations without a better metric_for_best_model."
     )
-    early_stopping_threshold: float = _setting(0.0, "A metric is better only if it is so by more than this.")
+    early_stopping_threshold: float = _setting(0.0, "Smallest improvement of the metric that counts.")
     preview_samples: int = _setting(1, "Samples shown, decoded and with their supervised text marked, before step 1.")
     sample_answers: int = _setting(
         0,
-        "Samples of the evaluation data that `llava train` lets the model answer at each evaluation, as a page (HTML).",
+        "Number of evaluation samples for which `llava train` writes the model's answers to an HTML page at each evaluation.",
     )
     benchmarks: list[str] | None = _setting(
         None,
-        "Benchmarks that `llava train` runs at each evaluation, as `llava eval` takes them but for MODEL and --out: "
+        "Benchmarks to run at each evaluation: the arguments of `llava eval` without MODEL and --out, such as "
         "'vqa --questions q.jsonl --images val2014 --limit 200'. Their scores are metrics (eval_vqa_accuracy).",
     )
-    logging_steps: float = _default(10, "Optimizer steps between logs; below 1 a share.")
+    logging_steps: float = _default(10, "Optimizer steps between logs; below 1, a fraction of all steps.")
     logging_nan_inf_filter: bool = _default(
-        False, "Log the loss before in place of one that is not finite. Otherwise such a loss ends the run."
+        False, "Log the previous loss in place of one that is not finite. By default such a loss ends the run."
     )
     per_device_eval_batch_size: int | None = _default(
         None, "Samples of an evaluation batch; by default those of a training batch."
@@ -379,7 +382,7 @@ class LlavaTrainingArguments(TrainingArguments):
             "lora_r", "lora_alpha", "max_length", "max_samples", "early_stopping_patience",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: at least 1 is needed."
+                yield f"{name}={getattr(self, name)} must be at least 1."
         for name in (
             "learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha", "sample_answers",
         ):  # fmt: skip

@@ -105,7 +105,7 @@ class CheckpointingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _check_weights(self) -> None:
-        """Raise ValueError where nothing was learnt so far, or weights are not finite: such a checkpoint would replace a good one."""
+        """Raise ValueError if nothing was trained on so far or weights are not finite: saving would replace a good checkpoint."""
         if not self._speed.num_batches:
             return
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

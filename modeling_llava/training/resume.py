@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, what is recorded there, and from which checkpoint a run resumes."""
+"""The output folder of a run: its lock, its records, and the checkpoint to resume from (data order: batches.py)."""
 
 import contextlib
 import errno
@@ -108,7 +108,7 @@ def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of a run, `None` if there is none; that of a run that was killed while saving is not."""
+    """The newest complete checkpoint of a run, or `None`. One that was being saved when the run was killed is incomplete."""
     for folder in checkpoint_folders(output_dir):
         reason = why_incomplete(folder)
         if reason is None:

@@ -359,7 +359,7 @@ def _smoothed_loss(label_smoothing: float):
 
 
 class _AtBegin(TrainerCallback):
-    """Tells a sampler its epoch, also inside accelerate's wrappers, and a stream's collator how many batches are skipped."""
+    """Sets a sampler's epoch, also inside accelerate's wrappers; for a resumed stream, the number of batches to skip."""
 
     def __init__(self, told: GroupedSampler | TypeMixtureSampler | SkipBatchesCollator):
         self.told = told
