@@ -445,8 +445,15 @@ class LlavaModel(LlavaPreTrainedModel):
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_outputs=image_outputs,
+            image_outputs=_without_unselected_layers(image_outputs),
         )
+
+
+def _without_unselected_layers(image_outputs: BaseModelOutputWithPooling | None) -> BaseModelOutputWithPooling | None:
+    """Without `hidden_states` where only those of the selected layers are there: `Trainer` gathers outputs and takes no `None`."""
+    if image_outputs is None or all(states is not None for states in image_outputs.hidden_states or ()):
+        return image_outputs
+    return type(image_outputs)(**{**image_outputs, "hidden_states": None})
 
 
 class LlavaTrainingKwargs(TransformersKwargs, total=False):

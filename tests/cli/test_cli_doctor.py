@@ -60,7 +60,7 @@ def test_what_fits_a_gpu_is_what_its_preset_is_made_for(memory, fits):
 @pytest.mark.parametrize(
     "cuda, driver, problem",
     [
-        (None, "560.94", "build for the CPU, but there is a GPU: pip install"),
+        (None, "560.94", "build for the CPU, but there is a GPU"),
         ("13.0", "560.94", "needs NVIDIA's driver 580, it is 560"),
         ("12.6", "560.94", None),
         ("13.0", None, None),
