@@ -97,12 +97,12 @@ def find_image(
         name = f"given by the keys {sorted(reference)}"
         reference = path if data is None else data
     if isinstance(reference, (bytes, bytearray, memoryview)):
-        name = f"{os.fspath(path)!r} (embedded)" if path else "an embedded image"
+        name = f"{os.fspath(path)!r} (embedded)" if path else "given as bytes"
         if not len(reference):
             raise ImageError(CORRUPT_IMAGE, name, "is empty (0 bytes)")
         return io.BytesIO(reference), name
     if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
-        raise ImageError(BAD_ROW, name, "is none: give a path, a PIL image, bytes, or {'bytes': …, 'path': …}")
+        raise ImageError(BAD_ROW, name, "is not one: give a path, a PIL image, bytes, or {'bytes': …, 'path': …}")
     text = os.fspath(reference)
     name = repr(text) if len(text) < 200 else f"{text[:40]!r}…"
     if embedded := _EMBEDDED.match(text):

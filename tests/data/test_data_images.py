@@ -268,8 +268,9 @@ def test_random_damage_is_a_picture_or_a_named_error():
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        (3, "given as int, which is none: give a path"),
-        ("", "which is none"),
+        (3, "given as int, which is not one: give a path"),
+        (b"", "given as bytes, which is empty"),
+        ("", "which is not one"),
         ({"bytes": None, "path": None}, "by the keys ['bytes', 'path']"),
         ("data:image/png;base64,iVBORw0KGgo=", "not an image"),
         ("data:image/png;base64,iVBORw0KG", "not base64"),

@@ -153,7 +153,7 @@ def test_paths_are_joined_to_the_image_folder_and_those_that_leave_it_are_bad_sa
         ("https://x.org/a.jpg", "a URL: download"),
         ("data:image/png;base64,iVBO", "base64"),
         ("data:image/png;base64,iVB", "base64"),
-        ("", "which is none"),
+        ("", "which is not one"),
     ],
 )
 def test_what_is_no_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
