@@ -14,6 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,8 @@ def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str
     """Settings that differ from those of a checkpoint, as "before → now"; empty if it has no recipe."""
     before = _recipe_of(checkpoint)
     now = args.to_recipe() if before else {}
+    if before:  # a setting of ours that is newer than the run
+        before = {s.name: s.default for s in fields(args) if s.metadata.get("group") == "llava"} | before
     return {
         name: f"{before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

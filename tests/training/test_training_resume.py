@@ -271,6 +271,14 @@ def test_a_checkpoint_of_other_trained_weights_is_named_before_a_model_is_loaded
         train({**settings, **change, "max_steps": 2})
 
 
+def test_a_run_begun_before_a_setting_existed_is_resumed(settings, tmp_path):
+    train({**settings, "save_steps": 1, "max_steps": 1})
+    recipe = tmp_path / "run" / "checkpoint-1" / "recipe.yaml"
+    lines = recipe.read_text().splitlines(keepends=True)
+    recipe.write_text("".join(line for line in lines if not line.startswith(("train_projector", "lora_vision_tower"))))
+    assert train({**settings, "max_steps": 2}).resumed_from.name == "checkpoint-1"
+
+
 @pytest.fixture
 def limit_files():
     """No file can grow above what this is called with, as on a full disk."""
