@@ -22,12 +22,11 @@ def run(args: argparse.Namespace) -> int:
     from ..io.checkpoints import four_bits_of
     from ..training import merge_adapter
 
-    trained_in_4_bits = four_bits_of(args.adapter, args.revision) is not None
     print(f"merging {args.adapter} into its base, read in 16 bit")
     print("this takes about as long as reading the model")
     output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
-    if trained_in_4_bits and not args.as_trained:
+    if not args.as_trained and four_bits_of(args.adapter, args.revision) is not None:
         print(
             "The adapter was trained on a 4-bit base and is merged into the 16-bit one. If the answers have become worse, "
             "merge with --as-trained."

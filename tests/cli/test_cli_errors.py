@@ -79,9 +79,9 @@ def test_a_word_that_is_no_folder_does_not_wait_for_the_hub(capsys, monkeypatch)
         raise AssertionError("asked the Hub")
 
     monkeypatch.setattr("modeling_llava.io.checkpoints.find_adapter_config_file", called)
-    for command in (["chat", "runs-my"], ["merge", "runs-my", "out"], ["web", "runs-my"]):
+    for command in (["chat", "runs-my"], ["merge", "runs/my/adapter", "out"], ["web", "runs-my"]):
         assert main(command) == 2
-        assert "'runs-my' is neither a folder nor the name of a model" in last_line(capsys, command[0])
+        assert f"{command[1]!r} is neither a folder nor the name of a model" in last_line(capsys, command[0])
 
 
 def test_no_network_is_one_line():
