@@ -7,7 +7,7 @@ from rich.console import Console
 
 from modeling_llava.training import preset_names, read_recipe, train
 from modeling_llava.training.estimate import GIB, Settings, estimate, load_config, sizes_of
-from modeling_llava.training.recipes import PRESETS
+from modeling_llava.training.recipes import PRESETS, parse_recipe
 
 
 FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b"), (24, "13b")]
@@ -38,6 +38,12 @@ def test_presets_leave_the_speed_to_the_memory_and_the_papers_numbers_alone(name
     for_one_gpu = name.startswith("qlora")
     assert recipe.get("packing", "auto") == ("auto_full" if for_one_gpu else "auto")
     assert recipe.get("lora_dropout", 0.05) == (0 if for_one_gpu else 0.05)
+
+
+@pytest.mark.parametrize("projector, rate", [("full", 2e-5), ("lora", 2e-4), ("frozen", 2e-4)])
+def test_preset_leaves_the_projector_to_train_projector(projector, rate, tmp_path):
+    args = parse_recipe("lora", ["model=m", "data=d", f"output_dir={tmp_path}", f"train_projector={projector}"])
+    assert args.learning_rates()["multi_modal_projector"] == rate
 
 
 @pytest.mark.slow
