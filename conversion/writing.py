@@ -129,7 +129,7 @@ class OutputFolder:
                 raise ValueError(f"{self.output} exists already. Choose another folder, or add --overwrite.")
             if any(path.resolve().is_relative_to(self.output.resolve()) for path in self.files):
                 raise ValueError(f"{self.output} is read from in this conversion and cannot be replaced by it.")
-        for other in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*"):
+        for other in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-{'[0-9a-f]' * 12}"):
             self._lock(other)
             if other != self.partial:
                 shutil.rmtree(other)

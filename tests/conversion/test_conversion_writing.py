@@ -166,12 +166,13 @@ def test_rerun_with_other_options_or_sources_starts_anew(tmp_path, monkeypatch, 
     monkeypatch.undo()
     (before,) = tmp_path.glob("out.partial-*/model.safetensors")
     before = before.stat()
+    (tmp_path / "out.partial-notes").mkdir()  # somebody else's
     if change == "source":
         os.utime(source / "model.safetensors", ns=(1, 1))
     convert_original_to_hf(source, tmp_path / "out", check=False, dtype="float16" if change == "options" else None)
     after = (tmp_path / "out/model.safetensors").stat()
     assert (after.st_size < before.st_size) if change == "options" else (after.st_mtime_ns > before.st_mtime_ns)
-    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.partial-notes", "source"]
 
 
 KILLED = """
