@@ -112,9 +112,7 @@ def merge_adapter(
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     written_dtype = model.dtype if dtype == "auto" else dtype
-    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tensors, merged = _merged_tensors(model, adapter, revision, kind, rounding)
-    tensors = {name: t for name, t in tensors.items() if not (is_tied and name.endswith("lm_head.weight"))}
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
@@ -140,27 +138,44 @@ def _merged_tensors(model: PreTrainedModel, adapter: str, revision: str | None, 
     """Saved name → tensor of the base; and, by the address of those that change, a function that gives what replaces it."""
     if kind == "projector":
         load_projector(model, adapter, revision)
-        return saved_tensors(model), {}
+        return _without_tied_head(model, saved_tensors(model), {}, {}), {}
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     resize_to_adapter(model, adapter, revision)
-    tensors, merged, rounded = saved_tensors(model), {}, set()
+    tensors, merged, of_head, rounded = saved_tensors(model), {}, {}, set()
     if rounding is not None:
         linear = [m for m in model.get_submodule(LANGUAGE_MODEL).modules() if isinstance(m, nn.Linear)]
         rounded = {module.weight.data_ptr() for module in linear}
         merged = {m.weight.data_ptr(): partial(_rounded_to_four_bits, m.weight, *rounding) for m in linear}
-    for module in PeftModel.from_pretrained(model, adapter, revision=revision).modules():
+    for place, module in PeftModel.from_pretrained(model, adapter, revision=revision).named_modules():
+        changed = of_head if "lm_head" in place.split(".") else merged
         if isinstance(module, BaseTunerLayer):
             for name, parameter in module.get_base_layer().named_parameters():
                 address = parameter.data_ptr()
-                merged[address] = partial(_merged_layer, module, name, rounding if address in rounded else None)
+                changed[address] = partial(_merged_layer, module, name, rounding if address in rounded else None)
         elif isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]]
             for name, parameter in module.original_module.named_parameters():
-                merged[parameter.data_ptr()] = partial(trained.get_parameter, name)
-    return tensors, merged
+                changed[parameter.data_ptr()] = partial(trained.get_parameter, name)
+    return _without_tied_head(model, tensors, merged, of_head), of_head | merged
+
+
+def _without_tied_head(model: PreTrainedModel, tensors: dict, merged: dict, of_head: dict) -> dict:
+    """The tensors without a head that is the embeddings; where the adapter makes them differ, it becomes its own, in place."""
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    address = tensors[name].data_ptr()
+    if address not in {tensor.data_ptr() for other, tensor in tensors.items() if other != name}:
+        return tensors
+    values = [changed[address]() for changed in (merged, of_head) if address in changed]
+    if not values or len(values) == 2 and torch.equal(*values):
+        return {other: tensor for other, tensor in tensors.items() if other != name}
+    head = tensors[name].clone()
+    if address in of_head:
+        of_head[head.data_ptr()] = of_head.pop(address)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    return {**tensors, name: head}
 
 
 @torch.no_grad()

@@ -476,6 +476,30 @@ def test_a_merge_is_written_in_shards_or_not_at_all(base, tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "whole"]
 
 
+@pytest.mark.parametrize(
+    "trained, is_tied",
+    [
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+        ({"target_modules": ["lm_head"]}, False),
+        ({"target_modules": ["embed_tokens"]}, False),
+        ({"trainable_token_indices": [3, 5]}, True),
+    ],
+)
+def test_a_tied_head_that_the_adapter_trains_apart_is_merged_apart(tmp_path, trained, is_tied):
+    from peft import LoraConfig, get_peft_model
+
+    config = tiny_config(text=tiny_text_config("llama", tie_word_embeddings=True), tie_word_embeddings=True)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = get_peft_model(load(tmp_path / "base"), LoraConfig(**{"target_modules": ["v_proj"], **trained}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = load(merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(tmp_path / "base")))
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == is_tied
+
+
 @pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}])
 def test_merged_as_trained_gives_the_logits_of_the_run(base, tmp_path, settings):
     trainer = train(base, tmp_path / "adapter", adapter="qlora", **settings)
