@@ -28,7 +28,7 @@ from pathlib import Path
 
 from ..data.images import image_key
 from ..io.atomic import locked_file, write_atomic
-from .results import RUN_NAME, Scored, hash_files, hash_json, write_results
+from .results import RUN_NAME, Scored, hash_files, hash_json, read_json, write_results
 
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class AnswerFolder:
         with locked_file(self.folder / f".{RUN_NAME}.lock", wait=True):
             if not run_file.is_file() or not any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
                 write_atomic(run_file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n", sync=True)
-            before = json.loads(run_file.read_text("utf-8"))
+            before = read_json(run_file)
         if different := _differences(before, self.identity):
             raise ValueError(
                 f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "

@@ -65,6 +65,9 @@ def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
     (tmp_path / "answers.jsonl").write_bytes(b"{broken}\n" + whole)
     with pytest.raises(ValueError, match="answers.jsonl has a line that is not JSON"):
         folder.answers()
+    (tmp_path / "evaluation.json").write_bytes(b"{")
+    with pytest.raises(ValueError, match="evaluation.json is not JSON"):
+        AnswerFolder(tmp_path, {})
 
 
 def test_folder_keeps_to_one_run(tmp_path):
