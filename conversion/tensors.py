@@ -99,7 +99,8 @@ def stored(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], 
         content = torch.empty(stop - start, *shape[1:], dtype=dtype)
         with open(path, "rb") as file:
             file.seek(offset + start * row_bytes)
-            file.readinto(as_bytes(content))
+            if file.readinto(as_bytes(content)) < content.nbytes:
+                raise ValueError(f"tensor '{key}' of {path}: the file became shorter while it was read.")
         return content
 
     return LazyTensor(dtype, shape, rows, f"tensor '{key}' of {path}", (path, offset))

@@ -78,6 +78,8 @@ def write_tensor(tensor: LazyTensor, file: BinaryIO, advance: Callable[[int], No
             except OSError:
                 if done:
                     raise  # otherwise it is on another file system
+        if 0 < done < tensor.nbytes:
+            raise ValueError(f"{tensor.origin}: the file became shorter while it was read.")
     for piece in tensor.pieces() if not done else ():
         advance(file.write(as_bytes(piece)))
 

@@ -112,6 +112,21 @@ def test_written_safetensors_are_read_by_the_library(values, tmp_path, small_pie
     assert sum(counts) == sum(tensor.nbytes for tensor in written.values())
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.0], ids=["within", "before"])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_source_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path, monkeypatch, by_kernel, kept):
+    if not by_kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    save_file({"matrix": torch.ones(64, 64)}, tmp_path / "a.safetensors")
+    lazy = read_safetensors(tmp_path / "a.safetensors")
+    os.truncate(
+        tmp_path / "a.safetensors", os.path.getsize(tmp_path / "a.safetensors") - int((1 - kept) * 64 * 64 * 4)
+    )
+    with pytest.raises(ValueError, match="matrix.*became shorter"):
+        write_safetensors(tmp_path / "b.safetensors", lazy)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 # Files that are damaged, or worse
 
 
