@@ -297,6 +297,3 @@ def _use_readline(remember: bool) -> None:
                 readline.read_history_file(path)
             readline.set_history_length(1000)
             atexit.register(readline.write_history_file, path)
-
-
-__all__ = ["Terminal", "are_images", "split_references"]

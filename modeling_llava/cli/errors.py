@@ -76,6 +76,3 @@ def unknown_words(unknown: list[str], parser: argparse.ArgumentParser, argv: lis
     if "=" not in word and "key=value" in parser.format_usage():
         mean = f" Settings are given as key=value: {word.lstrip('-').replace('-', '_')}=…"
     return f"there is no option {word}.{mean}"
-
-
-__all__ = ["one_line", "unknown_words"]

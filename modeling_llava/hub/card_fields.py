@@ -56,6 +56,3 @@ def check_card_fields(license: str | list[str] | None, language: str | list[str]
 
 def _values(value: str | list[str] | None) -> list[str]:
     return [str(one) for one in (value if isinstance(value, list) else [] if value is None else [value])]
-
-
-__all__ = ["LANGUAGES", "LICENSES", "check_card_fields"]

@@ -269,6 +269,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
-
-
-__all__ = ["Problem", "find_problems", "link_problems", "missing_files", "read_record", "select_files"]

@@ -276,6 +276,3 @@ def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: st
     there = api.list_repo_files(repo, revision=revision, repo_type=publication.repo_type)
     stale = [name for name in there if "/" not in name and name.endswith(WEIGHT_ENDINGS)]
     return [glob.escape(name) for name in stale if name not in publication.files]
-
-
-__all__ = ["Publication", "check_names", "check_refs", "gather", "push"]

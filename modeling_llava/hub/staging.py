@@ -147,6 +147,3 @@ def _drop_paths(content: dict) -> bool:
         if isinstance(value, dict):
             changed = _drop_paths(value) or changed
     return changed
-
-
-__all__ = ["drop_local_names", "finish_data_card", "name_base", "stage_files", "stage_results"]

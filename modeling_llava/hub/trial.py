@@ -32,6 +32,3 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike) -> str:
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "user", "content": content}]
     return pipe(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
-
-
-__all__ = ["ask_once"]

@@ -238,6 +238,3 @@ def _as_markdown(conversations: list[Conversation], model: str) -> str:
             quoted = "\n".join(f"> {line}".rstrip() for line in question.splitlines())
             lines += [quoted, "", answer, ""]
     return "\n".join(lines)
-
-
-__all__ = ["Chat", "Conversation", "Statistics", "save_transcript"]

@@ -313,6 +313,3 @@ def _remove_finished(active: list[Row], cache: RowCache) -> None:
         cache.remove(index)
         active[index] = active[-1]
         active.pop()
-
-
-__all__ = ["Decoder", "Row", "model_lock"]

@@ -155,6 +155,3 @@ def draw_token(row, logits: torch.Tensor, settings: DecodingSettings) -> int:
         digest = hashlib.sha256(f"{settings.seed}/{row.id}".encode()).digest()
         row.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=row.generator))
-
-
-__all__ = ["DecodingSettings", "default_settings", "draw_token"]

@@ -154,6 +154,3 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32 if device.type == "cpu" else torch.float16
-
-
-__all__ = ["choose_four_bits", "default_device", "default_dtype", "load_model", "usable_device"]

@@ -351,6 +351,3 @@ def _content_key(reference: Any) -> tuple:
 
 def _text_item(text: str) -> dict:
     return {"type": "text", "text": text}
-
-
-__all__ = ["Answer", "LlavaPredictor"]

@@ -205,15 +205,3 @@ def pass_bytes(config, dtype: torch.dtype, num_tokens: int) -> int:
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     return (num_tokens * (4 * intermediate + 8 * hidden) + hidden * intermediate) * dtype.itemsize + WORKING_BYTES
-
-
-__all__ = [
-    "MARGIN",
-    "Prefix",
-    "RowCache",
-    "common_length",
-    "free_memory",
-    "key_value_bytes",
-    "match_chain",
-    "pass_bytes",
-]

@@ -150,6 +150,3 @@ def _checked_sample(sample: dict) -> dict:
             f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."
         )
     return sample
-
-
-__all__ = ["encode_images", "encode_prompt", "rows_of_samples"]

@@ -354,6 +354,3 @@ def _rope_types(config) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     every = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by kind of layer
     return {one["rope_type"] for one in every if "rope_type" in one}
-
-
-__all__ = ["Step", "prune_last_layer", "shared_prefix_implementation", "supports_shared_prefix"]

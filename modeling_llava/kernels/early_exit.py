@@ -48,6 +48,3 @@ class SkippedLayer(Kernel):
 
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
-
-
-__all__ = ["without_later_layers"]

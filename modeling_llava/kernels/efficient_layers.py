@@ -322,6 +322,3 @@ def _exchange_if_same(module: nn.Module, kind: str, embedding: torch.Tensor) -> 
 
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
-
-
-__all__ = ["make_efficient"]

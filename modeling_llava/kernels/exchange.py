@@ -79,6 +79,3 @@ def exchanged_class(original: type[nn.Module], kernel: type[Kernel]) -> type[nn.
     """The class of a kernel before an original class; made once for each pair."""
     name = f"{kernel.prefix}{original.__name__}"
     return type(name, (kernel, original), {"original_class": original, "__module__": kernel.__module__})
-
-
-__all__ = ["Kernel", "can_exchange", "exchange", "exchanged_class", "original_class", "restore"]

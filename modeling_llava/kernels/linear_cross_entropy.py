@@ -239,6 +239,3 @@ def _call_as(module: nn.Module, function, *inputs):
         return module(function, *inputs)
     finally:
         module.__class__ = before
-
-
-__all__ = ["causal_language_model_loss", "is_sharded"]

@@ -217,17 +217,3 @@ def _set_image(template: str, image_token: str, image_wrap: tuple[str, str] | No
     before, after = image_wrap or ("", "")
     image = (before + image_token + after).replace("\\", "\\\\").replace("'", "\\'")
     return template.replace(_IMAGE_LINE, f"{{%- set image = '{image}' -%}}")
-
-
-__all__ = [
-    "CHAT_TEMPLATES",
-    "chat_template_of",
-    "choose_chat_template",
-    "has_generation_marks",
-    "insert_image_token",
-    "load_chat_template",
-    "read_template",
-    "render_with_spans",
-    "warn_of_joined_texts",
-    "with_image_token",
-]

@@ -257,6 +257,3 @@ def _rename_control_tokens(tokenizer: TokenizersBackend, names: dict[str, str]) 
             if left not in names and right not in names and left + right not in names
         ]
     return renamed_tokenizer(tokenizer, Tokenizer.from_str(json.dumps(description)), names)
-
-
-__all__ = ["ControlTokens", "Marks"]

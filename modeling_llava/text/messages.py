@@ -87,6 +87,3 @@ def _read_json(value: Any) -> Any:
         except ValueError:
             pass
     return value
-
-
-__all__ = ["as_list", "plain_messages", "turn_weight"]

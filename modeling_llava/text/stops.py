@@ -217,16 +217,3 @@ def _end_block(chat_template: str, block: re.Match, num_blanks: int) -> str:
         f"{opening}{{% set answer {'-' * opening.endswith('-%}')}%}}{body}{{%{'-' * closing.startswith('{%-')} endset %}}"
         f"{{{{ {answer} ~ eos_token{' if loop.last else answer' * over_items} }}}}{closing}"
     )
-
-
-__all__ = [
-    "add_generation_stop",
-    "answer_stop",
-    "end_answers_with_eos",
-    "missing_stop",
-    "needed_by_stock",
-    "note_generation_stop",
-    "stop_is_unmarked",
-    "stop_token_id",
-    "teaches_no_stop",
-]

@@ -382,6 +382,3 @@ def _read_json(path: str | None) -> dict:
         return {}
     with open(path, encoding="utf-8") as reader:
         return json.load(reader)
-
-
-__all__ = ["LegacyLlamaTokenizer", "add_image_token", "load_tokenizer"]

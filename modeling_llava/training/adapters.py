@@ -284,19 +284,3 @@ def load_unfinished(model: nn.Module, folder: str | Path, initial: dict[str, tor
         weight = layer.get_base_layer().weight
         weight += (layer.scaling[model.active_adapter] * (before - initial[b] @ initial[a])).to(weight)
     set_peft_model_state_dict(model, tensors)
-
-
-__all__ = [
-    "add_adapter",
-    "core_model",
-    "finish_adapter_folder",
-    "initial_lora",
-    "is_peft",
-    "load_adapter",
-    "load_unfinished",
-    "lora_config",
-    "lora_target_pattern",
-    "require_new_rows_are_saved",
-    "tower_layers",
-    "trained_forms",
-]

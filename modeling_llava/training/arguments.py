@@ -587,6 +587,3 @@ def describe_settings() -> list[tuple[str, Any, str]]:
         for setting in fields(LlavaTrainingArguments)
         if setting.metadata.get("group") == "llava"
     ]
-
-
-__all__ = ["LlavaTrainingArguments", "best_precision", "describe_settings"]

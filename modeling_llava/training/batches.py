@@ -298,15 +298,3 @@ def _is_asked_to_raise(error: BadSampleError, args: LlavaTrainingArguments) -> b
     if error.reason == TOO_LONG and args.overflow != "truncate_text":
         return args.overflow == "error"
     return args.on_bad_sample == "raise"
-
-
-__all__ = [
-    "EndlessStream",
-    "FilledDataset",
-    "ShardedStream",
-    "SkipBatchesCollator",
-    "grouped_sampler",
-    "pad_to_world_size",
-    "prepare_train_dataset",
-    "usable_lengths",
-]

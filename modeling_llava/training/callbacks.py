@@ -295,14 +295,3 @@ class PerSampleNEFTune(TrainerCallback):
             scale = scale.repeat_interleave(self.lengths)[:, None]  # [sequence_length, 1]
         noise = torch.empty_like(embeddings).uniform_(-1, 1)
         return embeddings + noise * scale.to(embeddings.device, embeddings.dtype)
-
-
-__all__ = [
-    "DurationCallback",
-    "LossCurveCallback",
-    "PerSampleNEFTune",
-    "PreviewCallback",
-    "SpeedCallback",
-    "component_table",
-    "plot_loss_curve",
-]

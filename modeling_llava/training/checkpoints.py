@@ -310,15 +310,3 @@ def _one_error() -> Iterator[None]:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank}: {' '.join(str(cause).split())}") from error
-
-
-__all__ = [
-    "ABSENT",
-    "CheckpointingTrainer",
-    "gather_weights",
-    "is_sharded_checkpoint",
-    "load_shards",
-    "page_optimizer_state",
-    "save_shards",
-    "weights_to_save",
-]

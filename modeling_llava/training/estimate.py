@@ -437,6 +437,3 @@ def available_memory(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(free + torch.cuda.memory_reserved(device), share)
-
-
-__all__ = ["LIKE_LLAMA", "Settings", "available_memory", "choose_checkpointing", "estimate", "load_config", "sizes_of"]

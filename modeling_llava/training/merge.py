@@ -215,6 +215,3 @@ def _write_shards(tensors: dict, merged: dict, folder: Path, adapter: str, dtype
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_atomic(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-__all__ = ["merge_adapter"]

@@ -232,6 +232,3 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-__all__ = ["parse_recipe", "preset_names", "read_recipe", "write_recipe"]

@@ -275,18 +275,3 @@ def _hash(source: str) -> str | None:
     files = sorted(p for p in found if p.is_file())
     listing = "\n".join(f"{p.relative_to(path) if path.is_dir() else p} {p.stat().st_size}" for p in files)
     return hashlib.sha256(listing.encode()).hexdigest() if files else None
-
-
-__all__ = [
-    "changed_settings",
-    "checkpoint_folders",
-    "checkpoint_to_resume",
-    "full_disk_explained",
-    "find_resumable_checkpoint",
-    "is_finished",
-    "keep_resolved",
-    "output_dir_lock",
-    "record_data",
-    "why_incomplete",
-    "write_run_record",
-]

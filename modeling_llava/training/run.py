@@ -239,6 +239,3 @@ def _save_result(trainer: LlavaTrainer) -> None:
         cast_weights(trainer.accelerator.unwrap_model(trainer.model), args.compute_dtype)
     trainer.save_state()
     trainer.save_model()
-
-
-__all__ = ["TrainResult", "train"]

@@ -346,19 +346,3 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
 
 
 _LEAK = 0.1  # relative: rounding to 16 bits gives about 0.01, another sample about 1
-
-
-__all__ = [
-    "CheckpointEverySecondLayer",
-    "base_and_adapter",
-    "cast_weights",
-    "load_datasets",
-    "load_model_and_processor",
-    "optimizer_groups",
-    "prepare_model",
-    "resolve_checkpointing",
-    "resolve_packing",
-    "set_dtypes",
-    "set_trainable",
-    "unused_tower_parameters",
-]

@@ -371,6 +371,3 @@ class _AtBegin(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if not isinstance(self.told, SkipBatchesCollator):
             self.told.set_epoch(int(state.epoch or 0))
-
-
-__all__ = ["LlavaTrainer", "default_collator"]

@@ -44,6 +44,3 @@ def _balls(*colours: str) -> Image.Image:
     for colour, (x, y, radius) in zip(colours, ((120, 240, 62), (375, 228, 74), (255, 262, 40))):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     return image
-
-
-__all__ = ["collect_examples"]

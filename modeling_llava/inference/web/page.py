@@ -302,6 +302,3 @@ def _line(chat: Chat) -> str:
         f"{statistics.num_tokens} tokens, {statistics.tokens_per_second:.1f} per second, the first after "
         f"{statistics.first_token_seconds:.1f} s.{ends.get(statistics.finish_reason, '')}"
     )
-
-
-__all__ = ["Limits", "build_page", "import_gradio", "launch"]

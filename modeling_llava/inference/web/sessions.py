@@ -107,6 +107,3 @@ def read_upload(path: Path, max_pixels: int) -> NamedImage:
     except ValueError:
         raise ValueError(f"{path.name} is damaged: its header is that of an image, the rest cannot be read.") from None
     return NamedImage(path.name, content)  # not decoded, which would take ten times the memory while the tab is open
-
-
-__all__ = ["Sessions", "Tab", "read_upload"]
