@@ -248,7 +248,8 @@ class DurationCallback(TrainerCallback):
         elif self._total > 0:
             minutes = math.ceil((time.perf_counter() - self._began) / (done - 1) * self._total / 60)
             epochs = f"{self.num_epochs:g} epochs, " if self.max_steps <= 0 else ""
-            self.whole = f"about {minutes // 60} h {minutes % 60} min ({epochs}{self._total:,} optimizer steps)"
+            hours = f"{minutes // 60} h " if minutes >= 60 else ""
+            self.whole = f"about {hours}{minutes % 60} min ({epochs}{self._total:,} optimizer steps)"
             if done == 11 and state.max_steps > 20 and state.is_world_process_zero:
                 logger.warning("By its first steps, the run takes %s.", self.whole)
 

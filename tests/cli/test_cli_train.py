@@ -147,11 +147,12 @@ def test_download_disk_and_free_memory_are_told_before_loading(monkeypatch, tmp_
     assert _needs(args) == []
 
 
-def test_a_run_says_once_how_long_it_takes(caplog, monkeypatch):
+@pytest.mark.parametrize("seconds, words", [(64.0, "5 h 20 min"), (2.0, "10 min")])
+def test_a_run_says_once_how_long_it_takes(caplog, monkeypatch, seconds, words):
     callback, state = DurationCallback(num_epochs=3), TrainerState(max_steps=300, is_world_process_zero=True)
-    monkeypatch.setattr("time.perf_counter", lambda: 64.0 * state.global_step)
+    monkeypatch.setattr("time.perf_counter", lambda: seconds * state.global_step)
     args = SimpleNamespace(gradient_accumulation_steps=2)
     callback.on_train_begin(args, state, None, train_dataloader=range(200))
     for state.global_step in range(1, 20):
         callback.on_step_end(args, state, None)
-    assert caplog.messages == ["By its first steps, the run takes about 5 h 20 min (3 epochs, 300 optimizer steps)."]
+    assert caplog.messages == [f"By its first steps, the run takes about {words} (3 epochs, 300 optimizer steps)."]
