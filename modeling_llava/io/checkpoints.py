@@ -108,10 +108,8 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
     adapter = read_config(find_adapter_config_file(path, **hub))
     reason = other_than_llava(path, config or {}, adapter, lambda name: file_of(path, name, **hub) is not None)
     if reason is None and adapter is not None:
-        shapes = _adapter_shapes(path, **hub)
-        empty = [f"{name} {EMPTY_TENSOR}" for name, shape in shapes.items() if 0 in shape]
-        empty += [] if shapes else ["there is no adapter_model.safetensors, the adapter's weights."]
-        reason = f"{path}: {empty[0]}" if empty else None
+        empty = [name for name, shape in _adapter_shapes(path, **hub).items() if 0 in shape]
+        reason = f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
         if str(init := adapter.get("init_lora_weights")).startswith("pissa_niter"):
             reason = (
                 f"{path} was saved with init_lora_weights={init!r}: its base lacks what a random decomposition took out of it, which "

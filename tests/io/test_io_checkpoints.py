@@ -183,12 +183,6 @@ def test_an_adapter_emptied_by_zero3_is_named(adapter, tmp_path, form):
         checkpoint_kind(empty)
 
 
-def test_an_adapter_without_weights_is_named(adapter, tmp_path):
-    folder = shutil.copytree(adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns("adapter_model.*"))
-    with pytest.raises(ValueError, match="there is no adapter_model.safetensors"):
-        checkpoint_kind(folder)
-
-
 def test_a_processor_without_patch_size_takes_it_from_the_model(saved, tmp_path):
     folder = tmp_path / "older"
     shutil.copytree(saved, folder)
