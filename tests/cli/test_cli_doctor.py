@@ -19,7 +19,7 @@ def test_report_is_about_this_machine(capsys):
     assert len(report["gpus"]) >= torch.cuda.device_count()
     assert report["problems"] == []
     assert report["cpu"]["memory_gib"] > 0 and report["disk_free_gib"] > 0
-    assert {"qlora", "plots", "engine", "ray", "eval", "web", "chat", "gguf"} <= report["extras"].keys()
+    assert {"qlora", "plots", "engine", "ray", "eval", "web", "gguf"} <= report["extras"].keys()
     assert report["four_bit"].startswith("works") == (report["extras"]["qlora"]["bitsandbytes"] is not None)
 
 

@@ -397,7 +397,7 @@ def test_a_template_that_knows_no_images_is_refused_with_the_fix():
     ("messages", "error"),
     [
         ([{"role": "tool", "content": "x"}], "does not fit the chat template: Message role"),
-        ([user("Hi \ud83d"), assistant("A.")], "half of a character"),
+        ([user("Hi \ud83d"), assistant("A.")], "contains a lone surrogate"),
         ([], "has no messages"),
     ],
 )
