@@ -401,7 +401,7 @@ def test_budget_ends_the_run_without_being_overdrawn_and_a_larger_one_goes_on(tm
     "handle, times, in_notebook", [(True, 1, True), (True, 1, False), (False, 1, False), (True, 2, True)]
 )
 def test_ctrl_c_finishes_what_is_in_flight_and_leaves_nothing_running(tmp_path, handle, times, in_notebook):
-    """A notebook has a running event loop; a run that went on there would go on paying after its cell was stopped."""
+    """A notebook has a running event loop; a run that continued there would continue to cost money after its cell was stopped."""
     pressed = threading.Event()
     model = Scripted(seconds=0.3 if times == 1 else 30, released=pressed)
 
