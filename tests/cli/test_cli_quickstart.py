@@ -104,7 +104,7 @@ def test_the_whole_of_it_learns_to_see(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     scores = {name: shares["all"] for name, shares in results["scores"].items()}
-    assert scores["with the image"] >= 0.85, scores  # 0.90 to 0.93 by processor and seed
+    assert scores["with the image"] >= 0.9, scores
     for without in ("blank images", "shuffled images"):
         assert scores[without] <= scores["majority answer"] + 0.05, scores
     assert scores["majority answer"] < 0.5
