@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from modeling_llava.io import load_errors
+from modeling_llava.io.files import HUB_NAME, PROJECTOR_FILES, read_config
 
 
 TOKENIZER_FILES = (
@@ -26,9 +26,9 @@ def local_folder(name: str | Path, what: str) -> Path:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
-    if path.is_file() and path.name in load_errors.PROJECTOR_FILES:
+    if path.is_file() and path.name in PROJECTOR_FILES:
         return path.parent
-    if path.exists() or not load_errors.HUB_NAME.fullmatch(str(name)):
+    if path.exists() or not HUB_NAME.fullmatch(str(name)):
         raise OSError(f"The {what} {str(name)!r} is not a folder, and not a name on the Hub (owner/name) either.")
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
@@ -41,7 +41,7 @@ def local_folder(name: str | Path, what: str) -> Path:
 
 def read_json(path: Path, of_what: str = "a checkpoint") -> dict:
     """A JSON object. OSError without the file, ValueError if it cannot be read as one."""
-    content = load_errors.read_config(path)
+    content = read_config(path)
     if content is None:
         there = ", ".join(sorted(file.name for file in path.parent.iterdir())[:8]) or "nothing"
         raise OSError(f"{path.parent} is not {of_what}: it has no {path.name}. It holds: {there}.")

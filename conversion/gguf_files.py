@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modeling_llava.io.atomic import atomic_path
+from modeling_llava.io.files import atomic_path
 
 from .checks import CheckReport
 from .tensors import LazyTensor, as_bytes

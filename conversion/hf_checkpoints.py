@@ -10,7 +10,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from modeling_llava.configuration_llava import LlavaConfig
 from modeling_llava.io.checkpoints import PROJECTOR_CONFIG_NAME, load_processor, require_llava
-from modeling_llava.io.load_errors import what_is_broken
+from modeling_llava.io.files import what_is_broken
 from modeling_llava.modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.processing_llava import LlavaProcessor
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPVisionConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling_llava.io.atomic import write_atomic
-from modeling_llava.io.load_errors import HUB_NAME
+from modeling_llava.io.files import HUB_NAME, write_atomic
 
 from .checks import check_original
 from .folders import TOKENIZER_FILES, read_json

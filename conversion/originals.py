@@ -22,7 +22,7 @@ from typing import Literal
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from modeling_llava.io.load_errors import NON_LORA_FILES, PROJECTOR_FILES, has_tokenizer, is_original, unsupported
+from modeling_llava.io.files import NON_LORA_FILES, PROJECTOR_FILES, has_tokenizer, is_original, unsupported
 
 from .folders import local_folder, read_json
 from .keymaps import (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_llava.io.load_errors import (
+from modeling_llava.io.files import (
     AGAIN,
     EMPTY_TENSOR,
     LFS_ERROR,

@@ -20,7 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm.auto import tqdm
 
 from modeling_llava import __version__
-from modeling_llava.io.atomic import atomic_path, lock, write_atomic
+from modeling_llava.io.files import atomic_path, lock, write_atomic
 
 from .tensors import SAFETENSORS_DTYPES, LazyTensor, as_bytes
 

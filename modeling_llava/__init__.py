@@ -40,7 +40,7 @@ def __dir__():
 
 
 if not getattr(sys.modules.get("llava_launcher"), "is_running", False):
-    from .versions import check_transformers
+    from .constants import check_transformers
 
     check_transformers()
 

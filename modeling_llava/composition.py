@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from .configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from .constants import CACHE
-from .io.load_errors import is_original, other_than_llava, read_config
+from .io.files import is_original, other_than_llava, read_config
 from .text.tokenization import add_image_token, load_tokenizer
 
 

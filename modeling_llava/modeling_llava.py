@@ -11,7 +11,7 @@ LLaVA: a vision tower, a projector and a language model (Visual Instruction Tuni
 Class and module names are those of stock transformers, and so are the saved keys: a checkpoint of ours is a stock `llava`
 checkpoint. What differs is the work per step, not the result: the head sees supervised tokens only
 (`kernels/linear_cross_entropy.py`), a frozen tower builds no graph, a repeated image is encoded once, and layers of the
-tower that nothing reads are not computed (`kernels/early_exit.py`).
+tower that nothing reads are not computed (`kernels/efficient_layers.py`).
 """
 
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ from .configuration_llava import LlavaConfig
 from .constants import CACHE
 from .generation_llava import LlavaGenerationMixin
 from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
-from .kernels.early_exit import without_later_layers
+from .kernels.efficient_layers import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss, is_sharded
 from .kernels.packed_attention import mask_of_pack
 

@@ -20,11 +20,11 @@ from .text.chat_templates import (
     chat_template_of,
     choose_chat_template,
     load_chat_template,
+    plain_messages,
     warn_of_joined_texts,
     with_image_token,
 )
 from .text.control_tokens import ControlTokens, Marks
-from .text.messages import plain_messages
 from .text.tokenization import add_image_token, load_tokenizer
 
 
@@ -259,7 +259,7 @@ class LlavaProcessor(ProcessorMixin):
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                Messages, or a batch of them, in any form that [`~modeling_llava.text.messages.plain_messages`] reads.
+                Messages, or a batch of them, in any form that [`~modeling_llava.text.chat_templates.plain_messages`] reads.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
                 With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text, except, in an
                 assistant's message, one that was added and that the template does not write, such as `<seg>`. Template variables

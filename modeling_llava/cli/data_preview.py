@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..constants import IGNORE_INDEX
     from ..data import LlavaDataCollator, load_conversations
-    from ..data.preview import render_sample
+    from ..data.labels import render_sample
     from ..data.schema import summarize_drops
     from ..io.checkpoints import load_processor
 

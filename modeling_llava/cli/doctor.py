@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from importlib import metadata
 
-from ..versions import installed
+from ..constants import installed
 
 
 USES_MODELS = False

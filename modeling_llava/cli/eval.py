@@ -149,7 +149,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ..evaluation.report import attach, compare, markdown, plot, published_for, read_runs
-    from ..io.atomic import write_atomic
+    from ..io.files import write_atomic
 
     runs = read_runs(args.runs, args.labels)
     comparisons = compare(runs)

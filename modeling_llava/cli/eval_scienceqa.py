@@ -89,7 +89,7 @@ def _read(args: argparse.Namespace, split: str, images: str | None) -> list:
 
 def _export(args: argparse.Namespace) -> int:
     from ..evaluation.scienceqa import to_llava_rows
-    from ..io.atomic import write_atomic
+    from ..io.files import write_atomic
 
     problems = _read(args, args.split, args.images)
     if args.dataset:

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from ..versions import check_transformers
+from ..constants import check_transformers
 
 
 COMMANDS: dict[str, str] = {

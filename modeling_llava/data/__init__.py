@@ -15,14 +15,19 @@ _PUBLIC_NAMES = {
     "from_llava_row": "schema",
     "from_messages_row": "schema",
     "load_conversations": "sources",
-    "load_image": "images",
+    "load_image": "schema",
 }
 
 if TYPE_CHECKING:
     from .collator import LlavaDataCollator  # noqa: F401
-    from .images import load_image  # noqa: F401
     from .labels import conversation_length, encode_conversation  # noqa: F401
-    from .schema import BadSampleError, Conversation, from_llava_row, from_messages_row  # noqa: F401
+    from .schema import (  # noqa: F401
+        BadSampleError,
+        Conversation,
+        from_llava_row,
+        from_messages_row,
+        load_image,  # noqa: F401
+    )
     from .sources import ConversationDataset, ConversationStream, load_conversations  # noqa: F401
 
 

@@ -24,9 +24,8 @@ from transformers import ProcessorMixin
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN
 from ..text.stops import answer_stop
 from .check_report import DataReport, Found, summarize, write_report
-from .images import image_key, load_image, read_image_size
 from .labels import encode_conversation
-from .schema import TOO_LONG, BadSampleError
+from .schema import TOO_LONG, BadSampleError, image_key, load_image, read_image_size
 from .sources import RowReader, open_sources
 
 

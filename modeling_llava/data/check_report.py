@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from .packing import best_fit_packs
 
 

@@ -11,7 +11,6 @@ from transformers import ProcessorMixin
 from ..configuration_llava import count_image_tokens
 from ..constants import IGNORE_INDEX
 from ..processing_llava import num_image_tokens
-from .images import image_key, load_image
 from .labels import conversation_length, encode_conversation
 from .packing import pack_sequences
 from .schema import (
@@ -20,6 +19,8 @@ from .schema import (
     BadSampleError,
     Conversation,
     DropCounter,
+    image_key,
+    load_image,
     require_an_image_for_each_place,
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..constants import IMAGE_TOKEN
 from ..data.json_rows import JsonRows
-from ..io.atomic import atomic_path
+from ..io.files import atomic_path
 from .coco import coco_item, coco_name, image_and_id, is_coco, items_of, one_line, stray_annotation
 from .concepts import ConceptSettings, choose_captions, count_phrases
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..endpoint import BATCH_PRICE, REFUSED, Ledger
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from .contexts import REASONS as CONTEXT_REASONS
 from .plots import plot_lengths
 from .replies import LEFT_OUT

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 
 
 DEFAULT_MODEL = "en_core_web_sm"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
-from ..io.atomic import atomic_path, sha256_of
+from ..io.files import atomic_path, sha256_of
 from ..io.images import ImageError, open_size
 from .card import write_card
 from .report import write_report

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..io.atomic import atomic_path
+from ..io.files import atomic_path
 
 
 COLORS = {"conversation": "#4477aa", "detail": "#ccbb44", "complex": "#aa3377"}

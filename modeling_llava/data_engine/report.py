@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from ..endpoint import Ledger
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from ..io.images import ImageError, read_image
 from .replies import LEFT_OUT
 from .run import RunFolder

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..endpoint import Ledger
-from ..io.atomic import atomic_path, write_atomic
+from ..io.files import atomic_path, write_atomic
 from .contexts import Context, ContextCounts
 from .prompts import FOLDERS, Prompt, hash_prompts
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from .chat import EndpointFault, Reply, RequestFault
 from .ledger import Ledger
 from .limits import BATCH_PRICE, Budget

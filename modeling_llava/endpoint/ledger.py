@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..io.atomic import locked_file
+from ..io.files import locked_file
 from .chat import Usage
 from .limits import BATCH_PRICE, Budget
 

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..data.images import image_key
-from ..io.atomic import locked_file, write_atomic
+from ..data.schema import image_key
+from ..io.files import locked_file, write_atomic
 from .results import RUN_NAME, Scored, hash_files, hash_json, read_json, write_results
 
 

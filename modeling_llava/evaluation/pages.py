@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..data.images import load_image
-from ..io.atomic import write_atomic
+from ..data.schema import load_image
+from ..io.files import write_atomic
 from .report import Run, compare, markdown
 
 

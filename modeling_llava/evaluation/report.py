@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io.atomic import atomic_path
+from ..io.files import atomic_path
 from .llava_bench import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
 from .results import RESULTS_NAME, fingerprint, paired_difference, read_results
 from .scienceqa import SCIENCEQA, SCIENCEQA_COLUMNS

@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
+from ..constants import recorded_versions
 from ..data.json_rows import JsonRows
-from ..io.atomic import sha256_of, write_atomic
-from ..versions import recorded_versions
+from ..io.files import sha256_of, write_atomic
 
 
 SCHEMA_VERSION = 1

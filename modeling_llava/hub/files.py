@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..io.load_errors import has_tokenizer, read_config, safetensors_header
+from ..io.files import has_tokenizer, read_config, safetensors_header
 
 
 PUBLISHED = {

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from ..io.load_errors import HUB_NAME
+from ..io.files import HUB_NAME
 from .files import read_record
 
 

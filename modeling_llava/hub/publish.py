@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
-from ..io.load_errors import HUB_NAME
+from ..io.files import HUB_NAME
 from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields
 from .files import Problem, find_problems, link_problems, missing_files, read_record, select_files

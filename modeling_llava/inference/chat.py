@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from ..io.images import ImageError, read_image
 from .predictor import Answer, LlavaPredictor
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..constants import CACHE
-from ..kernels.early_exit import without_later_layers
+from ..kernels.efficient_layers import without_later_layers
 from .decoding_settings import DecodingSettings, draw_token
 from .prefix_cache import MARGIN, Prefix, RowCache, free_memory, key_value_bytes, pass_bytes
 from .shared_prefix import Step, prune_last_layer, shared_prefix_implementation, supports_shared_prefix

@@ -18,7 +18,7 @@ from ..io.checkpoints import (
     load_processor,
     load_projector,
 )
-from ..io.load_errors import explained
+from ..io.files import explained
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.images import image_key
+from ..data.schema import image_key
 from ..io.images import read_image
 from ..text.control_tokens import ControlTokens
 from .decoding import Decoder, Row

@@ -6,10 +6,10 @@ from itertools import islice
 
 from PIL import Image
 
-from ..data.images import image_key, load_image
+from ..data.schema import image_key, load_image
 from ..processing_llava import num_image_tokens
+from ..text.chat_templates import plain_messages
 from ..text.control_tokens import ControlTokens
-from ..text.messages import plain_messages
 from .decoding import Decoder, Row
 from .prefix_cache import Prefix, common_length
 

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from ..versions import is_older
+from ..constants import is_older
 from .prefix_cache import RowCache
 
 

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
-from .load_errors import (
+from .files import (
     EMPTY_TENSOR,
     HUB_NAME,
     PROCESSORS,

@@ -1,7 +1,7 @@
 """
 An image in any form, as an upright RGB one: what processor, pipeline, predictor and training all read images with.
 
-Errors that name a sample are in `data/images.py`.
+Errors that name a sample are in `data/schema.py`.
 """
 
 import base64

@@ -15,6 +15,7 @@ With activation checkpointing one layer's activations exist at a time, and this 
 
 import logging
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -25,9 +26,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import fuses_rms_norm
+from ..compat import forward_hooks, fuses_rms_norm, is_capturing
 from ..constants import CACHE
-from .exchange import Kernel, can_exchange, exchange
+from . import Kernel, can_exchange, exchange, original_class
 
 
 logger = logging.getLogger(__name__)
@@ -322,3 +323,45 @@ def _exchange_if_same(module: nn.Module, kind: str, embedding: torch.Tensor) -> 
 
 def _first(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+# The vision tower's layers after the one whose output is selected (LLaVA takes the last but one): nothing reads what they give,
+# so they need not be computed.
+
+
+@contextmanager
+def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]):
+    """
+    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same. Not if something
+    takes part in their computation: a trained parameter, or a hook, be it somebody's own or that of an engine that shards the weights.
+
+    Args:
+        vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
+        feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
+    """
+    encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
+    layers = list(getattr(encoder, "layers", []))
+    selected = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    last = max(index if index >= 0 else len(layers) + 1 + index for index in selected)
+    later = [layer for layer in layers[last:] if can_exchange(layer)]
+    if any(_is_awaited(module) for layer in later for module in layer.modules()):
+        later = []
+    try:
+        for layer in later:
+            exchange(layer, SkippedLayer)
+        yield
+    finally:
+        for layer in later:
+            layer.__class__ = original_class(layer)  # another thread's call may have been first
+
+
+def _is_awaited(module: nn.Module) -> bool:
+    is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters(recurse=False))
+    return is_trained or any(not is_capturing(hook) for hook in forward_hooks(module))
+
+
+class SkippedLayer(Kernel):
+    prefix = "Skipped"
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states

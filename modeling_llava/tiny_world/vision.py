@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..constants import IGNORE_INDEX
-from ..data.images import load_image
+from ..data.schema import load_image
 from ..data_engine.contexts import read_contexts
 from ..image_processing_llava import LlavaImageProcessor
 from .responder import read_context

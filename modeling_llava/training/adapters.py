@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..io.atomic import atomic_path, write_atomic
 from ..io.checkpoints import DORA_MAGNITUDE, base_name_to_record, component_of, file_of, resize_to_adapter
-from ..io.load_errors import read_config
+from ..io.files import atomic_path, read_config, write_atomic
 from .arguments import LlavaTrainingArguments
 
 

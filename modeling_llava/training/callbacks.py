@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..constants import IGNORE_INDEX
-from ..data.preview import render_sample
-from ..io.atomic import write_atomic
+from ..data.labels import render_sample
 from ..io.checkpoints import COMPONENTS, component_of
+from ..io.files import write_atomic
 from .adapters import core_model
 from .arguments import LlavaTrainingArguments
 

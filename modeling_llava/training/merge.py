@@ -16,7 +16,6 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..io.atomic import write_atomic
 from ..io.checkpoints import (
     checkpoint_kind,
     file_of,
@@ -30,7 +29,7 @@ from ..io.checkpoints import (
     resize_to_adapter,
     saved_tensors,
 )
-from ..io.load_errors import explained
+from ..io.files import explained, write_atomic
 from ..text.stops import add_generation_stop
 from .adapters import LANGUAGE_MODEL
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from .arguments import LlavaTrainingArguments
 
 

@@ -22,10 +22,9 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..io.atomic import lock, sha256_of, write_atomic
+from ..constants import recorded_versions
 from ..io.checkpoints import RUN_RECORD_NAME
-from ..io.load_errors import safetensors_header
-from ..versions import recorded_versions
+from ..io.files import lock, safetensors_header, sha256_of, write_atomic
 from .arguments import LlavaTrainingArguments
 from .recipes import write_recipe
 

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.schema import summarize_drops
-from ..io.atomic import write_atomic
+from ..io.files import write_atomic
 from ..text.stops import missing_stop
 from .adapters import core_model
 from .arguments import LlavaTrainingArguments

@@ -93,7 +93,7 @@ def test_preview_shows_the_rendered_text_to_the_letter(data, model, capsys):
 
 def test_preview_colours_exactly_what_is_supervised(model, golden):
     from modeling_llava.data import encode_conversation, from_llava_row
-    from modeling_llava.data.preview import render_sample
+    from modeling_llava.data.labels import render_sample
 
     processor = LlavaProcessor.from_pretrained(model)
     for sample in json.loads((golden / "masks_tiny.json").read_text())["versions"]["v1"]:

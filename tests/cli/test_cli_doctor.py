@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_llava import versions
+from modeling_llava import constants
 from modeling_llava.cli import doctor
 from modeling_llava.cli.main import main
 
@@ -87,5 +87,5 @@ def test_a_gpu_older_than_torchs_kernels_is_a_problem(monkeypatch):
 
 def test_oldest_transformers_is_that_of_setup(request):
     setup = (request.config.rootpath / "setup.py").read_text()
-    assert f'"transformers>={versions.TRANSFORMERS[0]},<{versions.TRANSFORMERS[1]}"' in setup
-    assert versions.is_older("2.9.1", "2.13") and not versions.is_older("2.13.0+cpu", "2.6")
+    assert f'"transformers>={constants.TRANSFORMERS[0]},<{constants.TRANSFORMERS[1]}"' in setup
+    assert constants.is_older("2.9.1", "2.13") and not constants.is_older("2.13.0+cpu", "2.6")

@@ -132,7 +132,7 @@ def test_what_other_packages_tell_their_programmers_is_not_passed_on(folder, tmp
 
 
 def test_an_old_transformers_is_one_line_with_the_command_that_fixes_it(folder, capsys, monkeypatch):
-    monkeypatch.setattr("modeling_llava.versions.installed", lambda package: "5.17.0")
+    monkeypatch.setattr("modeling_llava.constants.installed", lambda package: "5.17.0")
     for command in (["chat", str(folder)], ["estimate", "qlora", f"model={folder}"], ["data", "check", "my.json"]):
         assert main(command) == 2
         assert last_line(capsys, command[0]).endswith(

@@ -8,8 +8,15 @@ import pytest
 from PIL import Image, ImageFile
 from transformers.image_utils import load_image as load_image_of_transformers
 
-from modeling_llava.data.images import image_key, load_image, read_image_size
-from modeling_llava.data.schema import CORRUPT_IMAGE, MISSING_IMAGE, OUTSIDE_IMAGE, BadSampleError
+from modeling_llava.data.schema import (
+    CORRUPT_IMAGE,
+    MISSING_IMAGE,
+    OUTSIDE_IMAGE,
+    BadSampleError,
+    image_key,
+    load_image,
+    read_image_size,
+)
 from modeling_llava.io.images import read_image
 
 

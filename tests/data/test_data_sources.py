@@ -13,9 +13,8 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from modeling_llava.data import BadSampleError, ConversationDataset, ConversationStream, load_conversations
-from modeling_llava.data.images import load_image
 from modeling_llava.data.rows import ArrowRows
-from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER
+from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER, load_image
 from modeling_llava.training.resume import record_data
 
 

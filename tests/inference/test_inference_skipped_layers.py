@@ -6,7 +6,7 @@ from tiny_predictor import picture, user_turn
 
 from modeling_llava.inference import LlavaPredictor
 from modeling_llava.inference.prompts import encode_prompt
-from modeling_llava.kernels.early_exit import without_later_layers
+from modeling_llava.kernels.efficient_layers import without_later_layers
 
 
 @pytest.mark.parametrize("layer, computed", [(-2, -1), (-1, None), (1, 1), ([0, 1], 1)])

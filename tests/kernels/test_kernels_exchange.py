@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_batch, tiny_config
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.kernels import apply_kernels
-from modeling_llava.kernels.exchange import Kernel, exchange, restore
+from modeling_llava.kernels import Kernel, apply_kernels, exchange, restore
 
 
 def plain_model():

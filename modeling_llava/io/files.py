@@ -1,14 +1,16 @@
 """
-What a folder or a Hub repository is if it is not a LLaVA, and why a folder cannot be loaded: one line each, with the fix.
-
-[`other_than_llava`] is asked before anything large is read, [`what_is_broken`] after a load has failed.
+Files that are whole or not there: written next to their place, then moved; and locks between processes. What a folder or a Hub
+repository is if it is not a LLaVA ([`other_than_llava`], asked before anything large is read), and why one cannot be loaded
+([`what_is_broken`], asked after a load has failed): one line each, with the fix.
 """
 
-import contextlib
+import errno
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -54,6 +56,69 @@ LFS_ERROR = "is Git LFS's pointer to the file, not the file: `git lfs pull`, or 
 AGAIN = "copy or download it again"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """No LLaVA on the Hub has a name without an owner."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
+    """
+    A path to write in place of `path`: it takes that name when the block ends, and is removed if the block raises.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file's name; one that is there is replaced.
+        sync (`bool`, *optional*, defaults to `False`):
+            Wait until the content is on the disk before it takes the name: it survives a power cut.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        if sync:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes, sync: bool = False) -> None:
+    """Write a file by [`atomic_path`]; text as UTF-8. A full disk leaves what was there before."""
+    with atomic_path(path, sync) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """
+    Lock an open file, or on POSIX an open folder, until it is closed or the process dies.
+
+    Returns:
+        `bool`: `False` if another process has it (never with `wait`); `True` also on a file system without locks.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+    return True
+
+
+@contextmanager
+def locked_file(path: str | os.PathLike, wait: bool = False) -> Iterator[bool]:
+    """[`lock`] a file, created if absent, until the block ends; `False` if another process has it."""
+    with open(path, "ab") as file:
+        yield lock(file.fileno(), wait)
 
 
 def other_than_llava(
@@ -140,7 +205,7 @@ def read_config(file: str | os.PathLike | None) -> dict | None:
     return content
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]:
     """Around a load: where it fails, and the folder's files say why ([`what_is_broken`]), that is the ValueError raised."""
     try:
