@@ -2,7 +2,7 @@
 LLaVA as a HuggingFace-native model contribution.
 
 Importing this package registers `LlavaConfig`, the models, the processor and the image processor with transformers'
-Auto classes and pipelines (see `registration.py`). The public names below are imported when they are first used.
+Auto classes and pipelines (`compat.py`). The public names below are imported when they are first used.
 """
 
 import importlib
@@ -44,6 +44,6 @@ if not getattr(sys.modules.get("llava_launcher"), "is_running", False):
 
     check_transformers()
 
-    from .registration import register_auto_classes
+    from .compat import register_auto_classes
 
     register_auto_classes()

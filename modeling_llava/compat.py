@@ -10,7 +10,18 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     install_output_capuring_hook,
@@ -52,6 +63,34 @@ def set_last_learning_rate(scheduler: torch.optim.lr_scheduler.LRScheduler, grou
 
 
 # ---- transformers ----
+
+
+def register_auto_classes() -> None:
+    """
+    Make transformers' Auto classes, pipelines and checkpoint loading use our classes for `model_type` "llava". Idempotent.
+
+    Each step answers one way in which transformers would otherwise pass over our classes, some of them in silence.
+    """
+    from .configuration_llava import LlavaConfig
+    from .image_processing_llava import LlavaImageProcessor
+    from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
+    from .processing_llava import LlavaProcessor
+
+    AutoConfig.register("llava", LlavaConfig, exist_ok=True)
+    AutoModel.register(LlavaConfig, LlavaModel, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForPreTraining, AutoModelForMultimodalLM):
+        auto_class.register(LlavaConfig, LlavaForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(LlavaConfig, LlavaProcessor, exist_ok=True)
+    # Not by AutoImageProcessor.register: it would import the stock class first, which warns that torchvision is absent.
+    IMAGE_PROCESSOR_MAPPING.register(
+        LlavaConfig, {"torchvision": LlavaImageProcessor, "pil": LlavaImageProcessor}, exist_ok=True
+    )
+    # AutoProcessor and the pipelines look a class up by its stock name first.
+    PROCESSOR_MAPPING_NAMES.pop("llava", None)
+    # Saved keys are the stock ones (`language_model.model.…`), but transformers maps them for classes of its own package only:
+    # without this a stock checkpoint loads with a random language model, and no exception.
+    for name in ("llava", "LlavaModel"):
+        register_checkpoint_conversion_mapping(name, get_checkpoint_conversion_mapping(name), overwrite=True)
 
 
 def can_set_attention(model: PreTrainedModel) -> bool:

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command != "doctor":  # which reports it in full
             check_transformers()
         if getattr(module, "USES_MODELS", True):  # `import modeling_llava` does not register for the console script
-            importlib.import_module("modeling_llava.registration").register_auto_classes()
+            importlib.import_module("modeling_llava.compat").register_auto_classes()
         return module.run(args) or 0
     except KeyboardInterrupt:
         resumes = args.command in ("quickstart", "train", "eval", "data", "publish")

@@ -9,13 +9,24 @@ What autograd keeps of a Llama layer for the backward pass, per token (h = hidde
 
 and the rotary embedding is written in five passes over queries and keys in place of ten.
 
-Modules are exchanged by what they look like, whatever they are called, and only where a probe forward gives the same numbers.
 With activation checkpointing one layer's activations exist at a time, and this is the memory of it.
+
+A module computes by another class, which is put before its own: what `print(model)` shows is what runs.
+
+    LlamaRMSNorm   →   EfficientLlamaRMSNorm(EfficientNorm, LlamaRMSNorm)
+
+Modules are exchanged by what they look like, whatever they are called, and only where a probe forward gives the same numbers. In
+training the `compute` of the new class runs, in `eval()` the original's `forward`, so that answers are the stock ones to the last
+bit. Parameters, buffers, hooks and `isinstance` stay as they are. A pickle holds the original class, so that it is read in a process
+without this package; copies and the replicas of `nn.DataParallel` keep the exchanged one.
 """
 
+import copy
+import functools
 import logging
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,12 +37,90 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import forward_hooks, fuses_rms_norm, is_capturing
+from ..compat import forward_hooks, fuses_rms_norm, is_capturing, is_under_functorch
 from ..constants import CACHE
-from . import Kernel, can_exchange, exchange, original_class
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class KernelReport:
+    """
+    What [`apply_kernels`] exchanged: class as `print(model)` shows it → number of modules; and what it left, since its forward is
+    bound on the instance (accelerate's hooks, Liger).
+    """
+
+    exchanged: dict[str, int]
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = [f"{count} × {name}" for name, count in self.exchanged.items()] or ["none"]
+        left = [f"{count} × {name}" for name, count in self.left.items()]
+        return "Kernels: " + ", ".join(parts) + (f"; hooked, so left as they are: {', '.join(left)}" if left else "")
+
+
+def apply_kernels(model: nn.Module) -> KernelReport:
+    """
+    Exchange the modules of a LLaVA's language model for kernels that compute the same training step with less time and memory, in
+    place, where a probe forward shows that they do: norms, MLPs, attention, LoRA layers.
+
+    To be called after freezing and adding adapters, and before hooks: a hooked module keeps its forward. Answers in `eval()` are
+    not affected.
+
+    Args:
+        model ([`LlavaForConditionalGeneration`], ours or stock, or a `PeftModel` around it)
+
+    Returns:
+        [`KernelReport`]
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    left = Counter(type(module).__name__ for module in core.modules() if "forward" in vars(module))
+    make_efficient(core.model.language_model)
+    exchanged = Counter(type(module).__name__ for module in core.modules() if isinstance(module, Kernel))
+    return KernelReport(dict(exchanged), dict(left))
+
+
+class Kernel:
+    """Base of the classes that are put before a module's own."""
+
+    prefix: str
+    """Of the name of the exchanged class."""
+    original_class: type[nn.Module]
+
+    def forward(self, *args, **kwargs):
+        is_efficient = self.training and not is_under_functorch()
+        return self.compute(*args, **kwargs) if is_efficient else self.compute_plainly(*args, **kwargs)
+
+    def compute_plainly(self, *args, **kwargs):
+        """The original's `forward`, by which a kernel computes what it does not know."""
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super().__reduce_ex__(2)
+        return object.__new__, (self.original_class,), *rest
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+
+def can_exchange(module: nn.Module) -> bool:
+    """Whether nothing is bound on the instance (accelerate's hooks, Liger), and no other kernel is there."""
+    return "forward" not in vars(module) and not isinstance(module, Kernel)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, as it was before an exchange."""
+    return module.original_class if isinstance(module, Kernel) else type(module)
+
+
+@functools.cache
+def exchanged_class(original: type[nn.Module], kernel: type[Kernel]) -> type[nn.Module]:
+    """The class of a kernel before an original class; made once for each pair."""
+    name = f"{kernel.prefix}{original.__name__}"
+    return type(name, (kernel, original), {"original_class": original, "__module__": kernel.__module__})
 
 
 # Norms
@@ -233,7 +322,7 @@ def make_efficient(language_model: nn.Module) -> Counter:
     counts = Counter()
     embedding = language_model.get_input_embeddings().weight
     if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
-        return counts  # weights that are not here cannot be probed
+        return counts  # offloaded or sharded weights cannot be probed
     layers = [layer for layer in language_model.modules() if hasattr(layer, "gradient_checkpointing")]
     layer_of = {module: layer for layer in layers for module in layer.modules()}  # the innermost: it comes last
     for module in language_model.modules():
@@ -245,7 +334,7 @@ def make_efficient(language_model: nn.Module) -> Counter:
         if _exchange_if_same(module, kind, embedding):
             counts[kind] += 1
         else:
-            logger.info("%s is left as it is: it does not compute what its like does.", type(module).__name__)
+            logger.info("%s is left as it is: it does not compute what others of its form do.", type(module).__name__)
     return counts
 
 
@@ -306,7 +395,7 @@ def _exchange_if_same(module: nn.Module, kind: str, embedding: torch.Tensor) -> 
     module.eval()  # dropout of LoRA layers
     try:
         expected = _first(module(hidden, **inputs))
-        exchange(module, _KINDS[kind][1])
+        module.__class__ = exchanged_class(original, _KINDS[kind][1])
         actual = _first(module.compute(hidden, **inputs))
         tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
         is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
@@ -348,7 +437,7 @@ def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]
         later = []
     try:
         for layer in later:
-            exchange(layer, SkippedLayer)
+            layer.__class__ = exchanged_class(type(layer), SkippedLayer)
         yield
     finally:
         for layer in later:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..compat import is_under_functorch, keeps_graph
 from ..constants import IGNORE_INDEX
-from . import Kernel, exchanged_class, original_class
+from .efficient_layers import Kernel, exchanged_class, original_class
 
 
 CHUNK_ELEMENTS = 2**23

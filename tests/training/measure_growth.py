@@ -73,7 +73,7 @@ def measure(settings: dict) -> dict:
     import torch
     from transformers import TrainerCallback
 
-    from modeling_llava.registration import register_auto_classes
+    from modeling_llava.compat import register_auto_classes
     from modeling_llava.training import train
 
     register_auto_classes()
