@@ -27,8 +27,6 @@ STYLES = {"brief": BRIEF_QUESTIONS, "detailed": DETAILED_QUESTIONS, "plain": Non
 
 @dataclass(frozen=True)
 class CaptionRow:
-    """One row of a file of captions."""
-
     id: str
     image: str  # path, relative to the image folder
     captions: tuple[str, ...]
@@ -36,22 +34,19 @@ class CaptionRow:
 
 
 def read_captions(path: str | Path) -> Iterator[CaptionRow]:
-    """Reads a file of captions, one row at a time.
-
-    Forms: LLaVA's JSON (the first answer is the caption), rows {image, caption} or {image, captions} as a JSON array or
-    JSONL, and COCO captions (each annotation a row).
+    """Reads a file of captions, one row at a time: LLaVA's JSON (the first answer is the caption), rows {image, caption} or
+    {image, captions} as a JSON array or JSONL, or COCO captions (each annotation a row).
 
     Raises:
-        ValueError: the file or a row is of no known form.
-        OSError: the file cannot be read.
+        ValueError: the file or a row has another form.
     """
     path = Path(path)
     if is_coco(path):
         yield from _coco_rows(path)
-        return
-    rows = JsonRows(path)
-    for index, row in enumerate(rows):
-        yield _caption_row(row, rows.where(index))
+    else:
+        rows = JsonRows(path)
+        for index, row in enumerate(rows):
+            yield _caption_row(row, rows.where(index))
 
 
 def _caption_row(row: Any, where: str) -> CaptionRow:
@@ -115,10 +110,7 @@ def expand_captions(
         style: `"brief"` or `"detailed"`: a question drawn from that list, the image before or after it by chance.
             `"plain"`: the image without a question, as v1.5 pretrains.
         questions: File of questions, one per line, in place of the package's list.
-        seed: Seed of the draws; they depend on the sample's id, not on its place in the file.
-
-    Raises:
-        ValueError: an unknown style, a row of no known form, or no caption at all.
+        seed: Seed of the draws, which depend on the sample's id and not on its place in the file.
     """
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, got '{style}'.")
@@ -165,13 +157,6 @@ class FilterSummary:
     phrases_after: int = 0  # in the chosen captions
     commonest: list[list[Any]] = field(default_factory=list)  # twenty times [phrase, captions before, captions after]
 
-    def describe_phrases(self, before: Counter[str], after: Counter[str], settings: ConceptSettings) -> None:
-        """Fills in the figures about phrases."""
-        self.phrases, self.phrases_after = len(before), len(after)
-        self.skipped = sum(count < settings.least for count in before.values())
-        self.capped = sum(count > settings.most for count in before.values())
-        self.commonest = [[phrase, count, after[phrase]] for phrase, count in before.most_common(20)]
-
 
 def filter_captions(
     source: str | Path,
@@ -192,22 +177,17 @@ def filter_captions(
     Args:
         source: File of captions (`read_captions`). A row is chosen if one of its captions is.
         target: JSON, or JSONL by its name.
-        settings: How captions are chosen.
-        model: spaCy's model.
         phrases: Folder for the noun phrases instead of `OUT.phrases`.
-        workers: Processes that extract noun phrases; default: one per core.
-        engine: `"local"`, or `"ray"` for Ray Data on the cluster that `RAY_ADDRESS` names, or on this machine.
-        progress: Whether to show a progress bar.
+        model, workers, engine, progress: As in `extract_shards`.
 
     Raises:
-        ValueError: a row is of no known form, or no caption is chosen.
+        ValueError: no caption is chosen.
         ImportError: spaCy, its model, or Ray is not installed.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine must be 'local' or 'ray', got '{engine}'.")
-    settings = settings or ConceptSettings()
+    settings, target = settings or ConceptSettings(), Path(target)
     check_target(source, target)
-    target = Path(target)
     shards = extract_shards(
         (caption for row in read_captions(source) for caption in row.captions),
         phrases or target.with_name(target.stem + ".phrases"),
@@ -241,7 +221,10 @@ def filter_captions(
                 f"No caption of {source} is chosen: no noun phrase occurs in {settings.least} of its {summary.captions:,} "
                 "captions. Lower --least for a small set."
             )
-    summary.describe_phrases(before, after, settings)
+    summary.phrases, summary.phrases_after = len(before), len(after)
+    summary.skipped = sum(count < settings.least for count in before.values())
+    summary.capped = sum(count > settings.most for count in before.values())
+    summary.commonest = [[phrase, count, after[phrase]] for phrase, count in before.most_common(20)]
     write_json(target.with_name(target.stem + ".report.json"), asdict(summary))
     plot_concepts(before.values(), after.values(), settings.least, target.with_name(target.stem + ".concepts.png"))
     return summary
@@ -249,12 +232,12 @@ def filter_captions(
 
 @contextmanager
 def write_rows(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes a row, into a JSON array or, by the file's name, JSONL. The file appears when it is whole."""
+    """A function that writes a row into a JSON array or, by the file's name, JSONL. The file appears when it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.suffix.lower() in {".jsonl", ".ndjson"}
     separator = "" if lines else "[\n"
-    # Half a surrogate pair, which no file can hold, is written as its escape in JSON.
+    # A lone surrogate, which no file can hold, is written as its escape in JSON.
     with (
         atomic_path(path, sync=True) as partial,
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,

@@ -13,17 +13,14 @@ from .samples import OutputSummary
 
 
 def write_card(folder: RunFolder, ledger: Ledger, summary: OutputSummary, limit: int | None = None) -> None:
-    """Writes `summary.json`, and `README.md` with a plot into the `datasets` folder, or the run's folder without one.
-
-    Without matplotlib the plot is left out, with a note.
-    """
+    """Writes `summary.json`, and `README.md` with a plot into the `datasets` folder, or the run's folder without one."""
     target = folder.path / "dataset" if summary.fingerprint else folder.path
     plot = ""
     try:
         plot_lengths(summary.answer_words, target / "lengths.png")
         plot = "## What is in it\n\n![Length of answers](lengths.png)\n\n"
     except ImportError as error:
-        summary.notes.append(f"The card lacks its plot. {error}")
+        summary.notes.append(f"The card has no plot. {error}")
     figures = collect_figures(folder, ledger, summary, limit)
     write_json(folder.path / "summary.json", figures)
     write_atomic(target / "README.md", render_card(figures, plot, summary.fingerprint))
@@ -34,9 +31,8 @@ def collect_figures(
     folder: RunFolder, ledger: Ledger, summary: OutputSummary, limit: int | None = None
 ) -> dict[str, Any]:
     """All figures about a run and its data, as plain values."""
-    counts, about = ledger.counts, folder.about
+    counts, about, cost = ledger.counts, folder.about, None
     boxes = {row["id"]: len(row["boxes"]) for task, row, _ in folder.plan(limit) if task in ledger.tasks}
-    cost = None
     if prices := about.get("prices"):
         weights = ((counts.used, 1.0), (counts.used_in_batch, BATCH_PRICE), (counts.perhaps_used, 1.0))
         cost = sum(f * (tokens[0] * prices[0] + tokens[1] * prices[1]) for tokens, f in weights) / 1e6
@@ -69,7 +65,7 @@ def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def render_card(figures: dict[str, Any], plot: str, fingerprint: str) -> str:
-    """The card's text, of what `collect_figures` gives."""
+    """The card's text from `collect_figures`."""
     settings, contexts, samples, rejected = (figures[key] for key in ("settings", "contexts", "samples", "rejected"))
     kinds, total = settings["types"], sum(samples.values())
     made = [
@@ -110,9 +106,8 @@ def render_card(figures: dict[str, Any], plot: str, fingerprint: str) -> str:
         if any(reason in counts for counts in rejected.values())
     ]
     reasons.append(["question that repeats another", *(figures["near_duplicates"].get(kind, 0) for kind in kinds)])
-    refused = (
-        " What the endpoint refused to answer is there too." if any(REFUSED in c for c in rejected.values()) else ""
-    )
+    is_refused = any(REFUSED in counts for counts in rejected.values())
+    refused = " What the endpoint refused to answer is there too." if is_refused else ""
     use = 'import json\n\ndata = json.load(open("instruct.json", encoding="utf-8"))\nprint(data[0]["conversations"])'
     configs = ""
     if fingerprint:

@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 
 def writable(text: str) -> str:
-    """A text with a `?` for half a surrogate pair, which JSON can escape and no file can hold."""
+    """A text with a `?` for each lone surrogate, which JSON can escape and no file can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -53,11 +53,7 @@ def stem_of(image: str) -> str:
 
 
 def image_and_id(row: Any, where: str, expected: str) -> tuple[str, str]:
-    """Image and id of a row.
-
-    Raises:
-        ValueError: the row has no image.
-    """
+    """Image and id of a row. ValueError if it has no image."""
     if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not row["image"].strip():
         raise ValueError(f"{where} has no 'image'. Expected {expected}.")
     image, name = writable(row["image"]), row.get("id")
@@ -65,7 +61,7 @@ def image_and_id(row: Any, where: str, expected: str) -> tuple[str, str]:
 
 
 def corners_of(values: Any) -> list[float]:
-    """Four numbers. `null`, as some writers put NaN into JSON, is NaN; no numbers at all are an empty box."""
+    """Four numbers. `null`, as which some writers store NaN, is NaN; a box without numbers is empty."""
     if values in (None, []):
         return [0.0] * 4
     numbers = [math.nan if value is None else float(value) for value in values]
@@ -94,10 +90,8 @@ def coco_name(item: dict[str, Any], key: str) -> str:
 
 
 def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, str], dict[Any, list]]:
-    """`images` by id as `(file name, width, height)`, `categories` by id, annotations by image id, of a COCO file.
-
-    Of an annotation only what a context needs is held: the caption, or the category and the box, or `()` without either.
-    """
+    """`images` by id as `(file name, width, height)`, `categories` by id, and by image id what a context needs of the
+    annotations: the caption, or the category and the box, or `()` without either."""
     images: dict[Any, tuple[str, Any, Any]] = {}
     categories: dict[Any, str] = {}
     annotations: dict[Any, list] = {}

@@ -51,10 +51,7 @@ def row_hash(key: int, row: int) -> int:
 
 def count_phrases(captions: Iterable[Phrases]) -> Counter[str]:
     """The number of captions of each phrase."""
-    counts: Counter[str] = Counter()
-    for phrases in captions:
-        counts.update(phrases)
-    return counts
+    return Counter(phrase for phrases in captions for phrase in phrases)
 
 
 def choose_captions(
@@ -62,10 +59,7 @@ def choose_captions(
 ) -> list[bool]:
     """Whether each caption is chosen, in order. Memory: `most` hashes per frequent phrase, eight bytes per caption.
 
-    Args:
-        captions: Gives the phrases of each caption; called up to three times.
-        settings: How captions are chosen.
-        counts: The number of captions of each phrase, if it is known.
+    `captions` gives the phrases of each caption and is called up to three times; `counts` are those of `count_phrases`.
     """
     counts = count_phrases(captions()) if counts is None else counts
     taken = [phrase for phrase, count in counts.items() if count >= settings.least]

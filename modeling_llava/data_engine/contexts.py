@@ -31,7 +31,7 @@ DECIMALS = 3
 LARGEST_FRACTION = 2.0
 """Corners beyond it are pixels; where pixels are expected, a box within it is in fractions."""
 FAR_OVER = 1.05
-"""Boxes that end beyond it, in widths or heights of the image, are not in COCO's form."""
+"""A box that ends beyond it, in widths or heights of the image, is not in COCO's form."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,11 @@ def clean_box(
     category: str,
     corners: Iterable[float],
     counts: ContextCounts,
-    *,
-    width: float = 1.0,
-    height: float = 1.0,
+    size: tuple[float, float] = (1.0, 1.0),
     crowd: bool = False,
 ) -> Box | None:
-    """A `Box` from corners in units of `width` and `height`; `None`, and counted by reason, if it is left out."""
+    """A `Box` from corners in an image of `size` (width, height); `None`, and counted by reason, if it is left out."""
+    width, height = size
     x1, y1, x2, y2 = corners = [float(value) for value in corners]
     exact = (x1 / width, y1 / height, x2 / width, y2 / height)
     left, top, right, bottom = inside = [min(max(value, 0.0), 1.0) for value in exact]
@@ -165,7 +164,7 @@ def _clean_captions(captions: Any, where: str, counts: ContextCounts) -> tuple[s
     cleaned = [one_line(caption) for caption in captions]
     if empty := cleaned.count(""):
         counts.dropped["empty_caption"] += empty
-    return tuple(caption for caption in cleaned if caption)
+    return tuple(filter(None, cleaned))
 
 
 def _size(width: Any, height: Any, where: str) -> tuple[float, float] | None:
@@ -182,17 +181,11 @@ def _size(width: Any, height: Any, where: str) -> tuple[float, float] | None:
 
 
 def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "row") -> Context:
-    """A context from one row of the plain form or of LLaVA-Bench's.
+    """A context from a row; a `ValueError` names a field that is missing or malformed.
 
-    Args:
-        row: `image`, `captions` (a list; or `caption`, a text) and `boxes` or `instances`, a list of
-            `{"category": name, "bbox": [x1, y1, x2, y2]}`. With `width` and `height` (pixels) the corners are pixels;
-            without, fractions of the image. `id` is optional; `iscrowd` of a box is honoured.
-        counts: Where what is left out is counted.
-        where: File and line, for messages.
-
-    Raises:
-        ValueError: a field is missing or not of its form.
+    A row has `image`, `captions` (a list; or `caption`, a text) and `boxes` or `instances`, a list of `{"category": name,
+    "bbox": [x1, y1, x2, y2]}`. With `width` and `height` (pixels) the corners are pixels; without, fractions of the image.
+    `id` is optional; `iscrowd` of a box is honoured.
     """
     image, name = image_and_id(row, where, "one object {image, captions, boxes} per line")
     where = f"{where}, sample '{name}'"
@@ -211,9 +204,8 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
             raise ValueError(f"{where}: box {item!r} is not {form}.") from None
         if size is None and math.isfinite(sum(corners)) and max(map(abs, corners)) > LARGEST_FRACTION and not crowd:
             counts.dropped["no_size"] += 1
-            continue
-        width, height = size or (1.0, 1.0)
-        boxes.append(clean_box(category, corners, counts, width=width, height=height, crowd=crowd))
+        else:
+            boxes.append(clean_box(category, corners, counts, size or (1.0, 1.0), crowd))
     captions = _clean_captions(row.get("captions", row.get("caption")), where, counts)
     return Context(name, image, captions, _largest_first(filter(None, boxes)))
 
@@ -242,10 +234,7 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
                 raise ValueError(f"{where} has category {category!r}, which is not in 'categories' ({known!r}, …).")
             ends += 1
             far_over += x + w > FAR_OVER * size[0] or y + h > FAR_OVER * size[1]
-            corners = (x, y, x + w, y + h)
-            cleaned.append(
-                clean_box(categories[category], corners, counts, width=size[0], height=size[1], crowd=crowd)
-            )
+            cleaned.append(clean_box(categories[category], (x, y, x + w, y + h), counts, size, crowd))
         boxes[name] = _largest_first([*boxes.get(name, ()), *filter(None, cleaned)])  # some files name one image twice
     if far_over > ends / 2:
         raise ValueError(
@@ -276,15 +265,14 @@ def read_contexts(
 
     Args:
         captions: COCO captions (`captions_train2017.json`), or rows {image, captions, boxes} as JSONL or a JSON array
-            (LLaVA-Bench's `caps_boxes_coco2014_val_80.jsonl` is one).
+            (LLaVA-Bench's `caps_boxes_coco2014_val_80.jsonl`).
         boxes: COCO instances (`instances_train2017.json`) or rows as above, matched to the captions by the image's
             file name; `None` takes the boxes from the rows of `captions`.
         max_boxes: Maximum boxes per context, the largest; `None` keeps all.
-        counts: Where what was read and left out is counted.
+        counts: Counts what was read and left out.
 
     Raises:
-        ValueError: a file is not of a known form, two samples share an id, or no image has a box of `boxes`.
-        OSError: a file cannot be read.
+        ValueError: a file has another form, two samples have the same id, or no image has a box of `boxes`.
     """
     counts = ContextCounts() if counts is None else counts
     captions = Path(captions)

@@ -65,7 +65,7 @@ class Estimate:
 
 
 class Plan:
-    """The tasks of a run that are not settled, one by one, without those whose image is missing (`images=None`: no check)."""
+    """The tasks of a run that are not settled, without those whose image is missing (`images=None`: no check)."""
 
     def __init__(self, folder: RunFolder, ledger: Ledger, images: Path | None = None, limit: int | None = None):
         self.folder, self.ledger, self.images, self.limit = folder, ledger, images, limit
@@ -73,21 +73,19 @@ class Plan:
         self.missing: list[str] = []
 
     def __iter__(self) -> Iterator[Task]:
-        config, found = (
-            self.folder.config,
-            None,
-        )  # the last image that is there: the types of an image follow one another
+        config, name, is_missing = self.folder.config, None, False
         for task_id, row, kind in self.folder.plan(self.limit):
             if self.ledger.state(task_id).final:
                 self.settled += 1
                 continue
-            image = row["image"]
-            if self.images is not None and image != found and image not in self.missing[-1:]:
-                if find_image(self.images, image):
-                    found = image
-                else:
-                    self.missing.append(image)
-            if image in self.missing[-1:]:
+            if (
+                self.images is not None and row["image"] != name
+            ):  # looked for once: the types of an image are consecutive
+                name = row["image"]
+                is_missing = find_image(self.images, name) is None
+                if is_missing:
+                    self.missing.append(name)
+            if is_missing:
                 self.missing_tasks += 1
                 continue
             seed = (zlib.crc32(task_id.encode()) + config.seed) % 2**31 if config.send_seed else None
@@ -96,7 +94,7 @@ class Plan:
 
 
 def make_judge(settings: ValidationSettings) -> Callable[[Task, Reply], Verdict]:
-    """Judges a reply by `validate`; the type is the end of the task's id."""
+    """A function that judges a reply by `validate`; the type is the end of the task's id."""
 
     def judge(task: Task, reply: Reply) -> Verdict:
         try:
@@ -120,8 +118,7 @@ def open_folder(
     """The folder of a run, with its contexts from a list or from files (`read_contexts`) and its prompts (`load_prompts`).
 
     Raises:
-        ValueError: neither or both are given, or the folder's run has other settings, prompts or contexts.
-        OSError: a file does not exist.
+        ValueError: the folder's run has other settings, prompts or contexts.
     """
     if (contexts is None) == (captions is None):
         raise ValueError("Give either contexts or a file of captions.")
@@ -142,19 +139,18 @@ def open_folder(
 
 
 def open_ledger(folder: RunFolder, write: bool = True) -> Ledger:
-    """The ledger of a run. OSError if another process writes to it."""
+    """The ledger of a run; an `OSError` says that another process writes to it."""
     return Ledger(folder.path / "ledger.jsonl", write=write)
 
 
 def estimate(folder: RunFolder, *, images: Path | None = None, limit: int | None = None) -> Estimate:
     """Expected usage of the rest of a run, without a request."""
     found, budget, most = Estimate(), Budget(), folder.config.max_reply_tokens
-    expected = {}
+    expected, prompt_tokens = {}, 0
     for kind, prompt in folder.prompts.items():
         lengths = [len(answered) for _, answered in prompt.examples]
         tokens = round(Budget.TOKENS_PER_CHARACTER * sum(lengths) / len(lengths)) if lengths else most
         expected[kind] = min(most, tokens)
-    prompt_tokens = 0
     with open_ledger(folder, write=False) as ledger:
         plan = Plan(folder, ledger, images, limit)
         for task in plan:
@@ -192,16 +188,10 @@ def generate(
 
     Args:
         out: The run's folder (see `run.py`).
-        model: The language model.
-        config: What is made.
         contexts, captions, boxes, prompts: As in `open_folder`.
         images: Image folder; contexts without their image are skipped. `None`: no check, and no `datasets` folder.
         limit: Maximum number of contexts; a later call may raise it.
-        settings: Concurrency, limits, back-off.
         max_tokens, max_cost: Budget in tokens and dollars over all calls on this folder; `max_cost` requires `prices`.
-        validation: Rules for a reply.
-        output: How the data is written.
-        progress: Whether to show a progress bar.
         handle_interrupt: Whether the first Ctrl-C finishes the requests in flight.
 
     Raises:
@@ -218,14 +208,8 @@ def generate(
         plan = Plan(folder, ledger, images, limit)
         settled = [ledger.state(task_id).final for task_id, _, _ in folder.plan(limit)] if progress else []
         counts: Counter = Counter()
-        with tqdm(
-            total=len(settled),
-            initial=sum(settled),
-            unit="reply",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            disable=not progress,
-        ) as bar:
+        look = {"unit": "reply", "dynamic_ncols": True, "smoothing": 0.05, "disable": not progress}
+        with tqdm(total=len(settled), initial=sum(settled), **look) as bar:
 
             def on_settled(task: Task, accepted: bool) -> None:
                 counts["accepted" if accepted else "rejected"] += 1
@@ -246,12 +230,8 @@ def generate(
             )
         summary.skipped = plan.settled
         if plan.missing:
-            logger.warning(
-                "%s images are not in %s (%s …); they were skipped.",
-                f"{len(plan.missing):,}",
-                images,
-                ", ".join(plan.missing[:3]),
-            )
+            names = ", ".join(plan.missing[:3])
+            logger.warning("%d images are not in %s (%s …); they were skipped.", len(plan.missing), images, names)
         return finish(folder, ledger, summary, plan, limit, prices, output)
 
 

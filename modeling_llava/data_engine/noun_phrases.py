@@ -49,7 +49,7 @@ def load_spacy(model: str = DEFAULT_MODEL) -> Any:
 
 
 def phrases_of(doc: Any) -> tuple[str, ...]:
-    """The different noun phrases of a parsed caption, sorted.
+    """The distinct noun phrases of a parsed caption, sorted.
 
     The paper does not say when two phrases are the same. Here they are compared in lower case and without articles,
     pronouns and punctuation: "a red car", "The red car" and "his red car" are one concept, and "it" is none.
@@ -93,19 +93,15 @@ def extract_shards(
     progress: bool = False,
     total: int | None = None,
 ) -> list[Path]:
-    """Extracts the noun phrases of captions into shards; resumes an earlier call, also one by the other engine.
+    """Extracts the noun phrases of captions, one line each, into shards, and returns these in the captions' order. It resumes
+    an earlier call, also one with the other engine.
 
     Args:
-        captions: The captions, one line each.
-        folder: Where the shards go; on a cluster a folder that all nodes share.
-        model: spaCy's model, on a cluster installed on all nodes.
+        folder: Where the shards go; on a cluster a folder that every node can reach.
+        model: spaCy's model, on a cluster installed on every node.
         workers: Processes; default: one per core.
-        engine: `"local"`, or `"ray"` for Ray Data.
-        progress: Whether to show a progress bar.
-        total: Number of captions, for the bar.
-
-    Returns:
-        The shards, in the captions' order.
+        engine: `"local"`, or `"ray"` for Ray Data on the cluster that `RAY_ADDRESS` names, or on this machine.
+        total: Number of captions, for the progress bar.
     """
     from tqdm import tqdm
 
@@ -119,7 +115,7 @@ def extract_shards(
         while part := list(itertools.islice(iterator, SHARD_CAPTIONS)):
             shards.append(folder / f"phrases-{len(shards):06d}.txt")
             header = shard_header(part, model)
-            if _first_line(shards[-1]) == header:
+            if shards[-1].is_file() and shards[-1].read_text("utf-8").partition("\n")[0] == header:
                 bar.update(len(part))
             else:
                 yield str(shards[-1]), header, part, model
@@ -146,7 +142,7 @@ def _make(jobs: Iterator[Job], workers: int | None) -> Iterator[int]:
 
 
 class _ShardMaker:
-    """Makes shards in an actor of Ray Data, so that spaCy is loaded once per process."""
+    """Makes shards in an actor of Ray Data: spaCy is loaded once per process."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"number": make_shard((row["path"], row["header"], row["captions"].split("\n"), row["model"]))}
@@ -170,14 +166,6 @@ def _make_with_ray(jobs: Iterator[Job], workers: int | None) -> Iterator[int]:
         shards = ray.data.from_items(rows, override_num_blocks=len(rows))
         made = shards.map(_ShardMaker, compute=ray.data.ActorPoolStrategy(size=size))
         yield from (row["number"] for row in made.iter_rows())
-
-
-def _first_line(path: Path) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.readline().rstrip("\n")
-    except FileNotFoundError:
-        return ""
 
 
 def read_shards(shards: Iterable[Path]) -> Iterator[tuple[str, ...]]:

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def write_output(
         write_dataset(samples, images, folder.path, summary, names)
     if not summary.fingerprint and (folder.path / "dataset").exists():
         summary.notes.append(
-            f"{folder.path / 'dataset'} is of an earlier call: it may hold other samples than instruct.json does now."
+            f"{folder.path / 'dataset'} is of an earlier call: its samples may differ from instruct.json."
         )
     if summary.samples:
         if settings.card:
@@ -79,7 +80,7 @@ def write_output(
 
 
 def write_dataset(samples: Iterator[Sample], images: Path, run: Path, summary: OutputSummary, names: set[str]) -> None:
-    """Writes `dataset/data/train-*.parquet` into a run's folder, with the images `names` in it.
+    """Writes `dataset/data/train-*.parquet` into a run's folder, with the images `names`.
 
     Columns: `id`, `images` (encoded as in the image folder), `messages` (HF form), `type`. The files' names end with a
     fingerprint of the content, which the card names: `load_dataset` caches by the card's text, and an interrupted call
@@ -132,12 +133,10 @@ def write_dataset(samples: Iterator[Sample], images: Path, run: Path, summary: O
 
 
 def _parquet_rows(samples: Iterator[Sample], images: Path, summary: OutputSummary) -> Iterator[dict[str, Any]]:
-    name, encoded = None, None  # the samples of an image come one after the other
+    encoded_of = lru_cache(maxsize=1)(_read_image)  # the samples of an image come one after the other
     for sample in samples:
-        if sample.context.image != name:
-            name = sample.context.image
-            encoded = _read_image(images, name)
-        if encoded is None:
+        name = sample.context.image
+        if (encoded := encoded_of(images, name)) is None:
             summary.missing_images += 1
         else:
             image = {"bytes": encoded, "path": Path(name).name}
@@ -146,12 +145,10 @@ def _parquet_rows(samples: Iterator[Sample], images: Path, summary: OutputSummar
 
 def _read_image(images: Path, name: str) -> bytes | None:
     """The bytes of an image file; `None` if it is missing or not an image."""
-    path = find_image(images, name)
-    if path is None:
-        return None
-    try:
-        open_size(path, repr(str(path)))
-    except ImageError as error:
-        logger.warning("The datasets folder lacks an image. %s", error)
-        return None
-    return path.read_bytes()
+    if path := find_image(images, name):
+        try:
+            open_size(path, repr(str(path)))
+            return path.read_bytes()
+        except ImageError as error:
+            logger.warning("The datasets folder lacks an image. %s", error)
+    return None

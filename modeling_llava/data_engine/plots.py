@@ -12,7 +12,7 @@ COLORS = {"conversation": "#4477aa", "detail": "#ccbb44", "complex": "#aa3377"}
 
 
 def new_figure(width: float, height: float, **options: Any) -> Any:
-    """A matplotlib figure of some inches, without pyplot, whose global state a notebook may use."""
+    """A matplotlib figure, in inches, without pyplot, whose global state a notebook may use."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

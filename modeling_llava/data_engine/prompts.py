@@ -50,22 +50,18 @@ class Prompt:
     questions: tuple[str, ...] = ()  # one is put before a description; replies of other types contain their questions
 
     def query(self, context: Context) -> str:
-        """What the model is told of an image: its captions and, after an empty line, its boxes."""
+        """What stands for an image: its captions and, after an empty line, its boxes."""
         if self.with_boxes and context.boxes:
             return f"{context.caption_text}\n\n{context.box_text}"
         return context.caption_text
 
     def messages(self, context: Context) -> list[Message]:
-        """The whole conversation up to the model's turn: system, examples as turns, the context."""
+        """The conversation up to the model's turn: system message, examples as turns, the context."""
         messages = [{"role": "system", "content": self.system}]
         for given, answered in self.examples:
             messages.append({"role": "user", "content": given})
             messages.append({"role": "assistant", "content": answered})
         return [*messages, {"role": "user", "content": self.query(context)}]
-
-    def question(self, context: Context, seed: int) -> str:
-        """The question before a description, drawn from the list by the seed and the image."""
-        return draw(self.questions, seed, context.id)
 
 
 def draw(choices: tuple[str, ...], seed: int, name: str) -> str:
@@ -74,15 +70,11 @@ def draw(choices: tuple[str, ...], seed: int, name: str) -> str:
 
 
 def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tuple(FOLDERS)) -> dict[str, Prompt]:
-    """Reads the prompts of some types.
-
-    Args:
-        folder: Folder in the original's form; `None` for the package's own prompts.
-        types: Types to read, out of `FOLDERS`.
+    """Reads the prompts of some types (keys of `FOLDERS`) from a folder in the original's form, by default the package's.
 
     Raises:
         ValueError: an example without its counterpart, or an empty file.
-        OSError: a folder or a system message is missing.
+        OSError: a system message is missing.
     """
     root = DEFAULT_PROMPTS if folder is None else Path(folder)
     prompts = {}
@@ -111,10 +103,10 @@ def load_prompts(folder: str | Path | None = None, types: tuple[str, ...] = tupl
 
 
 def load_questions(path: str | Path) -> tuple[str, ...]:
-    """The questions of a list, one per line; empty lines and lines that begin with `#` are skipped.
+    """The questions of a file, one per line; empty lines and lines that begin with `#` are skipped.
 
     Raises:
-        ValueError: the list is empty, not UTF-8, or a question contains `<image>`.
+        ValueError: there is no question, or one contains `<image>`.
     """
     lines = [line.strip() for line in _read(Path(path)).splitlines()]
     questions = tuple(line for line in lines if line and not line.startswith("#"))

@@ -27,7 +27,7 @@ THUMBNAIL = 320
 
 
 def choose_samples(samples: list[tuple[str, str]], number: int, seed: int = 0) -> set[str]:
-    """Ids of `number` samples, as evenly over the types as there are samples."""
+    """Ids of `number` samples, as evenly over the types as possible."""
     seen: Counter = Counter()
     in_rounds = []  # a sample of each type, a second one of each type, …
     for name, kind in random.Random(seed).sample(samples, len(samples)):
@@ -43,7 +43,7 @@ def write_report(
     summary: OutputSummary,
     images: Path | None,
     limit: int | None = None,
-) -> Path:
+) -> None:
     """Writes `report.html` into the run's folder."""
     samples = ((sample.id, sample.type) for sample in kept_samples(folder, ledger, settings, limit=limit))
     chosen = choose_samples(list(samples), settings.report_samples)
@@ -56,16 +56,10 @@ def write_report(
     path = folder.path / "report.html"
     write_atomic(path, _page(folder, summary, articles))
     summary.files.append(path)
-    return path
 
 
 def read_drop_list(path: str | Path) -> frozenset[str]:
-    """The ids in a list that was downloaded from the report.
-
-    Raises:
-        ValueError: the file is not such a list.
-        OSError: it does not exist.
-    """
+    """The ids in a list that was downloaded from the report. ValueError if the file has another form."""
     try:
         dropped = json.loads(Path(path).read_text("utf-8"))
         names = dropped["drop"] if isinstance(dropped, dict) else dropped

@@ -87,21 +87,14 @@ class RunFolder:
         identity = json.loads(json.dumps({**dataclasses.asdict(config), "prompts": hash_prompts(prompts)}))
         self.about = read_about(self.path) if (self.path / "run.json").exists() else None
         before = self.about["settings"] if self.about else identity
-        changed = [
-            f"{key} was {before.get(key)!r} and is {value!r}"
-            for key, value in identity.items()
-            if before.get(key) != value
-        ]
-        if changed:
+        changed = [key for key, value in identity.items() if before.get(key) != value]
+        if changed or self.about is None:
             if self.is_answered():
+                what = "; ".join(f"{key} was {before.get(key)!r} and is {identity[key]!r}" for key in changed)
                 raise ValueError(
-                    f"{self.path} holds a run with other settings: {'; '.join(changed)}. Resume it with the settings it "
-                    "began with, or give another --out."
+                    f"{self.path} holds a run with other settings ({what or 'it has no run.json'}). Resume it with the settings "
+                    "it began with, or give another --out."
                 )
-            self.about = None
-        if self.about is None:
-            if self.is_answered():
-                raise ValueError(f"{self.path} has a ledger but no run.json; give another --out.")
             # The run's name is part of each request's id: two runs with the same prompts differ.
             now = time.strftime("%Y-%m-%d %H:%M:%S %z")
             self.about = {"run": uuid.uuid4().hex, "created": now, "settings": identity, "contexts": None}
@@ -114,11 +107,7 @@ class RunFolder:
         return self.about["run"]
 
     def is_answered(self) -> bool:
-        """Whether a reply came or a request waits in a batch: from then on settings, prompts and contexts are fixed.
-
-        Raises:
-            OSError: another process uses the ledger.
-        """
+        """Whether a reply came or a request waits in a batch: from then on settings, prompts and contexts are fixed."""
         if not (self.path / "ledger.jsonl").exists():
             return False
         with Ledger(self.path / "ledger.jsonl") as ledger:
@@ -128,16 +117,11 @@ class RunFolder:
         write_json(self.path / "run.json", self.about)
 
     def store_contexts(self, contexts: Iterable[Context], counts: ContextCounts, sources: list[Path] | None) -> None:
-        """Writes the contexts next to the ledger, or checks that they are those of the run; unchanged `sources` are not read.
-
-        Raises:
-            ValueError: they differ from those that the run began with, or there are none.
-        """
-        known = self.about["contexts"]
-        marks = None
+        """Writes the contexts next to the ledger. ValueError if there are none, or if they differ from those that the run began
+        with. Unchanged `sources` are not read again."""
+        known, marks, target = self.about["contexts"], None, self.path / "contexts.jsonl"
         if sources is not None:
             marks = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
-        target = self.path / "contexts.jsonl"
         if known and marks is not None and marks == known["sources"] and target.exists():
             return
         digest, number = hashlib.sha256(), 0
@@ -179,12 +163,7 @@ class RunFolder:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """`run.json` of a run's folder.
-
-    Raises:
-        ValueError: it is not of this form.
-        OSError: it does not exist.
-    """
+    """`run.json` of a run's folder. ValueError if it has another form, OSError if it does not exist."""
     file = Path(path) / "run.json"
     if not file.is_file():
         raise OSError(f"{file} does not exist: {path} is not the folder of a run of `llava data generate`.")

@@ -12,6 +12,7 @@ from ..constants import IMAGE_TOKEN
 from ..endpoint import Ledger
 from .contexts import Context
 from .near_duplicates import QuestionIndex, count_question_words
+from .prompts import draw
 from .replies import Turn, parse_description, parse_turns
 from .run import RunFolder
 
@@ -87,7 +88,8 @@ def accepted_samples(folder: RunFolder, ledger: Ledger, limit: int | None = None
         context = Context.from_dict(row)
         text = ledger.reply_at(state.replies[-1])["text"]
         if kind == "detail":
-            turns = [(folder.prompts[kind].question(context, seed), parse_description(text)[0][1])]
+            question = draw(folder.prompts[kind].questions, seed, context.id)
+            turns = [(question, parse_description(text)[0][1])]
         else:
             turns = parse_turns(text)
         yield Sample(task_id, context, kind, turns, random.Random(f"{seed}:order:{task_id}").random() < 0.5)
@@ -103,12 +105,7 @@ def kept_samples(
 ) -> Iterator[Sample]:
     """The samples of the data set: accepted, not dropped by hand, without repeated questions.
 
-    Args:
-        folder, ledger: The run.
-        settings: Which samples are kept.
-        summary: Where what is left out is counted.
-        leave_out: Is called with a row for `rejected.jsonl` of each sample or turn that is left out.
-        limit: The first `limit` contexts only.
+    What is left out is counted in `summary`, and `leave_out` is called with a row of `rejected.jsonl` for it.
     """
     summary = summary or OutputSummary()
     index = None
