@@ -153,7 +153,7 @@ def answers(model: str, photos: Path) -> list[dict]:
     from transformers import pipeline
 
     from modeling_llava.training import LlavaTrainingArguments, read_recipe
-    from modeling_llava.training.setup import load_datasets
+    from modeling_llava.training.batches import load_datasets
 
     trained_on, _ = load_datasets(LlavaTrainingArguments(**read_recipe("qlora/recipe.yaml")))
     pipe = pipeline("image-text-to-text", model=model)

@@ -1,4 +1,4 @@
-"""How samples become batches: padded or packed, grouped by length, sharded over processes."""
+"""The data of a run, and how its samples become batches: padded or packed, grouped by length, sharded over processes."""
 
 import itertools
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from tqdm import tqdm
 
@@ -17,11 +18,111 @@ from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..data.schema import NOTHING, TOO_LONG, BadSampleError, summarize_drops
-from ..data.sources import ConversationStream
+from ..data.sources import ConversationStream, load_conversations
+from ..kernels.packed_attention import VARLEN, packed_attention_error, use_varlen_attention
 from .arguments import LlavaTrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+
+def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
+    """
+    Training and evaluation data of a run, selected and split by its settings; `eval_size=auto` becomes a number.
+
+    Raises:
+        ValueError: `data` is not set, or no sample is left.
+    """
+    if args.data is None:
+        raise ValueError("data is not set. Give a LLaVA JSON file, or a dataset with `messages` and `images`.")
+    seed = args.sampling_seed
+    reading = {"image_folder": args.image_folder, "on_bad_sample": args.on_bad_sample}
+    train_dataset = load_conversations(
+        args.data,
+        split=args.data_split,
+        types=args.only_types,
+        streaming=args.streaming,
+        shuffle_buffer=args.shuffle_buffer if args.streaming else 0,
+        seed=seed,
+        **reading,
+    )
+    if args.only_types is not None and not args.streaming:
+        absent = sorted(set(args.only_types) - set(train_dataset.types))
+        if absent:
+            raise ValueError(f"only_types names {', '.join(absent)}, but no sample of {args.data} has that type.")
+    if args.max_samples is not None and args.max_samples < len(train_dataset):
+        train_dataset = train_dataset.select(_shuffled(len(train_dataset), seed)[: args.max_samples])
+    eval_dataset = None
+    if args.eval_data is not None:
+        eval_dataset = load_conversations(args.eval_data, split=args.data_split, types=args.only_types, **reading)
+    elif args.eval_size == "auto" and not 50 <= len(train_dataset) <= 5_000:
+        args.eval_size = None
+    elif args.eval_size:
+        total, size = len(train_dataset), args.eval_size
+        held_out = max(round(total / 20), 4) if size == "auto" else round(size * total) if size < 1 else int(size)
+        if not 0 < held_out < total:
+            raise ValueError(f"eval_size={size} holds out {held_out} of {total} samples. Choose another.")
+        if size == "auto":
+            args.eval_size = held_out
+            if args.process_index == 0:
+                logger.warning("%d of %d samples are held out for evaluation (eval_size=0: none).", held_out, total)
+        order = _shuffled(total, seed)
+        eval_dataset = train_dataset.select(sorted(order[:held_out]))
+        train_dataset = train_dataset.select(sorted(order[held_out:]))
+    return train_dataset, eval_dataset
+
+
+def _shuffled(total: int, seed: int) -> list[int]:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def resolve_packing(model: nn.Module, args: LlavaTrainingArguments, has_own_collator: bool = False) -> None:
+    """
+    Resolve `packing=auto` and `auto_full` in place, and set an attention that keeps packed samples apart.
+
+    Raises:
+        ValueError: `packing` is set, but samples would attend to each other, or need an attention mask of T × T.
+    """
+    if args.packing == "none":
+        return
+    reason = _why_not_packed(model, args)
+    if args.packing.startswith("auto"):
+        if reason is None and has_own_collator:
+            reason = "the run has a data collator of its own"
+        fills = args.packing == "auto_full" and args.train_sampling_strategy != "group_by_length"
+        args.packing = "none" if reason is not None else "full" if fills else "batch"
+        if reason is not None:
+            logger.info("Samples are padded, not packed: %s.", reason)
+    elif reason is not None:
+        raise ValueError(f"packing={args.packing}, but {reason}. Set packing=none.")
+
+
+def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | None:
+    attention = args.attn_implementation
+    if attention is not None and attention != VARLEN and "flash" not in attention:
+        return f"attn_implementation={attention} would build an attention mask of tokens × tokens for a pack"
+    if args.torch_compile:
+        return "torch_compile would recompile for each length of a pack"
+    language_model = model.model.language_model
+    before = language_model.config._attn_implementation
+    try:
+        if attention is None:
+            use_varlen_attention(model)
+        if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
+            return None  # sharded or offloaded: no probe forward
+        if (leak := packed_attention_error(language_model)) <= _LEAK:
+            return None
+        reason = (
+            f"samples of a pack attend to each other in {type(language_model).__name__} (relative error {leak:.2g})"
+        )
+    except ValueError as error:  # an attention with features that the packed one lacks: Gemma 2, GPT-OSS
+        reason = str(error).removesuffix(" Do not pack.").rstrip(".")
+    if attention is None:
+        model.set_attn_implementation({"text_config": before})
+    return reason
+
+
+_LEAK = 0.1  # relative: rounding to 16 bits gives about 0.01, another sample about 1
 
 
 @dataclass(eq=False)

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..constants import IGNORE_INDEX
 from ..data.labels import render_sample
 from ..io.checkpoints import COMPONENTS, component_of
 from ..io.files import write_atomic
-from .adapters import core_model
 from .arguments import LlavaTrainingArguments
+from .setup import core_model
 
 
 logger = logging.getLogger(__name__)
@@ -252,6 +253,16 @@ class DurationCallback(TrainerCallback):
             self.whole = f"about {hours}{minutes % 60} min ({epochs}{self._total:,} optimizer steps)"
             if done == 11 and state.max_steps > 20 and state.is_world_process_zero:
                 logger.warning("By its first steps, the run takes %s.", self.whole)
+
+
+class CheckpointEverySecondLayer(TrainerCallback):
+    """Of the language model: transformers' `every_n_layers` counts the vision tower's layers too."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        language_model = core_model(model).model.language_model
+        layers = [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for index, layer in enumerate(layers):
+            layer.gradient_checkpointing = index % 2 == 0
 
 
 class PerSampleNEFTune(TrainerCallback):

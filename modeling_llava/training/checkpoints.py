@@ -36,10 +36,10 @@ from ..io.checkpoints import (
     save_projector,
 )
 from ..text.stops import add_generation_stop, note_generation_stop
-from .adapters import core_model, finish_adapter_folder, is_peft, load_unfinished
 from .arguments import LlavaTrainingArguments
 from .callbacks import SpeedCallback
 from .resume import find_resumable_checkpoint, write_run_record
+from .setup import core_model, finish_adapter_folder, is_peft, load_unfinished
 
 
 logger = logging.getLogger(__name__)

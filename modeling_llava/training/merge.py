@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..io.checkpoints import (
+    TODAYS_NAMES,
     checkpoint_kind,
     file_of,
     find_base,
@@ -29,9 +30,9 @@ from ..io.checkpoints import (
     resize_to_adapter,
     saved_tensors,
 )
-from ..io.files import explained, write_atomic
+from ..io.files import write_atomic
 from ..text.stops import add_generation_stop
-from .adapters import LANGUAGE_MODEL
+from .setup import LANGUAGE_MODEL
 
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ def merge_adapter(
     if rounding is not None:
         four_bit_config(torch.float32)  # says what to install
     base, base_revision = find_base(adapter, revision, base)
-    with explained(base):
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", revision=base_revision)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", revision=base_revision)
     if is_quantised(model):
         raise ValueError(
             f"{base} holds 4-bit weights: merging into them would round away what was learned. Give the model in 16 "
@@ -148,7 +148,8 @@ def _merged_tensors(model: PreTrainedModel, adapter: str, revision: str | None, 
         linear = [m for m in model.get_submodule(LANGUAGE_MODEL).modules() if isinstance(m, nn.Linear)]
         rounded = {module.weight.data_ptr() for module in linear}
         merged = {m.weight.data_ptr(): partial(_rounded_to_four_bits, m.weight, *rounding) for m in linear}
-    for place, module in PeftModel.from_pretrained(model, adapter, revision=revision).named_modules():
+    peft_model = PeftModel.from_pretrained(model, adapter, revision=revision, key_mapping=TODAYS_NAMES)
+    for place, module in peft_model.named_modules():
         changed = of_head if "lm_head" in place.split(".") else merged
         if isinstance(module, BaseTunerLayer):
             for name, parameter in module.get_base_layer().named_parameters():

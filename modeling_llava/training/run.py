@@ -16,8 +16,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from ..data.schema import summarize_drops
 from ..io.files import write_atomic
 from ..text.stops import missing_stop
-from .adapters import core_model
 from .arguments import LlavaTrainingArguments
+from .batches import load_datasets
 from .callbacks import DurationCallback, LossCurveCallback, PreviewCallback
 from .checkpoints import is_sharded_checkpoint
 from .recipes import parse_recipe
@@ -30,7 +30,7 @@ from .resume import (
     output_dir_lock,
     record_data,
 )
-from .setup import base_and_adapter, cast_weights, load_datasets, load_model_and_processor
+from .setup import base_and_adapter, cast_weights, core_model, load_model_and_processor
 from .trainer import LlavaTrainer
 
 

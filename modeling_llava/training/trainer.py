@@ -24,7 +24,6 @@ from ..data.sampling import GroupedSampler, TypeMixtureSampler
 from ..io.checkpoints import base_name_to_record, base_record
 from ..kernels import KernelReport, apply_kernels
 from ..modeling_llava import LlavaForConditionalGeneration
-from .adapters import core_model, initial_lora, is_peft, require_new_rows_are_saved
 from .arguments import LlavaTrainingArguments
 from .batches import (
     EndlessStream,
@@ -33,15 +32,18 @@ from .batches import (
     grouped_sampler,
     pad_to_world_size,
     prepare_train_dataset,
+    resolve_packing,
 )
-from .callbacks import PerSampleNEFTune, SpeedCallback
+from .callbacks import CheckpointEverySecondLayer, PerSampleNEFTune, SpeedCallback
 from .checkpoints import ABSENT, CheckpointingTrainer
 from .setup import (
-    CheckpointEverySecondLayer,
+    core_model,
+    initial_lora,
+    is_peft,
     optimizer_groups,
     prepare_model,
+    require_new_rows_are_saved,
     resolve_checkpointing,
-    resolve_packing,
 )
 
 

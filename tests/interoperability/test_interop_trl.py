@@ -124,7 +124,7 @@ def test_its_loss_on_its_batch_is_our_loss(model, processor, dataset, tmp_path):
 def test_lora_through_sft_trainer(model, processor, dataset, tmp_path):
     from peft import LoraConfig
 
-    from modeling_llava.training.adapters import lora_target_pattern
+    from modeling_llava.training.setup import lora_target_pattern
 
     config = LoraConfig(r=4, target_modules=lora_target_pattern(model))
     training = trainer(model, processor, dataset, tmp_path, peft_config=config)

@@ -26,8 +26,13 @@ from modeling_llava.io.checkpoints import (
 )
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
 from modeling_llava.training import train as run
-from modeling_llava.training.adapters import add_adapter, initial_lora, load_adapter, lora_target_pattern
-from modeling_llava.training.setup import load_model_and_processor
+from modeling_llava.training.setup import (
+    add_adapter,
+    initial_lora,
+    load_adapter,
+    load_model_and_processor,
+    lora_target_pattern,
+)
 
 
 LANGUAGE_MODELS = {

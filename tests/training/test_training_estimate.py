@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.training import LlavaTrainingArguments
-from modeling_llava.training.adapters import add_adapter
 from modeling_llava.training.estimate import Settings, estimate, load_config, sizes_of
+from modeling_llava.training.setup import add_adapter
 
 
 VISION = {

@@ -17,14 +17,9 @@ from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.kernels.packed_attention import VARLEN, packed_attention_error
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.batches import load_datasets, resolve_packing
 from modeling_llava.training.callbacks import PerSampleNEFTune
-from modeling_llava.training.setup import (
-    core_model,
-    load_datasets,
-    load_model_and_processor,
-    prepare_model,
-    resolve_packing,
-)
+from modeling_llava.training.setup import core_model, load_model_and_processor, prepare_model
 
 
 def losses(result):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training.batches import load_datasets
 from modeling_llava.training.checkpoints import load_shards
 from modeling_llava.training.resume import (
     checkpoint_folders,
@@ -19,7 +20,7 @@ from modeling_llava.training.resume import (
     full_disk_explained,
     why_incomplete,
 )
-from modeling_llava.training.setup import load_datasets, load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 
 # Runs every scenario in a process of its own, forked from one that has imported everything already.

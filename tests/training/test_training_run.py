@@ -21,8 +21,9 @@ from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.constants import IGNORE_INDEX
 from modeling_llava.io.checkpoints import checkpoint_kind, load_projector
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter, train
+from modeling_llava.training.batches import load_datasets
 from modeling_llava.training.callbacks import plot_loss_curve
-from modeling_llava.training.setup import load_datasets, load_model_and_processor
+from modeling_llava.training.setup import load_model_and_processor
 
 
 BOTH_FORMS = pytest.mark.parametrize("base_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
