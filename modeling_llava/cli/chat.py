@@ -17,12 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
     add = parser.add_argument
-    add(
-        "--image",
-        action="append",
-        metavar="PATH",
-        help="image to begin with: path or URL (repeatable: several at once)",
-    )
+    add("--image", action="append", metavar="PATH", help="image to begin with: path or URL (repeatable: several)")
     add_loading_arguments(parser)
     add("--system", metavar="TEXT", help="system message in place of the template's own")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="per answer (default: 512)")

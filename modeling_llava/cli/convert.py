@@ -27,24 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=list(FORMS), default="hf", help="the form to convert to (default: hf)")
     add("--base", help="language model of a LoRA, projector or delta: folder or Hub name")
     add("--vision-tower", help="vision tower, where the checkpoint does not hold it: folder or Hub name")
-    add(
-        "--dtype",
-        help="dtype of the weights; gguf: f32, f16, bf16, q8_0, and by llama.cpp q6_k, q4_k_m (default: the source's; f16)",
-    )
+    types = "f32, f16, bf16, q8_0, and by llama.cpp q6_k, q4_k_m"
+    add("--dtype", help=f"dtype of the weights (default: the source's); gguf: {types} (default: f16)")
     add("--max-shard-size", default="2GB", help="largest file of weights (default: 2GB)")
     add(
         "--chat-template",
         help="hf: name of a template, own, or a file; by default as the checkpoint's version implies",
     )
-    add(
-        "--class-token-last",
-        action="store_true",
-        help="gguf: for builds of llama.cpp since May 2025 that misplace CLIP's class token (its issue 25814)",
-    )
+    last = "gguf: for builds of llama.cpp since May 2025 that misplace CLIP's class token (its issue 25814)"
+    add("--class-token-last", action="store_true", help=last)
     add("--overwrite", action="store_true", help="replace the folder OUT")
-    add(
-        "--no-check", action="store_true", help="do not check the result (runs the model on one image: minutes for 7B)"
-    )
+    add("--no-check", action="store_true", help="do not run the result on one image to check it (minutes for 7B)")
     add("--check", action="store_true", help="only check that stock transformers can use the folder")
     add("--against", help="with --check: the original whose logits the folder must give")
 
@@ -70,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
     given |= {"--class-token-last": args.class_token_last or None} if args.to != "gguf" else {}
     if unused := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{' and '.join(unused)} has no effect with --to {args.to}: leave it out.")
-    print(
-        f"converting {args.source} to {FORMS[args.to]}: about as long as copying the files"
-        + ("" if args.no_check else ", then a check of the result (--no-check leaves it out)")
-    )
+    check = "" if args.no_check else ", then a check of the result (--no-check leaves it out)"
+    print(f"converting {args.source} to {FORMS[args.to]}: about as long as copying the files{check}")
     options = {"check": not args.no_check, "overwrite": args.overwrite}
     if args.to == "gguf":
         options |= {"dtype": args.dtype or "f16", "class_token_last": args.class_token_last}

@@ -35,18 +35,13 @@ def _add_source_and_target(parser: argparse.ArgumentParser, target: str) -> None
 
 
 def _add_expand_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Captions into stage 1 data in LLaVA's JSON: each caption becomes the answer to a question drawn from a list."
-    )
+    parser.description = "Captions into stage 1 data: each caption becomes the answer to a question drawn from a list."
     _add_source_and_target(parser, "")
-    parser.add_argument(
-        "--style",
-        choices=("brief", "detailed", "plain"),
-        default="brief",
-        help="the list of questions; 'plain': the image without a question (default: %(default)s)",
-    )
-    parser.add_argument("--questions", metavar="FILE", help="your own questions, one per line")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    add, styles = parser.add_argument, ("brief", "detailed", "plain")
+    what = "the list of questions; 'plain': the image without a question (default: %(default)s)"
+    add("--style", choices=styles, default="brief", help=what)
+    add("--questions", metavar="FILE", help="your own questions, one per line")
+    add("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
 
 
 def _expand(args: argparse.Namespace) -> int:
@@ -69,21 +64,15 @@ def _add_filter_arguments(parser: argparse.ArgumentParser) -> None:
         "OUT.report.json, OUT.concepts.png and OUT.phrases/, from which a stopped run resumes, are written next to OUT.json."
     )
     _add_source_and_target(parser, "the chosen rows, unchanged; ")
-    parser.add_argument("--least", type=int, default=3, help="skip phrases of fewer captions (default: %(default)s)")
-    parser.add_argument("--most", type=int, default=100, help="most captions per phrase (default: %(default)s)")
-    parser.add_argument(
-        "--target-size", type=int, metavar="N", help="stop with the phrase at which N captions are chosen"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: %(default)s)")
-    parser.add_argument("--spacy-model", default="en_core_web_sm", help="spaCy's model (default: %(default)s)")
-    parser.add_argument("--phrases", metavar="DIR", help="folder of the noun phrases (default: OUT.phrases)")
-    parser.add_argument("--workers", type=int, help="processes that extract noun phrases (default: one per core)")
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="'ray': Ray Data, on a cluster (default: %(default)s)",
-    )
+    add, engines = parser.add_argument, ("local", "ray")
+    add("--least", type=int, default=3, help="skip phrases of fewer captions (default: %(default)s)")
+    add("--most", type=int, default=100, help="most captions per phrase (default: %(default)s)")
+    add("--target-size", type=int, metavar="N", help="stop with the phrase at which N captions are chosen")
+    add("--seed", type=int, default=0, help="seed of the random choices (default: %(default)s)")
+    add("--spacy-model", default="en_core_web_sm", help="spaCy's model (default: %(default)s)")
+    add("--phrases", metavar="DIR", help="folder of the noun phrases (default: OUT.phrases)")
+    add("--workers", type=int, help="processes that extract noun phrases (default: one per core)")
+    add("--engine", choices=engines, default="local", help="'ray': Ray Data, on a cluster (default: %(default)s)")
 
 
 def _filter(args: argparse.Namespace) -> int:

@@ -11,24 +11,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images, empty answers, roles out of order, samples over --max-length and what would be cut. The same command "
         "resumes a stopped check. Exit code 1 if there is a problem, 0 if there is none."
     )
-    parser.add_argument(
-        "source",
-        nargs="+",
-        help="LLaVA JSON or JSONL, parquet, a folder written by datasets, or a dataset on the Hub; several are read as one",
-    )
-    parser.add_argument("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
-    parser.add_argument("--processor", metavar="P", help="model folder or Hub name; adds the checks of tokens")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
-    parser.add_argument(
-        "--batch-size", type=int, default=128, metavar="N", help="samples per optimizer step (default: 128)"
-    )
-    parser.add_argument("--decode", action="store_true", help="decode whole images, not only headers (slower)")
-    parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
-    parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
-    parser.add_argument("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    parser.add_argument("--out", metavar="DIR", help="write report.json, problems.jsonl and lengths.png there")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+    add = parser.add_argument
+    what = "LLaVA JSON or JSONL, parquet, a folder written by datasets, a dataset on the Hub; several are read as one"
+    add("source", nargs="+", help=what)
+    add("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
+    add("--processor", metavar="P", help="model folder or Hub name; adds the checks of tokens")
+    add("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
+    add("--batch-size", type=int, default=128, metavar="N", help="samples per optimizer step (default: 128)")
+    add("--decode", action="store_true", help="decode whole images, not only headers (slower)")
+    add("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
+    add("--split", default="train", help="split of a dataset that has several (default: train)")
+    add("--config-name", metavar="NAME", help="configuration of a dataset on the Hub")
+    add("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    add("--out", metavar="DIR", help="write report.json, problems.jsonl and lengths.png there")
+    add("--json", action="store_true", help="print the report as JSON and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,37 +16,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "complex reasoning, written by a language-only model behind any OpenAI-compatible endpoint. The same command resumes "
         "a stopped run; no reply is asked for again."
     )
-    data = parser.add_argument_group("the data")
-    data.add_argument(
-        "--captions", required=True, metavar="F", help="COCO captions, or {image, captions, boxes} rows (JSONL, JSON)"
-    )
-    data.add_argument(
-        "--boxes", metavar="F", help="COCO instances, or rows as above (default: the boxes in --captions)"
-    )
-    data.add_argument("--images", metavar="DIR", help="image folder; images that are not in it are left out")
-    data.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    data.add_argument("--types", default="conversation,detail,complex", help="types of data (default: %(default)s)")
-    data.add_argument(
-        "--mix",
-        default="58:23:77",
-        help="ratio conversation:detail:complex; every image gets the largest (default: %(default)s)",
-    )
-    data.add_argument("--prompts", metavar="DIR", help="your own prompts, in the original's folder form")
-    data.add_argument("--limit", type=int, metavar="N", help="the first N images only; may be raised later")
-    data.add_argument("--max-boxes", type=int, metavar="N", help="keep the N largest boxes of an image")
-    data.add_argument("--language", default="en", help="language of the replies, or 'any' (default: %(default)s)")
-    data.add_argument("--seed", type=int, default=0, help="seed of all draws (default: %(default)s)")
-    model = parser.add_argument_group("the language model")
-    model.add_argument("--model", required=True, metavar="NAME", help="its name at the endpoint")
-    model.add_argument(
-        "--temperature",
-        default="0.7",
-        help="sampling temperature, or 'default' for the endpoint's (default: %(default)s)",
-    )
-    model.add_argument("--send-seed", action="store_true", help="send a sampling seed with each request")
-    model.add_argument(
-        "--dry-run", action="store_true", help="send nothing; print an estimate and a full prompt of each type"
-    )
+    add = parser.add_argument_group("the data").add_argument
+    add("--captions", required=True, metavar="F", help="COCO captions, or JSON(L) rows {image, captions, boxes}")
+    add("--boxes", metavar="F", help="COCO instances, or rows as above (default: the boxes in --captions)")
+    add("--images", metavar="DIR", help="image folder; images that are not in it are left out")
+    add("--out", required=True, metavar="DIR", help="folder of the run")
+    add("--types", default="conversation,detail,complex", help="types of data (default: %(default)s)")
+    mix = "ratio conversation:detail:complex; every image gets the largest (default: %(default)s)"
+    add("--mix", default="58:23:77", help=mix)
+    add("--prompts", metavar="DIR", help="your own prompts, in the original's folder form")
+    add("--limit", type=int, metavar="N", help="the first N images only; may be raised later")
+    add("--max-boxes", type=int, metavar="N", help="keep the N largest boxes of an image")
+    add("--language", default="en", help="language of the replies, or 'any' (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all draws (default: %(default)s)")
+    add = parser.add_argument_group("the language model").add_argument
+    add("--model", required=True, metavar="NAME", help="its name at the endpoint")
+    add("--temperature", default="0.7", help="for sampling, or 'default' for the endpoint's (default: %(default)s)")
+    add("--send-seed", action="store_true", help="send a sampling seed with each request")
+    add("--dry-run", action="store_true", help="send nothing; print an estimate and a full prompt of each type")
     add_endpoint_arguments(parser, concurrency=16, patience=600, max_reply_tokens=1024)
     batch = parser.add_argument_group("OpenAI's Batch API, for half the price").add_mutually_exclusive_group()
     batch.add_argument("--batch-out", metavar="DIR", help="write requests to files instead of sending them")
@@ -260,23 +247,16 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("folder", metavar="RUN", help="folder of a run of `llava data generate`")
     parser.add_argument("--images", metavar="DIR", help="image folder (default: the one of the run)")
-    parser.add_argument(
-        "--drop", metavar="drop.json", help="samples to leave out from now on, as the page downloads them"
-    )
+    parser.add_argument("--drop", metavar="drop.json", help="samples to leave out from now on, as the page saves them")
     _add_output_arguments(parser)
 
 
-def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--question-repeats",
-        default="1",
-        metavar="N",
-        help="near-duplicate questions to keep across the whole set, or 'all' (default: %(default)s)",
-    )
-    parser.add_argument("--samples", type=int, default=200, help="samples in the HTML page (default: %(default)s)")
-    parser.add_argument(
-        "--no-parquet", action="store_true", help="leave out the `datasets` folder, which holds a copy of each image"
-    )
+def _add_output_arguments(parser) -> None:
+    add = parser.add_argument
+    repeats = "near-duplicate questions to keep across the whole set, or 'all' (default: %(default)s)"
+    add("--question-repeats", default="1", metavar="N", help=repeats)
+    add("--samples", type=int, default=200, help="samples in the HTML page (default: %(default)s)")
+    add("--no-parquet", action="store_true", help="leave out the `datasets` folder, with its copy of each image")
 
 
 def _output_settings(args: argparse.Namespace, folder: Path):

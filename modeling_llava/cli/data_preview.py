@@ -9,34 +9,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Show samples as the model sees them: the text of the chat template, each image as <image> × 576, supervised tokens "
         "in green, special tokens in cyan. Nothing is trained."
     )
-    parser.add_argument("source", nargs="+", help="as in `llava data check`")
-    parser.add_argument("--processor", required=True, metavar="P", help="model folder or Hub name")
-    parser.add_argument("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
-    parser.add_argument(
-        "--chat-template", metavar="NAME", help="one of this package's templates in place of the processor's"
-    )
-    parser.add_argument("-n", "--number", type=int, default=3, help="how many samples (default: 3)")
-    parser.add_argument("--start", type=int, default=0, help="index of the first one, from 0 (default: 0)")
-    parser.add_argument("--random", action="store_true", help="draw them at random")
-    parser.add_argument("--id", action="append", metavar="ID", help="show the sample of this id (repeatable)")
-    parser.add_argument("--type", action="append", metavar="TYPE", help="only samples of this type (repeatable)")
-    parser.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
-    parser.add_argument(
-        "--overflow",
-        choices=("error", "drop", "truncate_text"),
-        default="truncate_text",
-        help="what to do with samples over --max-length (default: truncate_text)",
-    )
-    parser.add_argument(
-        "--first-turn-order",
-        choices=("as_is", "random"),
-        default="as_is",
-        help="of image and question; random as in the paper (default: as_is)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of --random and --first-turn-order (default: 0)")
-    parser.add_argument("--split", default="train", help="split of a dataset that has several (default: train)")
-    parser.add_argument("--save-images", metavar="DIR", help="write each image there as the vision tower sees it")
-    parser.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
+    add = parser.add_argument
+    add("source", nargs="+", help="as in `llava data check`")
+    add("--processor", required=True, metavar="P", help="model folder or Hub name")
+    add("--image-folder", "--images", metavar="DIR", help="folder of relative image paths")
+    add("--chat-template", metavar="NAME", help="one of this package's templates in place of the processor's")
+    add("-n", "--number", type=int, default=3, help="how many samples (default: 3)")
+    add("--start", type=int, default=0, help="index of the first one, from 0 (default: 0)")
+    add("--random", action="store_true", help="draw them at random")
+    add("--id", action="append", metavar="ID", help="show the sample of this id (repeatable)")
+    add("--type", action="append", metavar="TYPE", help="only samples of this type (repeatable)")
+    add("--max-length", type=int, default=2048, metavar="N", help="tokens per sample (default: 2048)")
+    overflow = {"choices": ("error", "drop", "truncate_text"), "default": "truncate_text"}
+    add("--overflow", **overflow, help="what to do with samples over --max-length (default: %(default)s)")
+    order = {"choices": ("as_is", "random"), "default": "as_is"}
+    add("--first-turn-order", **order, help="of image and question; random as in the paper (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of --random and --first-turn-order (default: 0)")
+    add("--split", default="train", help="split of a dataset that has several (default: train)")
+    add("--save-images", metavar="DIR", help="write each image there as the vision tower sees it")
+    add("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,9 +105,7 @@ def run(args: argparse.Namespace) -> int:
         if args.save_images and images:
             for path in _save(batch, processor, Path(args.save_images), conversation["id"]):
                 console.print(f"written: {path}")
-    console.print(
-        f"\n{len(dataset):,} samples; [green]green[/]: supervised, [cyan]cyan[/]: images and other special tokens"
-    )
+    console.print(f"\n{len(dataset):,} samples; [green]green[/]: supervised, [cyan]cyan[/]: special tokens, images")
     console.print(dropped)
     return 1 if bad else 0
 

@@ -15,20 +15,11 @@ def add_endpoint_arguments(
     add = group.add_argument
     add("--base-url", metavar="URL", help="OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI)")
     add("--concurrency", type=int, default=concurrency, metavar="N", help="requests in flight (default: %(default)s)")
-    add(
-        "--max-reply-tokens",
-        "--review-tokens",
-        type=int,
-        default=max_reply_tokens,
-        metavar="N",
-        help=f"longest reply, thoughts included (default: {max_reply_tokens or 'of the benchmark'})",
-    )
-    add(
-        "--length-parameter",
-        choices=("max_tokens", "max_completion_tokens"),
-        default="max_tokens",
-        help="the endpoint's name for the longest reply; the second is used if it asks for it (default: %(default)s)",
-    )
+    longest = f"longest reply, thoughts included (default: {max_reply_tokens or 'of the benchmark'})"
+    add("--max-reply-tokens", "--review-tokens", type=int, default=max_reply_tokens, metavar="N", help=longest)
+    name = "the endpoint's name for the longest reply; the second is used if it asks for it (default: %(default)s)"
+    names = ("max_tokens", "max_completion_tokens")
+    add("--length-parameter", choices=names, default="max_tokens", help=name)
     add("--requests-per-minute", type=float, metavar="N", help="limit of requests")
     add("--tokens-per-minute", type=float, metavar="N", help="limit of tokens, prompts and longest replies")
     add("--timeout", type=float, default=120, metavar="S", help="seconds for one reply (default: %(default)g)")

@@ -11,13 +11,8 @@ OUT_OF_MEMORY = {
     "qlora preset: `llava estimate RECIPE --gpu GIB` says what fits. The same command resumes from the last checkpoint.",
     "eval": "Use a smaller --batch-size, or --load-in-4bit. The same command resumes.",
 }
-LESS_MEMORY = (
-    "Use --load-in-4bit if the command has it, or a smaller model, or stop other programs that use the memory."
-)
-NO_HUB = (
-    "There is nothing of that name here ({}) or in the Hub's cache, and the Hub does not answer: check the name and the "
-    "network."
-)
+LESS_MEMORY = "Use --load-in-4bit if the command has it, or a smaller model, or stop other programs that use memory."
+NO_HUB = "There is nothing of that name here ({}) or in the Hub's cache, and the Hub does not answer: check name and network."
 OFFLINE = " HF_HUB_OFFLINE is set, so the Hub was not asked."
 KINDS = {"ImageTextToText": "a LLaVA", "CausalLM": "a language model"}
 """What transformers' Auto classes load, in words."""
@@ -26,9 +21,7 @@ NO_KERNELS = "This build of torch, or of bitsandbytes, has no kernels for this G
 
 
 def one_line(error: Exception, command: str) -> str | None:
-    """
-    The message for the user, or `None` for a bug, whose traceback is shown.
-    """
+    """The message for the user, or `None` for a bug, whose traceback is shown."""
     kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     modules = {kind.partition(".")[0] for kind in kinds}
     text = " ".join(str(error).split())
@@ -38,9 +31,7 @@ def one_line(error: Exception, command: str) -> str | None:
         return f"Out of memory{f' ({first})' if first else ''}. {OUT_OF_MEMORY.get(command, LESS_MEMORY)}"
     if "couldn't connect to 'http" in text:
         return NO_HUB.format(os.getcwd()) + (OFFLINE if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else "")
-    if found := re.match(
-        r"Unrecognized configuration class <class '[\w.]*?\.?(\w+)Config'>.*AutoModelFor(\w+)\.", text
-    ):
+    if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)Config'>.*AutoModelFor(\w+)\.", text):
         return f"{found[1]} is the wrong kind of model here: {KINDS.get(found[2], found[2])} is required (config.json, model_type)."
     if "jinja2" in modules:
         return f"The chat template cannot be used ({text}): fix chat_template.jinja in the model's folder."

@@ -25,11 +25,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     how.add_argument("--seed", type=int, default=0, help="with --temperature (default: %(default)s)")
     how.add_argument("--limit", type=int, metavar="N", help="the first N samples only; the results say of how many")
     how.add_argument("--follow-symlinks", action="store_true", help="allow links that lead out of the image folder")
-    how.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="answer the I-th of N shards; the last to finish scores all (default: by `accelerate launch` or `torchrun`)",
-    )
+    shard = "answer the I-th of N shards; the last to finish scores all (default: by accelerate or torchrun)"
+    how.add_argument("--shard", metavar="I/N", help=shard)
     how.add_argument("--partial", action="store_true", help="score although samples are missing; results say how many")
 
 

@@ -4,25 +4,16 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vision", help="CLIP- or SigLIP-like model: folder or Hub name")
-    parser.add_argument("language", help="causal language model: folder or Hub name, or a .gguf file")
-    parser.add_argument("out", help="folder to write; new or empty")
-    parser.add_argument(
-        "--chat-template",
-        default="vicuna_v1",
-        help="vicuna_v1 (LLaVA-1.5), plain, vicuna_v0, llava_v1, llama_2, v0_mmtag, v1_mmtag, chatml, or own: the language "
-        "model's (default: vicuna_v1)",
-    )
-    parser.add_argument(
-        "--projector-layers", type=int, default=2, help="1: the paper's matrix W; 2: LLaVA-1.5's (default: 2)"
-    )
-    parser.add_argument(
-        "--feature-layer", type=int, default=-2, help="hidden state of the tower to project (default: -2)"
-    )
-    parser.add_argument(
-        "--crop", action="store_true", help="crop images to a square (LLaVA v1) instead of padding them"
-    )
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the language model's")
+    add = parser.add_argument
+    add("vision", help="CLIP- or SigLIP-like model: folder or Hub name")
+    add("language", help="causal language model: folder or Hub name, or a .gguf file")
+    add("out", help="folder to write; new or empty")
+    template = "vicuna_v1 (LLaVA-1.5's, the default), another of this package's, or own: the language model's"
+    add("--chat-template", default="vicuna_v1", metavar="NAME", help=template)
+    add("--projector-layers", type=int, default=2, help="1: the paper's matrix W; 2: LLaVA-1.5's (default: 2)")
+    add("--feature-layer", type=int, default=-2, help="hidden state of the tower to project (default: -2)")
+    add("--crop", action="store_true", help="crop images to a square (LLaVA v1) instead of padding them")
+    add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the language model's")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,14 +51,9 @@ def run(args: argparse.Namespace) -> int:
         out.rmdir()
     os.replace(partial, out)
 
-    parts = {
-        "vision tower": "vision_tower",
-        "projector (new)": "multi_modal_projector",
-        "language model": "language_model",
-    }
-    for title, name in parts.items():
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
         module = getattr(model.model, name)
-        console.print(f"{title}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
+        console.print(f"{name}: {type(module).__name__}, {sum(p.numel() for p in module.parameters()):,} parameters")
     console.print(f"tokens per image: {model.config.image_seq_length} (layer {args.feature_layer})")
     console.print(f"vocabulary: {model.lm_head.weight.shape[0]:,} rows, <image> is {model.config.image_token_id}")
     console.print(
@@ -85,8 +71,6 @@ def _try_one_image(model, processor) -> None:
 
     content = [{"type": "image", "image": Image.new("RGB", (32, 24))}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
         model(**inputs, logits_to_keep=1)

@@ -35,9 +35,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser of `llava`. Only the module of `command` is imported, so that `llava --help` is instant."""
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="llava", description="LLaVA, HuggingFace-native: from captions and boxes to a published model."
-    )
+    what = "LLaVA, HuggingFace-native: from captions and boxes to a published model."
+    parser = argparse.ArgumentParser(prog="llava", description=what)
     parser.add_argument("--version", action="version", version=f"modeling-llava {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parser.commands = commands.choices  # for the errors of misspelt words

@@ -4,18 +4,13 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="adapter folder or Hub name; or the output folder of a pretrain run")
-    parser.add_argument("output", help="folder to write; new or empty")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"],
-        help="dtype of the written weights; auto: the base model's (default)",
-    )  # fmt: skip
-    parser.add_argument("--base", help="the base model, if it has moved")
-    parser.add_argument(
-        "--as-trained", action="store_true",
-        help="QLoRA: add the adapter to the dequantized NF4 base that was used in training",
-    )  # fmt: skip
-    parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub")
+    add, dtypes = parser.add_argument, ["auto", "float16", "bfloat16", "float32"]
+    add("adapter", help="adapter folder or Hub name; or the output folder of a pretrain run")
+    add("output", help="folder to write; new or empty")
+    add("--dtype", default="auto", choices=dtypes, help="of the written weights; auto: the base model's (default)")
+    add("--base", help="the base model, if it has moved")
+    add("--as-trained", action="store_true", help="QLoRA: add the adapter to the dequantized NF4 base of its training")
+    add("--revision", help="branch, tag or commit of the adapter on the Hub")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("repo", help="name on the Hub: owner/name, or name for your own")
     add("--private", action="store_true", help="make the new repository private (an existing public one is refused)")
     add("--dry-run", action="store_true", help="gather and check everything, upload nothing")
-    add(
-        "--merge",
-        action="store_true",
-        help="an adapter or projector: merge it into its base and publish the full model",
-    )
+    add("--merge", action="store_true", help="an adapter or projector: merge it and publish the full model")
     add("--base-model", action="append", metavar="NAME", help="Hub name of a base model (repeatable)")
     add("--dataset", action="append", metavar="NAME", help="Hub name of training data (repeatable)")
     add("--results", action="append", metavar="DIR", help="output of llava eval for the card (repeatable)")

@@ -9,14 +9,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model, stage 1 and stage 2 (LoRA), evaluates on unseen images, and reloads the result through pipeline(). No "
         "download, no GPU. The same command resumes."
     )
-    parser.add_argument("--out", default="quickstart", metavar="DIR", help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
-    parser.add_argument(
-        "--steps-scale", type=float, default=1.0, metavar="X", help="multiplies every number of training steps"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores, at most 4)")
-    parser.add_argument("--keep", action="store_true", help="keep intermediate results (DIR/parts)")
-    parser.add_argument("--fast", action="store_true", help="every phase with almost no training: a minute's check")
+    add = parser.add_argument
+    add("--out", default="quickstart", metavar="DIR", help="folder to write (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+    add("--steps-scale", type=float, default=1.0, metavar="X", help="multiplies every number of training steps")
+    add("--threads", type=int, help="CPU threads (default: all cores, at most 4)")
+    add("--keep", action="store_true", help="keep intermediate results (DIR/parts)")
+    add("--fast", action="store_true", help="every phase with almost no training: a minute's check")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
     quickstart = Quickstart(out, settings.scaled(args.steps_scale), on_phase=display.begin, on_step=display.step)
     done = [phase for phase in PHASES if phase in quickstart.progress["phases"]]
     if "figures" in done:
-        print(
-            f"{out} holds a finished quickstart with these settings. To run it again, delete it or give another --out."
-        )
+        print(f"{out} holds a finished quickstart with these settings. To run it again, delete {out} or change --out.")
         _report(quickstart.results(), out)
         return 0
     print(f"A small LLaVA from nothing, on this machine's CPU, into {out}: about three minutes on two cores.")

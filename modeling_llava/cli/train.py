@@ -18,21 +18,13 @@ An interrupted run resumes when the same command is given again.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        help="a recipe (YAML), or the name of a preset: pretrain, finetune, lora, qlora; for one GPU by its memory: "
-        "qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb (llava estimate shows what a run needs)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    parser.add_argument(
-        "--trial",
-        type=int,
-        metavar="STEPS",
-        help="train STEPS optimizer steps into output_dir/trial, show answers to held-out samples before and after, and say "
-        "how long the whole run takes",
-    )
-    parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
+    add = parser.add_argument
+    presets = "pretrain, finetune, lora, qlora; by the GPU's memory: qlora-8gb, qlora-12gb, qlora-16gb, qlora-24gb"
+    add("recipe", nargs="?", help=f"a recipe (YAML), or the name of a preset: {presets}")
+    add("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    trial = "train STEPS steps into output_dir/trial; show answers before and after, and how long the whole run takes"
+    add("--trial", type=int, metavar="STEPS", help=trial)
+    add("--list-settings", action="store_true", help="print every setting with its default, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,11 +57,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.trial is not None:
         _print_answers(callbacks[-1])
-        print(
-            f"the whole run takes {duration.whole}"
-            if duration.whole
-            else "run a trial of at least 2 steps to estimate the time"
-        )
+        whole = duration.whole
+        print(f"the whole run takes {whole}" if whole else "run a trial of at least 2 steps to estimate the time")
         return 0
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     if losses:

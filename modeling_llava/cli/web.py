@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("model", help="folder or Hub name of a full or merged model, an adapter, or a projector")
     add = parser.add_argument
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all)",
-    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only; 0.0.0.0: all)")
     add("--port", type=int, help="default: the first free one from 7860")
     add("--root-path", metavar="PATH", help="behind a proxy: the path of the page, such as /llava, or the whole URL")
     hosts = {"action": "append", "default": [], "metavar": "NAME"}
@@ -54,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1 or args.people < 1 or not 0 < args.max_upload_mb < 1e6:
         raise ValueError("--max-new-tokens, --people and --max-upload-mb must be above 0 (and an image below a TB).")
     require_address(args.host, args.port)
-    limits = Limits(
-        upload_bytes=int(args.max_upload_mb * 2**20), new_tokens=args.max_new_tokens, answers_at_once=args.people
-    )
+    upload = int(args.max_upload_mb * 2**20)
+    limits = Limits(upload_bytes=upload, new_tokens=args.max_new_tokens, answers_at_once=args.people)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is removed
     with tempfile.TemporaryDirectory(prefix="llava-web-") as folder:  # readable by this user only
         examples = collect_examples(args.examples, folder)
