@@ -1,5 +1,5 @@
 """
-How a run's weights and state are written and read. `_save_checkpoint` itself is `Trainer`'s.
+A run's output folder, and how weights and state are written there and come back. `_save_checkpoint` itself is `Trainer`'s.
 
 Under FSDP2 each process writes its own shard:
 
@@ -7,47 +7,234 @@ Under FSDP2 each process writes its own shard:
                  optimizer_0/            the same, of the optimizer
                  …                       processor, recipe and what else every checkpoint holds
 
-`Trainer` saves no weights at the end of such a run, and in its checkpoints the frozen ones too.
+`Trainer` saves no weights at the end of such a run, and in its checkpoints the frozen ones too. (A resumed run's place in the data:
+batches.py.)
 """
 
+import json
 import logging
 import os
+import platform
+import re
 import shutil
+import tempfile
+import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import GenerationConfig, Trainer
 from transformers.trainer import FSDP_MODEL_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..compat import set_last_learning_rate
+from ..constants import recorded_versions
 from ..data.schema import summarize_drops
 from ..io.checkpoints import (
     PROJECTOR_CONFIG_NAME,
     PROJECTOR_WEIGHTS_NAME,
+    RUN_RECORD_NAME,
     component_of,
     load_full_weights,
     load_projector,
     save_projector,
 )
+from ..io.files import lock, safetensors_header, write_atomic
 from ..text.stops import add_generation_stop, note_generation_stop
 from .arguments import LlavaTrainingArguments
 from .callbacks import SpeedCallback
-from .resume import find_resumable_checkpoint, write_run_record
+from .recipes import write_recipe
 from .setup import core_model, finish_adapter_folder, is_peft, load_unfinished
 
 
 logger = logging.getLogger(__name__)
 
-ABSENT = object()
+RECIPE_NAME = "recipe.yaml"
 
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"
 """In a sharded checkpoint: the weights, under the name that accelerate's own tools expect."""
+
+WAIT_FOR_WORKERS = 15.0
+"""Seconds that a new run waits for the lock: the data loader's workers outlive a killed process by five."""
+
+
+@contextmanager
+def output_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    Create an output folder, check that it can be written, and lock it for this process.
+
+    Raises:
+        OSError: another run uses the folder, or it cannot be written.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # fails now, not at the first checkpoint
+    descriptor = None if os.name == "nt" else os.open(folder, os.O_RDONLY)  # Windows does not open folders
+    try:
+        until = time.monotonic() + WAIT_FOR_WORKERS
+        while descriptor is not None and not lock(descriptor):
+            if time.monotonic() > until:
+                raise OSError(
+                    f"{folder}: another run uses this folder, and both would resume from, and delete, each other's "
+                    "checkpoints. Wait for it, stop it, or choose another output_dir."
+                )
+            time.sleep(0.2)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        if is_new:  # a run that failed before it wrote anything leaves no folder
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
+    """All `checkpoint-N` folders of a run, complete or not, the newest first."""
+    numbered = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run, or `None`. One that was being saved when the run was killed is incomplete."""
+    for folder in checkpoint_folders(output_dir):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder
+        logger.warning(f"{folder} is not complete ({reason}): trying an earlier checkpoint.")
+    return None
+
+
+def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
+    """
+    Why a run cannot be resumed from a checkpoint; `None` if it can.
+
+    `trainer_state.json` is written last: if it parses, everything was written. Weights and optimizer state are checked too
+    (without reading them), for copies that were cut off.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+        if not isinstance(state, dict) or "global_step" not in state:
+            return f"{TRAINER_STATE_NAME} has no global_step"
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME} is missing"
+    except (ValueError, OSError) as error:
+        return f"{TRAINER_STATE_NAME} does not parse: {error}"
+    for file in checkpoint.glob("*.safetensors"):
+        try:
+            safetensors_header(file)
+        except ValueError:
+            return f"{file.name} is cut off"
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()):
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+    # plain, FSDP (a file or a folder), DeepSpeed
+    for what, names in (
+        ("weights", ("*.safetensors", "pytorch_model_fsdp*", "global_step*")),
+        ("optimizer state (save_only_model)", ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")),
+    ):
+        if not any(any(checkpoint.glob(name)) for name in names):
+            return f"it holds no {what}"
+    for shards in (*checkpoint.glob("pytorch_model_fsdp_*"), *checkpoint.glob("optimizer_*")):
+        if shards.is_dir() and not (shards / ".metadata").is_file():
+            return f"{shards.name} is cut off"
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("rng_state*.pth")):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut off"
+    return None
+
+
+def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
+    """
+    The checkpoint that `resume` asks for; `None` for a new run.
+
+    Raises:
+        FileNotFoundError: `resume` is a path that does not exist.
+        ValueError: that checkpoint is not complete; or `resume="never"`, and `output_dir` holds checkpoints.
+    """
+    if args.resume == "auto":
+        return find_resumable_checkpoint(args.output_dir)
+    if args.resume == "never":
+        left = checkpoint_folders(args.output_dir)
+        if left:
+            raise ValueError(
+                f"resume=never, but {args.output_dir} holds {left[0].name} of an earlier run, from which this run "
+                "would resume later. Choose another output_dir, or delete it."
+            )
+        return None
+    checkpoint = Path(args.resume)
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"resume={args.resume}: there is no such checkpoint. Set auto, never, or the path of one."
+        )
+    reason = why_incomplete(checkpoint)
+    if reason is not None:
+        raise ValueError(f"resume={args.resume}: the checkpoint is not complete ({reason}). Choose an earlier one.")
+    return checkpoint
+
+
+def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str, str]:
+    """Settings that differ from those of a checkpoint, as "before → now"; empty if it has no recipe."""
+    before = _recipe_of(checkpoint)
+    now = args.to_recipe() if before else {}
+    if before:  # a setting of ours that is newer than the run
+        before = {s.name: s.default for s in fields(args) if s.metadata.get("group") == "llava"} | before
+    return {
+        name: f"{before.get(name)!r} → {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in ("resume", "output_dir")
+    }
+
+
+def keep_resolved(args: LlavaTrainingArguments, checkpoint: Path) -> None:
+    """Resolve what is `auto` as the run did before it stopped, in place."""
+    before = _recipe_of(checkpoint)
+    for name in ("activation_checkpointing", "eval_size"):
+        if getattr(args, name) == "auto" and name in before:
+            setattr(args, name, before[name])
+
+
+def _recipe_of(checkpoint: Path) -> dict[str, Any]:
+    """Not by `read_recipe`, which refuses a setting of another version of this package; empty if there is none."""
+    file = checkpoint / RECIPE_NAME
+    return (yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None) or {}
+
+
+def write_run_record(
+    folder: str | os.PathLike, args: LlavaTrainingArguments, data: dict[str, Any] | None, base: dict[str, Any] | None
+) -> None:
+    """
+    Write `recipe.yaml` (every setting, resolved) and `run.json`: versions, machine, the data ([`record_data`]) and, of an adapter,
+    the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(args.to_recipe(), folder / RECIPE_NAME, "The resolved recipe of this run: llava train recipe.yaml")
+    record = {
+        "versions": recorded_versions(),
+        "machine": platform.platform(),
+        "devices": args.world_size * max(args.n_gpu, 1),
+        "data": data or {},
+        **({"base": base} if base else {}),
+    }
+    write_atomic(folder / RUN_RECORD_NAME, json.dumps(record, indent=2) + "\n")
+
+
+# Saving and loading
 
 
 class CheckpointingTrainer(Trainer):
@@ -61,8 +248,8 @@ class CheckpointingTrainer(Trainer):
     _num_supervised: int | torch.Tensor = 0
     """Supervised tokens trained on so far, by all processes together."""
     _speed: SpeedCallback
-    _use_cache: Any
-    """`use_cache` of the model's configuration as it was given, or `ABSENT`: `Trainer` writes its own into it."""
+    _use_cache: dict[str, Any]
+    """`use_cache` of the model's configuration as it was given, empty if it had none: `Trainer` writes its own into it."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -74,11 +261,13 @@ class CheckpointingTrainer(Trainer):
             core, processor = core_model(self.model), self.processing_class
             if processor is not None and self.args.adapter == "none":
                 add_generation_stop(core.generation_config, processor)
-            in_training = _set_or_remove(core.config, "use_cache", self._use_cache)
+            settings = vars(core.config)
+            in_training = settings.pop("use_cache")
+            settings |= self._use_cache
             try:
                 super()._save(str(folder), state_dict)
             finally:
-                _set_or_remove(core.config, "use_cache", in_training)
+                settings["use_cache"] = in_training
             if self.args.adapter != "none":
                 finish_adapter_folder(folder, self.initial_lora)
                 if processor is not None:
@@ -221,16 +410,6 @@ class CheckpointingTrainer(Trainer):
                 group["lr"] *= rate / loaded
                 scheduler.base_lrs[number] = rate
                 set_last_learning_rate(scheduler, number, group["lr"])
-
-
-def _set_or_remove(config: Any, name: str, value: Any) -> Any:
-    """Set an attribute, or remove it if `value` is `ABSENT`; returns what it was."""
-    before = vars(config).get(name, ABSENT)
-    if value is not ABSENT:
-        setattr(config, name, value)
-    elif before is not ABSENT:
-        delattr(config, name)
-    return before
 
 
 @torch.no_grad()

@@ -1,35 +1,38 @@
 """`train(recipe)`: from a recipe to trained weights, a record of the run and its loss curve."""
 
 import copy
+import errno
+import glob
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.schema import summarize_drops
-from ..io.files import write_atomic
+from ..io.files import sha256_of, write_atomic
 from ..text.stops import missing_stop
 from .arguments import LlavaTrainingArguments
 from .batches import load_datasets
 from .callbacks import DurationCallback, LossCurveCallback, PreviewCallback
-from .checkpoints import is_sharded_checkpoint
-from .recipes import parse_recipe
-from .resume import (
+from .checkpoints import (
     changed_settings,
     checkpoint_to_resume,
-    full_disk_explained,
-    is_finished,
+    find_resumable_checkpoint,
+    is_sharded_checkpoint,
     keep_resolved,
     output_dir_lock,
-    record_data,
 )
+from .recipes import parse_recipe
 from .setup import base_and_adapter, cast_weights, core_model, load_model_and_processor
 from .trainer import LlavaTrainer
 
@@ -181,7 +184,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
 
     metrics: dict[str, float] = {}
     with full_disk_explained(args.output_dir):
-        has_ended = checkpoint is not None and is_finished(trainer, checkpoint)
+        has_ended = checkpoint is not None and _is_finished(trainer, checkpoint)
         if has_ended:
             logger.warning(
                 "%s is the last of a finished run: the result is written again without training.", checkpoint
@@ -217,6 +220,73 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
         log_history=trainer.state.log_history,
         resumed_from=checkpoint,
     )
+
+
+def _is_finished(trainer: LlavaTrainer, checkpoint: Path) -> bool:
+    """
+    Whether a checkpoint is the last of a run: all steps done, or stopped early.
+
+    `Trainer` checks only after a step: a finished run that is started again would train one step more.
+    """
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
+    max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    if state["global_step"] >= max_steps:
+        return True
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+@contextmanager
+def full_disk_explained(output_dir: str | os.PathLike) -> Iterator[None]:
+    """
+    Around a run: explain that the disk is full, and from which checkpoint the run can resume.
+
+    Raises:
+        OSError: in place of what safetensors, tokenizers, torch and the system raise.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raise a bare Exception, torch's writer a RuntimeError
+        cause = " ".join(str(error).split())
+        if not any(sign in cause for sign in _FULL):
+            raise
+        last = find_resumable_checkpoint(output_dir)
+        kept = f"The last complete checkpoint is {last.name}" if last else "There is no complete checkpoint yet"
+        raise OSError(
+            f"{output_dir} could not be written: {cause}. {shutil.disk_usage(output_dir).free / 2**30:.1f} GiB are free. {kept}. "
+            "Free some space (or set save_total_limit, save_steps) and run the same command again."
+        ) from error
+
+
+_FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "PytorchStreamWriter", "inline_container"]
+
+
+def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
+    """
+    The data of a run: each source with the SHA-256 of its file, and the number of samples.
+
+    A folder or a pattern is hashed by the names and sizes of its files. Data on the Hub has no hash.
+    """
+    if isinstance(sources, str):
+        sources = [sources]
+    elif isinstance(sources, dict):
+        sources = list(sources.values())
+    record: dict[str, Any] = {"sources": [{"name": str(s), "sha256": _hash(str(s))} for s in sources or []]}
+    if getattr(dataset, "dropped", None):
+        record["dropped"] = dict(dataset.dropped)
+    if hasattr(dataset, "__len__"):
+        record["num_samples"] = len(dataset)
+    return record
+
+
+def _hash(source: str) -> str | None:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(p for p in found if p.is_file())
+    listing = "\n".join(f"{p.relative_to(path) if path.is_dir() else p} {p.stat().st_size}" for p in files)
+    return hashlib.sha256(listing.encode()).hexdigest() if files else None
 
 
 def _save_metrics(trainer: LlavaTrainer, split: str, metrics: dict[str, float]) -> None:

@@ -34,8 +34,8 @@ from .batches import (
     prepare_train_dataset,
     resolve_packing,
 )
-from .callbacks import CheckpointEverySecondLayer, PerSampleNEFTune, SpeedCallback
-from .checkpoints import ABSENT, CheckpointingTrainer
+from .callbacks import CheckpointLanguageModel, PerSampleNEFTune, SpeedCallback
+from .checkpoints import CheckpointingTrainer
 from .setup import (
     core_model,
     initial_lora,
@@ -100,7 +100,7 @@ class LlavaTrainer(CheckpointingTrainer):
             self.model_init = model_init
             model = super().call_model_init()
         # Trainer writes its own `use_cache` into the configuration; what is saved has the model's, or none.
-        self._use_cache = vars(model.config).get("use_cache", ABSENT)
+        self._use_cache = {name: value for name, value in vars(model.config).items() if name == "use_cache"}
         # Trainer adds the tokenizer's EOS token to the model's; an adapter is loaded with its base's all the same.
         self.base_generation_config = copy.deepcopy(core_model(model).generation_config)
         model = self._prepare_model(model, data_collator is not None)
@@ -133,8 +133,8 @@ class LlavaTrainer(CheckpointingTrainer):
         full = (args.pack_length or args.max_length) * args.train_batch_size if args.packing == "full" else None
         self._speed = SpeedCallback(full)
         self.add_callback(self._speed)
-        if args.activation_checkpointing == "every_second":
-            self.add_callback(CheckpointEverySecondLayer())
+        if args.activation_checkpointing in ("every_second", "offload"):
+            self.add_callback(CheckpointLanguageModel())
         if self.neftune_noise_alpha is not None and args.packing != "none":
             self.add_callback(PerSampleNEFTune(self.neftune_noise_alpha))
             self.neftune_noise_alpha = None

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from modeling_llava.data import BadSampleError, ConversationDataset, ConversationStream, load_conversations
 from modeling_llava.data.rows import ArrowRows
 from modeling_llava.data.schema import BAD_ROW, EMPTY_ANSWER, load_image
-from modeling_llava.training.resume import record_data
+from modeling_llava.training.run import record_data
 
 
 def llava_row(number, **other):
@@ -24,10 +25,8 @@ def llava_row(number, **other):
 
 
 def text_row(number):
-    return {
-        "id": f"t{number}",
-        "conversations": [{"from": "human", "value": f"Hi {number}."}, {"from": "gpt", "value": "Ho."}],
-    }
+    turns = [{"from": "human", "value": f"Hi {number}."}, {"from": "gpt", "value": "Ho."}]
+    return {"id": f"t{number}", "conversations": turns}
 
 
 def hf_row(number, image):
@@ -147,15 +146,10 @@ def test_paths_are_joined_to_the_image_folder_and_those_that_leave_it_are_bad_sa
 
 
 @pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        ("https://x.org/a.jpg", "a URL: download"),
-        ("data:image/png;base64,iVBO", "base64"),
-        ("data:image/png;base64,iVB", "base64"),
-        ("", "which is not one"),
-    ],
+    "image, message",
+    [("https://x.org/a.jpg", "a URL: download"), ("data:image/png;base64,iVB", "base64"), ("", "which is not one")],
 )
-def test_what_is_no_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
+def test_what_is_not_a_path_is_not_joined_to_the_image_folder(image, message, tmp_path):
     sample = load_conversations([llava_row(0, image=[image])], tmp_path)[0]
     with pytest.raises(BadSampleError, match=f"sample 's0' has .*{message}"):
         load_image(sample["images"][0], tmp_path, sample["id"])
@@ -242,10 +236,8 @@ def test_contents_that_are_texts_or_lists_are_told_apart(tmp_path):
 
 
 def test_sources_by_type(tmp_path):
-    paths = {
-        name: write_json(tmp_path / f"{name}.json", [llava_row(i), llava_row(i + 1)])
-        for i, name in enumerate(["detail", "complex"])
-    }
+    rows = {"detail": [llava_row(0), llava_row(1)], "complex": [llava_row(1), llava_row(2)]}
+    paths = {name: write_json(tmp_path / f"{name}.json", rows[name]) for name in rows}
     dataset = load_conversations(paths)
     assert dataset.types == ["detail", "detail", "complex", "complex"] == [sample["type"] for sample in dataset]
     assert ids(dataset) == ["s0", "s1", "s1", "s2"]
@@ -272,7 +264,7 @@ def test_workers_do_not_share_a_file_position(tmp_path, start):
     dataset[0]  # reads the file before the fork
     assert ids(pickle.loads(pickle.dumps(dataset))) == ids(dataset)
     loader = DataLoader(dataset, batch_size=3, num_workers=2, collate_fn=ids, multiprocessing_context=start)
-    assert [i for batch in loader for i in batch] == [f"s{i}" for i in range(300)]
+    assert list(itertools.chain(*loader)) == [f"s{i}" for i in range(300)]
 
 
 @pytest.mark.parametrize(
@@ -383,16 +375,12 @@ def test_ranks_and_workers_share_a_stream_without_repeats(
     kind, world_size, num_workers, shuffle_buffer, tmp_path, hf_dataset, parquet_folder
 ):
     source = stream_sources(tmp_path, hf_dataset, parquet_folder)[kind]
-    seen = []
+    seen, options = [], {"streaming": True, "world_size": world_size, "shuffle_buffer": shuffle_buffer}
     for rank in range(world_size):
-        stream = load_conversations(
-            source, streaming=True, rank=rank, world_size=world_size, shuffle_buffer=shuffle_buffer
-        )
-        share = [
-            i for batch in DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=ids) for i in batch
-        ]
-        assert share, f"rank {rank} has nothing to do"
-        seen += share
+        stream = load_conversations(source, rank=rank, **options)
+        shard = list(itertools.chain(*DataLoader(stream, batch_size=2, num_workers=num_workers, collate_fn=ids)))
+        assert shard, f"rank {rank} has nothing to do"
+        seen += shard
     assert sorted(seen) == sorted(f"s{i}" for i in range(12))
 
 
@@ -420,7 +408,6 @@ def test_stream_counts_drops_in_workers(tmp_path):
     assert stream.dropped == {EMPTY_ANSWER: 5}
 
 
-def test_rows_without_id_get_different_names_in_different_shares(hf_dataset):
+def test_rows_without_id_get_different_names_in_different_shards(hf_dataset):
     stream = load_conversations(hf_dataset.remove_columns("id").to_iterable_dataset(num_shards=4), streaming=True)
-    names = [i for batch in DataLoader(stream, num_workers=2, collate_fn=ids) for i in batch]
-    assert len(set(names)) == 12
+    assert len(set(itertools.chain(*DataLoader(stream, num_workers=2, collate_fn=ids)))) == 12

@@ -1,4 +1,4 @@
-"""Activation checkpointing: off, every second layer and on train the same; auto takes the memory that a GPU has free."""
+"""Activation checkpointing: every value of it trains the same; auto takes the memory that a GPU has free."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ class Layers(TrainerCallback):
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_all_three_give_the_same_losses_and_gradients(adapter, settings, tmp_path):
+def test_all_give_the_same_losses_and_gradients(adapter, settings, tmp_path):
     """The tower has three layers, which transformers' `every_n_layers` would count too."""
     found, layers = {}, {}
-    for value in ("off", "every_second", "on"):
+    for value in ("off", "every_second", "on", "offload"):
         recipe = {
             **settings,
             "adapter": adapter,
@@ -33,9 +33,30 @@ def test_all_three_give_the_same_losses_and_gradients(adapter, settings, tmp_pat
         layers[value] = Layers()
         history = train({**recipe, "lora_dropout": 0.0}, callbacks=[layers[value]]).log_history
         found[value] = [number for e in history if "loss" in e for number in (e["loss"], e["grad_norm"])]
-    assert layers["every_second"].flags == [True, False] and layers["on"].flags == [True, True]
-    assert found["on"] == pytest.approx(found["off"], rel=1e-5)
-    assert found["every_second"] == pytest.approx(found["off"], rel=1e-5)
+    assert layers["every_second"].flags == [True, False]
+    assert layers["on"].flags == layers["offload"].flags == [True, True]
+    for numbers in found.values():
+        assert numbers == pytest.approx(found["off"], rel=1e-5)
+
+
+def test_offload_keeps_inputs_of_layers_in_main_memory(settings, monkeypatch):
+    """Stands for a GPU: what `save_on_cpu` would move is counted. Nothing else than layers' inputs, and the last norm's, is kept."""
+    moved, original = [], torch.autograd.graph.save_on_cpu
+
+    def counting(**kwargs):
+        hooks = original(**kwargs)
+        pack = hooks.pack_hook
+        hooks.pack_hook = lambda tensor: moved.append(tensor.shape) or pack(tensor)
+        return hooks
+
+    monkeypatch.setattr("modeling_llava.training.callbacks.save_on_cpu", counting)
+    model = train({**settings, "adapter": "lora", "activation_checkpointing": "offload", "max_steps": 1}).model
+    text = core_model(model).config.text_config
+    inputs = [shape for shape in moved if len(shape) == 3 and shape[-1] == text.hidden_size]
+    assert len(inputs) >= text.num_hidden_layers
+    number = len(moved)
+    core_model(model).model.language_model(inputs_embeds=torch.zeros(1, 4, text.hidden_size, requires_grad=True))
+    assert len(moved) == number  # the hooks ended with the training
 
 
 def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch, caplog):
@@ -43,7 +64,7 @@ def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch,
     model, _ = load_model_and_processor(args)
     monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
     run, sizes = estimates.Settings.of(args), estimates.sizes_of(model.config)
-    for value in (False, "every_second", True):
+    for value in (False, "every_second", True, "offload"):
         estimated = estimates.estimate(sizes, run.replace(activation_checkpointing=value)).total
         available = (estimated - estimates.CUDA_CONTEXT) / (1 - estimates.MARGIN) + 1
         monkeypatch.setattr(estimates, "available_memory", lambda device, available=available: available)
@@ -58,11 +79,11 @@ def test_every_process_takes_what_the_fullest_gpu_has_room_for(settings, monkeyp
     model, _ = load_model_and_processor(args)
     monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
     monkeypatch.setattr(estimates, "available_memory", lambda device: 2**40)
-    for others, expected in ((2**40, False), (0, True)):
+    for others, expected in ((2**40, False), (0, "offload")):
         monkeypatch.setattr("modeling_llava.training.setup.gather_object", lambda own, others=others: [*own, others])
         args.activation_checkpointing = "auto"
         resolve_checkpointing(model, args)
-        assert args.activation_checkpointing is expected
+        assert args.activation_checkpointing == expected
 
 
 def test_available_memory_is_within_the_share_of_the_process(monkeypatch):

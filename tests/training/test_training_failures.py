@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.training import resume, train
+from modeling_llava.training import checkpoints, train
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_a_model_is_not_written_over_by_what_is_trained_from_it(settings, no_mod
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
     settings, tmp_path, no_model, monkeypatch
 ):
-    monkeypatch.setattr(resume, "WAIT_FOR_WORKERS", 0.3)
+    monkeypatch.setattr(checkpoints, "WAIT_FOR_WORKERS", 0.3)
     hold = (
-        "import sys, time; from modeling_llava.training.resume import output_dir_lock\n"
+        "import sys, time; from modeling_llava.training.checkpoints import output_dir_lock\n"
         "with output_dir_lock(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, settings["output_dir"]], stdout=subprocess.PIPE) as first:
@@ -91,7 +91,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
         with pytest.raises(OSError, match="another run uses this folder.*choose another output_dir"):
             train(settings)
         first.kill()
-    with resume.output_dir_lock(settings["output_dir"]):
+    with checkpoints.output_dir_lock(settings["output_dir"]):
         pass
 
 
@@ -106,6 +106,6 @@ def test_a_folder_that_cannot_be_written_is_said_first_and_none_is_left(settings
     def refuse(dir):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
 
-    monkeypatch.setattr(resume.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(checkpoints.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OSError, match="Read-only file system"):
         train(settings)

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
 from modeling_llava.training.batches import load_datasets
-from modeling_llava.training.checkpoints import load_shards
-from modeling_llava.training.resume import (
+from modeling_llava.training.checkpoints import (
     checkpoint_folders,
     find_resumable_checkpoint,
-    full_disk_explained,
+    load_shards,
     why_incomplete,
 )
+from modeling_llava.training.run import full_disk_explained
 from modeling_llava.training.setup import load_model_and_processor
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.training import train
-from modeling_llava.training.resume import find_resumable_checkpoint
+from modeling_llava.training.checkpoints import find_resumable_checkpoint
 
 
 pytestmark = pytest.mark.slow
