@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from string import Template
 
+from PIL import Image
+
 from ..endpoint import Ledger
 from ..io.files import write_atomic
 from ..io.images import ImageError, read_image
@@ -80,9 +82,15 @@ def thumbnail(images: Path | None, name: str) -> str:
     except ImageError as error:
         logger.warning("The report lacks an image. %s", error)
         return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_url(image, THUMBNAIL)
+
+
+def data_url(image: Image.Image, size: int) -> str:
+    """A JPEG of an image, its longer side at most `size` pixels, as a `data:` URL; the image is not changed."""
+    image = image.copy()
+    image.thumbnail((size, size))
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
+    image.save(data, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -1,7 +1,6 @@
 """OpenAI's Batch API, at half the price: requests are written to files, results are read from files.
 
-The files are uploaded by hand (or by `openai api`) and come back within a day. A task that waits in a batch is not sent
-live, and a result that is read twice counts once.
+A task that waits in a batch is not sent live, and a result that is read twice counts once.
 """
 
 import json
@@ -52,8 +51,7 @@ def write_batch(
     """Writes every task that is neither settled nor waiting into batch files `batch-000.jsonl`, ….
 
     A file that a process wrote before it died, and that the ledger does not know, is replaced. Writing stops before the
-    first request that exceeds `budget`; prompts count by `Budget.TOKENS_PER_CHARACTER`, so the budget can be overdrawn by
-    the error of that estimate.
+    first request whose estimate exceeds `budget`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,11 +106,9 @@ def read_batch(
 
     Give both files of a batch together: a request in the error file is refused for good where the output file has replies.
     """
-    summary = BatchSummary()
-    where = _index(paths)
+    summary, refusals, where = BatchSummary(), Refusals(ledger), _index(paths)
     known = len(where)
     events: list[dict[str, Any]] = []
-    refusals = Refusals(ledger)
     for task in tasks:
         request = ledger.state(task.id).batched
         if request is None:
@@ -169,7 +165,7 @@ def forget_batch(tasks: Iterable[Task], ledger: Ledger) -> int:
 
 
 def _index(paths: Iterable[str | Path]) -> dict[str, tuple[Path, int]]:
-    """custom_id → file and position of its result. Of several under one id a reply takes precedence over an error."""
+    """custom_id → file and position of its result. Of several with one id a reply takes precedence over an error."""
     where: dict[str, tuple[Path, int]] = {}
     answered: set[str] = set()
     for path in map(Path, paths):
@@ -190,17 +186,11 @@ def _result_id(line: bytes, place: str) -> tuple[str, bool]:
     """The custom_id of a result, and whether it has a reply."""
     try:
         result = json.loads(line)
-        if "response" not in result and "error" not in result:
-            raise KeyError("response")
-        return str(result["custom_id"]), _status(result.get("response")) == 200
     except ValueError as error:
-        raise ValueError(
-            f"{place} is not JSON ({error}). Was its download cut short? Nothing was read; fetch it again."
-        ) from None
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{place} is not a batch result ({error!r}). Give the output or the error file of a batch, not its input."
-        ) from None
+        raise ValueError(f"{place} is not JSON ({error}). Was its download cut short? Nothing was read.") from None
+    if not isinstance(result, dict) or "custom_id" not in result or not {"response", "error"} & result.keys():
+        raise ValueError(f"{place} is not a batch result. Give the output or error file of a batch, not its input.")
+    return str(result["custom_id"]), _status(result.get("response")) == 200
 
 
 def _reply(result: dict[str, Any]) -> Reply:

@@ -1,8 +1,4 @@
-"""The interface of a language model, and the faults of an endpoint.
-
-The data engine and the judges call a `ChatModel`: the client of OpenAI-compatible servers, or the scripted responder of
-`llava quickstart`.
-"""
+"""The interface of a language model, which the data engine and the judges call, and the faults of an endpoint."""
 
 import re
 from dataclasses import dataclass

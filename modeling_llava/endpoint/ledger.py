@@ -1,4 +1,4 @@
-"""The ledger: one line per event of a run, written before anything that depends on it is done. It is a run's only state.
+"""The ledger: one line per event of a run, written before anything depends on it. It is a run's only state.
 
 ```
 {"event": "sent",  "task": "000000123:complex", "request": "9f…", "attempt": 1, "tokens": [612, 1024]}
@@ -8,8 +8,8 @@
 ```
 
 `reason` is why a reply was rejected (`null`: accepted), `final` whether the task ends with it. A task whose request is
-refused ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a reply. A
-torn line, left by a process that died while it wrote, is counted and skipped.
+refused ends with a reply line without a text, marked `"refused": true`, which counts as rejected and not as a reply. An
+incomplete line, left by a process that died while it wrote, is counted and skipped.
 """
 
 import asyncio
@@ -58,18 +58,14 @@ class LedgerCounts:
 
 
 class Ledger(AbstractContextManager):
-    """An append-only JSONL file and its state. One process at a time can write it.
+    """An append-only JSONL file and its state. One process at a time can write it; `write=False` reads it without a lock.
 
     `append` hands lines to the operating system, so that they survive a kill of the process; `synced` waits until they are
     on disk.
 
-    Args:
-        path: The file; created if absent.
-        write: `False` reads only and takes no lock.
-
     Raises:
         OSError: another process writes the ledger.
-        ValueError: a whole line is not an event of a ledger.
+        ValueError: a complete line is not an event of a ledger.
     """
 
     def __init__(self, path: str | Path, *, write: bool = True):
@@ -88,7 +84,7 @@ class Ledger(AbstractContextManager):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 if not files.enter_context(locked_file(self.path.with_name(self.path.name + ".lock"))):
                     raise OSError(
-                        f"{path} is in use by another run. Two runs in one folder would pay twice; wait for it."
+                        f"{path} is in use by another run. Wait for it: two runs in one folder would pay twice."
                     )
                 self._file = files.enter_context(open(self.path, "ab"))
             if self.path.exists():
@@ -97,10 +93,6 @@ class Ledger(AbstractContextManager):
             self._files = files.pop_all()
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file and releases the lock."""
         self._files.close()
 
     def state(self, task: str) -> TaskState:
@@ -120,16 +112,16 @@ class Ledger(AbstractContextManager):
                     event = json.loads(line)
                 except (ValueError, RecursionError):
                     event = None
-                try:
-                    if isinstance(event, dict) and "event" in event:
+                if not isinstance(event, dict) or "event" not in event:
+                    self.counts.torn += 1
+                else:
+                    try:
                         self._follow(event, position)
-                    else:
-                        self.counts.torn += 1
-                except (KeyError, TypeError, IndexError) as error:
-                    raise ValueError(
-                        f"{self.path}, line {number}, is not an event of a run ({error!r}). Was the file edited? Remove "
-                        "the line to resume; its request is sent again."
-                    ) from None
+                    except (KeyError, TypeError, IndexError) as error:
+                        raise ValueError(
+                            f"{self.path}, line {number}, is not an event of a run ({error!r}). Was the file edited? Remove "
+                            "the line to resume; its request is sent again."
+                        ) from None
                 position += len(line)
             self._end = position
         self.counts.unknown += len(self._open_requests)
@@ -174,16 +166,15 @@ class Ledger(AbstractContextManager):
         counts = self.counts
         state.replies += (position,)
         state.final, state.accepted = event["final"], event["reason"] is None
-        if event["reason"] is None:
+        if state.accepted:
             counts.accepted += 1
         else:
             counts.rejected[event["reason"]] += 1
-        if event.get("refused"):
-            return
-        counts.replies += 1
-        counts.missing_usage += event["usage"] is None
-        _add(counts.used_in_batch if event.get("batch") else counts.used, event["usage"] or estimate)
-        counts.models[event.get("model") or ""] += 1
+        if not event.get("refused"):
+            counts.replies += 1
+            counts.missing_usage += event["usage"] is None
+            _add(counts.used_in_batch if event.get("batch") else counts.used, event["usage"] or estimate)
+            counts.models[event.get("model") or ""] += 1
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -206,8 +197,8 @@ class Ledger(AbstractContextManager):
         os.fsync(self._file.fileno())
 
     async def synced(self) -> None:
-        """Returns when everything written before the call is on disk. Calls that come together share one sync, which runs
-        in the event loop: it takes less time than handing it to a thread."""
+        """Returns when everything written before the call is on disk. Concurrent calls wait for one sync, which runs in the
+        event loop: it takes less time than handing it to a thread."""
         if self._syncing is None:
             loop = asyncio.get_running_loop()
             self._syncing = loop.create_future()

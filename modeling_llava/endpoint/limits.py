@@ -1,4 +1,4 @@
-"""Limits of requests and tokens per minute, back-off, and the budget. No I/O and no waiting of its own."""
+"""Limits of requests and tokens per minute, back-off, and the budget. Nothing here waits or does I/O."""
 
 import math
 import random
@@ -16,7 +16,7 @@ BATCH_PRICE = 0.5
 class TokenBucket:
     """A limit per minute (requests or tokens): `take` says how long to wait.
 
-    The level may fall below zero; each caller waits until it would be back, so the order is kept without a lock, and at
+    The level may fall below zero, and each caller waits until it would be back: the order is kept without a lock, and at
     most `per_minute + capacity` pass within any minute.
     """
 
@@ -71,9 +71,7 @@ class Prices:
 
     def __post_init__(self):
         if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
-            raise ValueError(
-                f"Prices are dollars per million tokens, 0 or more; not {self.prompt} and {self.completion}."
-            )
+            raise ValueError(f"Prices must be 0 or more dollars, got {self.prompt} and {self.completion}.")
 
     def cost(self, usage: Usage, factor: float = 1.0) -> float:
         """Dollars for `usage`, times `factor` (a batch costs half)."""
@@ -95,9 +93,7 @@ class Budget:
             if most is not None and not most > 0:
                 raise ValueError(f"A budget of {most} {name} allows no request; leave it out for no limit.")
         if max_cost is not None and (prices is None or prices.prompt + prices.completion <= 0):
-            raise ValueError(
-                "A budget in dollars requires the prices per million tokens: give --price-in and --price-out."
-            )
+            raise ValueError("A budget in dollars requires prices: give --price-in and --price-out.")
         self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices or Prices()
         self.limited = max_tokens is not None or max_cost is not None
         self.ratio = self.TOKENS_PER_CHARACTER

@@ -27,7 +27,6 @@ class OpenAIModel:
     """A `ChatModel` behind an OpenAI-compatible endpoint, by the `openai` client. One call is one HTTP request.
 
     Args:
-        name: The model's name at the endpoint.
         base_url: Address with its version (`http://localhost:8000/v1`). Default: `OPENAI_BASE_URL`, or OpenAI.
         api_key: Default: `OPENAI_API_KEY`; local servers accept any.
         timeout: Maximum seconds for a whole reply.
@@ -179,15 +178,14 @@ def parse_completion(body: Any) -> Reply:
         choice = body["choices"][0]
         message = choice["message"]
         text, finish = message.get("content"), str(choice.get("finish_reason") or "stop")
-        if text is None:
-            # Content filters and OpenAI's `refusal` leave the content empty.
+        if text is None:  # content filters and OpenAI's `refusal` leave the content empty
             text = message.get("refusal") or ""
         if isinstance(text, list):  # parts, as some servers give them; thoughts are parts of another type
             parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in text]
             text = "".join(part["text"] for part in parts if part["type"] == "text")
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
-        # Half a surrogate pair, which JSON can escape, cannot be written as text.
+        # A lone surrogate, which JSON can escape, cannot be written as text.
         text = remove_thoughts(text.encode("utf-8", "replace").decode())
         reply = Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
     except (KeyError, IndexError, TypeError, AttributeError) as odd:

@@ -4,9 +4,7 @@
 * A request is written to the ledger, and synced, before it is sent. After a `kill -9` the requests in flight (at most
   `concurrency`) are sent again under the same `Idempotency-Key`. An endpoint that ignores this header may bill them twice:
   they are counted (`LedgerCounts.unknown`) and charged to the budget, as are time-outs and cut replies (`maybe_paid`).
-* One ledger line settles a task.
-* A request that is refused (too long, filtered) while others are answered settles its task as rejected. If none is
-  answered, the settings may be at fault, and the tasks stay open.
+* Requests that are refused (too long, filtered): see `Refusals`.
 """
 
 import asyncio
@@ -143,10 +141,8 @@ class _Run:
         return not self.stopping.is_set()
 
     async def wait_for_limits(self, estimate: Usage) -> bool:
-        """Waits for `retry_after` and for the limits; `False` if the run was stopped.
-
-        A slot that comes up during such a pause is dropped and taken again afterwards, so that not all are used at once.
-        """
+        """Waits for `retry_after` and for the limits; `False` if the run was stopped. A slot that comes up during such a pause is
+        dropped and taken again afterwards, so that not all are used at once."""
         while not self.stopping.is_set():
             if (rest := self.not_before - time.monotonic()) > 0:
                 await self.pause(rest)
@@ -323,7 +319,6 @@ def run_tasks(
     Args:
         tasks: Drawn one by one as workers become free.
         run_id: Part of each request's id, so that two runs with the same prompts differ.
-        judge: Judges each reply; a rejected reply with a `retry_prompt` is requested once more.
         on_settled: Called with each settled task and whether its reply was accepted.
         handle_interrupt: Return after the first Ctrl-C instead of raising `KeyboardInterrupt`.
     """

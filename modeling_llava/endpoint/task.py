@@ -1,7 +1,4 @@
-"""A task for a language model, the verdict on a reply, refusals, and their lines in the ledger.
-
-Live requests (`runner.py`) and batch files (`batch.py`) are two ways to settle the same tasks.
-"""
+"""A task for a language model, the verdict on a reply, refusals, and their lines in the ledger."""
 
 import hashlib
 import json
@@ -151,11 +148,9 @@ class Refusals:
         return sum(not one.again for one in self.open) >= (IN_A_ROW if self.answered else BEFORE_REPLY)
 
     def message(self) -> str:
+        number, fault = len(self.open), self.open[-1].fault
         since = " since the last reply" if self.answered else ""
-        fault = self.open[-1].fault
-        return (
-            f"{len(self.open)} requests were refused and none was answered{since}; the last with {fault.kind}: {fault}"
-        )
+        return f"{number} requests were refused and none was answered{since}; the last with {fault.kind}: {fault}"
 
     def reply(self) -> list[Refusal]:
         """Called with a reply to another request: returns what is refused finally."""

@@ -3,8 +3,8 @@ Runs a benchmark: samples → answers in a folder → scores → `results.json`.
 processes.
 
     out/evaluation.json      what is evaluated; a folder never mixes two runs
-    out/answers.jsonl        one line per answer, as they come; `answers.2-of-4.jsonl` of a shard
-    out/results.json         written when every sample has its answer
+    out/answers.jsonl        one line per answer, as they are made; `answers.2-of-4.jsonl` of a shard
+    out/results.json         written when every sample has an answer
 
 To add a benchmark:
 
@@ -64,10 +64,7 @@ class Benchmark:
             try:
                 json.dumps([sample["id"], sample["messages"]], ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise ValueError(
-                    f"sample {sample['id']!r} has a lone surrogate in its text, half of a character such as an emoji. Fix "
-                    "the text."
-                ) from None
+                raise ValueError(f"The text of sample {sample['id']!r} has a lone surrogate. Fix the text.") from None
 
     @property
     def whole(self) -> int:
@@ -89,9 +86,9 @@ class Benchmark:
         missing = [path for path in paths if not os.path.isfile(os.path.join(self.image_folder or "", path))]
         if missing:
             where = f" in {self.image_folder}" if self.image_folder else ""
+            names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
             raise FileNotFoundError(
-                f"{len(missing)} of {len(paths)} images are not there{where}: {', '.join(missing[:3])}"
-                f"{', …' if len(missing) > 3 else ''}. Is it the right folder, and is everything unpacked?"
+                f"{len(missing)} of {len(paths)} images do not exist{where}: {names}. Is it the right folder, completely unpacked?"
             )
 
     def data_identity(self) -> dict:
@@ -168,7 +165,7 @@ class Shard:
 
 class AnswerFolder:
     """
-    The folder of one run. `identity` is what the answers depend on (benchmark, model, data, settings); a `ValueError` names the
+    The folder of one run. `identity` is what the answers depend on (benchmark, model, data, settings); a `ValueError` lists the
     differences if the folder has answers of another run.
     """
 
@@ -221,12 +218,7 @@ class AnswerFolder:
             for number, answer in enumerate(answer_many(todo)):
                 if number == 0:
                     self._claim()  # a run with other settings may have answered while this one loaded its model
-                row = {
-                    "id": answer.id,
-                    "text": answer.text,
-                    "num_tokens": answer.num_tokens,
-                    "finish_reason": answer.finish_reason,
-                }
+                row = {name: getattr(answer, name) for name in ("id", "text", "num_tokens", "finish_reason")}
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()  # survives a kill of this process
                 bar.update()
@@ -237,16 +229,12 @@ class AnswerFolder:
         """Locks this shard of the run; an `OSError` says that another process works on it."""
         with locked_file(self.folder / f".{shard.file_name}.lock") as is_mine:
             if not is_mine:
-                part = "this run" if shard.count == 1 else f"shard {shard.index + 1} of {shard.count} of this run"
+                part = "this run" if shard.count == 1 else f"shard {shard.index + 1} of {shard.count}"
                 raise OSError(
-                    f"{self.folder}: another process is at {part} now. Wait for it, stop it, or give another --out. "
-                    "Processes divide a run by --shard 1/2 and --shard 2/2."
+                    f"{self.folder}: another process works on {part}. Wait for it, stop it, or give another --out; --shard 1/2 "
+                    "and --shard 2/2 divide a run over processes."
                 )
             yield
-
-    def lock_scoring(self) -> contextlib.AbstractContextManager[bool]:
-        """`True` for the process that scores; `False` while another one does (shards that end together)."""
-        return locked_file(self.folder / ".scoring")
 
 
 def evaluate(
@@ -299,21 +287,20 @@ def evaluate(
         if len(answered) < len(benchmark.samples) and not partial:
             logger.warning("%d of %d samples have an answer; not scored yet.", len(answered), len(benchmark.samples))
             return None
-        with folder.lock_scoring() as is_mine:
+        with locked_file(folder.folder / ".scoring") as is_mine:  # shards may end together
             if not is_mine:
                 logger.warning("All samples have an answer; another process scores them.")
                 return None
             scored = benchmark.score({sample_id: answers[sample_id]["text"] for sample_id in answered})
             scored.counts["cut_at_max_new_tokens"] = sum(answers[i]["finish_reason"] == "length" for i in answered)
-            about = {"model": model, "data": data, "settings": settings}
-            whole, number = benchmark.whole, len(answered)
-            return write_results(out, benchmark.name, scored, total=whole, answered=number, **about)
+            about = {"total": benchmark.whole, "answered": len(answered), "model": model, "data": data}
+            return write_results(out, benchmark.name, scored, settings=settings, **about)
 
 
 def _whole_lines(path: Path) -> list[dict]:
     """The rows of a file, except a last line that is incomplete: a process may be writing it."""
     text = path.read_bytes()
-    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may hold U+2028
+    lines = text[: text.rfind(b"\n") + 1].split(b"\n")  # not splitlines(): an answer may contain U+2028
     try:
         return [json.loads(line) for line in lines if line]
     except ValueError as error:

@@ -29,8 +29,8 @@ class EvaluationCallback(TrainerCallback):
 
     Scores become metrics of the evaluation (`eval_scienceqa_accuracy`, in percent) on every process, so that
     `metric_for_best_model` can choose by them; they are written to the run's log history and, with the answers of this step,
-    to `benchmarks.jsonl`. Training itself is not changed. Each process answers its shard of the samples; with weights that are
-    sharded over processes (FSDP, ZeRO-3) none can, which raises before the first step.
+    to `benchmarks.jsonl`. Training is not changed. Each process answers its shard of the samples; with sharded weights
+    (FSDP, ZeRO-3) none can, which raises before the first step.
 
     In a recipe: `benchmarks: ["pope --questions coco_pope_random.json --images val2014 --limit 200"]`. In Python a slice is
     `pope.make_benchmark(pope.read_questions(["coco_pope_random.json"]), "val2014").first(200)`.

@@ -1,9 +1,6 @@
 """
 Captions compared with people's captions: CIDEr-D (`pycocoevalcap`, the COCO implementation) and BLEU-4 (`sacrebleu`).
 
-Annotations are COCO's (`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`) or rows
-`{"image", "captions": […]}`.
-
 Differs from COCO's evaluation, which tokenizes with a Java program: words are split by [`words_of`], in lower case and without
 punctuation; BLEU is sacrebleu's, lower case, tokenization 13a. Compare values among runs of this command only.
 """
@@ -22,7 +19,7 @@ QUESTION = "Describe the picture in one short sentence."
 
 
 def read_captions(annotations: str | os.PathLike) -> list[dict]:
-    """`{"id", "image", "captions"}` of every image; a `ValueError` names a file of another form or an image without a caption."""
+    """`{"id", "image", "captions"}` of every image of a file of captions (`data_engine.captions.read_captions`)."""
     captions: dict[str, list[str]] = {}
     for row in read_caption_rows(annotations):
         captions.setdefault(row.image, []).extend(row.captions or [""])

@@ -43,8 +43,9 @@ RETRY_PROMPT = (
 
 def parse_scores(review: str) -> tuple[float, float] | None:
     """
-    The two scores of a review, or `None`: two numbers from 1 to 10 at the beginning, with nothing else on their lines, or one labelled score for each answer.
-    `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`, `"8/9"`, `"0 11"` are not.
+    The two scores of a review, or `None`: two numbers from 1 to 10 at the beginning, with nothing else on their lines, or one
+    labelled score for each answer. `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`,
+    `"8/9"`, `"0 11"` are not.
     """
     review = _MARKUP.sub("", review).strip()
     if match := _PAIR.match(review):
@@ -80,10 +81,7 @@ def rule_for(rules: dict[str, dict[str, str]], category: str, has_boxes: bool) -
 def review_task(
     task_id: str, question: str, context: str, first: str, second: str, rule: dict[str, str], **sampling: Any
 ) -> Task:
-    """
-    One review, in the published layout: system message; context, question, the two answers, the rule of [`rule_for`].
-    `sampling` are `max_tokens`, `temperature` and `seed` of the [`Task`].
-    """
+    """One review in the published layout; `sampling` are `max_tokens`, `temperature` and `seed` of the [`Task`]."""
     role = rule["role"]
     content = (
         f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
@@ -163,16 +161,8 @@ def ask_all(
         tqdm(total=len(tasks), desc=name, unit="", disable=None) as bar,
     ):
         bar.update(sum(ledger.state(task.id).final for task in asked_tasks))
-        summary = run_tasks(
-            asked_tasks,
-            model,
-            ledger,
-            run_id=name,
-            judge=accept,
-            settings=settings,
-            budget=budget,
-            on_settled=lambda task, accepted: bar.update(),
-        )
+        options = {"run_id": name, "judge": accept, "settings": settings, "budget": budget}
+        summary = run_tasks(asked_tasks, model, ledger, on_settled=lambda *_: bar.update(), **options)
         asked = Asked(message=summary.message)
         if not asked.message and summary.given_up:
             faults = ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items()))

@@ -109,18 +109,10 @@ def ask_references(
     The questions with the answers of a language-only model, which is given captions and boxes in place of the image. A question
     without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`. `asking`: options of [`ask_all`].
     """
-    tasks = [
-        Task(
-            id=question.id,
-            messages=[
-                {"role": "system", "content": REFERENCE_INSTRUCTION},
-                {"role": "user", "content": f"{question.context}\n\n{question.text}"},
-            ],
-            max_tokens=max_tokens,
-            temperature=0.0,
-        )
-        for question in questions
-    ]
+    tasks, system = [], {"role": "system", "content": REFERENCE_INSTRUCTION}
+    for question in questions:
+        messages = [system, {"role": "user", "content": f"{question.context}\n\n{question.text}"}]
+        tasks.append(Task(question.id, messages, max_tokens, temperature=0.0))
     asked = ask_all(tasks, model, folder, "references", **asking)
     asked.require_all(len(tasks), "questions", folder, partial=partial)
     return [replace(question, reference=asked.replies.get(question.id)) for question in questions]
@@ -285,8 +277,7 @@ def _context(row: dict, place: str) -> tuple[str, bool]:
     captions = [captions] if key == "caption" and isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(
-            f"{place} has neither 'caption', a text or a list of texts, nor 'captions', a list of texts; its fields are "
-            f"{fields_of(row)}."
+            f"{place} has neither 'caption' nor 'captions', a list of texts; its fields are {fields_of(row)}."
         )
     if key == "caption":
         return "\n".join(captions), False

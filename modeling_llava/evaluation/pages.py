@@ -1,15 +1,12 @@
 """Pages of answers to skim, one HTML file each: images are embedded, and nothing is loaded from other hosts."""
 
-import base64
 import functools
-import html
-import io
 import os
 from collections.abc import Sequence
-
-from PIL import Image
+from html import escape
 
 from ..data.schema import load_image
+from ..data_engine.report import data_url
 from ..io.files import write_atomic
 from .report import Run, compare, markdown
 
@@ -33,17 +30,17 @@ def write_bench_page(
     judge, name = results["judge"], results["model"]["name"]
     order = "both orders" if judge["both_orders"] else "reference first"
     parts = [
-        f"<p>Judge: {_escape(judge['name'])} ({_escape(', '.join(judge['answered_by']) or 'no reply')}), {judge['date']}, "
+        f"<p>Judge: {escape(judge['name'])} ({escape(', '.join(judge['answered_by']) or 'no reply')}), {judge['date']}, "
         f"prompts {judge['prompt_hash']}, {judge['repeats']} × {order}. Relative score: 100 · Σ own / Σ reference.</p>",
-        f"<pre>{_escape(markdown(compare([Run(name, results, [])])))}</pre>",
+        f"<pre>{escape(markdown(compare([Run(name, results, [])])))}</pre>",
     ]
 
     @functools.cache
     def thumbnail(image: str) -> str:
-        return _thumbnail(load_image(image, image_folder, image, follow_symlinks=follow_symlinks))
+        return data_url(load_image(image, image_folder, image, follow_symlinks=follow_symlinks), THUMBNAIL)
 
     for category in dict.fromkeys(row["category"] for row in rows):
-        parts.append(f"<h2>{_escape(category)}</h2>")
+        parts.append(f"<h2>{escape(category)}</h2>")
         for row in (row for row in rows if row["category"] == category):
             texts = {
                 "question": row["question"],
@@ -54,14 +51,8 @@ def write_bench_page(
                 _text(f"{review['order']}, {review['repeat'] + 1}", review["text"] or "no reply")
                 for review in row["reviews"]
             )
-            parts.append(
-                _card(
-                    row["id"],
-                    [thumbnail(row["image"])],
-                    texts,
-                    f"<details><summary>reviews</summary>{reviews}</details>",
-                )
-            )
+            more = f"<details><summary>reviews</summary>{reviews}</details>"
+            parts.append(_card(row["id"], [thumbnail(row["image"])], texts, more))
     _write(path, f"{results['benchmark']}: {name}", parts)
 
 
@@ -72,7 +63,7 @@ def write_sample_page(
     cards = []
     for sample, (question, reference, answer) in zip(samples, rows):
         sample_id, texts = str(sample["id"]), {"question": question, "answer": answer, "reference": reference}
-        images = [_thumbnail(load_image(image, None, sample_id)) for image in sample["images"]]
+        images = [data_url(load_image(image, None, sample_id), THUMBNAIL) for image in sample["images"]]
         cards.append(_card(sample_id, images, texts))
     _write(path, title, cards)
 
@@ -80,32 +71,20 @@ def write_sample_page(
 def _write(path: str | os.PathLike, title: str, parts: Sequence[str]) -> None:
     write_atomic(
         path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{_escape(title)}</h1>{''.join(parts)}</html>\n",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{escape(title)}</h1>{''.join(parts)}</html>\n",
     )
 
 
 def _card(card_id: str, images: Sequence[str], texts: dict[str, str], more: str = "") -> str:
     shown = "".join(f'<img alt="" loading="lazy" src="{image}">' for image in images)
     lines = "".join(_text(name, text) for name, text in texts.items())
-    return f'<article id="{_escape(card_id)}"><div>{shown}</div><div>{lines}{more}</div></article>'
+    return f'<article id="{escape(card_id)}"><div>{shown}</div><div>{lines}{more}</div></article>'
 
 
 def _text(name: str, text: str) -> str:
-    return f"<p><b>{_escape(name)}</b>{_escape(text.strip())}</p>"
+    return f"<p><b>{escape(name)}</b>{escape(text.strip())}</p>"
 
 
 def _points(score: float | None) -> str:
     return "no score" if score is None else f"{score:.1f}"
-
-
-def _thumbnail(image: Image.Image) -> str:
-    """A small JPEG of an image as a `data:` URL; the image is not changed."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_escape = html.escape

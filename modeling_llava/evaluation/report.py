@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..io.files import atomic_path
+from ..data_engine.plots import new_figure, save_figure
 from .llava_bench import LLAVA_BENCH_COCO, LLAVA_BENCH_COLUMNS, LLAVA_BENCH_WILD
 from .results import RESULTS_NAME, fingerprint, paired_difference, read_results
 from .scienceqa import SCIENCEQA, SCIENCEQA_COLUMNS
@@ -45,9 +45,7 @@ def read_runs(paths: Sequence[str | os.PathLike], labels: Sequence[str] | None =
         if len(set(labels)) < len(labels):
             labels = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     if len(labels) != len(folders) or len(set(labels)) != len(labels):
-        raise ValueError(
-            f"{len(folders)} runs need {len(folders)} different labels, not {', '.join(labels)}. Give --labels."
-        )
+        raise ValueError(f"--labels must be {len(folders)} different names, got {', '.join(labels)}.")
     return [Run(label, *read_results(path)) for label, path in zip(labels, paths)]
 
 
@@ -158,7 +156,7 @@ def _sentence(difference: dict) -> str:
     if difference["difference"] is None:
         return f"{start}not comparable{note}"
     low, high = difference["interval"]
-    sure = "the interval leaves out 0" if low > 0 or high < 0 else "the interval holds 0"
+    sure = "the interval excludes 0" if low > 0 or high < 0 else "the interval includes 0"
     return (
         f"{start}{difference['difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, p = "
         f"{difference['p_value']:.3g}, {difference['samples']} samples; {sure}){note}"
@@ -167,11 +165,6 @@ def _sentence(difference: dict) -> str:
 
 def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = ()) -> None:
     """A comparison as bars in a PNG, by group if the benchmark has groups, with these published rows in grey."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'modeling-llava[plots]'") from error
-
     primary, runs = comparison["primary_score"], comparison["runs"]
     columns = [name for name in comparison["columns"] if name.partition("/")[0] == primary]
     if len(columns) == 1:
@@ -189,13 +182,13 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
     note = "; ".join(f"{run['label']}: {run['note']}" for run in runs if run["note"]) or f"{counts} samples"
 
     inches, width = 0.3 * len(columns) * len(series) + 2, min(0.8 / len(series), 0.34)
-    figure = Figure(figsize=(min(max(6.4, inches), 16), 4.4), dpi=150, layout="constrained")
+    figure = new_figure(min(max(6.4, inches), 16), 4.4, layout="constrained")
     axes = figure.add_subplot()
     for number, (label, colour, scores) in enumerate(series):
         drawn = [(column, score) for column, score in enumerate(scores) if score["value"] is not None]
         values = [score["value"] for _, score in drawn]
         bounds = [score.get("interval") or [score["value"]] * 2 for _, score in drawn]
-        # a bootstrap interval need not hold the value itself
+        # a bootstrap interval need not contain the value itself
         below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds)]
         above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds)]
         places = [column + (number - (len(series) - 1) / 2) * width for column, _ in drawn]
@@ -212,8 +205,7 @@ def plot(comparison: dict, path: str | os.PathLike, published: Sequence[str] = (
     )
     if len(series) > 1:
         figure.legend(loc="outside lower left", ncols=min(4, len(series)), frameon=False, fontsize=9)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", metadata={"Software": None})
+    save_figure(figure, path, dpi=150)
 
 
 def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) -> list[Path]:
@@ -230,15 +222,11 @@ def attach(paths: Sequence[str | os.PathLike], model_folder: str | os.PathLike) 
         if weights not in (results["model"].get("fingerprint"), results["model"].get("adapter_fingerprint")):
             continue
         if not results["complete"]:
-            raise ValueError(
-                f"{path} is of {results['samples']['scored']} of {results['samples']['total']} samples; a model card shows "
-                "whole benchmarks only."
-            )
+            scored, total = results["samples"]["scored"], results["samples"]["total"]
+            raise ValueError(f"{path} is of {scored} of {total} samples; a model card shows whole benchmarks only.")
         target = folder / f"results-{results['benchmark']}.json"
         if target in sources:
-            raise ValueError(
-                f"{sources[target]} and {path} are both results of {results['benchmark']}; give one of them."
-            )
+            raise ValueError(f"{sources[target]} and {path} are both of {results['benchmark']}; give one of them.")
         sources[target] = path
     if not sources:
         raise ValueError(f"None of {', '.join(map(str, paths))} is of the weights in {folder}: evaluate that folder.")

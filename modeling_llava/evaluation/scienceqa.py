@@ -49,15 +49,6 @@ SCIENCEQA = {
 }
 """Test split. LLaVA (Liu et al., 2023), Table 7."""
 
-SCIENCEQA_ABLATIONS = {
-    "best variant": 90.92,
-    "last layer's features": 89.96,
-    "answer before reasoning": 89.77,
-    "no pretraining": 85.81,
-    "7B": 89.84,
-}
-"""Average on the test split. LLaVA, Table 8."""
-
 
 @dataclass(frozen=True)
 class Problem:

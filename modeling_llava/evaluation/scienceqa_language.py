@@ -33,8 +33,8 @@ def choose_shots(problems: list[Problem], count: int = 2, seed: int = 0) -> list
     fit = [problem for problem in problems if problem.solution and problem.image is None]
     if len(fit) < count:
         raise ValueError(
-            f"{count} worked examples are required, but only {len(fit)} of {len(problems)} problems have an explanation and "
-            "no image. Take them from the training split."
+            f"{count} worked examples require as many problems with an explanation and no image; {len(fit)} of "
+            f"{len(problems)} are such. Take them from the training split."
         )
     return random.Random(seed).sample(fit, count)
 
@@ -47,15 +47,8 @@ def language_tasks(problems: list[Problem], shots: list[Problem], max_tokens: in
             {"role": "user", "content": question_text(shot)},
             {"role": "assistant", "content": answer_text(shot, "LEA")},
         ]
-    return [
-        Task(
-            id=problem.id,
-            messages=[*examples, {"role": "user", "content": question_text(problem)}],
-            max_tokens=max_tokens,
-            temperature=0.0,
-        )
-        for problem in problems
-    ]
+    asked = [[*examples, {"role": "user", "content": question_text(problem)}] for problem in problems]
+    return [Task(problem.id, messages, max_tokens, 0.0) for problem, messages in zip(problems, asked)]
 
 
 def judge_tasks(
@@ -73,7 +66,7 @@ def judge_tasks(
             f"[Assistant 2]\n{second.strip() or '(no answer)'}"
         )
         messages = [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": content}]
-        tasks.append(Task(id=problem.id, messages=messages, max_tokens=max_tokens, temperature=0.0))
+        tasks.append(Task(problem.id, messages, max_tokens, 0.0))
     return tasks
 
 
@@ -96,12 +89,8 @@ def score_with_language_model(
 ) -> dict[str, Scored]:
     """
     Scores of the language-only model alone and of both ensembles: `"language"`, `"complement"`, `"judge"`, over the same problems.
-
-    Args:
-        own (`dict[str, str]`): LLaVA's answers by the problem's id.
-        shots (`list[Problem]`): Worked examples.
-        judge (`ChatModel`, *optional*): Decides where the two differ; the language-only model by default.
-        folder, partial, asking: As in [`ask_references`].
+    `own` are LLaVA's answers by the problem's id, `shots` the worked examples; `judge`, by default `model`, decides where the two
+    differ; `folder`, `partial` and `asking` are as in [`ask_references`].
     """
     problems = [problem for problem in problems if problem.id in own]
 

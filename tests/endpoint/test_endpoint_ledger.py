@@ -73,8 +73,10 @@ def test_two_processes_cannot_write_one_ledger(tmp_path):
     with Ledger(tmp_path / "l.jsonl"):
         with pytest.raises(OSError, match="another run"):
             Ledger(tmp_path / "l.jsonl")
-        Ledger(tmp_path / "l.jsonl", write=False).close()
-    Ledger(tmp_path / "l.jsonl").close()
+        with Ledger(tmp_path / "l.jsonl", write=False):
+            pass
+    with Ledger(tmp_path / "l.jsonl"):
+        pass
 
 
 def test_lines_of_many_tasks_are_whole_and_synced_together(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
     assert set(folder.answers()) == {"0", "1"}
     assert (tmp_path / "answers.jsonl").read_bytes() == whole[
         :-9
-    ]  # reading changes nothing: another process may write
+    ]  # another process may write: reading changes nothing
     folder.run(samples_of(3), Shard(), answer_all)
     assert (tmp_path / "answers.jsonl").read_bytes() == whole
     (tmp_path / "answers.jsonl").write_bytes(b"{broken}\n" + whole)
@@ -114,28 +114,19 @@ def test_samples_and_images_are_checked_first(tmp_path):
         with pytest.raises(ValueError, match=message):
             Benchmark("x", samples, score=None)
     picture(0).save(tmp_path / "0.png")
-    with pytest.raises(FileNotFoundError, match=r"4 of 5 images are not there in .*: 1.png, 2.png, 3.png, …"):
+    with pytest.raises(FileNotFoundError, match=r"4 of 5 images do not exist in .*: 1.png, 2.png, 3.png, …"):
         Benchmark("x", samples_of(20, images=5), score=None, image_folder=str(tmp_path)).check_images()
 
 
-def test_one_process_scores_when_shards_end_together(tmp_path):
-    folder = AnswerFolder(tmp_path, {})
-    with folder.lock_scoring() as first, AnswerFolder(tmp_path, {}).lock_scoring() as second:
-        assert first and not second
-    with folder.lock_scoring() as again:
-        assert again
-
-
-def test_the_same_command_twice_at_once_is_refused(tmp_path):
-    """Before a model is loaded, also while the first one is being scored; another shard may work beside it."""
+def test_the_same_command_twice_at_once_is_refused_and_one_process_scores(tmp_path):
+    """Before a model is loaded, also while the first one is being scored. A shard that ends then leaves the scoring to it."""
     entered = []
 
     def score(answers):
         entered.append(answers)
-        with pytest.raises(OSError, match="another process is at this run now.*--shard"):
+        with pytest.raises(OSError, match="another process works on this run.*--shard"):
             evaluate(benchmark, lambda: pytest.fail("a model is loaded"), tmp_path, model={})
-        with AnswerFolder(tmp_path, identity).lock_shard(Shard(0, 2)):
-            pass
+        assert evaluate(benchmark, Predictor, tmp_path, model={}, shard=Shard(0, 2)) is None
         return Scored([{"id": i, "score": 1.0} for i in answers], {"accuracy": score_of([1.0])}, "accuracy")
 
     class Predictor:
@@ -143,8 +134,6 @@ def test_the_same_command_twice_at_once_is_refused(tmp_path):
             return answer_all(samples)
 
     benchmark = Benchmark("x", samples_of(2), score)
-    settings = {"max_new_tokens": 512}
-    identity = {"benchmark": "x", "model": {}, "data": benchmark.data_identity(), "settings": settings}
     assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]
     assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]  # nothing holds it any more
     assert len(entered) == 2
@@ -184,7 +173,7 @@ def test_killed_command_resumes_and_gives_the_same(pope_files, model_folder):
         if kills == 0:
             process.send_signal(signal.SIGSTOP)
             second = subprocess.run(command(pope_files, model_folder, out), env=environment, stderr=subprocess.PIPE)
-            assert second.returncode == 2 and b"another process is at this run" in second.stderr
+            assert second.returncode == 2 and b"another process works on this run" in second.stderr
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1

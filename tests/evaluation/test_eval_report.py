@@ -1,4 +1,4 @@
-"""Results and reports: one schema, runs beside each other, paired differences, plots, the model card."""
+"""Results and reports: one schema, comparisons, paired differences, plots, the model card."""
 
 import json
 
@@ -91,7 +91,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
     for name, file in (("me--base", "config.json"), ("me--lora", "adapter_config.json")):
         folder = tmp_path / f"models--{name}"
         (folder / "snapshots" / commit).mkdir(parents=True)
-        (folder / "snapshots" / commit / file).write_text("{}")
+        (folder / "snapshots" / commit / file).write_text('{"model_type": "llava"}')
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(commit)
     assert describe_model("me/base", adapter="me/lora") == {
@@ -159,7 +159,7 @@ def test_labels(tmp_path):
     runs = [write_run(tmp_path / "x/eval", [1.0]), write_run(tmp_path / "y/eval", [1.0])]
     assert [run.label for run in read_runs(runs)] == ["x/eval", "y/eval"]
     assert [run.label for run in read_runs(runs, ["7B", "13B"])] == ["7B", "13B"]
-    with pytest.raises(ValueError, match="2 different labels"):
+    with pytest.raises(ValueError, match="2 different names"):
         read_runs(runs, ["7B"])
 
 
@@ -227,7 +227,7 @@ def test_results_are_attached_to_their_weights_only(tmp_path, weights, capsys):
     for paths, message in (
         ([baseline, hub], "is of the weights in"),
         ([mine, part], "is of 1 of 9 samples"),
-        ([mine, again], "both results of scienceqa"),
+        ([mine, again], "both of scienceqa"),
     ):
         with pytest.raises(ValueError, match=message):
             attach(paths, weights)

@@ -25,7 +25,7 @@ def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
     assert [message["role"] for message in task.messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert task.messages[2]["content"].endswith(f"The answer is {shots[0].letter}.")
     assert task.messages[-1]["content"] == question_text(test[0]) and task.temperature == 0.0
-    with pytest.raises(ValueError, match="5 worked examples are required"):
+    with pytest.raises(ValueError, match="5 worked examples .* 3 of 6"):
         choose_shots(train, 5)
 
 

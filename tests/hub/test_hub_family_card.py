@@ -30,15 +30,15 @@ def test_its_figures_are_the_papers():
         cells[0]: cells[1:]
         for cells in (re.split(r" *\| *", row.strip("| ")) for row in re.findall(r"^\|.*", CARD, re.M))
     }
-    science, ablations = scienceqa.SCIENCEQA, scienceqa.SCIENCEQA_ABLATIONS
+    science = scienceqa.SCIENCEQA
     for name, value in {
         "LLaVA": science["LLaVA-13B"][-1],
         "with GPT-4 as judge": science["LLaVA-13B + GPT-4, judge"][-1],
         "GPT-4 alone, text only": science["GPT-4, text only"][-1],
-        "without stage 1": ablations["no pretraining"],
-        "features of the last layer": ablations["last layer's features"],
-        "answer before reasoning": ablations["answer before reasoning"],
-        "7B": ablations["7B"],
+        "without stage 1": 85.81,  # this and the next three: LLaVA, Table 8
+        "features of the last layer": 89.96,
+        "answer before reasoning": 89.77,
+        "7B": 89.84,
     }.items():
         assert rows[name] == [f"{value:.2f}"], name
     for name, values in {
