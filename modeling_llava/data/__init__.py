@@ -21,13 +21,7 @@ _PUBLIC_NAMES = {
 if TYPE_CHECKING:
     from .collator import LlavaDataCollator  # noqa: F401
     from .labels import conversation_length, encode_conversation  # noqa: F401
-    from .schema import (  # noqa: F401
-        BadSampleError,
-        Conversation,
-        from_llava_row,
-        from_messages_row,
-        load_image,  # noqa: F401
-    )
+    from .schema import BadSampleError, Conversation, from_llava_row, from_messages_row, load_image  # noqa: F401
     from .sources import ConversationDataset, ConversationStream, load_conversations  # noqa: F401
 
 

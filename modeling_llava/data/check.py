@@ -6,7 +6,6 @@ What is wrong with a data set, before a run of days finds it: every record and e
     report.notices       # what is unusual, and may be meant
 """
 
-import base64
 import hashlib
 import json
 import logging
@@ -174,12 +173,11 @@ class _Records(torch.utils.data.Dataset):
         cuts_image, cuts_all = bool(is_image[limit:].any()), lost == found["supervised"]
         found["cut"] = (length - limit, lost, cuts_image, cuts_all)
         what = "would cut an image" if cuts_image else f"would lose {lost} of {found['supervised']} supervised tokens"
-        raise BadSampleError(
-            conversation["id"], TOO_LONG, f"has {length} tokens, max_length is {limit}: cutting its end {what}."
-        )
+        what = f"has {length} tokens, max_length is {limit}: cutting its end {what}."
+        raise BadSampleError(conversation["id"], TOO_LONG, what)
 
     def fingerprint(self) -> str:
-        """Equal where an interrupted check can go on: same data, same processor, same arguments."""
+        """Equal where an interrupted check can resume: same data, same processor, same arguments."""
         parts = [
             "1",  # of the progress file's form
             [rows.identity() for rows in self.rows],
@@ -209,10 +207,8 @@ def _typed_stop(processor: ProcessorMixin) -> str | None:
 
 def _hash(conversation: dict) -> str:
     """Of the images and the text, equal for the same conversation under two ids."""
-    keys = [image_key(image) for image in conversation["images"]]
-    keys = [(kind, base64.b64encode(key).decode() if isinstance(key, bytes) else str(key)) for kind, key in keys]
-    text = json.dumps([keys, conversation["messages"]], ensure_ascii=False)
-    return base64.b64encode(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=9).digest()).decode()
+    content = repr([[image_key(image) for image in conversation["images"]], conversation["messages"]])
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=9).hexdigest()
 
 
 class _Progress:

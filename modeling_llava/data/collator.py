@@ -145,11 +145,9 @@ class LlavaDataCollator:
         self.follow_symlinks = follow_symlinks
         self.share_images = share_images
         self.packing = packing
-        tokenizer = processor.tokenizer
-        # Its value is never read, since the mask hides it; a tokenizer without one is no reason to stop.
-        self.pad_token_id = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i >= 0), 0
-        )
+        # The attention mask hides it, so that any id serves a tokenizer without a padding token.
+        ids = processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id, 0
+        self.pad_token_id = next(i for i in ids if i is not None and i >= 0)
         self._dropped = DropCounter()
         self._has_found_samples = False
 
@@ -178,10 +176,8 @@ class LlavaDataCollator:
         if self.packing:
             batch = pack_sequences([sample["input_ids"] for sample in samples], [s["labels"] for s in samples])
             if self.share_images:  # our model: what it would otherwise ask the device for, and wait
-                is_image, is_supervised = (
-                    batch["input_ids"] == self.processor.image_token_id,
-                    batch["labels"] != IGNORE_INDEX,
-                )
+                is_image = batch["input_ids"] == self.processor.image_token_id
+                is_supervised = batch["labels"] != IGNORE_INDEX
                 batch["image_token_indices"] = is_image.flatten().nonzero().squeeze(1)
                 batch["supervised_indices"] = is_supervised.flatten()[1:].nonzero().squeeze(1)
                 batch["segment_lengths"] = [len(sample["input_ids"]) for sample in samples]
@@ -196,12 +192,8 @@ class LlavaDataCollator:
 
         With `overflow="truncate_text"` at most `max_length`; otherwise longer ones are told as they are.
         """
-        length = conversation_length(
-            self._arranged(conversation),
-            self.processor,
-            sample_id=_id(conversation),
-            keep_image_order=self._keeps_order,
-        )
+        messages, options = self._arranged(conversation), {"keep_image_order": self._keeps_order}
+        length = conversation_length(messages, self.processor, sample_id=_id(conversation), **options)
         return min(length, self.max_length) if self.overflow == "truncate_text" and self.max_length else length
 
     def encode_all(self, examples: Sequence[Conversation]) -> tuple[list[dict], dict[tuple, Any]]:
@@ -225,11 +217,10 @@ class LlavaDataCollator:
                 )
             try:
                 sample = self.encode(example)
+                where = {"image_folder": self.image_folder, "follow_symlinks": self.follow_symlinks}
                 for key, reference in zip(sample["keys"], example.get("images") or ()):
                     if key not in images:
-                        images[key] = load_image(
-                            reference, self.image_folder, sample["id"], follow_symlinks=self.follow_symlinks
-                        )
+                        images[key] = load_image(reference, sample_id=sample["id"], **where)
             except BadSampleError as error:
                 asked_to_raise = self.on_bad_sample == "raise"
                 if error.reason == TOO_LONG and self.overflow != "truncate_text":
@@ -328,17 +319,15 @@ class LlavaDataCollator:
     def _check_image_tokens(self, samples: list[dict], pixel_values: torch.Tensor) -> None:
         processor = self.processor
         height, width = pixel_values.shape[-2:]
-        strategy = processor.vision_feature_select_strategy
-        per_image = count_image_tokens(
-            height, width, processor.patch_size, processor.num_additional_image_tokens, strategy
-        )
+        strategy, additional = processor.vision_feature_select_strategy, processor.num_additional_image_tokens
+        per_image = count_image_tokens(height, width, processor.patch_size, additional, strategy)
         for sample in samples:
             found = int((sample["input_ids"] == processor.image_token_id).sum())
             if found != per_image * len(sample["keys"]):
                 raise ValueError(
                     f"sample {sample['id']!r} has {found} image tokens but its {len(sample['keys'])} images of "
                     f"{height}×{width} pixels yield {per_image} each (patch_size={processor.patch_size}, "
-                    f"{processor.num_additional_image_tokens} additional, vision_feature_select_strategy={strategy!r}), "
+                    f"{additional} additional, vision_feature_select_strategy={strategy!r}), "
                     f"while the processor's settings say {num_image_tokens(processor)} each. The image processor and the "
                     "processor's settings disagree: set size and crop_size to what the vision tower takes."
                 )

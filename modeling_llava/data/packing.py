@@ -13,6 +13,7 @@ writes the row ([`pack_sequences`]), and `kernels/packed_attention.py` keeps its
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,7 @@ def _fill(waiting: list[tuple[int, int]], room: int, parts: int) -> tuple[int, l
     """The room left by, and the places of, samples that fill `room`, the first ones with `1 / parts` of it each."""
     places: list[int] = []
     while room:
-        place = bisect.bisect_right(waiting, room // parts, key=_length) - 1
+        place = bisect.bisect_right(waiting, room // parts, key=itemgetter(0)) - 1
         while place in places:
             place -= 1
         if place < 0:
@@ -220,10 +221,6 @@ def _fill(waiting: list[tuple[int, int]], room: int, parts: int) -> tuple[int, l
         room -= waiting[place][0]
         parts = max(parts - 1, 1)
     return room, places
-
-
-def _length(waiting: tuple[int, int]) -> int:
-    return waiting[0]
 
 
 def _too_long(name: str, length: int, capacity: int) -> str:

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ..compat import dataset_fingerprint
 
 
@@ -72,49 +75,39 @@ class ListRows:
 
     def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, Any]]:
         for index in shard.indices(len(self.rows)):
-            yield index, self.rows[index]
+            yield index, self[index]
 
 
-class ArrowRows:
+class ArrowRows(ListRows):
     """A `datasets.Dataset`, read as Arrow: its images stay what they are in the file, bytes or a path."""
 
     def __init__(self, dataset):
-        self.dataset = dataset.with_format("arrow")
+        super().__init__(dataset.with_format("arrow"))
         self._json_columns = _json_columns(dataset.features)
 
     def identity(self) -> str:
-        return dataset_fingerprint(self.dataset)
-
-    def count(self) -> int:
-        return len(self.dataset)
+        return dataset_fingerprint(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        return self._decoded(self.dataset[index].to_pylist()[0])
+        return _decode_json(self.rows[index].to_pylist()[0], self._json_columns)
 
     def scan(self) -> Iterator[dict]:
         """All rows, with a placeholder for each image, so that no image bytes are touched."""
-        for table in self.dataset.iter(batch_size=1000):
+        for table in self.rows.iter(batch_size=1000):
             columns = [_without_bytes(table.column(name)) for name in table.column_names]
             for values in zip(*columns):
-                yield self._decoded(dict(zip(table.column_names, values)))
-
-    def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int, dict]]:
-        for index in shard.indices(len(self.dataset)):
-            yield index, self[index]
-
-    def _decoded(self, row: dict) -> dict:
-        return _decode_json(row, self._json_columns)
+                yield _decode_json(dict(zip(table.column_names, values)), self._json_columns)
 
 
 class StreamedRows:
-    """A `datasets.IterableDataset`, shared by shards."""
+    """A `datasets.IterableDataset`, sharded by `datasets`."""
 
     def __init__(self, dataset):
         self.dataset = dataset.decode(False) if dataset.features else dataset
         self._json_columns = _json_columns(dataset.features)
 
     def count(self) -> int:
-        return 0  # not known; they are not shared out by their number
+        return 0  # not known, and not needed: `datasets` shards them
 
     def stream(self, shard: DataShard, seed: int | None, epoch: int) -> Iterator[tuple[int | str, dict]]:
         from datasets.distributed import split_dataset_by_node
@@ -130,7 +123,7 @@ class StreamedRows:
             # Parts that are not equally long go round from epoch to epoch, so that no process falls behind.
             shard = replace(shard, rank=(shard.rank + epoch) % shard.world_size)
             dataset = split_dataset_by_node(dataset, shard.rank, shard.world_size)
-        # Inside a worker `datasets` takes the worker's shards by itself. Rows that have no id are then numbered by shard.
+        # Inside a worker `datasets` takes the worker's shards. Rows that have no id are then numbered by shard.
         prefix = f"{shard}:" if shard.count > 1 else ""
         for index, row in enumerate(dataset):
             yield f"{prefix}{index}", _decode_json(row, self._json_columns)
@@ -147,8 +140,6 @@ def _decode_json(row: dict, columns: dict) -> dict:
 
 
 def _json_value(value: Any, arrow_type) -> Any:
-    import pyarrow as pa
-
     if value is None:
         return None
     if getattr(arrow_type, "extension_name", None) == _JSON:
@@ -167,16 +158,12 @@ def _json_value(value: Any, arrow_type) -> Any:
 
 
 def _holds_bytes(arrow_type) -> bool:
-    import pyarrow as pa
-
     is_image = pa.types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
     return is_image or pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
 
 
 def _without_bytes(column) -> list:
     """The values of a column, with a placeholder for each image; `None` stays `None`."""
-    import pyarrow.compute as pc
-
     if _holds_bytes(column.type):
         return [{"bytes": None, "path": None} if valid else None for valid in column.is_valid().to_pylist()]
     if _is_list(column.type) and _holds_bytes(column.type.value_type):
@@ -186,6 +173,4 @@ def _without_bytes(column) -> list:
 
 
 def _is_list(arrow_type) -> bool:
-    import pyarrow as pa
-
     return isinstance(arrow_type, pa.ListType | pa.LargeListType | pa.FixedSizeListType)

@@ -113,9 +113,8 @@ class TypeMixtureSampler(Sampler[int]):
             )
         unused = sorted(kind for kind, weight in weights.items() if weight > 0 and not counts[kind])
         if unused:
-            raise ValueError(
-                f"type_weights names {', '.join(unused)}, but no sample has that type: there are {_listed(counts)}."
-            )
+            names = ", ".join(unused)
+            raise ValueError(f"type_weights names {names}, but no sample has that type: there are {_listed(counts)}.")
         self.kinds = sorted(kind for kind in counts if weights[kind] > 0)
         self.indices = {kind: torch.tensor([i for i, t in enumerate(types) if t == kind]) for kind in self.kinds}
         self.weights = torch.tensor([float(weights[kind]) for kind in self.kinds], dtype=torch.float64)

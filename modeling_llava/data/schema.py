@@ -59,6 +59,7 @@ _OTHER_IMAGE_KEYS = (
 )
 """Read as images where there is neither `image` nor `images`; the last line where a value looks like one."""
 _READ_KEYS = {"id", "type", "conversations", "messages", "role", "content"}
+NEITHER_ROW = "neither a LLaVA row ('conversations') nor an HF row ('messages')"
 _VIDEO_TOKEN = "<video>"
 _MEDIUM = re.compile(
     r"data:(image|video)/|.*\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|m4v|mov|avi|mkv|webm)([?#].*)?\Z",
@@ -66,7 +67,7 @@ _MEDIUM = re.compile(
 )
 """A path or URL of an image or a video."""
 
-# JSON can write them, but they are no text: no tokenizer takes them.
+# JSON can write them, but no tokenizer takes them.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -104,7 +105,7 @@ class BadSampleError(ValueError):
 
     def __init__(self, sample_id: str, reason: str | None = None, message: str | None = None):
         if message is None:
-            # A DataLoader makes the error of a worker anew, from one text that ends in the error's own line.
+            # A DataLoader raises a worker's error again from one text, which ends in the error's own line.
             super().__init__(sample_id.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
             sample_id = ""
         else:
@@ -143,9 +144,7 @@ def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Con
             image or a video under a key that is not read.
     """
     if not isinstance(row, Mapping):
-        raise BadSampleError(
-            str(index), BAD_ROW, f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): {_short(row)}."
-        )
+        raise BadSampleError(str(index), BAD_ROW, f"is {NEITHER_ROW}: {_short(row)}.")
     row = _of_webdataset(row)
     sample_id = str(index if row.get("id") is None else row["id"])
     try:
@@ -169,13 +168,10 @@ def _read(row: Mapping) -> tuple[list[dict], list]:
     """The messages and the image references of a row."""
     key = next((key for key in ("conversations", "messages") if row.get(key) is not None), None)
     if key is None:
-        raise _Bad(
-            BAD_ROW,
-            f"is neither a LLaVA row ('conversations') nor an HF row ('messages'): its keys are {sorted(row)}.",
-        )
+        raise _Bad(BAD_ROW, f"is {NEITHER_ROW}: its keys are {sorted(row)}.")
     turns = plain_messages(row[key])
     if not isinstance(turns, list):
-        raise _Bad(BAD_ROW, f"has no list of {key!r} but {_short(turns)}.")
+        raise _Bad(BAD_ROW, f"has {key!r} that are not a list: {_short(turns)}.")
     images, own, messages = _images(row), [], []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
@@ -218,7 +214,7 @@ def _weight(turn: Mapping, role: str, number: int) -> dict:
         raise _Bad(BAD_ROW, f"has in turn {number} {error}.") from None
     if weight and role != "assistant":
         raise _Bad(
-            BAD_ROW, f"wants turn {number} learned, which is the {role}'s: only answers are. Take its weight out."
+            BAD_ROW, f"has a weight in turn {number}, which is the {role}'s: only answers are learned. Remove it."
         )
     return {} if weight or weight is None else {"weight": 0}
 
@@ -296,10 +292,8 @@ def _images(row: Mapping) -> list:
     images = given[keys[0]] if keys else []
     for image in images:
         if isinstance(image, (int, float)):
-            raise _Bad(
-                BAD_ROW,
-                f"has the image {_short(image)}: give a path, a PIL image, bytes, or {{'bytes': …, 'path': …}}.",
-            )
+            give = "give a path, a PIL image, bytes, or {'bytes': …, 'path': …}"
+            raise _Bad(BAD_ROW, f"has the image {_short(image)}: {give}.")
     return images
 
 
@@ -396,10 +390,8 @@ def _checked(messages: list[dict], type: Any) -> str | None:
         for item in message["content"]:
             half = _SURROGATE.search(item.get("text", ""))
             if half:
-                raise _Bad(
-                    BAD_ROW,
-                    f"has {half[0]!r}, half of a character, in turn {number}: the text was cut within an emoji. Take it out.",
-                )
+                what = f"has {half[0]!r}, half of a character, in turn {number}: the text was cut within an emoji"
+                raise _Bad(BAD_ROW, f"{what}. Take it out.")
         if message["role"] == "assistant" and not any(item["text"].strip() for item in message["content"]):
             raise _Bad(EMPTY_ANSWER, f"has an empty answer in turn {number}: there is nothing to learn from it.")
     type = None if type is None else str(type)
@@ -422,14 +414,11 @@ def count_images(messages: Sequence[Mapping]) -> int:
 def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping], images: Any) -> None:
     """Raises [`BadSampleError`] if `images` is not a list, or not as long as the messages have places for images."""
     if not isinstance(as_list(images), list):
-        raise BadSampleError(sample_id, BAD_ROW, f"has images that are no list but {_short(images)}.")
+        raise BadSampleError(sample_id, BAD_ROW, f"has images that are not a list: {_short(images)}.")
     texts = [message.get("content") for message in messages if message.get("role") != "assistant"]
     if not len(images) and any(isinstance(text, str) and IMAGE_TOKEN in text for text in texts):
-        raise BadSampleError(
-            sample_id,
-            BAD_MARKERS,
-            f"has {IMAGE_TOKEN} in its text but no image: give 'images', and content items as load_conversations does.",
-        )
+        give = "give 'images', and content items as load_conversations does"
+        raise BadSampleError(sample_id, BAD_MARKERS, f"has {IMAGE_TOKEN} in its text but no image: {give}.")
     places = count_images(messages)
     if places != len(images):
         raise BadSampleError(

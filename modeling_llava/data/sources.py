@@ -183,9 +183,8 @@ class ConversationDataset(torch.utils.data.Dataset):
             logger.warning("%s: %s. The first: %s", what, summarize_drops(dropped), first_error)
         if not kept:
             wanted = "" if types is None else f" of the types {list(types)}"
-            raise ValueError(
-                f"{what} holds no usable sample{wanted}. {summarize_drops(dropped) if dropped else ''}".strip()
-            )
+            why = f" {summarize_drops(dropped)}" if dropped else ""
+            raise ValueError(f"{what} holds no usable sample{wanted}.{why}")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -321,16 +320,14 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         return [(ListRows(source), what)]
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
-            f"cannot read conversations from {what}: give a path, a name on the Hub, a datasets object, or a list of rows."
+            f"cannot read conversations from {what}: give a path, a Hub name, a datasets object or a list."
         )
 
     def table(builder: str, split: str = split, **kwargs) -> tuple:
         try:
             loaded = datasets.load_dataset(builder, split=split, streaming=streaming, **kwargs)
         except datasets.exceptions.DatasetNotFoundError as error:
-            raise FileNotFoundError(
-                f"{builder!r} is neither a file or folder here nor a dataset on the Hub: {error}"
-            ) from error
+            raise FileNotFoundError(f"{builder!r} is neither here nor a dataset on the Hub: {error}") from error
         ((rows, _),) = _open(loaded, split, streaming, None, None)
         return rows, os.fspath(source)
 
@@ -341,8 +338,7 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
         files = sorted(file for file in path.rglob("*") if file.suffix in (*_JSON_SUFFIXES, *_TABLES))
         tables = [file for file in files if file.suffix in _TABLES]
         if tables:
-            for file in tables:
-                _require_parquet(file)
+            _require_parquet(tables)
             if left := [file for file in files if file.suffix not in _TABLES]:
                 logger.warning(
                     f"{path}: its {tables[0].suffix} files are read, and {len(left)} others, such as {left[0].name}, are not. "
@@ -351,10 +347,8 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
             return [table(str(path))]
         files = _of_split(files, split)
         if not files:
-            raise ValueError(
-                f"the folder {name!r} holds neither parquet files nor JSON or tar files of the split {split!r}, nor a dataset "
-                "written by save_to_disk."
-            )
+            kinds = f"parquet, tar or JSON files of the split {split!r}, nor a dataset written by save_to_disk"
+            raise ValueError(f"the folder {name!r} holds neither {kinds}.")
     elif path.is_file():
         files = [path]
     elif path.suffix in (*_JSON_SUFFIXES, *_TABLES) or not _HUB_NAME.fullmatch(name):
@@ -366,8 +360,7 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
     opened = []
     for suffix, builder in _TABLES.items():
         own = [file for file in files if file.suffix.lower() == suffix]
-        for file in own:
-            _require_parquet(file)
+        _require_parquet(own)
         if own:
             opened.append(table(builder, "train", data_files=list(map(str, own))))
     return opened + [(JsonRows(file), str(file)) for file in files if file.suffix.lower() not in _TABLES]
@@ -380,15 +373,14 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
     return [file for file in files if split in named[file]] if any(named.values()) else files
 
 
-def _require_parquet(path: Path) -> None:
+def _require_parquet(files: list[Path]) -> None:
     """Arrow's own error for another or a cut file does not name it."""
-    if path.suffix.lower() != ".parquet":
-        return
-    with open(path, "rb") as file:
-        head = file.read(4)
-        file.seek(max(0, os.path.getsize(path) - 4))
-        tail = file.read()
-    if head != b"PAR1":
-        raise ValueError(f"{path} is not a parquet file: it begins with {head!r}, not with b'PAR1'.")
-    if tail != b"PAR1":
-        raise ValueError(f"{path} is cut off: it ends with {tail!r}, not with b'PAR1'. Copy or download it again.")
+    for path in (path for path in files if path.suffix.lower() == ".parquet"):
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(max(0, path.stat().st_size - 4))
+            tail = file.read()
+        if head != b"PAR1":
+            raise ValueError(f"{path} is not a parquet file: it begins with {head!r}, not with b'PAR1'.")
+        if tail != b"PAR1":
+            raise ValueError(f"{path} is cut off: it ends with {tail!r}, not with b'PAR1'. Copy or download it again.")

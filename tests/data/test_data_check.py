@@ -39,9 +39,7 @@ def row(sample_id, *values, image="0.jpg", **other):
 
 
 def good_rows(number=6):
-    return [
-        row(f"g{i}", f"<image>\nQuestion {i}?", f"Answer {i}. " * (i + 1), image=f"{i % 3}.jpg") for i in range(number)
-    ]
+    return [row(f"g{i}", f"<image>\nQ {i}?", f"Answer {i}. " * (i + 1), image=f"{i % 3}.jpg") for i in range(number)]
 
 
 def write(folder, rows, name="data.json"):
@@ -141,10 +139,7 @@ def test_stops_and_markers_that_are_text_are_notices(folder, processor):
     v0.chat_template = load_chat_template("vicuna_v0")
     rows = [
         row("hashes", "<image>\nQ?", "### Title"),
-        {
-            "id": "marker",
-            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A tag."}],
-        },
+        {"id": "marker", "messages": [{"role": "user", "content": question}, {"role": "model", "content": "A tag."}]},
         *good_rows(1),
     ]
     kinds = {"text holds the template's stop": 1, "text-only sample holds <image>": 1}

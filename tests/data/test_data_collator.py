@@ -26,15 +26,13 @@ def pictures(tmp_path):
     for number in range(3):
         values = np.random.default_rng(number).integers(0, 256, (30 + number, 40, 3), dtype=np.uint8)
         Image.fromarray(values).save(tmp_path / f"{number}.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     return tmp_path
 
 
 def two_samples():
-    return [
-        conversation("a", "<image>\nWhat is it?", "A cat, asleep.", "Where?", "On a mat.", image="0.png"),
-        conversation("b", "Hi.", "Hello."),
-    ]
+    first = conversation("a", "<image>\nWhat is it?", "A cat, asleep.", "Where?", "On a mat.", image="0.png")
+    return [first, conversation("b", "Hi.", "Hello.")]
 
 
 def test_batch_is_the_samples_padded_on_the_right(processor, pictures):
@@ -78,10 +76,8 @@ def test_image_that_occurs_twice_is_given_once(processor, pictures):
 
 
 def test_model_takes_the_batch_and_shared_images_change_nothing(processor, pictures, golden):
-    folder = golden / "llava_v15_tiny_lora"
-    model = LlavaForConditionalGeneration.from_vision_language_pretrained(
-        folder / "vision_tower", folder / "language_model"
-    )
+    parts = (golden / "llava_v15_tiny_lora" / name for name in ("vision_tower", "language_model"))
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(*parts)
     samples = [conversation(str(i), "<image>\nWhat?", f"A cat {i}.", image="0.png") for i in range(3)]
     batch = LlavaDataCollator(processor, image_folder=pictures)(samples)
     assert "image_indices" in batch
@@ -183,7 +179,7 @@ def test_truncation_that_would_cut_an_image_or_every_answer_is_a_bad_sample(proc
         ([], "marks 1 image in its user turns but comes with 0"),
         (None, "marks 1 image in its user turns but comes with 0"),
         ([Image.new("RGB", (42, 42))] * 2, "marks 1 image in its user turns but comes with 2"),
-        (Image.new("RGB", (42, 42)), "images that are no list"),
+        (Image.new("RGB", (42, 42)), "images that are not a list"),
     ],
 )
 def test_images_that_do_not_match_their_places_are_a_bad_sample(processor, images, message, packing):
@@ -293,8 +289,7 @@ def test_collator_is_picklable(processor, pictures):
 @pytest.fixture
 def samples(pictures):
     return [
-        conversation("one", "<image>\nWhat is it?", "A cat, asleep.", "Where?", "On a mat.", image="0.png"),
-        conversation("text", "Hi.", "Hello."),
+        *two_samples(),
         conversation("two", "<image>\n<image>\nWhich is larger?", "The second.", image=["1.png", "2.png"]),
         conversation("again", "<image>\nWhat colour?", "Grey.", image="0.png"),
     ]
@@ -323,13 +318,8 @@ def test_a_packed_batch_holds_the_samples_of_the_padded_one(processor, pictures,
 def test_packs_and_samples_may_be_mixed_stay_in_order_and_leave_no_gap(processor, pictures, samples):
     collator = LlavaDataCollator(processor, image_folder=pictures, packing=True, on_bad_sample="drop")
     together, gone = collator(samples), bad_batch()[0]
-    mixtures = (
-        [samples],
-        [samples[:1], samples[1:]],
-        [samples[0], samples[1:3], samples[3]],
-        [[samples[0], gone], samples[1:]],
-    )
-    for examples in mixtures:
+    first, rest = samples[:1], samples[1:]
+    for examples in ([samples], [first, rest], [*first, samples[1:3], samples[3]], [[*first, gone], rest]):
         for name, value in collator(examples).items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(together[name])), name
     assert sum(collator.dropped.values()) == 1

@@ -26,7 +26,7 @@ def noise(width=40, height=30, channels=3, seed=0):
 
 
 def smooth(width=40, height=30):
-    """A picture that JPEG hardly changes."""
+    """An image that JPEG hardly changes."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x * 4, y * 5, x + y], -1).astype(np.uint8))
 
@@ -120,7 +120,7 @@ def test_exif_orientation_is_applied_as_transformers_does(orientation, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_cost_the_picture(tmp_path):
+def test_broken_exif_does_not_cost_the_image(tmp_path):
     smooth().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12broken", quality=95)
     assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
 
@@ -129,13 +129,8 @@ def test_references_of_every_kind(tmp_path):
     noise().save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     absolute = str(tmp_path / "a.png")
-    for reference in (
-        absolute,
-        tmp_path / "a.png",
-        data,
-        {"bytes": data, "path": "x.png"},
-        {"bytes": None, "path": absolute},
-    ):
+    dicts = {"bytes": data, "path": "x.png"}, {"bytes": None, "path": absolute}
+    for reference in (absolute, tmp_path / "a.png", data, *dicts):
         assert_same(load_image(reference), noise())
     assert_same(load_image("a.png", tmp_path), noise())
     assert_same(load_image(absolute, tmp_path), noise())
@@ -233,7 +228,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(1, 1001), (70000, 80)])
-def test_pictures_whose_square_or_resize_would_fill_the_memory(size, tmp_path):
+def test_images_whose_square_or_resize_would_fill_the_memory(size, tmp_path):
     Image.new("L", size).save(tmp_path / "a.png")
     fails(CORRUPT_IMAGE, f"{size[0]}×{size[1]} pixels are too long and thin", "a.png", tmp_path)
     with pytest.raises(BadSampleError, match="too long and thin"):
@@ -257,7 +252,7 @@ def test_values_without_a_meaning():
 
 
 @pytest.mark.filterwarnings("ignore:Tag data")
-def test_random_damage_is_a_picture_or_a_named_error():
+def test_random_damage_is_an_image_or_a_named_error():
     rng = np.random.default_rng(0)
     formats = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
     for number in range(240):

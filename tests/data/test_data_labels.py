@@ -173,9 +173,8 @@ def byte_level():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(
-        ["the kettle is on the table <|im_end> <|im_start <image> assistant user\n"] * 3, trainer
-    )
+    text = "the kettle is on the table <|im_end> <|im_start <image> assistant user\n"
+    backend.train_from_iterator([text] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     add_image_token(tokenizer)
     return tokenizer
@@ -345,7 +344,7 @@ def test_answers_are_found_in_a_template_without_generation_marks(processors, by
             "+ m['content'] + eos_token }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}",
             ["9</s>", "<think></think>\n b</s>"],
         ),
-        # DeepSeek-R1's way: the generation prompt goes on where an answer does not
+        # DeepSeek-R1's way: the generation prompt has more than the header of an answer
         (
             "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
             "{{ '<assistant><think>' if add_generation_prompt }}",
@@ -353,7 +352,7 @@ def test_answers_are_found_in_a_template_without_generation_marks(processors, by
         ),
     ],
 )
-def test_what_follows_the_generation_prompt_of_a_template_without_marks_is_learnt(byte_level, template, supervised):
+def test_what_follows_the_generation_prompt_of_a_template_without_marks_is_learned(byte_level, template, supervised):
     tokenizer = copy.deepcopy(byte_level)
     tokenizer.add_special_tokens({"eos_token": "</s>", "bos_token": "<s>"})
     processor = tiny_processor(tokenizer=tokenizer, template=insert_image_token(template))
@@ -367,7 +366,7 @@ def test_what_follows_the_generation_prompt_of_a_template_without_marks_is_learn
     "template, error",
     [
         (
-            "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}",
+            "{% for m in messages %}{{ m['role'] + m['content'] + '\n' }}{% endfor %}",
             "no special token after an answer",
         ),
         ("{% for m in messages %}{{ m['content'][:3] + eos_token }}{% endfor %}", "changes the answers"),

@@ -96,7 +96,7 @@ def test_the_look_ahead_is_bounded():
 
 
 def test_no_sample_waits_longer_than_the_look_ahead():
-    # nothing can be packed beside the 9s, and the 2s always fit better than another 9
+    # nothing can be packed next to the 9s, and the 2s always fit better than another 9
     lengths = [9] + [5, 5] * 300
     for number, pack in enumerate(stream_of(lengths, capacity=10, look_ahead=20)):
         if any(sample["id"] == "0" for sample in pack):

@@ -23,20 +23,8 @@ PIXELS.save(PNG, "PNG")
 URL = f"data:image/png;base64,{base64.b64encode(PNG.getvalue()).decode()}"
 
 IMAGES = {"path": "0.png", "data URL": URL, "bytes": PNG.getvalue(), "dict": {"bytes": PNG.getvalue(), "path": None}}
-PLACES = (
-    "image",
-    "images",
-    "image_path",
-    "image_file",
-    "img",
-    "file_name",
-    "picture",
-    "photo",
-    "item image",
-    "item path",
-    "item image_url",
-    "turn pic",
-)
+KEYS = ("image", "images", "image_path", "image_file", "img", "file_name", "picture", "photo")
+PLACES = (*KEYS, "item image", "item path", "item image_url", "turn pic")
 TURNS = tuple(itertools.product(("conversations", "messages"), (("from", "value"), ("role", "content"))))
 ROLES = (("human", "gpt"), ("User", "Assistant"), ("user", "model"), ("user", "bot"))
 CONTENTS = ("text", "items", "items with None", "JSON")
@@ -49,10 +37,7 @@ def row_of(turns, roles, content, place, image):
         item = {"type": "image"}
         if in_item:
             name = place.removeprefix("item ")
-            item = {
-                "type": name if name == "image_url" else "image",
-                name: {"url": URL} if name == "image_url" else image,
-            }
+            item = {"type": name, name: {"url": URL}} if name == "image_url" else {"type": "image", name: image}
         items = [item, {"type": "text", "text": QUESTION}]
         answer = [{"type": "text", "text": ANSWER}]
         if content == "items with None":
@@ -61,11 +46,7 @@ def row_of(turns, roles, content, place, image):
     else:
         items, answer = f"<image>\n{QUESTION}", ANSWER
     messages = [dict(zip(names, turn)) for turn in zip(roles, (items, answer))]
-    row = {
-        "id": "a",
-        "other": None,
-        key: json.dumps(messages) if content == "JSON" and not in_item else messages,
-    }
+    row = {"id": "a", "other": None, key: json.dumps(messages) if content == "JSON" and not in_item else messages}
     if place == "turn pic":
         messages[0]["pic"] = "0.png"
         row[key] = messages
@@ -130,9 +111,8 @@ def test_a_row_of_any_form_trains_as_the_plain_one_or_is_refused_by_name(contain
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
-            batch = collator(
-                list(load_conversations(written([row], folder, container), streaming="stream" in container))
-            )
+            source = written([row], folder, container)
+            batch = collator(list(load_conversations(source, streaming="stream" in container)))
         except BadSampleError as error:
             assert place == "turn pic" and "'pic'" in str(error), (row, error)
             continue

@@ -69,14 +69,12 @@ def test_optimizer_steps_are_the_same_on_any_number_of_processes(world_size):
     lengths, has_image = mix(960)
     expected = [sorted(batch) for batch in global_batches(GroupedSampler(lengths, 32, has_image), 32)]
     per_device = 4
-    shards = [
-        list(
-            BatchSamplerShard(
-                BatchSampler(GroupedSampler(lengths, 32, has_image), per_device, drop_last=False), world_size, rank
-            )
-        )
-        for rank in range(world_size)
-    ]
+
+    def shard(rank):
+        batches = BatchSampler(GroupedSampler(lengths, 32, has_image), per_device, drop_last=False)
+        return list(BatchSamplerShard(batches, world_size, rank))
+
+    shards = [shard(rank) for rank in range(world_size)]
     accumulation = 32 // (per_device * world_size)
     steps = []
     for start in range(0, len(shards[0]), accumulation):

@@ -276,7 +276,7 @@ def test_missing_file(name):
 
 
 def test_other_wrong_sources(tmp_path):
-    with pytest.raises(ValueError, match="holds neither parquet files nor"):
+    with pytest.raises(ValueError, match="holds neither .* nor a dataset"):
         load_conversations(tmp_path)
     with pytest.raises(TypeError, match="cannot read conversations from a int"):
         load_conversations(3)
