@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from .configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from .constants import CACHE
-from .io.files import is_original, other_than_llava, read_config
+from .io.files import explained, is_original, other_than_llava, read_config
 from .text.tokenization import add_image_token, load_tokenizer
 
 
@@ -105,7 +105,8 @@ def _load(auto_class, name: str, **kwargs) -> PreTrainedModel:
     """`from_pretrained`, which would take random weights for those that another model's checkpoint does not hold."""
     if os.path.isdir(name) and is_original(config := read_config(Path(name, "config.json")) or {}):
         raise ValueError(other_than_llava(name, config))
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    with explained(name):
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name} does not hold a whole {type(model).__name__}: {len(missing)} of its weights are missing, such as "

@@ -34,7 +34,15 @@ from .compat import assert_in_graph, install_capturing_hooks, without_capturing_
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
 from .generation_llava import LlavaGenerationMixin
-from .io.checkpoints import by_module_names, name_stock_class_in_adapters, require_before_loading
+from .io.checkpoints import (
+    by_module_names,
+    load_adapter_for_inference,
+    name_stock_class_in_adapters,
+    require_all_loaded,
+    require_weights,
+    what_to_load,
+)
+from .io.files import explained
 from .kernels.efficient_layers import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss, is_sharded
 from .kernels.packed_attention import mask_of_pack
@@ -183,14 +191,29 @@ class LlavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As in transformers, which would fill what the checkpoint of another model lacks with random weights.
+        As in transformers, which fills what a checkpoint lacks with random weights.
 
         Raises:
-            ValueError: it is another model, one in the original's format, or an adapter that does not fit its base.
+            ValueError: it is another model, one in the original's format, or without all of its weights (with
+                `ignore_mismatched_sizes=True`, those are drawn at random), or an adapter that does not fit its base.
         """
-        if pretrained_model_name_or_path is not None:
-            require_before_loading(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        path, adapter, hub = what_to_load(pretrained_model_name_or_path, kwargs)
+        gives_info, is_random_allowed = (
+            kwargs.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes")
+        )
+        with explained(path):
+            if not is_random_allowed:
+                require_weights(path, cls, kwargs.get("config"))
+            model, info = super().from_pretrained(
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        if not is_random_allowed:
+            require_all_loaded(path, info)
+        if adapter is not None:
+            load_adapter_for_inference(model, adapter, **hub)
+        return (model, info) if gives_info else model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in torch, also by the names of a checkpoint, with which `Trainer` resumes and loads the best model."""

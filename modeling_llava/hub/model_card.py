@@ -91,7 +91,7 @@ def render_model_card(
 
 def _base_models(config: dict, settings: dict) -> list[str]:
     """Hub names that the recipe, or else the parts of a composed model, were loaded under."""
-    parts = [config.get(part, {}).get("_name_or_path") for part in ("text_config", "vision_config")]
+    parts = [(config.get(part) or {}).get("_name_or_path") for part in ("text_config", "vision_config")]
     names = [settings.get("model")] if _is_hub_name(settings.get("model")) else parts
     return [name for name in names if _is_hub_name(name)]
 
@@ -134,7 +134,7 @@ def _runtimes(kind: str, repo: str, config: dict, base: str, needs_us: str | Non
 
 
 def _llama_cpp(repo: str, config: dict) -> str:
-    language, vision = (config.get(part, {}).get("model_type", "") for part in ("text_config", "vision_config"))
+    language, vision = ((config.get(part) or {}).get("model_type", "") for part in ("text_config", "vision_config"))
     if config and vision not in ("clip_vision_model", "siglip_vision_model"):
         return f"no: `llava convert` writes its files for CLIP and SigLIP, not for {vision}"
     if config.get("vision_feature_select_strategy", "default") != (
@@ -168,7 +168,7 @@ def _architecture(folder: Path, kind: str) -> dict[str, str]:
     config = read_record(folder / "config.json")
     parts = {}
     if config:
-        vision, text = config.get("vision_config", {}), config.get("text_config", {})
+        vision, text = (config.get(part) or {} for part in ("vision_config", "text_config"))
         parts["vision tower"] = (
             f"{vision.get('model_type')}, {vision.get('num_hidden_layers')} layers × {vision.get('hidden_size')}, "
             f"{vision.get('image_size')} pixels in patches of {vision.get('patch_size')}, "

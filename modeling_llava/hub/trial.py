@@ -18,13 +18,13 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike) -> str:
     """
     from transformers import pipeline
 
-    from ..io.checkpoints import base_model_of, checkpoint_kind, load_processor
+    from ..io.checkpoints import checkpoint_kind, find_base, load_processor
 
     path = os.fspath(folder)
     if checkpoint_kind(folder) == "adapter":
         path = os.fspath(source)
         try:
-            base_model_of(path)
+            find_base(path)
         except ValueError as error:
             raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
     pipe = pipeline("image-text-to-text", model=path, processor=load_processor(folder))

@@ -18,7 +18,6 @@ from ..io.checkpoints import (
     load_processor,
     load_projector,
 )
-from ..io.files import explained
 
 
 logger = logging.get_logger(__name__)
@@ -83,19 +82,17 @@ def load_model(
         settings["quantization_config"] = four_bit_config(compute_dtype, *(of_training or ()))
         settings["dtype"] = compute_dtype
 
+    own = base is None or has_processor(path, revision)
+    processor = load_processor(*((path, revision) if own else (base, base_revision)))
     source, source_revision = (path, revision) if base is None else (base, base_revision)
-    with explained(source):
-        model = AutoModelForImageTextToText.from_pretrained(source, revision=source_revision, **settings)
-    with explained(path):
-        if kind == "adapter":
-            load_adapter_for_inference(model, path, revision)
-        elif kind == "projector":
-            load_projector(model, path, revision)
+    model = AutoModelForImageTextToText.from_pretrained(source, revision=source_revision, **settings)
+    if kind == "adapter":
+        load_adapter_for_inference(model, path, revision=revision)
+    elif kind == "projector":
+        load_projector(model, path, revision)
     if load_in_4bit:
         forbid_inference_packing(model)
-    if base is not None and has_processor(path, revision):
-        source, source_revision = path, revision
-    return model.eval(), load_processor(source, source_revision)
+    return model.eval(), processor
 
 
 def choose_four_bits(

@@ -13,7 +13,9 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -28,6 +30,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -35,6 +38,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from .files import (
+    AGAIN,
     EMPTY_TENSOR,
     HUB_NAME,
     PROCESSORS,
@@ -56,11 +60,21 @@ PROJECTOR_CONFIG_NAME = "projector_config.json"
 PROJECTOR_WEIGHTS_NAME = "projector.safetensors"
 RUN_RECORD_NAME = "run.json"
 
+A_KIND = {"full": "a full model", "adapter": "an adapter", "projector": "a projector"}
+
 COMPONENTS = ("language_model", "multi_modal_projector", "vision_tower")
 """The parts of a LLaVA, by the names of their modules; the head counts as the language model's."""
 
 DORA_MAGNITUDE = ".lora_magnitude_vector"
 """How PEFT names DoRA's magnitudes in a file; transformers looks for this with `.weight` behind it."""
+
+TODAYS_NAMES = {
+    r"^language_model\.model\.": "model.language_model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
+    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "model.vision_tower.",
+}
+"""PEFT's `key_mapping` for adapters that were saved with earlier versions of transformers."""
 
 UNQUANTISED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 """Not quantised to 4-bit. Full names, since transformers silently ignores `["vision_tower"]`."""
@@ -75,7 +89,9 @@ def component_of(parameter_name: str) -> str:
 # What a folder or a Hub repository is
 
 
-def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Literal["full", "adapter", "projector"]:
+def checkpoint_kind(
+    path: str | os.PathLike, revision: str | None = None, **hub
+) -> Literal["full", "adapter", "projector"]:
     """
     What `path`, a folder or a Hub name, holds, by the names and the contents of its small files.
 
@@ -84,11 +100,11 @@ def checkpoint_kind(path: str | os.PathLike, revision: str | None = None) -> Lit
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
-    if require_llava(path, revision=revision):
+    if require_llava(path, revision=revision, **hub):
         return "adapter"
-    if file_of(path, PROJECTOR_CONFIG_NAME, revision) is not None:
+    if file_of(path, PROJECTOR_CONFIG_NAME, revision, **hub) is not None:
         return "projector"
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+    if os.path.isdir(path) and file_of(path, "config.json", revision, **hub) is None:
         raise ValueError(
             f"{path!r} holds no model: it has neither config.json nor adapter_config.json nor {PROJECTOR_CONFIG_NAME}. "
             f"{listing(path)}"
@@ -106,7 +122,10 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
     path = os.fspath(path)
     config = read_config(file_of(path, "config.json", **hub))
     adapter = read_config(find_adapter_config_file(path, **hub))
-    reason = other_than_llava(path, config or {}, adapter, lambda name: file_of(path, name, **hub) is not None)
+    reason = f"The config.json of {path} is empty: {AGAIN}." if config == {} else None
+    reason = reason or other_than_llava(
+        path, config or {}, adapter, lambda name: file_of(path, name, **hub) is not None
+    )
     if reason is None and adapter is not None:
         empty = [name for name, shape in _adapter_shapes(path, **hub).items() if 0 in shape]
         reason = f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
@@ -115,22 +134,71 @@ def require_llava(path: str | os.PathLike, **hub) -> bool:
                 f"{path} was saved with init_lora_weights={init!r}: its base lacks what a random decomposition took out of it, which "
                 "cannot be repeated. Save the trained model again, with PEFT's path_initial_model_for_weight_conversion."
             )
+    if reason is None and config:
+        try:
+            AutoConfig.from_pretrained(path, **hub)
+        except Exception as error:  # transformers raises whatever a value of another type makes it raise
+            reason = f"transformers cannot use the config.json of {path}: {' '.join(str(error).split())}"
     if reason is not None:
         raise ValueError(reason)
     return adapter is not None
 
 
-def require_before_loading(path: str | os.PathLike, kwargs: dict) -> None:
-    """[`require_llava`] and [`require_adapter_fits`] for `from_pretrained(path, **kwargs)` of a model."""
+def what_to_load(path: str | os.PathLike, kwargs: dict) -> tuple[str, str | None, dict]:
+    """
+    For `from_pretrained(path, **kwargs)` of a model: the full model, the adapter to put on it, if any, and what finds its files. Of
+    `kwargs`, what is the adapter's is taken out.
+
+    Raises:
+        ValueError: as [`find_base`].
+    """
     names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
     hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    of_adapter = dict(kwargs.get("adapter_kwargs") or {})  # Auto classes have found the base already
-    adapter = of_adapter.pop("_adapter_model_path", None)
-    if require_llava(path, **hub) and file_of(os.fspath(path), "config.json", **hub) is None:
-        adapter, of_adapter, path, hub = path, hub, base_model_of(path, hub.get("revision")), {}
-        require_llava(path)
+    path, of_adapter = os.fspath(path), dict(kwargs.pop("adapter_kwargs", None) or {})
+    adapter = of_adapter.pop("_adapter_model_path", None)  # Auto classes have found the base already
     if adapter is not None:
-        require_adapter_fits(os.fspath(adapter), os.fspath(path), of_adapter or hub, hub)
+        find_base(adapter, base=path, base_revision=hub.get("revision"), **of_adapter)
+    elif (kind := checkpoint_kind(path, **hub)) == "projector":
+        raise ValueError(f"{path} is a projector alone. Merge it first: llava merge {path} OUT")
+    elif kind == "adapter" and file_of(path, "config.json", **hub) is None:
+        (base, kwargs["revision"]), adapter, of_adapter = find_base(path, **hub), path, hub
+        path = base
+        kwargs.pop("subfolder", None)
+    return path, adapter, of_adapter
+
+
+def require_weights(path: str, model_class: type[PreTrainedModel], config: PreTrainedConfig | None) -> None:
+    """
+    Raises ValueError if the safetensors files of a folder hold less than half of the parameters of its configuration: one without
+    its parts describes a model of 7 billion parameters, and all of them would be drawn at random.
+    """
+    files = [file for file in weight_files(path) if file.is_file()] if os.path.isdir(path) else []
+    config = config or model_class.config_class.from_pretrained(path)
+    if not files or getattr(config, "quantization_config", None) is not None:
+        return
+    with torch.device("meta"):
+        expected = sum(parameter.numel() for parameter in model_class(config).parameters())
+    headers = [safetensors_header(file) for file in files]
+    held = sum(math.prod(entry.get("shape", (0,))) for header in headers for entry in header.values())
+    if held < expected / 2:
+        raise ValueError(
+            f"{path}: its weights have {held:,} parameters, the model of its config.json has {expected:,}. {AGAIN.capitalize()}."
+        )
+
+
+def require_all_loaded(path: str, info: dict) -> None:
+    """Raises ValueError if weights were drawn at random; `info` is the `output_loading_info` of `from_pretrained`."""
+    wrong = []
+    if missing := info["missing_keys"]:
+        wrong.append(f"{len(missing)} are missing (such as {min(missing)})")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, theirs, ours = mismatched[0]
+        wrong.append(f"{len(mismatched)} have other sizes (such as {name}: {list(theirs)}, not {list(ours)})")
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold the weights of its config.json: {' and '.join(wrong)}. Copy or download it again, or pass "
+            "ignore_mismatched_sizes=True to draw them at random."
+        )
 
 
 def _require_folder_or_hub_name(path: str) -> None:
@@ -191,21 +259,23 @@ def load_processor(path: str | os.PathLike, revision: str | None = None) -> Proc
 
 
 def find_base(
-    path: str | os.PathLike, revision: str | None = None, base: str | None = None, base_revision: str | None = None
+    path: str | os.PathLike,
+    revision: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    **hub,
 ) -> tuple[str, str | None]:
     """
     The base of an adapter or a projector, and its revision; `base` and `base_revision` replace those that it names.
 
     Raises:
-        ValueError: there is no base, it is not a LLaVA, or tensors of the adapter are not for it.
+        ValueError: as [`base_of`]; or the weights are not for the base ([`require_fits`]).
     """
     path = os.fspath(path)
     if base is None:
-        base, base_revision = base_model_of(path, revision), base_revision_of(path, revision)
-    if require_llava(base, revision=base_revision):
-        raise ValueError(f"The base of {path}, {base}, is an adapter itself. Merge that first: llava merge {base} OUT")
-    require_adapter_fits(path, base, {"revision": revision}, {"revision": base_revision})
-    trained_on = (read_config(file_of(path, RUN_RECORD_NAME, revision)) or {}).get("base")
+        base, base_revision = base_of(path, revision, **hub)
+    require_fits(path, base, base_revision, revision=revision, **hub)
+    trained_on = (read_config(file_of(path, RUN_RECORD_NAME, revision, **hub)) or {}).get("base")
     found = base_record(base, base_revision) if trained_on and trained_on["weights"] else None
     if found and found["weights"] not in (None, trained_on["weights"]):
         logger.warning(
@@ -215,31 +285,35 @@ def find_base(
     return base, base_revision
 
 
-def base_model_of(path: str | os.PathLike, revision: str | None = None) -> str:
-    """The model on which an adapter or a projector was trained. ValueError if it does not say, or that is gone."""
+def base_of(path: str | os.PathLike, revision: str | None = None, **hub) -> tuple[str, str | None]:
+    """
+    The model on which an adapter or a projector was trained, and its branch, tag or commit (`None` for the main branch).
+
+    Raises:
+        ValueError: it names none, or one that is gone or is not a full LLaVA.
+    """
     path = os.fspath(path)
-    config_file, config = _config_of(path, revision)
+    file = find_adapter_config_file(path, revision=revision, **hub) or file_of(
+        path, PROJECTOR_CONFIG_NAME, revision, **hub
+    )
+    config = read_config(file)
     base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{config_file} names no base model. Write its folder or Hub name as base_model_name_or_path."
-        )
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{file} names no base model. Write its folder or Hub name as base_model_name_or_path.")
     if os.path.isabs(base) and not os.path.isdir(base):
         raise ValueError(
-            f"{path} was trained on {base}, which is not there. Put it back, or write its new place into "
-            f"{config_file} as base_model_name_or_path."
+            f"{path} was trained on {base}, which is not there. Put it back, or write its new place into {file} as "
+            "base_model_name_or_path."
         )
-    return base
+    _require_full_base(path, base, config.get("revision"))
+    return base, config.get("revision")
 
 
-def base_revision_of(path: str | os.PathLike, revision: str | None = None) -> str | None:
-    """Branch, tag or commit of the base on which an adapter or projector was trained; `None` for the main branch."""
-    return _config_of(os.fspath(path), revision)[1].get("revision")
-
-
-def _config_of(path: str, revision: str | None) -> tuple[str, dict]:
-    file = find_adapter_config_file(path, revision=revision) or file_of(path, PROJECTOR_CONFIG_NAME, revision)
-    return file, read_config(file)
+def _require_full_base(path: str, base: str, revision: str | None) -> None:
+    if (kind := checkpoint_kind(base, revision)) != "full":
+        raise ValueError(
+            f"The base of {path}, {base}, is {A_KIND[kind]} itself. Merge that first: llava merge {base} OUT"
+        )
 
 
 def base_name_to_record(model: PreTrainedModel) -> str | None:
@@ -328,23 +402,26 @@ def _weight_names(index: str | os.PathLike | None) -> list[str]:
 
 
 def _copy_tensors(files: Iterable[Path], targets: dict[str, torch.Tensor]) -> None:
-    """Fill each of `targets` with the tensor of its name. ValueError where names or shapes differ."""
+    """Fill each of `targets`, perhaps on the meta device, with the tensor of its name. ValueError where names or shapes differ."""
     loaded, unexpected, file = set(), [], None
     for file in files:
+        if reason := unreadable(file):
+            raise ValueError(reason)
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 if name not in targets:
                     unexpected.append(name)
                     continue
-                source, target = tensors.get_tensor(name), targets[name]
-                if source.shape != target.shape:
+                source, target = tensors.get_slice(name), targets[name]
+                if source.get_shape() != list(target.shape):
                     raise ValueError(
-                        f"{file}: {name} is {list(source.shape)}, but the model's is {list(target.shape)}. "
+                        f"{file}: {name} is {source.get_shape()}, but the model's is {list(target.shape)}. "
                         "They come from different vision towers or language models."
                     )
-                target.copy_(source)
+                if not target.is_meta:
+                    target.copy_(source[...])
                 loaded.add(name)
-    filled = {targets[name].data_ptr() for name in loaded}  # a tied head is saved once
+    filled = {targets[name].data_ptr() for name in loaded} - {0}  # a tied head is saved once; 0: on the meta device
     missing = sorted(name for name in targets.keys() - loaded if targets[name].data_ptr() not in filled)
     if missing or unexpected:
         raise ValueError(
@@ -403,12 +480,16 @@ def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: st
         raise ValueError(f"{path!r} is not the output folder of a pretrain run: it has no {PROJECTOR_CONFIG_NAME}.")
     for name in ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy"):
         ours = getattr(model.config, name)
-        if config[name] != (list(ours) if isinstance(ours, tuple) else ours):
-            raise ValueError(f"{path} was trained with {name}={config[name]!r}, but the model has {ours!r}.")
-    weights_file = cached_file(path, PROJECTOR_WEIGHTS_NAME, revision=revision)
-    targets = {name: t for name, t in saved_tensors(model).items() if component_of(name) in config["components"]}
+        if (theirs := config.get(name)) != (list(ours) if isinstance(ours, tuple) else ours):
+            raise ValueError(f"{path} was trained with {name}={theirs!r}, but the model has {ours!r}.")
+    weights_file, components = file_of(path, PROJECTOR_WEIGHTS_NAME, revision), config.get("components") or []
+    if weights_file is None:
+        raise ValueError(
+            f"{path} has no {PROJECTOR_WEIGHTS_NAME}, which holds its weights: copy or download it again."
+        )
+    targets = {name: tensor for name, tensor in saved_tensors(model).items() if component_of(name) in components}
     _copy_tensors([Path(weights_file)], targets)
-    return config["components"]
+    return components
 
 
 # Adapters
@@ -421,74 +502,86 @@ def _adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
             raise ValueError(reason)
         return {name: entry["shape"] for name, entry in safetensors_header(file).items() if name != "__metadata__"}
     if file := file_of(path, "adapter_model.bin", **hub):
-        with explained(path):
-            return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}
+        if reason := unreadable(Path(file)):
+            raise ValueError(reason)
+        return {name: list(t.shape) for name, t in torch.load(file, "meta", weights_only=True).items()}
     return {}
 
 
-def require_adapter_fits(path: str, base: str, hub: dict, base_hub: dict) -> None:
+def require_fits(path: str, base: str, base_revision: str | None = None, **hub) -> None:
     """
-    Raises ValueError if the base has no module for a tensor of the adapter, or one of another size: loaders only warn, and
-    run the plain base.
+    Raises ValueError if the weights of an adapter or a projector are not, one by one, what their configuration asks for on this
+    base: loaders only warn, and run a part of it on the plain base. Nothing large is read.
     """
-    shapes = _adapter_shapes(path, **hub)
-    if not shapes:
-        return
+    _require_full_base(path, base, base_revision)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base, **base_hub))
-    targets = {}
-    for name, tensor in (*model.state_dict().items(), *saved_tensors(model).items()):
-        targets.setdefault(_without_clip_pair(name).rpartition(".")[0], tensor.shape)
-    wrong = []
-    for name, shape in shapes.items():
-        parts = _without_clip_pair(name.removeprefix("base_model.model.")).split(".")
-        modules = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
-        target = next((targets[module] for module in modules if module in targets), None)
-        side = next((i for i, matrix in enumerate(("lora_B", "lora_A")) if matrix in parts), None)
-        is_vocabulary = "lm_head" in parts or "embed_tokens" in parts  # which may have grown with the adapter
-        if target is None or (side is not None and not is_vocabulary and shape[side] not in target):
-            wrong.append(name)
-    if wrong:
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base, revision=base_revision))
+        if find_adapter_config_file(path, **hub) is None:
+            load_projector(model, path, hub.get("revision"))
+            return
+        shapes = {_todays_name(name): shape for name, shape in _adapter_shapes(path, **hub).items()}
+        if not shapes:
+            raise ValueError(f"{path} has no adapter_model.safetensors, which holds its weights: {AGAIN}.")
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+        resize_to_adapter(model, path, **hub)
+        own = set(model.state_dict())
+        try:
+            config = PeftConfig.from_pretrained(path, **hub)
+            config.init_lora_weights = False  # some are computed from the base's weights
+            expected = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
+        except Exception as error:  # PEFT raises whatever a value that it does not know makes it raise
+            raise ValueError(
+                f"PEFT cannot put the adapter {path} on {base}: {type(error).__name__}: {error} Its adapter_config.json is "
+                "damaged, or of another version of PEFT, or it is not for this base (--base)."
+            ) from error
+    expected = {_todays_name(name): list(tensor.shape) for name, tensor in expected.items()}
+    surplus = shapes.keys() - expected.keys()
+    faults = {  # PEFT saves the embeddings too, where they are trained
+        "fit no module there": [name for name in surplus if name.replace(".base_layer.", ".") not in own],
+        "have another size there": [name for name in shapes.keys() - surplus if shapes[name] != expected[name]],
+        "are missing": expected.keys() - shapes.keys(),
+    }
+    if found := [f"{len(names)} tensors {what} (such as {min(names)})" for what, names in faults.items() if names]:
         raise ValueError(
-            f"The adapter {path} is not for the base {base}: of its {len(shapes)} tensors, {len(wrong)} fit no module there "
-            f"(such as {wrong[0]}). Give the model on which it was trained with --base; an adapter of a language model "
-            f"alone, or of the original LLaVA, is converted: llava convert {path} OUT --base BASE"
+            f"The adapter {path} does not fit the base {base}: {', '.join(found)}. Copy the adapter again, or give the model on which "
+            "it was trained with --base; an adapter of a language model alone, or of the original LLaVA, is converted: "
+            f"llava convert {path} OUT --base BASE"
         )
 
 
-def _without_clip_pair(name: str) -> str:
-    """A CLIP tower's names had one level more in earlier versions of transformers."""
-    return name.replace("vision_tower.vision_model.", "vision_tower.")
+def _todays_name(name: str) -> str:
+    """A tensor's name in an adapter file, as today's versions of transformers and PEFT write it."""
+    name = name.removeprefix("base_model.model.").removesuffix(".weight" if f"{DORA_MAGNITUDE}.w" in name else "")
+    for before, today in TODAYS_NAMES.items():
+        name = re.sub(before, today, name)
+    return name
 
 
-def resize_to_adapter(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+def resize_to_adapter(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None, **hub) -> None:
     """Give a base the vocabulary of its adapter, where tokens were added in training: those of the base are fewer."""
     path = os.fspath(path)
-    config = read_config(find_adapter_config_file(path, revision=revision)) or {}
+    config = read_config(find_adapter_config_file(path, revision=revision, **hub)) or {}
     indices = config.get("trainable_token_indices") or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     sizes = [1 + max(tokens) for tokens in lists if tokens]
-    for name, shape in _adapter_shapes(path, revision=revision).items():
+    for name, shape in _adapter_shapes(path, revision=revision, **hub).items():
         if ("embed_tokens" in name or "lm_head" in name) and "lora_A" not in name:
             sizes.append(shape[1] if "lora_embedding_A" in name else shape[0] if "lora_embedding_B" not in name else 0)
     if max(sizes, default=0) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(sizes), mean_resizing=False)
 
 
-def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> None:
+def load_adapter_for_inference(model: PreTrainedModel, path: str | os.PathLike, **hub) -> None:
     """Put an adapter into a model by transformers' own means, so that it keeps its class and works in pipelines."""
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
 
-    path, hub = os.fspath(path), {"revision": revision} if revision else {}
-    resize_to_adapter(model, path, revision)
-    config = PeftConfig.from_pretrained(path, **hub)
-    if not getattr(config, "use_dora", False):
-        model.load_adapter(path, adapter_kwargs=hub)
-        return
-    weights = load_peft_weights(path, device="cpu", **hub)
+    path = os.fspath(path)
+    resize_to_adapter(model, path, **hub)
+    weights = load_peft_weights(path, device="cpu", key_mapping=TODAYS_NAMES, **hub)
     renamed = {f"{name}.weight" if name.endswith(DORA_MAGNITUDE) else name: t for name, t in weights.items()}
-    model.load_adapter(peft_config=config, adapter_state_dict=renamed)
+    model.load_adapter(peft_config=PeftConfig.from_pretrained(path, **hub), adapter_state_dict=renamed)
 
 
 def name_stock_class_in_adapters() -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,11 +198,11 @@ def read_config(file: str | os.PathLike | None) -> dict | None:
     """The object in a JSON file; `None` without the file. ValueError if it cannot be read, or holds something else."""
     if file is None or not os.path.isfile(file):
         return None
-    reason, content = unreadable(Path(file)), None
-    if reason is None and not isinstance(content := json.loads(Path(file).read_text("utf-8")), dict):
-        reason = f"{file} holds no JSON object: {AGAIN}."
-    if reason is not None:
+    if reason := unreadable(Path(file)):
         raise ValueError(reason)
+    content = json.loads(Path(file).read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object: {AGAIN}.")
     return content
 
 
@@ -218,7 +219,7 @@ def explained(folder: str | os.PathLike, weights: bool = True) -> Iterator[None]
 
 
 def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | None:
-    """The first thing that is wrong with a folder of a full model, an adapter or a projector, with its fix."""
+    """The first thing that is wrong with the JSON files and the weights of a full model's folder, or the processor; with its fix."""
     folder = Path(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     names = {path.name for path in files}
@@ -232,8 +233,7 @@ def what_is_broken(folder: str | os.PathLike, weights: bool = True) -> str | Non
             lost = sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()} - names)
             if lost:
                 return f"{index} names {lost[0]}, which is not there ({len(lost)} of its files): download it."
-        if not any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
-            return f"{folder} holds no weights (model.safetensors). {listing(folder)}"
+        return None if names & {*MODEL_FILES} else f"{folder} holds no weights (model.safetensors). {listing(folder)}"
     if "config.json" in names and not names & {*PROCESSORS}:
         return f"{folder} has no processor ({' or '.join(PROCESSORS)}): copy the model's there. {listing(folder)}"
     if names & {*PROCESSORS} and not has_tokenizer(folder):
@@ -261,8 +261,12 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
 
 def is_lfs_pointer(path: Path) -> bool:
     """Whether `git clone` without Git LFS left a pointer in the place of a file."""
+    return _begins(path, b"version https://git-lfs")
+
+
+def _begins(path: Path, sign: bytes) -> bool:
     with open(path, "rb") as file:
-        return file.read(23) == b"version https://git-lfs"
+        return file.read(len(sign)) == sign
 
 
 def unreadable(path: Path) -> str | None:
@@ -275,9 +279,13 @@ def unreadable(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             empty = [name for name, entry in safetensors_header(path).items() if 0 in entry.get("shape", ())]
             return f"{path}: {empty[0]} {EMPTY_TENSOR}" if empty else None
-        kinds = dict if path.name.endswith("config.json") else dict | list
-        if path.suffix == ".json" and not isinstance(json.loads(path.read_text("utf-8")), kinds):
-            return f"{path} holds no JSON object: {AGAIN}."
+        if path.suffix == ".json":
+            content = json.loads(path.read_text("utf-8"))
+            kinds = dict if path.name.endswith(("config.json", "index.json")) else dict | list
+            if not isinstance(content, kinds) or path.name.endswith("index.json") and "weight_map" not in content:
+                return f"{path} holds no JSON object of its kind: {AGAIN}."
+        if path.suffix == ".bin" and not zipfile.is_zipfile(path) and not _begins(path, b"\x80"):
+            return f"{path} is damaged or cut off: {AGAIN}."  # torch.save writes an archive; before 2020, a pickle
     except ValueError as error:
         return str(error) if path.suffix == ".safetensors" else f"{path} is not JSON ({error}): {AGAIN}."
     return None

@@ -14,7 +14,7 @@ import jinja2
 from transformers import GenerationConfig, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..io.checkpoints import base_model_of, load_processor
+from ..io.checkpoints import base_of, load_processor
 from .chat_templates import chat_template_of, has_generation_marks, read_template, render_with_spans
 from .control_tokens import ControlTokens
 
@@ -126,7 +126,7 @@ def needed_by_stock(folder: str | os.PathLike, kind: str) -> dict | None:
         return {"stop_strings": config.stop_strings} if config.stop_strings else {"eos_token_id": config.eos_token_id}
     try:
         processor = load_processor(folder)
-        config = GenerationConfig.from_pretrained(base_model_of(folder) if kind == "adapter" else folder)
+        config = GenerationConfig.from_pretrained(base_of(folder)[0] if kind == "adapter" else folder)
     except (OSError, ValueError):  # no processor; a base that is neither here nor in the Hub's cache
         return None
     return missing_stop(config, processor)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.inference import LlavaPredictor, load_model
 from modeling_llava.inference.loading import usable_device
-from modeling_llava.io.checkpoints import base_model_of, checkpoint_kind
+from modeling_llava.io.checkpoints import base_of, checkpoint_kind
 from modeling_llava.training import merge_adapter, train
 
 
@@ -155,7 +155,7 @@ def test_an_adapter_on_a_model_of_choice(folders):
 def test_a_base_that_moved_is_named_and_can_be_given(folders, tmp_path):
     shutil.copytree(folders / "lora", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == base_model_of(folders / "lora") == str(folders / "full")
+    assert config["base_model_name_or_path"] == base_of(folders / "lora")[0] == str(folders / "full")
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="was trained on .*gone, which is not there"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
+from modeling_llava.inference.loading import load_model
 from modeling_llava.io.checkpoints import (
     checkpoint_kind,
     find_base,
@@ -19,6 +21,7 @@ from modeling_llava.io.checkpoints import (
     load_projector,
     save_projector,
 )
+from modeling_llava.training.merge import merge_adapter
 
 
 ORIGINAL = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip", "mm_projector_type": "mlp2x_gelu"}
@@ -108,7 +111,8 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, content):
 def changed(adapter, target, change):
     shutil.copytree(adapter, target)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file({name: t for old, tensor in tensors.items() for name, t in [change(old, tensor)]}, target / "adapter_model.safetensors")  # fmt: skip
+    kept = [change(name, tensor) for name, tensor in tensors.items()]
+    save_file({name: tensor.contiguous() for name, tensor in filter(None, kept)}, target / "adapter_model.safetensors")
     return target
 
 
@@ -121,24 +125,131 @@ def test_an_adapter_lands_under_todays_names_and_those_of_earlier_versions(saved
         assert checkpoint_kind(folder) == "adapter"
 
 
+def without(sign):
+    return lambda name, tensor: None if sign in name else (name, tensor)
+
+
 @pytest.mark.parametrize(
-    "change",
+    "change, said",
     [
-        lambda name, t: (name.replace("model.language_model.", "model."), t),  # of the language model alone
-        lambda name, t: (name.replace("layers.0", "layers.7"), t),  # of a deeper one
-        lambda name, t: (name, torch.zeros(t.shape[0] * 3, t.shape[1] * 3)),  # of a wider one
+        (lambda name, t: (name.replace("model.language_model.", "model."), t), "fit no module"),  # a language model's
+        (lambda name, t: (name.replace("layers.0", "layers.7"), t), "fit no module"),  # of a deeper one
+        (lambda name, t: (name, torch.zeros(t.shape[0] * 3, t.shape[1] * 3)), "another size"),  # of a wider one
+        (
+            lambda name, t: (name, t[:1] if "lora_B" in name else t),
+            "another size",
+        ),  # of one with fewer key and value heads
+        (without("lora_B"), "are missing"),
+        (without("layers.1"), "are missing"),  # or of a base with fewer layers
+        (without("lora"), "holds no weights|has no adapter_model"),
     ],
-    ids=["language model", "deeper", "wider"],
+    ids=["language model", "deeper", "wider", "fewer heads", "half", "shallower", "nothing"],
 )
-def test_an_adapter_of_another_model_is_refused(saved, adapter, tmp_path, change):
+def test_an_adapter_that_is_not_whole_or_of_another_model_is_refused(saved, adapter, tmp_path, change, said):
     other = changed(adapter, tmp_path / "other", change)
     for call in (
         find_base,
+        load_model,
         LlavaForConditionalGeneration.from_pretrained,
         AutoModelForImageTextToText.from_pretrained,
     ):
-        with pytest.raises(ValueError, match="other is not for the base .* tensors, .* fit no module"):
+        with pytest.raises(ValueError, match=f"other .*{said}"):
             call(other)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 4},
+        {"r": "four"},
+        {"peft_type": "FOO"},
+        {"peft_type": None},
+        {"target_modules": "(("},
+        {"target_modules": "no"},
+    ],
+    ids=str,
+)
+def test_an_adapter_whose_configuration_was_changed_is_refused(adapter, tmp_path, fields):
+    other = changed(adapter, tmp_path / "other", lambda name, t: (name, t))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ValueError, match=f"adapter {other} .*base"):
+        find_base(other)
+
+
+@pytest.mark.parametrize("content", [b"hello" * 100, b""])
+def test_pickled_adapter_weights_that_cannot_be_read_are_named(adapter, tmp_path, content):
+    other = changed(adapter, tmp_path / "other", lambda name, t: (name, t))
+    (other / "adapter_model.safetensors").unlink()
+    (other / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="adapter_model.bin is damaged"):
+        find_base(other)
+
+
+def test_an_adapter_of_pickles_and_earlier_names_lands(saved, adapter, tmp_path):
+    """As plain PEFT saved it over transformers 4.51, with the projector trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    model = LlavaForConditionalGeneration.from_pretrained(saved)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"], init_lora_weights=False
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "today")
+    tensors = load_file(tmp_path / "today" / "adapter_model.safetensors")
+    for before, after in ((".model.language_model.", ".language_model.model."), (".model.model.", ".model.")):
+        tensors = {name.replace(before, after): torch.ones_like(tensor) for name, tensor in tensors.items()}
+    shutil.copytree(tmp_path / "today", tmp_path / "old")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "old" / "adapter_model.bin")
+    loaded = dict(load_model(tmp_path / "old")[0].named_parameters())
+    assert all((p == 1).all() for name, p in loaded.items() if ".lora_" in name or ".modules_to_save." in name)
+    merged = load_file(merge_adapter(str(tmp_path / "old"), str(tmp_path / "merged")) / "model.safetensors")
+    assert (merged["multi_modal_projector.linear_1.weight"] == 1).all()
+
+
+def tensors_of(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_of(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: v for name, v in (config | fields).items() if v != "none"}))
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda f: tensors_of(f, lambda ts: {n: t for n, t in ts.items() if "projector" not in n}), "4 are missing"),
+        (lambda f: tensors_of(f, lambda ts: {n: t for n, t in ts.items() if "lm_head" not in n}), "1 are missing"),
+        (
+            lambda f: tensors_of(f, lambda ts: {n: t[:3] if "linear_1.b" in n else t for n, t in ts.items()}),
+            "other sizes",
+        ),
+        (lambda f: tensors_of(f, lambda ts: {}), "0 parameters"),
+        (lambda f: config_of(f, text_config="none"), "parameters, the model of its config.json has"),  # a model of 7B
+        (lambda f: config_of(f, text_config={"model_type": "llama", "hidden_size": "wide"}), "hidden_size"),
+        (lambda f: (f / "config.json").write_text("{}"), "config.json of .* is empty"),
+        (lambda f: (f / "config.json").unlink(), "holds no model"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"), "holds no weights"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_nothing_is_drawn_at_random(saved, tmp_path, damage, said):
+    folder = Path(shutil.copytree(saved, tmp_path / "broken"))
+    damage(folder)
+    for call in (LlavaForConditionalGeneration.from_pretrained, load_model):
+        with pytest.raises(ValueError, match=said):
+            call(folder)
+
+
+def test_random_weights_are_drawn_for_those_who_ask(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "cut"))
+    tensors_of(folder, lambda tensors: {name: t for name, t in tensors.items() if "vision" not in name})
+    _, info = LlavaForConditionalGeneration.from_pretrained(
+        folder, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(info["missing_keys"]) > 10
 
 
 def test_a_base_or_a_recipe_that_cannot_be_read_is_named(adapter, tmp_path):
@@ -168,9 +279,23 @@ def test_a_projector_of_another_model_is_refused(saved, tmp_path):
         with pytest.raises(ValueError, match=said):
             load_projector(model, tmp_path)
     config = json.loads((tmp_path / "projector_config.json").read_text())
-    (tmp_path / "projector_config.json").write_text(json.dumps({**config, "vision_feature_layer": -1}))
-    with pytest.raises(ValueError, match="vision_feature_layer=-1, but the model has -2"):
-        load_projector(model, tmp_path)
+    for fields, said in (
+        ({"vision_feature_layer": -1}, "vision_feature_layer=-1, but the model has -2"),
+        ({"projector_hidden_act": None}, "projector_hidden_act=None"),
+        ({"components": None}, "0 weights are missing .* 1 are not the model's"),
+    ):
+        (tmp_path / "projector_config.json").write_text(json.dumps({**config, **fields}))
+        with pytest.raises(ValueError, match=said):
+            find_base(tmp_path)  # before a model is loaded
+    (tmp_path / "projector_config.json").write_text(json.dumps(config))
+    for content, said in ((b"cut", "projector.safetensors is damaged"), (None, "no projector.safetensors")):
+        (tmp_path / "projector.safetensors").unlink()
+        if content is not None:
+            (tmp_path / "projector.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            find_base(tmp_path)
+    with pytest.raises(ValueError, match="a projector alone. Merge"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
