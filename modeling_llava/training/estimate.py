@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
-from ..io.checkpoints import COMPONENTS, base_model_of, base_revision_of, checkpoint_kind
+from ..io.checkpoints import COMPONENTS, base_of, checkpoint_kind
 from ..modeling_llava import LlavaForConditionalGeneration
 from .arguments import LlavaTrainingArguments
 
@@ -67,7 +67,7 @@ def load_config(model: str, revision: str | None = None) -> LlavaConfig:
     if model in _PRESET_TEXT_CONFIGS and not os.path.isdir(model):
         return LlavaConfig(text_config=_PRESET_TEXT_CONFIGS[model])
     if checkpoint_kind(model, revision) != "full":
-        return load_config(base_model_of(model, revision), base_revision_of(model, revision))
+        model, revision = base_of(model, revision)
     return LlavaConfig.from_pretrained(model, revision=revision)
 
 
