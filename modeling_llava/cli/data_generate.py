@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data_engine.generate import batch_forget, check_images, generate, open_folder
+    from ..data_engine.generate import Plan, check_images, generate, open_folder, open_ledger
+    from ..endpoint import forget_batch
 
     config, out = make_config(args), Path(args.out)
     sources = {"captions": args.captions, "boxes": args.boxes, "prompts": args.prompts}
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
             return batch_files_out(args, folder, images)
         if args.batch_in:
             return batch_results_in(args, folder, images)
-        print(f"{batch_forget(folder):,} requests can be asked again")
+        with open_ledger(folder) as ledger:
+            print(f"{forget_batch(Plan(folder, ledger), ledger):,} requests can be asked again")
         return 0
     model = make_chat_model(args, args.model, optional=())
     print(f"asking {args.model} at {model.base_url or 'OpenAI'}; Ctrl-C finishes requests in flight", file=sys.stderr)
@@ -201,12 +203,14 @@ def dry_run(args: argparse.Namespace, folder, images) -> int:
 
 
 def batch_files_out(args: argparse.Namespace, folder, images) -> int:
-    from ..data_engine.generate import batch_out
-    from ..endpoint import Budget
+    from ..data_engine.generate import Plan, open_ledger
+    from ..endpoint import Budget, write_batch
 
     budget = Budget(args.max_tokens, args.max_cost, prices(args))
     model = make_chat_model(args, args.model, optional=(), api_key="none")  # writing files needs no key
-    summary = batch_out(folder, model, args.batch_out, images=images, limit=args.limit, budget=budget)
+    with open_ledger(folder) as ledger:
+        plan = Plan(folder, ledger, images, args.limit)
+        summary = write_batch(plan, model, ledger, args.batch_out, run_id=folder.id, budget=budget)
     print(f"{summary.requests:,} requests in {len(summary.files)} files; {summary.waiting:,} waited already")
     for path in summary.files:
         print(f"  {path}")

@@ -15,7 +15,6 @@ from ..endpoint import (
     Budget,
     ChatModel,
     Ledger,
-    OpenAIModel,
     Prices,
     Reply,
     RunSettings,
@@ -23,10 +22,8 @@ from ..endpoint import (
     Task,
     Usage,
     Verdict,
-    forget_batch,
     read_batch,
     run_tasks,
-    write_batch,
 )
 from ..endpoint.chat import Message
 from ..endpoint.ledger import LedgerCounts
@@ -274,20 +271,6 @@ def check_images(folder: RunFolder, images: str | Path | None, limit: int | None
     )
 
 
-def batch_out(
-    folder: RunFolder,
-    model: OpenAIModel,
-    files: str | Path,
-    *,
-    images: Path | None = None,
-    limit: int | None = None,
-    budget: Budget | None = None,
-) -> BatchSummary:
-    """Writes the tasks that are not settled into files for OpenAI's Batch API (`write_batch`)."""
-    with open_ledger(folder) as ledger:
-        return write_batch(Plan(folder, ledger, images, limit), model, ledger, files, run_id=folder.id, budget=budget)
-
-
 def batch_in(
     folder: RunFolder,
     results: Iterable[str | Path],
@@ -304,9 +287,3 @@ def batch_in(
         read = read_batch(Plan(folder, ledger), results, ledger, judge=judge)
         summary = RunSummary(accepted=read.accepted, rejected=read.rejected + read.refused, batched=read.waiting)
         return read, finish(folder, ledger, summary, Plan(folder, ledger, images), limit, prices, output)
-
-
-def batch_forget(folder: RunFolder) -> int:
-    """Frees tasks that wait in batch files (`forget_batch`)."""
-    with open_ledger(folder) as ledger:
-        return forget_batch(Plan(folder, ledger), ledger)

@@ -49,9 +49,9 @@ class GenerateConfig:
         if not self.types or len(set(self.types)) < len(self.types) or not set(self.types) <= set(FOLDERS):
             raise ValueError(f"types must be different ones of {', '.join(FOLDERS)}, got {', '.join(self.types)}.")
         finite = all(0 <= number < math.inf for number in self.mix)
-        if len(self.mix) != len(FOLDERS) or not finite or not any(self.shares.values()):
+        if len(self.mix) != len(FOLDERS) or not finite or not any(self.fractions.values()):
             raise ValueError(
-                f"mix must be three numbers, conversation : detail : complex, not all zero, got {self.mix}."
+                f"mix must be three numbers of 0 or more, one of them of the types above 0, got {self.mix}."
             )
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
@@ -61,16 +61,16 @@ class GenerateConfig:
             raise ValueError(f"max_reply_tokens must be 1 or more, got {self.max_reply_tokens}.")
 
     @property
-    def shares(self) -> dict[str, float]:
+    def fractions(self) -> dict[str, float]:
         """Fraction of the images for which each type is made, 0..1."""
         mix = {kind: number for kind, number in zip(FOLDERS, self.mix) if kind in self.types}
         most = max(mix.values()) or 1
         return {kind: number / most for kind, number in mix.items()}
 
-    def wants(self, context_id: str, kind: str) -> bool:
+    def makes(self, context_id: str, kind: str) -> bool:
         """Whether a type is made for an image; it depends on its id and the seed alone."""
         draw = int.from_bytes(hashlib.sha256(f"{self.seed}:{kind}:{context_id}".encode()).digest()[:7], "big")
-        return draw < self.shares.get(kind, 0.0) * 2**56
+        return draw < self.fractions.get(kind, 0.0) * 2**56
 
 
 class RunFolder:
@@ -158,7 +158,7 @@ class RunFolder:
         """`(task id, context, type)` of everything that the run makes, in order."""
         for row in self.contexts(limit):
             for kind in self.config.types:
-                if self.config.wants(row["id"], kind):
+                if self.config.makes(row["id"], kind):
                     yield f"{row['id']}:{kind}", row, kind
 
 

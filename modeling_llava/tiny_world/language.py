@@ -54,18 +54,14 @@ def write_dialogue(scene: Scene, rng: random.Random, turns: int = 6) -> list[dic
     return messages
 
 
-def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that adds `<s>`, with a chat template. Bytes are its alphabet: a user may type anything."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, PAD, USER, ASSISTANT)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=special, **options)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -75,22 +71,6 @@ def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) ->
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
-
-
-def tiny_language_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, layers: int = 4) -> LlamaConfig:
-    """Configuration of the language model."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.05,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def train_language_model(
@@ -103,9 +83,8 @@ def train_language_model(
     most_things: int = 3,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, float]:
-    """Trains tokenizer and language model on scenes in words, and saves both.
-
-    One document in four is a caption, with every token supervised; the others are conversations with supervised answers.
+    """Trains tokenizer and language model on scenes in words, and saves both. One document in four is a caption, with every
+    token supervised; the others are conversations with supervised answers.
 
     Returns:
         Loss over the last tenth of the steps (nats per supervised token), tokens read, and seconds.
@@ -118,7 +97,19 @@ def train_language_model(
         [message["content"] for messages in samples for message in messages]
         + [caption for _ in range(300) for caption in write_captions(next(scenes))]
     )
-    model = LlamaForCausalLM(tiny_language_config(tokenizer))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
     _initialise(model)
     model.set_attn_implementation(VARLEN)  # documents are concatenated into one sequence; none is padded
     num_tokens = 0
@@ -142,11 +133,8 @@ def train_language_model(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     last = losses[-max(1, steps // 10) :]
-    return {
-        "loss": round(sum(last) / len(last), 4),
-        "tokens": num_tokens,
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
+    loss, seconds = round(sum(last) / len(last), 4), round(time.perf_counter() - begun, 1)
+    return {"loss": loss, "tokens": num_tokens, "seconds": seconds}
 
 
 def _initialise(model: LlamaForCausalLM) -> None:
@@ -163,9 +151,8 @@ def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[torch.Te
 
 
 def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = tokenizer.apply_chat_template(messages, **options)
     ids = torch.tensor([tokenizer.bos_token_id, *encoded["input_ids"]])  # templates leave <s> to the tokenizer
     supervised = torch.tensor([0, *encoded["assistant_masks"]]) == 1
     return ids, torch.where(supervised, ids, IGNORE_INDEX)

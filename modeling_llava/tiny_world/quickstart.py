@@ -104,9 +104,7 @@ class Quickstart:
         progress = json.loads(file.read_text("utf-8"))
         before = progress["settings"]
         changed = [
-            f"{key} was {before.get(key)} and is {settings[key]}"
-            for key in settings
-            if before.get(key) != settings[key]
+            f"{k} was {before.get(k)} and is {value}" for k, value in settings.items() if before.get(k) != value
         ]
         if changed:
             raise ValueError(
@@ -116,11 +114,7 @@ class Quickstart:
         return progress
 
     def run(self) -> dict[str, Any]:
-        """Runs every phase that is not complete yet.
-
-        Returns:
-            What `results.json` holds: scores, seconds per phase, peak memory.
-        """
+        """Runs every phase that is not complete yet; returns what `results.json` holds: scores, seconds, peak memory."""
         for phase in PHASES:
             if phase not in self.progress["phases"]:
                 self.on_phase(phase)
@@ -209,12 +203,11 @@ class Quickstart:
         from .vision import FEATURE_LAYER
 
         out = self._fresh("parts/untrained")
-        vision, language = str(self.out / "parts" / "vision_encoder"), str(self.out / "parts" / "language_model")
+        parts = str(self.out / "parts" / "vision_encoder"), str(self.out / "parts" / "language_model")
         torch.manual_seed(self.settings.seed)
-        model = LlavaForConditionalGeneration.from_vision_language_pretrained(
-            vision, language, vision_feature_layer=FEATURE_LAYER
-        )
-        processor = LlavaProcessor.from_vision_language_pretrained(vision, language, chat_template="own")
+        compose = LlavaForConditionalGeneration.from_vision_language_pretrained
+        model = compose(*parts, vision_feature_layer=FEATURE_LAYER)
+        processor = LlavaProcessor.from_vision_language_pretrained(*parts, chat_template="own")
         model.save_pretrained(out)
         processor.save_pretrained(out)
         return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -308,11 +301,10 @@ class Quickstart:
         seed = self.settings.seed
         items = exam.set_exam(self.out / "world" / "unseen", seed)
         held_out = exam.set_exam(self.out / "world" / "held_out", seed, held_out=True)
-        images = [item.image for item in items]
-        blank = exam.blank_image(images[0])
         rows = json.loads((self.out / "data" / "instruct" / "instruct.json").read_text("utf-8"))
-        answers = exam.answer_items(predictor, items, images)
+        answers = exam.answer_items(predictor, items, [item.image for item in items])
         held_out_answers = exam.answer_items(predictor, held_out, [item.image for item in held_out])
+        blank = exam.blank_image(items[0].image)
         answered = {
             "with the image": answers,
             "blank images": exam.answer_items(predictor, items, [blank] * len(items)),

@@ -35,23 +35,17 @@ KNOWLEDGE = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image with its only right answer.
+    """A question about an image with its only right answer."""
 
-    `kind` groups questions in reports; `about` has the names ("red star") of the things that decide the answer.
-    """
-
-    kind: str
+    kind: str  # groups questions in reports
     text: str
     answer: str
-    about: tuple[str, ...]
+    about: tuple[str, ...]  # names ("red star") of the things that decide the answer
 
 
 def read_context(text: str) -> Scene:
-    """The scene that the data engine's captions and boxes describe, its things in the order of the boxes, largest first.
-
-    Raises:
-        ValueError: there is no box, or the captions do not name the place or the colour of a box's category.
-    """
+    """The scene that captions and boxes describe, its things in the order of the boxes; a `ValueError` if there is no box, or
+    if no caption names the place or the colour of a box's category."""
     captions = BOX_LINE.sub("", text)
     things = []
     for category, *corners in BOX_LINE.findall(text):
@@ -76,21 +70,18 @@ def list_questions(scene: Scene, rng: random.Random) -> list[Question]:
     number = len(names)
     questions = [Question("place", "Where was the picture taken?", f"It was taken {PLACES[scene.place]}.", ())]
     if number > 1:
-        questions.append(
-            Question("count", "How many things are there?", f"There are {NUMBERS[number]} things.", names)
-        )
+        count = f"There are {NUMBERS[number]} things."
+        questions.append(Question("count", "How many things are there?", count, names))
     absent = rng.choice([name for name in CATEGORIES if name not in {thing.category for thing in scene.things}])
     questions.append(Question("presence", f"Is there {article(absent)}?", f"No, there is no {absent}.", ()))
     for thing in scene.things:
-        about, category = (thing.name,), thing.category
+        about, name = (thing.name,), thing.category
         questions += [
-            Question("presence", f"Is there {article(category)}?", f"Yes, there is {article(thing.name)}.", about),
-            Question("colour", f"What colour is the {category}?", f"The {category} is {thing.colour}.", about),
-            Question("size", f"Is the {category} large or small?", f"The {category} is {thing.size}.", about),
-            Question("object", f"What is the {thing.colour} thing?", f"It is {article(category)}.", about),
-            Question(
-                "position", f"Where is the {category}?", f"The {category} is at the {thing.row} {thing.column}.", about
-            ),
+            Question("presence", f"Is there {article(name)}?", f"Yes, there is {article(thing.name)}.", about),
+            Question("colour", f"What colour is the {name}?", f"The {name} is {thing.colour}.", about),
+            Question("size", f"Is the {name} large or small?", f"The {name} is {thing.size}.", about),
+            Question("object", f"What is the {thing.colour} thing?", f"It is {article(name)}.", about),
+            Question("position", f"Where is the {name}?", f"The {name} is at the {thing.row} {thing.column}.", about),
         ]
     large = [thing for thing in scene.things if thing.size == "large"]
     if number > 1 and len(large) == 1:
@@ -131,11 +122,7 @@ class ScriptedResponder:
         self._kinds = {prompt.system: kind for kind, prompt in load_prompts(PROMPTS).items()}
 
     def answer(self, messages: list[Message]) -> str:
-        """The reply's text.
-
-        Raises:
-            ValueError: the system message is none of the tiny world's prompts, or no message holds a context.
-        """
+        """The reply's text; a `ValueError` if it was not asked with the tiny world's prompts and a context."""
         kind = self._kinds.get(messages[0]["content"])
         contexts = [message["content"] for message in messages if message["role"] == "user"]
         contexts = [text for text in contexts if BOX_LINE.search(text)]

@@ -34,16 +34,16 @@ FEATURE_LAYER = -2
 """As in LLaVA: the last layer but one."""
 
 
-def tiny_vision_config(hidden_size: int = 128, num_layers: int = 4) -> CLIPVisionConfig:
+def tiny_vision_config() -> CLIPVisionConfig:
     """Configuration of the tower."""
     return CLIPVisionConfig(
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
-        projection_dim=hidden_size,
+        projection_dim=128,
     )
 
 
@@ -66,9 +66,6 @@ HEAD_WEIGHTS = {"category": 1.0, "colour": 1.0, "size": 0.3, "position": 0.3}
 
 def patch_labels(split: Path) -> tuple[list[Path], dict[str, torch.Tensor], torch.Tensor]:
     """Images of a split and the labels of their patches, from captions and boxes.
-
-    Args:
-        split: Folder with `images`, `captions.json` and `instances.json`.
 
     Returns:
         The images' paths; for each of `HEADS` labels `[num_images, num_patches]` (`IGNORE_INDEX`: without a label);
@@ -111,9 +108,8 @@ class PatchTeacher(nn.Module):
             # CLIP's initialisation is made for 24 layers; a small tower learns faster from this one.
             if parameter.ndim >= 2 and "position" not in name:
                 nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))
-        self.tower.embeddings.position_embedding.weight.data[1:] = sine_positions(
-            config.image_size // config.patch_size, config.hidden_size
-        )
+        positions = sine_positions(config.image_size // config.patch_size, config.hidden_size)
+        self.tower.embeddings.position_embedding.weight.data[1:] = positions
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """`[batch, 3, H, W]` → logits of each head `[batch, num_patches, …]`, and of the place `[batch, …]`."""
@@ -123,11 +119,11 @@ class PatchTeacher(nn.Module):
         return {name: head(hidden[:, 1:]) for name, head in self.heads.items()}, self.place(hidden[:, 0])
 
 
-def sine_positions(grid: int, hidden_size: int, scale: float = 0.3) -> torch.Tensor:
+def sine_positions(grid: int, hidden_size: int) -> torch.Tensor:
     """Initial position embeddings `[grid², hidden_size]`: sines along rows and columns."""
     waves = 30.0 ** -(torch.arange(hidden_size // 4) / (hidden_size // 4))
     angles = torch.arange(grid)[:, None] * waves  # [grid, hidden/4]
-    line = scale * torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, hidden/2]
+    line = 0.3 * torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, hidden/2]
     rows, columns = line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)
     return torch.cat([rows, columns], dim=-1).reshape(grid * grid, hidden_size)
 
@@ -138,7 +134,6 @@ def train_vision_tower(
     *,
     steps: int,
     batch_size: int = 32,
-    learning_rate: float = 3e-3,
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def train_vision_tower(
                 right[head].append((found.argmax(-1) == expected)[expected > 0].float().mean().item())
         return loss
 
-    optimize(teacher, loss_of, steps, learning_rate, log)
+    optimize(teacher, loss_of, steps, 3e-3, log)
     teacher.tower.save_pretrained(out)
     processor.save_pretrained(out)
     accuracy = {head: round(float(np.mean(values)), 4) for head, values in right.items()}
@@ -203,11 +198,11 @@ def optimize(
     return losses
 
 
-def warmup_and_cosine(steps: int, warmup: float = 0.08) -> Callable[[int], float]:
-    """Fraction of the learning rate at a step: linear up over `warmup` of the steps, then a cosine down to zero."""
+def warmup_and_cosine(steps: int) -> Callable[[int], float]:
+    """Fraction of the learning rate at a step: linear up over 8 % of the steps, then a cosine down to zero."""
 
     def fraction(step: int) -> float:
-        begin = max(1, round(warmup * steps))
+        begin = max(1, round(0.08 * steps))
         if step < begin:
             return (step + 1) / begin
         return 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, steps - begin)))

@@ -8,20 +8,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import load_dataset
 from fault_server import answer
+from PIL import Image
 
 from modeling_llava.data_engine.contexts import Box, Context
-from modeling_llava.data_engine.generate import batch_in, batch_out, estimate, generate, open_folder
+from modeling_llava.data_engine.generate import estimate, generate, open_folder
 from modeling_llava.data_engine.output import write_output
 from modeling_llava.data_engine.prompts import DEFAULT_PROMPTS
 from modeling_llava.data_engine.report import choose_samples, read_drop_list
 from modeling_llava.data_engine.run import GenerateConfig, open_run
 from modeling_llava.data_engine.samples import OutputSettings
-from modeling_llava.endpoint import Ledger, OpenAIModel, Prices, Reply, RequestFault, RunSettings, Usage
+from modeling_llava.endpoint import Ledger, Prices, Reply, RequestFault, RunSettings, Usage
 
 
 BARE = OutputSettings(parquet=False, card=False, report_samples=0)
 ALL = GenerateConfig("scripted", mix=(1, 1, 1))
+COMPLEX = GenerateConfig("scripted", types=("complex",))
 
 
 class Responder:
@@ -30,14 +33,12 @@ class Responder:
     name = "scripted"
 
     def __init__(self, reply=answer):
-        self.reply = reply
-        self.asked = []
+        self.reply, self.asked = reply, []
 
-    async def complete(self, messages, *, max_tokens, temperature, seed=None, request_id=None):
+    async def complete(self, messages, **options):
         await asyncio.sleep(0)
         self.asked.append(messages)
-        text = self.reply(messages)
-        return text if isinstance(text, Reply) else Reply(text, usage=Usage(100, 20), model="scripted-1")
+        return Reply(self.reply(messages), usage=Usage(100, 20), model="scripted-1")
 
 
 def contexts(number):
@@ -47,8 +48,6 @@ def contexts(number):
 
 
 def make_images(folder):
-    from PIL import Image
-
     folder.mkdir()
     for i in range(12):
         Image.new("RGB", (40 + i, 30), (20 * i, 90, 120)).save(folder / f"{i:03d}.png")
@@ -92,15 +91,10 @@ def test_each_type_becomes_a_llava_row(tmp_path):
 
 def test_mix_asks_every_image_for_the_largest_type_and_the_others_in_proportion(tmp_path):
     config = GenerateConfig("m")
-    wanted = Counter(kind for i in range(7700) for kind in config.types if config.wants(f"image {i}", kind))
-    assert wanted["complex"] == 7700
-    assert abs(wanted["conversation"] - 5800) < 120 and abs(wanted["detail"] - 2300) < 120  # three standard deviations
-    only = GenerateConfig("m", types=("conversation", "detail"))
-    assert only.shares == {"conversation": 1.0, "detail": 23 / 58}
-    # Which image gets which type hangs on nothing but its id and the seed.
-    assert [config.wants(f"image {i}", "detail") for i in range(50)] == [
-        GenerateConfig("other").wants(f"image {i}", "detail") for i in range(50)
-    ]
+    made = Counter(kind for i in range(7700) for kind in config.types if config.makes(f"image {i}", kind))
+    assert made["complex"] == 7700
+    assert abs(made["conversation"] - 5800) < 120 and abs(made["detail"] - 2300) < 120  # three standard deviations
+    assert GenerateConfig("m", types=("conversation", "detail")).fractions == {"conversation": 1.0, "detail": 23 / 58}
 
 
 def test_a_run_is_resumed_by_the_same_call_and_extended_by_a_higher_limit(tmp_path):
@@ -136,16 +130,13 @@ def test_a_run_is_not_resumed_with_other_settings_prompts_or_contexts(tmp_path):
     (out / "run.json").unlink()
     with pytest.raises(ValueError, match="no run.json"):
         generate(out, Responder(), ALL, contexts=contexts(2), output=BARE)
-
-
-def test_a_run_needs_contexts_from_one_source(tmp_path):
     with pytest.raises(ValueError, match="either contexts or a file"):
-        open_folder(tmp_path / "run", ALL, contexts=contexts(1), captions="captions.json")
+        open_folder(tmp_path / "new", ALL, contexts=contexts(1), captions="captions.json")
     with pytest.raises(ValueError, match="No context has captions"):
-        open_folder(tmp_path / "run", ALL, contexts=[])
+        open_folder(tmp_path / "new", ALL, contexts=[])
 
 
-def test_a_dry_run_binds_nobody(tmp_path):
+def test_a_dry_run_fixes_nothing(tmp_path):
     out = tmp_path / "run"
     estimate(open_folder(out, ALL, contexts=contexts(2)))
     other = dataclasses.replace(ALL, types=("complex",), seed=3)
@@ -165,8 +156,7 @@ def test_rejected_replies_are_retried_with_the_reason_counted_and_kept(tmp_path)
         return answer(messages)
 
     out, model = tmp_path / "run", Responder(reply)
-    config = GenerateConfig("scripted", types=("complex",))
-    summary = generate(out, model, config, contexts=contexts(4), output=BARE)
+    summary = generate(out, model, COMPLEX, contexts=contexts(4), output=BARE)
     assert (summary.run.accepted, summary.run.rejected) == (3, 1)
     assert [row["id"] for row in rows_of(out)] == ["000:complex", "001:complex", "003:complex"]
     rejected = rejected_of(out)
@@ -188,10 +178,9 @@ def test_what_the_endpoint_refuses_is_kept_and_counted_as_rejected(tmp_path):
         return answer(messages)
 
     out, settings = tmp_path / "run", OutputSettings(parquet=False)
-    config = GenerateConfig("scripted", types=("complex",))
-    for more in (0, 3):  # the second time nothing is asked
-        summary = generate(out, Responder(reply), config, contexts=contexts(4), output=settings)
-        assert summary.run.skipped == more + bool(more) and not summary.run.given_up
+    for skipped in (0, 4):  # the second time nothing is asked
+        summary = generate(out, Responder(reply), COMPLEX, contexts=contexts(4), output=settings)
+        assert summary.run.skipped == skipped and not summary.run.given_up
     assert [row["id"] for row in rows_of(out)] == ["000:complex", "002:complex", "003:complex"]
     row = {"id": "001:complex", "type": "complex", "attempt": 1, "reason": "refused_by_endpoint"}
     assert rejected_of(out) == [{**row, "detail": "400: Your prompt was filtered", "reply": ""}]
@@ -200,12 +189,6 @@ def test_what_the_endpoint_refuses_is_kept_and_counted_as_rejected(tmp_path):
     assert "What the endpoint refused to answer is there too." in (out / "README.md").read_text()
     figures = json.loads((out / "summary.json").read_text())
     assert (figures["requests"], figures["replies"], figures["faults"]) == (4, 3, {"400": 1})
-
-
-def test_replies_are_kept_where_none_was_accepted(tmp_path):
-    out = tmp_path / "run"
-    summary = generate(out, Responder(lambda _: "Nothing of use."), ALL, contexts=contexts(2), output=OutputSettings())
-    assert summary.run.accepted == 0 and len(rejected_of(out)) == summary.run.rejected * 2 == 12 and rows_of(out) == []
 
 
 def test_near_duplicate_questions_are_removed_across_the_set_and_kept_on_request(tmp_path):
@@ -222,9 +205,9 @@ def test_near_duplicate_questions_are_removed_across_the_set_and_kept_on_request
     assert summary.output.near_duplicates == {"conversation": 4}
     rows = rows_of(out)
     assert [len(row["conversations"]) for row in rows] == [4, 2, 2, 2, 2]
-    # The image marker stands in the question that is now the first.
-    assert all(row["conversations"][0]["value"].count("<image>") == 1 for row in rows)
-    assert all("<image>" not in turn["value"] for row in rows for turn in row["conversations"][1:])
+    for row in rows:  # the image token is in the question that is now the first
+        assert ["<image>" in turn["value"] for turn in row["conversations"]].index(True) == 0
+        assert json.dumps(row).count("<image>") == 1
     removed = [row for row in rejected_of(out) if row["reason"] == "near_duplicate_question"]
     assert len(removed) == 4 and removed[0]["detail"].startswith("000:conversation: What color")
     folder = open_run(out)
@@ -239,21 +222,14 @@ def test_images_that_are_absent_are_not_asked_for(tmp_path, images):
     for i in (2, 5):
         (images / f"{i:03d}.png").unlink()
     model = Responder()
-    summary = generate(tmp_path / "run", model, ALL, contexts=contexts(8), images=images, output=BARE)
-    assert summary.missing_images == 2 and len(model.asked) == 18
-    outside = [Context("x", "../images/000.png", ("x",)), Context("y", "000.png", ("y",))]
-    model = Responder()
-    assert generate(tmp_path / "run2", model, ALL, contexts=outside, images=images, output=BARE).missing_images == 1
-
-
-def test_an_image_folder_without_any_of_the_images_is_named_before_anything_is_asked(tmp_path, images):
-    model = Responder()
-    elsewhere = [Context("a", "train2017/a.jpg", ("x",))]
+    some = [*contexts(8), Context("x", "../images/000.png", ("x",))]
+    summary = generate(tmp_path / "run", model, ALL, contexts=some, images=images, output=BARE)
+    assert summary.missing_images == 3 and len(model.asked) == 18
     with pytest.raises(ValueError, match="None of the images is in .*relative"):
-        generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=images, output=BARE)
+        generate(tmp_path / "none", model, ALL, contexts=some[-1:], images=images, output=BARE)
     with pytest.raises(OSError, match="image folder .* does not exist"):
-        generate(tmp_path / "run", model, ALL, contexts=elsewhere, images=tmp_path / "no", output=BARE)
-    assert not model.asked
+        generate(tmp_path / "none", model, ALL, contexts=some, images=tmp_path / "no", output=BARE)
+    assert len(model.asked) == 18
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +245,6 @@ def whole_run(tmp_path_factory):
 
 
 def test_datasets_folder_holds_the_data_with_images_in_the_form_that_training_reads(whole_run):
-    from datasets import load_dataset
-
     from modeling_llava.data.schema import from_llava_row, from_messages_row
 
     out, _ = whole_run
@@ -289,27 +263,22 @@ def test_datasets_folder_holds_the_data_with_images_in_the_form_that_training_re
 
 
 def test_datasets_cache_does_not_give_the_rows_of_another_run(tmp_path, images):
-    from datasets import load_dataset
-
     for number in (2, 3):
         out = tmp_path / str(number) / "run"
-        config = GenerateConfig("scripted", types=("detail",))
         output = OutputSettings(report_samples=0)
-        generate(out, Responder(), config, contexts=contexts(number), images=images, output=output)
+        generate(out, Responder(), COMPLEX, contexts=contexts(number), images=images, output=output)
         data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
-        assert data["id"][:] == [f"{i:03d}:detail" for i in range(number)]
+        assert data["id"][:] == [f"{i:03d}:complex" for i in range(number)]
 
 
-def test_a_file_that_is_no_picture_is_left_out_of_the_datasets_folder_and_said(tmp_path, images, caplog):
-    from datasets import load_dataset
-
+def test_a_file_that_is_not_an_image_is_left_out_of_the_datasets_folder_with_a_warning(tmp_path, images, caplog):
     (images / "001.png").write_bytes(b"<html>404</html>")
     out = tmp_path / "run"
     settings = OutputSettings(card=False)
     found = generate(out, Responder(), ALL, contexts=contexts(3), images=images, output=settings).output
     data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == 6 and found.missing_images == 3 and len(rows_of(out)) == 9
-    assert len({row["images"][0].size for row in data}) == 2  # every picture decodes
+    assert len({row["images"][0].size for row in data}) == 2  # every image decodes
     assert caplog.text.count("lacks an image") == 2  # once for the folder, once for the report, not once a sample
     folder = open_run(out)
     with Ledger(out / "ledger.jsonl") as ledger:
@@ -380,11 +349,9 @@ def test_report_is_one_page_with_pictures_and_boxes_to_mark(whole_run):
 
 
 def test_report_escapes_what_the_model_wrote(tmp_path):
-    bad = 'Question:\nWhy "quotes" & <b>tags</b> here?\n===\nAnswer:\n<script>alert(1)</script> is not a good thing to have in any page, and so it must be shown as the text that it is.'
-    out = tmp_path / "run"
-    config = GenerateConfig("scripted", types=("complex",))
-    output = OutputSettings(parquet=False, card=False)
-    generate(out, Responder(lambda m: bad), config, contexts=contexts(1), output=output)
+    bad = 'Question:\nWhy "quotes" & <b>tags</b> here?\n===\nAnswer:\n<script>alert(1)</script>' + " is not good" * 10
+    out, output = tmp_path / "run", OutputSettings(parquet=False, card=False)
+    generate(out, Responder(lambda m: bad), COMPLEX, contexts=contexts(1), output=output)
     page = (out / "report.html").read_text("utf-8")
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "&lt;b&gt;tags" in page
 
@@ -410,9 +377,10 @@ def test_samples_in_the_report_are_spread_over_the_types():
     assert choose_samples(samples, 10_000) == {name for name, _ in samples}
 
 
-def test_drop_list_of_no_known_form_is_named(tmp_path):
-    (tmp_path / "d.json").write_text('{"dropped": 3}')
-    with pytest.raises(ValueError, match="is not a drop list"):
+@pytest.mark.parametrize("text", ['{"dropped": 3}', '{"drop": [3]}', "["])
+def test_drop_list_of_another_form_is_named(tmp_path, text):
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(ValueError, match="d.json is not a drop list"):
         read_drop_list(tmp_path / "d.json")
 
 
@@ -427,26 +395,6 @@ def test_estimate_counts_what_is_left_without_asking(tmp_path):
     assert found.samples["detail"][-1]["content"].endswith("thing: [0.1, 0.2, 0.3, 0.4]")
     generate(tmp_path / "run", Responder(), ALL, contexts=contexts(5), limit=4, output=BARE)
     assert estimate(folder, limit=4).tasks.total() == 0 and estimate(folder).tasks.total() == 3
-
-
-def test_batch_files_out_and_results_in_give_the_same_data_as_asking_live(tmp_path):
-    pytest.importorskip("openai")
-    model = OpenAIModel("scripted", base_url="http://localhost:1/v1")
-    folder = open_folder(tmp_path / "batched", ALL, contexts=contexts(5))
-    written = batch_out(folder, model, tmp_path / "files")
-    assert written.requests == 15
-    results = []
-    for line in written.files[0].read_text("utf-8").splitlines():
-        request = json.loads(line)
-        choice = {"finish_reason": "stop", "message": {"content": answer(request["body"]["messages"])}}
-        body = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 20}}
-        results.append(json.dumps({"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}))
-    (tmp_path / "out.jsonl").write_text("\n".join(reversed(results)), "utf-8")
-    read, summary = batch_in(folder, [tmp_path / "out.jsonl"], prices=Prices(1.0, 2.0), output=BARE)
-    assert read.accepted == 15
-    assert summary.cost == pytest.approx(0.5 * 15 * (100 + 2 * 20) / 1e6)
-    generate(tmp_path / "live", Responder(), ALL, contexts=contexts(5), output=BARE)
-    assert (tmp_path / "batched" / "instruct.json").read_bytes() == (tmp_path / "live" / "instruct.json").read_bytes()
 
 
 def test_a_disk_too_small_for_the_images_leaves_the_rest_whole(tmp_path, images, monkeypatch):
