@@ -390,7 +390,7 @@ class LlavaTrainingArguments(TrainingArguments):
                 yield f"{name}={getattr(self, name)} is below 0."
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps."
-        has_eval_data = self.eval_data is not None or self.eval_size not in (None, 0, "auto")
+        has_eval_data = self.eval_data is not None or self.eval_size not in (None, 0)
         evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
         if evaluates and self.data is not None and not has_eval_data:
             yield f"eval_strategy={self.eval_strategy}, but there is no evaluation data. Set eval_size or eval_data."

@@ -51,6 +51,11 @@ def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
         if absent:
             raise ValueError(f"only_types names {', '.join(absent)}, but no sample of {args.data} has that type.")
     if args.max_samples is not None and args.max_samples < len(train_dataset):
+        for name in ("eval_strategy", "sample_answers", "benchmarks"):
+            if (value := getattr(args, name)) not in (None, 0, "no"):
+                used = f"{name}={getattr(value, 'value', value)} evaluates"
+                total = f"{len(train_dataset):,} samples"
+                raise ValueError(f"{used}, but nothing is held out of {total} by default. Set eval_size or eval_data.")
         train_dataset = train_dataset.select(_shuffled(len(train_dataset), seed)[: args.max_samples])
     eval_dataset = None
     if args.eval_data is not None:

@@ -97,18 +97,26 @@ def recipe(folder, tmp_path):
     return words
 
 
+EVALUATES = ["eval_strategy=steps", "eval_steps=1"]
+
+
 @pytest.mark.parametrize(
     "num_rows, settings, held_out",
-    [(49, [], 0), (120, [], 6), (120, ["eval_size=0"], 0), (5001, [], 0)],
+    [(49, [], 0), (120, [], 6), (120, EVALUATES, 6), (120, ["eval_size=0"], 0), (5001, [], 0)],
 )
 def test_small_data_gets_a_held_out_split(num_rows, settings, held_out, recipe, tmp_path, capsys, caplog):
     assert main(recipe(num_rows, *settings)) == 0
     assert ("evaluation loss" in capsys.readouterr().out) == (held_out > 0)
-    assert (f"{held_out} of {num_rows} samples are held out" in caplog.text) == (held_out > 0 and not settings)
+    assert (f"{held_out} of {num_rows} samples are held out" in caplog.text) == (held_out > 0)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["num_samples"] + held_out == num_rows
     resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (resolved["eval_size"] or 0) == held_out
+
+
+def test_without_a_held_out_split_an_evaluation_is_refused(recipe, capsys):
+    assert main(recipe(49, *EVALUATES)) == 2
+    assert "eval_strategy=steps" in (error := capsys.readouterr().err) and "49 samples" in error
 
 
 def test_a_trial_shows_answers_and_hours_and_leaves_the_run_alone(recipe, tmp_path, capsys):
