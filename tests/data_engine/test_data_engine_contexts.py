@@ -1,5 +1,5 @@
 import json
-import logging
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,9 @@ def coco(tmp_path, boxes, captions=((1, "a cat"), (1, "two  cats\n on a mat"), (
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 200, "height": 100, **image} for i in (1, 2)]
     annotations = [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions)]
     instances = [{"id": n, "image_id": 1, "category_id": 7, **box} for n, box in enumerate(boxes)]
-    return (
-        write(tmp_path / "captions.json", {"info": {"year": 2017}, "images": images, "annotations": annotations}),
-        write(
-            tmp_path / "instances.json",
-            {"images": images, "annotations": instances, "categories": [{"id": 7, "name": "cat"}]},
-        ),
-    )
+    texts = {"info": {"year": 2017}, "images": images, "annotations": annotations}
+    boxes = {"images": images, "annotations": instances, "categories": [{"id": 7, "name": "cat"}]}
+    return write(tmp_path / "captions.json", texts), write(tmp_path / "instances.json", boxes)
 
 
 def test_coco_captions_and_instances_become_the_two_symbolic_representations(tmp_path):
@@ -51,18 +47,16 @@ def test_coco_captions_and_instances_become_the_two_symbolic_representations(tmp
         ({"bbox": [10, 10, 0, 20]}, "empty"),
         ({"bbox": [10, 10, -5, 20]}, "inverted"),
         ({"bbox": [10, 10, 5, -20]}, "inverted"),
-        ({"bbox": [float("nan"), 10, 5, 20]}, "not_finite"),
         ({"bbox": [10, 10, float("inf"), 20]}, "not_finite"),
         ({"bbox": [300, 10, 5, 20]}, "outside"),
         ({"bbox": [-30, -30, 30, 20]}, "outside"),
         ({"bbox": [10, 10, 0.05, 20]}, "tiny"),
-        ({"bbox": []}, "empty"),
         ({"bbox": None}, "empty"),
         ({"bbox": [None, 10, 5, 20]}, "not_finite"),
-        ({"bbox": None, "iscrowd": 1}, "crowd"),
+        ({"bbox": [], "iscrowd": 1}, "crowd"),
     ],
 )
-def test_boxes_that_are_no_objects_are_left_out_and_counted(tmp_path, box, reason):
+def test_boxes_that_are_not_of_objects_are_left_out_and_counted(tmp_path, box, reason):
     counts = ContextCounts()
     context = next(read_contexts(*coco(tmp_path, [box, {"bbox": [20, 10, 40, 30]}]), counts=counts))
     assert context.box_text == "cat: [0.1, 0.1, 0.3, 0.4]"
@@ -82,16 +76,20 @@ def test_boxes_over_the_edge_are_cut_there_and_counted(tmp_path):
     assert counts.clipped == 2  # a hundredth of a pixel does not show
 
 
-def test_boxes_of_one_size_in_different_places_keep_the_order_of_the_file(tmp_path):
+def test_the_largest_boxes_are_kept_and_boxes_of_one_size_keep_the_order_of_the_file(tmp_path):
     # 0.3 - 0.1 is a little less than 0.2: the last bits of an area say nothing of its size.
-    images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
-    corners = [[300, 100, 64, 48], [0, 0, 64, 48], [10, 20, 48, 64], [333, 17, 64, 48]]
-    annotations = [{"id": n, "image_id": 1, "category_id": n, "bbox": box} for n, box in enumerate(corners)]
-    categories = [{"id": n, "name": name} for n, name in enumerate("dbca")]
-    captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
-    instances = {"images": images, "annotations": annotations, "categories": categories}
-    (context,) = read_contexts(captions, write(tmp_path / "i.json", instances))
-    assert [box.category for box in context.boxes] == ["d", "b", "c", "a"]
+    corners = [
+        [300, 100, 364, 148],
+        [0, 0, 64, 48],
+        [10, 20, 58, 84],
+        [333, 17, 397, 65],
+        [0, 0, 70, 70],
+        [1, 1, 2, 2],
+    ]
+    boxes = [{"category": name, "bbox": box} for name, box in zip("dbcaxy", corners)]
+    row = {"image": "a.jpg", "caption": "x", "width": 640, "height": 480, "boxes": boxes}
+    (context,) = read_contexts(write(tmp_path / "c.jsonl", [row]), max_boxes=5)
+    assert [box.category for box in context.boxes] == ["x", "d", "b", "c", "a"]
 
 
 @pytest.mark.parametrize(
@@ -104,21 +102,16 @@ def test_boxes_of_one_size_in_different_places_keep_the_order_of_the_file(tmp_pa
         ({"annotations": [[1]]}, "'annotations' is not in COCO's form .it is not an object"),
         ({"annotations": None}, "'annotations' is not a list"),
         ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4, 5]}]}, "'bbox' has 5 numbers, not 4"),
-        (
-            {"annotations": [{"image_id": "1", "category_id": 7, "bbox": [1, 2, 3, 4]}]},
-            "a box belongs to image '1', which is not among its 1 'images' .1, …",
-        ),
+        ({"annotations": [{"image_id": "1", "bbox": None}]}, "'category_id' is missing"),
+        ({"annotations": [{"image_id": "1"}]}, "a box belongs to image '1', which is not among its 1 'images' .1, …"),
     ],
 )
 def test_coco_items_of_another_form_are_named(tmp_path, change, message):
-    instances = {
-        "images": [{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}],
-        "annotations": [],
-        "categories": [{"id": 7, "name": "cat"}],
-    }
+    instances = {"images": [{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}], "annotations": []}
+    instances |= {"categories": [{"id": 7, "name": "cat"}], **change}
     captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
     with pytest.raises(ValueError, match=f"i.json.*{message}"):
-        list(read_contexts(captions, write(tmp_path / "i.json", {**instances, **change})))
+        list(read_contexts(captions, write(tmp_path / "i.json", instances)))
 
 
 def test_the_same_data_in_every_form_gives_the_same_contexts(tmp_path):
@@ -143,27 +136,11 @@ def test_the_same_data_in_every_form_gives_the_same_contexts(tmp_path):
 
 
 def test_images_without_captions_and_empty_captions_are_left_out_and_counted(tmp_path):
-    rows = [
-        {"image": "a.jpg", "captions": [" ", "x"]},
-        {"image": "b.jpg", "captions": []},
-        {"image": "c.jpg", "captions": [""]},
-    ]
+    rows = [{"image": f"d/{i}.jpg", "id": None, "captions": texts} for i, texts in enumerate(([" ", "x"], None, [""]))]
     counts = ContextCounts()
-    assert [c.image for c in read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)] == ["a.jpg"]
+    (context,) = read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)
+    assert (context.id, context.captions) == ("d/0", ("x",))
     assert counts.dropped == {"empty_caption": 2, "no_captions": 2}
-
-
-def test_the_largest_boxes_are_kept(tmp_path):
-    rows = [
-        {
-            "image": f"{i}.jpg",
-            "caption": "x",
-            "boxes": [{"category": str(n), "bbox": [0, 0, n / 9, 1]} for n in range(1, 9)],
-        }
-        for i in range(5)
-    ]
-    found = list(read_contexts(write(tmp_path / "c.jsonl", rows), max_boxes=3))
-    assert len(found) == 5 and [box.category for box in found[0].boxes] == ["8", "7", "6"]
 
 
 BOX = {"category": "cat", "bbox": [0.1, 0.1, 0.5, 0.5]}
@@ -174,13 +151,11 @@ BOX = {"category": "cat", "bbox": [0.1, 0.1, 0.5, 0.5]}
     [
         ({"captions": {"a": 1}}, "are not captions"),
         ({"captions": [3]}, "are not captions"),
-        ({"boxes": 5}, "not a list"),
         ({"boxes": BOX}, "not a list"),
         ({"boxes": [{"category": "c"}]}, "is not {'category': name"),
         ({"boxes": [{**BOX, "category": " "}]}, "is not {'category': name"),
         ({"boxes": [{**BOX, "bbox": [1, 2, 3]}]}, "is not {'category': name"),
         ({"width": -200, "height": 100}, "width -200 and height 100 are not the size"),
-        ({"width": float("nan"), "height": 100}, "width nan"),
         ({"width": "wide", "height": 100}, "width 'wide'"),
     ],
 )
@@ -204,13 +179,6 @@ def test_a_box_in_pixels_of_an_image_without_size_is_not_taken_for_one_that_fill
     assert (counts.boxes, counts.clipped, counts.dropped) == (1, 1, {"no_size": 1})
 
 
-def test_rows_may_leave_the_id_and_the_captions_out_and_hold_half_an_emoji(tmp_path):
-    counts = ContextCounts()
-    rows = [{"image": "d/a.jpg", "id": None, "captions": ["a \ud83d cat"]}, {"image": "b.jpg", "captions": None}]
-    (context,) = read_contexts(write(tmp_path / "c.jsonl", rows), counts=counts)
-    assert (context.id, context.captions, counts.dropped) == ("d/a", ("a ? cat",), {"no_captions": 1})
-
-
 def test_boxes_in_several_rows_of_one_image_are_put_together(tmp_path):
     captions = write(tmp_path / "c.jsonl", [{"image": "a.jpg", "captions": ["x"]}])
     rows = [
@@ -228,11 +196,6 @@ def test_boxes_of_other_images_and_files_in_the_wrong_place_are_named(tmp_path):
     _, instances = coco(tmp_path, [{"bbox": [10, 10, 20, 20]}])
     with pytest.raises(ValueError, match="has boxes where captions are expected"):
         list(read_contexts(instances))
-    (tmp_path / "picture.json").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ValueError, match="is not JSON .*picture.json"):
-        list(read_contexts(tmp_path / "picture.json"))
-    with pytest.raises(ValueError, match="has no 'image'"):
-        list(read_contexts(captions, write(tmp_path / "b.jsonl", [{"boxes": [BOX]}])))
 
 
 def test_coco_without_sizes_or_with_a_stray_category_is_named(tmp_path):
@@ -246,8 +209,7 @@ def test_coco_without_sizes_or_with_a_stray_category_is_named(tmp_path):
 
 def test_pixels_given_as_fractions_are_warned_about(tmp_path, caplog):
     rows = [{"image": "a.jpg", "caption": "x", "boxes": [{"category": "c", "bbox": [30, 40, 300, 200]}]}]
-    with caplog.at_level(logging.WARNING):
-        list(read_contexts(write(tmp_path / "c.jsonl", rows)))
+    list(read_contexts(write(tmp_path / "c.jsonl", rows)))
     assert "'width' and 'height'" in caplog.text
 
 
@@ -259,7 +221,7 @@ def test_a_box_that_is_kept_lies_inside_and_has_area_in_three_decimals(corners):
         assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and box.area > 0
 
 
-@pytest.mark.skipif(not BENCH.exists(), reason="the real COCO contexts are not beside the project")
+@pytest.mark.skipif(not BENCH.exists(), reason="the real COCO contexts are not at ../shared")
 def test_llava_bench_contexts_are_read_whole():
     counts = ContextCounts()
     contexts = list(read_contexts(BENCH, counts=counts))
@@ -268,31 +230,30 @@ def test_llava_bench_contexts_are_read_whole():
     assert counts.boxes == sum(len(row["instances"]) for row in raw) and not counts.dropped and not counts.clipped
     for context, row in zip(contexts, raw):
         assert context.caption_text == "\n".join(" ".join(caption.split()) for caption in row["captions"])
-        assert sorted(context.box_text.splitlines()) == sorted(
-            f"{item['category']}: {item['bbox']}" for item in row["instances"]
-        )
-        areas = [box.area for box in context.boxes]
-        assert areas == sorted(areas, reverse=True)
+        boxes = [f"{item['category']}: {item['bbox']}" for item in row["instances"]]
+        assert sorted(context.box_text.splitlines()) == sorted(boxes)
+
+
+ROW = '{"image": "a.jpg", "captions": ["x"], "boxes": [{"category": "c", "bbox": [0, 0, %s, 1]}]}\n'
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *['{"images": [{"id": 1}, {"id"', "[1, 2", "", "hello", '{"a" 1}', "[1 2]", "[" * 100_000],
+        *['{"images": [{"id": 1}, {"id"', "[1, 2", "", "hello", '{"a" 1}', "[1 2]", "[" * 100_000, "\xff\xd8\xff"],
         '[{"image": "a.jpg", "captions": ["x"]}][{"image": "b.jpg", "captions": ["y"]}]',
+        *[ROW % ("9" * digits) * 2 for digits in (400, 5000)],  # numbers beyond all bounds
     ],
 )
-def test_json_that_is_cut_short_or_goes_on_after_its_end_is_named(tmp_path, text):
-    path = tmp_path / "cut.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="cut.json"):
-        list(read_contexts(path))
+@pytest.mark.parametrize("name", ["cut.json", "cut.jsonl"])
+def test_broken_json_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=name):
+        list(read_contexts(tmp_path / name))
 
 
 def test_coco_is_read_within_memory_of_what_is_kept(tmp_path):
     """Segmentations make up most of COCO's instances; they are never held together."""
-    import tracemalloc
-
     polygon = {"segmentation": [[float(i) for i in range(1000)]], "bbox": [1, 1, 50, 50]}
     captions, instances = coco(tmp_path, [polygon] * 300)
     size = instances.stat().st_size
@@ -315,9 +276,7 @@ def test_rows_in_a_file_named_json_are_read_as_rows(tmp_path):
     [
         ([], "0 boxes"),
         ([{"segmentation": [[1, 1, 2, 1, 2, 2]]}] * 3, "3 × annotation without a bbox"),
-        ([{"bbox": [1, 1, 5, 5], "iscrowd": 1}] * 2, "2 × box around a crowd"),
-        ([{"bbox": [0.1, 0.2, 0.3, 0.9]}], "1 × box in fractions 0..1"),
-        ([{"bbox": [0.6, 0.7, 0.9, 1.0]}], "1 × box in fractions 0..1"),  # corners
+        ([{"bbox": [0.6, 0.7, 0.9, 1.0]}], "1 × box in fractions 0..1"),
     ],
 )
 def test_a_file_of_boxes_that_gives_none_stops_and_says_why(tmp_path, boxes, words):
@@ -332,17 +291,18 @@ def test_corners_in_place_of_width_and_height_are_told_by_the_images_edge(tmp_pa
     assert len(list(read_contexts(*coco(tmp_path, [boxes[0], boxes[2]])))) == 2  # one of two is cut at the edge
 
 
-def test_names_with_half_a_surrogate_pair_can_be_written_and_asked_about(tmp_path):
+def test_names_and_captions_with_a_lone_surrogate_can_be_written_and_asked_about(tmp_path):
     """JSON can escape what UTF-8 cannot hold; one such name in 100,000 would stop a run without naming it."""
     (tmp_path / "rows.json").write_text(
-        r'{"id": "\ud800", "image": "a\ud800.jpg", "captions": ["x"], "boxes": [{"category": "c\udc00", "bbox": [0,0,1,1]}]}'
+        r'{"id": "\ud800", "image": "a\ud800.jpg", "captions": ["\ud83d"], '
+        r'"boxes": [{"category": "c\udc00", "bbox": [0,0,1,1]}]}'
     )
     (tmp_path / "coco.json").write_text(
         r'{"images": [{"id": 1, "file_name": "a\ud800.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}'
     )
     rows = [*read_contexts(tmp_path / "rows.json"), *read_contexts(tmp_path / "coco.json")]
     assert [(row.id, row.image) for row in rows] == [("?", "a?.jpg"), ("a?", "a?.jpg")]
-    assert rows[0].box_text == "c?: [0.0, 0.0, 1.0, 1.0]"
+    assert rows[0].captions == ("?",) and rows[0].box_text == "c?: [0.0, 0.0, 1.0, 1.0]"
     json.dumps([row.to_dict() for row in rows], ensure_ascii=False).encode()
 
 
@@ -351,15 +311,6 @@ def test_images_of_coco_that_differ_in_their_ending_alone_are_two(tmp_path):
     captions = [{"id": i, "image_id": i, "caption": "x"} for i in range(3)]
     contexts = read_contexts(write(tmp_path / "c.json", {"images": images, "annotations": captions}))
     assert [context.id for context in contexts] == ["a.jpg", "a.png", "b"]
-
-
-@pytest.mark.parametrize("name", ["c.json", "c.jsonl"])
-@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000])
-def test_numbers_beyond_all_bounds_are_said_with_their_file(tmp_path, name, value):
-    row = f'{{"image": "a.jpg", "captions": ["x"], "boxes": [{{"category": "c", "bbox": [0, 0, {value}, 1]}}]}}'
-    (tmp_path / name).write_text(f"{row}\n{row}\n")
-    with pytest.raises(ValueError, match=f"{name}"):
-        list(read_contexts(tmp_path / name))
 
 
 def test_image_names_cannot_leave_the_image_folder(tmp_path):
