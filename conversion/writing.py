@@ -121,17 +121,25 @@ class OutputFolder:
         states = {str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in self.files}
         content = [direction, __version__, states, {name: str(tensors) for name, tensors in plan.items()}]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-        self.partial = self.output.with_name(f"{self.output.name}.partial-{digest}")
+        self.partial, self.replaced = (
+            self.output.with_name(f"{self.output.name}.{what}-{digest}") for what in ("partial", "replaced")
+        )
 
     def __enter__(self) -> "OutputFolder":
         if self.output.is_file():
             raise ValueError(f"{self.output} is a file; give a folder.")
+        pattern = f"{glob.escape(self.output.name)}.{{}}-{'[0-9a-f]' * 12}"
+        for replaced in self.output.parent.glob(pattern.format("replaced")):  # by a run that was killed
+            if self.output.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                os.rename(replaced, self.output)
         if self.output.exists() and any(self.output.iterdir()):
             if not self.overwrite:
                 raise ValueError(f"{self.output} exists already. Choose another folder, or add --overwrite.")
             if any(path.resolve().is_relative_to(self.output.resolve()) for path in self.files):
                 raise ValueError(f"{self.output} is read from in this conversion and cannot be replaced by it.")
-        for other in self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-{'[0-9a-f]' * 12}"):
+        for other in self.output.parent.glob(pattern.format("partial")):
             self._lock(other)
             if other != self.partial:
                 shutil.rmtree(other)
@@ -182,15 +190,10 @@ class OutputFolder:
                     os.fsync(file.fileno())
         if (self.partial / PENDING_CONFIG).exists():
             os.replace(self.partial / PENDING_CONFIG, self.partial / "config.json")
-        old = self.output.with_name(f"{self.output.name}.old")
-        if replaces := self.output.exists() and any(self.output.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.output, old)
-        elif self.output.exists():
-            self.output.rmdir()
+        if self.output.exists():
+            os.rename(self.output, self.replaced)
         os.rename(self.partial, self.output)
-        if replaces:
-            shutil.rmtree(old)
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
     def _check_space(self) -> None:
         parent = next(path for path in self.output.absolute().parents if path.exists())

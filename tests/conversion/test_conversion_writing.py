@@ -61,6 +61,35 @@ def test_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"), output(tmp_path / "file"):
         pass
+@pytest.mark.parametrize("dies_at", ["rename", "rmtree"])
+def test_a_run_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path, monkeypatch, dies_at):
+    for name, content in (("out", "before"), ("out.old", "mine")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content.txt").write_text(content)
+
+    def convert():
+        with output(tmp_path / "out", overwrite=True) as folder:
+            (folder.partial / "content.txt").write_text("after")
+            folder.commit()
+
+    def kill(source, *_, **options):
+        if str(source).endswith("out"):  # what is there has moved out of the way by then
+            return rename(source, *_)
+        raise KeyboardInterrupt
+
+    rename = os.rename
+    monkeypatch.setattr({"rename": os, "rmtree": shutil}[dies_at], dies_at, kill)
+    with pytest.raises(KeyboardInterrupt):
+        convert()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="exists already"), output(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out/content.txt").read_text() == ("before" if dies_at == "rename" else "after")
+    convert()
+    assert (tmp_path / "out/content.txt").read_text() == "after"
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.old"]  # which is somebody's own
+
+
 
 
 def test_overwriting_what_is_read_is_refused(tmp_path):
