@@ -137,14 +137,12 @@ def check_stock_ready(
 
 def _check_projector(report: CheckReport, config: LlavaConfig) -> None:
     layers = config.projector_num_layers
-    detail = "one layer W, saved as W and an identity" if layers == 1 else f"{layers} layers"
     if layers > 2:
-        detail += (
-            "; stock's has two. This package loads, trains and runs the checkpoint; stock transformers, vLLM and "
-        )
-        report.add("projector", "ours only", f"{detail}llama.cpp do not.")
+        only = "this package loads, trains and runs the checkpoint, stock transformers, vLLM and llama.cpp do not"
+        report.add("projector", "ours only", f"{layers} layers, stock's has two: {only}")
     else:
-        report.add("projector", "ok", f"{detail}, activation {config.projector_hidden_act!r}")
+        what = "one layer W, saved as W and an identity" if layers == 1 else "two layers"
+        report.add("projector", "ok", f"{what}, activation {config.projector_hidden_act!r}")
 
 
 def _check_keys(report: CheckReport, folder: Path, config: LlavaConfig) -> None:
@@ -195,12 +193,9 @@ def _check_processor(report: CheckReport, config: LlavaConfig, processor):
     count = int((inputs["input_ids"] == config.image_token_id).sum())
     size = tuple(inputs["pixel_values"].shape[-2:])
     if not count == expected == config.image_seq_length or size != (side, side):
-        report.add(
-            "image tokens",
-            "failed",
-            f"the processor writes {count} for an image of {size[0]}x{size[1]} pixels, the configuration says "
-            f"{config.image_seq_length} (image_seq_length), the tower gives {expected} for {side}x{side}",
-        )
+        found = f"the processor writes {count} for an image of {size[0]}x{size[1]} pixels"
+        said = f"the configuration says {config.image_seq_length} (image_seq_length)"
+        report.add("image tokens", "failed", f"{found}, {said}, the tower gives {expected} for {side}x{side}")
         return None
     report.add("image tokens", "ok", f"{expected} per image, by processor, configuration and tower")
     return inputs
@@ -274,9 +269,7 @@ def streamed(
 
 @torch.no_grad()
 def hf_logits(config: LlavaConfig, tensors: dict[str, LazyTensor], inputs) -> torch.Tensor:
-    """
-    Logits of the last tokens, `[1, tokens, vocabulary]`, by the stock class (ours where stock has no form).
-    """
+    """Logits of the last tokens, `[1, tokens, vocabulary]`, by the stock class (ours where stock has no form)."""
     model_class = model_class_of(config)
     config = model_class.config_class.from_dict(config.to_dict())
     model = streamed(lambda: model_class(config), tensors, canonical_hf_key)
@@ -294,10 +287,11 @@ def original_logits(original: Original, inputs, image_token_id: int, dtype: torc
     `pixel_values [1, 3, H, W]`.
     """
     read = {entry.original: cast(tensor, dtype) for entry, tensor in original.tensors.items()}
-    prefix = TOWER_PREFIXES["inside"]
-    tower = streamed(
-        lambda: CLIPVisionModel(original.vision_config), read, lambda name: prefix + name.removeprefix("vision_model.")
-    )
+
+    def original_name(name: str) -> str:
+        return TOWER_PREFIXES["inside"] + name.removeprefix("vision_model.")
+
+    tower = streamed(lambda: CLIPVisionModel(original.vision_config), read, original_name)
     states = tower(inputs["pixel_values"].float(), output_hidden_states=True).hidden_states
     features = states[original.config.get("mm_vision_select_layer", -2)]
     if original.config.get("mm_vision_select_feature", "patch") == "patch":

@@ -33,9 +33,9 @@ def local_folder(name: str | Path, what: str) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        why = " ".join(str(error).split())
         raise OSError(
-            f"The {what} {str(name)!r} is not a folder here, and the Hub does not give it ({' '.join(str(error).split())}). "
-            "Download it and give its folder."
+            f"The {what} {str(name)!r} is not a folder here, and the Hub does not give it ({why})."
         ) from error
 
 

@@ -49,9 +49,7 @@ def import_package(name: str, hint: str):
         raise ImportError(f"Writing GGUF of this type needs {name}: pip install {hint}.") from None
 
 
-def write_gguf(
-    gguf, path: Path, architecture: str, metadata: Mapping, tensors: Mapping[str, GgufTensor], advance=int
-) -> None:
+def write_gguf(gguf, path: Path, architecture: str, metadata: Mapping, tensors: Mapping, advance=int) -> None:
     """Write a GGUF file, with fields by [`language_metadata`]; it gets its name when it is whole and on the disk."""
     with atomic_path(path, sync=True) as partial:
         writer = gguf.GGUFWriter(partial, architecture)
@@ -101,7 +99,7 @@ def check_gguf(gguf, report: CheckReport, path: Path, tensors: Mapping[str, Gguf
     if dtype in QUANTISED:
         matrices = {name: found[name].tensor_type.name for name, t in tensors.items() if len(t.content.shape) > 1}
         wrong = {
-            f"'{name}' as {kind}, whose rows of {tensors[name].content.shape[1]} values are no multiple of 256; take q8_0"
+            f"'{name}' as {kind}, whose rows of {tensors[name].content.shape[1]} values 256 does not divide; take q8_0"
             for name, kind in matrices.items()
             if kind not in QUANTISED[dtype][1]
         }

@@ -79,9 +79,7 @@ def read_hf(source: str | Path) -> HfCheckpoint:
     shapes = {canonical_hf_key(name): shape for name, shape in shapes_of(model).items()}
     match_keys(shapes, tensors, str(folder))
     if config.projector_num_layers == 1 and not is_identity(tensors):
-        raise ValueError(
-            f"{folder} says that its projector has one layer, but multi_modal_projector.linear_2 is not the identity."
-        )
+        raise ValueError(f"{folder} has projector_num_layers 1, but its projector's linear_2 is not the identity.")
     return HfCheckpoint(folder, config, tensors, [folder / "config.json", weights, *shards_of(weights)])
 
 

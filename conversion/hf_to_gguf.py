@@ -112,9 +112,8 @@ def convert_hf_to_gguf(
     with OutputFolder(output, direction, files, plan | shards, overwrite=overwrite) as folder:
         place, advance = folder.partial, folder.progress.update
         if not (place / mmproj).exists():
-            write_gguf(
-                gguf, place / mmproj, "clip", mmproj_metadata(gguf, hf, layers, image_kind), plan[mmproj], advance
-            )
+            metadata = mmproj_metadata(gguf, hf, layers, image_kind)
+            write_gguf(gguf, place / mmproj, "clip", metadata, plan[mmproj], advance)
         if shards:
             folder.write_shards(shards, LANGUAGE_FOLDER)
             _write_language_files(hf, place / LANGUAGE_FOLDER)
@@ -142,10 +141,8 @@ def feature_layers(hf: HfCheckpoint) -> list[int]:
     selected = [selected] if isinstance(selected, int) else list(selected)
     layers = [layer if layer >= 0 else states + layer for layer in selected]
     if layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] >= states:
-        raise ValueError(
-            f"{hf.folder} takes features of the tower's hidden states {selected}; llama.cpp joins them in ascending order "
-            f"and begins at 1 (of {states})."
-        )
+        order = f"llama.cpp joins them in ascending order and begins at 1 (of {states})"
+        raise ValueError(f"{hf.folder} takes features of the tower's hidden states {selected}; {order}.")
     return layers
 
 
@@ -180,14 +177,10 @@ def _notes(hf: HfCheckpoint, output: str | Path, is_known: bool, class_token_las
     if class_token_last:
         notes.append("mmproj is for builds of llama.cpp with the bug of issue 25814; a fixed build needs the other.")
     elif count_additional_image_tokens(hf.config.vision_config):
-        notes.append(
-            "llama.cpp since May 2025 has a bug (issue 25814) that spoils the image features of every LLaVA-1.5. For a "
-            "build with it, convert with --class-token-last."
-        )
+        bug = "llama.cpp since May 2025 has a bug (issue 25814) that spoils the image features of every LLaVA-1.5"
+        notes.append(f"{bug}. For a build with it, convert with --class-token-last.")
     if not getattr(hf.processor.image_processor, "do_pad", False):
-        notes.append(
-            "llama.cpp pads images to a square; this checkpoint was trained on images that are cropped or stretched to it."
-        )
+        notes.append("llama.cpp pads images to a square; this checkpoint was trained on cropped or stretched images.")
     window = getattr(hf.config.text_config, "sliding_window", None)
     if window is not None:
         notes.append(f"llama.cpp attends to all tokens, this language model to the last {window}: stay below that.")

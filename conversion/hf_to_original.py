@@ -86,15 +86,13 @@ def convert_hf_to_original(
     own_tower = {entry.original: cast(hf.tensors[entry.hf], dtype) for entry in entries}
 
     report = None
-    with OutputFolder(
-        output, "hf to original", hf.files, {**shards, "tower": own_tower}, overwrite=overwrite
-    ) as folder:
+    plan = {**shards, "tower": own_tower}
+    with OutputFolder(output, "hf to original", hf.files, plan, overwrite=overwrite) as folder:
         folder.write_shards(shards)
         if own_tower:
             folder.write_shards({"model.safetensors": own_tower}, tower["folder"])
             _write_tower_files(hf, folder.partial / tower["folder"])
         _write_tokenizer(hf, tokenizer, rows, keeps_files, folder.partial)
-        _write_generation_config(hf, keeps_files, folder.partial)
         kept = hf.folder / ORIGINAL_FILES / "config.json"
         is_same = kept.is_file() and read_json(kept) == config
         folder.write_config(kept.read_text("utf-8") if is_same else json.dumps(config, indent=2) + "\n")
@@ -105,20 +103,16 @@ def convert_hf_to_original(
 
 
 def original_projector(hf: HfCheckpoint) -> Projector:
-    """The original's projector. ValueError where the original has no form for the checkpoint."""
+    """The original's projector. ValueError for a checkpoint that the original's form cannot hold."""
     config, record = hf.config, hf.record.get("config") or {}
     if config.text_config.model_type not in ARCHITECTURES or not isinstance(config.vision_config, CLIPVisionConfig):
         kinds = f"{config.vision_config.model_type} with {config.text_config.model_type}"
         raise ValueError(f"{hf.folder} is {kinds}; the original's form has CLIP with LLaMA or Mistral.")
     if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"{hf.folder} takes features of several layers ({config.vision_feature_layer}); the original has one."
-        )
+        raise ValueError(f"{hf.folder} has features of several layers ({config.vision_feature_layer}), not of one.")
     layers, act = config.projector_num_layers, config.projector_hidden_act
     if layers > 1 and act != "gelu":
-        raise ValueError(
-            f"{hf.folder} has a projector of {layers} layers with activation {act!r} between them; the original's are 'gelu'."
-        )
+        raise ValueError(f"{hf.folder} has a projector of {layers} layers with activation {act!r}, not 'gelu'.")
     return Projector(
         layers,
         config.vision_config.hidden_size,
@@ -236,13 +230,14 @@ def _fields_of_4(text: PreTrainedConfig) -> dict:
 
 
 def _write_tokenizer(hf: HfCheckpoint, tokenizer, rows: int, keeps_files: bool, folder: Path) -> None:
+    """The tokenizer, with the chat template, and the generation configuration."""
     source, names = hf.folder / (ORIGINAL_FILES if keeps_files else ""), TOKENIZER_FILES
     if not keeps_files and has_sentencepiece(source):
         names = ("tokenizer.model",)
         _write_slow_tokenizer_files(tokenizer, rows, folder)
         if not (source / "tokenizer.model").is_file():
             (folder / "tokenizer.model").write_bytes(sentencepiece_model(source / "tokenizer.json"))
-    for name in names:
+    for name in (*names, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     template = hf.processor.chat_template
@@ -274,12 +269,6 @@ def _write_slow_tokenizer_files(tokenizer: PreTrainedTokenizerBase, rows: int, f
     write_json(folder / "special_tokens_map.json", tokens)
 
 
-def _write_generation_config(hf: HfCheckpoint, keeps_files: bool, folder: Path) -> None:
-    source = hf.folder / (ORIGINAL_FILES if keeps_files else "") / "generation_config.json"
-    if source.is_file():
-        shutil.copyfile(source, folder / "generation_config.json")
-
-
 def _write_tower_files(hf: HfCheckpoint, folder: Path) -> None:
     """What `CLIPVisionModel.from_pretrained` and `CLIPImageProcessor.from_pretrained` read next to the weights."""
     config = hf.config.vision_config.to_dict()
@@ -291,18 +280,14 @@ def _write_tower_files(hf: HfCheckpoint, folder: Path) -> None:
 def _notes(hf: HfCheckpoint, tower: dict, output: str | Path) -> list[str]:
     notes = []
     if tower["trained"]:
-        notes.append(
-            f"The vision tower is no longer exactly {tower['name']} (trained, or saved in another dtype): its weights are "
-            "in the checkpoint, with unfreeze_mm_vision_tower, as the original writes it."
-        )
+        why = f"The vision tower is no longer exactly {tower['name']} (trained, or saved in another dtype)"
+        notes.append(f"{why}: its weights are in the checkpoint, with unfreeze_mm_vision_tower.")
     if tower["folder"]:
+        name = tower["folder"]
         notes.append(
-            f"The vision tower is in {Path(output) / tower['folder']}. The original looks for mm_vision_tower "
-            f"({tower['folder']!r}) from the working directory: start it in {output}."
+            f"The vision tower is in {Path(output, name)}; the original reads ./{name}: start it in {output}."
         )
     if not has_sentencepiece(hf.folder):
-        notes.append(
-            "The tokenizer is not a SentencePiece model; the original requires a slow one (use_fast=False), which "
-            "transformers may not have for it."
-        )
+        slow = "the original requires a slow one (use_fast=False), which transformers may not have for it"
+        notes.append(f"The tokenizer is not a SentencePiece model; {slow}.")
     return notes

@@ -150,9 +150,8 @@ def rename_all(tensors: Mapping[str, LazyTensor], rename) -> dict[str, LazyTenso
 
 def tower_form(keys: Iterable[str]) -> str | None:
     """The key of [`TOWER_PREFIXES`] under which `keys` hold a CLIP tower; `None` if they hold none."""
-    return next(
-        (form for form, prefix in TOWER_PREFIXES.items() if f"{prefix}embeddings.class_embedding" in keys), None
-    )
+    forms = (form for form, prefix in TOWER_PREFIXES.items() if f"{prefix}embeddings.class_embedding" in keys)
+    return next(forms, None)
 
 
 # Comparing a checkpoint with the table

@@ -112,9 +112,8 @@ def convert_original_to_hf(
     report = None
     with OutputFolder(output, "original to hf", original.files, shards, overwrite=overwrite) as folder:
         folder.write_shards(shards)
-        config.original_checkpoint["vision_tower"]["crc32"] = checksum(
-            {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
-        )
+        tower = {key: tensor for key, tensor in tensors.items() if key.startswith("vision_tower.")}
+        config.original_checkpoint["vision_tower"]["crc32"] = checksum(tower)
         _write_small_files(original, processor, config, folder.partial)
         config_file = folder.write_config(config.to_json_string())
         if check:
@@ -123,9 +122,8 @@ def convert_original_to_hf(
     notes = [template]
     if original.kind != "full":
         notes.append(f"A {original.kind} and its base were merged into one checkpoint.")
-    if config.projector_num_layers > 2:
-        layers = f"{config.projector_num_layers} layers, which stock transformers does not have"
-        notes.append(f"The projector has {layers}: only this package loads, trains and runs the checkpoint.")
+    if (layers := config.projector_num_layers) > 2:
+        notes.append(f"The projector has {layers} layers: only this package loads, trains and runs the checkpoint.")
     if stop := missing_stop(make_generation_config(original, processor), processor):
         given = ", ".join(f"{name}={value!r}" for name, value in stop.items())
         notes.append(f"An answer ends with a text, not a token: stock's generate needs {given} and the tokenizer.")
@@ -205,10 +203,10 @@ def _check_marks(original: Original, tokenizer: PreTrainedTokenizerBase) -> None
     """The original adds missing tokens with random rows, to which nothing can be compared."""
     for mark in IMAGE_MARKS if original.config.get("mm_use_im_start_end") else ():
         if (number := tokenizer.get_vocab()[mark]) >= original.text_config.vocab_size:
+            rows = f"token {number}, but its embedding has {original.text_config.vocab_size} rows, none for it"
             raise ValueError(
-                f"{original.folder} puts {mark} around images (mm_use_im_start_end), which is token {number}, but its embedding "
-                f"has {original.text_config.vocab_size} rows, none for it. Is the tokenizer another model's? Where images were "
-                "trained without marks, set mm_use_im_start_end to false; --no-check converts it as it is."
+                f"{original.folder} puts {mark} around images (mm_use_im_start_end), {rows}. Is the tokenizer another model's? "
+                "If images were trained without marks, set mm_use_im_start_end to false; --no-check converts it as it is."
             )
 
 
@@ -269,10 +267,8 @@ def _image_processor(original: Original) -> LlavaImageProcessor:
     processor = LlavaImageProcessor(**known)
     crop, side = processor.crop_size, original.vision_config.image_size
     if processor.do_center_crop and (crop["height"], crop["width"]) != (side, side):
-        raise ValueError(
-            f"The vision tower {original.tower_folder} takes images of {side} pixels (config.json), but its "
-            f"preprocessor_config.json makes them {crop['height']}x{crop['width']}. The files belong to different towers."
-        )
+        sizes = f"of {side} pixels (config.json), but preprocessor_config.json says {crop['height']}x{crop['width']}"
+        raise ValueError(f"The vision tower {original.tower_folder} takes images {sizes}.")
     return processor
 
 

@@ -101,17 +101,13 @@ def read_original(
     files = []
     if config is None:
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} is an adapter in the HF format. Make a full model of it: llava merge {folder} OUT"
-            )
+            raise ValueError(f"{folder} is an adapter in the HF format. Merge it: llava merge {folder} OUT")
         config = read_json(folder / "config.json")
         files.append(folder / "config.json")
     _check_is_original(config, folder)
     kind, tensors, tokenizer_folder = _read_tensors(folder, config, base, files)
     if not has_tokenizer(tokenizer_folder):
-        raise OSError(
-            f"{tokenizer_folder} has no tokenizer (tokenizer.model or tokenizer.json): copy the language model's."
-        )
+        raise OSError(f"{tokenizer_folder} has no tokenizer (tokenizer.model or .json): copy the language model's.")
 
     text_config = read_text_config(config)
     if embedding := tensors.get("model.embed_tokens.weight"):
@@ -126,10 +122,8 @@ def read_original(
     projector = Projector(layers, vision_config.hidden_size, text_config.hidden_size, is_numbered=is_numbered)
     layer, states = config.get("mm_vision_select_layer", -2), vision_config.num_hidden_layers + 1
     if type(layer) is not int or not -states <= layer < states:
-        raise ValueError(
-            f"mm_vision_select_layer is {layer!r}, but the tower {tower_folder} has {states} hidden states "
-            f"({states - 1} layers and the embeddings): {-states} to {states - 1}."
-        )
+        there = f"{states} hidden states ({states - 1} layers and the embeddings): {-states} to {states - 1}"
+        raise ValueError(f"mm_vision_select_layer is {layer!r}, but the tower {tower_folder} has {there}.")
     first = tensors.get(projector_entries(projector)[0].original)
     if first is not None and first.shape[1:] != (projector.inputs,):
         raise ValueError(
@@ -242,9 +236,7 @@ def _read_tensors(folder: Path, config: dict, base: str | Path | None, files: li
         files.append(folder / "adapter_config.json")
         trained = find_weights(folder, NON_LORA_FILES)
         if trained is None and not any(key.startswith("model.mm_projector.") for key in below):
-            raise ValueError(
-                f"{folder} has no non_lora_trainables.bin, with a LoRA's projector, and its base has no projector either."
-            )
+            raise ValueError(f"{folder} has no non_lora_trainables.bin (the projector), and its base has none.")
         own = without_adapter_prefix(_read(trained, files)) if trained else {}
         tensors = put_over(below, own, gap=gap)
         return "lora", fold_lora(_read(adapter, files), adapter_config, tensors, str(folder)), tokenizer_folder
@@ -282,9 +274,7 @@ def read_vision_config(folder: Path) -> CLIPVisionConfig:
     config = read_json(folder / "config.json", "a vision tower")
     config_class = {"clip": CLIPConfig, "clip_vision_model": CLIPVisionConfig}.get(config.get("model_type"))
     if config_class is None:
-        raise ValueError(
-            f"The vision tower {folder} is a {config.get('model_type')!r}; the original's are CLIP's (clip)."
-        )
+        raise ValueError(f"The vision tower {folder} is a {config.get('model_type')!r}; the original's are CLIP's.")
     vision = _build(config_class, config, f"{folder}/config.json")
     vision = getattr(vision, "vision_config", vision)
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
@@ -300,9 +290,7 @@ def read_tower(folder: Path, vision: CLIPVisionConfig, files: list[Path]) -> dic
     tensors = drop_derived(_read(weights, files))
     form = tower_form(tensors)
     if form is None:
-        raise ValueError(
-            f"{weights} does not hold a CLIP vision tower: it has no '{TOWER_PREFIXES['clip']}embeddings…'."
-        )
+        raise ValueError(f"{weights} does not hold a CLIP vision tower: no '{TOWER_PREFIXES['clip']}embeddings…'.")
     tensors = {key: value for key, value in tensors.items() if not CLIP_TEXT_SIDE.fullmatch(key)}
     matched = match_entries(vision_entries(vision, form), tensors, f"The vision tower {weights}")
     return dict(zip(vision_entries(vision), matched.values(), strict=True))

@@ -55,27 +55,21 @@ def add_delta(delta: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], s
             raise ValueError(f"The base has no '{key}', to which {tensor.origin} is to be added. {WRONG_BASE}")
         summed[key] = tensor if other is None else _sum(key, tensor, other)
     if base:
-        raise ValueError(
-            f"{source} is not a delta of this base: it lacks {len(base)} of its tensors, such as '{next(iter(base))}'. "
-            f"{WRONG_BASE}"
-        )
+        lacks = f"it lacks {len(base)} of its tensors, such as '{next(iter(base))}'"
+        raise ValueError(f"{source} is not a delta of this base: {lacks}. {WRONG_BASE}")
     norm = "model.norm.weight"
     if norm in delta:  # a whole model plus its base would be doubled
         own, total = delta[norm].tensor().float(), summed[norm].tensor().float()
         if (2 * own - total).abs().mean() < 0.25 * (total - own).abs().mean():
-            raise ValueError(
-                f"{source} is a whole model, not a delta: its '{norm}' is nearly the base's. Leave out --base."
-            )
+            raise ValueError(f"{source} is a whole model: its '{norm}' is nearly the base's. Leave out --base.")
     return summed
 
 
 def _sum(key: str, delta: LazyTensor, base: LazyTensor) -> LazyTensor:
     is_longer = key in LONGER_IN_DELTA and delta.num_rows >= base.num_rows and delta.shape[1:] == base.shape[1:]
     if delta.shape != base.shape and not is_longer:
-        raise ValueError(
-            f"The delta's {delta.origin} is {list(delta.shape)}, the base's {base.origin} is {list(base.shape)}. "
-            f"{WRONG_BASE}"
-        )
+        shapes = f"{delta.origin} is {list(delta.shape)}, the base's {base.origin} is {list(base.shape)}"
+        raise ValueError(f"The delta's {shapes}. {WRONG_BASE}")
 
     def rows(start: int, stop: int) -> torch.Tensor:
         total = delta.rows(start, stop).to(torch.float32, copy=True)
@@ -101,9 +95,7 @@ def fold_lora(
     """
     kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ValueError(
-            f"{source} is an adapter of kind {kind}; only LoRA can be folded in. Merge it with peft first."
-        )
+        raise ValueError(f"{source} is an adapter of kind {kind}; only LoRA can be folded in. Merge it with peft.")
     pairs: dict[str, dict[str, LazyTensor]] = {}
     folded, whole = dict(base), {}
     for key, tensor in adapter.items():
@@ -115,10 +107,8 @@ def fold_lora(
         raise ValueError(f"{source} holds no LoRA tensors (….lora_A.weight).")
     for key, tensor in without_adapter_prefix(whole).items():
         if key not in folded:
-            raise ValueError(
-                f"{tensor.origin} is neither a LoRA tensor of a linear layer nor one of the base's. {WRONG_BASE} An "
-                "adapter of another kind is to be merged with peft first."
-            )
+            what = f"{tensor.origin} is neither a LoRA tensor of a linear layer nor one of the base's"
+            raise ValueError(f"{what}. {WRONG_BASE} Merge an adapter of another kind with peft.")
         folded[key] = tensor
     for module, sides in pairs.items():
         key = f"{module}.weight"
@@ -170,9 +160,8 @@ def put_over(base: Mapping[str, LazyTensor], own: Mapping[str, LazyTensor], *, g
         known = base.get(key)
         if known is not None and key in LONGER_IN_DELTA and tensor.num_rows < known.num_rows:
             if known.shape[1:] != tensor.shape[1:]:
-                raise ValueError(
-                    f"{tensor.origin} has rows of {tensor.shape[1:]} values, {known.origin} of {known.shape[1:]}. {WRONG_BASE}"
-                )
+                rows = f"rows of {tensor.shape[1:]} values, {known.origin} of {known.shape[1:]}"
+                raise ValueError(f"{tensor.origin} has {rows}. {WRONG_BASE}")
             tensor = below(extended(known, known.num_rows + gap), tensor)
         result[key] = tensor
     return result

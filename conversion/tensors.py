@@ -17,14 +17,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_llava.io.files import (
-    AGAIN,
-    EMPTY_TENSOR,
-    LFS_ERROR,
-    MODEL_FILES,
-    is_lfs_pointer,
-    safetensors_header,
-)
+from modeling_llava.io.files import AGAIN, EMPTY_TENSOR, LFS_ERROR, MODEL_FILES, is_lfs_pointer, safetensors_header
 
 
 PIECE_BYTES = 16 * 2**20
@@ -241,10 +234,8 @@ def shards_of(file: Path) -> list[Path]:
     for name in names:
         if os.path.basename(name) != name or not (file.parent / name).is_file():
             first = next(key for key, shard in weight_map.items() if shard == name)
-            raise ValueError(
-                f"{file.name} of {file.parent} names the shard '{name}', which is not there (it should hold '{first}'). "
-                "Download it."
-            )
+            missing = f"names the shard '{name}', which is not there (it should hold '{first}')"
+            raise ValueError(f"{file.name} of {file.parent} {missing}. Download it.")
     return [file.parent / name for name in names]
 
 

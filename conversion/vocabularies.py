@@ -83,10 +83,8 @@ def gguf_chat_template(template: str, image_token: str = IMAGE_TOKEN) -> str:
     before, _, after = without.partition(probe)
     around = with_image.removeprefix(before).removesuffix(probe + after)  # "<im_start><image><im_end>\n"
     if probe not in without or around.count(image_token) != 1:
-        raise ValueError(
-            f"The chat template makes {with_image!r} of an image and the question {probe!r}: it does not support images. "
-            "Give the checkpoint a template of LLaVA's (chat_template.jinja)."
-        )
+        made = f"The chat template makes {with_image!r} of an image and the question {probe!r}"
+        raise ValueError(f"{made}: it does not support images. Take one of LLaVA's (chat_template.jinja).")
     start, _, end = around.partition(image_token)
     start, end = (text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") for text in (start, end))
     template = GENERATION_TAG.sub("{#- -#}", template)
@@ -167,10 +165,8 @@ def _from_json(path: Path) -> dict:
     parts = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in parts]
     pre = next((name for name, known in PRE_TOKENIZERS.items() if parts == known), None)
     if pre is None:
-        raise ValueError(
-            f"{path} splits text in a way that is not known for llama.cpp ({json.dumps(pre_tokenizer)[:200]}); "
-            f"known are {', '.join(PRE_TOKENIZERS)}."
-        )
+        how = f"{json.dumps(pre_tokenizer)[:200]}; known are {', '.join(PRE_TOKENIZERS)}"
+        raise ValueError(f"{path} splits text in a way that is not known for llama.cpp ({how}).")
     return {**table, "model": "gpt2", "pre": pre, "scores": [0.0] * len(table["tokens"]), "merges": merges}
 
 

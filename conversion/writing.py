@@ -128,8 +128,7 @@ class OutputFolder:
     def __enter__(self) -> "OutputFolder":
         if self.output.is_file():
             raise ValueError(f"{self.output} is a file; give a folder.")
-        pattern = f"{glob.escape(self.output.name)}.{{}}-{'[0-9a-f]' * 12}"
-        for replaced in self.output.parent.glob(pattern.format("replaced")):  # by a run that was killed
+        for replaced in self._left_by_runs("replaced"):
             if self.output.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
             else:
@@ -139,7 +138,7 @@ class OutputFolder:
                 raise ValueError(f"{self.output} exists already. Choose another folder, or add --overwrite.")
             if any(path.resolve().is_relative_to(self.output.resolve()) for path in self.files):
                 raise ValueError(f"{self.output} is read from in this conversion and cannot be replaced by it.")
-        for other in self.output.parent.glob(pattern.format("partial")):
+        for other in self._left_by_runs("partial"):
             self._lock(other)
             if other != self.partial:
                 shutil.rmtree(other)
@@ -151,14 +150,16 @@ class OutputFolder:
         self.progress = tqdm(total=self.total_bytes, unit="B", unit_scale=True, desc=self.output.name, leave=False)
         return self
 
+    def _left_by_runs(self, what: str) -> list[Path]:
+        """Folders of runs that were killed, of any HASH."""
+        return list(self.output.parent.glob(f"{glob.escape(self.output.name)}.{what}-{'[0-9a-f]' * 12}"))
+
     def __exit__(self, kind, error, traceback) -> None:
         self.progress.close()
         self._unlock()
         if error is not None and is_full_disk(error):
-            raise OSError(
-                f"The disk of {self.partial} is full. Free some space and run the same command again: it resumes from what "
-                "is there."
-            ) from error
+            what = f"The disk of {self.partial} is full"
+            raise OSError(f"{what}. Free some space; the same command resumes from what is there.") from error
 
     def write_shards(self, shards: dict[str, dict[str, LazyTensor]], subfolder: str = "") -> None:
         """Write each missing safetensors file and, of several, their index."""
@@ -201,10 +202,8 @@ class OutputFolder:
         needed, free = max(0, self.total_bytes - there), shutil.disk_usage(parent).free
         if needed > free:
             self._unlock()
-            raise OSError(
-                f"The disk of {parent} is too small: the conversion writes {tqdm.format_sizeof(needed, 'B')}, "
-                f"{tqdm.format_sizeof(free, 'B')} are free. Nothing was written. Free some space or choose another disk."
-            )
+            sizes = f"{tqdm.format_sizeof(needed, 'B')}, {tqdm.format_sizeof(free, 'B')} are free"
+            raise OSError(f"The disk of {parent} is too small: the conversion writes {sizes}. Nothing was written.")
 
     _descriptor: int | None = None
 

@@ -16,17 +16,15 @@ GOLDEN_CASES = {
     "llava_v15_tiny": {"source": "llava_v15_tiny"},
     "llava_v1_tiny": {"source": "llava_v1_tiny"},
     "llava_v15_tiny_lora": {"source": "llava_v15_tiny_lora/llava-lora", "base": "llava_v15_tiny_lora/language_model"},
-    "llava_v15_tiny_projector": {
-        "source": "llava_v15_tiny_projector/projector",
-        "base": "llava_v15_tiny_projector/language_model",
-    },
+    "llava_v15_tiny_projector": {"source": "PROJECTOR/projector", "base": "PROJECTOR/language_model"},
     "llava_v1_tiny_delta": {"source": "llava_v1_tiny_delta/delta", "base": "llava_v1_tiny_delta/language_model"},
 }
 """Name → arguments of `convert_original_to_hf`, relative to the golden folder."""
 
 
 def golden_arguments(name: str) -> dict[str, Path]:
-    return {key: GOLDEN / path for key, path in GOLDEN_CASES[name].items()}
+    paths = GOLDEN_CASES[name].items()
+    return {key: GOLDEN / path.replace("PROJECTOR", "llava_v15_tiny_projector") for key, path in paths}
 
 
 def original_tensors(folder: Path) -> dict[str, torch.Tensor]:

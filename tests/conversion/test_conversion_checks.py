@@ -110,12 +110,11 @@ def test_template_that_fails(broken, template):
 def test_folder_that_computes_something_else_than_the_original_is_found(broken, fields):
     if fields is None:
         change(broken, lambda t: t["language_model.model.layers.1.mlp.down_proj.weight"][5].add_(0.5))
-        assert check_stock_ready(broken).is_stock_ready  # by itself it is a fine checkpoint
+        assert check_stock_ready(broken).is_stock_ready  # without the original it is a fine checkpoint
     else:
         config = json.loads((broken / "config.json").read_text())
-        edit_json(
-            broken / "config.json", **{k: config[k] | v if isinstance(v, dict) else v for k, v in fields.items()}
-        )
+        fields = {key: config[key] | value if isinstance(value, dict) else value for key, value in fields.items()}
+        edit_json(broken / "config.json", **fields)
     assert state_of(check_stock_ready(broken, reference=SOURCE))["logits"] == "failed"
 
 
@@ -157,12 +156,7 @@ def test_token_that_was_added_never_wins(tmp_path, monkeypatch):
     assert "added has the largest logit" in report.failures()
 
 
-def test_other_towers_and_language_models_are_checked_too():
-    """What `llava init` composes need not be CLIP and LLaMA; SigLIP's head uses more of a linear layer than the product."""
-    assert check_stock_ready(build_siglip("qwen3")).is_stock_ready
-
-
-def test_folder_that_is_none_is_said(tmp_path, golden_hf):
+def test_folder_that_cannot_be_checked_is_named(tmp_path, golden_hf):
     with pytest.raises(OSError, match="no config.json"):
         check_stock_ready(tmp_path)
     with pytest.raises(ValueError, match="llava convert"):
@@ -174,6 +168,8 @@ def test_folder_that_is_none_is_said(tmp_path, golden_hf):
     with pytest.raises(ValueError, match="is an adapter.*llava merge"):
         check_stock_ready(tmp_path)
     assert not check_stock_ready(build("vicuna"), logits=False).failures()
+    # What `llava init` composes need not be CLIP and LLaMA; SigLIP's head uses more of a linear layer than the product.
+    assert check_stock_ready(build_siglip("qwen3")).is_stock_ready
 
 
 # On the command line
@@ -226,12 +222,8 @@ def test_command_writes_gguf(golden_hf, tmp_path, capsys):
 )
 def test_mistake_is_one_line(golden_hf, tmp_path, capsys, words, message):
     pytest.importorskip("gguf")
-    places = {
-        "SRC": SOURCE,
-        "HF": golden_hf,
-        "OUT": tmp_path / "out",
-        "LORA": GOLDEN / "llava_v15_tiny_lora/llava-lora",
-    }
+    lora, out = GOLDEN / "llava_v15_tiny_lora/llava-lora", tmp_path / "out"
+    places = {"SRC": SOURCE, "HF": golden_hf, "OUT": out, "LORA": lora}
     assert main(["convert", *[str(places.get(word, word)) for word in words]]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("llava convert: error:") and message in error

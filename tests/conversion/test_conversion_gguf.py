@@ -230,7 +230,7 @@ def test_template_puts_llama_cpps_image_marker_where_training_had_the_image(fold
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", "{{ raise_exception('no') }}", "USER: <image>"])
-def test_template_that_is_none_for_images_is_refused(template):
+def test_template_without_images_is_refused(template):
     with pytest.raises(ValueError, match="does not support images"):
         gguf_chat_template(template)
 
@@ -265,7 +265,7 @@ def test_values_beyond_the_type_are_found(folders, tmp_path):
     assert convert_hf_to_gguf(tmp_path / "hf", tmp_path / "out", dtype="bf16").check.is_sound
 
 
-def test_rerun_with_another_template_starts_anew(folders, tmp_path, monkeypatch):
+def test_rerun_with_another_template_starts_again(folders, tmp_path, monkeypatch):
     """Template and tokenizer lie inside the file, so that a file of before is of no use."""
     shutil.copytree(folders / "llava_v15_tiny", tmp_path / "hf")
 
@@ -289,7 +289,7 @@ def test_missing_package_is_named(folders, tmp_path, monkeypatch, package, dtype
         convert_hf_to_gguf(folders / "mistral", tmp_path / "out", dtype=dtype)
 
 
-@pytest.mark.parametrize("status, message", [(1, "could not quantise"), (0, "no multiple of 256; take q8_0")])
+@pytest.mark.parametrize("status, message", [(1, "could not quantise"), (0, "256 does not divide; take q8_0")])
 def test_quantiser_that_fails_or_takes_another_type_is_found(folders, tmp_path, monkeypatch, status, message):
     """llama.cpp's falls back in silence where 256 does not divide a row; here one that leaves the types as they are."""
 
@@ -322,9 +322,8 @@ def test_another_language_model_is_written_as_a_folder_for_llama_cpps_own_progra
     with torch.no_grad():
         assert torch.equal(text(ids).logits, whole(ids).logits)
     turns = [{"role": "user", "content": f"<__media__>{CONVERSATION[0]['content'][1]['text']}"}]
-    prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True
-    )
+    options = {"tokenize": False, "add_generation_prompt": True}
+    prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, **options)
     assert prompt == FORMS["phi3"].prompt.replace("<image>", "<__media__>")
 
 
@@ -377,7 +376,7 @@ def questions(processor, side: int) -> tuple[list[np.ndarray], list[str], list[l
     for i in range(3):
         image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
         image[:PATCH, :PATCH] = [int(mean * 255) for mean in processor.image_processor.image_mean]
-        content = [{"type": "image"}, {"type": "text", "text": f"What is in picture {i}?"}]
+        content = [{"type": "image"}, {"type": "text", "text": f"What is in image {i}?"}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         images.append(image)
         prompts.append(prompt.replace("<image>", "<__media__>"))

@@ -44,10 +44,8 @@ def computed(request, converted, tmp_path_factory):
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_converted_checkpoint_computes_what_the_original_did(name, computed):
-    cases, arrays = (
-        json.loads((GOLDEN / name / "expected.json").read_text("utf-8")),
-        np.load(GOLDEN / name / "expected.npz"),
-    )
+    cases = json.loads((GOLDEN / name / "expected.json").read_text("utf-8"))
+    arrays = np.load(GOLDEN / name / "expected.npz")
     assert len(cases) == 5
     for i, case in enumerate(cases):
         got = {key.split("/")[2]: computed[key] for key in computed if key.startswith(f"{name}/{i}/")}

@@ -5,15 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conversion_cases import (
-    GOLDEN,
-    REMOVED,
-    copy_original,
-    edit_json,
-    original_tensors,
-    random_original,
-    rewrite,
-)
+from conversion_cases import GOLDEN, REMOVED, copy_original, edit_json, original_tensors, random_original, rewrite
 from published import build
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
@@ -95,7 +87,7 @@ def test_named_tower_is_named_and_not_written(tmp_path):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A HF folder as training leaves it: converted, changed, saved anew by stock transformers (no `original/`)."""
+    """A HF folder as training leaves it: converted, changed, saved by stock transformers (no `original/`)."""
 
     def make(change=lambda model: None, name="llava_v15_tiny", **config):
         source = copy_original(tmp_path / "source", name, **config)
@@ -124,13 +116,12 @@ def test_trained_checkpoint_goes_back_with_its_own_weights(tmp_path, trained):
     check_back(tmp_path / "back", tmp_path / "source", {"lm_head.weight"})
     before, after = (read(tmp_path / x / "config.json") for x in ("source", "back"))
     assert before == after
-    # The tokenizer's files are made anew: stock transformers dropped tokenizer.model when it loaded and saved.
+    # The tokenizer's files are made again: stock transformers dropped tokenizer.model when it loaded and saved.
     assert not (folder / "tokenizer.model").exists()
     made = read(tmp_path / "back/tokenizer_config.json")
     original = read(tmp_path / "source/tokenizer_config.json")
-    assert {key: value for key, value in original.items() if key in made} == {
-        k: v for k, v in made.items() if k in original
-    }
+    both = original.keys() & made.keys()
+    assert {key: original[key] for key in both} == {key: made[key] for key in both}
     assert "<image>" not in json.dumps(made)
 
 
@@ -292,9 +283,8 @@ def test_other_spellings_of_hf_keys_are_read(tmp_path, composed, layout):
     def rename(key):
         if layout == "stock 5":
             return key.replace("vision_tower.vision_model.", "vision_tower.")
-        key = key.replace("language_model.model.", "model.language_model.").replace(
-            "language_model.lm_head", "lm_head"
-        )
+        key = key.replace("language_model.model.", "model.language_model.")
+        key = key.replace("language_model.lm_head", "lm_head")
         return f"model.{key}" if key.startswith(("vision_tower", "multi_modal")) else key
 
     edit_tensors(composed, lambda tensors: {rename(key): value for key, value in tensors.items()})
@@ -320,7 +310,7 @@ def test_what_the_original_has_no_form_for_is_said(tmp_path, composed, fields, m
     assert not (tmp_path / "back").exists()
 
 
-def test_what_is_no_whole_checkpoint_says_what_to_do(tmp_path, composed):
+def test_what_is_not_a_whole_checkpoint_says_what_to_do(tmp_path, composed):
     with pytest.raises(ValueError, match="CLIP with LLaMA or Mistral"):
         convert_hf_to_original(build("qwen2.5"), tmp_path / "back")
     edit_tensors(composed, lambda t: t | {"language_model.extra": t.pop("language_model.model.norm.weight")})

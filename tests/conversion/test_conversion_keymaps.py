@@ -48,10 +48,8 @@ def test_every_name_is_there_once_in_every_form(layers, is_numbered, bias, tower
     ids=str,
 )
 def test_hf_column_is_what_stock_transformers_has(text, bias):
-    text = tiny_text_config(**text)
-    config = tiny_config(
-        LlavaConfig, text=text, vision=tiny_vision_config(hidden_size=40), multimodal_projector_bias=bias
-    )
+    text, vision = tiny_text_config(**text), tiny_vision_config(hidden_size=40)
+    config = tiny_config(LlavaConfig, text=text, vision=vision, multimodal_projector_bias=bias)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     table = key_table(text, config.vision_config, Projector(2, 40, 64, bias, True))

@@ -177,9 +177,8 @@ def make_tower(folder, form):
     if form == "pair":
         vision = json.loads((TOWER / "config.json").read_text("utf-8"))
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = CLIPConfig(
-            vision_config=vision, text_config={**text, "vocab_size": 9, "eos_token_id": 2}, projection_dim=16
-        )
+        text |= {"vocab_size": 9, "eos_token_id": 2}
+        config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
         pair = CLIPModel(config).state_dict()
         assert any(key.startswith("text_model.") for key in pair) and "visual_projection.weight" in pair
         tensors = {key: value for key, value in pair.items() if not key.startswith("vision_model.")} | tensors
@@ -218,23 +217,17 @@ def test_tower_of_another_width_is_refused(tmp_path):
     config = json.loads((TOWER / "config.json").read_text("utf-8"))
     wide = CLIPVisionModel(CLIPVisionModel.config_class(**{**config, "hidden_size": 48}))
     wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(
-        ValueError, match=r"48 features.*'model\.mm_projector\.0\.weight' of .* is \[64, 32\].*--vision-tower"
-    ):
+    with pytest.raises(ValueError, match=r"48 features.*mm_projector\.0\.weight' of .* is \[64, 32\].*--vision-tower"):
         convert_original_to_hf(source, tmp_path / "out", vision_tower=tmp_path / "wide")
 
 
 @pytest.mark.parametrize(
     "file, fields, message",
     [
-        (
-            "config.json",
-            {"image_size": 56},
-            r"embedding\.weight' of .*vision_tower.* is \[10, 32\].*asks for \[17, 32\]",
-        ),
+        ("config.json", {"image_size": 56}, r"vision_tower.* is \[10, 32\].*asks for \[17, 32\]"),
         ("config.json", {"model_type": "siglip_vision_model"}, "'siglip_vision_model'.*CLIP"),
         ("config.json", {"num_attention_heads": 0}, "not one that CLIPVisionConfig accepts"),
-        ("preprocessor_config.json", {"crop_size": {"height": 28, "width": 28}}, "of 42 pixels .* makes them 28x28"),
+        ("preprocessor_config.json", {"crop_size": {"height": 28, "width": 28}}, "of 42 pixels .* says 28x28"),
     ],
 )
 def test_tower_that_does_not_fit_its_files_is_refused(tmp_path, file, fields, message):
@@ -286,7 +279,7 @@ def test_rows_that_are_there_already_are_not_touched(tmp_path):
 
 @pytest.mark.parametrize("rows", ["all", "new"])
 def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
-    """`mm_use_im_start_end` in stage 1: the original saves the embedding (or its new rows) beside the projector."""
+    """`mm_use_im_start_end` in stage 1: the original saves the embedding (or its new rows) with the projector."""
     arguments = golden_arguments("llava_v15_tiny_projector")
     source = tmp_path / "projector"
     shutil.copytree(arguments["source"], source)
@@ -294,10 +287,8 @@ def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
     base = original_tensors(arguments["base"])["model.embed_tokens.weight"]
     patch, trained = torch.randn(1, 64), torch.randn(2, 64)
     embedding = torch.cat([base, patch, trained]) if rows == "all" else trained
-    torch.save(
-        torch.load(source / "mm_projector.bin", weights_only=True) | {"model.embed_tokens.weight": embedding},
-        source / "mm_projector.bin",
-    )
+    file = source / "mm_projector.bin"
+    torch.save(torch.load(file, weights_only=True) | {"model.embed_tokens.weight": embedding}, file)
     conversion = convert_original_to_hf(source, tmp_path / "out", base=arguments["base"])
     assert conversion.check.is_stock_ready, str(conversion.check)
     tokenizer = LlavaProcessor.from_pretrained(tmp_path / "out").tokenizer
@@ -324,9 +315,8 @@ def test_tokenizer_that_is_not_legacy_gives_the_originals_ids(tmp_path):
 
 def test_generation_settings_are_taken_over(tmp_path):
     source = copy_original(tmp_path / "source")
-    (source / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6})
-    )
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(settings))
     convert_original_to_hf(source, tmp_path / "out", check=False)
     config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.eos_token_id, config.pad_token_id, config.max_length) == (2, 0, 4096)
@@ -337,10 +327,8 @@ def test_generation_settings_are_taken_over(tmp_path):
 
 
 def test_base_is_asked_for(tmp_path):
-    for name, what in (
-        ("lora", r"a LoRA adapter.*--base \(it names 'language_model'\)"),
-        ("projector", "a projector alone.*--base"),
-    ):
+    lora = r"a LoRA adapter.*--base \(it names 'language_model'\)"
+    for name, what in (("lora", lora), ("projector", "a projector alone.*--base")):
         with pytest.raises(ValueError, match=what):
             convert_original_to_hf(golden_arguments(f"llava_v15_tiny_{name}")["source"], tmp_path / "out")
 
@@ -398,10 +386,7 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
         ({"mm_vision_tower": REMOVED}, "names no mm_vision_tower.*--vision-tower"),
         ({"num_hidden_layers": 3}, r"9 missing: 'model\.layers\.2\.self_attn\.q_proj\.weight' \[64, 64\]"),
         ({"num_hidden_layers": 1}, r"9 not known: 'model\.layers\.1\."),
-        (
-            {"intermediate_size": 128},
-            r"'model\.layers\.0\.mlp\.gate_proj\.weight' of .* is \[96, 64\], .* asks for \[128, 64\]",
-        ),
+        ({"intermediate_size": 128}, r"gate_proj\.weight' of .* is \[96, 64\], .* asks for \[128, 64\]"),
     ],
 )
 def test_configuration_that_does_not_fit_is_one_clear_error(tmp_path, change, message):
@@ -415,7 +400,7 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
     """Of `tokenizer_config.json` alone transformers 5 makes a tokenizer without words, and no error."""
     source = copy_original(tmp_path / "source")
     (source / "tokenizer.model").unlink()
-    with pytest.raises(OSError, match=r"source has no tokenizer \(tokenizer\.model or tokenizer\.json\)"):
+    with pytest.raises(OSError, match=r"source has no tokenizer"):
         convert_original_to_hf(source, tmp_path / "out")
 
 
@@ -486,10 +471,7 @@ def test_a_chat_template_can_be_given_as_own_a_name_or_a_file(tmp_path):
 @pytest.mark.parametrize(
     "weight, message",
     [
-        (
-            torch.ones(96, 64, dtype=torch.int8),
-            r"quantised weights cannot be converted.*up_proj\.weight' of .* is int8",
-        ),
+        (torch.ones(96, 64, dtype=torch.int8), r"quantised weights.*up_proj\.weight' of .* is int8"),
         (torch.empty(0), r"up_proj\.weight is empty .*ZeRO-3"),
     ],
 )

@@ -47,9 +47,8 @@ def test_safetensors_are_read_as_the_library_reads_them(values, tmp_path, small_
     for key, value in values.items():
         assert lazy[key].dtype == value.dtype and lazy[key].shape == tuple(value.shape)
         assert torch.equal(lazy[key].tensor(), value)
-        assert torch.equal(
-            torch.cat([value.new_zeros(0), *(p.flatten() for p in lazy[key].pieces())]), value.flatten()
-        )
+        pieces = [value.new_zeros(0), *(piece.flatten() for piece in lazy[key].pieces())]
+        assert torch.equal(torch.cat(pieces), value.flatten())
     assert len(list(lazy["matrix"].pieces())) == 13  # 3 rows of 20 bytes fit into 64
 
 
@@ -119,9 +118,8 @@ def test_source_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path, monk
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     save_file({"matrix": torch.ones(64, 64)}, tmp_path / "a.safetensors")
     lazy = read_safetensors(tmp_path / "a.safetensors")
-    os.truncate(
-        tmp_path / "a.safetensors", os.path.getsize(tmp_path / "a.safetensors") - int((1 - kept) * 64 * 64 * 4)
-    )
+    size = os.path.getsize(tmp_path / "a.safetensors")
+    os.truncate(tmp_path / "a.safetensors", size - int((1 - kept) * 64 * 64 * 4))
     with pytest.raises(ValueError, match="matrix.*became shorter"):
         write_safetensors(tmp_path / "b.safetensors", lazy)
     assert not (tmp_path / "b.safetensors").exists()
@@ -215,10 +213,7 @@ def test_pointer_of_git_lfs_is_not_taken_for_weights(tmp_path, name):
 @pytest.mark.parametrize(
     "weight_map, message",
     [
-        (
-            {"a": "one.safetensors", "b": "gone.safetensors"},
-            r"names the shard 'gone\.safetensors', which is not there",
-        ),
+        ({"a": "one.safetensors", "b": "gone.safetensors"}, r"names the shard 'gone\.safetensors', which is not"),
         ({"a": "../one.safetensors"}, r"names the shard '\.\./one\.safetensors'"),
         ({"a": "one.safetensors", "b": "two.safetensors"}, "'a' is in .*two.safetensors and in another shard"),
         ({"a": "empty.safetensors"}, "nothing is empty .*ZeRO-3"),

@@ -21,9 +21,7 @@ SOURCE = GOLDEN / "llava_v15_tiny"
 
 
 def tensors(**sizes: int) -> dict[str, LazyTensor]:
-    return {
-        key: in_memory(torch.full((size,), i, dtype=torch.uint8), key) for i, (key, size) in enumerate(sizes.items())
-    }
+    return {key: in_memory(torch.full((size,), ord(key), dtype=torch.uint8), key) for key, size in sizes.items()}
 
 
 def output(path, shards=None, files=(), **options) -> OutputFolder:
@@ -61,6 +59,8 @@ def test_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"), output(tmp_path / "file"):
         pass
+
+
 @pytest.mark.parametrize("dies_at", ["rename", "rmtree"])
 def test_a_run_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path, monkeypatch, dies_at):
     for name, content in (("out", "before"), ("out.old", "mine")):
@@ -88,8 +88,6 @@ def test_a_run_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path,
     convert()
     assert (tmp_path / "out/content.txt").read_text() == "after"
     assert sorted(os.listdir(tmp_path)) == ["out", "out.old"]  # which is somebody's own
-
-
 
 
 def test_overwriting_what_is_read_is_refused(tmp_path):
@@ -183,7 +181,7 @@ def test_rerun_keeps_finished_shards_and_completes_the_folder(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("change", ["options", "source"])
-def test_rerun_with_other_options_or_sources_starts_anew(tmp_path, monkeypatch, change):
+def test_rerun_with_other_options_or_sources_starts_again(tmp_path, monkeypatch, change):
     source = copy_original(tmp_path / "source")
 
     def interrupt(*args):
