@@ -90,10 +90,11 @@ def component_of(parameter_name: str) -> str:
 
 
 def checkpoint_kind(
-    path: str | os.PathLike, revision: str | None = None, **hub
+    path: str | os.PathLike, revision: str | None = None, config: PreTrainedConfig | None = None, **hub
 ) -> Literal["full", "adapter", "projector"]:
     """
-    What `path`, a folder or a Hub name, holds, by the names and the contents of its small files.
+    What `path`, a folder or a Hub name, holds, by the names and the contents of its small files. `config` is given in place of
+    a `config.json`.
 
     Raises:
         FileNotFoundError, ValueError: it is neither of both, or holds nothing that can be loaded ([`require_llava`]).
@@ -104,7 +105,7 @@ def checkpoint_kind(
         return "adapter"
     if file_of(path, PROJECTOR_CONFIG_NAME, revision, **hub) is not None:
         return "projector"
-    if os.path.isdir(path) and file_of(path, "config.json", revision, **hub) is None:
+    if config is None and os.path.isdir(path) and file_of(path, "config.json", revision, **hub) is None:
         raise ValueError(
             f"{path!r} holds no model: it has neither config.json nor adapter_config.json nor {PROJECTOR_CONFIG_NAME}. "
             f"{listing(path)}"
@@ -158,7 +159,7 @@ def what_to_load(path: str | os.PathLike, kwargs: dict) -> tuple[str, str | None
     adapter = of_adapter.pop("_adapter_model_path", None)  # Auto classes have found the base already
     if adapter is not None:
         find_base(adapter, base=path, base_revision=hub.get("revision"), **of_adapter)
-    elif (kind := checkpoint_kind(path, **hub)) == "projector":
+    elif (kind := checkpoint_kind(path, config=kwargs.get("config"), **hub)) == "projector":
         raise ValueError(f"{path} is a projector alone. Merge it first: llava merge {path} OUT")
     elif kind == "adapter" and file_of(path, "config.json", **hub) is None:
         (base, kwargs["revision"]), adapter, of_adapter = find_base(path, **hub), path, hub
