@@ -85,7 +85,6 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["llava = llava_launcher:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
