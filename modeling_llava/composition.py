@@ -35,10 +35,9 @@ def compose(
     **config_overrides,
 ) -> PreTrainedModel:
     """
-    A new LLaVA: pretrained tower, pretrained language model, an untrained projector between them.
-
-    The tokenizer's new tokens (the image token, a pad token where there is none) get rows in the embedding matrix and the head,
-    which is padded to a multiple of 64; a new row is the mean of the old ones.
+    A new LLaVA: pretrained tower, pretrained language model, an untrained projector between them. The tokenizer's new tokens (the
+    image token, a pad token where there is none) get rows in the embedding matrix and the head, which are padded to a multiple of 64;
+    a new row is the mean of the old ones.
 
     Args:
         model_class (`type`): [`LlavaForConditionalGeneration`].
@@ -141,7 +140,7 @@ def _assemble(model_class, config, vision_tower, causal_lm):
     head = causal_lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(
-            f"The head of {type(causal_lm).__name__} has a bias (or is none): a llava checkpoint cannot hold it."
+            f"The head of {type(causal_lm).__name__} is missing or has a bias, which a llava checkpoint cannot hold."
         )
     model.model.vision_tower = vision_tower
     model.model.prepare_for_compile()
@@ -174,8 +173,8 @@ def _check_head(model, causal_lm):
     difference = (ours - theirs).abs().max().item()
     if difference > 1e-2 * max(theirs.abs().max().item(), 1.0):
         raise ValueError(
-            f"{type(causal_lm).__name__} does something to its logits that a llava checkpoint cannot hold (scaling or "
-            f"capping): inside LLaVA they differ by {difference:.3g}. Choose another language model."
+            f"{type(causal_lm).__name__} scales or caps its logits, which a llava checkpoint cannot hold: inside LLaVA they differ by "
+            f"{difference:.3g}. Choose another language model."
         )
 
 

@@ -138,8 +138,8 @@ def count_additional_image_tokens(vision_config: PreTrainedConfig) -> int:
             shapes = {state.shape for state in tower(pixels, output_hidden_states=True).hidden_states}
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # what towers' own code says of it
             raise ValueError(
-                f"The vision tower ({vision_config.model_type}) cannot be run on pixel_values alone ({str(error).splitlines()[0]}), "
-                "and LLaVA gives it no more. Choose one that takes images of one size, such as CLIP's or SigLIP's."
+                f"The vision tower ({vision_config.model_type}) does not run on pixel_values alone ({str(error).splitlines()[0]}), all "
+                "that LLaVA gives it. Choose one that takes images of one size, such as CLIP's or SigLIP's."
             ) from error
     patches = count_image_tokens(image_size, image_size, patch_size, 0, "full")
     shape = next(iter(shapes))  # [1, tokens, hidden]

@@ -43,14 +43,12 @@ class LlavaImageProcessor(PilBackend):
     proportions (LLaVA v1), resize, center crop, rescale to 0..1, normalize.
 
     It has the fields of the stock `LlavaImageProcessor` and of `CLIPImageProcessor`, reads and writes the same
-    `preprocessor_config.json`, and its pixels are bit for bit those of the original code. It is faster than the stock Pillow one
-    because an image stays a Pillow image until its last step, the horizontal pass of the resize skips the rows that padding adds
-    and runs down the columns of a transposed image, neither pass computes what the crop takes away where that is exact, and the
+    `preprocessor_config.json`, and its pixels are bit for bit those of the original code. It is faster than the stock Pillow one: an
+    image stays a Pillow image until its last step, padding and what the crop removes are not resized where that is exact, and the
     float values are written once, straight into the batch.
 
-    Differs from stock: Pillow ≥ 13 resizes a tall image vertically first where that is cheaper, so that a stock processor's pixels
-    (of images that are not padded) depend on Pillow's version by one step of 255. Here the order is horizontal, then vertical, as
-    in every Pillow that LLaVA was trained with.
+    Differs from stock: Pillow ≥ 13 resizes a tall image that is not padded vertically first where that is cheaper, which changes
+    pixels by one step of 255. Here the order is horizontal, then vertical, as in every Pillow that LLaVA was trained with.
 
     Args:
         do_pad (`bool`, *optional*, defaults to `False`):
@@ -226,11 +224,10 @@ def _resize_rgb(
     do_pad: bool | None,
     background: tuple[int, int, int],
 ) -> Image.Image:
-    """Pad, resize and cut the columns of an RGB image; the rows of the crop are left to the caller.
+    """Pad, resize and crop the columns of an RGB image; the rows of the crop are left to the caller.
 
-    Pillow resizes in two passes with an 8-bit image in between. Taking the passes one by one gives the same pixels, fixes their
-    order, and lets each work on fewer pixels: a row of padding is of one color before and after the horizontal pass, and a column
-    is not touched by its neighbors in the vertical pass.
+    Pillow resizes in two passes with an 8-bit image in between. One by one they give the same pixels in a fixed order, and each works on
+    fewer of them: a row of padding stays of one color in the horizontal pass, and columns are independent in the vertical pass.
     """
     width, height = image.size
     pad_columns, pad_rows = do_pad and width < height, do_pad and height < width
@@ -241,8 +238,8 @@ def _resize_rgb(
     )
     if not (target_height and target_width):
         raise ValueError(
-            f"An image of {width}×{height} pixels would have {target_width}×{target_height} after the resize, none: it is too long "
-            f"and thin for size={dict(size)}."
+            f"An image of {width}×{height} pixels would have {target_width}×{target_height} after the resize: it is too long and thin "
+            f"for size={dict(size)}."
         )
     resample = PILImageResampling.BILINEAR if resample is None else resample
 
@@ -268,8 +265,8 @@ def _resize_rgb(
 
 
 def _with_width(image: Image.Image, width: int, resample: PILImageResampling, first: int, last: int) -> Image.Image:
-    """The horizontal pass: columns `first` to `last` (their neighbors are looked at too), resized to `width`. Pillow is faster down
-    an image than along it, for the same pixels, so that two transpositions pay as long as a few lines fit into the cache."""
+    """The horizontal pass: columns `first` to `last`, resized to `width`. Pillow is faster down an image than along it, for the same
+    pixels: two transpositions pay as long as a few lines fit into the cache."""
     if resample not in _SMOOTH or image.width * image.height > _TRANSPOSED_PIXELS:
         return image.resize((width, image.height), resample, box=(first, 0, last, image.height))
     lying = image.transpose(Image.Transpose.TRANSPOSE)

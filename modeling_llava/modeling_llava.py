@@ -117,8 +117,8 @@ LlavaOutputWithoutLogits = make_dataclass(
 
 
 class IdentityLinear(nn.Module):
-    """The second layer of a one-layer projector, as stock transformers must find it in the file: `y = I x + 0`. Its matrix is a
-    buffer: saved and loaded under the stock key, never trained, quantized or wrapped by LoRA."""
+    """The second layer of a one-layer projector, as stock transformers reads it: `y = I x + 0`. Its matrix is a buffer: saved and
+    loaded under the stock key, never trained, quantized or wrapped by LoRA."""
 
     def __init__(self, features: int, bias: bool):
         super().__init__()
@@ -131,10 +131,8 @@ class IdentityLinear(nn.Module):
 
 class LlavaMultiModalProjector(nn.Module):
     """
-    Patch features → image features in the language model's width.
-
-    One layer is the paper's matrix W (§4.1, Eq. 1), two with GELU are LLaVA-1.5's (§3.3), more (`linear_3`, …) have no stock
-    form.
+    Patch features → image features in the language model's width. One layer is the paper's matrix W (§4.1, Eq. 1), two with GELU are
+    LLaVA-1.5's (§3.3), more (`linear_3`, …) have no stock form.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -159,15 +157,14 @@ class LlavaMultiModalProjector(nn.Module):
 
 
 def _is_beginning(cache: Cache | None) -> bool:
-    """Whether no token came before. A cache is not asked while compiling (a static one's length is a tensor), and a paged
-    one, of several sequences, has no length to ask for."""
+    """Whether no token came before. While compiling the length of a static cache is a tensor, and a paged one has none."""
     if not isinstance(cache, Cache) or torch.compiler.is_compiling():
         return cache is None
     return bool(cache.get_seq_length() == 0)
 
 
 def _check(condition: torch.Tensor | bool, message: str) -> None:
-    """Raise a `ValueError` unless `condition` holds. A compiled graph is not broken for it, and has a plainer error."""
+    """Raise a `ValueError` unless `condition` holds; without a break of a compiled graph, whose error is shorter."""
     if torch.compiler.is_compiling() and isinstance(condition, torch.Tensor):
         assert_in_graph(condition, "Image features and image tokens do not match.")
     else:
@@ -316,8 +313,8 @@ class LlavaModel(LlavaPreTrainedModel):
         Which tokens are image tokens, `(batch_size, sequence_length, 1)`. Without `input_ids` they are found by their embedding.
 
         Raises:
-            ValueError: there are more or fewer image tokens than features `(num_features, hidden_size)`. This counts over the
-                batch, for the sake of `torch.compile`; processor and collator check every sample and name it.
+            ValueError: there are more or fewer image tokens than features `(num_features, hidden_size)`, counted over the batch
+                (processor and collator check each sample).
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
@@ -340,7 +337,7 @@ class LlavaModel(LlavaPreTrainedModel):
         )
 
     def _check_for_missing_images(self, input_ids, image_token_indices, are_required: bool) -> None:
-        """A model that learns or answers without its images does so blind; a bare forward may want the text alone."""
+        """An error where the model would learn or answer without its images; a bare forward is warned."""
         message = (
             "Image features and image tokens do not match: the text has image tokens, but there are no pixel_values. Pass on "
             "everything that the processor returned."
@@ -353,8 +350,8 @@ class LlavaModel(LlavaPreTrainedModel):
             logger.warning_once(message)
 
     def _must_run_without_images(self, past_key_values: Cache | None) -> bool:
-        """Whether a batch without images must still run the vision path: other processes reduce its gradients (DDP) or gather
-        its weights (FSDP, ZeRO-3) at the same time, or nothing else in the model is trained."""
+        """Whether a batch without images must run the vision path: other processes reduce its gradients (DDP) or gather its
+        weights (FSDP, ZeRO-3) at the same time, or nothing else is trained."""
         distributed, parts = torch.distributed, (self.vision_tower, self.multi_modal_projector)
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
         if not several and not (self.training and torch.is_grad_enabled()):
@@ -366,7 +363,7 @@ class LlavaModel(LlavaPreTrainedModel):
         return takes_part and _is_beginning(past_key_values)
 
     def _zero_from_image_path(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """A zero that went through tower and projector, and gives them gradients of zero."""
+        """A zero that has gone through tower and projector, and gives them gradients of zero."""
         size = self.config.vision_config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         pixel_values = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
@@ -410,15 +407,14 @@ class LlavaModel(LlavaPreTrainedModel):
         past_key_values = cache if past_key_values is None else past_key_values
         if inputs_embeds is None:
             token_ids = input_ids
-            # CODEPATH: the original's −200, and language models whose vocabulary was not enlarged, have no such embedding
+            # CODEPATH: no embedding (the original's −200; language models whose vocabulary was not enlarged)
             if not 0 <= self.config.image_token_id < self.config.text_config.vocab_size:
                 token_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
             inputs_embeds = self.get_input_embeddings()(token_ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            # In training nothing of the tower is read but its features. (At other times several threads may use the model, and the
-            # one that calls `get_image_features` is to have all of them.)
+            # In training only the features are read. (Otherwise another thread may be in `get_image_features`, which gives all.)
             layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
             is_skipping = self.training and not torch.compiler.is_compiling()
             with without_later_layers(self.vision_tower, layer) if is_skipping else nullcontext():
@@ -473,14 +469,14 @@ class LlavaModel(LlavaPreTrainedModel):
 
 
 def _without_unselected_layers(image_outputs: BaseModelOutputWithPooling | None) -> BaseModelOutputWithPooling | None:
-    """Without `hidden_states` where only those of the selected layers are there: `Trainer` gathers outputs and takes no `None`."""
+    """Without `hidden_states` where only those of selected layers are there: `Trainer` gathers outputs, and not `None`."""
     if image_outputs is None or all(states is not None for states in image_outputs.hidden_states or ()):
         return image_outputs
     return type(image_outputs)(**{**image_outputs, "hidden_states": None})
 
 
 class LlavaTrainingKwargs(TransformersKwargs, total=False):
-    """Of training. In forward's signature, `Trainer` would take every name with "label" for labels."""
+    """For training. In the signature of forward, `Trainer` would take every name with "label" for labels."""
 
     label_smoothing: float
     shift_labels: torch.LongTensor | None
@@ -500,7 +496,7 @@ class LlavaForConditionalGeneration(LlavaPreTrainedModel, LlavaGenerationMixin):
         self.post_init()
 
     def __setattr__(self, name, value):
-        # `use_liger_kernel=True` would put Liger's own forward, with another loss, in place of that of any "llava".
+        # `use_liger_kernel=True` would set Liger's own forward, with another loss.
         if name == "forward" and (getattr(value, "__module__", None) or "").startswith("liger_kernel."):
             logger.warning_once("Liger Kernel is used in the layers; forward and loss stay those of modeling_llava.")
             return

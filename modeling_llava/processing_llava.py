@@ -262,9 +262,9 @@ class LlavaProcessor(ProcessorMixin):
                 Messages, or a batch of them, in any form that [`~modeling_llava.text.chat_templates.plain_messages`] reads.
             sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
                 With `tokenize=True`, a `<image>`, `</s>` or other special token in the messages is ordinary text, except, in an
-                assistant's message, one that was added and that the template does not write, such as `<seg>`. Template variables
-                are the caller's own and are left as they are. Differs from stock, where the default is off, its ids of the
-                surrounding text are not those of one tokenization, and no assistant mask can be had.
+                assistant's message, one that was added and that the template does not write, such as `<seg>`; template variables
+                are left as they are. Stock's default is off; its ids of the surrounding text are not those of one tokenization, and
+                there is no assistant mask.
             kwargs:
                 As for stock: `add_generation_prompt`, `continue_final_message`, `return_assistant_tokens_mask`, `return_dict`,
                 `return_tensors`, and the template's variables, such as `keep_image_order=True`.
@@ -312,8 +312,7 @@ class _MarkedTextReader:
 
 def num_image_tokens(processor: ProcessorMixin, size: tuple[int, int] | None = None) -> int:
     """
-    Image tokens of one image of `size` (height and width of preprocessed images, in pixels), by default of every image; for stock
-    processors too.
+    Image tokens of a preprocessed image of `size` (height and width in pixels), by default of every image; for stock processors too.
 
     Raises:
         ValueError: the processor lacks `patch_size` or the like, or its images have no fixed size.

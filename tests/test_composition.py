@@ -122,9 +122,9 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2}
         (
             "gemma2",
             {"head_dim": 16, "pad_token_id": 0},
-            "scaling or capping",
+            "scales or caps",
         ),  # capped at 30, far from random weights'
-        ("cohere", IDS, "scaling or capping"),
+        ("cohere", IDS, "scales or caps"),
         ("phi", {}, "bias"),
         ("mamba", {**IDS, "pad_token_id": 0}, "cannot be the language model of a llava"),
         ("openai-gpt", {"n_positions": 64}, "cannot be the language model of a llava"),  # no cache, which stock reads

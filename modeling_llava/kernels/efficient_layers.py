@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class KernelReport:
     """
-    What [`apply_kernels`] exchanged: class as `print(model)` shows it → number of modules; and what it left, since its forward is
-    bound on the instance (accelerate's hooks, Liger).
+    What [`apply_kernels`] exchanged, class as `print(model)` shows it → number of modules, and what it left: modules whose forward
+    is bound on the instance (accelerate's hooks, Liger).
     """
 
     exchanged: dict[str, int]
@@ -93,7 +93,7 @@ class Kernel:
         return self.compute(*args, **kwargs) if is_efficient else self.compute_plainly(*args, **kwargs)
 
     def compute_plainly(self, *args, **kwargs):
-        """The original's `forward`, by which a kernel computes what it does not know."""
+        """The original's `forward`, for arguments that a kernel does not cover."""
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
@@ -250,7 +250,7 @@ def _rotate(states, cos, sin, inverse=False):
 class EfficientAttention(Kernel):
     prefix = "Efficient"
     efficient_arguments: dict
-    """What the original gives its attention function besides the states (scaling, window, …); [`_record`] wrote it down."""
+    """What the original gives its attention function besides the states (scaling, window, …), recorded by [`_record`]."""
 
     def compute(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
         past = kwargs.pop(CACHE, None)
@@ -310,14 +310,8 @@ class EfficientLora(Kernel):
 
 def make_efficient(language_model: nn.Module) -> Counter:
     """
-    Exchange the parts of a language model, in place, where a probe forward shows that ours compute the same.
-
-    Args:
-        language_model (`nn.Module`):
-            The language model; its linear layers may be 4-bit or have LoRA weights.
-
-    Returns:
-        `Counter`: how many were exchanged of `norms`, `mlps`, `attentions` and `loras`.
+    Exchange the parts of a language model, in place, where a probe forward shows that ours compute the same. Its linear layers may
+    be 4-bit or have LoRA weights. Counts the exchanged `norms`, `mlps`, `attentions` and `loras`.
     """
     counts = Counter()
     embedding = language_model.get_input_embeddings().weight
@@ -399,7 +393,7 @@ def _exchange_if_same(module: nn.Module, kind: str, embedding: torch.Tensor) -> 
         actual = _first(module.compute(hidden, **inputs))
         tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
         is_same = actual.dtype == expected.dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # it is of another form than its like
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # its forward is of another form
         pass
     finally:
         if not is_same:
@@ -414,19 +408,14 @@ def _first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-# The vision tower's layers after the one whose output is selected (LLaVA takes the last but one): nothing reads what they give,
-# so they need not be computed.
+# The vision tower's layers after the one whose output is selected (LLaVA takes the last but one) need not be computed.
 
 
 @contextmanager
 def without_later_layers(vision_tower: nn.Module, feature_layer: int | list[int]):
     """
-    The tower's layers after `feature_layer` hand on what they get, for the duration: what is selected stays the same. Not if something
-    takes part in their computation: a trained parameter, or a hook, be it somebody's own or that of an engine that shards the weights.
-
-    Args:
-        vision_tower: Of transformers. One without `encoder.layers` (also below `vision_model`) is left as it is.
-        feature_layer (`int` or `list[int]`): Of `hidden_states`, which begin with the embeddings.
+    Skip the tower's layers after `feature_layer` (an index of `hidden_states`, which begin with the embeddings), unless one of them is
+    trained or hooked. A tower without `encoder.layers` (also below `vision_model`) is left as it is.
     """
     encoder = getattr(getattr(vision_tower, "vision_model", vision_tower), "encoder", None)
     layers = list(getattr(encoder, "layers", []))

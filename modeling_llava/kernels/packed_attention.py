@@ -44,10 +44,8 @@ VARLEN = "varlen"
 
 class DeferredMask:
     """
-    A mask matrix that is built when something needs it.
-
-    transformers builds a model's mask before its attention layers are asked, and cannot know that they will go by
-    `cu_seq_lens_q`. For a pack that mask is `[T, T]`: here its construction is put off, and for packs never happens.
+    An attention mask that is built when a layer needs it, and for a pack never: there it is `[T, T]`. transformers builds it before
+    its attention layers run, and cannot know that they go by `cu_seq_lens_q`.
     """
 
     def __init__(self, arguments: dict):
@@ -76,7 +74,7 @@ def mask_of_pack(language_model: PreTrainedModel, states: torch.Tensor) -> torch
         return states.new_empty(1, 1, 0, 0)
     if "flash" not in name:
         logger.warning_once(
-            f"A pack meets attn_implementation={name!r}, which builds a mask of all tokens × all tokens for it. "
+            f"attn_implementation={name!r} builds an attention mask of all tokens × all tokens for a pack. "
             'Set model.set_attn_implementation({"text_config": "varlen"}).'
         )
     return None
@@ -169,9 +167,7 @@ def varlen_attention_forward(
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if not is_causal or unsupported:
         what = " and ".join(unsupported) if unsupported else "bidirectional attention"
-        raise ValueError(
-            f"Packed attention does not know {what}, which {type(module).__name__} asks for. Do not pack."
-        )
+        raise ValueError(f"Packed attention has no {what}, which {type(module).__name__} requires. Do not pack.")
 
     dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
@@ -238,10 +234,12 @@ def _sdpa_per_segment(query, key, value, lengths, dropout, scaling, sliding_wind
     parts = [states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)]
     outputs = []
     for q, k, v in zip(*parts):  # each [1, heads, segment_length, head_dim]
+        mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:
-            outputs.append(_windowed(q, k, v, sliding_window, arguments))
-        else:
-            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **arguments))
+            positions = torch.arange(q.shape[2], device=q.device)
+            distance = positions[:, None] - positions  # [segment_length, segment_length]
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **arguments))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]  # [num_tokens, heads, head_dim]
 
 
@@ -253,26 +251,6 @@ def _builds_all_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def _repeat_heads(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     group = query.shape[1] // states.shape[1]
     return states if group == 1 else states.repeat_interleave(group, dim=1)
-
-
-def _windowed(query, key, value, window, arguments):
-    """
-    A sample longer than the sliding window, a window of queries at a time: masks stay at `window × 2 window`.
-
-    Query i sees keys i − window + 1 … i, so a block of queries needs the keys of its own block and of the one before.
-    """
-    length, outputs = query.shape[2], []
-    for start in range(0, length, window):
-        end, first = min(start + window, length), max(start - window + 1, 0)
-        rows = torch.arange(start, end, device=query.device)[:, None]
-        columns = torch.arange(first, end, device=query.device)[None]
-        mask = (columns <= rows) & (columns > rows - window)  # [queries, keys]
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=mask, **arguments
-            )
-        )
-    return torch.cat(outputs, dim=2)
 
 
 def use_varlen_attention(model: PreTrainedModel) -> None:
@@ -295,12 +273,12 @@ def use_varlen_attention(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def packed_attention_error(language_model: PreTrainedModel) -> float:
     """
-    How much the samples of a pack influence each other in this language model, as a relative error: two short random samples
-    are computed packed and one by one. 0 but for rounding where packing is right; about 1 where state passes between samples by
-    another way than attention (Mamba, linear attention), or the lengths are ignored.
+    How much the samples of a pack influence each other in this language model: the relative error of two short random samples
+    computed packed instead of one by one. 0 but for rounding where packing is right; about 1 where samples share state (Mamba, linear
+    attention), or their lengths are ignored.
 
     Raises:
-        ValueError: the model's attention does not know what packs require, or is not handed their lengths (StableLM).
+        ValueError: the model's attention has no packed form, or does not receive `cu_seq_lens_q` (StableLM).
     """
     embedding = language_model.get_input_embeddings().weight
     ids = torch.randint(0, embedding.shape[0], (1, 12), generator=torch.Generator().manual_seed(0)).to(

@@ -68,11 +68,9 @@ def insert_image_token(
     chat_template: str, *, image_token: str = IMAGE_TOKEN, image_wrap: tuple[str, str] | None = None
 ) -> str:
     """
-    A language model's own chat template, made to write the image token for `{"type": "image"}` items.
-
-    Content lists are turned into strings before the template sees them, by the same rule as in our own templates
-    ([`load_chat_template`]), so it works with every template that renders strings; text-only conversations are rendered as before.
-    The template is not marked with `{% generation %}`: `encode_conversation` finds the answers by itself.
+    A language model's own chat template, made to write the image token for `{"type": "image"}` items: content lists become strings
+    before the template sees them, by the rule of our own templates ([`load_chat_template`]). Text-only conversations are rendered as
+    before. The template has no `{% generation %}` marks: `encode_conversation` finds the answers.
 
     Args:
         chat_template (`str`): Jinja text of a template, such as `tokenizer.chat_template`.
@@ -145,10 +143,7 @@ def with_image_token(chat_template: Any, image_token: str) -> Any:
 
 
 def warn_of_joined_texts(messages: list[dict], chat_template: str, keep_image_order: bool = False) -> None:
-    """
-    Warn when texts on both sides of an image are joined without a space: our templates, like the original, put a turn's
-    images first and join its texts unchanged.
-    """
+    """Warn when our templates, which put the images of a turn first as the original does, join the texts around one without a space."""
     if keep_image_order or "images_and_text_of" not in chat_template:
         return
     for message in messages:
@@ -164,10 +159,8 @@ def warn_of_joined_texts(messages: list[dict], chat_template: str, keep_image_or
 
 def render_with_spans(messages: list[dict], chat_template: str, **variables) -> tuple[str, list[tuple[int, int]]]:
     """
-    A conversation as text, and the spans of characters that its template marks with `{% generation %}`.
-
-    transformers keeps the spans of a rendering in the compiled template, which all threads share: one thread at a time
-    renders here, by a text of the template that nothing else renders.
+    A conversation as text, and the spans of characters that its template marks with `{% generation %}`. transformers keeps the spans in
+    the compiled template, which all threads share: one thread at a time renders, by a template text that nothing else renders.
     """
     with _ONE_AT_A_TIME:
         texts, spans = render_jinja_template(
@@ -233,11 +226,9 @@ _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url", "image_path", "ima
 
 def plain_messages(messages: Any) -> Any:
     """
-    Messages, or a batch of them, as new lists and dicts; what is neither is returned as it is.
-
-    NumPy arrays and Arrow lists become lists, JSON text in the place of a list or dict is read, keys that hold `None` (`datasets`
-    gives every item of a table the same keys) and text items without a text are dropped, `from` and `value` become `role` and
-    `content`, and an image item, also OpenAI's `image_url`, becomes `{"type": "image", "image": …}`.
+    Messages, or a batch of them, as new lists and dicts: NumPy arrays, Arrow lists and JSON text become lists and dicts, keys that hold
+    `None` (`datasets` gives every item of a table the same keys) and text items without a text are dropped, `from` and `value` become
+    `role` and `content`, and an image item, also OpenAI's `image_url`, becomes `{"type": "image", "image": …}`.
     """
     if not isinstance(messages, dict):
         messages = as_list(_read_json(getattr(messages, "messages", messages)))  # the attribute: a pipeline's `Chat`

@@ -10,12 +10,10 @@ apart by marking the user's before rendering, and kept apart when tokenizing:
     tokenize        the template's `</s>` become private-use names, the marks are taken back, and a twin of the tokenizer,
                     whose control tokens have those names and the same ids, reads the whole text at once
 
-So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece itself. In what the assistant says, special tokens
-that have no role and that the template does not write, such as a `<seg>` that was added for masks, stay tokens. transformers' own
-`sanitize_control_tokens` cuts the text at such places and tokenizes the pieces apart, which gives other ids for the text around,
-gives no assistant mask, and misses a token that arises where two texts meet ("<ima" and "ge>").
-
-A conversation that holds nothing suspicious, nearly every one, is not marked and takes the tokenizer as it is.
+So the user's `</s>` is ordinary text to the tokenizer, as it is to SentencePiece. In an assistant's message, special tokens that have
+no role and that the template does not write, such as a `<seg>` that was added for masks, stay tokens. transformers' own
+`sanitize_control_tokens` tokenizes the pieces between such places apart, which changes the ids of the text around, gives no assistant
+mask, and misses a token that arises where two texts meet ("<ima" and "ge>"). Most conversations hold nothing to mark.
 """
 
 import functools
@@ -100,9 +98,9 @@ class ControlTokens:
 
     def mark(self, *values: Any, template: str = "") -> tuple[tuple, "Marks | None"]:
         """
-        Mark what could be taken for a control token in every string of `values` (messages, tools, …), except, in an assistant's
-        message, the special tokens that the chat `template` leaves to what is said. Gives new values, and what takes the marks
-        back; or the values themselves and `None` if there is nothing to mark.
+        Mark what could be taken for a control token in every string of `values` (messages, tools, …), except the special tokens that
+        the chat `template` leaves to an assistant's message. Returns new values and the [`Marks`], or the values themselves and
+        `None` if there is nothing to mark.
         """
         own = "|".join(map(re.escape, self.said(template) if template else []))
         said = {"assistant": re.compile(own)} if own else {}
@@ -114,7 +112,7 @@ class ControlTokens:
         block = next((b for b in range(_FIRST >> 12, (_LAST >> 12) + 1) if b not in taken), None)
         if block is None:
             raise ValueError(
-                "The conversation uses Unicode's private-use planes up; it cannot be told from control tokens."
+                "The conversation has characters of every private-use block; none is left to mark control tokens."
             )
         marks = Marks(self, block << 12)
         values = _map_texts(values, lambda text, role: marks.mark(text, said.get(role)))
@@ -132,9 +130,9 @@ class ControlTokens:
 
     def _marked_positions(self, text: str, said: re.Pattern | None = None) -> set[int]:
         """
-        Where a character must be marked, so that no control token is in `text` and none can arise by joining it to its neighbors: at
-        the first character of every occurrence, of a beginning of one at the text's end, and of an end (or middle) of one at the
-        text's beginning. The text is looked at as it is and stripped, as templates do.
+        Where a character must be marked, so that no control token is in `text`, as it is or stripped, and none arises where it is joined
+        to its neighbors: at the first character of every occurrence, of a beginning at the text's end, and of an end or a middle at
+        its beginning.
         """
         positions = set()
         if any(initial in text for initial in self._initials):

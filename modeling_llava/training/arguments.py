@@ -215,8 +215,8 @@ class LlavaTrainingArguments(TrainingArguments):
     activation_checkpointing: bool | str | None = _setting(
         None,
         "Keep only the input of a layer and compute the rest again in the backward pass: less memory, more time. on, off, "
-        "every_second (layer of the language model), or auto: the fastest that the GPU's free memory has room for by the "
-        "estimate, on without a GPU.",
+        "every_second (layer of the language model), offload (on, with these inputs in main memory), or auto: the fastest "
+        "that the GPU's free memory has room for by the estimate, on without a GPU.",
     )
 
     # --- The run ---
@@ -253,9 +253,6 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = _default(2, "Checkpoints kept; older ones are deleted.")
     remove_unused_columns: bool = _default(False, "Always False: conversations become model inputs in the collator.")
-    dataloader_persistent_workers: bool | None = _default(
-        None, "Keep the data loader's workers from one evaluation to the next; by default where there are any."
-    )
 
     def __post_init__(self):
         for setting in fields(self):
@@ -321,8 +318,9 @@ class LlavaTrainingArguments(TrainingArguments):
             yield "projector_learning_rate is set, but train_projector=frozen. Leave one out."
         if self.vision_tower_learning_rate is not None and not (self.train_vision_tower or self.lora_vision_tower):
             yield "vision_tower_learning_rate is set, but the tower is frozen. Set train_vision_tower=true, or leave it out."
-        if self.activation_checkpointing not in (None, False, True, "every_second", "auto"):
-            yield f"activation_checkpointing={self.activation_checkpointing} is not one of on, off, every_second, auto."
+        if self.activation_checkpointing not in (None, False, True, "every_second", "offload", "auto"):
+            words = f"activation_checkpointing={self.activation_checkpointing}"
+            yield f"{words} is not one of on, off, every_second, offload, auto."
         if not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout={self.lora_dropout} is not in [0, 1)."
         if isinstance(self.lora_target, str):

@@ -27,12 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
-    """
-    Training and evaluation data of a run, selected and split by its settings; `eval_size=auto` becomes a number.
-
-    Raises:
-        ValueError: `data` is not set, or no sample is left.
-    """
+    """Training and evaluation data of a run, selected and split by its settings; `eval_size=auto` becomes a number."""
     if args.data is None:
         raise ValueError("data is not set. Give a LLaVA JSON file, or a dataset with `messages` and `images`.")
     seed = args.sampling_seed
@@ -47,21 +42,20 @@ def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
         **reading,
     )
     if args.only_types is not None and not args.streaming:
-        absent = sorted(set(args.only_types) - set(train_dataset.types))
-        if absent:
+        if absent := sorted(set(args.only_types) - set(train_dataset.types)):
             raise ValueError(f"only_types names {', '.join(absent)}, but no sample of {args.data} has that type.")
     if args.max_samples is not None and args.max_samples < len(train_dataset):
-        for name in ("eval_strategy", "sample_answers", "benchmarks"):
-            if (value := getattr(args, name)) not in (None, 0, "no"):
-                used = f"{name}={getattr(value, 'value', value)} evaluates"
-                total = f"{len(train_dataset):,} samples"
-                raise ValueError(f"{used}, but nothing is held out of {total} by default. Set eval_size or eval_data.")
         train_dataset = train_dataset.select(_shuffled(len(train_dataset), seed)[: args.max_samples])
     eval_dataset = None
     if args.eval_data is not None:
         eval_dataset = load_conversations(args.eval_data, split=args.data_split, types=args.only_types, **reading)
     elif args.eval_size == "auto" and not 50 <= len(train_dataset) <= 5_000:
         args.eval_size = None
+        for name in ("eval_strategy", "sample_answers", "benchmarks"):
+            if (value := getattr(args, name)) not in (None, 0, "no"):
+                used = f"{name}={getattr(value, 'value', value)} evaluates"
+                total = f"{len(train_dataset):,} samples"
+                raise ValueError(f"{used}, but nothing is held out of {total} by default. Set eval_size or eval_data.")
     elif args.eval_size:
         total, size = len(train_dataset), args.eval_size
         held_out = max(round(total / 20), 4) if size == "auto" else round(size * total) if size < 1 else int(size)
@@ -108,6 +102,8 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
         return f"attn_implementation={attention} would build an attention mask of tokens × tokens for a pack"
     if args.torch_compile:
         return "torch_compile would recompile for each length of a pack"
+    if args.neftune_noise_alpha is not None:
+        return "neftune_noise_alpha is scaled by the length of a row, which would be that of a pack"
     language_model = model.model.language_model
     before = language_model.config._attn_implementation
     try:
@@ -133,8 +129,8 @@ _LEAK = 0.1  # relative: rounding to 16 bits gives about 0.01, another sample ab
 @dataclass(eq=False)
 class EndlessStream(IterableDataset):
     """
-    A stream that starts its next epoch when it ends: the shards of processes and workers differ in length, and one that ended
-    would leave the others waiting. A run that resumes counts batches from its beginning, whatever the epoch.
+    A stream that starts its next epoch when it ends: shards of processes and workers differ in length, and one that ended would leave
+    the others waiting. A resumed run counts batches from the first epoch.
     """
 
     stream: Iterable
@@ -171,8 +167,8 @@ class EndlessStream(IterableDataset):
 
 class SkipBatchesCollator:
     """
-    A collator that returns the first `num_batches` batches empty: a resumed stream is read up to where it stopped, but no image is
-    opened and nothing tokenized for what `Trainer` throws away.
+    A collator that returns the first `num_batches` batches empty: where a resumed stream is read up to where it stopped, no image is
+    opened and nothing tokenized for what `Trainer` skips.
     """
 
     def __init__(self, collator: Callable[[list], dict]):
@@ -192,10 +188,7 @@ class SkipBatchesCollator:
 
 @dataclass(eq=False)
 class FilledDataset(Dataset):
-    """
-    The samples of a dataset, then placeholders, up to a multiple of what the processes' batches take. Accelerate would start over
-    at the first sample, which an evaluation would count twice.
-    """
+    """The samples of a dataset, then placeholders, up to a multiple; accelerate would count the first samples twice."""
 
     dataset: Any
     multiple: int
@@ -210,8 +203,8 @@ class FilledDataset(Dataset):
 @dataclass(eq=False)
 class ShardedStream(IterableDataset):
     """
-    A process's shard of a stream that knows of no processes: each reads all of it, and takes one sample of each round, or a
-    placeholder where the last round has none left, so that all have equally many.
+    A process's shard of a stream: each process reads all of it, and takes one sample of each round, or a placeholder where the last
+    round has none left, so that all have equally many.
     """
 
     stream: Iterable
@@ -244,12 +237,8 @@ def pad_to_world_size(dataset: Any, collator: Any, args: LlavaTrainingArguments)
 
 def prepare_train_dataset(dataset: Any, collator: Any, args: LlavaTrainingArguments) -> Any:
     """
-    The training data of a run: in packs for `packing=full`, a stream sharded and without an end.
-
-    Args:
-        dataset: Conversations, by index or as a stream.
-        collator ([`LlavaDataCollator`]): Tells the length of a conversation.
-        args ([`LlavaTrainingArguments`]): The settings.
+    The training data of a run, conversations by index or as a stream: in packs for `packing=full`, a stream sharded and without an
+    end. The collator tells the length of a conversation.
 
     Raises:
         BadSampleError: a sample is longer than `max_length`, and `overflow="error"`.
@@ -311,14 +300,9 @@ def grouped_sampler(dataset: Any, collator: Any, args: LlavaTrainingArguments) -
 
 def usable_lengths(dataset: Any, collator: Any, args: LlavaTrainingArguments, drop: bool = True) -> np.ndarray:
     """
-    Lengths of all samples, in tokens; no image is opened. The work is sharded over processes and the DataLoader's workers.
-
-    Args:
-        drop (`bool`): Whether unusable samples can be left out here (BadSampleError if the settings say so); otherwise they
-            are left to the collator.
-
-    Returns:
-        `np.ndarray`: int64 `[num_samples]`, 0 where a sample cannot be used.
+    Lengths of all samples in tokens, int64 `[num_samples]`, 0 where a sample cannot be used; no image is opened. The work is sharded
+    over processes and the DataLoader's workers. With `drop` an unusable sample raises BadSampleError if the settings say so, and is
+    counted; otherwise that is left to the collator.
     """
     rank, world_size = args.process_index, args.world_size
     own = _Lengths(dataset, _require_lengths(collator), args.max_length, range(rank, len(dataset), world_size))

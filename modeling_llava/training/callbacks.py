@@ -1,4 +1,4 @@
-"""Callbacks of a run: a preview before step 1, speed in each log, NEFTune per sample, and the loss curve."""
+"""Callbacks of a run: a preview before step 1, speed in each log, and the loss curve."""
 
 import io
 import logging
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,13 +30,7 @@ LOSS_CURVE_NAME = "loss_curve.png"
 
 
 class PreviewCallback(TrainerCallback):
-    """
-    Before step 1: parameters per component, kernels, and the first samples with their supervised text marked.
-
-    Args:
-        trainer ([`LlavaTrainer`]): The trainer, whose collator makes the batch.
-        console (`rich.console.Console`, *optional*): Where to print; the terminal by default.
-    """
+    """Before step 1: parameters per component, kernels, and the first samples with their supervised text marked."""
 
     def __init__(self, trainer: Any, console: Any = None):
         self.trainer = trainer
@@ -100,14 +95,8 @@ class LossCurveCallback(TrainerCallback):
 
 def plot_loss_curve(log_history: list[dict[str, Any]], path: str | os.PathLike) -> Path | None:
     """
-    Plot training loss (with its centred moving mean) and evaluation loss over optimizer steps, as PNG.
-
-    Args:
-        log_history (`list[dict]`): `trainer.state.log_history`, or that of a `trainer_state.json`.
-        path (`str` or `os.PathLike`): The file.
-
-    Returns:
-        `Path` of the plot; `None` if matplotlib is not installed or nothing was logged.
+    Plot training loss (with its centred moving mean) and evaluation loss of `trainer.state.log_history` over optimizer steps, as PNG.
+    Returns its path, or `None` if matplotlib is not installed or nothing was logged.
     """
     trained = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
@@ -212,7 +201,7 @@ class SpeedCallback(TrainerCallback):
 
 
 def _memory() -> int:
-    """Bytes: what the GPU holds at most, with what is not PyTorch's (CUDA's context, paged state); without one, what is resident."""
+    """Bytes that the GPU held at most, CUDA's context and paged state included; without a GPU, resident main memory."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()
@@ -223,10 +212,8 @@ def _memory() -> int:
 
 class DurationCallback(TrainerCallback):
     """
-    Says once, after eleven optimizer steps, how long the run takes. The first one, which is slower, is not counted.
-
-    Args:
-        num_epochs (`float`), max_steps (`int`): Of the whole run, which a trial cuts short.
+    Says once, after eleven optimizer steps, how long the run takes (of `num_epochs` or `max_steps`; a trial cuts it short). The first
+    step, which is slower, is not counted.
     """
 
     whole: str | None = None
@@ -255,55 +242,29 @@ class DurationCallback(TrainerCallback):
                 logger.warning("By its first steps, the run takes %s.", self.whole)
 
 
-class CheckpointEverySecondLayer(TrainerCallback):
-    """Of the language model: transformers' `every_n_layers` counts the vision tower's layers too."""
+class CheckpointLanguageModel(TrainerCallback):
+    """
+    `activation_checkpointing` where it concerns the language model alone.
+
+    - every_second layer: transformers' `every_n_layers` counts the vision tower's layers too.
+    - offload: what is kept next to checkpointed layers, their inputs, waits for the backward pass in main memory.
+    """
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         language_model = core_model(model).model.language_model
+        if args.activation_checkpointing == "offload":
+            kept = save_on_cpu(pin_memory=True)
+            self.hooks = [
+                language_model.register_forward_pre_hook(lambda *_: kept.__enter__()),
+                language_model.register_forward_hook(lambda *_: kept.__exit__(), always_call=True),
+            ]
+            return
         layers = [layer for layer in language_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = index % 2 == 0
 
-
-class PerSampleNEFTune(TrainerCallback):
-    """
-    NEFTune (Jain et al. 2023, §2) for packs: uniform noise in ±`alpha` / √(L · hidden_size) on the embeddings of each
-    sample, L being its length. `Trainer` takes the length of the row: a pack of nine samples gets a third of the noise.
-    """
-
-    def __init__(self, alpha: float):
-        self.alpha = alpha
-        self.lengths = None
-        self.hooks = []
-
-    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
-        self._remove_hooks()  # of an interrupted training: noise would be added twice
-        core = core_model(model)
-        self.hooks = [
-            # not on `core` itself: PEFT calls its forward without hooks
-            core.model.register_forward_pre_hook(self._store_lengths, with_kwargs=True),
-            core.get_input_embeddings().register_forward_hook(self._add_noise),
-        ]
+    hooks = ()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._remove_hooks()
-
-    def _remove_hooks(self):
         for hook in self.hooks:
             hook.remove()
-        self.hooks = []
-
-    def _store_lengths(self, module, args, kwargs):
-        ends = kwargs.get("cu_seq_lens_q")
-        self.lengths = None if ends is None else ends.diff()
-
-    def _add_noise(self, module, args, embeddings):
-        # embeddings [batch_size, sequence_length, hidden_size]
-        if not module.training:
-            return embeddings
-        lengths = torch.tensor(embeddings.shape[1]) if self.lengths is None else self.lengths
-        scale = self.alpha / (lengths * embeddings.shape[-1]).sqrt()
-        if self.lengths is not None:
-            scale = scale.repeat_interleave(self.lengths)[:, None]  # [sequence_length, 1]
-        noise = torch.empty_like(embeddings).uniform_(-1, 1)
-        return embeddings + noise * scale.to(embeddings.device, embeddings.dtype)

@@ -1,5 +1,6 @@
 """
-A run's output folder, and how weights and state are written there and come back. `_save_checkpoint` itself is `Trainer`'s.
+A run's output folder, and how weights and state are written there and come back (its place in the data: batches.py).
+`_save_checkpoint` itself is `Trainer`'s.
 
 Under FSDP2 each process writes its own shard:
 
@@ -7,8 +8,7 @@ Under FSDP2 each process writes its own shard:
                  optimizer_0/            the same, of the optimizer
                  …                       processor, recipe and what else every checkpoint holds
 
-`Trainer` saves no weights at the end of such a run, and in its checkpoints the frozen ones too. (A resumed run's place in the data:
-batches.py.)
+`Trainer` saves no weights at the end of such a run, and in its checkpoints the frozen ones too.
 """
 
 import json
@@ -110,8 +110,7 @@ def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
 def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint of a run, or `None`. One that was being saved when the run was killed is incomplete."""
     for folder in checkpoint_folders(output_dir):
-        reason = why_incomplete(folder)
-        if reason is None:
+        if (reason := why_incomplete(folder)) is None:
             return folder
         logger.warning(f"{folder} is not complete ({reason}): trying an earlier checkpoint.")
     return None
@@ -119,19 +118,15 @@ def find_resumable_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 
 def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     """
-    Why a run cannot be resumed from a checkpoint; `None` if it can.
-
-    `trainer_state.json` is written last: if it parses, everything was written. Weights and optimizer state are checked too
-    (without reading them), for copies that were cut off.
+    Why a run cannot be resumed from a checkpoint; `None` if it can. `trainer_state.json` is written last: if it parses, everything was
+    written. Weights and optimizer state are checked too (without reading them), for copies that were cut off.
     """
     checkpoint = Path(checkpoint)
     try:
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-        if not isinstance(state, dict) or "global_step" not in state:
-            return f"{TRAINER_STATE_NAME} has no global_step"
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"]
     except FileNotFoundError:
         return f"{TRAINER_STATE_NAME} is missing"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:
         return f"{TRAINER_STATE_NAME} does not parse: {error}"
     for file in checkpoint.glob("*.safetensors"):
         try:
@@ -169,8 +164,7 @@ def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
     if args.resume == "auto":
         return find_resumable_checkpoint(args.output_dir)
     if args.resume == "never":
-        left = checkpoint_folders(args.output_dir)
-        if left:
+        if left := checkpoint_folders(args.output_dir):
             raise ValueError(
                 f"resume=never, but {args.output_dir} holds {left[0].name} of an earlier run, from which this run "
                 "would resume later. Choose another output_dir, or delete it."
@@ -181,8 +175,7 @@ def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
         raise FileNotFoundError(
             f"resume={args.resume}: there is no such checkpoint. Set auto, never, or the path of one."
         )
-    reason = why_incomplete(checkpoint)
-    if reason is not None:
+    if reason := why_incomplete(checkpoint):
         raise ValueError(f"resume={args.resume}: the checkpoint is not complete ({reason}). Choose an earlier one.")
     return checkpoint
 
@@ -190,9 +183,13 @@ def checkpoint_to_resume(args: LlavaTrainingArguments) -> Path | None:
 def changed_settings(args: LlavaTrainingArguments, checkpoint: Path) -> dict[str, str]:
     """Settings that differ from those of a checkpoint, as "before → now"; empty if it has no recipe."""
     before = _recipe_of(checkpoint)
-    now = args.to_recipe() if before else {}
-    if before:  # a setting of ours that is newer than the run
-        before = {s.name: s.default for s in fields(args) if s.metadata.get("group") == "llava"} | before
+    if not before:
+        return {}
+    # settings of ours that are newer than the run have their default
+    before, now = (
+        {s.name: s.default for s in fields(args) if s.metadata.get("group") == "llava"} | before,
+        args.to_recipe(),
+    )
     return {
         name: f"{before.get(name)!r} → {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -218,8 +215,8 @@ def write_run_record(
     folder: str | os.PathLike, args: LlavaTrainingArguments, data: dict[str, Any] | None, base: dict[str, Any] | None
 ) -> None:
     """
-    Write `recipe.yaml` (every setting, resolved) and `run.json`: versions, machine, the data ([`record_data`]) and, of an adapter,
-    the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
+    Write `recipe.yaml` (every setting, resolved) and `run.json`: versions, machine, the data ([`~modeling_llava.training.run.record_data`])
+    and, of an adapter, the weights on which it was trained ([`~modeling_llava.io.checkpoints.base_record`]).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,12 +259,13 @@ class CheckpointingTrainer(Trainer):
             if processor is not None and self.args.adapter == "none":
                 add_generation_stop(core.generation_config, processor)
             settings = vars(core.config)
-            in_training = settings.pop("use_cache")
+            in_training = dict(settings)
+            settings.pop("use_cache", None)
             settings |= self._use_cache
             try:
                 super()._save(str(folder), state_dict)
             finally:
-                settings["use_cache"] = in_training
+                settings |= in_training
             if self.args.adapter != "none":
                 finish_adapter_folder(folder, self.initial_lora)
                 if processor is not None:
@@ -294,7 +292,7 @@ class CheckpointingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _check_weights(self) -> None:
-        """Raise ValueError if nothing was trained on so far or weights are not finite: saving would replace a good checkpoint."""
+        """Raise ValueError if nothing was trained on or weights are not finite: saving would replace a good checkpoint."""
         if not self._speed.num_batches:
             return
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -395,7 +393,7 @@ class CheckpointingTrainer(Trainer):
         return True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in `Trainer`, but learning rates and weight decay are this run's, and not those of the run that stopped."""
+        """As in `Trainer`, but with the learning rates and weight decay of this run, not those of the one that stopped."""
         if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         groups, names = self.optimizer.param_groups, ("initial_lr", "weight_decay")
@@ -433,13 +431,12 @@ def weights_to_save(model: nn.Module, args: LlavaTrainingArguments) -> dict[str,
     """The weights of a checkpoint by their names in memory, not copied: all of a full model, otherwise what is trained."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = get_model_state_dict(model)
+    weights, trained = get_model_state_dict(model), {n for n, p in model.named_parameters() if p.requires_grad}
     if args.adapter != "none":
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {name: w for name, w in weights.items() if name in trained or ".modules_to_save." in name}
     if args.stage == "pretrain":
-        trained = {component_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {name: w for name, w in weights.items() if component_of(name) in trained}
+        parts = set(map(component_of, trained))
+        return {name: w for name, w in weights.items() if component_of(name) in parts}
     return weights
 
 
@@ -471,11 +468,8 @@ def gather_weights(model: nn.Module, args: LlavaTrainingArguments) -> dict[str, 
     gathered: dict[str, torch.Tensor] = {}
     for name, weight in weights_to_save(model, args).items():
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        if not args.should_save:
-            continue
-        if is_full and whole.is_floating_point():
-            whole = whole.to(args.compute_dtype)  # as published checkpoints are
-        gathered[name] = whole.cpu()
+        if args.should_save:  # in 16 bit, as published checkpoints are
+            gathered[name] = whole.to("cpu", args.compute_dtype if is_full and whole.is_floating_point() else None)
     return gathered
 
 

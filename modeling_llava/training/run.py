@@ -104,11 +104,8 @@ def _arguments(recipe, overrides) -> LlavaTrainingArguments:
 
 def _preflight(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback]) -> Path | None:
     """
-    What would otherwise fail after a model has been loaded, or after the first evaluation. Settings have been checked against each
-    other by then ([`LlavaTrainingArguments`]), and the output folder is locked.
-
-    Returns:
-        `Path`: the checkpoint from which the run resumes, if there is one.
+    Raise what would otherwise fail after a model has been loaded, or after the first evaluation (settings have been checked against
+    each other by [`LlavaTrainingArguments`]). Returns the checkpoint from which the run resumes, if there is one.
     """
     for callback in get_reporting_integration_callbacks(args.report_to):
         try:
@@ -208,7 +205,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
     needed = missing_stop(written, processor)
     if needed and args.stage == "finetune" and args.process_index == 0:
         logger.warning(
-            f"Stock transformers does not end this model's answers by itself. Pass {needed} to model.generate(…) as arguments"
+            f"Stock transformers does not know where this model's answers end. Pass {needed} to model.generate(…) as arguments"
             f"{' together with tokenizer=…' if 'stop_strings' in needed else ''}, and to a pipeline as generate_kwargs={{…}} (it "
             "ignores them as arguments of its own). llava chat and llava eval need nothing."
         )
@@ -223,11 +220,7 @@ def _train(args: LlavaTrainingArguments, callbacks: Sequence[TrainerCallback], c
 
 
 def _is_finished(trainer: LlavaTrainer, checkpoint: Path) -> bool:
-    """
-    Whether a checkpoint is the last of a run: all steps done, or stopped early.
-
-    `Trainer` checks only after a step: a finished run that is started again would train one step more.
-    """
+    """Whether a checkpoint is the last of a run: all steps done, or stopped early. `Trainer` would train one step more."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
     max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
     if state["global_step"] >= max_steps:
@@ -238,12 +231,7 @@ def _is_finished(trainer: LlavaTrainer, checkpoint: Path) -> bool:
 
 @contextmanager
 def full_disk_explained(output_dir: str | os.PathLike) -> Iterator[None]:
-    """
-    Around a run: explain that the disk is full, and from which checkpoint the run can resume.
-
-    Raises:
-        OSError: in place of what safetensors, tokenizers, torch and the system raise.
-    """
+    """OSError, with the checkpoint to resume from, in place of what safetensors, tokenizers, torch and the system raise on a full disk."""
     try:
         yield
     except Exception as error:  # tokenizers raise a bare Exception, torch's writer a RuntimeError
@@ -263,9 +251,8 @@ _FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "PytorchS
 
 def record_data(sources: str | list[str] | dict[str, str] | None, dataset: Any = None) -> dict[str, Any]:
     """
-    The data of a run: each source with the SHA-256 of its file, and the number of samples.
-
-    A folder or a pattern is hashed by the names and sizes of its files. Data on the Hub has no hash.
+    The data of a run: each source with the SHA-256 of its file, and the number of samples. A folder or a pattern is hashed by the
+    names and sizes of its files; data on the Hub has no hash.
     """
     if isinstance(sources, str):
         sources = [sources]

@@ -98,8 +98,8 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
 
 def load_model_and_processor(args: LlavaTrainingArguments) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    The model of a run, with the projector of a pretrain run and the adapter to be trained further if there are any, and
-    its processor. Weights have the dtype of their file until [`prepare_model`].
+    The model of a run, with the projector and the adapter that it starts from, and its processor. Weights have the dtype of their
+    file until [`prepare_model`].
 
     Raises:
         ValueError, FileNotFoundError: as in [`base_and_adapter`]; the projector does not fit, or would not be saved.
@@ -177,18 +177,15 @@ def set_trainable(model: nn.Module, args: LlavaTrainingArguments) -> None:
 
 def unused_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
-    Parameters of the vision tower that do not reach the loss, such as those after its last feature layer (LLaVA uses the last but
-    one, −2) and of its last norm and pooling head. They are frozen: data-parallel training would wait for their gradients.
+    Parameters of the vision tower that do not reach the loss: layers after the last feature layer (LLaVA takes the last but one, −2),
+    the last norm and the pooling head. They are frozen: data-parallel training would wait for their gradients.
     """
     tower, layers, num_used = tower_layers(model)
     if layers is None:
         return []
-    is_used = re.compile(rf"{re.escape(layers)}\.({'|'.join(map(str, range(num_used)))})\.")
-    unused = []
+    unused = list(tower.get_submodule(layers)[num_used:].parameters())
     for name, parameter in tower.named_parameters():
-        in_layers = name.startswith(layers + ".")
-        behind = any(part in name for part in ("post_layernorm", "head.")) and not in_layers
-        if behind or (in_layers and not is_used.match(name)):
+        if not name.startswith(f"{layers}.") and any(part in name for part in ("post_layernorm", "head.")):
             unused.append(parameter)
     return unused
 
@@ -196,11 +193,9 @@ def unused_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
 @torch.no_grad()
 def set_dtypes(model: nn.Module, args: LlavaTrainingArguments) -> None:
     """
-    Trained weights in `args.trained_dtype`, frozen ones in the dtype of the arithmetic.
-
-    Small updates would vanish in 16-bit weights, so trained ones are float32 by default, under autocast. Frozen norms stay in
-    16 bit (PEFT's `prepare_model_for_kbit_training` makes them float32): as float32 they would turn all activations after them
-    into float32. 4-bit weights and buffers (rotary frequencies) are left as they are.
+    Trained weights in `args.trained_dtype` (float32 by default: small updates vanish in 16 bit), frozen ones in the dtype of the
+    arithmetic: float32 norms (PEFT's `prepare_model_for_kbit_training`) would turn all activations after them into float32. 4-bit
+    weights and buffers (rotary frequencies) are left as they are.
     """
     trained_dtype = getattr(torch, args.trained_dtype)
     for parameter in model.parameters():
@@ -212,27 +207,18 @@ def set_dtypes(model: nn.Module, args: LlavaTrainingArguments) -> None:
 
 def optimizer_groups(model: nn.Module, args: LlavaTrainingArguments, decay_names: list[str]) -> list[dict]:
     """
-    Parameter groups: a learning rate per component, weight decay only on `decay_names` (no biases, no norms). The language
-    model's come first: its rate is the one that `Trainer` logs.
-
-    Returns:
-        `list[dict]`: `params`, `lr`, `weight_decay` and `component` of each group that is not empty.
+    Parameter groups, those of the language model first, whose rate `Trainer` logs: a learning rate per component, weight decay on
+    `decay_names` alone (no biases, no norms).
     """
-    rates = args.learning_rates()
-    groups = {(component, decay): [] for component in COMPONENTS for decay in (True, False)}
-    decay_names = set(decay_names)
+    rates, decay_names = args.learning_rates(), set(decay_names)
+    groups: dict[tuple[str, bool], list] = {(part, decays): [] for part in COMPONENTS for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[component_of(name), name in decay_names].append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": rates[component],
-            "weight_decay": args.weight_decay if decay else 0.0,
-            "component": component,
-        }
-        for (component, decay), parameters in groups.items()
-        if parameters
+        {"params": group, "lr": rates[part], "weight_decay": args.weight_decay * decays, "component": part}
+        for (part, decays), group in groups.items()
+        if group
     ]
 
 
@@ -277,10 +263,8 @@ def is_peft(model: nn.Module) -> bool:
 
 def lora_target_pattern(model: PreTrainedModel, target: str | list[str] | None = None) -> str:
     r"""
-    The regular expression over full module names for an `lora_target`: by default, and for `all-linear`, every linear layer
-    of the language model and no other.
-
-    For Llama: `model\.language_model\.(.*\.)?(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
+    The regular expression over full module names for an `lora_target`. By default, and for `all-linear`, it is every linear layer of
+    the language model; for Llama `model\.language_model\.(.*\.)?(down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)`.
 
     Raises:
         ValueError: a name that no layer of the language model has.
@@ -314,8 +298,8 @@ def _linear_layers(model: nn.Module, place: str) -> str:
 
 def tower_layers(model: nn.Module) -> tuple[nn.Module, str | None, int]:
     """
-    The vision tower (the copy that is trained, under PEFT), the name of its list of layers, `None` if there is none, and how many
-    of them reach the loss: hidden state 0 is the embedding, hidden state i the output of layer i − 1.
+    The vision tower (under PEFT the copy that is trained), the name of its list of layers, if it has one, and how many of them reach
+    the loss: hidden state 0 is the embedding, hidden state i the output of layer i − 1.
     """
     tower = model.model.vision_tower
     for trained in getattr(tower, "modules_to_save", {}).values():
@@ -331,12 +315,7 @@ def tower_layers(model: nn.Module) -> tuple[nn.Module, str | None, int]:
 
 
 def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
-    """
-    The `peft.LoraConfig` for a run.
-
-    Raises:
-        ValueError: `lora_target` matches nothing, or something outside the language model.
-    """
+    """The `peft.LoraConfig` of a run; ValueError if `lora_target` matches nothing, or something outside the language model."""
     from peft import LoraConfig
 
     targets = [lora_target_pattern(model, args.lora_target)]
@@ -365,14 +344,10 @@ def lora_config(model: PreTrainedModel, args: LlavaTrainingArguments):
     )
 
 
-def trained_forms(model: nn.Module) -> dict[str, str]:
-    """How an adapter trains projector and tower: `full`, `lora` or `frozen`."""
-    forms = {}
-    for component in ("multi_modal_projector", "vision_tower"):
-        names = [name for name, _ in model.named_parameters() if component_of(name) == component]
-        is_full, is_lora = (any(sign in name for name in names) for sign in (".modules_to_save.", ".lora_"))
-        forms[component] = "full" if is_full else "lora" if is_lora else "frozen"
-    return forms
+def _trained_form(model: nn.Module, component: str) -> str:
+    """How an adapter trains projector or tower: `full`, `lora` or `frozen`."""
+    names = " ".join(name for name, _ in model.named_parameters() if component_of(name) == component)
+    return "full" if ".modules_to_save." in names else "lora" if ".lora_" in names else "frozen"
 
 
 def add_adapter(model: PreTrainedModel, args: LlavaTrainingArguments):
@@ -397,11 +372,11 @@ def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments
 
     resize_to_adapter(model, path, revision)
     peft_model = PeftModel.from_pretrained(model, path, is_trainable=True, revision=revision, key_mapping=TODAYS_NAMES)
-    forms = trained_forms(peft_model)
+    projector, tower = (_trained_form(peft_model, part) for part in ("multi_modal_projector", "vision_tower"))
     for name, theirs, ours in (
-        ("train_projector", forms["multi_modal_projector"], args.train_projector),
-        ("train_vision_tower", forms["vision_tower"] == "full", args.train_vision_tower),
-        ("lora_vision_tower", forms["vision_tower"] == "lora", args.lora_vision_tower),
+        ("train_projector", projector, args.train_projector),
+        ("train_vision_tower", tower == "full", args.train_vision_tower),
+        ("lora_vision_tower", tower == "lora", args.lora_vision_tower),
     ):
         if ours != theirs:
             raise ValueError(
@@ -419,15 +394,16 @@ def load_adapter(model: PreTrainedModel, path: str, args: LlavaTrainingArguments
 
 def require_new_rows_are_saved(model: nn.Module) -> None:
     """
-    Raise ValueError where tokens were added to the base and the adapter does not hold their rows of the embeddings or of an untied
-    head: PEFT leaves frozen ones out, and the result would have random rows there.
+    Raise ValueError where tokens were added to the base and the adapter would not hold their rows of the embeddings or of an untied
+    head: PEFT leaves frozen ones out.
     """
     from peft import get_peft_model_state_dict
 
     core = core_model(model)
     base = base_name_to_record(core)
     config = base and read_config(file_of(base, "config.json"))
-    before, embeddings, head = (config or {}).get("text_config", {}).get("vocab_size"), *_vocabulary(core)
+    before = (config or {}).get("text_config", {}).get("vocab_size")
+    embeddings, head = core.get_input_embeddings().weight, core.get_output_embeddings().weight
     if before is None or len(embeddings) <= before:
         return
     whole = [name for name, tensor in get_peft_model_state_dict(model).items() if len(tensor) == len(embeddings)]
@@ -441,17 +417,10 @@ def require_new_rows_are_saved(model: nn.Module) -> None:
         )
 
 
-def _vocabulary(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
-
-
 def initial_lora(model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The LoRA weights, by their names in an adapter file, that an initialisation such as PiSSA has taken out of the base's
-    weights; empty for one that leaves the base as it is.
-
-    Raises:
-        ValueError: the initialisation changes the base in a way that an adapter cannot undo (LoftQ).
+    The LoRA weights, by their names in an adapter file, that an initialisation such as PiSSA has taken out of the base's weights;
+    empty for one that leaves the base as it is. ValueError for LoftQ, which changes the base in a way that an adapter cannot undo.
     """
     from peft import get_peft_model_state_dict
 
@@ -472,9 +441,8 @@ _LORA = re.compile(r"\.lora_[AB]\.")
 
 def finish_adapter_folder(folder: str | Path, initial: dict[str, torch.Tensor]) -> None:
     """
-    Make an adapter that PEFT has saved loadable on the base that others have, by transformers too: without what [`initial_lora`]
-    took out of the base, as LoRA of twice the rank, and with DoRA's magnitudes as `….lora_magnitude_vector.weight`. PEFT reads them
-    with and without the end; transformers' own loading only with it, and leaves them untrained otherwise.
+    Make an adapter that PEFT has saved loadable on the base that others have: without what [`initial_lora`] took out of the base, as
+    LoRA of twice the rank, and with DoRA's magnitudes as `….lora_magnitude_vector.weight`, the only name that transformers reads.
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))

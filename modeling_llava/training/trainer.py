@@ -34,7 +34,7 @@ from .batches import (
     prepare_train_dataset,
     resolve_packing,
 )
-from .callbacks import CheckpointLanguageModel, PerSampleNEFTune, SpeedCallback
+from .callbacks import CheckpointLanguageModel, SpeedCallback
 from .checkpoints import CheckpointingTrainer
 from .setup import (
     core_model,
@@ -58,7 +58,6 @@ class LlavaTrainer(CheckpointingTrainer):
 
     - freezes what the stage freezes, adds the adapter (unless `model` is PEFT-wrapped), a learning rate per component;
     - packs samples instead of padding them, groups them by length and modality, and shards streams over processes;
-    - `neftune_noise_alpha` is scaled by the length of each sample of a pack;
     - `label_smoothing_factor` is computed in the model's loss (stock forgets to shift the labels of a `llava`);
     - an evaluation of the loss alone builds no logits;
     - a checkpoint holds the processor; in the stage `pretrain` what is trained, and not the frozen gigabytes;
@@ -104,13 +103,15 @@ class LlavaTrainer(CheckpointingTrainer):
         # Trainer adds the tokenizer's EOS token to the model's; an adapter is loaded with its base's all the same.
         self.base_generation_config = copy.deepcopy(core_model(model).generation_config)
         model = self._prepare_model(model, data_collator is not None)
-        # Whether forward takes label_smoothing and skip_logits, and text alone takes part in the image path: stock's does not.
+        # Whether forward takes label_smoothing and skip_logits, and text alone runs the image path: stock's does not.
         self._has_own_forward = isinstance(core_model(model), LlavaForConditionalGeneration)
+        if args.label_smoothing_factor and not self._has_own_forward:
+            raise ValueError(
+                f"label_smoothing_factor: {type(core_model(model)).__name__} of transformers does not shift the labels for it. Load "
+                "the model with AutoModelForImageTextToText after `import modeling_llava`."
+            )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = not self._has_own_forward
-        args.dataloader_persistent_workers = (
-            bool(args.dataloader_num_workers) and args.dataloader_persistent_workers is not False
-        )
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
@@ -135,14 +136,7 @@ class LlavaTrainer(CheckpointingTrainer):
         self.add_callback(self._speed)
         if args.activation_checkpointing in ("every_second", "offload"):
             self.add_callback(CheckpointLanguageModel())
-        if self.neftune_noise_alpha is not None and args.packing != "none":
-            self.add_callback(PerSampleNEFTune(self.neftune_noise_alpha))
-            self.neftune_noise_alpha = None
-        if self.label_smoother is not None:
-            # Trainer would take the labels away from the model, and compare position t with label t.
-            self.label_smoother = None
-            if not self._has_own_forward:
-                self.compute_loss_func = _smoothed_loss(args.label_smoothing_factor)
+        self.label_smoother = None  # it would take the labels away from the model, and compare position t with label t
 
     kernel_report: KernelReport | None = None
     """What was exchanged by kernels; `None` with `kernels=False`."""
@@ -174,7 +168,7 @@ class LlavaTrainer(CheckpointingTrainer):
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(model)
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
-        if not {"params", "model", "optimizer_dict"} & kwargs.keys():  # optimizers that choose by themselves
+        if not {"params", "model", "optimizer_dict"} & kwargs.keys():  # optimizers that make their own groups
             kwargs["params"] = optimizer_groups(trained, self.args, self.get_decay_parameter_names(trained))
             self.optimizer_cls_and_kwargs = (optimizer_class, kwargs)
         try:
@@ -199,16 +193,13 @@ class LlavaTrainer(CheckpointingTrainer):
     _grouped_sampler: GroupedSampler | None = None
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        """In order: `Trainer` would group an evaluation as it groups training, by lengths that conversations do not have."""
+        """In order; `Trainer` would group an evaluation as it groups training, by lengths that conversations do not have."""
         return torch.utils.data.SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> torch.utils.data.DataLoader:
-        """
-        As in `Trainer`, but with equal evaluation shards; streams that are sharded already are not sharded again, and the batches
-        of an optimizer step go to the device one at a time.
-        """
+        """As in `Trainer`, with equal evaluation shards; sharded streams are not sharded again, and batches go to the device one by one."""
         if description == "Evaluation" or not (is_training or hasattr(dataset, "__len__")):
             dataset = pad_to_world_size(dataset, self.data_collator, self.args)
         if not isinstance(dataset, EndlessStream | ShardedStream):
@@ -233,21 +224,9 @@ class LlavaTrainer(CheckpointingTrainer):
             in_order=self.args.dataloader_in_order,
         )
         device = None if is_training else self.accelerator.device
-        loader = prepare_data_loader(
+        return prepare_data_loader(
             loader, device, num_processes=1, process_index=0, put_on_device=not is_training, dispatch_batches=False
         )
-        if dataloader_key is not None:
-            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
-        return loader
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """As in `Trainer`, which for every dataset gives the loader of the first, if its workers persist."""
-        if eval_dataset is not self._evaluated_dataset and not isinstance(eval_dataset, str):
-            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-            self._evaluated_dataset = eval_dataset
-        return super().get_eval_dataloader(eval_dataset)
-
-    _evaluated_dataset: Any = None
 
     def _prepare_input(self, data):
         """As in `Trainer`, which waits for the device at each tensor that it copies there."""
@@ -276,7 +255,7 @@ class LlavaTrainer(CheckpointingTrainer):
         if self.args.label_smoothing_factor and self._has_own_forward:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         if not model.training:
-            num_items_in_batch = None  # an evaluation adds up by itself: the mean of the batch alone
+            num_items_in_batch = None  # evaluation_loop weights the batches: the mean of this one alone
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -294,8 +273,8 @@ class LlavaTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """
-        As in `Trainer`, but the loss is the mean over all supervised tokens, whatever the batch size, the packing and
-        the number of processes. `Trainer` averages the means of batches, a last and smaller one as if it were whole.
+        As in `Trainer`, but the loss is the mean over all supervised tokens, whatever batch size, packing and number of processes;
+        `Trainer` averages the means of batches.
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -331,8 +310,8 @@ def _allow_fsdp_on_cpu(args: LlavaTrainingArguments) -> None:
 
 def _configure_fsdp(accelerator: Accelerator, model: nn.Module, args: LlavaTrainingArguments) -> None:
     """
-    Fill in what the launch configuration leaves open: a layer is gathered at a time (accelerate fails on class names that a LLaVA
-    lists but does not have), and in mixed precision gradients are summed in float32 and outputs, the loss too, keep their dtype.
+    What the launch configuration leaves open: one layer is gathered at a time (accelerate fails on class names that a LLaVA lists but
+    does not have); in mixed precision gradients are summed in float32, and outputs keep their dtype.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
@@ -344,20 +323,6 @@ def _configure_fsdp(accelerator: Accelerator, model: nn.Module, args: LlavaTrain
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=args.compute_dtype, reduce_dtype=torch.float32, output_dtype=None
         )
-
-
-def _smoothed_loss(label_smoothing: float):
-    """For stock models: cross-entropy with label smoothing, labels shifted, normalised as the stock loss is."""
-
-    def loss(outputs, labels, num_items_in_batch=None):
-        logits = outputs["logits"][:, :-1].float()  # [batch_size, sequence_length - 1, vocabulary]
-        targets = labels[:, 1:].to(logits.device)
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=label_smoothing
-        )
-        return total / (num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum())
-
-    return loss
 
 
 class _AtBegin(TrainerCallback):

@@ -126,18 +126,6 @@ def test_output_has_the_form_of_every_attention_function():
     assert not torch.allclose(packed[0], plain[0])  # the first row holds two
 
 
-@pytest.mark.parametrize("length, window", [(13, 4), (12, 4), (5, 4), (4, 4), (9, 1)])
-def test_blocks_of_a_sliding_window_equal_one_dense_window(length, window):
-    torch.manual_seed(0)
-    states = [torch.randn(length, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(s.transpose(0, 1)[None] for s in states), attn_mask=(distance >= 0) & (distance < window), enable_gqa=True
-    )
-    actual = attention_module._sdpa_per_segment(*states, [length], dropout=0.0, scaling=None, sliding_window=window)
-    torch.testing.assert_close(actual.transpose(0, 1)[None], expected)
-
-
 @pytest.mark.parametrize("window, is_packed", [(None, True), (4, True), (None, False)])
 def test_where_flash_attention_is_not_to_be_had_sdpa_is_not_asked_for_grouped_heads(window, is_packed, monkeypatch):
     """SDPA's kernel for them builds all scores there: float32, and GPUs before sm80."""
@@ -278,18 +266,3 @@ def test_pytorchs_kernel_is_called_as_it_wants_to_be(monkeypatch, window):
     # FlashAttention's (left, right): right = 0 is causal; `left` does not count the query's own position
     assert called["window_size"] == ((-1, 0) if window is None else (4, 0))
     assert called["enable_gqa"] and called["scale"] == 0.25
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pack_on_the_gpu_equals_its_samples(name, dtype):
-    model = language_model(name).to("cuda", dtype).eval()
-    parts = [part.cuda() for part in samples()]
-    packed = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in pack(parts).items()}
-    with torch.no_grad():
-        expected = torch.cat([model(part[None]).logits[0] for part in parts])
-        model.set_attn_implementation(VARLEN)
-        actual = model(**packed, use_cache=False).logits[0]
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    assert (actual - expected).norm() / expected.norm() < tolerance

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from tiny import tiny_config, tiny_text_config
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.neftune import activate_neftune
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -18,7 +17,6 @@ from modeling_llava.data.packing import PackedDataset
 from modeling_llava.kernels.packed_attention import VARLEN, packed_attention_error
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
 from modeling_llava.training.batches import load_datasets, resolve_packing
-from modeling_llava.training.callbacks import PerSampleNEFTune
 from modeling_llava.training.setup import core_model, load_model_and_processor, prepare_model
 
 
@@ -172,8 +170,9 @@ def test_auto_packs_where_the_language_model_allows_it(settings):
     assert core.model.vision_tower.config._attn_implementation == "sdpa"
 
 
-def test_auto_pads_with_an_attention_that_would_need_a_dense_mask(settings):
-    trainer = trainer_for(settings, attn_implementation="sdpa")
+@pytest.mark.parametrize("change", [{"attn_implementation": "sdpa"}, {"neftune_noise_alpha": 5.0}])
+def test_auto_pads_where_packs_need_a_dense_mask_or_get_other_noise(settings, change):
+    trainer = trainer_for(settings, **change)
     assert trainer.args.packing == "none" and not trainer.data_collator.packing
     with pytest.raises(ValueError, match="attn_implementation=eager would build an attention mask.*Set packing=none"):
         trainer_for(settings, attn_implementation="eager", packing="batch")
@@ -197,7 +196,7 @@ def test_a_language_model_in_which_samples_see_each_other_is_found_out(settings,
     model.set_attn_implementation({"text_config": leaky})
     assert packed_attention_error(language_model) > 0.1
     assert language_model.training
-    monkeypatch.setattr("modeling_llava.training.setup.use_varlen_attention", lambda model: None)
+    monkeypatch.setattr("modeling_llava.training.batches.use_varlen_attention", lambda model: None)
     args.packing = "batch"
     with pytest.raises(ValueError, match="samples of a pack attend to each other in LlamaModel"):
         resolve_packing(model, args)
@@ -214,7 +213,7 @@ def test_a_language_model_whose_attention_packs_do_not_know_is_padded(settings):
     resolve_packing(model, args)
     assert args.packing == "none" and model.model.language_model.config._attn_implementation == before
     args.packing = "full"
-    with pytest.raises(ValueError, match="does not know softcap, which Gemma2Attention asks for. Set packing=none"):
+    with pytest.raises(ValueError, match="softcap, which Gemma2Attention requires. Set packing=none"):
         resolve_packing(model, args)
 
 
@@ -227,42 +226,6 @@ def test_a_language_model_that_keeps_the_lengths_from_its_attention_is_padded(se
     args.packing = "batch"
     with pytest.raises(ValueError, match="does not hand cu_seq_lens_q to its attention layers.* Set packing"):
         resolve_packing(model, args)
-
-
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_neftune_gives_each_sample_of_a_pack_the_noise_that_it_gets_alone(settings, instructions, adapter):
-    """Against transformers' own hook, on each sample by itself."""
-    trainer = trainer_for(settings, neftune_noise_alpha=5.0, adapter=adapter)
-    model, samples = trainer.model, samples_with_everything(instructions)
-    (noise,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, PerSampleNEFTune)]
-    seen, embedding = [], model.get_input_embeddings()
-
-    def embed(packed):
-        for pack in packed:
-            seen.clear()
-            torch.manual_seed(0)
-            model(**trainer.data_collator([pack]))
-            yield seen[0] - embedding.weight[trainer.data_collator([pack])["input_ids"]]
-
-    noise.on_train_begin(None, None, None, model=model)  # a training that was broken off
-    noise.on_train_begin(None, None, None, model=model)
-    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    model.train()
-    (together,) = embed([samples])
-    noise.on_train_end(None, None, None)
-    hook.remove()
-    theirs = activate_neftune(core_model(model), 5.0)
-    hook = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    alone = list(embed([[sample] for sample in samples]))
-    theirs.remove()
-    for mine, other in zip(together.split([part.shape[1] for part in alone], dim=1), alone, strict=True):
-        bound = 5.0 / (mine.shape[1] * mine.shape[2]) ** 0.5
-        assert 0.9 * bound < mine.abs().max() <= 1.001 * bound  # the most of many uniform draws
-        assert 0.9 * bound < other.abs().max() <= 1.001 * bound
-    first = alone[0].shape[1]
-    torch.testing.assert_close(together[:, :first], alone[0], atol=1e-6, rtol=1e-4)  # drawn alike
-    hook.remove()
-    assert not noise.hooks and not embedding._forward_hooks
 
 
 # Grouping
