@@ -59,9 +59,9 @@ class Row:
     Attributes:
         id: Names the row; also the seed of its sampling.
         ids (`list[int]`): The whole prompt, each image expanded to its image tokens.
-        prefix (`Prefix`, *optional*): Keys and values of the first `prefix.end` tokens of `ids`.
+        prefix (`Prefix`, *optional*): Keys and values of the tokens that `ids` begins with.
         features (`list[torch.Tensor]`): Features `[num_image_tokens, hidden]` of the images after the prefix.
-        keep (`bool`): Keep the keys and values of a finished row, in `kept`.
+        keep (`bool`): Keep the keys and values of the finished row, in `kept`; of a row that is alone.
         tokens (`list[int]`): The answer so far, its end token included.
         finish_reason (`str`, *optional*): `"stop"`, `"length"`, or `None` while it grows.
     """
@@ -79,7 +79,7 @@ class Row:
     @property
     def own_ids(self) -> list[int]:
         """The prompt's tokens after the prefix."""
-        return self.ids[self.prefix.end :] if self.prefix else self.ids
+        return self.ids[len(self.prefix.ids) :] if self.prefix else self.ids
 
     @property
     def next_ids(self) -> list[int]:
@@ -309,7 +309,7 @@ def _remove_finished(active: list[Row], cache: RowCache) -> None:
         if row.finish_reason is None:
             continue
         if row.keep:  # the last token of an answer was never an input
-            row.kept = cache.take(index, row.own_ids + row.tokens[:-1], row.prefix)
+            row.kept = cache.take(index, row.ids + row.tokens[:-1])
         cache.remove(index)
         active[index] = active[-1]
         active.pop()

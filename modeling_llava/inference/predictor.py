@@ -14,7 +14,7 @@ from ..io.images import read_image
 from ..text.control_tokens import ControlTokens
 from .decoding import Decoder, Row
 from .decoding_settings import DecodingSettings, default_settings
-from .prefix_cache import Prefix, match_chain
+from .prefix_cache import Prefix, longest_match
 from .prompts import encode_images, encode_prompt, rows_of_samples
 
 
@@ -273,8 +273,8 @@ class LlavaPredictor:
     def _cover(self, encoded: _EncodedImages, ids: list[int]) -> None:
         """Makes sure that the keys and values of a prompt's images, and of what stands before them, are there."""
         last = max(i for i, token in enumerate(ids) if token == self.processor.image_token_id)
-        matched = match_chain(encoded.prefix, ids)
-        if self.decoder.shares_prefixes and (matched is None or matched.end <= last):
+        matched = longest_match([encoded.prefix], ids)
+        if self.decoder.shares_prefixes and (matched is None or len(matched.ids) <= last):
             encoded.prefix = self.decoder.compute(Prefix(ids[: last + 1], features=encoded.features))
 
     def _row(self, turns: list[tuple[str, str | None]], row_id: int, past: Prefix | None = None) -> Row:
@@ -287,11 +287,11 @@ class LlavaPredictor:
         if not question.strip():
             raise ValueError("The question is empty.")
         ids = encode_prompt(self._messages(turns, self._num_images), self.processor)
-        row = Row(row_id, ids, match_chain(past or (self._images and self._images.prefix), ids))
+        row = Row(row_id, ids, longest_match([past, self._images and self._images.prefix], ids))
         # Another beginning than when the image was set, or a prefix that cannot be shared.
         if self._images and self.processor.image_token_id in row.own_ids:
             self._cover(self._images, ids)
-            row.prefix = match_chain(self._images.prefix, ids)
+            row.prefix = longest_match([self._images.prefix], ids)
             row.features = [] if row.prefix else self._images.features
         return row
 

@@ -1,6 +1,6 @@
 """
-What prompts and rows keep, and the memory that it takes: the keys and values of tokens that are shared (`Prefix`) and of a
-row's own (`RowCache`).
+What prompts and rows keep, and the memory that it takes: the keys and values of what prompts begin with (`Prefix`) and of a
+row's own tokens (`RowCache`).
 """
 
 from dataclasses import dataclass, field
@@ -22,15 +22,11 @@ MIN_GROWTH = 64
 @dataclass(eq=False)
 class Prefix:
     """
-    Keys and values of tokens that rows share.
+    Keys and values of the tokens that prompts begin with.
 
     Attributes:
         ids (`list[int]`):
             The tokens; an image is `num_image_tokens` times the image token's id.
-        start (`int`):
-            Position of the first token: 0, or the number of tokens of all parents.
-        parent (`Prefix`, *optional*):
-            What stands before it. A conversation is a chain: the image, then each turn.
         keys, values (`list[torch.Tensor]`, one per layer, of shape `(num_kv_heads, num_tokens, head_dim)`):
             Empty until they are computed.
         features (`list[torch.Tensor]`):
@@ -38,32 +34,19 @@ class Prefix:
     """
 
     ids: list[int]
-    start: int = 0
-    parent: "Prefix | None" = None
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
 
-    def chain(self) -> list["Prefix"]:
-        """All links, the first one first."""
-        return [*(self.parent.chain() if self.parent else []), self]
-
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.ids)
-
     @property
     def nbytes(self) -> int:
-        """Memory of this link's keys and values, in bytes."""
+        """Memory of the keys and values, in bytes."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def cut(self, num_tokens: int) -> "Prefix":
-        """A view of the first `num_tokens` tokens of this link; nothing is copied."""
+        """A view of the first `num_tokens` tokens; nothing is copied."""
         return Prefix(
             self.ids[:num_tokens],
-            self.start,
-            self.parent,
             [keys[:, :num_tokens] for keys in self.keys],
             [values[:, :num_tokens] for values in self.values],
         )
@@ -75,20 +58,18 @@ def common_length(first: list[int], second: list[int]) -> int:
     return next((i for i in range(length) if first[i] != second[i]), length)
 
 
-def match_chain(prefix: Prefix | None, ids: list[int]) -> Prefix | None:
+def longest_match(prefixes: list[Prefix | None], ids: list[int]) -> Prefix | None:
     """
-    The longest part of a chain that `ids` begins with, one token of `ids` at least being left over, as a view.
+    The longest beginning of `ids` that one of the prefixes holds, one token of `ids` at least being left over.
 
     A tokenizer may join what was two tokens, so the ids of the whole prompt decide, never its pieces.
     """
-    matched = None
-    for link in prefix.chain() if prefix else []:
-        length = common_length(link.ids, ids[link.start : len(ids) - 1])
-        if length:
-            matched = link if length == len(link.ids) else link.cut(length)
-        if length < len(link.ids):
-            break
-    return matched
+    lengths = [common_length(prefix.ids, ids[:-1]) if prefix else 0 for prefix in prefixes]
+    length = max(lengths)
+    prefix = prefixes[lengths.index(length)]
+    if length == 0:
+        return None
+    return prefix if length == len(prefix.ids) else prefix.cut(length)
 
 
 class RowCache:
@@ -121,13 +102,13 @@ class RowCache:
 
     def add(self, prefix: Prefix | None, copies: bool) -> None:
         """Takes the next free slot for a row after a prefix, which it shares, or `copies` to the front of the slot."""
-        self.lengths.append(prefix.end if prefix and copies else 0)
+        length = len(prefix.ids) if prefix and copies else 0
+        self.lengths.append(length)
         self.prefixes.append(None if copies else prefix)
-        self.reserve(self.lengths[-1])
-        for link in prefix.chain() if prefix and copies else []:
-            for layer, (keys, values) in enumerate(zip(link.keys, link.values)):
-                for buffer, tensor in zip(self.buffers(layer, keys[None], values[None]), (keys, values)):
-                    buffer[len(self.lengths) - 1, :, link.start : link.end] = tensor
+        self.reserve(length)
+        for layer, states in enumerate(zip(prefix.keys, prefix.values) if length else []):
+            for buffer, tensor in zip(self.buffers(layer, *(state[None] for state in states)), states):
+                buffer[len(self.lengths) - 1, :, :length] = tensor
 
     def remove(self, row: int) -> None:
         """Frees a slot; the last row moves into it."""
@@ -162,16 +143,10 @@ class RowCache:
                 tensors[layer][:rows, :, :length] = old[:rows, :, :length]
         return self.keys[layer], self.values[layer]
 
-    def take(self, row: int, ids: list[int], parent: Prefix | None) -> Prefix:
-        """The row's last `len(ids)` tokens as a link after `parent`; a copy, for the slot will be used again."""
-        own = slice(self.lengths[row] - len(ids), self.lengths[row])
-        return Prefix(
-            ids,
-            parent.end if parent else 0,
-            parent,
-            [keys[row, :, own].clone() for keys in self.keys],
-            [values[row, :, own].clone() for values in self.values],
-        )
+    def take(self, row: int, ids: list[int]) -> Prefix:
+        """The slot's tokens `ids`, as a view: no other row may use the slot again."""
+        keys, values = ([tensor[row, :, : len(ids)] for tensor in tensors] for tensors in (self.keys, self.values))
+        return Prefix(ids, keys, values)
 
 
 def free_memory(device: torch.device) -> int:

@@ -54,7 +54,7 @@ class Step:
 
     def __init__(self, cache: RowCache, lengths: list[int], device: torch.device):
         self.cache = cache
-        starts = [prefix.end if prefix else 0 for prefix in cache.prefixes]
+        starts = [len(prefix.ids) if prefix else 0 for prefix in cache.prefixes]
         ends = torch.tensor(lengths).cumsum(0).tolist()
         spans = [(end - length, end) for end, length in zip(ends, lengths)]
         slots = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [num_tokens]
@@ -70,7 +70,7 @@ class Step:
         questions = [row for row, new in enumerate(lengths) if follows[row] and new > 1]
         self.groups = [_PaddedRows(rows, spans, columns, device) for rows in (answers, questions) if rows]
         last_positions = [start + old + new - 1 for start, old, new in zip(starts, cache.lengths, lengths)]
-        self.shared = _links_with_tokens(cache.prefixes, spans, last_positions, device)
+        self.shared = _prefixes_with_tokens(cache.prefixes, spans, last_positions, device)
 
     def attend(self, layer, query, key, value, scaling, window):
         # query [1, num_heads, num_tokens, head_dim], key and value [1, num_kv_heads, num_tokens, head_dim]
@@ -102,7 +102,7 @@ class Step:
                     return rows.unpad(found).flatten(0, 1)[None]
                 output[0, :, rows.tokens] = rows.unpad(found).flatten(0, 1)
         if self.shared:
-            _attend_links(self.shared, layer, query, self.positions, scaling, window, merged, lse)
+            _attend_prefixes(self.shared, layer, query, self.positions, scaling, window, merged, lse)
             for rows in self.groups:
                 output[0, :, rows.tokens] = merged[:, :, rows.tokens].flatten(0, 1).to(output.dtype)
         return output
@@ -148,34 +148,34 @@ class _PaddedRows:
         return states if self.longest == 1 else states[:, :, self.valid]
 
 
-def _links_with_tokens(prefixes, spans, last_positions, device):
-    """Each link of the rows' prefixes: (link, indices of the tokens after it or `None` for all, their last position)."""
+def _prefixes_with_tokens(prefixes, spans, last_positions, device):
+    """Each prefix of the rows: (prefix, indices of the tokens after it or `None` for all, their last position)."""
     rows_of = {}
     for row, prefix in enumerate(prefixes):
-        for link in prefix.chain() if prefix else []:
-            rows_of.setdefault(id(link), (link, []))[1].append(row)
+        if prefix is not None:
+            rows_of.setdefault(prefix, []).append(row)
     shared = []
-    for link, rows in rows_of.values():
+    for prefix, rows in rows_of.items():
         tokens = None
         if len(rows) < len(spans):
             tokens = torch.cat([torch.arange(*spans[row]) for row in rows]).to(device)
-        shared.append((link, tokens, max(last_positions[row] for row in rows)))
+        shared.append((prefix, tokens, max(last_positions[row] for row in rows)))
     return shared
 
 
-def _attend_links(shared, layer, query, positions, scaling, window, merged, lse):
+def _attend_prefixes(shared, layer, query, positions, scaling, window, merged, lse):
     """Adds to `merged` and `lse`, in place, what the tokens find in the prefixes before them.
 
     query, merged `[num_kv_heads, group, num_tokens, head_dim]`, lse `[num_kv_heads, group, num_tokens, 1]`."""
-    for link, tokens, last_position in shared:
+    for prefix, tokens, last_position in shared:
         index = slice(None) if tokens is None else tokens
-        keys, values = link.keys[layer], link.values[layer]
+        keys, values = prefix.keys[layer], prefix.values[layer]
         found_query, found_at = query[:, :, index], positions[index]
         num_kv_heads, group, num_tokens, _ = found_query.shape
         mask = None
-        if window is not None and last_position - link.start >= window:
-            key_positions = torch.arange(link.start, link.end, device=positions.device)
-            mask = (found_at[:, None] - key_positions < window).repeat(group, 1)  # [group * num_tokens, link]
+        if window is not None and last_position >= window:
+            key_positions = torch.arange(keys.shape[1], device=positions.device)
+            mask = (found_at[:, None] - key_positions < window).repeat(group, 1)  # [group * num_tokens, num_keys]
         part, part_lse = partial_attention(
             found_query.reshape(num_kv_heads, group * num_tokens, -1), keys, values, mask, scaling
         )

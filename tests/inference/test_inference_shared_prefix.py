@@ -6,7 +6,7 @@ from tiny_predictor import picture, tiny_llava, tiny_processor
 from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_llava.inference import LlavaPredictor, shared_prefix
-from modeling_llava.inference.prefix_cache import Prefix, match_chain
+from modeling_llava.inference.prefix_cache import Prefix, longest_match
 from modeling_llava.inference.shared_prefix import partial_attention
 
 
@@ -72,10 +72,10 @@ def test_scores_are_built_in_pieces_of_bounded_size(monkeypatch):
 
 def test_prefix_is_matched_by_the_ids_of_the_whole_prompt():
     image = Prefix([1, 5, 9, 9, 9], keys=[torch.randn(1, 5, 2)], values=[torch.randn(1, 5, 2)])
-    turns = Prefix([7, 8, 6], 5, image, [torch.randn(1, 3, 2)], [torch.randn(1, 3, 2)])
-    assert match_chain(turns, [1, 5, 9, 9, 9, 7, 8, 6, 2]) is turns
-    cut = match_chain(turns, [1, 5, 9, 9, 9, 7, 3, 6, 2])  # the second answer is cut into other tokens
-    assert cut.ids == [7] and cut.parent is image and cut.end == 6
-    assert cut.keys[0].data_ptr() == turns.keys[0].data_ptr()
-    assert match_chain(turns, [1, 5, 9, 9, 9]).end == 4  # one token is left over, to ask with
-    assert match_chain(turns, [2, 5]) is None and match_chain(None, [1]) is None
+    turns = Prefix([*image.ids, 7, 8, 6], [torch.randn(1, 8, 2)], [torch.randn(1, 8, 2)])
+    assert longest_match([None, image, turns], [*turns.ids, 2]) is turns
+    assert longest_match([turns, image], [*image.ids, 4]).ids == image.ids
+    cut = longest_match([turns, image], [*image.ids, 7, 3, 6, 2])  # the second answer is cut into other tokens
+    assert cut.ids == [*image.ids, 7] and cut.keys[0].data_ptr() == turns.keys[0].data_ptr()
+    assert longest_match([turns], image.ids).ids == image.ids[:-1]  # one token is left over, to ask with
+    assert longest_match([turns], [2, 5]) is None and longest_match([None], [1]) is None
