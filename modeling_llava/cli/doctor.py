@@ -161,7 +161,7 @@ def _needed_gib() -> dict[str, float]:
         for adapter, preset, words in (("qlora", "qlora-8gb", "4 bit"), ("lora", "lora", "16 bit")):
             chat = estimate(sizes, Settings(adapter=adapter, lora_r=0))
             needed[f"chat with {size} in {words}"] = sum(chat.weights.values()) + chat.generation + CUDA_CONTEXT
-            least = {"activation_checkpointing": True, "per_device_train_batch_size": 1}
+            least = {"activation_checkpointing": "offload", "per_device_train_batch_size": 1}
             needed[f"LoRA of {size} in {words}"] = estimate(sizes, Settings(**read_recipe(preset) | least)).total
     return {what: round(size / GIB, 1) for what, size in needed.items()}
 

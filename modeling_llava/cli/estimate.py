@@ -104,7 +104,7 @@ def propose(sizes, settings, gpu_gib: float) -> dict[str, Any] | None:
     batch = settings.per_device_train_batch_size
     if (settings.per_device_eval_batch_size or 1) > 1:
         steps.append({"per_device_eval_batch_size": 1})
-    steps.append({"activation_checkpointing": True})
+    steps += [{"activation_checkpointing": value} for value in (True, "offload")]
     steps += [{"per_device_train_batch_size": batch >> i} for i in range(1, batch.bit_length())]
     if settings.stage == "finetune":
         steps += [{"adapter": "lora"}] if settings.adapter == "none" else []
@@ -171,10 +171,10 @@ def _table(columns: list, names: list[str], title: str):
         row(name, [getattr(result, field) for result in columns])
     row("peak of these six", [result.peak_of_step for result in columns])
     table.add_section()
-    row("16-bit copies, communication buffers", [result.buckets for result in columns])
-    row("CUDA context, workspaces, fragmentation", [result.overhead for result in columns])
+    row("16-bit copies, sharding buffers", [result.buckets for result in columns])
+    row("CUDA context, fragmentation", [result.overhead for result in columns])
     table.add_section()
-    row("total (the peak in place of the six)", [result.total for result in columns])
+    row("total (of the six, their peak)", [result.total for result in columns])
     return table
 
 

@@ -118,7 +118,9 @@ def _needs(settings) -> list[str]:
     except (OSError, ValueError):
         return []  # a model that cannot be read: training says why, one that cannot be estimated trains
     run = e.Settings.of(settings)
-    result = e.estimate(sizes, run.replace(activation_checkpointing=True))
+    if run.activation_checkpointing == "auto":
+        run.activation_checkpointing = "offload"  # the least
+    result = e.estimate(sizes, run)
     lines = needs(run, result)
     if on_gpu:
         free, total = torch.cuda.mem_get_info(settings.device)

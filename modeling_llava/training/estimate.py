@@ -39,7 +39,7 @@ FRAGMENTATION = 0.06
 MARGIN = 0.1
 """Fraction of the free memory that `activation_checkpointing=auto` leaves alone: what the estimate may be wrong by."""
 
-CHECKPOINTING = {False: "off", "every_second": "every second layer", True: "on"}
+CHECKPOINTING = {False: "off", "every_second": "every second", True: "on", "offload": "offload"}
 """Values of `activation_checkpointing`, the fastest first."""
 
 # Language models of the presets, for a machine that has neither a copy nor a network.
@@ -256,7 +256,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         f"vision tower, {_dtype(t if trains_tower else c)}": sizes.tower * of_tower,
         f"projector, {_dtype(t if trains_projector else c)}": sizes.projector * of_projector,
         f"language model, layers, {of_matrices}": sizes.layer_matrices * matrices + sizes.layer_rest * frozen,
-        f"language model, embeddings, head, {_dtype(frozen)}": sizes.embeddings * frozen,
+        f"embeddings, head, {_dtype(frozen)}": sizes.embeddings * frozen,
     }
     in_layers = sizes.language_model if full else 0
     if trains_lora:
@@ -297,10 +297,12 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         else 0
     )
     backward += dequantized
-    step = {False: layers + 1, True: 1}.get(settings.activation_checkpointing, 2)
+    step = {False: layers + 1, "every_second": 2}.get(settings.activation_checkpointing, 1)
     is_checkpointed = [index % step == 0 and step <= layers for index in range(layers)]
-    of_layers = [layer_input if checkpointed else layer for checkpointed in is_checkpointed]
-    of_layers[0] -= layer_input if is_checkpointed[0] else 0  # it is counted outside of the layers
+    is_offloaded = settings.activation_checkpointing == "offload" and settings.device == "cuda"
+    kept_input = 0 if is_offloaded else layer_input
+    of_layers = [kept_input if checkpointed else layer for checkpointed in is_checkpointed]
+    of_layers[0] -= kept_input if is_checkpointed[0] else 0  # it is counted outside of the layers
     result.activations = outside + sum(of_layers)
     result.loss, head_gradient = _loss(sizes, settings)
     tower = images * sizes.vision_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
@@ -314,7 +316,7 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     for index in reversed(range(layers)):
         done = layers - 1 - index
         gradients = fixed + layer_gradient if accumulates else done * layer_gradient
-        again = layer if is_checkpointed[index] else 0.0
+        again = layer + layer_input - kept_input if is_checkpointed[index] else 0.0
         moments.append(outside + sum(of_layers[: index + 1]) + again + backward + head_gradient + gradients)
     # Last the gradient of the embeddings; where they are tied to the head, the head's gradient is still kept.
     keeps_head_gradient = accumulates or sizes.config.tie_word_embeddings
@@ -426,7 +428,7 @@ def choose_checkpointing(sizes: ModelSizes, settings: Settings, available: float
         value: estimate(sizes, settings.replace(activation_checkpointing=value)).total - CUDA_CONTEXT
         for value in CHECKPOINTING
     }
-    chosen = next((value for value, size in needed.items() if size <= (1 - MARGIN) * available), True)
+    chosen = next((value for value, size in needed.items() if size <= (1 - MARGIN) * available), "offload")
     figures = ", ".join(f"{CHECKPOINTING[value]} {size / GIB:.1f}" for value, size in needed.items())
     why = f"(estimated GiB: {figures}; {available / GIB:.1f} free)"
     return chosen, f"activation_checkpointing: {CHECKPOINTING[chosen]} {why}"

@@ -1,14 +1,17 @@
 """Activation checkpointing: every value of it trains the same; auto takes the memory that a GPU has free."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training import estimate as estimates
-from modeling_llava.training.setup import core_model, load_model_and_processor, resolve_checkpointing
+from modeling_llava.training.setup import core_model, resolve_checkpointing
 
 
 class Layers(TrainerCallback):
@@ -16,6 +19,7 @@ class Layers(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         layers = core_model(model).model.language_model.modules()
+        self.model = model
         self.flags = [m.gradient_checkpointing for m in layers if isinstance(m, GradientCheckpointingLayer)]
 
 
@@ -39,29 +43,27 @@ def test_all_give_the_same_losses_and_gradients(adapter, settings, tmp_path):
         assert numbers == pytest.approx(found["off"], rel=1e-5)
 
 
-def test_offload_keeps_inputs_of_layers_in_main_memory(settings, monkeypatch):
-    """Stands for a GPU: what `save_on_cpu` would move is counted. Nothing else than layers' inputs, and the last norm's, is kept."""
-    moved, original = [], torch.autograd.graph.save_on_cpu
+def test_offload_keeps_the_inputs_of_layers_in_main_memory(settings, monkeypatch):
+    moved, layers = [], Layers()
 
-    def counting(**kwargs):
-        hooks = original(**kwargs)
-        pack = hooks.pack_hook
-        hooks.pack_hook = lambda tensor: moved.append(tensor.shape) or pack(tensor)
-        return hooks
+    class Moves(saved_tensors_hooks):
+        def __init__(self, **kwargs):
+            super().__init__(lambda tensor: moved.append(tensor.shape) or tensor, lambda tensor: tensor)
 
-    monkeypatch.setattr("modeling_llava.training.callbacks.save_on_cpu", counting)
-    model = train({**settings, "adapter": "lora", "activation_checkpointing": "offload", "max_steps": 1}).model
-    text = core_model(model).config.text_config
-    inputs = [shape for shape in moved if len(shape) == 3 and shape[-1] == text.hidden_size]
-    assert len(inputs) >= text.num_hidden_layers
+    monkeypatch.setattr("modeling_llava.training.callbacks.save_on_cpu", Moves)
+    train({**settings, "adapter": "lora", "activation_checkpointing": "offload", "max_steps": 1}, callbacks=[layers])
+    language_model = core_model(layers.model).model.language_model
+    hidden_size = language_model.config.hidden_size
+    inputs = [shape for shape in moved if len(shape) == 3 and shape[-1] == hidden_size]
+    assert len(inputs) == language_model.config.num_hidden_layers + 1  # and that of the last norm
     number = len(moved)
-    core_model(model).model.language_model(inputs_embeds=torch.zeros(1, 4, text.hidden_size, requires_grad=True))
-    assert len(moved) == number  # the hooks ended with the training
+    language_model(inputs_embeds=torch.zeros(1, 4, hidden_size, requires_grad=True))
+    assert len(moved) == number  # it ends with the training
 
 
 def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch, caplog):
-    args = LlavaTrainingArguments(**settings)
-    model, _ = load_model_and_processor(args)
+    args = LlavaTrainingArguments(**settings, adapter="lora")
+    model = SimpleNamespace(config=estimates.load_config("llava-hf/llava-1.5-7b-hf"))
     monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
     run, sizes = estimates.Settings.of(args), estimates.sizes_of(model.config)
     for value in (False, "every_second", True, "offload"):
@@ -75,8 +77,8 @@ def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch,
 
 
 def test_every_process_takes_what_the_fullest_gpu_has_room_for(settings, monkeypatch):
-    args = LlavaTrainingArguments(**settings)
-    model, _ = load_model_and_processor(args)
+    args = LlavaTrainingArguments(**settings, adapter="lora")
+    model = SimpleNamespace(config=estimates.load_config("llava-hf/llava-1.5-7b-hf"))
     monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
     monkeypatch.setattr(estimates, "available_memory", lambda device: 2**40)
     for others, expected in ((2**40, False), (0, "offload")):

@@ -13,9 +13,8 @@ from modeling_llava.training.recipes import PRESETS, parse_recipe
 FITTING = [(8, "7b"), (12, "7b"), (12, "13b"), (16, "7b"), (16, "13b"), (24, "7b"), (24, "13b")]
 
 
-def estimated_gib(gpu, size):
-    """With activation checkpointing in every layer, the least."""
-    settings = Settings(**read_recipe(f"qlora-{gpu}gb") | {"activation_checkpointing": True})
+def estimated_gib(gpu, size, checkpointing=True):
+    settings = Settings(**read_recipe(f"qlora-{gpu}gb") | {"activation_checkpointing": checkpointing})
     return estimate(sizes_of(load_config(f"llava-hf/llava-1.5-{size}-hf")), settings).total / GIB
 
 
@@ -26,9 +25,11 @@ def test_preset_fits_its_gpu_with_room_and_says_how_much_it_takes(gpu, size):
     assert f"{total:.1f} GiB" in (PRESETS / f"qlora-{gpu}gb.yaml").read_text()
 
 
-def test_13b_does_not_fit_8_gb_and_the_preset_says_so():
-    assert estimated_gib(8, "13b") > 8
-    assert "13B does not fit" in (PRESETS / "qlora-8gb.yaml").read_text()
+@pytest.mark.parametrize("gpu, fits", [(8, False), (12, True)])
+def test_13b_offloads_on_12_gb_and_does_not_fit_8_and_the_presets_say_so(gpu, fits):
+    total, words = estimated_gib(gpu, "13b", "offload"), (PRESETS / f"qlora-{gpu}gb.yaml").read_text()
+    assert (total < 0.9 * gpu) == fits != ("13B does not fit" in words)
+    assert f"{total:.1f} GiB" in words
 
 
 @pytest.mark.parametrize("name", preset_names())
