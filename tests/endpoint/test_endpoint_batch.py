@@ -19,7 +19,7 @@ from modeling_llava.endpoint import (
 )
 
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
 
 def tasks(number=4):
@@ -36,16 +36,13 @@ def judge(task, reply):
 
 
 def output_line(line, text="good", status=200, error=None):
-    request = json.loads(line)
-    body = {
-        "model": "m-2026",
-        "choices": [{"finish_reason": "stop", "message": {"content": text}}],
-        "usage": {"prompt_tokens": 11, "completion_tokens": 3},
-    }
-    if status != 200:
-        body = {"error": {"message": "no"}}
+    body = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
+    body = body if status == 200 else {"error": {"message": "no"}}
     response = None if error else {"status_code": status, "request_id": "x", "body": body}
-    return json.dumps({"id": "batch_req_1", "custom_id": request["custom_id"], "response": response, "error": error})
+    return json.dumps({"custom_id": json.loads(line)["custom_id"], "response": response, "error": error})
+
+
+EXPIRED = {"code": "batch_expired", "message": "expired"}
 
 
 def written(ledger, model, folder, number=4):
@@ -59,28 +56,18 @@ def test_batch_file_has_openais_form(tmp_path, model):
         assert ledger.state("t0").batched and not ledger.state("t0").final
     assert [path.name for path in summary.files] == ["batch-000.jsonl"] and summary.requests == 2
     lines = [json.loads(line) for line in summary.files[0].read_text().splitlines()]
-    assert lines[0] == {
-        "custom_id": tasks()[0].request_id("run", "m", 1),
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {
-            "model": "m",
-            "messages": [{"role": "user", "content": "thing 0"}],
-            "max_tokens": 50,
-            "temperature": 0.5,
-        },
-    }
+    body = {"model": "m", "messages": tasks()[0].messages, "max_tokens": 50, "temperature": 0.5}
+    name = tasks()[0].request_id("run", "m", 1)
+    assert lines[0] == {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
     assert len({line["custom_id"] for line in lines}) == 2
 
 
 def test_results_are_judged_and_what_failed_is_written_into_the_next_batch(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
         a, b, c, d = written(ledger, model, tmp_path / "out")
-    results = tmp_path / "output.jsonl"
-    expired = {"code": "batch_expired", "message": "expired"}
+    results, errors = tmp_path / "output.jsonl", tmp_path / "errors.jsonl"
     results.write_text("\n".join([output_line(c, status=500), output_line(a), output_line(b, "bad")]) + "\n")
-    errors = tmp_path / "errors.jsonl"
-    errors.write_text(output_line(d, error=expired) + "\n")
+    errors.write_text(output_line(d, error=EXPIRED) + "\n")
     with Ledger(tmp_path / "l") as ledger:
         read = read_batch(tasks(), [results, errors], ledger, judge=judge)
         assert (read.accepted, read.again, read.rejected, read.waiting) == (1, 1, 0, 0)
@@ -103,24 +90,16 @@ def test_a_budget_bounds_what_is_written_in_dollars_at_half_their_price(tmp_path
         assert write_batch(tasks(), model, ledger, tmp_path / "out", budget=Budget(max_tokens=200)).requests == 3
 
 
-def test_results_read_twice_count_once(tmp_path, model):
-    with Ledger(tmp_path / "l") as ledger:
-        results = tmp_path / "output.jsonl"
-        results.write_text("\n".join(map(output_line, written(ledger, model, tmp_path / "out"))))
-        read_batch(tasks(), [results], ledger, judge=judge)
-        again = read_batch(tasks(), [results], ledger, judge=judge)
-        assert again.accepted == 0 and again.unknown == 4 and ledger.counts.accepted == 4
-
-
-def test_of_two_results_under_one_name_the_reply_counts_whatever_the_order(tmp_path, model):
+def test_of_two_results_with_one_id_the_reply_counts_whatever_the_order_and_once(tmp_path, model):
     for order in (1, -1):
         with Ledger(tmp_path / f"l{order}") as ledger:
             lines = written(ledger, model, tmp_path / f"out{order}")
-            expired = {"code": "batch_expired", "message": "expired"}
             (tmp_path / "a").write_text("\n".join(output_line(line) for line in reversed(lines)))
-            (tmp_path / "b").write_text("\n".join(output_line(line, error=expired) for line in lines))
+            (tmp_path / "b").write_text("\n".join(output_line(line, error=EXPIRED) for line in lines))
             read = read_batch(tasks(), [tmp_path / "a", tmp_path / "b"][::order], ledger, judge=judge)
             assert (read.accepted, read.faults, read.waiting, read.unknown) == (4, {}, 0, 0)
+            again = read_batch(tasks(), [tmp_path / "a"], ledger, judge=judge)
+            assert again.accepted == 0 and again.unknown == 4 and ledger.counts.accepted == 4
 
 
 @pytest.mark.parametrize("odd", [None, "x", 3, [1], {"a": 1}])
@@ -139,14 +118,14 @@ def test_results_of_an_odd_form_are_faults(tmp_path, model, place, odd):
         assert not ledger.state("t0").final and ledger.state("t0").batched is None
 
 
-def test_a_file_cut_short_or_of_another_kind_is_named_and_nothing_of_it_is_read(tmp_path, model):
+def test_a_file_that_is_cut_or_of_another_kind_is_named_and_nothing_of_it_is_read(tmp_path, model):
     with Ledger(tmp_path / "l") as ledger:
         lines = written(ledger, model, tmp_path / "out")
-        with pytest.raises(ValueError, match="line 1, is not a batch result.*not its input"):
-            read_batch(tasks(), [tmp_path / "out" / "batch-000.jsonl"], ledger, judge=judge)
-        (tmp_path / "r").write_text("\n".join(map(output_line, lines))[:-40])
-        with pytest.raises(ValueError, match="r, line 4, is not JSON .*cut short"):
-            read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
+        cut = "\n".join(map(output_line, lines))[:-40]
+        for text, message in ((lines[0], "1, is not a batch result.*not its input"), (cut, "4, is not JSON")):
+            (tmp_path / "r").write_text(text)
+            with pytest.raises(ValueError, match=f"r, line {message}"):
+                read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
         assert ledger.counts.replies == 0
         (tmp_path / "r").write_text("\n".join(map(output_line, lines[:3])))  # a batch that expired half done
         read = read_batch(tasks(), [tmp_path / "r"], ledger, judge=judge)
@@ -156,19 +135,17 @@ def test_a_file_cut_short_or_of_another_kind_is_named_and_nothing_of_it_is_read(
 def test_what_waits_in_a_batch_is_not_asked_live_until_it_is_freed(tmp_path, model):
     class Live:
         name = "m"
-        asked = 0
 
         async def complete(self, messages, **options):
-            self.asked += 1
             return Reply("good", usage=Usage(1, 1))
 
-    live = Live()
     with Ledger(tmp_path / "l") as ledger:
         write_batch(tasks(), model, ledger, tmp_path / "out")
-        assert run_tasks(tasks(5), live, ledger).batched == 4 and live.asked == 1
+        live = run_tasks(tasks(5), Live(), ledger)
+        assert (live.batched, live.accepted) == (4, 1)
         assert write_batch(tasks(), model, ledger, tmp_path / "out").waiting == 4
         assert forget_batch(tasks(), ledger) == 4
-        assert run_tasks(tasks(5), live, ledger).accepted == 4
+        assert run_tasks(tasks(5), Live(), ledger).accepted == 4
 
 
 def test_files_stay_within_openais_limits(tmp_path, model, monkeypatch):

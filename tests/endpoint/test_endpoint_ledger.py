@@ -17,13 +17,10 @@ def reply(task, request="r", attempt=1, reason=None, final=True, usage=(5, 6), *
 
 def test_state_after_reopening_equals_state_while_writing(tmp_path):
     path = tmp_path / "l.jsonl"
-    with Ledger(path) as ledger:
-        ledger.append_now([sent("a", "1"), reply("a", "1", reason="empty", final=False)])
-        ledger.append_now([sent("a", "2", 2), reply("a", "2", 2)])
-        ledger.append_now(
-            [sent("b", "3"), {"event": "fault", "task": "b", "request": "3", "attempt": 1, "kind": "500"}]
-        )
-        live = ledger
+    fault = {"event": "fault", "task": "b", "request": "3", "attempt": 1, "kind": "500"}
+    with Ledger(path) as live:
+        live.append_now([sent("a", "1"), reply("a", "1", reason="empty", final=False)])
+        live.append_now([sent("a", "2", 2), reply("a", "2", 2), sent("b", "3"), fault])
     with Ledger(path) as again:
         assert again.counts == live.counts
         assert again.tasks == live.tasks
@@ -34,15 +31,15 @@ def test_state_after_reopening_equals_state_while_writing(tmp_path):
         assert not again.state("b").final and again.counts.faults == {"500": 1}
 
 
-@pytest.mark.parametrize("cut", [1, 10, 40])
-def test_torn_last_line_is_counted_and_the_next_line_begins_anew(tmp_path, cut):
+@pytest.mark.parametrize("cut", [1, 10])
+def test_an_incomplete_last_line_is_counted_and_not_continued(tmp_path, cut):
     path = tmp_path / "l.jsonl"
     with Ledger(path) as ledger:
         ledger.append_now([sent("a", "1"), reply("a", "1"), sent("b", "2"), reply("b", "2")])
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     with Ledger(path) as ledger:
-        # A line that lacks only its end of line is whole.
+        # A line that lacks only its end of line is complete.
         torn = cut > 1
         assert ledger.counts.torn == torn
         assert ledger.state("a").final
@@ -70,13 +67,10 @@ def test_requests_in_flight_at_a_kill_are_counted_once_each(tmp_path):
 
 
 def test_two_processes_cannot_write_one_ledger(tmp_path):
-    with Ledger(tmp_path / "l.jsonl"):
-        with pytest.raises(OSError, match="another run"):
-            Ledger(tmp_path / "l.jsonl")
-        with Ledger(tmp_path / "l.jsonl", write=False):
-            pass
-    with Ledger(tmp_path / "l.jsonl"):
-        pass
+    for _ in range(2):
+        with Ledger(tmp_path / "l.jsonl"), Ledger(tmp_path / "l.jsonl", write=False):
+            with pytest.raises(OSError, match="another run"):
+                Ledger(tmp_path / "l.jsonl")
 
 
 def test_lines_of_many_tasks_are_whole_and_synced_together(tmp_path, monkeypatch):
@@ -88,10 +82,9 @@ def test_lines_of_many_tasks_are_whole_and_synced_together(tmp_path, monkeypatch
         ledger.append(sent(f"t{i}", str(i)), reply(f"t{i}", str(i)))
         # In the operating system's hands at once: a kill of the process no longer loses it.
         written = path.read_bytes().count(b"\n")
+        assert f'"text": "text of t{i}"' in path.read_text()
         await ledger.synced()
         assert synced[-1] >= written
-        lines = path.read_text().splitlines()
-        assert any(json.loads(line)["task"] == f"t{i}" and '"reply"' in line for line in lines)
 
     async def all_of_them():
         with Ledger(path) as ledger:
@@ -101,7 +94,7 @@ def test_lines_of_many_tasks_are_whole_and_synced_together(tmp_path, monkeypatch
 
     asyncio.run(all_of_them())
     assert len(path.read_text().splitlines()) == 400
-    assert len(synced) <= 2  # 200 tasks that come together wait for one sync
+    assert len(synced) <= 2  # 200 concurrent tasks wait for one sync
 
 
 def test_a_disk_that_refuses_reaches_every_waiting_task(tmp_path, monkeypatch):
@@ -109,16 +102,15 @@ def test_a_disk_that_refuses_reaches_every_waiting_task(tmp_path, monkeypatch):
         ledger.append(sent(str(i)))
         await ledger.synced()
 
+    def refuse(file):
+        raise OSError(5, "Input/output error")
+
     async def fails():
         with Ledger(tmp_path / "l.jsonl") as ledger:
-
-            def refuse(file):
-                raise OSError(5, "Input/output error")
-
-            monkeypatch.setattr("os.fsync", refuse)
             results = await asyncio.gather(*(one(ledger, i) for i in range(5)), return_exceptions=True)
             assert [type(result) for result in results] == [OSError] * 5
 
+    monkeypatch.setattr("os.fsync", refuse)
     asyncio.run(fails())
 
 
@@ -148,13 +140,12 @@ def test_charge_books_replies_unknown_requests_and_batches_at_their_prices(tmp_p
 def test_a_line_that_was_edited_is_named(tmp_path, line):
     good = {"event": "sent", "task": "a", "request": "r", "attempt": 1, "tokens": [1, 2]}
     (tmp_path / "l").write_text("".join(json.dumps(event) + "\n" for event in (good, line, good)))
-    with pytest.raises(ValueError, match="l, line 2, is not an event of a run"):
-        Ledger(tmp_path / "l")
-    with pytest.raises(ValueError):  # the lock was let go of
-        Ledger(tmp_path / "l")
+    for _ in range(2):  # the lock is released
+        with pytest.raises(ValueError, match="l, line 2, is not an event of a run"):
+            Ledger(tmp_path / "l")
 
 
-def test_lines_of_another_version_and_ruins_are_passed_over(tmp_path):
+def test_lines_of_another_version_and_broken_ones_are_skipped(tmp_path):
     lines = [b'{"event": "future", "x": 1}', b"[" * 100_000, b"9" * 5000, b"\0" * 4096, b"\xff", b"{}", b"null"]
     (tmp_path / "l").write_bytes(b"\n".join(lines) + b"\n")
     with Ledger(tmp_path / "l") as ledger:

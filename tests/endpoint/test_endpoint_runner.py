@@ -1,5 +1,4 @@
 import asyncio
-import json
 import os
 import re
 import signal
@@ -32,7 +31,7 @@ from modeling_llava.endpoint.limits import TokenBucket
 from modeling_llava.endpoint.openai_model import parse_completion
 
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 QUICK = Backoff(first=0.01, longest=0.05, attempts=30, patience=20)
 
 
@@ -65,21 +64,13 @@ class Scripted:
         return result if isinstance(result, Reply) else Reply(result, usage=Usage(10, 5), model="scripted-1")
 
 
-def test_request_carries_model_messages_length_temperature_and_its_name(tmp_path):
+def test_request_carries_model_messages_length_temperature_and_its_id(tmp_path):
+    task = Task("a", [{"role": "user", "content": "hi"}], 77, 0.3, 5)
     with FaultServer() as server, Ledger(tmp_path / "l") as ledger:
-        model = OpenAIModel("tiny", base_url=server.url)
-        run_tasks([Task("a", [{"role": "user", "content": "hi"}], 77, 0.3, 5)], model, ledger, run_id="run")
-        assert server.bodies == [
-            {
-                "model": "tiny",
-                "messages": [{"role": "user", "content": "hi"}],
-                "max_tokens": 77,
-                "temperature": 0.3,
-                "seed": 5,
-            }
-        ]
-        request = Task("a", [{"role": "user", "content": "hi"}], 77, 0.3, 5).request_id("run", "tiny", 1)
-        assert server.headers[0]["idempotency-key"] == request
+        run_tasks([task], OpenAIModel("tiny", base_url=server.url), ledger, run_id="run")
+        sampling = {"max_tokens": 77, "temperature": 0.3, "seed": 5}
+        assert server.bodies == [{"model": "tiny", "messages": task.messages, **sampling}]
+        assert server.headers[0]["idempotency-key"] == task.request_id("run", "tiny", 1)
         assert ledger.counts.models == {"tiny-2026": 1}
 
 
@@ -129,11 +120,8 @@ def test_all_faults_are_survived_and_counted(tmp_path):
         assert ledger.counts.requests == sum(server.asked.values()) == 150 + counted.total()
 
 
-def http(body, head="HTTP/1.1 200 OK"):
-    return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-
-
-GOOD = '{"choices": [{"message": {"content": "%s"}}], "usage": %s}'
+def http(body):
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +129,7 @@ GOOD = '{"choices": [{"message": {"content": "%s"}}], "usage": %s}'
     [
         (None, "connection", False),  # nobody listens
         (b"", "connection", True),  # closed without an answer
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", "connection", True),  # cut
+        (http("{" * 100)[:-50], "connection", True),  # cut
         (b"SSH-2.0-OpenSSH_9\r\n\r\n", "malformed", True),
         (http("<html>"), "malformed", True),
         (http('{"usage": {"prompt_tokens": ' + "9" * 6000 + "}}"), "malformed", True),
@@ -162,37 +150,28 @@ def test_what_a_broken_endpoint_sends_is_a_fault_that_says_whether_it_may_have_b
             listening.close()
         else:
             threading.Thread(target=serve, daemon=True).start()
+        model = OpenAIModel("m", base_url=f"http://127.0.0.1:{port}/v1", timeout=10)
         with pytest.raises(PassingFault) as caught:
-            complete(OpenAIModel("m", base_url=f"http://127.0.0.1:{port}/v1", timeout=10))
+            asyncio.run(model.complete([{"role": "user", "content": "hi"}], max_tokens=5, request_id="r"))
     assert (caught.value.kind, caught.value.maybe_paid) == (kind, maybe_paid)
-
-
-def complete(model):
-    async def once():
-        try:
-            return await model.complete([{"role": "user", "content": "hi"}], max_tokens=5, request_id="r")
-        finally:
-            await model.close()
-
-    return asyncio.run(once())
 
 
 @pytest.mark.parametrize(
     "text, usage, expected",
     [
-        ("fine", '{"prompt_tokens": 7, "completion_tokens": 2}', Reply("fine", "stop", Usage(7, 2))),
-        ("fine", '{"total_tokens": 9}', Reply("fine")),
-        ("fine", '{"prompt_tokens": 1e999, "completion_tokens": 2}', Reply("fine")),
-        ("fine", '{"prompt_tokens": -1}', Reply("fine")),
-        ("a \\ud83d cat", "null", Reply("a ? cat")),  # half of an emoji cannot be written to a file
+        ("fine", {"prompt_tokens": 7, "completion_tokens": 2}, Reply("fine", "stop", Usage(7, 2))),
+        ("fine", {"total_tokens": 9}, Reply("fine")),
+        ("fine", {"prompt_tokens": float("inf"), "completion_tokens": 2}, Reply("fine")),
+        ("fine", {"prompt_tokens": -1}, Reply("fine")),
+        ("a \ud83d cat", None, Reply("a ? cat")),  # a lone surrogate cannot be written to a file
     ],
 )
 def test_a_reply_is_taken_whatever_its_usage_says(text, usage, expected):
-    assert parse_completion(json.loads(GOOD % (text, usage))) == expected
+    assert parse_completion({"choices": [{"message": {"content": text}}], "usage": usage}) == expected
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "http://[::1/v1", "http://localhost:99999/v1"])
-def test_an_address_that_is_none_is_named_before_anything_is_asked(url):
+def test_a_malformed_address_is_named_before_anything_is_asked(url):
     with pytest.raises(ValueError, match=re.escape(url)):
         OpenAIModel("m", base_url=url)
 
@@ -205,7 +184,7 @@ def test_a_key_that_no_header_can_carry_is_named_before_anything_is_asked(monkey
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nsk-2")
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         OpenAIModel("m")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")  # a line break at the end is the file's, not the key's
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")  # a line break at the end belongs to the file, not to the key
     OpenAIModel("m")
     with pytest.raises(ValueError, match="timeout"):
         OpenAIModel("m", timeout=0)
@@ -214,11 +193,10 @@ def test_a_key_that_no_header_can_carry_is_named_before_anything_is_asked(monkey
         OpenAIModel("m")
 
 
-def test_a_slow_reply_times_out_and_is_asked_for_again_under_the_same_name(tmp_path):
+def test_a_slow_reply_times_out_and_is_asked_for_again_with_the_same_id(tmp_path):
     with FaultServer(faults={"hang": 1.0}) as server, Ledger(tmp_path / "l") as ledger:
         model = OpenAIModel("tiny", base_url=server.url, timeout=0.3)
-        timer = threading.Timer(0.7, server.faults.clear)
-        timer.start()
+        threading.Timer(0.7, server.faults.clear).start()
         summary = run_tasks(tasks(2), model, ledger, settings=RunSettings(2, backoff=QUICK))
         assert summary.accepted == 2
         assert ledger.counts.faults["timeout"] == ledger.counts.maybe_paid >= 2
@@ -233,7 +211,7 @@ def test_endpoint_that_dies_and_comes_back_is_waited_for(tmp_path):
         backoff = Backoff(first=0.05, longest=0.2, attempts=2, patience=30)
         summary = run_tasks(tasks(200), model, ledger, settings=RunSettings(4, backoff=backoff))
         assert (summary.stopped, summary.accepted) == ("done", 200)
-        assert ledger.counts.faults["connection"] > 4  # more often than `attempts`: it is no fault of the requests
+        assert ledger.counts.faults["connection"] > 4  # more often than `attempts`: the requests are not at fault
         assert set(server.paid.values()) == {1}
 
 
@@ -265,7 +243,7 @@ def test_limits_are_kept_after_a_pause_that_the_endpoint_asked_for(tmp_path):
 
     with Ledger(tmp_path / "l") as ledger:
         run_tasks(tasks(17), Scripted(script), ledger, settings=RunSettings(17, 1200, backoff=QUICK))
-    # Those who waited while the endpoint rested do not go all at once: 17 more requests, 50 ms from one to the next.
+    # Those that waited during the pause are not sent all at once: 17 more requests, 50 ms apart.
     assert len(times) == 18 and times[-1] - times[0] >= 0.5 + 16 * 0.05 - 0.01
 
 
@@ -279,7 +257,7 @@ def test_an_endpoint_that_asks_to_wait_longer_than_patience_ends_the_run(tmp_pat
 def test_tokens_per_minute_are_kept_by_what_was_used(tmp_path, monkeypatch):
     waits, take = [], TokenBucket.take
     monkeypatch.setattr(TokenBucket, "take", lambda *amount: waits.append(take(*amount)) or waits[-1])
-    model = Scripted()  # uses 15 tokens although 1024 and more were held for it
+    model = Scripted()  # uses 15 tokens although 1024 and more were reserved for it
     with Ledger(tmp_path / "l") as ledger:
         run_tasks(tasks(6), model, ledger, settings=RunSettings(1, tokens_per_minute=60_000))
     assert len(waits) == 6 and sum(waits) < 1  # 6 × 1034 tokens at 1000 per second would take five seconds
@@ -293,12 +271,8 @@ def test_what_no_retry_can_fix_stops_the_run_at_once(tmp_path):
 
 
 def test_a_request_that_always_fails_is_given_up_and_asked_again_by_the_next_run(tmp_path):
-
-    def script(messages):
-        return PassingFault("500", "oops") if messages[-1]["content"] == "thing 3." else "fine"
-
+    model = Scripted(lambda messages: PassingFault("500", "oops") if "3" in messages[-1]["content"] else "fine")
     backoff = Backoff(attempts=3, first=0.001, longest=0.001)
-    model = Scripted(script)
     with Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(10), model, ledger, settings=RunSettings(2, backoff=backoff))
     assert summary.given_up == {"500": 1} and summary.accepted == 9 and len(model.asked) == 12
@@ -323,9 +297,7 @@ def test_concurrency_is_a_bound_and_tasks_are_drawn_as_workers_become_free(tmp_p
 
 
 def rejecting(task, reply):
-    if reply.text == "bad":
-        return Verdict("too_short", "3 words", "Your last reply was too short.")
-    return Verdict()
+    return Verdict("too_short", "3 words", "Your last reply was too short.") if reply.text == "bad" else Verdict()
 
 
 def test_a_budget_is_kept_where_prompts_take_far_more_tokens_than_expected(tmp_path):
@@ -342,24 +314,16 @@ def test_a_budget_is_kept_where_prompts_take_far_more_tokens_than_expected(tmp_p
 
 
 def test_a_rejected_reply_is_asked_for_once_more_with_the_reason(tmp_path):
-
-    def script(messages):
-        return "good" if len(messages) == 4 else "bad"
-
-    model = Scripted(script)
+    model = Scripted(lambda messages: "good" if len(messages) == 4 else "bad")
     with Ledger(tmp_path / "l") as ledger:
         summary = run_tasks(tasks(1), model, ledger, judge=rejecting)
         assert (summary.accepted, summary.rejected) == (1, 0)
-        assert model.asked[1][1][2:] == [
-            {"role": "assistant", "content": "bad"},
-            {"role": "user", "content": "Your last reply was too short."},
-        ]
+        told = [(message["role"], message["content"]) for message in model.asked[1][1][2:]]
+        assert told == [("assistant", "bad"), ("user", "Your last reply was too short.")]
         assert model.asked[0][0] != model.asked[1][0]
         kept = [ledger.reply_at(position) for position in ledger.state("t0").replies]
-        assert [(event["text"], event["reason"], event["final"]) for event in kept] == [
-            ("bad", "too_short", False),
-            ("good", None, True),
-        ]
+        found = [(event["text"], event["reason"], event["final"]) for event in kept]
+        assert found == [("bad", "too_short", False), ("good", None, True)]
 
 
 def test_a_reply_rejected_twice_settles_the_task(tmp_path):
@@ -371,7 +335,7 @@ def test_a_reply_rejected_twice_settles_the_task(tmp_path):
             assert ledger.counts.rejected == {"too_short": 6} and ledger.state("t0").final
 
 
-def test_a_run_stopped_between_the_two_replies_goes_on_with_the_second(tmp_path):
+def test_a_run_stopped_between_the_two_replies_resumes_with_the_second(tmp_path):
     with Ledger(tmp_path / "l") as ledger:
         first = Scripted(lambda messages: "bad" if len(messages) == 2 else FatalFault("401", "gone"))
         run_tasks(tasks(1), first, ledger, judge=rejecting, settings=RunSettings(1))
@@ -382,13 +346,13 @@ def test_a_run_stopped_between_the_two_replies_goes_on_with_the_second(tmp_path)
     assert [message["content"] for message in second.asked[0][1][2:]] == ["bad", "Your last reply was too short."]
 
 
-def test_budget_ends_the_run_without_being_overdrawn_and_a_larger_one_goes_on(tmp_path):
+def test_budget_ends_the_run_without_being_overdrawn_and_a_larger_one_resumes_it(tmp_path):
     with Ledger(tmp_path / "l") as ledger:
         budget = Budget(max_tokens=3000)
         summary = run_tasks(tasks(500), Scripted(seconds=0.001), ledger, settings=RunSettings(8), budget=budget)
         used = sum(ledger.counts.used)
     assert summary.stopped == "budget" and "3,000" in summary.message
-    # 15 tokens a reply; what is held for one request (1024 + prompt) is left over, not what eight would hold.
+    # 15 tokens a reply; what is reserved for one request (1024 + prompt) is left over, not that for eight.
     assert used <= 3000 < used + 1024 + 20
     with Ledger(tmp_path / "l") as ledger:
         again = run_tasks(tasks(500), Scripted(), ledger, budget=Budget(max_tokens=used + 50))
@@ -401,7 +365,7 @@ def test_budget_ends_the_run_without_being_overdrawn_and_a_larger_one_goes_on(tm
     "handle, times, in_notebook", [(True, 1, True), (True, 1, False), (False, 1, False), (True, 2, True)]
 )
 def test_ctrl_c_finishes_what_is_in_flight_and_leaves_nothing_running(tmp_path, handle, times, in_notebook):
-    """A notebook has a running event loop; a run that continued there would continue to cost money after its cell was stopped."""
+    """A notebook has a running event loop; a run that continued there would cost money after its cell was stopped."""
     pressed = threading.Event()
     model = Scripted(seconds=0.3 if times == 1 else 30, released=pressed)
 
