@@ -103,13 +103,11 @@ class Quickstart:
             write_json(file, {"settings": settings, "phases": {}})
         progress = json.loads(file.read_text("utf-8"))
         before = progress["settings"]
-        changed = [
-            f"{k} was {before.get(k)} and is {value}" for k, value in settings.items() if before.get(k) != value
-        ]
+        changed = [key for key, value in settings.items() if before.get(key) != value]
         if changed:
+            what = "; ".join(f"{key} was {before.get(key)} and is {settings[key]}" for key in changed)
             raise ValueError(
-                f"{self.out} holds a quickstart with other settings: {'; '.join(changed)}. Give another --out, or delete the "
-                "folder."
+                f"{self.out} holds a quickstart with other settings: {what}. Give another --out, or delete it."
             )
         return progress
 
@@ -162,12 +160,12 @@ class Quickstart:
         from ..data_engine.validate import ValidationSettings
         from .responder import PROMPTS, ScriptedResponder
 
-        train, out = self.out / "world" / "train", self._fresh("data")
-        responder = ScriptedResponder(self.settings.seed)
+        train, out, seed = self.out / "world" / "train", self._fresh("data"), self.settings.seed
+        responder = ScriptedResponder(seed)
         summary = generate(
             out / "instruct",
             responder,
-            GenerateConfig(responder.name, mix=(4, 1, 1), seed=self.settings.seed),
+            GenerateConfig(responder.name, mix=(4, 1, 1), seed=seed),
             captions=train / "captions.json",
             boxes=train / "instances.json",
             images=train / "images",
@@ -178,7 +176,7 @@ class Quickstart:
             ),
             output=OutputSettings(question_repeats=None, parquet=False, report_samples=60),
         )
-        expand_captions(train / "captions.json", out / "captions.json", style="plain", seed=self.settings.seed)
+        expand_captions(train / "captions.json", out / "captions.json", style="plain", seed=seed)
         return {"samples": dict(summary.output.samples), "turns": sum(summary.output.turns.values())}
 
     def _language(self) -> dict[str, Any]:
@@ -289,9 +287,7 @@ class Quickstart:
             content = [{"type": "image", "image": str(item.image)}, {"type": "text", "text": item.question}]
             found = pipe(text=[{"role": "user", "content": content}], max_new_tokens=32, return_full_text=False)
             piped.append(found[0]["generated_text"].strip())
-        if piped != answers:
-            raise ValueError(f"pipeline() answers {piped} after the reload; the predictor answers {answers}.")
-        return {"pipeline_agrees": True, "answer": {"question": items[0].question, "answer": piped[0]}}
+        return {"pipeline_agrees": piped == answers, "answer": {"question": items[0].question, "answer": piped[0]}}
 
     def _exam(self) -> dict[str, Any]:
         from ..inference import LlavaPredictor

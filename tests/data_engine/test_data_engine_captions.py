@@ -145,6 +145,12 @@ def test_absent_model_and_absent_spacy_say_how_to_install_them(spacy_model, monk
         load_spacy("en_core_web_sm")
 
 
+def test_absent_ray_names_the_extra(spacy_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"modeling-llava\[ray\]"):
+        extract_shards(SENTENCES, tmp_path, engine="ray")
+
+
 SENTENCES = [
     f"a {color} {thing} on the {place}"
     for color, thing, place in product(("red", "blue"), ("bus", "dog"), ("road", "hill"))
