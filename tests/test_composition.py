@@ -5,7 +5,14 @@ import shutil
 import pytest
 import torch
 from tiny import tiny_text_config, tiny_vision_config
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+)
 from transformers import LlavaForConditionalGeneration as StockModel
 
 from modeling_llava import LlavaForConditionalGeneration
@@ -143,10 +150,12 @@ def test_a_tower_without_a_position_for_each_patch_is_refused(tower, shapes):
         count_additional_image_tokens(tiny_vision_config(tower, **sizes))
 
 
-def test_a_tower_that_takes_more_than_pixels_is_refused():
+def test_a_tower_that_takes_more_than_pixels_or_has_no_image_size_is_refused():
     config = tiny_vision_config("siglip2_vision_model", num_patches=4)
     with pytest.raises(ValueError, match="siglip2_vision_model.* on pixel_values alone .*spatial_shapes"):
         count_additional_image_tokens(config)
+    with pytest.raises(ValueError, match="resnet.* image_size=None and patch_size=None"):
+        count_additional_image_tokens(AutoConfig.for_model("resnet"))
 
 
 def test_wrong_names_are_one_clear_error(tmp_path, golden):

@@ -21,6 +21,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor as StockLl
 from modeling_llava import LlavaImageProcessor, LlavaProcessor, processing_llava
 from modeling_llava.configuration_llava import count_image_tokens
 from modeling_llava.processing_llava import image_size, load_chat_template, num_image_tokens
+from modeling_llava.text.chat_templates import plain_messages
 from modeling_llava.text.tokenization import load_tokenizer
 
 
@@ -317,6 +318,13 @@ def test_messages_of_any_loader_are_the_plain_ones(processor, container, filled,
         assert output.keys() == expected.keys()
         assert all(torch.equal(output[key], expected[key]) for key in expected)
     assert processor.apply_chat_template(messages) == processor.apply_chat_template(plain)
+
+
+def test_text_that_only_begins_as_json_stays_text():
+    assert plain_messages("[sic") == "[sic" and plain_messages('[{"role": "user"}]') == [{"role": "user"}]
+    assert plain_messages([{"role": "user", "content": ["{sic", '{"type": "image"}']}]) == [
+        {"role": "user", "content": ["{sic", {"type": "image"}]}
+    ]
 
 
 def test_messages_of_an_arrow_table_are_the_plain_ones(processor):

@@ -4,9 +4,12 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from tiny import tiny_config
 
+import modeling_llava
 from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.constants import installed
 
 
 def run(program, *arguments, **options):
@@ -17,6 +20,12 @@ def run(program, *arguments, **options):
         text=True,
         **options,
     )
+
+
+def test_names_that_are_not_there_and_packages_that_are_not_installed():
+    with pytest.raises(AttributeError, match="LlavaNext"):
+        modeling_llava.LlavaNext  # noqa: B018
+    assert "LlavaModel" in dir(modeling_llava) and installed("a-package-of-nobody") is None
 
 
 def test_import_says_nothing_and_needs_neither_torchvision_nor_bitsandbytes(tmp_path):

@@ -140,6 +140,20 @@ def test_low_rank_matrices_beside_16_bit_weights_are_as_exact_as_pefts():
     assert errors[1] < 1.2 * errors[0]
 
 
+def test_a_module_whose_forward_is_of_another_form_is_left_as_it_is():
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj = self.up_proj = self.down_proj = torch.nn.Linear(64, 64)
+
+        def forward(self, hidden_states, router):
+            return hidden_states
+
+    model = language_model().model
+    model.layers[0].mlp = Routed()
+    assert make_efficient(model)["mlps"] == 1 and type(model.layers[0].mlp) is Routed
+
+
 def test_dora_is_left_as_it_is():
     config = LoraConfig(r=4, target_modules=r".*_proj", init_lora_weights=False, use_dora=True)
     model = get_peft_model(language_model(), config)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tiny import tiny_config, tiny_text_config
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -74,6 +75,15 @@ def test_auto_takes_the_fastest_that_the_gpu_has_room_for(settings, monkeypatch,
         resolve_checkpointing(model, args)
         assert args.activation_checkpointing == value
         assert f"checkpointing: {estimates.CHECKPOINTING[value]} (estimated GiB: off " in caplog.messages[-1]
+
+
+def test_auto_is_on_for_a_language_model_that_cannot_be_estimated(settings, monkeypatch, caplog):
+    args = LlavaTrainingArguments(**settings, activation_checkpointing="auto")
+    model = SimpleNamespace(config=tiny_config(text=tiny_text_config("mixtral", num_local_experts=2)))
+    monkeypatch.setattr(LlavaTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr(estimates, "available_memory", lambda device: 2**40)
+    resolve_checkpointing(model, args)
+    assert args.activation_checkpointing is True and "(mixtral) has weights that are not linear" in caplog.text
 
 
 def test_every_process_takes_what_the_fullest_gpu_has_room_for(settings, monkeypatch):

@@ -217,14 +217,21 @@ def test_a_language_model_whose_attention_packs_do_not_know_is_padded(settings):
         resolve_packing(model, args)
 
 
-def test_a_language_model_that_keeps_the_lengths_from_its_attention_is_padded(settings):
-    """StableLM: its packs would be right, by a mask of the whole row."""
-    model = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config("stablelm")))
+@pytest.mark.parametrize(
+    "family, reason",
+    [
+        ("stablelm", "does not hand cu_seq_lens_q to its attention layers"),  # right, by a mask of the whole row
+        ("xglm", "XGLMModel does not use transformers' AttentionInterface"),
+    ],
+)
+def test_a_language_model_that_cannot_attend_within_samples_is_padded(settings, family, reason):
+    sizes = {"d_model": 64, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4} if family == "xglm" else {}
+    model = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config(family, **sizes)))
     args = LlavaTrainingArguments(**settings)
     resolve_packing(model, args)
     assert args.packing == "none"
     args.packing = "batch"
-    with pytest.raises(ValueError, match="does not hand cu_seq_lens_q to its attention layers.* Set packing"):
+    with pytest.raises(ValueError, match=f"{reason}.* Set packing=none"):
         resolve_packing(model, args)
 
 

@@ -83,7 +83,9 @@ def test_lists_and_entries_of_mappings_from_the_command_line(recipe):
 def test_typed_mistakes_are_errors_of_one_line(recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="Did you mean 'qlora'"):
         read_recipe("qlra")
-    for override, what in (("--lora_r", "not of the form key=value"), ("lora_rr=3", "Did you mean 'lora_r'")):
+    for override, what in (
+        ("--lora_r", "not of the form key=value"), ("lora_rr=3", "Did you mean 'lora_r'"), ("seed=[", "is not YAML"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=what):
             read_recipe(recipe(), [override])
     (tmp_path / "list.yaml").write_text("- a\n")

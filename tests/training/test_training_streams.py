@@ -194,3 +194,19 @@ def test_any_stream_is_trained_on_and_evaluated(packing, settings):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate(known)["eval_loss"], rel=1e-6)
     trainer.train()  # beyond the stream's end
     assert trainer.state.global_step == 8 and "loss" in trainer.state.log_history[-2]
+
+
+def test_a_sample_of_a_packed_stream_that_is_too_long_is_dropped_and_counted_or_an_error(settings, caplog):
+    short = rows(8)
+    long = {**rows(1, 9)[0], "messages": [{"role": "user", "content": "What? " * 300}, short[0]["messages"][1]]}
+    for overflow in ("drop", "error"):
+        args = LlavaTrainingArguments(**{**settings, "packing": "full", "overflow": overflow})
+        model, processor = load_model_and_processor(args)
+        stream = load_conversations([*short[:4], long, *short[4:]], streaming=True)
+        trainer = LlavaTrainer(model, args, train_dataset=stream, processing_class=processor)
+        if overflow == "error":
+            with pytest.raises(ValueError, match="'9' has .* tokens, max_length is 256"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert trainer.data_collator.dropped["too long"] >= 1
