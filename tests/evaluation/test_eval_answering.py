@@ -51,7 +51,7 @@ def test_answers_are_resumed(tmp_path):
     again.run(samples_of(10), Shard(), lambda samples: pytest.fail("everything is answered"))
 
 
-def test_line_that_a_kill_cut_off_is_asked_again(tmp_path):
+def test_an_incomplete_line_is_asked_again(tmp_path):
     folder = AnswerFolder(tmp_path, {})
     folder.run(samples_of(3), Shard(), answer_all)
     whole = (tmp_path / "answers.jsonl").read_bytes()
@@ -95,11 +95,10 @@ def test_shards_divide_the_samples_and_keep_images_together():
 
 
 def test_shard_of_the_command_line_and_of_the_environment(monkeypatch):
-    assert (Shard.parse("2/4").index, Shard.parse("2/4").count) == (1, 4)
-    assert Shard.parse(None).count == 1
+    assert Shard.parse("2/4") == Shard(1, 4) and Shard.parse(None) == Shard(0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (Shard.parse(None).index, Shard.parse(None).file_name) == (3, "answers.4-of-8.jsonl")
+    assert Shard.parse(None) == Shard(3, 8) and Shard(3, 8).file_name == "answers.4-of-8.jsonl"
     for text in ("0/4", "5/4", "1", "a/b"):
         with pytest.raises(ValueError, match=f"--shard is '{text}'"):
             Shard.parse(text)
@@ -119,7 +118,7 @@ def test_samples_and_images_are_checked_first(tmp_path):
 
 
 def test_the_same_command_twice_at_once_is_refused_and_one_process_scores(tmp_path):
-    """Before a model is loaded, also while the first one is being scored. A shard that ends then leaves the scoring to it."""
+    """Before a model is loaded, also during scoring; a shard that ends then leaves the scoring to the first process."""
     entered = []
 
     def score(answers):
@@ -135,7 +134,7 @@ def test_the_same_command_twice_at_once_is_refused_and_one_process_scores(tmp_pa
 
     benchmark = Benchmark("x", samples_of(2), score)
     assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]
-    assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]  # nothing holds it any more
+    assert evaluate(benchmark, Predictor, tmp_path, model={})["complete"]  # the locks are released
     assert len(entered) == 2
 
 

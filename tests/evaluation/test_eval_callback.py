@@ -9,7 +9,7 @@ import torch
 from tiny_predictor import picture, tiny_llava, tiny_processor
 from transformers import Trainer, TrainingArguments
 
-from modeling_llava.evaluation import pope, vqa
+from modeling_llava.evaluation import callback, pope, vqa
 from modeling_llava.evaluation.callback import EvaluationCallback
 
 
@@ -17,10 +17,8 @@ from modeling_llava.evaluation.callback import EvaluationCallback
 def benchmarks(tmp_path):
     for number in range(2):
         picture(number).save(tmp_path / f"{number}.png")
-    questions = [
-        {"id": f"random/{n}", "image": f"{n % 2}.png", "text": f"Is there a {n}?", "label": "no", "category": "random"}
-        for n in range(6)
-    ]
+    of_random = {"label": "no", "category": "random"}
+    questions = [{"id": f"r/{n}", "image": f"{n % 2}.png", "text": f"Is there a {n}?", **of_random} for n in range(6)]
     short = [{"id": "1", "image": "0.png", "text": "What?", "answers": ["cat"], "category": None}]
     both = [pope.make_benchmark(questions, tmp_path).first(4), vqa.make_benchmark(short, tmp_path)]
     return [replace(benchmark, max_new_tokens=3) for benchmark in both]
@@ -54,9 +52,8 @@ def test_scores_are_metrics_of_every_evaluation_and_training_is_the_same(tmp_pat
     assert [entry["step"] for entry in logged] == [2, 4]
     assert all(0 <= entry["eval_pope_accuracy"] <= 100 and "eval_vqa_exact_match" in entry for entry in logged)
     lines = [json.loads(line) for line in (tmp_path / "run/benchmarks.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4] and set(lines[0]["answers"]["pope"]) == {
-        f"random/{n}" for n in range(4)
-    }
+    assert [line["step"] for line in lines] == [2, 4]
+    assert set(lines[0]["answers"]["pope"]) == {f"r/{n}" for n in range(4)}
     assert "eval_pope_accuracy" in trainer.evaluate()  # where metric_for_best_model looks
 
 
@@ -70,28 +67,18 @@ def test_modes_are_restored(tmp_path, benchmarks):
     assert model.training and not model.model.vision_tower.training
 
 
-def test_processes_share_the_samples_and_all_know_the_scores(tmp_path, benchmarks, monkeypatch):
+def test_each_process_answers_a_shard_and_all_know_the_scores(tmp_path, benchmarks, monkeypatch):
     processor = tiny_processor()
     model, state = tiny_llava(processor), SimpleNamespace(log_history=[], global_step=1, epoch=1.0)
-    metrics, shares, sent = [{}, {}], [], []
-    module = "modeling_llava.evaluation.callback"
+    metrics, shards, sent = [{}, {}], [], []
+    monkeypatch.setattr(callback, "gather_object", lambda found: shards.append(found) or [*shards[0], *shards[-1]])
+    monkeypatch.setattr(callback, "broadcast_object_list", lambda one: sent.append(one[0]) or [one[0] or {}])
     for rank in (1, 0):  # the last one has what the others sent
         state.is_world_process_zero = rank == 0
-        monkeypatch.setattr(
-            f"{module}.gather_object", lambda answers: shares.append(answers) or [*shares[0], *shares[-1]]
-        )
-        monkeypatch.setattr(
-            f"{module}.broadcast_object_list", lambda objects: sent.append(objects[0]) or [objects[0] or {}]
-        )
-        args = SimpleNamespace(
-            output_dir=str(tmp_path / str(rank)), process_index=rank, world_size=2, bf16=False, fp16=False
-        )
-        callback = EvaluationCallback(benchmarks[:1])
-        callback.on_evaluate(args, state, None, metrics[rank], model=model, processing_class=processor)
-    assert [sorted(sample for sample, _ in share) for share in shares] == [
-        ["random/1", "random/3"],
-        ["random/0", "random/2"],
-    ]
+        args = SimpleNamespace(output_dir=str(tmp_path / str(rank)), process_index=rank, world_size=2, bf16=0, fp16=0)
+        options = {"model": model, "processing_class": processor}
+        EvaluationCallback(benchmarks[:1]).on_evaluate(args, state, None, metrics[rank], **options)
+    assert [sorted(name for name, _ in shard) for shard in shards] == [["r/1", "r/3"], ["r/0", "r/2"]]
     assert sent[0] is None and sent[1] == metrics[0] and "eval_pope_accuracy" in metrics[0]
     assert not (tmp_path / "1").exists() and (tmp_path / "0" / "benchmarks.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""CIDEr and BLEU: kept libraries, against arithmetic by hand."""
+"""CIDEr and BLEU, against arithmetic by hand."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_cider_by_hand():
     scored = score(images, {"0.png": "red cat", "1.png": "something else"})
     assert scored.rows[0]["score"] == pytest.approx(10 * 0.5 / 4)
     assert scored.rows[1]["score"] == 0.0
-    # CIDEr is no share: that it is 0 for all says nothing of others, as it would for wrong answers.
+    # CIDEr is not a fraction of right answers, so its interval at 0 is not Wilson's.
     assert score(images, {"0.png": "one", "1.png": "other"}).scores["cider"]["interval"] == [0.0, 0.0]
     # One word longer: the same cosine, over √3 words, times exp(−1 / (2 · 6²)).
     scored = score(images, {"0.png": "red big cat", "1.png": "something else"})
@@ -77,22 +77,16 @@ def test_annotations_of_coco_are_read_and_captions_without_a_word_named(tmp_path
             read_captions(tmp_path / "c.jsonl")
 
 
-def test_what_is_not_installed_is_said_before_anything_is_answered(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    picture(0).save(tmp_path / "0.png")
-    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "0.png", "captions": ["A cat."]}))
-    options = ["--annotations", tmp_path / "c.jsonl", "--images", tmp_path]
-    assert llava_eval("captions", model_folder, tmp_path / "out", *options) != 0
-    assert "pip install 'modeling-llava[eval]'" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_command(tmp_path, model_folder):
+def test_command(tmp_path, model_folder, monkeypatch, capsys):
     for number in range(3):
         picture(number).save(tmp_path / f"{number}.png")
     lines = [json.dumps({"image": f"{n}.png", "captions": [f"number {n}", "a thing"]}) for n in range(3)]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     options = ["--annotations", tmp_path / "c.jsonl", "--images", tmp_path, "--max-new-tokens", "5"]
+    with monkeypatch.context() as absent:  # which is said before anything is answered
+        absent.setitem(sys.modules, "sacrebleu", None)
+        assert llava_eval("captions", model_folder, tmp_path / "out", *options) != 0
+    assert "pip install 'modeling-llava[eval]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert llava_eval("captions", model_folder, tmp_path / "out", *options) == 0
     results, rows = read_results(tmp_path / "out")
     assert results["primary_score"] == "cider" and results["scores"]["bleu4"]["count"] == 3 == len(rows)

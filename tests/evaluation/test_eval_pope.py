@@ -13,13 +13,10 @@ from modeling_llava.evaluation.results import read_results
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("Yes", "yes"),
         ("Yes. But no cat.", "yes"),
         ("No", "no"),
-        ("There isn't a dog in the image.", "no"),
         ("There isn\u2019t one", "no"),
         ("I do not see one", "no"),
-        ("A dog.", None),
         ("Note the dog", None),
         ("maybe\nyes", None),
         ("'Yes'.", "yes"),
@@ -37,23 +34,13 @@ def questions_of(labels, category="random"):
     ]
 
 
-def test_scores_by_hand():
+def test_scores_by_hand_by_category_and_of_extremes():
     """6 questions: 2 true yes, 1 missed, 1 false yes, 1 true no, 1 unparsed where no is right."""
     questions = questions_of(["yes", "yes", "yes", "no", "no", "no"])
     texts = ["Yes", "yes it is", "No", "Yes", "no", "A cat"]
     scored = score(questions, {q["id"]: text for q, text in zip(questions, texts)})
-    values = {name: scored.scores[name]["value"] for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
-    assert values == {
-        "accuracy": 50.0,
-        "precision": pytest.approx(200 / 3),
-        "recall": pytest.approx(200 / 3),
-        "f1": pytest.approx(200 / 3),
-        "yes_ratio": 50.0,
-    }
-    assert scored.counts == {"unparsed": 1}
-
-
-def test_scores_by_category_and_of_extremes():
+    values = [scored.scores[name]["value"] for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
+    assert values == pytest.approx([50, 200 / 3, 200 / 3, 200 / 3, 50]) and scored.counts == {"unparsed": 1}
     questions = questions_of(["yes", "no"]) + questions_of(["yes", "no"], "adversarial")
     answers = {q["id"]: "no" if q["category"] == "random" else "yes" for q in questions}
     scores = score(questions, answers).scores
@@ -69,7 +56,7 @@ def write(path, rows):
     return path
 
 
-def test_files_are_read_and_categories_are_told_by_name(tmp_path):
+def test_files_are_read_and_their_names_give_the_category(tmp_path):
     row = {"question_id": 1, "image": "a.png", "text": "Is there a cat?", "label": "Yes"}
     files = [write(tmp_path / f"coco_pope_{name}.json", [row]) for name in ("random", "popular", "adversarial")]
     questions = read_questions(files)

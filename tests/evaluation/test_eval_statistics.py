@@ -30,7 +30,7 @@ def test_score_of_few_samples():
 
 
 def test_paired_difference_sees_what_unpaired_intervals_hide():
-    """Hard and easy samples differ by far more than the models do; model B gains one point on every tenth sample."""
+    """Hard and easy samples differ by far more than the models do; the second gains one point on every tenth sample."""
     rng = np.random.default_rng(1)
     first = (rng.random(400) < 0.5).astype(float)
     second = first.copy()

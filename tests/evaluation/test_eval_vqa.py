@@ -24,23 +24,18 @@ from modeling_llava.evaluation.vqa import (
     [
         ("Yes.", "yes"),
         ("The  Cat", "cat"),
-        ("two", "2"),
         ("none", "0"),
-        ("1,000", "1000"),
         ("dont know", "don't know"),
         ("It\u2019s", "it's"),
         ("were", "were"),
         ("t-shirt", "t shirt"),
         ("A", ""),
-        ("red/blue", "red blue"),
-        (" \nyes\t", "yes"),
-        # a mark beside a blank anywhere, or a number like 1,000: dropped everywhere
+        (" \nred/blue\t", "red blue"),
+        # a mark next to a space anywhere, or a number like 1,000: dropped everywhere
         ("t-shirt - blue", "tshirt blue"),
         ("1,000-2", "10002"),
-        ("hed've", "he'd've"),
-        ("im", "im"),
-        ("a.m.", "am"),
-        (".5", ".5"),
+        ("hed've im", "he'd've im"),
+        ("a.m. .5", "am .5"),
     ],
 )
 def test_answers_are_compared_in_one_form(answer, form):
@@ -78,24 +73,14 @@ def test_official_files(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(questions))
     (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
     (read,) = read_questions(tmp_path / "q.json", tmp_path / "a.json")
-    assert read == {
-        "id": "7",
-        "image": "COCO_val2014_000000000042.jpg",
-        "text": "What?",
-        "answers": ["cat"] * 10,
-        "category": "other",
-    }
-    (tmp_path / "a.json").write_text(json.dumps({"annotations": []}))
-    with pytest.raises(ValueError, match="question 1 has the question_id 7, which .*a.json does not have"):
-        read_questions(tmp_path / "q.json", tmp_path / "a.json")
+    image = "COCO_val2014_000000000042.jpg"
+    assert read == {"id": "7", "image": image, "text": "What?", "answers": ["cat"] * 10, "category": "other"}
     with pytest.raises(ValueError, match="question 1 has the image_id 42, which does not fit --image-name '{id}.jpg'"):
-        (tmp_path / "a.json").write_text(json.dumps({"annotations": [annotation]}))
         read_questions(tmp_path / "q.json", tmp_path / "a.json", "{id}.jpg")
     for wrong, message in (
+        ({"annotations": []}, "question 1 has the question_id 7, which .*a.json does not have"),
         ({"annotations": None}, "a.json is not an official file"),
         ({str(n): {"question": "?"} for n in range(1000)}, "official file of VQAv2, GQA.*JSONL"),
-        ({"annotations": ["x"]}, "a.json is not an official file"),
-        ({"annotations": [{**annotation, "answers": None}]}, "annotation 1 has no 'answers'"),
         ({"annotations": [{**annotation, "answers": [{"a": 1}]}]}, "annotation 1 has no 'answers'"),
         ({"annotations": [{**annotation, "question_id": [7]}]}, r"annotation 1 has the question_id \[7\]"),
     ):
@@ -161,13 +146,10 @@ def test_questions_that_may_be_unanswerable_are_asked_as_llava_asks_them():
     assert instruction_for([row]) == INSTRUCTION
 
 
-@pytest.mark.parametrize(
-    "after", ["", f"\n{INSTRUCTION}", f" {INSTRUCTION.lower().rstrip('.')} ", f"\n\n{INSTRUCTION}\n"]
-)
-def test_an_instruction_stands_in_a_question_once(after):
-    (sample,) = make_benchmark(
-        [{"id": "1", "image": "a", "text": f"What?{after}", "answers": ["x"], "category": None}], ""
-    ).samples
+@pytest.mark.parametrize("after", ["", f" {INSTRUCTION.lower().rstrip('.')} ", f"\n\n{INSTRUCTION}\n"])
+def test_a_question_has_the_instruction_once(after):
+    question = {"id": "1", "image": "a", "text": f"What?{after}", "answers": ["x"], "category": None}
+    (sample,) = make_benchmark([question], "").samples
     assert sample["messages"][0]["content"][1]["text"] == f"What?\n{INSTRUCTION}"
 
 
@@ -185,7 +167,6 @@ def test_files_of_windows_editors_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": None}, "question = None, which is empty or not text"),
         ({"image": ["a.png", "b.png"]}, "image = ['a.png', 'b.png'], which is empty or not text"),
         ({"answers": []}, "no 'answers'"),
         ({"question_id": None}, "the question_id None, neither number nor text"),
@@ -199,32 +180,21 @@ def test_wrong_rows_are_named(tmp_path, change, message):
         read_questions(tmp_path / "q.jsonl")
 
 
-def run_cli(tmp_path, model_folder, images, *more):
-    rows = [{"question_id": n, "image": "a.png", "question": f"Is it {n}?", "answer": "cat"} for n in range(3)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--questions", tmp_path / "q.jsonl", "--images", images, "--max-new-tokens", "4", *more]
-    return llava_eval("vqa", model_folder, tmp_path / "out", *options)
-
-
-def test_command(tmp_path, model_folder):
-    picture(1).save(tmp_path / "a.png")
-    assert run_cli(tmp_path, model_folder, tmp_path, "--instruction", "") == 0
-    results, rows = read_results(tmp_path / "out")
-    assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
-    for wrong in (
-        ["--max-new-tokens", 0],
-        ["--batch-size", 0],
-        ["--limit", 0],
-        ["--temperature", 0],
-        ["--top-p", 0.5],
-    ):
-        assert run_cli(tmp_path, model_folder, tmp_path, *wrong) == 2
-
-
-def test_links_that_lead_out_of_the_image_folder_are_followed_if_asked(tmp_path, model_folder, capsys):
+def test_command(tmp_path, model_folder, capsys):
     picture(1).save(tmp_path / "a.png")
     (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")
-    assert run_cli(tmp_path, model_folder, tmp_path / "links") == 2
+    (tmp_path / "links" / "a.png").symlink_to(tmp_path / "a.png")  # leads out of the image folder
+    rows = [{"question_id": n, "image": "a.png", "question": f"Is it {n}?", "answer": "cat"} for n in range(3)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def run(*more):
+        options = ["--questions", tmp_path / "q.jsonl", "--images", tmp_path / "links", "--max-new-tokens", "4"]
+        return llava_eval("vqa", model_folder, tmp_path / "out", *options, "--instruction", "", *more)
+
+    assert run() == 2
     assert "symlinks" in capsys.readouterr().err
-    assert run_cli(tmp_path, model_folder, tmp_path / "links", "--follow-symlinks") == 0
+    assert run("--follow-symlinks") == 0
+    results, rows = read_results(tmp_path / "out")
+    assert results["settings"]["instruction"] is None and len(rows) == 3 and results["complete"]
+    for wrong in ("--max-new-tokens 0", "--batch-size 0", "--limit 0", "--temperature 0", "--top-p 0.5"):
+        assert run("--follow-symlinks", *wrong.split()) == 2
