@@ -6,8 +6,7 @@ to the selected layer and the projector. Of a language model that is not in [`AR
 `convert_hf_to_gguf.py` is written in place of the first file.
 
 llama.cpp has had a bug since May 2025 (https://github.com/ggml-org/llama.cpp/issues/25814): it puts CLIP's class token
-after the patches but reads positions and results as if it came first. `class_token_last=True` writes a file that such builds
-compute correctly (see `_for_class_token_last`). SigLIP has no class token.
+after the patches but reads positions and results as if it came first. SigLIP has no class token.
 """
 
 import json
@@ -75,11 +74,10 @@ def convert_hf_to_gguf(
             are always float32. `"q4_k_m"` and `"q6_k"` are quantised by llama.cpp (`llama-cpp-python`), next to a
             `mmproj` in `f16`.
         class_token_last (`bool`, *optional*, defaults to `False`):
-            Write `mmproj` for builds of llama.cpp with the defect above. They then compute every image feature right,
-            but hand the one of the top left patch over last instead of first, and see the padding's colour in it.
+            Write `mmproj` for builds of llama.cpp with the bug above (see `_for_class_token_last`).
         check (`bool`, *optional*, defaults to `True`):
             Read the files back and compare every tensor with what was to be written; of a quantised file its types.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
+        overwrite: As in [`convert_original_to_hf`].
 
     Raises:
         ImportError: the `gguf` package, or for a quantised file `llama-cpp-python`, is not installed.
@@ -262,7 +260,8 @@ CLASS_TOKEN_SCALE = 1e5
 
 def _for_class_token_last(tensors: dict[str, GgufTensor], hf: HfCheckpoint) -> None:
     """
-    Change the class embedding and the positions so that a build with the defect computes the right features.
+    Change the class embedding and the positions so that a build with the bug computes the right features, though it gives
+    that of the top left patch last instead of first, and as one of padding.
 
     It lays out `[patch 0, …, patch n−1, class]`, adds position row i to token i, and gives tokens 1 to n to the
     projector. So token 0, which it does not give on, becomes the class token: its position row is the class token times

@@ -62,11 +62,7 @@ def convert_hf_to_original(
         output (`str` or `Path`): Folder to write.
         vision_tower (`str`, *optional*):
             Name of the tower for `mm_vision_tower`, of which the checkpoint's tower is an unchanged copy.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Of one safetensors file.
-        dtype (`str` or `torch.dtype`, *optional*): Of the weights. By default every tensor keeps its own.
-        check (`bool`, *optional*, defaults to `True`):
-            Read the result as an original and compare the logits of one image.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace the folder `output`.
+        max_shard_size, dtype, check, overwrite: As in [`convert_original_to_hf`].
 
     Raises:
         ValueError: the original does not support it (several feature layers, another activation), it is damaged, or the

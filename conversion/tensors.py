@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class LazyTensor:
     """
     A tensor that is read or computed in pieces of rows (slices of the first dimension).
@@ -44,15 +46,11 @@ class LazyTensor:
     on, its content lies as it is.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        rows: Callable[[int, int], torch.Tensor],
-        origin: str,
-        place: tuple[Path, int] | None = None,
-    ):
-        self.dtype, self.shape, self.rows, self.origin, self.place = dtype, tuple(shape), rows, origin, place
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: Callable[[int, int], torch.Tensor]
+    origin: str
+    place: tuple[Path, int] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -102,7 +100,7 @@ def stored(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], 
 def in_memory(tensor: torch.Tensor, origin: str) -> LazyTensor:
     """A tensor that is in memory (or mapped into it) already; it is never written to."""
     rows = tensor.detach().reshape(tensor.shape or 1)
-    return LazyTensor(tensor.dtype, tensor.shape, lambda start, stop: rows[start:stop].contiguous(), origin)
+    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda start, stop: rows[start:stop].contiguous(), origin)
 
 
 def cast(source: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:

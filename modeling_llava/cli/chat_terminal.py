@@ -45,10 +45,8 @@ class Terminal:
         self.conversations: list[Conversation] = [chat.conversation]
         self.saved: set[Path] = set()
         self.failed = False
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            if hasattr(
-                stream, "reconfigure"
-            ):  # an answer may hold what the terminal's encoding lacks, a question anything
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # characters that the terminal's encoding does not have
+            if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         if self.interactive:
             _use_readline(remember)
@@ -67,7 +65,7 @@ class Terminal:
                 for line in sys.stdin or ():
                     if not self.handle(line.strip()):
                         break
-            except BrokenPipeError:  # whoever read the answers has left; Python would complain once more as it ends
+            except BrokenPipeError:  # the reader has left; Python would complain again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 1
             return 1 if self.failed else 0

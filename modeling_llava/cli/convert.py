@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help=f"dtype of the weights (default: the source's); gguf: {types} (default: f16)")
     add("--max-shard-size", default="2GB", help="largest file of weights (default: 2GB)")
     add(
-        "--chat-template",
-        help="hf: name of a template, own, or a file; by default as the checkpoint's version implies",
+        "--chat-template", help="hf: name of a template, own, or a file (default: as the checkpoint's version implies)"
     )
     last = "gguf: for builds of llama.cpp since May 2025 that misplace CLIP's class token (its issue 25814)"
     add("--class-token-last", action="store_true", help=last)

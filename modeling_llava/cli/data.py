@@ -79,16 +79,9 @@ def _filter(args: argparse.Namespace) -> int:
     from ..data_engine.captions import filter_captions
     from ..data_engine.concepts import ConceptSettings
 
-    summary = filter_captions(
-        args.source,
-        args.target,
-        ConceptSettings(args.least, args.most, args.seed, args.target_size),
-        model=args.spacy_model,
-        phrases=args.phrases,
-        workers=args.workers,
-        engine=args.engine,
-        progress=True,
-    )
+    settings = ConceptSettings(args.least, args.most, args.seed, args.target_size)
+    options = {"phrases": args.phrases, "workers": args.workers, "engine": args.engine, "progress": True}
+    summary = filter_captions(args.source, args.target, settings, model=args.spacy_model, **options)
     target = Path(args.target)
     print(f"{args.target}: {summary.chosen:,} of {summary.captions:,} captions ({summary.rows_chosen:,} rows)")
     print(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +30,11 @@ def run(args: argparse.Namespace) -> int:
     from ..data.check import check_data
     from ..io.checkpoints import load_processor
 
-    try:
-        report = check_data(
-            args.source if len(args.source) > 1 else args.source[0],
-            load_processor(args.processor) if args.processor is not None else None,
-            args.image_folder,
-            max_length=args.max_length,
-            split=args.split,
-            config_name=args.config_name,
-            batch_size=args.batch_size,
-            decode=args.decode,
-            follow_symlinks=args.follow_symlinks,
-            num_workers=args.workers,
-            out=args.out,
-            show_progress=not args.json,
-        )
-    except KeyboardInterrupt:
-        print("\nThe same command resumes.", file=sys.stderr)
-        raise
+    source = args.source if len(args.source) > 1 else args.source[0]
+    processor = load_processor(args.processor) if args.processor is not None else None
+    names = ("image_folder", "max_length", "split", "config_name", "batch_size", "decode", "follow_symlinks", "out")
+    options = {name: getattr(args, name) for name in names}
+    report = check_data(source, processor, num_workers=args.workers, show_progress=not args.json, **options)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -71,10 +57,8 @@ def _show(report, args: argparse.Namespace) -> None:
         facts.add_row("types", ", ".join(f"{name} {number:,}" for name, number in report.types.items()))
     if report.tokens:
         share = report.supervised_tokens / report.tokens
-        facts.add_row(
-            "tokens",
-            f"{report.tokens:,}: {report.image_tokens:,} of images, {report.supervised_tokens:,} supervised ({share:.1%})",
-        )
+        supervised = f"{report.supervised_tokens:,} supervised ({share:.1%})"
+        facts.add_row("tokens", f"{report.tokens:,}: {report.image_tokens:,} of images, {supervised}")
         facts.add_row(
             "per sample",
             f"mean {report.length_mean:,.0f}, median {report.length_median:,.0f}, 95 % up to {report.length_95th:,.0f}, "

@@ -185,10 +185,8 @@ def dry_run(args: argparse.Namespace, folder, images) -> int:
     if found.missing_images:
         print(f"{found.missing_images:,} images are not in {images} and are left out")
     print(f"{total:,} requests: {', '.join(f'{number:,} {kind}' for kind, number in found.tasks.items())}")
-    print(
-        f"about {usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens (at most "
-        f"{most.completion_tokens:,}), before retries"
-    )
+    replies = f"{usage.completion_tokens:,} reply tokens (at most {most.completion_tokens:,})"
+    print(f"about {usage.prompt_tokens:,} prompt and {replies}, before retries")
     if given := _prices_given(args):
         live = given.cost(usage)
         print(f"about ${live:,.2f} (at most ${given.cost(most):,.2f}); as batches about ${live / 2:,.2f}")
@@ -286,10 +284,8 @@ def _describe_output(output) -> None:
     samples = ", ".join(f"{number:,} {kind}" for kind, number in output.samples.items())
     print(f"{output.samples.total():,} conversations about {output.images:,} images: {samples or 'none'}")
     if output.near_duplicates:
-        print(
-            f"{output.near_duplicates.total():,} near-duplicate questions were left out; "
-            "`llava data report RUN --question-repeats all` keeps them"
-        )
+        keeps = "`llava data report RUN --question-repeats all` keeps them"
+        print(f"{output.near_duplicates.total():,} near-duplicate questions were left out; {keeps}")
     if output.missing_images:
         print(f"{output.missing_images:,} samples are not in the `datasets` folder: their images cannot be read")
     for line in output.notes:

@@ -56,15 +56,8 @@ def run(args: argparse.Namespace) -> int:
         processor.chat_template = load_chat_template(args.chat_template, image_token=processor.image_token)
     source = args.source if len(args.source) > 1 else args.source[0]
     dataset = load_conversations(source, split=args.split, types=args.type, on_bad_sample="drop")
-    collator = LlavaDataCollator(
-        processor,
-        max_length=args.max_length,
-        overflow=args.overflow,
-        image_folder=args.image_folder,
-        first_turn_order=args.first_turn_order,
-        seed=args.seed,
-        follow_symlinks=args.follow_symlinks,
-    )
+    names = ("max_length", "overflow", "image_folder", "first_turn_order", "seed", "follow_symlinks")
+    collator = LlavaDataCollator(processor, **{name: getattr(args, name) for name in names})
     console = Console(highlight=False, soft_wrap=True)
     dropped = f"{summarize_drops(dataset.dropped)}: `llava data check` lists them" if dataset.dropped else ""
     if args.id is not None:

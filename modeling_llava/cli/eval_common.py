@@ -61,11 +61,9 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
     model = describe_model(args.model, args.revision, args.adapter)
     four_bits = choose_four_bits(args.model, args.load_in_4bit, adapter=args.adapter, revision=args.revision)
     model |= {"dtype": args.dtype, "load_in_4bit": four_bits, "system": args.system}
-    print(
-        f"{benchmark.name}: {len(benchmark.samples):,} of {benchmark.whole:,} samples, {args.model} → {args.out}"
-        + (f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""),
-        file=sys.stderr,
-    )
+    samples = f"{len(benchmark.samples):,} of {benchmark.whole:,} samples"
+    part = f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""
+    print(f"{benchmark.name}: {samples}, {args.model} → {args.out}{part}", file=sys.stderr)
 
     def make_predictor():
         import torch
@@ -75,36 +73,18 @@ def evaluate_with(args: argparse.Namespace, benchmark) -> dict | None:
         device, local_rank = args.device, os.environ.get("LOCAL_RANK")
         if device is None and shard.count > 1 and local_rank and torch.cuda.is_available():
             device = f"cuda:{local_rank}"
-        loaded = load_model(
-            args.model,
-            dtype=args.dtype,
-            device=device,
-            load_in_4bit=four_bits,
-            adapter=args.adapter,
-            base=args.base,
-            revision=args.revision,
-        )
+        options = {name: getattr(args, name) for name in ("dtype", "adapter", "base", "revision")}
+        loaded = load_model(args.model, device=device, load_in_4bit=four_bits, **options)
         return LlavaPredictor(*loaded, system=args.system)
 
-    return evaluate(
-        benchmark,
-        make_predictor,
-        args.out,
-        model=model,
-        shard=shard,
-        batch_size=args.batch_size,
-        decoding=decoding,
-        partial=args.partial,
-    )
+    how = {"batch_size": args.batch_size, "decoding": decoding, "partial": args.partial}
+    return evaluate(benchmark, make_predictor, args.out, model=model, shard=shard, **how)
 
 
 def finish(args: argparse.Namespace, results: dict | None, published: list[str] = ()) -> int:
     """Prints the table, draws the plot, names the next command."""
     if results is None:
-        print(
-            f"not scored: the last shard of {args.out} to finish scores all. Run the other shards, or add --partial.",
-            file=sys.stderr,
-        )
+        print("not scored: the last shard to finish scores all. Run the others, or add --partial.", file=sys.stderr)
         return 0
     from ..evaluation.report import Run, compare, markdown, plot
 

@@ -49,9 +49,8 @@ def make_benchmark(args: argparse.Namespace):
     if args.references is None and args.reference_model is None:
         raise ValueError("Give --references F, or --reference-model NAME to generate them.")
     questions = llava_bench.read_questions(args.questions, args.contexts, args.references, args.images)
-    how = llava_bench.JudgeSettings(
-        read_rules(args.rules), args.both_orders, args.repeats, args.judge_temperature, args.max_reply_tokens or 1024
-    )
+    rules, longest = read_rules(args.rules), args.max_reply_tokens or 1024
+    how = llava_bench.JudgeSettings(rules, args.both_orders, args.repeats, args.judge_temperature, longest)
     for question in questions:  # a missing rule is found before the model is loaded
         rule_for(how.rules, question.category, question.has_boxes)
     judge, ledgers = make_chat_model(args, args.judge), Path(args.out) / "judge"

@@ -142,16 +142,10 @@ def _with_language_model(args: argparse.Namespace, results: dict) -> None:
         "judge": f"{own} + {args.judge or args.language_model}, judge",
     }
     runs = [Run(own, results, rows)]
+    shared = {"data": results["data"], "settings": {"shots": [shot.id for shot in shots], "order": "QCM"}}
+    shared["total"] = results["samples"]["total"]
     for kind, score in scored.items():
-        one = write_results(
-            Path(args.out) / kind,
-            "scienceqa",
-            score,
-            model={"name": names[kind]},
-            data=results["data"],
-            settings={"shots": [shot.id for shot in shots], "order": "QCM"},
-            total=results["samples"]["total"],
-            answered=len(score.rows),
-        )
+        about = {"model": {"name": names[kind]}, "answered": len(score.rows), **shared}
+        one = write_results(Path(args.out) / kind, "scienceqa", score, **about)
         runs.append(Run(names[kind], one, score.rows))
     print(markdown(compare(runs)))

@@ -22,9 +22,6 @@ def run(args: argparse.Namespace) -> int:
     output = merge_adapter(args.adapter, args.output, args.dtype, args.base, args.revision, args.as_trained)
     print(f"written: {output}, a stock llava checkpoint")
     if not args.as_trained and four_bits_of(args.adapter, args.revision) is not None:
-        print(
-            "The adapter was trained on a 4-bit base and is merged into the 16-bit one. If the answers have become worse, "
-            "merge with --as-trained."
-        )
+        print("The adapter was trained on a 4-bit base; if answers have become worse, merge with --as-trained.")
     print(f"next: llava chat {output}")
     return 0

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ..hub.card_fields import check_card_fields
-    from ..hub.publish import check_names, check_refs, gather, push
+    from ..hub.publish import ask_once, check_names, check_refs, gather, push
 
     console = Console(markup=False, highlight=False, soft_wrap=True)  # names and answers may have brackets
     source = Path(args.model)
@@ -56,18 +56,9 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if args.merge:
             source, args.out = merged(console, source, stack), args.out or f"{source.resolve()}-to-publish"
-        publication = gather(
-            source,
-            args.repo,
-            args.out,
-            base_models=args.base_model,
-            datasets=args.dataset,
-            results=args.results,
-            license=args.license,
-            data_license=args.data_license,
-            language=args.language,
-            summary=args.summary,
-        )
+        card = {name: getattr(args, name) for name in ("results", "license", "data_license", "language", "summary")}
+        card |= {"base_models": args.base_model, "datasets": args.dataset}
+        publication = gather(source, args.repo, args.out, **card)
         table = Table("file", "size", title=f"{publication.repo} ({publication.kind})", title_justify="left")
         for name, size in publication.files.items():
             table.add_row(name, f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB")
@@ -81,13 +72,9 @@ def run(args: argparse.Namespace) -> int:
         if publication.kind == "full":
             say_who_runs_it(console, publication.folder)
         if publication.generate_kwargs:
-            console.print(
-                f"note: to end its answers, stock transformers' generate needs {publication.generate_kwargs}; the card says so.",
-                style="yellow",
-            )
+            needs = f"to end its answers, stock transformers' generate needs {publication.generate_kwargs}"
+            console.print(f"note: {needs}; the card says so.", style="yellow")
         if publication.kind in ("full", "adapter") and not args.no_run:
-            from ..hub.trial import ask_once
-
             console.print(f"The pipeline answers: {ask_once(publication.folder, source)!r}")
         if args.dry_run:
             console.print(f"Nothing was uploaded. The publication is in {publication.folder}; read its README.md.")
@@ -133,8 +120,5 @@ def warn_of_other_weights(console, results, source) -> None:
     about = read_record(file).get("model") or {}
     evaluated = [about[key] for key in ("fingerprint", "adapter_fingerprint") if about.get(key)]
     if source.is_dir() and evaluated and fingerprint(source) not in evaluated:
-        console.print(
-            f"note: {results} is of {about.get('name')}, whose files differ from those of {source}. Evaluate again if it is "
-            "another model.",
-            style="yellow",
-        )
+        differ = f"{results} is of {about.get('name')}, whose files differ from those of {source}"
+        console.print(f"note: {differ}. Evaluate again if it is another model.", style="yellow")

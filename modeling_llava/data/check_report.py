@@ -151,13 +151,8 @@ def plot_lengths(lengths: list[int], max_length: int | None, path: Path) -> Path
     if max_length is not None and max(lengths) > max_length:
         over = sum(length > max_length for length in lengths)
         axes.axvline(max_length, color="#c44e52", linewidth=1.5)
-        axes.annotate(
-            f" max_length {max_length:,}\n {over:,} samples beyond",
-            (max_length, 0.97),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            color="#c44e52",
-        )
+        text, place = f" max_length {max_length:,}\n {over:,} samples beyond", axes.get_xaxis_transform()
+        axes.text(max_length, 0.97, text, transform=place, va="top", color="#c44e52")
     axes.set(xlabel="tokens per sample, images included", ylabel="samples", xlim=(0, None))
     axes.set_title(f"{len(lengths):,} samples, median {np.median(lengths):,.0f} tokens, longest {max(lengths):,}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -58,10 +58,8 @@ class JsonRows:
             if data[start : start + 1] == b"[":
                 spans = _array(path, data, start)
             elif _OBJECT_OVER_LINES.match(data, start):
-                raise ValueError(
-                    f"{path} is one JSON object over several lines: give a list of conversations, or one conversation per "
-                    "line."
-                )
+                give = "give a list of conversations, or one conversation per line"
+                raise ValueError(f"{path} is one JSON object over several lines: {give}.")
             else:
                 self._blank = [0] * data[:start].count(b"\n")
                 spans = np.fromiter(_lines(path, start, self._blank), _SPAN)
@@ -222,7 +220,5 @@ def _invalid(path: Path, index: int, start: int, error: Exception | str) -> Valu
     if isinstance(error, UnicodeDecodeError):
         found = error.object[error.start : error.start + 1]
         return ValueError(f"{path} is not UTF-8: byte {start + error.start} is {found!r}. Save it as UTF-8.")
-    return ValueError(
-        f"{path} is not valid JSON in row {index}, which starts at byte {start}: {error}. Is the file cut off, or are two "
-        "files joined?"
-    )
+    where = f"in row {index}, which starts at byte {start}"
+    return ValueError(f"{path} is not valid JSON {where}: {error}. Is the file cut off, or are two joined?")

@@ -107,10 +107,8 @@ class TypeMixtureSampler(Sampler[int]):
         counts = Counter(types)
         unweighted = {kind: number for kind, number in counts.items() if kind not in weights}
         if unweighted:
-            raise ValueError(
-                f"type_weights has no weight for {_listed(unweighted)}. Give every type one (0 leaves it out), "
-                "or choose types with only_types."
-            )
+            fix = "Give every type one (0 leaves it out), or choose types with only_types"
+            raise ValueError(f"type_weights has no weight for {_listed(unweighted)}. {fix}.")
         unused = sorted(kind for kind, weight in weights.items() if weight > 0 and not counts[kind])
         if unused:
             names = ", ".join(unused)

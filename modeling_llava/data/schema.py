@@ -175,11 +175,8 @@ def _read(row: Mapping) -> tuple[list[dict], list]:
     images, own, messages = _images(row), [], []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
-            raise _Bad(
-                BAD_ROW,
-                f"has a turn {number} that is neither {{'from': …, 'value': …}} nor {{'role': …, 'content': …}}: "
-                f"{_short(turn)}.",
-            )
+            known = "neither {'from': …, 'value': …} nor {'role': …, 'content': …}"
+            raise _Bad(BAD_ROW, f"has a turn {number} that is {known}: {_short(turn)}.")
         role, content = _role(turn["role"]), turn["content"]
         if isinstance(content, str):
             content = _cut(content) if images and role == "user" else _text(content)
@@ -213,9 +210,7 @@ def _weight(turn: Mapping, role: str, number: int) -> dict:
     except ValueError as error:
         raise _Bad(BAD_ROW, f"has in turn {number} {error}.") from None
     if weight and role != "assistant":
-        raise _Bad(
-            BAD_ROW, f"has a weight in turn {number}, which is the {role}'s: only answers are learned. Remove it."
-        )
+        raise _Bad(BAD_ROW, f"has a weight in turn {number}, the {role}'s: only answers are learned. Remove it.")
     return {} if weight or weight is None else {"weight": 0}
 
 
@@ -403,12 +398,8 @@ def _checked(messages: list[dict], type: Any) -> str | None:
 def count_images(messages: Sequence[Mapping]) -> int:
     """Content items that are images."""
     contents = [message.get("content") or () for message in messages]
-    return sum(
-        item.get("type") in ("image", "image_url")
-        for content in contents
-        if not isinstance(content, str)
-        for item in content
-    )
+    items = [item for content in contents if not isinstance(content, str) for item in content]
+    return sum(item.get("type") in ("image", "image_url") for item in items)
 
 
 def require_an_image_for_each_place(sample_id: str, messages: Sequence[Mapping], images: Any) -> None:

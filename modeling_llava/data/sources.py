@@ -190,16 +190,13 @@ class ConversationDataset(torch.utils.data.Dataset):
         return len(self._index)
 
     def __getitem__(self, index: int) -> Conversation:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
         part, row = self._index[index].tolist()
         return self._read(self._rows[part][row], row, self._type_names[part])
 
     def select(self, indices: Iterable[int]) -> "ConversationDataset":
         """The samples at `indices`, in that order; rows are shared, not copied."""
         indices = np.fromiter(indices, dtype=np.int64)
-        subset = object.__new__(type(self))
-        subset.__dict__.update(self.__dict__)
+        subset = copy.copy(self)
         subset._index = self._index[indices]
         subset.num_images = self.num_images[indices]
         subset.types = [self.types[i] for i in indices.tolist()]
@@ -319,9 +316,7 @@ def _open(source: Any, split: str, streaming: bool, config_name: str | None, rev
     if isinstance(source, (list, tuple)):
         return [(ListRows(source), what)]
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            f"cannot read conversations from {what}: give a path, a Hub name, a datasets object or a list."
-        )
+        raise TypeError(f"cannot read conversations from {what}: give a path, Hub name, datasets object or list.")
 
     def table(builder: str, split: str = split, **kwargs) -> tuple:
         try:

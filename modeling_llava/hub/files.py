@@ -19,9 +19,7 @@ PUBLISHED = {
         "preprocessor_config.json", "chat_template*", "additional_chat_templates/*.jinja", "adapter_config.json", "projector_config.json", "recipe.yaml",
         "run.json", "trainer_state.json", "all_results.json", "results*.json", "*.png", "LICENSE*", "*.gguf",
     ),
-    "dataset": (
-        "*.parquet", "data/*.parquet", "*.json", "*.jsonl", "*.png", "images/*", "README.md", "LICENSE*",
-    ),
+    "dataset": ("*.parquet", "data/*.parquet", "*.json", "*.jsonl", "*.png", "images/*", "README.md", "LICENSE*"),
     "run": ("instruct.json", "rejected.jsonl", "prompts.json", "summary.json", "*.png", "README.md", "LICENSE*"),
 }  # fmt: skip
 """File names that are published, by kind of folder: a model, a data set, or a run of the data engine without one."""
@@ -44,9 +42,7 @@ SECRETS = {
     "a Hugging Face token": (("hf_", "api_org_"), r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
     "an OpenAI key": (("sk-",), r"\bsk-[A-Za-z0-9_-]{20,}"),
     "an AWS key": (("akia", "asia"), r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "an AWS secret": (
-        ("secret",), r"(?i)aws_?secret_?(?:access_?)?key\W+[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
-    ),
+    "an AWS secret": (("secret",), r"(?i)aws_?secret_?(?:access_?)?key\W+[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
     "a Google key": (("aiza",), r"\bAIza[A-Za-z0-9_-]{35}\b"),
     "a GitHub token": (
         ("gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_"), r"\b(?:gh[oprsu]|github_pat)_[A-Za-z0-9_]{20,}",
@@ -128,9 +124,7 @@ def find_problems(folder: str | os.PathLike) -> list[Problem]:
         with open(path, "rb") as file:
             beginning = file.read(4096)
         if ending in PICKLES or beginning.startswith(PICKLE_BEGINNINGS):
-            problems.append(
-                Problem(name, 0, "can hold a pickle, which runs code when loaded; save it as safetensors.")
-            )
+            problems.append(Problem(name, 0, "can hold a pickle, which runs code; save it as safetensors."))
         elif beginning.startswith(ARCHIVE_BEGINNINGS) or beginning[257:262] == b"ustar":
             problems.append(Problem(name, 0, "is an archive, which is not searched; unpack or remove it."))
         elif ending == ".safetensors":

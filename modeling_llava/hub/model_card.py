@@ -137,9 +137,8 @@ def _llama_cpp(repo: str, config: dict) -> str:
     language, vision = ((config.get(part) or {}).get("model_type", "") for part in ("text_config", "vision_config"))
     if config and vision not in ("clip_vision_model", "siglip_vision_model"):
         return f"no: `llava convert` writes its files for CLIP and SigLIP, not for {vision}"
-    if config.get("vision_feature_select_strategy", "default") != (
-        "full" if vision.startswith("siglip") else "default"
-    ):
+    strategy = "full" if vision.startswith("siglip") else "default"
+    if config.get("vision_feature_select_strategy", "default") != strategy:
         return "no: it always drops the class token, which this model keeps"
     convert = f"`llava convert {repo} gguf --to gguf`"
     if config and language not in ("llama", "mistral", "qwen2", "qwen3"):
@@ -210,11 +209,8 @@ def _hardware(run: dict, settings: dict) -> str:
     if not run:
         return ""
     devices = run.get("devices", 1)
-    where = (
-        f"{devices} × {run['accelerator']}"
-        if run.get("accelerator")
-        else f"{devices} process{'es' if devices > 1 else ''}"
-    )
+    processes = f"{devices} process{'es' if devices > 1 else ''}"
+    where = f"{devices} × {run['accelerator']}" if run.get("accelerator") else processes
     return f"{where}, {run.get('machine', 'unknown machine')}, {settings.get('precision', 'unknown')} arithmetic"
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_api
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from transformers import pipeline
 
-from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind
+from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, find_base, load_processor
 from ..io.files import HUB_NAME
 from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields
@@ -88,10 +90,8 @@ def gather(
     if kind in BASE_FILES and base is None:
         base = read_record(source / BASE_FILES[kind]).get("base_model_name_or_path") or "nothing"
         if not HUB_NAME.fullmatch(base) or os.path.isdir(base):
-            raise ValueError(
-                f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}, which others do not have. "
-                "Give its name on the Hub with --base-model, or publish the merged model (--merge)."
-            )
+            what = f"{source} is {'an adapter' if kind == 'adapter' else 'a projector'} for {base}"
+            raise ValueError(f"{what}. Give its name on the Hub with --base-model, or --merge it.")
         base_models = [base]
     published, left_out = select_files(source, form)
     problems = link_problems(source, form)
@@ -99,9 +99,7 @@ def gather(
 
     marker = folder / ".gathered-by-llava-publish"
     if folder == source or source in folder.parents or folder in source.parents:
-        raise ValueError(
-            f"{folder} and {source}, which is being published, are inside each other. Choose another folder."
-        )
+        raise ValueError(f"{folder} and {source} are inside each other. Choose another folder to gather in.")
     if folder.exists() and any(folder.iterdir()) and not marker.is_file():
         raise ValueError(f"{folder} exists and was not made by this command. Choose another folder.")
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,6 +127,27 @@ def gather(
         problems=problems + find_problems(folder) + missing_files(folder, kind),
         generate_kwargs=generate_kwargs,
     )
+
+
+def ask_once(folder: str | os.PathLike, source: str | os.PathLike) -> str:
+    """
+    Ask a gathered model, or an adapter gathered from `source`, about a plain image, through the pipeline that its users call.
+
+    Raises:
+        ValueError: an adapter's base is missing.
+    """
+    path = os.fspath(folder)
+    if checkpoint_kind(folder) == "adapter":  # of which the source may name its base by a local path
+        path = os.fspath(source)
+        try:
+            find_base(path)
+        except ValueError as error:
+            raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
+    pipe = pipeline("image-text-to-text", model=path, processor=load_processor(folder))
+    image = Image.new("RGB", (64, 64), (120, 160, 200))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
+    return pipe(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
 
 
 def check_names(*names: str) -> None:
@@ -172,10 +191,8 @@ def push(
         OSError: the upload was interrupted.
     """
     if publication.problems:
-        raise ValueError(
-            f"cannot publish: {len(publication.problems)} problems:\n"
-            + "\n".join(f"  {problem}" for problem in publication.problems)
-        )
+        lines = "\n".join(f"  {problem}" for problem in publication.problems)
+        raise ValueError(f"cannot publish: {len(publication.problems)} problems:\n{lines}")
     api, kind, tags = HfApi(endpoint=endpoint), {"repo_type": publication.repo_type}, tags or []
     check_refs(revision, *tags)
     try:
@@ -198,10 +215,8 @@ def push(
         status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split())
         if status in (401, 403):
-            raise PermissionError(
-                f"The Hub refused {publication.repo} ({status}: {said}): log in with a token that may write there "
-                "(`hf auth login`), and check the owner's name."
-            ) from None
+            what = f"The Hub refused {publication.repo} ({status}: {said})"
+            raise PermissionError(f"{what}: log in with a token that may write there (`hf auth login`).") from None
         if 400 <= status < 500 and status not in (408, 429):
             raise ValueError(f"The Hub rejects {publication.repo} ({status}: {said}).") from None
         raise _interrupted("too many requests: wait a while" if status == 429 else str(status)) from None
@@ -226,7 +241,7 @@ def _with_owner(repo: str) -> str:
         return f"{HfApi().whoami()['name']}/{repo}"
     except (OSError, HTTP_ERROR):
         raise ValueError(
-            f"{repo!r} has no owner, and you are not logged in. Give owner/name, or run `hf auth login`."
+            f"{repo!r} has no owner, and no login tells it. Give owner/name, or `hf auth login`."
         ) from None
 
 
@@ -241,10 +256,8 @@ def _kind(source: Path) -> tuple[str, Path, str]:
     if (source / "instruct.json").is_file():
         return "dataset", source, "run"
     there = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
-    raise ValueError(
-        f"{source} holds neither a model (config.json, adapter_config.json, {PROJECTOR_CONFIG_NAME}) nor a data set of "
-        f"the data engine (*.parquet, instruct.json). It holds: {there}."
-    )
+    model, data = f"config.json, adapter_config.json, {PROJECTOR_CONFIG_NAME}", "*.parquet, instruct.json"
+    raise ValueError(f"{source} holds neither a model ({model}) nor a data set ({data}). It holds: {there}.")
 
 
 def _check_repository(api: HfApi, publication: Publication, private: bool, tags: list[str]) -> None:
@@ -254,19 +267,11 @@ def _check_repository(api: HfApi, publication: Publication, private: bool, tags:
     except RepositoryNotFoundError:
         return
     if private and info.private is False:
-        raise ValueError(
-            f"{publication.repo} exists and is public: --private applies to new repositories. Make it private in its settings "
-            "first, or choose another name."
-        )
-    there = (
-        {tag.name for tag in api.list_repo_refs(publication.repo, repo_type=publication.repo_type).tags}
-        if tags
-        else {}
-    )
+        public = f"{publication.repo} exists and is public: --private applies to new repositories"
+        raise ValueError(f"{public}. Make it private in its settings first, or choose another name.")
+    there = {tag.name for tag in api.list_repo_refs(publication.repo, repo_type=publication.repo_type).tags}
     if taken := next((tag for tag in tags if tag in there), None):
-        raise ValueError(
-            f"{publication.repo} has a tag {taken!r}, of an earlier commit. Choose another, or leave it out."
-        )
+        raise ValueError(f"{publication.repo} has a tag {taken!r}, of an earlier commit. Choose another.")
 
 
 def _stale_weights(api: HfApi, repo: str, publication: Publication, revision: str | None) -> list[str]:

@@ -130,20 +130,17 @@ def name_base(file: Path, base: str) -> None:
 def drop_local_names(folder: Path) -> None:
     """Drop the path a model was loaded from, which transformers and tokenizers note in their files."""
     for name in ("config.json", "tokenizer_config.json", "trainer_state.json"):
-        if (file := folder / name).is_file() and _drop_paths(content := read_record(file)):
+        if (file := folder / name).is_file():
+            _drop_paths(content := read_record(file))
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _drop_paths(content: dict) -> bool:
-    changed = False
+def _drop_paths(content: dict) -> None:
     if best := content.get("best_model_checkpoint"):
         content["best_model_checkpoint"] = re.split(r"[\\/]", best)[-1]
-        changed = True
     for key in ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"):
         if re.match(r"/|~|[A-Za-z]:[\\/]|\\\\", str(content.get(key, ""))):
             del content[key]
-            changed = True
     for value in content.values():
         if isinstance(value, dict):
-            changed = _drop_paths(value) or changed
-    return changed
+            _drop_paths(value)

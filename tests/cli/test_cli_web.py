@@ -43,7 +43,7 @@ def folder(model_and_processor, tmp_path_factory):
 
 
 def square(colour):
-    """A picture whose answer differs by its colour."""
+    """An image whose answer differs by its colour."""
     image = Image.new("RGB", (320, 240), "white")
     ImageDraw.Draw(image).rectangle((80, 60, 240, 180), fill=colour)
     return image
@@ -86,7 +86,8 @@ def test_without_gradio_the_extra_is_named(folder, capsys, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
     assert main(["web", str(folder)]) == 2
-    assert "pip install 'modeling-llava[web]'" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
+    assert "pip install 'modeling-llava[web]'" in error.splitlines()[-1] and "Loading" not in error
 
 
 def test_an_old_gradio_is_named(folder, capsys, monkeypatch):
@@ -120,7 +121,7 @@ def served(model, folder, *arguments):
         process.send_signal(signal.SIGTERM)
         assert process.wait(240) == 130
     assert "Traceback" not in log.read_text()
-    assert not list(temporary.glob("llava-web-*"))  # pictures of visitors do not stay
+    assert not list(temporary.glob("llava-web-*"))  # images of visitors do not stay
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ class Page:
         while True:
             try:
                 found = condition()
-            except StaleElementReferenceException:  # drawn anew
+            except StaleElementReferenceException:  # drawn again
                 found = None
             if found:
                 return found
@@ -254,7 +255,7 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     plain = [text.replace("*", "").replace("_", "")[:20] for text in (first, whole)]  # what Markdown takes away
     assert plain[0] == plain[1]
 
-    # A second question; stopped. Then asked again, stopped, and asked anew.
+    # A second question, stopped; asked again, and stopped again.
     page.set_longest_answer(1000)
     page.type("Why?\n")
     page.wait(lambda: len(page.said()) == 4 and page.said()[3] not in ("", "…"))

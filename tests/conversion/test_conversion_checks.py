@@ -21,13 +21,6 @@ from modeling_llava.conversion.originals import read_original
 SOURCE = GOLDEN / "llava_v15_tiny"
 
 
-@pytest.fixture(scope="module")
-def golden_hf(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "out"
-    convert_original_to_hf(SOURCE, folder, check=False)
-    return folder
-
-
 @pytest.fixture
 def broken(tmp_path, golden_hf):
     """A copy of a sound folder, to be broken."""

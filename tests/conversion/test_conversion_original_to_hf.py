@@ -32,13 +32,6 @@ from modeling_llava.conversion.originals import read_original
 TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
 
 
-@pytest.fixture(scope="module")
-def golden_hf(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "out"
-    convert_original_to_hf(GOLDEN / "llava_v15_tiny", folder, check=False)
-    return folder
-
-
 def same(first, second) -> bool:
     first, second = original_tensors(first), original_tensors(second)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

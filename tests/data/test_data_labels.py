@@ -1,21 +1,11 @@
 import copy
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sentencepiece
 import torch
-from golden_text import (
-    GOLDEN,
-    GOLDEN_CASES,
-    MODELS,
-    TEMPLATES,
-    decode,
-    golden_messages,
-    golden_rows,
-    tiny_processor,
-)
+from golden_text import GOLDEN, GOLDEN_CASES, MODELS, TEMPLATES, decode, golden_messages, golden_rows, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from modeling_llava.data import labels
 from modeling_llava.data.labels import conversation_length, encode_conversation
 from modeling_llava.data.schema import NOTHING_SUPERVISED, TOO_LONG, BadSampleError
-from modeling_llava.processing_llava import load_chat_template
 from modeling_llava.text.chat_templates import CHAT_TEMPLATES, insert_image_token
 from modeling_llava.text.stops import answer_stop
 from modeling_llava.text.tokenization import add_image_token
@@ -468,17 +457,3 @@ def test_what_the_tokenizer_adds_is_followed_when_it_is_changed(setting, value):
         ids = encode_conversation(messages, processor)["input_ids"].tolist()
         assert ids == processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
         assert [ids[0] == 1, ids[-1] == 2] == [False, value]  # transformers gives up one for the other
-
-
-def test_image_wrap_gives_the_originals_ids_without_legacy(tmp_path):
-    # The original tokenized the text after an image on its own, so it began with a space; `legacy=False` adds none.
-    (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tiny_spm.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
-    from modeling_llava.text.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(tmp_path)
-    add_image_token(tokenizer)
-    template = load_chat_template("vicuna_v1", image_wrap=("", " "))
-    ids = encode_conversation(SAMPLE, tiny_processor(tokenizer=tokenizer, template=template))["input_ids"].tolist()
-    after = ids.index(700) + 1
-    assert [PIECES.id_to_piece(i) for i in ids[after : after + 3]] == ["▁", "<0x0A>", "Wh"]

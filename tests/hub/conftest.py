@@ -43,11 +43,7 @@ def model_folder(tmp_path, bare_model):
     data = {"sources": [{"name": "/home/someone/pictures/instruct.json", "sha256": "ab" * 32}], "num_samples": 1234}
     record = {"versions": {"torch": "2.13.0"}, "machine": "Linux-6", "devices": 2, "data": data}
     (folder / "run.json").write_text(json.dumps(record))
-    state = {
-        "global_step": 42,
-        "log_history": [{"train_runtime": 7380.0}],
-        "best_model_checkpoint": "/home/a/checkpoint-1",
-    }
+    state = {"global_step": 42, "log_history": [{"train_runtime": 7380.0}], "best_model_checkpoint": "/home/a/last"}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     results = {"benchmark": "ScienceQA", "scores": {"average": 0.8984, "unparsed": 3}}
     (folder / "results.json").write_text(json.dumps(results))

@@ -84,9 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             if method == self.command and match:
                 names = match.groupdict()
                 if "kind" in names:
-                    names["repository"] = self.hub.repositories.get(
-                        (names.pop("kind").rstrip("s") or "model", names["repo"])
-                    )
+                    kind = names.pop("kind").rstrip("s") or "model"
+                    names["repository"] = self.hub.repositories.get((kind, names["repo"]))
                     if names["repository"] is None:
                         return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
                 return function(self, body, **names)

@@ -26,10 +26,8 @@ def test_its_commands_parse(line):
 
 
 def test_its_figures_are_the_papers():
-    rows = {
-        cells[0]: cells[1:]
-        for cells in (re.split(r" *\| *", row.strip("| ")) for row in re.findall(r"^\|.*", CARD, re.M))
-    }
+    table = (re.split(r" *\| *", row.strip("| ")) for row in re.findall(r"^\|.*", CARD, re.M))
+    rows = {cells[0]: cells[1:] for cells in table}
     science = scienceqa.SCIENCEQA
     for name, value in {
         "LLaVA": science["LLaVA-13B"][-1],

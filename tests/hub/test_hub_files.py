@@ -15,7 +15,7 @@ from modeling_llava.hub.files import find_problems, select_files
 from modeling_llava.hub.publish import gather, push
 
 
-SECRET = "hf_" + "a" * 30
+SECRET, TEXT = "hf_" + "a" * 30, pa.string()
 
 
 def cut_weights(folder):
@@ -28,9 +28,8 @@ def name_lost_shard(folder):
 
 
 def test_secrets_and_local_paths_stop_the_push(hub, model_folder):
-    (model_folder / "results_notes.json").write_text(
-        json.dumps({"key": SECRET, "note": "see C:\\Users\\me"}, indent=1)
-    )
+    notes = {"key": SECRET, "note": "see C:\\Users\\me"}
+    (model_folder / "results_notes.json").write_text(json.dumps(notes, indent=1))
     publication = gather(model_folder, "tester/my-llava")
     found = [str(problem) for problem in publication.problems]
     assert "results_notes.json:2: holds what looks like a Hugging Face token" in found[0] and SECRET not in found[0]
@@ -114,19 +113,11 @@ def test_an_incomplete_model_is_a_problem(model_folder, spoil, message):
         ("data.parquet", parquet(text=["fine"], image=[b"hf_" + b"a" * 30]), None),
         ("data.parquet", parquet(text=["fine"])[:-9], "data.parquet: is damaged or cut short"),
         ("data.parquet", parquet(text=pa.array([SECRET]).dictionary_encode()), "Hugging Face token"),
-        (
-            "data.parquet",
-            parquet(text=pa.array([[("k", SECRET)]], pa.map_(pa.string(), pa.string()))),
-            "Hugging Face token",
-        ),
-        ("data.parquet", parquet(text=pa.array([["k", SECRET]], pa.list_(pa.string(), 2))), "Hugging Face token"),
+        ("data.parquet", parquet(text=pa.array([[("k", SECRET)]], pa.map_(TEXT, TEXT))), "Hugging Face token"),
+        ("data.parquet", parquet(text=pa.array([["k", SECRET]], pa.list_(TEXT, 2))), "Hugging Face token"),
         ("data.parquet", parquet(**{SECRET: ["fine"]}), "Hugging Face token"),
         ("model-x.safetensors", save({"/home/someone/x": torch.zeros(1)}), "a path on this machine"),
-        (
-            "images.ipynb",
-            '{"source": "open(\'/mnt/me/pictures\')  # \N{BLACK HEART SUIT}"}'.encode(),
-            "(/mnt/me/pictures)",
-        ),
+        ("images.ipynb", '{"source": "open(\'/mnt/me/x\')  # \N{BLACK HEART SUIT}"}'.encode(), "(/mnt/me/x)"),
         ("LICENSE.gz", gzip.compress(SECRET.encode(), mtime=0), "is an archive"),
         ("LICENSE", b"x-api-key: abcdefghij0123456789", "a key"),
     ],

@@ -39,12 +39,8 @@ def test_published_model_downloads_and_loads(hub, model_folder, tmp_path):
     """
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_TOKEN": TOKEN, "PATH": "/usr/bin", "HF_HUB_OFFLINE": "0"}
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "weights.pt")],
-        check=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "weights.pt")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     ours = AutoModelForImageTextToText.from_pretrained(model_folder).state_dict()
     downloaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert ours.keys() == downloaded.keys()
@@ -90,14 +86,8 @@ def test_an_interrupted_upload_resumes_without_sending_twice(hub, model_folder):
 @pytest.mark.parametrize(
     "method, path, how, error, said",
     [
-        ("PUT", "/lfs-storage/", "drop", None, None),  # huggingface_hub tries again by itself
-        (
-            "PUT",
-            "/lfs-storage/",
-            "403",
-            OSError,
-            "interrupted .*uploading .* 403",
-        ),  # a RuntimeError there; no matter of tokens
+        ("PUT", "/lfs-storage/", "drop", None, None),  # huggingface_hub tries again
+        ("PUT", "/lfs-storage/", "403", OSError, "interrupted .*uploading .* 403"),  # a RuntimeError there
         ("POST", "/repos/create", "drop", OSError, "interrupted"),
         ("POST", "/commit/", "drop", OSError, "interrupted"),
         ("GET", "/api/models/", "drop", OSError, "interrupted"),
@@ -217,20 +207,14 @@ def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
     publication = gather(run, "tester/data", license="cc-by-4.0")
     assert set(publication.files) == {"README.md", "instruct.json", "rejected.jsonl"} and not publication.problems
     _, front, body = (publication.folder / "README.md").read_text().split("---\n")
-    front = yaml.safe_load(front)
-    assert front == {
-        "license": "cc-by-4.0",
-        "language": ["en"],
-        "configs": [{"config_name": "default", "data_files": "instruct.json"}],
-    }
+    configs = [{"config_name": "default", "data_files": "instruct.json"}]
+    assert yaml.safe_load(front) == {"license": "cc-by-4.0", "language": ["en"], "configs": configs}
     assert 'load_dataset("tester/data")' in body and (run / "README.md").read_text() == card
 
     (run / "dataset" / "data").mkdir(parents=True)
     (run / "dataset" / "data" / "train-00000.parquet").write_bytes(parquet(text=["A dog."]))
-    problems = gather(run, "tester/data").problems
-    assert [str(problem) for problem in problems] == [
-        "README.md: is missing; say what the data is and under which licence."
-    ]
+    (problem,) = gather(run, "tester/data").problems
+    assert str(problem) == "README.md: is missing; say what the data is and under which licence."
     (run / "dataset" / "README.md").write_text(card)
     publication = gather(run, "tester/data")
     assert publication.folder == tmp_path / "run-to-publish"
@@ -285,15 +269,13 @@ def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
-    get_peft_model(LlavaForConditionalGeneration.from_pretrained(model_folder), config).save_pretrained(
-        tmp_path / "lora"
-    )
+    model = LlavaForConditionalGeneration.from_pretrained(model_folder)
+    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
     for name in ("recipe.yaml", "run.json"):
         (tmp_path / "lora" / name).write_text((model_folder / name).read_text())
-    words = [str(tmp_path / "lora"), "tester/merged", "--merge", "--dry-run", "--results"]
-    assert (
-        main(["publish", *words, str(write_results(tmp_path / "pope", model={"name": "x", "fingerprint": "0"}))]) == 0
-    )
+    results = write_results(tmp_path / "pope", model={"name": "x", "fingerprint": "0"})
+    words = [str(tmp_path / "lora"), "tester/merged", "--merge", "--dry-run", "--results", str(results)]
+    assert main(["publish", *words]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "ok: keys: stock transformers finds every weight" in printed and "The pipeline answers:" in printed
     assert "whose files differ from those of" in printed and "Nothing was uploaded" in printed
@@ -303,9 +285,7 @@ def test_the_command_merges_checks_and_writes_the_runs_record_into_the_card(tmp_
 
 
 def test_what_stock_needs_to_end_an_answer_is_said_and_stands_in_the_card(tmp_path):
-    model = copy(
-        "gemma", tmp_path / "model"
-    )  # its generation configuration knows <eos> alone, its turns end otherwise
+    model = copy("gemma", tmp_path / "model")  # its generation configuration has <eos>, its turns end otherwise
     stop = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
     stop = next(token["id"] for token in stop if token["content"] == "<end_of_turn>")
     eos = json.loads((model / "generation_config.json").read_text())["eos_token_id"]
@@ -323,6 +303,5 @@ def test_an_adapters_note_of_its_stop_is_said(tmp_path):
     (adapter / "generation_config.json").write_text('{"stop_strings": ["###"]}')
     publication = gather(adapter, "tester/adapter", base_models=["org/base"])
     assert publication.generate_kwargs == {"stop_strings": ["###"]} and "generation_config.json" in publication.files
-    assert (
-        "{'stop_strings': ['###']} | {\"tokenizer\": pipe.tokenizer}" in (publication.folder / "README.md").read_text()
-    )
+    card = (publication.folder / "README.md").read_text()
+    assert "{'stop_strings': ['###']} | {\"tokenizer\": pipe.tokenizer}" in card

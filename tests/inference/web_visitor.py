@@ -23,11 +23,8 @@ class Visitor:
         self.url = url.rstrip("/")
         self.session = secrets.token_hex(5)
         self.config = json.loads(self.get("/config"))
-        self.ids = {
-            component["props"]["elem_id"]: component["id"]
-            for component in self.config["components"]
-            if component["props"].get("elem_id")
-        }
+        components = self.config["components"]
+        self.ids = {one["props"]["elem_id"]: one["id"] for one in components if one["props"].get("elem_id")}
         self.sampling = [0, 1, 12]  # temperature, top-p, longest answer
         self.upload_value = None
 
@@ -52,7 +49,7 @@ class Visitor:
             return json.loads(response.read())[0]
 
     def choose(self, content, name="picture.png"):
-        """Uploads a picture and looks at it, as the page does. Returns the messages that Gradio sent."""
+        """Uploads an image and looks at it, as the page does. Returns the messages that Gradio sent."""
         path = self.upload(content, name)
         self.upload_value = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
         return self.press("image", "change", [self.upload_value])
@@ -104,10 +101,8 @@ def conversation_of(messages):
     """`[(role, text)]` as the page shows it at the end."""
     completed = messages[-1]
     assert completed["msg"] == "process_completed" and completed["success"], completed
-    return [
-        (message["role"], html.unescape("".join(part["text"] for part in message["content"])))
-        for message in completed["output"]["data"][0]
-    ]
+    said = completed["output"]["data"][0]
+    return [(one["role"], html.unescape("".join(part["text"] for part in one["content"]))) for one in said]
 
 
 def generating(messages):

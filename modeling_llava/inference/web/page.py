@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ...constants import is_older
 from ...processing_llava import num_image_tokens
 from ..chat import Chat
 from .guard import Guard, host_name
 from .sessions import Sessions
 
 
-OLDEST_GRADIO = (6, 24)
+OLDEST_GRADIO = "6.24"
 """The first with `run_history=False`. setup.py says the same."""
 REDRAW_SECONDS = 0.05
 NO_IMAGE = "No image: questions are answered from text alone."
@@ -101,9 +102,8 @@ def build_page(
         try:
             tab.look(upload and Path(upload), limits.pixels)  # a restarted server does not know it
             if len(question) > limits.question_characters:
-                raise ValueError(
-                    f"The question has {len(question):,} characters; the limit is {limits.question_characters:,}."
-                )
+                most = limits.question_characters
+                raise ValueError(f"The question has {len(question):,} characters; the limit is {most:,}.")
             settings = {"max_new_tokens": new_tokens}
             if temperature > 0:
                 settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -153,9 +153,8 @@ def build_page(
         gr.Markdown(f"## {_plain(title)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                image = gr.Image(
-                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="image"
-                )
+                sources = ["upload", "clipboard"]
+                image = gr.Image(label="Image", type="filepath", sources=sources, height=300, elem_id="image")
                 # Gradio would decode an upload before its size is checked.
                 image.preprocess = lambda payload: payload and payload.path
                 image.async_move_resource_to_block_cache = uploaded
@@ -273,11 +272,9 @@ def import_gradio(folder: str | os.PathLike):
         import gradio
     except ImportError:
         raise ImportError("llava web requires Gradio: pip install 'modeling-llava[web]'.") from None
-    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
-        oldest = ".".join(map(str, OLDEST_GRADIO))
-        raise ImportError(
-            f"llava web requires gradio ≥ {oldest}, {gradio.__version__} is installed: pip install --upgrade gradio."
-        )
+    if is_older(found := gradio.__version__, OLDEST_GRADIO):
+        fix = "pip install --upgrade gradio"
+        raise ImportError(f"llava web requires gradio ≥ {OLDEST_GRADIO}, {found} is installed: {fix}.")
     return gradio
 
 
