@@ -78,26 +78,36 @@ class DecodingSettings:
                 f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p} change nothing in a greedy answer. "
                 "Set do_sample=True, or leave them out."
             )
-        if self.do_sample and not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}. For greedy answers: do_sample=False."
-            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}; 1 is none.")
         if isinstance(self.end_token_ids, int):
             raise ValueError(f"end_token_ids must be a sequence of ids, got {self.end_token_ids!r}.")
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"stop_strings must be a sequence of non-empty strings, got {self.stop_strings!r}.")
+        self.processors(0)  # raises where a value is out of range
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether each token is the likeliest, whatever came before."""
-        changed = self.repetition_penalty != 1.0 or self.no_repeat_ngram_size or self.min_new_tokens
-        return not (self.do_sample or changed)
+        return not (self.do_sample or self.processors(0))
+
+    def processors(self, prompt_length: int) -> LogitsProcessorList:
+        """What `generate` does to the logits after a prompt of so many tokens before one is chosen."""
+        steps = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            steps.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.no_repeat_ngram_size:
+            steps.append(NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if self.min_new_tokens and self.end_token_ids:
+            end = list(self.end_token_ids)
+            steps.append(MinNewTokensLengthLogitsProcessor(prompt_length, self.min_new_tokens, end))
+        if self.do_sample:
+            steps.append(TemperatureLogitsWarper(float(self.temperature)))
+            if self.top_k is not None:
+                steps.append(TopKLogitsWarper(self.top_k))
+            if self.top_p is not None:
+                steps.append(TopPLogitsWarper(self.top_p))
+        return steps
 
 
 def default_settings(model, processor) -> DecodingSettings:
@@ -133,22 +143,7 @@ def default_settings(model, processor) -> DecodingSettings:
 
 def draw_token(row, logits: torch.Tensor, settings: DecodingSettings) -> int:
     """The next token of a row [`~decoding.Row`]. logits `[1, vocab_size]`, on the CPU: the same draw on every device."""
-    steps = LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.no_repeat_ngram_size:
-        steps.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
-    if settings.min_new_tokens and settings.end_token_ids:
-        end = list(settings.end_token_ids)
-        steps.append(MinNewTokensLengthLogitsProcessor(len(row.ids), settings.min_new_tokens, end))
-    if settings.do_sample:
-        if settings.temperature != 1.0:
-            steps.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k is not None:
-            steps.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1:
-            steps.append(TopPLogitsWarper(settings.top_p))
-    scores = steps(torch.tensor([row.ids + row.tokens]), logits)
+    scores = settings.processors(len(row.ids))(torch.tensor([row.ids + row.tokens]), logits)
     if not settings.do_sample:
         return int(scores.argmax())
     if row.generator is None:

@@ -6,7 +6,7 @@ from itertools import islice
 
 from PIL import Image
 
-from ..data.schema import image_key, load_image
+from ..data.schema import image_key, load_image, require_an_image_for_each_place
 from ..processing_llava import num_image_tokens
 from ..text.chat_templates import plain_messages
 from ..text.control_tokens import ControlTokens
@@ -135,16 +135,11 @@ def _checked_sample(sample: dict) -> dict:
     if not sample["messages"]:
         raise ValueError(f"sample {sample['id']!r} has no message; nothing is asked.")
     for message in sample["messages"]:
-        if not isinstance(message["content"], list):
-            raise ValueError(
-                f"sample {sample['id']!r} has a message whose content is a {type(message['content']).__name__}; give a list "
-                'of {"type": "image"} and {"type": "text", "text": …}.'
-            )
-    num_items = sum(item["type"] == "image" for message in sample["messages"] for item in message["content"])
-    if num_items != len(sample["images"]):
-        raise ValueError(
-            f"sample {sample['id']!r} has {num_items} image items in its messages but {len(sample['images'])} images."
-        )
+        content = message.get("content")
+        if not isinstance(content, list):
+            form = 'a list of {"type": "image"} and {"type": "text", "text": …}'
+            raise ValueError(f"sample {sample['id']!r} has a message whose content is {content!r:.80}; give {form}.")
+    require_an_image_for_each_place(sample["id"], sample["messages"], sample["images"])
     if sample["messages"][-1]["role"] != "user":
         raise ValueError(
             f"sample {sample['id']!r} ends with the {sample['messages'][-1]['role']}'s turn; nothing is asked."

@@ -81,8 +81,8 @@ def test_benchmark_names_the_sample_that_is_bad(model, processor, tmp_path):
     for change, message in (
         ({"images": ["gone.png"]}, "sample 's0' .*gone.png"),
         ({"messages": []}, "sample 's0' has no message"),
-        ({"messages": [{"role": "user", "content": "What?"}]}, "sample 's0' has a message whose content is a str"),
-        ({"images": []}, "sample 's0' has 1 image items in its messages but 0 images"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "sample 's0' has a message whose content is 'What"),
+        ({"images": []}, "sample 's0' marks 1 image .* but comes with 0"),
         ({"messages": [*good["messages"], assistant_turn("x")]}, "sample 's0' ends with the assistant"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -281,7 +281,7 @@ def test_an_image_that_cannot_be_read_leaves_the_one_before(predictor, tmp_path)
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens"),
         ("a", {"end_token_ids": 2}, "end_token_ids"),
         ("a", {"stop_strings": "###"}, "stop_strings"),
-        ("a", {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ("a", {"repetition_penalty": 0.0}, "penalty"),
         ("a", {"min_new_tokens": -1}, "min_new_tokens"),
         ("a", {"do_sample": True, "top_p": 0.0}, "top_p"),
         ("a", {"do_sample": True, "top_k": 0}, "top_k"),
