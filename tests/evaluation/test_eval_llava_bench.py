@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from fault_server import FaultServer
@@ -20,37 +21,25 @@ from modeling_llava.evaluation.llava_bench import (
 from modeling_llava.evaluation.results import read_results
 
 
+CATEGORIES = ("conv", "detail", "complex")
+
+
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
 def bench(tmp_path):
-    """Two pictures with three questions each, in the COCO form."""
+    """Two images with three questions each, in the COCO form."""
     (tmp_path / "images").mkdir()
     for number in range(2):
         picture(number).save(tmp_path / f"images/{number}.png")
-    categories = ["conv", "detail", "complex"]
-    write_lines(
-        tmp_path / "questions.jsonl",
-        [
-            {"question_id": n, "image": f"{n // 3}.png", "text": f"Question {n}?", "category": categories[n % 3]}
-            for n in range(6)
-        ],
-    )
-    write_lines(
-        tmp_path / "contexts.jsonl",
-        [
-            {
-                "id": str(n),
-                "image": f"{n}.png",
-                "captions": [f"Picture {n}.", "A cat."],
-                "instances": [{"category": "cat", "bbox": [0.1, 0.2, 0.3, 0.4]}],
-            }
-            for n in range(2)
-        ],
-    )
+    rows = [{"question_id": n, "image": f"{n // 3}.png", "text": f"Question {n}?"} for n in range(6)]
+    questions = [{**row, "category": CATEGORIES[n % 3]} for n, row in enumerate(rows)]
+    boxes = [{"category": "cat", "bbox": [0.1, 0.2, 0.3, 0.4]}]
+    contexts = [{"image": f"{n}.png", "captions": [f"Picture {n}.", "A cat."], "instances": boxes} for n in range(2)]
+    write_lines(tmp_path / "questions.jsonl", questions)
+    write_lines(tmp_path / "contexts.jsonl", contexts)
     write_lines(tmp_path / "references.jsonl", [{"question_id": n, "text": f"Reference {n}."} for n in range(6)])
     return tmp_path
 
@@ -71,8 +60,7 @@ def test_published_files_are_read(shared):
         folder / "qa90_questions.jsonl", folder / "caps_boxes_coco2014_val_80.jsonl", folder / "qa90_gpt4_answer.jsonl"
     )
     assert len(questions) == 90 and len({question.image for question in questions}) == 30
-    categories = [question.category for question in questions]
-    assert {name: categories.count(name) for name in set(categories)} == {"conv": 30, "detail": 30, "complex": 30}
+    assert Counter(question.category for question in questions) == dict.fromkeys(CATEGORIES, 30)
     assert all(question.has_boxes and question.reference for question in questions)
 
 
@@ -83,20 +71,16 @@ def test_images_are_found_as_coco_names_them(bench):
 
 
 def test_in_the_wild_contexts_have_a_description(bench):
-    write_lines(bench / "contexts.jsonl", [{"id": str(n), "image": f"{n}.png", "caption": "A man."} for n in range(2)])
-    questions = read_questions(*files_of(bench))
-    assert questions[0].context == "A man." and not questions[0].has_boxes
-    rows = [{"image": f"{n}.png", "caption": ["A man.", "He irons."]} for n in range(2)]
-    write_lines(bench / "contexts.jsonl", rows)
-    questions = read_questions(*files_of(bench))
-    assert questions[0].context == "A man.\nHe irons." and not questions[0].has_boxes
+    for caption, context in (("A man.", "A man."), (["A man.", "He irons."], "A man.\nHe irons.")):
+        write_lines(bench / "contexts.jsonl", [{"image": f"{n}.png", "caption": caption} for n in range(2)])
+        question = read_questions(*files_of(bench))[0]
+        assert question.context == context and not question.has_boxes
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
         ("questions", {"category": None}, "line 7 has category = None"),
-        ("questions", {"image": 3}, "line 7 has image = 3, which is empty or not text"),
         ("questions", {"question_id": None}, "line 7 has the question_id None"),
         ("questions", {"question_id": 0}, "question_id 0 of an earlier"),
         ("questions", {"image": "9.png"}, "'9.png', for which .*contexts"),
@@ -121,13 +105,11 @@ def test_reference_answers_are_asked_for_with_the_context(bench, scripted, tmp_p
     assert model.asked[0][1]["content"].startswith("Picture 0.\nA cat.\n\ncat: [0.1, 0.2, 0.3, 0.4]\n\nQuestion")
 
 
-def test_a_question_that_the_reference_model_refuses_is_named_and_without_a_score_by_partial(
-    bench, scripted, tmp_path
-):
+def refuse(messages):
+    return RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"
 
-    def refuse(messages):
-        return RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"
 
+def test_a_question_without_a_reference_is_named_and_with_partial_without_a_score(bench, scripted, tmp_path):
     model, questions = scripted(refuse), read_questions(*files_of(bench, None))
     with pytest.raises(ValueError, match="1 of 6 questions are refused by the endpoint, '2' for one .400: filtered"):
         ask_references(questions, model, tmp_path / "judge")
@@ -140,18 +122,18 @@ def test_a_question_that_the_reference_model_refuses_is_named_and_without_a_scor
 
 
 def test_a_review_that_the_judge_refuses_is_counted_as_without_reply_and_never_asked_again(bench, scripted, tmp_path):
-
-    def refuse(messages):
-        return RequestFault("400", "filtered") if "Question 2" in str(messages) else "8 6"
-
     model, questions = scripted(refuse), read_questions(*files_of(bench))
     how, answers = JudgeSettings(read_rules()), {question.id: "An answer." for question in questions}
     for _ in range(2):
         reviews = judge_answers(questions, answers, model, tmp_path / "judge", how)
         scored = score(questions, answers, reviews, model, how)
-        counts = scored.counts
-        assert (counts["reviews_with_scores"], counts["reviews_without_scores"]) == (5, 0)
-        assert (counts["reviews_without_reply"], counts["questions_without_score"]) == (1, 1)
+        assert list(scored.counts.values()) == [
+            6,
+            5,
+            0,
+            1,
+            1,
+        ]  # reviews, with, without scores, without reply; questions
         assert scored.scores["relative"]["value"] == pytest.approx(75)
     assert len(model.asked) == 6
 
@@ -165,12 +147,8 @@ def run_cli(bench, model_folder, out, url, *more, references=True):
 
 
 def review(messages):
-    content = messages[1]["content"]
-    if "[Assistant 1]" not in content:
-        return "A made reference."
-    return {"conv": "8 6", "detail": "10 5", "complex": "no scores here"}[
-        ["conv", "detail", "complex"][int(re.search(r"Question (\d)", content)[1]) % 3]
-    ] + "\nBecause."
+    number = int(re.search(r"Question (\d)", messages[1]["content"])[1])
+    return ("8 6", "10 5", "no scores here")[number % 3] + "\nBecause."
 
 
 def test_command_against_a_local_endpoint(bench, model_folder, capsys):
@@ -182,11 +160,9 @@ def test_command_against_a_local_endpoint(bench, model_folder, capsys):
         assert sum(server.asked.values()) == asked  # nothing is asked twice
     results, rows = read_results(bench / "out")
     assert results["benchmark"] == "llava-bench-coco"
-    assert (
-        results["scores"]["relative/conv"]["value"] == 75.0 and results["scores"]["relative/detail"]["value"] == 50.0
-    )
-    assert results["scores"]["relative/complex"]["value"] is None
-    assert results["scores"]["relative"]["value"] == pytest.approx(100 * 22 / 36)
+    scores = {name: score["value"] for name, score in results["scores"].items()}
+    assert [scores[f"relative/{name}"] for name in CATEGORIES] == [75.0, 50.0, None]
+    assert scores["relative"] == pytest.approx(100 * 22 / 36)
     assert results["counts"]["questions_without_score"] == 2 and not results["complete"]
     assert results["samples"] == {"file": "samples.jsonl", "total": 6, "answered": 6, "scored": 4}
     assert results["judge"]["name"] == "local-judge"
@@ -198,23 +174,17 @@ def test_command_against_a_local_endpoint(bench, model_folder, capsys):
     assert page.count("<article") == 6 and page.count("data:image/jpeg;base64,") == 6
     assert "4 of 6 samples scored" in page and page.count(": no score<") == 4 and "83.10" in page
     assert all(row["answer"] in page or "&" in page for row in rows) and "Reference 5." in page
-    assert "http" not in re.sub(r"data:image[^\"]*", "", page)  # nothing is loaded from afar
+    assert "http" not in re.sub(r"data:image[^\"]*", "", page)  # nothing is loaded from other hosts
     assert (bench / "out/results.png").stat().st_size > 5000
 
 
-def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys):
-
+def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder):
     def reply(messages):
-        body = server.bodies[-1]
-        if "max_tokens" in body or "temperature" in body:
-            name = "max_tokens" if "max_tokens" in body else "temperature"
-            words = "Use max_completion_tokens." if name == "max_tokens" else "Unsupported value."
-            return 400, {"error": {"message": words, "param": name}}
-        return (
-            "<think>3 4</think>\n**8/10 9/10**\n<script>alert(1)</script>"
-            if "[Assistant 1]" in messages[1]["content"]
-            else "Made.</think>A dog."
-        )
+        for name, words in (("max_tokens", "Use max_completion_tokens."), ("temperature", "Unsupported value.")):
+            if name in server.bodies[-1]:
+                return 400, {"error": {"message": words, "param": name}}
+        is_review = "[Assistant 1]" in messages[1]["content"]
+        return "<think>3</think>\n**8/10 9/10**\n<script>alert(1)</script>" if is_review else "Made.</think>A dog."
 
     with FaultServer(reply=reply) as server:
         assert run_cli(bench, model_folder, bench / "out", server.url, references=False) == 2
@@ -227,16 +197,11 @@ def test_judge_that_thinks_and_takes_no_temperature(bench, model_folder, capsys)
     assert {row["reference"] for row in rows} == {"A dog."} and {row["score"] for row in rows} == {8.5}
 
 
-def test_a_judge_that_says_nothing_is_an_error_with_its_own_words(bench, model_folder, capsys):
+def test_judge_that_is_down_or_refuses_leaves_answers_and_says_so(bench, model_folder, capsys):
     with FaultServer(reply=lambda messages: (400, {"error": {"message": "No such deployment."}})) as server:
         assert run_cli(bench, model_folder, bench / "out", server.url, "--partial") == 2
     assert "No such deployment." in capsys.readouterr().err
-
-
-def test_judge_that_is_down_leaves_answers_and_says_so(bench, model_folder, capsys):
-    with FaultServer(reply=review) as server:
-        url = server.url
-    assert run_cli(bench, model_folder, bench / "out", url) == 2
+    assert run_cli(bench, model_folder, bench / "out", server.url) == 2
     error = capsys.readouterr().err
     assert "6 of 6 reviews have no reply" in error and "the same command resumes" in error
     assert not (bench / "out/results.json").exists()
