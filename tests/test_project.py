@@ -35,17 +35,8 @@ ALLOWED = {
             "conversion"},
 }  # fmt: skip
 OPTIONAL = {
-    "peft",
-    "bitsandbytes",
-    "openai",
-    "gradio",
-    "matplotlib",
-    "spacy",
-    "ray",
-    "gguf",
-    "llama_cpp",
-    "torchvision",
-}
+    "peft", "bitsandbytes", "openai", "gradio", "matplotlib", "spacy", "ray", "gguf", "llama_cpp", "torchvision"
+}  # fmt: skip
 FREE = {"compat", "configuration_llava", "constants"}
 """Modules that everything may import, a leaf too."""
 
@@ -249,7 +240,7 @@ def test_nothing_names_a_place_of_one_machine():
 
 @pytest.mark.slow
 def test_the_wheel_alone_works_in_an_empty_folder(tmp_path):
-    """Built, installed beside nothing of the checkout, run from a folder without it; dependencies are this machine's."""
+    """Built, installed next to nothing of the checkout, run from a folder without it; dependencies are this machine's."""
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]

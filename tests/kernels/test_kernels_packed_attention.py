@@ -114,18 +114,6 @@ def test_generation_equals_sdpa(name, cache):
     assert torch.equal(*answers)
 
 
-def test_output_has_the_form_of_every_attention_function():
-    query, key = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
-    value = torch.randn(2, 2, 7, 16)
-    module = language_model("llama-gqa").model.layers[0].self_attn
-    lens = torch.tensor([0, 3, 7, 14], dtype=torch.int32)
-    packed, weights = varlen_attention_forward(module, query, key, value, None, cu_seq_lens_q=lens, max_length_q=7)
-    plain, _ = varlen_attention_forward(module, query, key, value, None)
-    assert packed.shape == plain.shape == (2, 7, 4, 16) and weights is None
-    torch.testing.assert_close(packed[1], plain[1])  # the second row is one sample
-    assert not torch.allclose(packed[0], plain[0])  # the first row holds two
-
-
 @pytest.mark.parametrize("window, is_packed", [(None, True), (4, True), (None, False)])
 def test_where_flash_attention_is_not_to_be_had_sdpa_is_not_asked_for_grouped_heads(window, is_packed, monkeypatch):
     """SDPA's kernel for them builds all scores there: float32, and GPUs before sm80."""

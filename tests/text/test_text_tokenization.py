@@ -198,26 +198,21 @@ def test_add_image_token_counts_new_tokens_and_keeps_a_pad_token():
 
 
 def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path):
-    for content in (
-        b"",
-        b"hello, this is not a model",
-        b"\x0a\xff\xff",
-        (GOLDEN / "tiny_spm.model").read_bytes()[:-5],
-    ):
+    for content in (b"", b"hello, not a model", b"\x0a\xff\xff", (GOLDEN / "tiny_spm.model").read_bytes()[:-5]):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="is not a SentencePiece model"):
             load_tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_added_tokens_that_leave_a_gap_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "added, message",
+    [
+        ({"<im_patch>": 700, "<im_end>": 702}, "'<im_end>' has id 702 where 701 comes next"),
+        ({"<im_patch>": 300}, "belongs to another model"),
+    ],
+)
+def test_added_tokens_that_do_not_fit_are_named(tmp_path, added, message):
     shutil.copy(GOLDEN / "tiny_spm.model", tmp_path / "tokenizer.model")
-    (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 700, "<im_end>": 702}')
-    with pytest.raises(ValueError, match="'<im_end>' has id 702 where 701 comes next"):
-        load_tokenizer(tmp_path)
-
-
-def test_an_added_token_of_another_model_is_named(tmp_path):
-    shutil.copy(GOLDEN / "tiny_spm.model", tmp_path / "tokenizer.model")
-    (tmp_path / "added_tokens.json").write_text('{"<im_patch>": 300}')
-    with pytest.raises(ValueError, match="belongs to another model"):
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
