@@ -171,17 +171,15 @@ def read_results(path: str | os.PathLike) -> tuple[dict, list[dict]]:
     file = path / RESULTS_NAME if path.is_dir() or not path.suffix else path
     if not file.is_file():
         started = " A run was started there and is not scored yet." if (file.parent / RUN_NAME).is_file() else ""
-        raise FileNotFoundError(f"{file} is not there.{started}")
+        raise FileNotFoundError(f"{file} does not exist.{started}")
     results = read_json(file)
     if not isinstance(results, dict) or not _REQUIRED <= results.keys():
         raise ValueError(f"{file} is not a result of an evaluation, which has {', '.join(sorted(_REQUIRED))}.")
-    if results["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{file} has schema version {results['schema_version']!r}, this package reads {SCHEMA_VERSION}. Upgrade it."
-        )
+    if (version := results["schema_version"]) != SCHEMA_VERSION:
+        raise ValueError(f"{file} has schema version {version!r}; this package reads {SCHEMA_VERSION}. Upgrade it.")
     samples = file.parent / results["samples"]["file"]
     if not samples.is_file():
-        raise FileNotFoundError(f"{samples}, which {file} names, is not there.")
+        raise FileNotFoundError(f"{samples}, which {file} names, does not exist.")
     return results, [row for row, _ in read_rows(samples)] if samples.stat().st_size else []
 
 

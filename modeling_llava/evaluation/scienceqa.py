@@ -283,7 +283,7 @@ def _problem(problem_id: str, row: dict, source: str) -> Problem:
 def _with_image_paths(problems: list[Problem], folder: Path) -> list[Problem]:
     """The same problems; images are looked up as `<split>/<id>/<name>`, then as `<id>/<name>`."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"The image folder {folder} is not there.")
+        raise FileNotFoundError(f"The image folder {folder} does not exist.")
     found, missing = [], []
     for problem in problems:
         if isinstance(problem.image, str):

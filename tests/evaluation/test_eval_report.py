@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from PIL import Image, ImageColor
 
 from modeling_llava.cli.main import main
-from modeling_llava.evaluation.report import COLOURS, attach, compare, markdown, plot, read_runs
+from modeling_llava.evaluation.report import COLOURS, PUBLISHED_COLOUR, attach, compare, markdown, plot, read_runs
 from modeling_llava.evaluation.results import (
-    SCHEMA_VERSION,
     Scored,
     describe_model,
     fingerprint,
@@ -25,23 +25,16 @@ def write_run(folder, scores, benchmark="vqa", total=None, data=None, model=None
     counted = [score for score in scores if score is not None]
     primary = {"vqa": "accuracy", "scienceqa": "accuracy", "llava-bench-coco": "relative"}[benchmark]
     scores = {primary: score_of(counted, out_of), f"{primary}/one": score_of(counted[:2])}
-    write_results(
-        folder,
-        benchmark,
-        Scored(rows, scores, primary, {"unparsed": 2, "other": 0}, more),
-        model=model or {"name": folder.name},
-        data=data or {"prompts": "p"},
-        settings={},
-        total=total or len(rows),
-        answered=len(rows),
-    )
+    scored = Scored(rows, scores, primary, {"unparsed": 2, "other": 0}, more)
+    about = {"model": model or {"name": folder.name}, "data": data or {"prompts": "p"}, "settings": {}}
+    write_results(folder, benchmark, scored, total=total or len(rows), answered=len(rows), **about)
     return folder
 
 
 def test_results_follow_the_schema_and_are_read_again(tmp_path):
     write_run(tmp_path / "a", [1.0, 0.0, None, 1.0])
     results, rows = read_results(tmp_path / "a")
-    assert results["schema_version"] == SCHEMA_VERSION == 1
+    assert results["schema_version"] == 1
     assert results["samples"] == {"file": "samples.jsonl", "total": 4, "answered": 4, "scored": 3}
     assert results["complete"] is False and len(rows) == 4
     assert results["scores"]["accuracy"]["value"] == pytest.approx(200 / 3)
@@ -50,22 +43,18 @@ def test_results_follow_the_schema_and_are_read_again(tmp_path):
 
 
 def test_results_that_cannot_be_read_say_why(tmp_path):
-    with pytest.raises(FileNotFoundError, match="results.json is not there"):
-        read_results(tmp_path)
-    (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="A run was started there"):
-        read_results(tmp_path)
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a result of an evaluation"):
-        read_results(tmp_path)
     folder = write_run(tmp_path / "new", [1.0])
     content = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps({**content, "schema_version": 2}))
-    with pytest.raises(ValueError, match="schema version 2, this package reads 1"):
-        read_results(folder)
+    for text, message in (("{}", "not a result of an evaluation"), ({**content, "schema_version": 2}, "version 2")):
+        (folder / "results.json").write_text(text if isinstance(text, str) else json.dumps(text))
+        with pytest.raises(ValueError, match=message):
+            read_results(folder)
     (folder / "results.json").write_text(json.dumps(content))
     (folder / "samples.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="samples.jsonl, which"):
+        read_results(folder)
+    (folder / "results.json").rename(folder / "evaluation.json")
+    with pytest.raises(FileNotFoundError, match="results.json .*A run was started there"):
         read_results(folder)
 
 
@@ -83,7 +72,7 @@ def test_fingerprint_tells_weights_apart_and_names_no_path(tmp_path):
 
 
 def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
-    """The main branch moves; a folder of answers begun before and gone on with after would be of two models."""
+    """The main branch moves; a folder of answers begun before and resumed after would be of two models."""
     from transformers.utils import hub
 
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -94,13 +83,8 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
         (folder / "snapshots" / commit / file).write_text('{"model_type": "llava"}')
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(commit)
-    assert describe_model("me/base", adapter="me/lora") == {
-        "name": "me/base",
-        "revision": None,
-        "adapter": "me/lora",
-        "commit": commit,
-        "adapter_commit": commit,
-    }
+    described = {"name": "me/base", "revision": None, "adapter": "me/lora"}
+    assert describe_model("me/base", adapter="me/lora") == {**described, "commit": commit, "adapter_commit": commit}
 
 
 def test_runs_are_compared_with_paired_differences(tmp_path):
@@ -116,12 +100,10 @@ def test_runs_are_compared_with_paired_differences(tmp_path):
     assert "unparsed: 2" in text and "other" not in text
 
 
-def test_samples_of_another_data_set_are_no_pairs(tmp_path):
+def test_samples_of_another_data_set_are_not_paired(tmp_path):
     """Two data sets of short answers may both count their questions from 0."""
-    runs = [
-        write_run(tmp_path / "a", [1.0, 0.0, 1.0]),
-        write_run(tmp_path / "b", [1.0, 1.0, 0.0], data={"prompts": "q"}),
-    ]
+    other = write_run(tmp_path / "b", [1.0, 1.0, 0.0], data={"prompts": "q"})
+    runs = [write_run(tmp_path / "a", [1.0, 0.0, 1.0]), other]
     for folder, questions in zip(runs, ("xyz", "xvw")):
         rows = read_results(folder)[1]
         lines = [json.dumps({**row, "question": question}) for row, question in zip(rows, questions)]
@@ -164,35 +146,24 @@ def test_labels(tmp_path):
 
 
 def test_command_writes_table_json_and_plots(tmp_path, capsys):
-    runs = [
-        write_run(tmp_path / "before", [0.0, 1.0, 0.0, 1.0], "scienceqa"),
-        write_run(tmp_path / "after", [1.0, 1.0, 0.0, 1.0], "scienceqa"),
-    ]
+    scores = {"before": [0.0, 1.0, 0.0, 1.0], "after": [1.0, 1.0, 0.0, 1.0]}
+    runs = [write_run(tmp_path / name, values, "scienceqa") for name, values in scores.items()]
     out = tmp_path / "report"
     assert main(["eval", "report", *map(str, runs), "--out", str(out), "--published", "LLaVA-13B"]) == 0
     assert "after less before: +25.00 points" in capsys.readouterr().out
     assert (out / "report.md").read_text().startswith("# Evaluation")
     content = json.loads((out / "report.json").read_text())
     assert content["comparisons"][0]["runs"][1]["scores"]["accuracy"]["value"] == 75.0
-    assert (out / "scienceqa.png").stat().st_size > 5000
+    with Image.open(out / "scienceqa.png") as plot:
+        colours = {colour for _, colour in plot.convert("RGB").getcolors(maxcolors=2**24)}
+    assert {ImageColor.getrgb(colour) for colour in (*COLOURS[:2], PUBLISHED_COLOUR)} <= colours  # of the bars
     assert main(["eval", "report", *map(str, runs), "--published", "LLaVA-13b"]) == 2
     assert "no row LLaVA-13b; there are GPT-3.5" in capsys.readouterr().err
     assert main(["eval", "report", str(tmp_path / "nowhere")]) == 2
-    assert "results.json is not there" in capsys.readouterr().err
+    assert "results.json does not exist" in capsys.readouterr().err
 
 
-def test_plot_is_a_picture_with_bars(tmp_path):
-    from PIL import Image
-
-    runs = [write_run(tmp_path / "one", [1.0, 0.0, 1.0], "scienceqa"), write_run(tmp_path / "two", [1.0], "scienceqa")]
-    plot(*compare(read_runs(runs)), tmp_path / "p.png", ["LLaVA-13B"])
-    with Image.open(tmp_path / "p.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
-    for colour in COLOURS[:2]:
-        assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours
-
-
-def test_runs_without_any_score_are_drawn_and_told(tmp_path, recwarn):
+def test_runs_without_any_score_are_drawn_and_counted(tmp_path, recwarn):
     """A judge that answers nonsense to all."""
     (comparison,) = compare(read_runs([write_run(tmp_path / name, [None, None]) for name in "ab"]))
     plot(comparison, tmp_path / "none.png")
@@ -200,19 +171,13 @@ def test_runs_without_any_score_are_drawn_and_told(tmp_path, recwarn):
     assert "a: 0 of 2 samples scored" in markdown([comparison])
 
 
-@pytest.fixture
-def weights(tmp_path):
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "model.safetensors").write_bytes(b"1")
-    return tmp_path / "weights"
-
-
-def test_results_are_attached_to_their_weights_only(tmp_path, weights, capsys):
-    model = describe_model(str(weights))
+def test_results_are_attached_to_their_weights_only(tmp_path, capsys):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"1")
+    model, others = describe_model(str(weights)), {"name": "a", "fingerprint": "b"}
     mine = write_run(tmp_path / "mine", [1.0, 1.0], "scienceqa", model=model)
-    baseline = write_run(
-        tmp_path / "baseline", [0.0, 1.0], "scienceqa", total=9, model={"name": "a", "fingerprint": "b"}
-    )
+    baseline = write_run(tmp_path / "baseline", [0.0, 1.0], "scienceqa", total=9, model=others)
     hub = write_run(tmp_path / "hub", [0.0, 0.0], "scienceqa", model=describe_model("owner/name"))
     runs = list(map(str, (baseline, mine, hub)))
     assert main(["eval", "report", *runs, "--attach", str(weights)]) == 0

@@ -22,14 +22,12 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
 @pytest.mark.parametrize(
     ("text", "num_choices", "choice"),
     [
-        ("The answer is B.", 4, 1),
         ("LECTURE. EXPLANATION. The answer is (C).", 3, 2),
         ("The answer is B\nBECAUSE: of that", 2, 1),
         ("The answer is A. BECAUSE: … The answer is A.", 3, 0),
         ("B", 2, 1),
         ("B. Ohio", 3, 1),
         ("(C) Ohio", 3, 2),
-        ("Answer: B", 3, 1),
         ("The answer is A (Ohio).", 3, 0),
         ('The correct answer is "B".', 3, 1),
         ("The answer is B, not C.", 3, 1),
@@ -38,10 +36,8 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
         ("B\nbecause it is", 3, 1),
         ("It attracts.\n**Answer**: (B) Ohio", 3, 1),
-        ("It attracts.\nThe answer: B. Ohio", 3, 1),
         ("**The correct answer is:** C", 3, 2),
         ("The answer is B\uff0cfor it attracts", 3, 1),
-        ("It's B.", 3, 1),
         ("So it is (B), because it attracts.", 3, 1),
         ("Option B is correct.", 3, 1),
         ("It attracts.\n\n\\boxed{B}", 3, 1),
@@ -52,10 +48,8 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("Answer is B or C", 3, None),
         ("It's a magnet.", 3, None),
         ("Neither A nor B is correct.", 3, None),
-        ("\\boxed{A} or \\boxed{B}", 3, None),
         ("\\boxed{A} or B", 3, None),
         ("<think>The answer is A.", 3, None),
-        ("The answer is B or C.", 3, None),
         ("The answer is B/C", 3, None),
         ("The answer is A, B and C.", 3, None),
         ("The answer is D'oh", 4, None),
@@ -68,30 +62,18 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("The answer is Apple.", 3, None),
         ("The answer is a dog.", 3, None),
         ("The answer is A. No, the answer is B.", 3, None),
-        # no such choice
-        ("The answer is D.", 3, None),
-        ("E", 4, None),
-        ("The answer is C.", 2, None),
+        ("E", 4, None),  # there is no such choice
     ],
 )
 def test_answers_are_parsed_by_the_stated_rule(text, num_choices, choice):
     assert parse_answer(text, num_choices) == choice
 
 
-@pytest.mark.parametrize(
-    ("text", "choice"),
-    [
-        ("The answer is B" + " " * 100_000, 1),
-        ("\n" * 100_000, None),
-        ("The answer is " * 20_000, None),
-        ("A. one\n" * 20_000, 0),
-        ("\n*#" * 40_000, None),
-    ],
-    ids=range(5),
-)
-def test_long_answers_are_parsed_in_linear_time(text, choice):
+def test_long_answers_are_parsed_in_linear_time():
     """A model that keeps repeating itself; patterns that try every way would take minutes here."""
-    assert parse_answer(text, 4) == choice
+    for text in ("\n" * 100_000, "The answer is " * 20_000, "\n*#" * 40_000):
+        assert parse_answer(text, 4) is None
+    assert parse_answer("The answer is B" + " " * 100_000, 4) == 1 and parse_answer("A. one\n" * 20_000, 4) == 0
 
 
 def test_official_files_are_read(science):
@@ -141,15 +123,11 @@ def test_direct_questions_are_those_of_llava_1_5(science):
     ],
 )
 def test_training_answers_in_every_published_order(science, order, expected):
-    problem = problems_of(science)[0]
+    problem, without_lecture = problems_of(science)[:2]
     assert answer_text(problem, order) == expected
     assert parse_answer(answer_text(problem, order), 3) == problem.answer
-
-
-def test_training_answers_without_a_lecture_have_no_gap(science):
-    problem = problems_of(science)[1]  # no lecture
-    assert answer_text(problem, "LEA") == "Count to 2. The answer is A."
-    assert answer_text(problem, "AL") == "The answer is A."
+    no_gap = {"LEA": "Count to 2. The answer is A.", "AL": "The answer is A."}
+    assert order not in no_gap or answer_text(without_lecture, order) == no_gap[order]
 
 
 def test_training_data_loads_as_llava_rows(science):
@@ -169,30 +147,19 @@ def test_training_data_loads_as_llava_rows(science):
 
 def test_table_by_hand():
     """Four problems: two right, one unparsed, one with a letter beyond its choices."""
-    problems = read_hub_problems(
-        [
-            science_problem(1, subject="natural science", grade="grade3", hint="h", image=None, answer=0),
-            science_problem(2, subject="natural science", grade="grade8", hint="", image="image.png", answer=1),
-            science_problem(3, subject="social science", grade="grade6", hint="", image=None, answer=0),
-            science_problem(4, subject="language science", grade="grade12", hint="h", image="image.png", answer=0),
-        ],
-        "test",
-    )
+    rows = [
+        science_problem(1, subject="natural science", grade="grade3", hint="h", image=None, answer=0),
+        science_problem(2, subject="natural science", grade="grade8", hint="", image="image.png", answer=1),
+        science_problem(3, subject="social science", grade="grade6", hint="", image=None, answer=0),
+        science_problem(4, subject="language science", grade="grade12", hint="h", image="image.png", answer=0),
+    ]
     texts = ["The answer is A.", "B", "hm", "The answer is E."]
     answers = {f"test-{number}": text for number, text in enumerate(texts)}
-    scored = score(problems, answers)
-    values = {name: (score["value"], score["count"]) for name, score in scored.scores.items()}
-    assert values == {
-        "accuracy": (50.0, 4),
-        "accuracy/NAT": (100.0, 2),
-        "accuracy/SOC": (0.0, 1),
-        "accuracy/LAN": (0.0, 1),
-        "accuracy/TXT": (50.0, 2),
-        "accuracy/IMG": (50.0, 2),
-        "accuracy/NO": (0.0, 1),
-        "accuracy/G1-6": (50.0, 2),
-        "accuracy/G7-12": (50.0, 2),
-    }
+    scored = score(read_hub_problems(rows, "test"), answers)
+    values = {name.removeprefix("accuracy/"): (one["value"], one["count"]) for name, one in scored.scores.items()}
+    halves = dict.fromkeys(("TXT", "IMG", "G1-6", "G7-12"), (50.0, 2))
+    wrong = dict.fromkeys(("SOC", "LAN", "NO"), (0.0, 1))
+    assert values == {"accuracy": (50.0, 4), "NAT": (100.0, 2), **halves, **wrong}
     assert scored.counts == {"unparsed": 1, "invalid_letter": 1}
     assert [row["status"] for row in scored.rows] == ["read", "read", "unparsed", "invalid_letter"]
 
@@ -230,16 +197,14 @@ def test_wrong_files_are_named(science):
         problems_of(science)
     with pytest.raises(ValueError, match="no split 'minitest'; it has test, train"):
         problems_of(science, "minitest")
-    with pytest.raises(FileNotFoundError, match="image folder .* is not there"):
+    with pytest.raises(FileNotFoundError, match="image folder .* does not exist"):
         read_problems(science / "problems.json", science / "pid_splits.json", "train", science / "nowhere")
     with pytest.raises(ValueError, match="is not a problems file"):
         read_problems(science / "pid_splits.json", science / "pid_splits.json", "test")
-    (science / "pid_splits.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not a splits file"):
-        problems_of(science)
-    (science / "pid_splits.json").write_text("{")
-    with pytest.raises(ValueError, match="pid_splits.json is not JSON"):
-        problems_of(science)
+    for text, message in (("[]", "a splits file"), ("{", "JSON")):
+        (science / "pid_splits.json").write_text(text)
+        with pytest.raises(ValueError, match=f"pid_splits.json is not {message}"):
+            problems_of(science)
 
 
 def test_missing_images_are_counted_before_anything_is_loaded(science):
@@ -316,18 +281,11 @@ def test_hub_dataset_in_place_of_the_files(science, model_folder, tmp_path):
     from_hub, from_files = read_results(tmp_path / "hub-out")[1], read_results(tmp_path / "files-out")[1]
     assert [row["answer"] for row in from_hub] == [row["answer"] for row in from_files]
     assert [row["groups"] for row in from_hub] == [row["groups"] for row in from_files]
-    export = [
-        "--dataset",
-        tmp_path / "hub",
-        "--images",
-        tmp_path / "written",
-        "--export-training",
-        tmp_path / "t.json",
-    ]
-    assert main(["eval", "scienceqa", *map(str, export)]) == 0
+    export = ["eval", "scienceqa", "--dataset", str(tmp_path / "hub"), "--export-training", str(tmp_path / "t.json")]
+    assert main(export) == 2  # no folder for the images
+    assert main([*export, "--images", str(tmp_path / "written")]) == 0
     image = json.loads((tmp_path / "t.json").read_text())[0]["image"]
     assert (tmp_path / "written" / image).is_file()
-    assert main(["eval", "scienceqa", *map(str, export[:2]), "--export-training", "t.json"]) == 2  # where to?
 
 
 @pytest.mark.parametrize(

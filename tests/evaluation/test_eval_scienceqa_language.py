@@ -31,8 +31,8 @@ def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
 
 def test_ensembles_by_hand(science, tmp_path, scripted):
     """
-    Of eight problems LLaVA is right in 1–5. The language model answers 1, 2 right, 3 wrong, 4 not at all, 6 right, 7 not
-    at all, 5 and 8 wrong. The judge takes the language model's side, but for 3, and says nothing of use about 5.
+    Of eight problems LLaVA is right in 1–5. The language model is right in 1, 2 and 6, wrong in 3, 5 and 8 and has no answer to 4
+    and 7. The judge agrees with the language model, except on 3, and does not decide 5.
     """
     test = problems_of(science)
     right = {p.id: f"The answer is {p.letter}." for p in test}
@@ -68,14 +68,10 @@ def test_endpoint_that_is_down_gives_no_score(science, tmp_path, scripted):
     own = {p.id: "A" for p in test}
     settings = RunSettings(concurrency=1, backoff=Backoff(attempts=1, first=0.0, longest=0.01, patience=0.05))
     replies = iter(["The answer is A."] * 3)
+    model = scripted(lambda messages: next(replies, None) or PassingFault("connection", "connection refused"))
 
-    def answer(messages):
-        return next(replies, None) or PassingFault("connection", "connection refused")
-
-    def run(partial=False):
-        return score_with_language_model(
-            test, own, scripted(answer), tmp_path, shots=shots, settings=settings, partial=partial
-        )
+    def run(**options):
+        return score_with_language_model(test, own, model, tmp_path, shots=shots, settings=settings, **options)
 
     with pytest.raises(ConnectionError, match="5 of 8 questions have no reply.*the same command resumes"):
         run()
