@@ -131,7 +131,9 @@ def test_a_trial_shows_answers_and_hours_and_leaves_the_run_alone(recipe, tmp_pa
     assert all(word in printed for word in ("reference", "before", "after", "A red one."))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list((tmp_path / "run" / "trial").glob("checkpoint-*"))
-    assert main([*words, "--trial", "0"]) == 2
+    assert main([*words, "--trial", "0"]) == main(["train"]) == main(["train", "model=x"]) == 2
+    error = capsys.readouterr().err
+    assert all(words in error for words in ("at least 1 step", "RECIPE is missing", "RECIPE comes before key=value"))
     streamed = _trial_of({"streaming": True, "output_dir": "run"}, 5)  # nothing can be held out
     assert "eval_size" not in streamed and streamed["sample_answers"] == 0
 

@@ -8,6 +8,7 @@ from tiny import tiny_config, tiny_text_config, tiny_vision_config
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from modeling_llava import conversion
 from modeling_llava.conversion.keymaps import (
     TOWER_PREFIXES,
     Projector,
@@ -73,6 +74,10 @@ def test_match_lists_every_difference_at_once():
     assert "1 not known: 'model.extra.weight' [3]" in text
     assert "'lm_head.weight' of a.bin is [300, 31], its configuration asks for [300, 64]" in text
     assert re.search(r"neither float32.*up_proj\.weight' of a.bin is int8", text)
+
+
+def test_the_conversions_are_found_by_name_and_nothing_else():
+    assert callable(conversion.convert_hf_to_original) and not hasattr(conversion, "convert_hf_to_onnx")
 
 
 def test_two_keys_never_become_one():

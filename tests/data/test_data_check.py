@@ -144,6 +144,8 @@ def test_stops_and_markers_that_are_text_are_notices(folder, processor):
     ]
     kinds = {"text holds the template's stop": 1, "text-only sample holds <image>": 1}
     assert check(folder, rows, v0).notices == kinds
+    v0.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"  # whose stop cannot be found
+    assert check(folder, [row("a", "Q?", "A.", image=None)], v0).problems == {"nothing supervised": 1}
     assert check(folder, rows, processor).notices == {"text-only sample holds <image>": 1}
 
 

@@ -177,6 +177,7 @@ def test_truncation_that_would_cut_an_image_or_every_answer_is_a_bad_sample(proc
     "images, message",
     [
         ([], "marks 1 image in its user turns but comes with 0"),
+        ((), "has <image> in its text but no image"),
         (None, "marks 1 image in its user turns but comes with 0"),
         ([Image.new("RGB", (42, 42))] * 2, "marks 1 image in its user turns but comes with 2"),
         (Image.new("RGB", (42, 42)), "images that are not a list"),
@@ -186,6 +187,8 @@ def test_images_that_do_not_match_their_places_are_a_bad_sample(processor, image
     # Made by hand: load_conversations gives no such sample. Without any image in the batch the model would be the first
     # to say it, and not whose they are.
     wrong = {**conversation("s-1", "<image>", "A.", image="a.jpg"), "images": images}
+    if isinstance(images, tuple):
+        wrong["messages"][0]["content"] = "<image>"
     with pytest.raises(BadSampleError, match=f"sample 's-1' .*{message}"):
         LlavaDataCollator(processor, packing=packing)([wrong])
     collator = LlavaDataCollator(processor, on_bad_sample="drop", packing=packing)

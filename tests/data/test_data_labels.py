@@ -245,6 +245,10 @@ def test_an_answer_that_is_not_to_be_learned_is_not_supervised(processors):
             encoded = encode_conversation([messages[0], {**two_texts, **flag}, *messages[2:]], processor)
             assert torch.equal(encoded["input_ids"], whole["input_ids"])
             assert supervised_runs(encoded) == supervised_runs(whole)[-1:]
+    last = "{% for m in messages %}{% if loop.last %}{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
+    once = tiny_processor(template=last)
+    with pytest.raises(ValueError, match="marks 1 spans for its 2 answers"):
+        encode_conversation([user("Hello?"), {**two_texts, "weight": 0}, *messages[2:]], once)
     with pytest.raises(ValueError, match="excludes all its answers"):
         encode_conversation([messages[0], {**two_texts, "weight": 0}], processor)
 

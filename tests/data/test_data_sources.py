@@ -233,6 +233,8 @@ def test_contents_that_are_texts_or_lists_are_told_apart(tmp_path):
     for source in (table, tmp_path / "a.parquet"):
         texts = [[m["content"][0]["text"] for m in sample["messages"]] for sample in load_conversations(source)]
         assert texts == [['Say "no".', "42"], ['"Q", null?', '["no"']]
+    given = Dataset.from_list([{"id": "not ["}], features=datasets.Features({"id": datasets.Json()}))
+    assert ArrowRows(given)[0] == {"id": "not ["}
 
 
 def test_sources_by_type(tmp_path):
@@ -273,6 +275,15 @@ def test_workers_do_not_share_a_file_position(tmp_path, start):
 def test_missing_file(name):
     with pytest.raises(OSError, match="no-such" if "such" in name else "there is no file or folder"):
         load_conversations(name)
+
+
+def test_a_name_that_is_not_on_the_hub_is_named(monkeypatch):
+    def not_found(*args, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    with pytest.raises(FileNotFoundError, match="'owner/name' is neither here nor a dataset on the Hub: gone"):
+        load_conversations("owner/name")
 
 
 def test_other_wrong_sources(tmp_path):

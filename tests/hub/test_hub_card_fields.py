@@ -36,6 +36,10 @@ def test_a_data_sets_own_card_is_checked(tmp_path):
         finish_data_card(card, "me/data", None)
     finish_data_card(card, "me/data", "mit")  # in its place
     assert "license: mit" in card.read_text()
+    for head, said in (("a: [", "head is not YAML"), ("- a", "head is a list")):
+        card.write_text(f"---\n{head}\n---\n# Data\n")
+        with pytest.raises(ValueError, match=said):
+            finish_data_card(card, "me/data", None)
 
 
 def test_a_dry_run_refuses_wrong_fields_and_names_before_anything_is_gathered(tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from local_hub import TOKEN
 from published import copy
+from safetensors.torch import save_file
 from small_files import parquet, safetensors, write_results
 from transformers import AutoModelForImageTextToText
 
@@ -109,6 +110,18 @@ def test_a_failure_of_the_hub_is_one_clear_error_and_no_log_holds_the_token(
     push(publication, endpoint=hub.url)
     assert {"config.json", "model.safetensors"} <= set(hub.files("tester/my-llava"))
     assert caplog.records and TOKEN not in caplog.text
+
+
+def test_a_defect_of_the_library_keeps_its_traceback(hub, model_folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("os.link", lambda *args: (_ for _ in ()).throw(OSError))  # on another file system: copied
+    publication = gather(model_folder, "tester/my-llava")
+    assert not (publication.folder / "model.safetensors").samefile(model_folder / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", broken)
+    with pytest.raises(RuntimeError, match="^a defect$"):
+        push(publication, endpoint=hub.url)
 
 
 def test_without_a_token_the_login_is_named(hub, model_folder, monkeypatch):
@@ -255,6 +268,10 @@ def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, mode
     assert "cut.json is not JSON" in said(model_folder, "tester/x", "--results", tmp_path / "cut.json")
     assert "list.json holds no JSON object" in said(model_folder, "tester/x", "--results", tmp_path / "list.json")
     assert "'a/b/c' is not a name on the Hub" in said(model_folder, "a/b/c", "--merge")
+    save_file({"unknown": torch.zeros(1)}, model_folder / "model.safetensors")
+    assert "the model cannot be loaded: keys: " in said(model_folder, "tester/x")
+    (model_folder / "chat_template.jinja").unlink()
+    assert "cannot publish: 1 problems" in said(model_folder, "tester/x")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
