@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 
 Message = dict[str, str]
@@ -50,7 +50,6 @@ def remove_thoughts(text: str) -> str:
     return kept.strip() if thinking else (kept + text[start:]).strip() if start else text
 
 
-@runtime_checkable
 class ChatModel(Protocol):
     """A language model that answers conversations; its `name` is written into cards and ledgers."""
 

@@ -47,9 +47,9 @@ def test_the_exam_asks_each_kind_once_per_image(world):
 
 def test_held_out_questions_are_decided_by_a_held_out_pair(world):
     items = set_exam(world / "held_out", seed=0, held_out=True)
-    assert len({item.image for item in items}) == 30
-    for image in {item.image for item in items}:
-        asked = [item for item in items if item.image == image]
+    by_image = {item.image: [one for one in items if one.image == item.image] for item in items}
+    assert len(by_image) == 30
+    for asked in by_image.values():
         assert {"colour", "object", "position"} <= {one.kind for one in asked}
         words = " ".join(one.question + " " + one.answer for one in asked)
         assert any(name in words for name in HELD_OUT_NAMES)
@@ -71,23 +71,17 @@ def test_majority_answer_by_hand():
 
 def test_turns_are_read_from_llava_rows_on_either_side_of_the_image():
     rows = [["<image>\nA?", "1"], ["B?\n<image>", "2", "C?", "3"]]
-    assert read_turns([{"conversations": [{"value": text} for text in row]} for row in rows]) == [
-        ("A?", "1"),
-        ("B?", "2"),
-        ("C?", "3"),
-    ]
+    turns = read_turns([{"conversations": [{"value": text} for text in row]} for row in rows])
+    assert turns == [("A?", "1"), ("B?", "2"), ("C?", "3")]
 
 
-@pytest.mark.parametrize("scenes", [2, 3, 17])
-def test_no_question_keeps_its_image_when_they_are_shuffled(scenes):
+@pytest.mark.parametrize("scenes", [2, 17])
+def test_no_question_keeps_its_image_when_they_are_shuffled_or_blank(scenes, tmp_path):
     items = [item(number) for number in range(scenes) for _ in range(3)]
     for seed in range(20):
         shuffled = shuffle_images(items, seed)
         assert all(one.image != image for one, image in zip(items, shuffled))
         assert set(shuffled) == {one.image for one in items}
-
-
-def test_a_blank_image_has_the_size_and_one_colour(tmp_path):
     Image.new("RGB", (7, 5), "red").save(tmp_path / "a.png")
     blank = blank_image(tmp_path / "a.png")
     assert blank.size == (7, 5) and len(blank.getcolors()) == 1
@@ -104,7 +98,4 @@ def test_the_figure_shows_wrong_answers_in_their_proportion_and_a_held_out_pair(
     assert sum(not row["right"] for row in chosen) == 2
     assert any("blue star" in row["expected"] for row in chosen)
     assert all(row["right"] for row in choose_answers([row for row in rows if row["right"]], 10))
-
-
-def test_smoothing_looks_back_only():
-    assert smooth([3.0, 1.0, 2.0, 6.0]) == [3.0, 2.0, 2.0, 3.0]
+    assert smooth([3.0, 1.0, 2.0, 6.0]) == [3.0, 2.0, 2.0, 3.0]  # of a loss curve, over earlier steps only
