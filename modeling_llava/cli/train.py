@@ -139,7 +139,7 @@ def _callbacks(settings) -> list:
     if settings.sample_answers:
         from ..evaluation.callback import SampleAnswersCallback
 
-        callbacks.append(SampleAnswersCallback(settings.sample_answers, is_sharded=settings.is_sharded))
+        callbacks.append(SampleAnswersCallback(settings.sample_answers))
     if settings.benchmarks:
         from ..evaluation.callback import EvaluationCallback
         from .eval import slice_of

@@ -94,12 +94,6 @@ def render_card(figures: dict[str, Any], plot: str, fingerprint: str) -> str:
     if figures["prices"]:
         price = f"${figures['prices'][0]:g} and ${figures['prices'][1]:g} per million tokens"
         spent.append([f"cost at {price}", f"${figures['cost_dollars']:,.4f}"])
-    requests = [
-        ["requests sent", figures["requests"]],
-        ["replies", figures["replies"]],
-        *([f"fault: {kind}", number] for kind, number in sorted(figures["faults"].items())),
-        ["in flight when a run was killed", figures["unknown"]],
-    ]
     reasons = [
         [LEFT_OUT[reason], *(rejected.get(kind, {}).get(reason, 0) for kind in kinds)]
         for reason in LEFT_OUT
@@ -146,10 +140,6 @@ but its captions and boxes (LLaVA, [Visual Instruction Tuning](https://arxiv.org
 ### Tokens and cost
 
 {table(["", ""], spent)}
-
-### Requests
-
-{table(["", ""], requests)}
 
 ### Rejected
 

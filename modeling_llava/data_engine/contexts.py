@@ -244,10 +244,7 @@ def _coco_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]
     return boxes
 
 
-def _read_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
-    """Boxes by image, from COCO instances or rows."""
-    if is_coco(path):
-        return _coco_boxes(path, counts)
+def _row_boxes(path: Path, counts: ContextCounts) -> dict[str, tuple[Box, ...]]:
     boxes: dict[str, tuple[Box, ...]] = {}
     for context in _row_contexts(path, counts):
         boxes[context.image] = _largest_first(boxes.get(context.image, ()) + context.boxes)
@@ -278,7 +275,7 @@ def read_contexts(
     captions = Path(captions)
     boxes_by_image = None
     if boxes is not None and Path(boxes) != captions:
-        boxes_by_image = _read_boxes(Path(boxes), counts)
+        boxes_by_image = (_coco_boxes if is_coco(Path(boxes)) else _row_boxes)(Path(boxes), counts)
     seen: set[str] = set()
     matched = found = 0
     for context in _coco_contexts(captions, counts) if is_coco(captions) else _row_contexts(captions, counts):

@@ -112,11 +112,7 @@ def open_folder(
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
 ) -> RunFolder:
-    """The folder of a run, with its contexts from a list or from files (`read_contexts`) and its prompts (`load_prompts`).
-
-    Raises:
-        ValueError: the folder's run has other settings, prompts or contexts.
-    """
+    """The folder of a run, with its contexts from a list or from files (`read_contexts`) and its prompts (`load_prompts`)."""
     if (contexts is None) == (captions is None):
         raise ValueError("Give either contexts or a file of captions.")
     folder = RunFolder(out, config, load_prompts(prompts, config.types))

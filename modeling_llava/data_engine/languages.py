@@ -44,16 +44,9 @@ COMMON_WORDS: dict[str, frozenset[str]] = {
 
 LANGUAGES = tuple(sorted({*SCRIPTS, *COMMON_WORDS}))
 
-FEWEST_WORDS = 8
-"""With fewer words the script alone decides."""
-
 
 def looks_like(text: str, language: str) -> bool:
-    """Whether a text may be in a language (a code out of `LANGUAGES`); in doubt, yes.
-
-    Raises:
-        ValueError: the language cannot be recognised.
-    """
+    """Whether a text may be in a language (a code out of `LANGUAGES`); in doubt, yes. ValueError for another language."""
     if language not in LANGUAGES:
         raise ValueError(
             f"'{language}' cannot be recognised; these languages can: {', '.join(LANGUAGES)}. 'any' accepts all replies."
@@ -72,7 +65,7 @@ def looks_like(text: str, language: str) -> bool:
     if language == "ja" and total >= 20:
         return kana
     words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
-    if language not in COMMON_WORDS or words.total() < FEWEST_WORDS:
+    if language not in COMMON_WORDS or words.total() < 8:  # the script alone decides
         return True
     shares = {code: sum(words[word] for word in words.keys() & common) for code, common in COMMON_WORDS.items()}
     # Ties and texts of names and nouns only pass: what is to be caught is a reply in another language.

@@ -29,11 +29,7 @@ Job = tuple[str, str, list[str], str]
 
 @lru_cache(maxsize=2)
 def load_spacy(model: str = DEFAULT_MODEL) -> Any:
-    """A spaCy pipeline. The default model is also found under the name of its package on PyPI.
-
-    Raises:
-        ImportError: spaCy or the model is not installed.
-    """
+    """A spaCy pipeline. The default model is also found under the name of its package on PyPI."""
     try:
         import spacy
     except ImportError as error:

@@ -74,11 +74,7 @@ class GenerateConfig:
 
 
 class RunFolder:
-    """A run's folder.
-
-    Raises:
-        ValueError: the folder holds a run with other settings or prompts.
-    """
+    """A run's folder; a `ValueError` says that it holds a run with other settings or prompts."""
 
     def __init__(self, path: str | Path, config: GenerateConfig, prompts: dict[str, Prompt]):
         self.path = Path(path)

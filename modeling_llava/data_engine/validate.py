@@ -176,13 +176,7 @@ def gives_answer_away(question: str, answer: str) -> bool:
 
 
 def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: str = "stop") -> list[Turn]:
-    """The turns of a reply.
-
-    Args:
-        text: What the model wrote.
-        kind: `"conversation"`, `"detail"` or `"complex"`.
-        settings: What a reply must be like.
-        finish_reason: Why the model stopped, as the endpoint reports it; `"length"` means that the reply is cut.
+    """The turns of a reply of a type (`kind`); `finish_reason` is the endpoint's, `"length"` for a reply that is cut.
 
     Raises:
         Rejection: with the first reason, in the order of `REASONS`.
@@ -214,7 +208,14 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
             raise Rejection("refusal", refused)
     if settings.language and not looks_like("\n".join(part for turn in turns for part in turn), settings.language):
         raise Rejection("wrong_language", settings.language)
-    _check_lengths(turns, kind, settings)
+    found = [(count_words(answer), settings.answer_words[kind], "words in an answer") for _, answer in turns]
+    found += [(count_words(asked), settings.question_words, "words in a question") for asked, _ in turns if asked]
+    found.append((len(turns), settings.turns[kind], "pairs of question and answer"))
+    for number, (least, most), what in found:
+        if number < least:
+            raise Rejection("too_short", f"{number} {what}, at least {least}")
+        if number > most:
+            raise Rejection("too_long", f"{number} {what}, at most {most}")
     seen = set()
     for question, answer in turns:
         if not question:
@@ -225,14 +226,3 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
         if gives_answer_away(question, answer):
             raise Rejection("gives_answer_away", question)
     return turns
-
-
-def _check_lengths(turns: list[Turn], kind: str, settings: ValidationSettings) -> None:
-    found = [(count_words(answer), settings.answer_words[kind], "words in an answer") for _, answer in turns]
-    found += [(count_words(asked), settings.question_words, "words in a question") for asked, _ in turns if asked]
-    found.append((len(turns), settings.turns[kind], "pairs of question and answer"))
-    for number, (least, most), what in found:
-        if number < least:
-            raise Rejection("too_short", f"{number} {what}, at least {least}")
-        if number > most:
-            raise Rejection("too_long", f"{number} {what}, at most {most}")

@@ -64,13 +64,11 @@ class ChatModel(Protocol):
         seed: int | None = None,
         request_id: str | None = None,
     ) -> Reply:
-        """Sends one request of at most `max_tokens` tokens of reply; `run_tasks` waits and retries. The `request_id` is the
-        same whenever the same request is sent again.
+        """Sends one request of at most `max_tokens` tokens of reply; the `request_id` is the same whenever it is sent again.
 
         Raises:
             EndpointFault: the request failed; its class says what to do.
         """
-        ...
 
 
 class EndpointFault(Exception):

@@ -50,8 +50,16 @@ class EvaluationCallback(TrainerCallback):
         found, answers = {}, {}
         for benchmark in self.benchmarks:
             start = time.perf_counter()
-            name, texts = benchmark.name.replace("-", "_"), self._answer(benchmark, args, model, processing_class)
-            scores = None
+            name, scores = benchmark.name.replace("-", "_"), None
+            with predictor_in_training(args, model, processing_class) as predictor:
+                answered = predictor.answer_many(
+                    benchmark.samples[args.process_index :: args.world_size],
+                    image_folder=benchmark.image_folder,
+                    follow_symlinks=benchmark.follow_symlinks,
+                    max_new_tokens=benchmark.max_new_tokens,
+                )
+                pairs = [(answer.id, answer.text) for answer in answered]
+            texts = dict(gather_object(pairs))
             if state.is_world_process_zero:  # a judge should be asked once
                 scored = benchmark.score(texts)
                 answers[benchmark.name] = {row["id"]: row["answer"] for row in scored.rows}
@@ -69,40 +77,25 @@ class EvaluationCallback(TrainerCallback):
             with open(folder / "benchmarks.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _answer(self, benchmark: Benchmark, args, model, processor) -> dict[str, str]:
-        """Answers to all samples by their ids; every process answers its shard."""
-        shard = benchmark.samples[args.process_index :: args.world_size]
-        with predictor_in_training(args, model, processor) as predictor:
-            answered = predictor.answer_many(
-                shard,
-                image_folder=benchmark.image_folder,
-                follow_symlinks=benchmark.follow_symlinks,
-                max_new_tokens=benchmark.max_new_tokens,
-            )
-            pairs = [(answer.id, answer.text) for answer in answered]
-        return dict(gather_object(pairs))
-
 
 class SampleAnswersCallback(TrainerCallback):
     """
     Answers the first questions of the same few samples at every evaluation, into `sample_answers/step-N.html` in the output
     folder: one file with its images embedded.
 
-    Training is not changed. The main process answers while the others wait; with sharded weights (FSDP, ZeRO-3:
-    `is_sharded`) no answers are written, and a warning says so.
+    Training is not changed. The main process answers while the others wait; with sharded weights (FSDP, ZeRO-3) no answers
+    are written, and a warning says so.
     """
 
-    def __init__(self, num_samples: int = 8, is_sharded: bool = False):
+    def __init__(self, num_samples: int = 8):
         self.num_samples = num_samples
-        self.is_sharded = is_sharded
-        self.answered: dict[int, list[tuple[str, str, str]]] = {}  # step → question, reference, answer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.is_sharded and state.is_world_process_zero:
+        if getattr(args, "is_sharded", False) and state.is_world_process_zero:
             logger.warning("sample_answers: no process has all weights (FSDP, DeepSpeed); no answers are written.")
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **kwargs):
-        if self.is_sharded or not state.is_world_process_zero:
+        if getattr(args, "is_sharded", False) or not state.is_world_process_zero:
             return
         samples = spread(eval_dataloader.dataset, self.num_samples)
         questions = [_first_question(sample, str(number)) for number, sample in enumerate(samples)]
@@ -113,7 +106,6 @@ class SampleAnswersCallback(TrainerCallback):
         for sample, question in zip(samples, questions):
             asked = question["messages"]
             rows.append((_text(asked[-1]), _text(sample["messages"][len(asked)]), answers[question["id"]]))
-        self.answered[state.global_step] = rows
         page = Path(args.output_dir) / "sample_answers" / f"step-{state.global_step}.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         write_sample_page(page, f"Step {state.global_step}", samples, rows)

@@ -116,12 +116,13 @@ def train_language_model(
 
     def loss_of(step: int) -> torch.Tensor:
         nonlocal num_tokens
-        documents = [
-            _caption(tokenizer, rng.choice(write_captions(next(scenes))))
-            if index % 4 == 0
-            else _dialogue(tokenizer, write_dialogue(next(scenes), rng))
-            for index in range(batch_size)
-        ]
+        documents = []
+        for index in range(batch_size):
+            if index % 4 == 0:
+                ids = torch.tensor(tokenizer(rng.choice(write_captions(next(scenes))) + "\n")["input_ids"])
+                documents.append((ids, ids))
+            else:
+                documents.append(_dialogue(tokenizer, write_dialogue(next(scenes), rng)))
         pack = pack_sequences(*zip(*documents))
         labels = pack.pop("labels")[0]
         num_tokens += len(labels)
@@ -143,11 +144,6 @@ def _initialise(model: LlamaForCausalLM) -> None:
     for layer in model.model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-
-
-def _caption(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor(tokenizer(caption + "\n")["input_ids"])
-    return ids, ids
 
 
 def _dialogue(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,11 +75,7 @@ FAST = QuickstartSettings(
 
 
 class Quickstart:
-    """One run of the quickstart.
-
-    Raises:
-        ValueError: `out` holds something else, or a run with other settings.
-    """
+    """One run of the quickstart; a `ValueError` says that `out` holds something else, or a run with other settings."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """A scripted responder: it answers the data engine's requests in place of a language model.
 
 Like the language-only model of the paper (LLaVA §3) it reads captions and boxes and never sees an image: colours and the
-place come from the captions, positions, sizes and numbers from the boxes. It has the interface of the client of
-OpenAI-compatible endpoints, so that its data takes the way of real data.
+place come from the captions, positions, sizes and numbers from the boxes.
 """
 
 import random

@@ -47,11 +47,6 @@ def tiny_vision_config() -> CLIPVisionConfig:
     )
 
 
-def tiny_image_processor() -> LlavaImageProcessor:
-    """The tower's image processor; it is saved next to the tower."""
-    return LlavaImageProcessor(size=IMAGE_SIZE, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_pad=True)
-
-
 HEADS: dict[str, tuple[str, ...]] = {
     "category": ("nothing", *CATEGORIES),
     "colour": ("nothing", *COLOURS),
@@ -145,7 +140,7 @@ def train_vision_tower(
     begun = time.perf_counter()
     torch.manual_seed(seed)
     paths, labels, places = patch_labels(split)
-    processor = tiny_image_processor()
+    processor = LlavaImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE, do_pad=True)
     chunks = (paths[i : i + 256] for i in range(0, len(paths), 256))
     pixels = [processor([load_image(path) for path in chunk], return_tensors="pt")["pixel_values"] for chunk in chunks]
     images = torch.cat(pixels)

@@ -10,9 +10,6 @@ from .drawing import SCENE_SIZE, draw_image
 from .scenes import CATEGORIES, Scene, box_of, draw_scene, write_captions
 
 
-JPEG_QUALITY = 92
-
-
 def draw_scenes(number: int, seed: int, split: str, held_out: bool = False, most_things: int = 3) -> list[Scene]:
     """Random scenes; the same for the same seed and name of the split."""
     rng = random.Random(f"{seed}:{split}")
@@ -44,7 +41,7 @@ def write_split(folder: Path, scenes: list[Scene], workers: int = 1, size: int =
 
 def _save_image(job: tuple[Scene, Path, int]) -> None:
     scene, path, size = job
-    draw_image(scene, size).save(path, quality=JPEG_QUALITY)
+    draw_image(scene, size).save(path, quality=92)
 
 
 def scene_texts(seed: int, name: str, most_things: int = 3) -> Iterator[Scene]:
