@@ -148,9 +148,9 @@ def describe(args: argparse.Namespace, summary) -> int:
         print(f"{run.batched:,} requests wait in batch files: read their results with --batch-in")
     if run.given_up:
         print(f"{run.given_up.total():,} requests have no reply ({_times(run.given_up)}); the same command asks again")
-    if run.said and run.said.partition(": ")[2] not in run.message:
-        print(f"last message of the endpoint: {run.said}")
-    if "temperature" in run.said:
+    if run.last_error and run.last_error.partition(": ")[2] not in run.message:
+        print(f"last error of the endpoint: {run.last_error}")
+    if "temperature" in run.last_error:
         print("--temperature default uses the endpoint's")
     if run.stopped != "done":
         print(f"stopped: {run.message.rstrip('.')}. The same command resumes.", file=sys.stderr)

@@ -148,7 +148,7 @@ class FilterSummary:
     settings: dict[str, Any] = field(default_factory=dict)  # with the model of the noun phrases
     captions: int = 0
     chosen: int = 0
-    rows: int = 0  # a row may hold several captions
+    rows: int = 0  # a row may have several captions
     rows_chosen: int = 0  # rows of which a caption is chosen
     without_phrase: int = 0  # captions without a noun phrase; none of them is chosen
     phrases: int = 0
@@ -237,7 +237,7 @@ def write_rows(path: str | Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.suffix.lower() in {".jsonl", ".ndjson"}
     separator = "" if lines else "[\n"
-    # A lone surrogate, which no file can hold, is written as its escape in JSON.
+    # A lone surrogate, which UTF-8 cannot encode, is written as its escape in JSON.
     with (
         atomic_path(path, sync=True) as partial,
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as file,

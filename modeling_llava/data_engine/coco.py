@@ -1,4 +1,4 @@
-"""COCO's files, read item by item, and what a row says of its image."""
+"""COCO's files, read item by item, and the image of a row."""
 
 import json
 import math
@@ -15,7 +15,7 @@ LONGEST_ROW = 1 << 20
 
 
 def is_coco(path: Path) -> bool:
-    """Whether a JSON file is an object of arrays, not rows. Rows: by the file's name, or its first line is a whole object
+    """Whether a JSON file is an object of arrays, not rows. Rows: by the file's name, or its first line is a complete object
     with an `image` or with another line after it."""
     data, start = map_json(path)
     if path.suffix.lower() in {".jsonl", ".ndjson"} or data[start : start + 1] != b"{":
@@ -32,7 +32,7 @@ def is_coco(path: Path) -> bool:
 
 
 def items_of(path: Path, *names: str) -> Iterator[tuple[str, Any]]:
-    """`(name, item)` of each item of a COCO file's arrays, one array after the other, holding one item at a time."""
+    """`(name, item)` of each item of a COCO file's arrays, one array after the other; one item at a time is in memory."""
     arrays = json_arrays(path, names)
     return ((name, item) for name in names if name in arrays for item in arrays[name])
 
@@ -43,7 +43,7 @@ def one_line(text: str) -> str:
 
 
 def writable(text: str) -> str:
-    """A text with a `?` for each lone surrogate, which JSON can escape and no file can hold."""
+    """A text with a `?` for each lone surrogate, which JSON can escape and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -102,10 +102,10 @@ def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, st
             elif key == "categories":
                 categories[item["id"]] = coco_name(item, "name")
             else:
-                held = item.get("caption", ())
+                kept = item.get("caption", ())
                 if "caption" not in item and "bbox" in item:
-                    held = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
-                annotations.setdefault(item["image_id"], []).append(held)
+                    kept = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
+                annotations.setdefault(item["image_id"], []).append(kept)
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")
     return images, categories, annotations

@@ -1,4 +1,4 @@
-"""Finds near-duplicate questions across a whole data set, exactly, without comparing each with each.
+"""Finds near-duplicate questions across a whole data set, exactly, without comparing all pairs.
 
 Two questions are near duplicates when the sets of their words overlap by `OVERLAP` (Jaccard: shared words over all words).
 The rarest few words of one then include one of the rarest few of the other: only such pairs are compared.

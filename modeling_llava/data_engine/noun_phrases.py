@@ -1,7 +1,7 @@
 """Noun phrases of captions by spaCy: in parallel, in shards, resumable.
 
-A shard is a text file with one line per caption, its different noun phrases separated by tabs. Its first line names the
-captions and the model it was made from; a shard whose first line fits is not made again.
+A shard is a text file with one line per caption, its distinct noun phrases separated by tabs. Its first line names the
+captions and the model it was made from; a shard whose first line matches is not made again.
 """
 
 import hashlib

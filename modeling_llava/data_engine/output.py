@@ -92,7 +92,7 @@ def write_dataset(samples: Iterator[Sample], images: Path, run: Path, summary: O
     free = shutil.disk_usage(run).free
     if need > free:
         summary.notes.append(
-            f"The datasets folder was not written: it holds an image per sample and would take about {need / 1e9:.1f} GB, "
+            f"The datasets folder was not written: it contains an image per sample and would take about {need / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free. `llava train` reads instruct.json with the image folder just as well."
         )
         return
@@ -150,5 +150,5 @@ def _read_image(images: Path, name: str) -> bytes | None:
             open_size(path, repr(str(path)))
             return path.read_bytes()
         except ImageError as error:
-            logger.warning("The datasets folder lacks an image. %s", error)
+            logger.warning("An image is left out of the datasets folder. %s", error)
     return None

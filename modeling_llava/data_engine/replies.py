@@ -1,6 +1,6 @@
 """Parses a reply as questions and answers, or as a description.
 
-Models wrap their answer into chatter, code fences, markdown and thoughts. What is recognised is removed; anything else is a
+Models put chatter, code fences, markdown and thoughts around an answer. What is recognised is removed; anything else is a
 `Rejection`.
 """
 

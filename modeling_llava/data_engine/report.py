@@ -80,7 +80,7 @@ def thumbnail(images: Path | None, name: str) -> str:
     try:
         image = read_image(path)
     except ImageError as error:
-        logger.warning("The report lacks an image. %s", error)
+        logger.warning("An image is left out of the report. %s", error)
         return ""
     return data_url(image, THUMBNAIL)
 

@@ -4,8 +4,8 @@
 OUT/
   run.json        settings, name of the run, where the contexts came from
   contexts.jsonl  the contexts, as read
-  prompts.json    the prompts, word by word
-  ledger.jsonl    every event; the files below are made from those above and can be made again
+  prompts.json    the prompts
+  ledger.jsonl    every event; the files below are made from those above
   instruct.json   the data in LLaVA's form
   rejected.jsonl  every reply and turn that is not in it, with the reason
   dataset/        the data as a `datasets` folder with its card
@@ -74,7 +74,7 @@ class GenerateConfig:
 
 
 class RunFolder:
-    """A run's folder; a `ValueError` says that it holds a run with other settings or prompts."""
+    """A run's folder; a `ValueError` says that it contains a run with other settings or prompts."""
 
     def __init__(self, path: str | Path, config: GenerateConfig, prompts: dict[str, Prompt]):
         self.path = Path(path)
@@ -88,7 +88,7 @@ class RunFolder:
             if self.is_answered():
                 what = "; ".join(f"{key} was {before.get(key)!r} and is {identity[key]!r}" for key in changed)
                 raise ValueError(
-                    f"{self.path} holds a run with other settings ({what or 'it has no run.json'}). Resume it with the settings "
+                    f"{self.path} contains a run with other settings ({what or 'it has no run.json'}). Resume it with the settings "
                     "it began with, or give another --out."
                 )
             # The run's name is part of each request's id: two runs with the same prompts differ.

@@ -22,7 +22,7 @@ class OutputSettings:
     """How the data is written."""
 
     question_repeats: int | None = 1  # near-duplicate questions to keep (not in descriptions); `None` keeps all
-    parquet: bool = True  # whether to write the `datasets` folder, which holds the images
+    parquet: bool = True  # whether to write the `datasets` folder, which contains the images
     card: bool = True  # whether to write the card, its plot and `summary.json`
     drop: frozenset[str] = frozenset()  # ids of samples to leave out (marked in the report)
     report_samples: int = 200  # samples in the HTML report; 0 writes none

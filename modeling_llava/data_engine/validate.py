@@ -1,4 +1,4 @@
-"""The rules that a reply must pass. Each looks at the reply and the settings alone, so that the verdict never changes."""
+"""The rules for a reply. Each depends on the reply and the settings alone, so that a verdict never changes."""
 
 import re
 import unicodedata
@@ -121,7 +121,7 @@ def refusal_in(text: str) -> str | None:
 
 
 def mention_of_source(text: str) -> str | None:
-    """The words by which a text mentions captions, boxes or coordinates, or `None`. A box may stand in the image."""
+    """The words by which a text mentions captions, boxes or coordinates, or `None`. A box may be in the image."""
     lower = text.lower()
     found = SOURCE.search(text.replace("’", "'")) if any(word in lower for word in SOURCE_WORDS) else None
     return " ".join(found[0].split()) if found else None
@@ -163,7 +163,7 @@ YES_NO_QUESTION = re.compile(
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
-    """Whether an answer has no word that its question lacks ("What color is the red hydrant?" – "The hydrant is red.").
+    """Whether an answer has no word that is not in its question ("What color is the red hydrant?" – "The hydrant is red.").
 
     Questions to be answered by yes or no, and those that offer a choice, contain their answer by nature.
     """
@@ -189,7 +189,7 @@ def validate(text: str, kind: str, settings: ValidationSettings, finish_reason: 
     try:
         turns = parse_description(text) if kind == "detail" else parse_turns(text)
     except Rejection as rejection:
-        # A reply that lacks the form because it refuses, or because it was cut, is rejected as that.
+        # A reply that is not in the form because it refuses, or because it was cut, is rejected as that.
         if rejection.reason == "no_parse" and (refused := refusal_in(bare)):
             raise Rejection("refusal", refused) from None
         if finish_reason == "length":

@@ -29,7 +29,7 @@ from .limits import BATCH_PRICE, Budget
 
 @dataclass(slots=True)
 class TaskState:
-    """What the ledger holds of one task."""
+    """The state of one task."""
 
     replies: tuple[int, ...] = ()  # byte positions of its reply lines
     final: bool = False  # it is settled

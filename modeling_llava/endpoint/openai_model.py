@@ -20,7 +20,7 @@ _REFUSES_LENGTH = re.compile(
     r"max_completion_tokens|(?=.*\bmax_tokens\b).*(?:unsupported|not supported|not permitted|unrecogni[sz]ed|unknown|unexpected)",
     re.IGNORECASE | re.DOTALL,
 )
-CUT = "thoughts took the whole length of the reply, which has no text; raise --max-reply-tokens"
+CUT = "the reply was cut at its maximum length while the model was thinking and has no text; raise --max-reply-tokens"
 
 
 class OpenAIModel:
@@ -29,7 +29,7 @@ class OpenAIModel:
     Args:
         base_url: Address with its version (`http://localhost:8000/v1`). Default: `OPENAI_BASE_URL`, or OpenAI.
         api_key: Default: `OPENAI_API_KEY`; local servers accept any.
-        timeout: Maximum seconds for a whole reply.
+        timeout: Maximum seconds for a complete reply.
         length_parameter: `"max_tokens"`, or `"max_completion_tokens"`, to which the client switches when the endpoint
             asks for it, as OpenAI does for reasoning models.
         optional: Parameters (`"temperature"`, `"seed"`) that are left out when the endpoint does not support them.
@@ -146,7 +146,7 @@ class OpenAIModel:
         try:
             return parse_completion(json.loads(await asyncio.wait_for(request, self.timeout)))
         except asyncio.TimeoutError:
-            raise PassingFault("timeout", f"no whole reply within {self.timeout:g} s", maybe_paid=True) from None
+            raise PassingFault("timeout", f"no complete reply within {self.timeout:g} s", maybe_paid=True) from None
         except (_import_openai().OpenAIError, aiohttp.ClientError) as error:
             raise translate_error(error) from error
         except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
@@ -169,8 +169,8 @@ def _import_openai() -> Any:
 
 
 def parse_completion(body: Any) -> Reply:
-    """A `Reply` from the JSON body of a chat completion. An `EndpointFault` is raised where it has none, where thoughts took its
-    whole length, and for an error, which some routers send with status 200."""
+    """A `Reply` from the JSON body of a chat completion. An `EndpointFault` is raised where it has none, where it was cut before its
+    text, and for an error, which some routers send with status 200."""
     error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
     if isinstance(error, dict) and str(error.get("code")) in ERROR_STATUSES:
         raise translate_status(int(error["code"]), error_words(error))
@@ -188,8 +188,8 @@ def parse_completion(body: Any) -> Reply:
         # A lone surrogate, which JSON can escape, cannot be written as text.
         text = remove_thoughts(text.encode("utf-8", "replace").decode())
         reply = Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
-    except (KeyError, IndexError, TypeError, AttributeError) as odd:
-        what = error_words(error) or f"{type(odd).__name__}: {odd}"
+    except (KeyError, IndexError, TypeError, AttributeError) as malformed:
+        what = error_words(error) or f"{type(malformed).__name__}: {malformed}"
         raise PassingFault("malformed", f"the reply is not a chat completion ({what})", maybe_paid=True) from None
     if finish == "length" and not text.strip():
         raise RequestFault("cut", CUT, maybe_paid=True)

@@ -57,7 +57,7 @@ class RunSummary:
     skipped: int = 0  # tasks that were settled before
     batched: int = 0  # tasks that wait in a batch file
     given_up: Counter = field(default_factory=Counter)  # tasks left open, by fault; the next run retries them
-    said: str = ""  # the endpoint's last error
+    last_error: str = ""  # of the endpoint
     seconds: float = 0.0  # wall time
 
 
@@ -252,7 +252,7 @@ class _Run:
                     request_id=request,
                 )
             except EndpointFault as fault:
-                self.summary.said = f"{fault.kind}: {fault}"
+                self.summary.last_error = f"{fault.kind}: {fault}"
                 event = fault_event(task.id, request, attempt, fault)
                 if refused := isinstance(fault, RequestFault):
                     self.refusals.add(task, request, attempt, fault)

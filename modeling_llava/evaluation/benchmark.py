@@ -184,7 +184,7 @@ class AnswerFolder:
             before = read_json(run_file)
         if different := _differences(before, self.identity):
             raise ValueError(
-                f"{self.folder} holds answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "
+                f"{self.folder} contains answers of another run: {'; '.join(different[:4])}. Give another --out, or remove "
                 "the folder."
             )
 
@@ -263,7 +263,7 @@ def evaluate(
 
     Raises:
         OSError: another process works on this shard of the run, or images are missing.
-        ValueError: the folder holds another run.
+        ValueError: the folder contains another run.
     """
     benchmark.check_images()
     decoding = {"max_new_tokens": benchmark.max_new_tokens, **(decoding or {})}

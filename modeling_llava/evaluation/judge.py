@@ -147,8 +147,8 @@ def ask_all(
     budget: Budget | None = None,
 ) -> Asked:
     """
-    Asks what the ledger `folder/name-<hash of the model's name>.jsonl` does not hold yet and returns all that it holds. There a
-    task's id ends with a hash of the whole request: replies are never reused for other prompts or another model.
+    Asks what is not in the ledger `folder/name-<hash of the model's name>.jsonl` yet and returns all that is. There a task's id
+    ends with a hash of the request: replies are never reused for other prompts or another model.
     """
     from tqdm import tqdm
 
@@ -167,8 +167,8 @@ def ask_all(
         if not asked.message and summary.given_up:
             faults = ", ".join(f"{kind} × {n}" for kind, n in sorted(summary.given_up.items()))
             asked.message = f"Faults: {faults}."
-        if summary.said and summary.said.partition(": ")[2] not in asked.message:
-            asked.message += f" The endpoint said last: {summary.said}"
+        if summary.last_error and summary.last_error.partition(": ")[2] not in asked.message:
+            asked.message += f" Last error of the endpoint: {summary.last_error}"
         for task, asked_task in zip(tasks, asked_tasks):
             state = ledger.state(asked_task.id)
             if not state.final:

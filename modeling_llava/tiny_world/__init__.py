@@ -1,1 +1,1 @@
-"""The quickstart's world: everything that a LLaVA needs, drawn and written on the spot, and its whole life in minutes."""
+"""The quickstart's world: everything that a LLaVA needs, drawn and written by a script."""

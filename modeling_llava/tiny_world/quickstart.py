@@ -75,7 +75,7 @@ FAST = QuickstartSettings(
 
 
 class Quickstart:
-    """One run of the quickstart; a `ValueError` says that `out` holds something else, or a run with other settings."""
+    """One run of the quickstart; a `ValueError` says that `out` contains something else, or a run with other settings."""
 
     def __init__(
         self,
@@ -103,12 +103,12 @@ class Quickstart:
         if changed:
             what = "; ".join(f"{key} was {before.get(key)} and is {settings[key]}" for key in changed)
             raise ValueError(
-                f"{self.out} holds a quickstart with other settings: {what}. Give another --out, or delete it."
+                f"{self.out} contains a quickstart with other settings: {what}. Give another --out, or delete it."
             )
         return progress
 
     def run(self) -> dict[str, Any]:
-        """Runs every phase that is not complete yet; returns what `results.json` holds: scores, seconds, peak memory."""
+        """Runs every phase that is not complete yet; returns the content of `results.json`: scores, seconds, peak memory."""
         for phase in PHASES:
             if phase not in self.progress["phases"]:
                 self.on_phase(phase)

@@ -103,7 +103,7 @@ def test_a_parameter_that_is_not_optional_is_not_dropped(tmp_path):
         server.reply = lambda messages: takes_no(server.bodies[-1]) or "fine"
         summary = run_tasks(tasks(1), OpenAIModel("m", base_url=server.url), ledger, settings=RunSettings(1))
         assert (summary.given_up, len(server.bodies)) == ({"400": 1}, 2)
-        assert summary.said == "400: Unsupported value. (temperature)"
+        assert summary.last_error == "400: Unsupported value. (temperature)"
 
 
 def test_all_faults_are_survived_and_counted(tmp_path):
