@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from .configuration_llava import LlavaConfig, count_additional_image_tokens, count_image_tokens
 from .constants import CACHE
 from .io.files import explained, is_original, other_than_llava, read_config
+from .text.stops import drop_unused_sampling
 from .text.tokenization import add_image_token, load_tokenizer
 
 
@@ -97,6 +98,7 @@ def compose(
     _make_rows(model, num_known_tokens, len(tokenizer))
     model.generation_config = causal_lm.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    drop_unused_sampling(model.generation_config)
     return model.eval()
 
 
@@ -109,7 +111,7 @@ def _load(auto_class, name: str, **kwargs) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name} does not hold a whole {type(model).__name__}: {len(missing)} of its weights are missing, such as "
-            f"{missing[0]}. A LLaVA is no part of another one: give the model that it was made of."
+            f"{missing[0]}. A LLaVA is not made of another one: give the model that it was made of."
         )
     return model
 

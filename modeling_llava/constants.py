@@ -8,10 +8,10 @@ from importlib import metadata
 
 
 IGNORE_INDEX = -100
-"""Label of a position without supervision; the value that `torch.nn.functional.cross_entropy` ignores."""
+"""Label of a token without supervision; the value that `torch.nn.functional.cross_entropy` ignores."""
 
 IMAGE_TOKEN = "<image>"
-"""Text of the image token: one position of the language model that is filled by one patch of an image."""
+"""Text of the image token, in whose place the language model gets the features of one patch."""
 
 TRANSFORMERS = ("5.23", "6")
 """From, and below. setup.py says the same (a test holds it)."""
@@ -60,4 +60,4 @@ def recorded_versions() -> dict[str, str]:
 
 
 CACHE = "past_key_values" if is_older(installed("transformers") or "5.24", "5.24") else "cache"
-"""What transformers calls the keys and values of earlier positions, as an argument and in an output."""
+"""What transformers calls the keys and values of earlier tokens, as an argument and in an output."""

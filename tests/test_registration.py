@@ -5,10 +5,10 @@ import sys
 import textwrap
 
 import pytest
-from tiny import tiny_config
+from published import build
+from transformers import LlavaImageProcessorPil
 
 import modeling_llava
-from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.constants import installed
 
 
@@ -44,37 +44,27 @@ def test_import_says_nothing_and_needs_neither_torchvision_nor_bitsandbytes(tmp_
     assert result.stdout == "" and result.stderr == ""
 
 
-def test_auto_classes_give_ours_whatever_was_saved(tmp_path, golden):
-    from transformers import AutoTokenizer, LlavaImageProcessorPil
-    from transformers import LlavaProcessor as StockProcessor
-
-    from modeling_llava.text.tokenization import add_image_token, load_tokenizer
-
-    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(golden / "tiny_spm.model")
-    add_image_token(tokenizer)
-    tokenizer.save_pretrained(tmp_path)
-    size = {"height": 28, "width": 28}
-    StockProcessor(
-        image_processor=LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=size),
-        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(tmp_path)
+def test_auto_classes_give_ours_whatever_was_saved(tmp_path):
+    LlavaImageProcessorPil().save_pretrained(tmp_path)
     run(
         """
         import sys
         import modeling_llava
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
         folder = sys.argv[1]
-        for auto in (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+        for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
             assert type(auto.from_pretrained(folder)).__module__.startswith("modeling_llava."), auto
+        assert type(AutoImageProcessor.from_pretrained(".")).__module__ == "modeling_llava.image_processing_llava"
         pipe = pipeline("image-text-to-text", model=folder)
         assert type(pipe.model).__module__ == "modeling_llava.modeling_llava"
         assert type(pipe.processor).__module__ == "modeling_llava.processing_llava"
+        settings = {"attn_implementation": {"text_config": "varlen"}}
+        model = AutoModelForImageTextToText.from_pretrained(folder, **settings)
+        assert model.model.language_model.config._attn_implementation == "varlen"
+        model.set_attn_implementation({"text_config": "sdpa"})
+        model.set_attn_implementation(settings["attn_implementation"])
         """,
-        tmp_path,
+        build("llava-hf"),
         cwd=tmp_path,
     )
 
@@ -85,20 +75,3 @@ def test_a_script_of_a_user_that_is_called_llava_gets_our_classes(tmp_path):
     )
     done = subprocess.run([sys.executable, tmp_path / "llava.py"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "modeling_llava.configuration_llava"
-
-
-def test_packed_attention_is_an_attention_implementation_after_the_import(tmp_path):
-    LlavaForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
-    run(
-        """
-        import sys
-        import modeling_llava
-        from transformers import AutoModelForImageTextToText
-        settings = {"attn_implementation": {"text_config": "varlen"}}
-        model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **settings)
-        assert model.model.language_model.config._attn_implementation == "varlen"
-        model.set_attn_implementation({"text_config": "sdpa"})
-        model.set_attn_implementation(settings["attn_implementation"])
-        """,
-        tmp_path,
-    )

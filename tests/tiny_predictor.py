@@ -4,15 +4,14 @@ import struct
 import zlib
 from pathlib import Path
 
+import golden_text
 import torch
 from PIL import Image
 from published import build
 from tiny import tiny_text_config, tiny_vision_config
 
-from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.inference import model_lock
-from modeling_llava.processing_llava import load_chat_template
-from modeling_llava.text.tokenization import add_image_token, load_tokenizer
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,17 +26,9 @@ QUESTIONS = [
 
 def tiny_processor(template="vicuna_v1", side=28):
     """Over the golden SentencePiece model (700 pieces); `(side // 14)²` image tokens per image."""
-    tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model", padding_side="left")
-    add_image_token(tokenizer)
-    image_processor = LlavaImageProcessor(size=side, crop_size=side, do_pad=True)
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=load_chat_template(template),
-    )
+    processor = golden_text.tiny_processor(template=template, patches=side // 14)
+    processor.image_processor.do_pad = True
+    return processor
 
 
 def tiny_llava(processor, model_type="llama", side=28, **text_overrides):

@@ -171,7 +171,7 @@ def _summed_loss(hidden, targets, lm_head, label_smoothing):
         return _linear_loss(hidden, targets, lm_head, label_smoothing)
     if is_plain and _gathers_when_called(lm_head):
         # A sharded head has its weights during its own call only, and every process must call it equally often,
-        # however many positions are supervised there: the whole loss is computed inside of one call.
+        # however many tokens are supervised there: the whole loss is computed inside of one call.
         return _call_as(lm_head, _linear_loss, hidden, targets, lm_head, label_smoothing)
 
     def chunk_loss(rows, target):

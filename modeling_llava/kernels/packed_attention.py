@@ -5,7 +5,7 @@ Attention for packs: samples concatenated into one sequence, none of which sees 
     position_ids  0 1 2 3 4 0 1 0 1 2 3
 
     a ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚
-    a ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     A dense mask costs T² positions, most of them for nothing. Here only the triangles
+    a ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     A dense mask has T² entries, most of them for nothing. Here only the triangles
     a ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     are computed:
     a ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚     - on a GPU that FlashAttention supports (sm80 and later, 16 bit) in one kernel,
     a ■ ■ ■ ■ ■ ⬚ ⬚ ⬚ ⬚ ⬚ ⬚       PyTorch's `varlen_attn`;
@@ -58,7 +58,7 @@ class DeferredMask:
             if not self.arguments["allow_is_causal_skip"] and not self.arguments.get("allow_is_bidirectional_skip"):
                 logger.warning_once(
                     "position_ids restart inside a row, but no cu_seq_lens_q came with them: a dense mask of "
-                    f"{self.arguments['q_length']}² positions is built. Pass on everything that the collator returned."
+                    f"{self.arguments['q_length']}² entries is built. Pass on everything that the collator returned."
                 )
             self.mask, self.arguments = sdpa_mask(**self.arguments), None
         return self.mask
@@ -83,7 +83,7 @@ def mask_of_pack(language_model: PreTrainedModel, states: torch.Tensor) -> torch
 def varlen_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **arguments
 ) -> torch.Tensor | DeferredMask | None:
-    """Stock `sdpa`'s mask, but deferred where the row may be a pack: no padding mask, no earlier positions."""
+    """Stock `sdpa`'s mask, but deferred where the row may be a pack: no padding, no earlier tokens."""
     arguments = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
         "q_offset": q_offset, "kv_offset": kv_offset, "allow_is_causal_skip": True, **arguments,

@@ -47,7 +47,7 @@ class ControlTokens:
     Attributes:
         ids (`dict[str, int]`): Ids of the control tokens, by their text.
         image_token (`str`), image_token_id (`int`): The image token.
-        prefix (`list[int]`), suffix (`list[int]`): What the tokenizer puts around a text by itself, such as `[bos]`.
+        prefix (`list[int]`), suffix (`list[int]`): What the tokenizer adds around a text, such as `[bos]`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str):
@@ -157,7 +157,7 @@ class ControlTokens:
         """A copy of `tokenizer` whose control tokens have private-use names (from `base` on) and the same ids."""
         if base not in self._twins:
             self._twins[base] = _rename_control_tokens(tokenizer, self.names(base))
-        # What is no part of the backend may have changed since.
+        # Settings outside of the backend may have changed since.
         twin = self._twins[base]
         twin.padding_side, twin.truncation_side = tokenizer.padding_side, tokenizer.truncation_side
         return twin
@@ -214,7 +214,7 @@ def _map_texts(value: Any, change, role: str | None = None) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def _written_by(template: str) -> str:
-    """All that a chat template may write by itself: its own text, and what it makes of roles (`'<|' + role + '|>'`)."""
+    """All that a chat template may write: its own text, and what it makes of roles (`'<|' + role + '|>'`)."""
     written = [template]
     for roles in (("user", "assistant"), ("system", "user", "assistant")):
         for content in ("", [{"type": "text", "text": ""}]):

@@ -427,7 +427,7 @@ class LlavaTrainingArguments(TrainingArguments):
                 if rate != self.learning_rate and (name != "vision_tower" or self.train_vision_tower):
                     setting = f"{name.removeprefix('multi_modal_')}_learning_rate"
                     raise ValueError(
-                        f"optim={optim} groups parameters by itself and ignores {setting}={rate:g}. Choose another optimizer, "
+                        f"optim={optim} makes its own parameter groups and ignores {setting}={rate:g}. Choose another optimizer, "
                         f"such as adamw_torch, or set {setting}={self.learning_rate:g}, the learning_rate."
                     )
 
