@@ -14,7 +14,7 @@ from ..processing_llava import num_image_tokens
 from .labels import conversation_length, encode_conversation
 from .packing import pack_sequences
 from .schema import (
-    NOTHING,
+    PLACEHOLDER_SAMPLE,
     TOO_LONG,
     BadSampleError,
     Conversation,
@@ -66,7 +66,7 @@ class LlavaDataCollator:
             reason in `dropped`, and the first of each reason is logged.
         first_turn_order (`str`, *optional*, defaults to `"as_is"`):
             `"as_is"` renders images before the text, as the chat templates and the original code do; `"random"` puts the
-            images of the first question before or behind it (LLaVA §4.1), drawn by `seed` and the sample's id alone:
+            images of the first question before or after it (LLaVA §4.1), drawn by `seed` and the sample's id alone:
             the same in every epoch, process and resume.
         seed (`int`, *optional*, defaults to 0): Of that draw.
         padding (`str`, *optional*, defaults to `"longest"`): `"longest"` sample of the batch, or `"max_length"`.
@@ -192,7 +192,7 @@ class LlavaDataCollator:
 
         With `overflow="truncate_text"` at most `max_length`; otherwise longer ones are told as they are.
         """
-        messages, options = self._arranged(conversation), {"keep_image_order": self._keeps_order}
+        messages, options = self._ordered(conversation), {"keep_image_order": self._keeps_order}
         length = conversation_length(messages, self.processor, sample_id=_id(conversation), **options)
         return min(length, self.max_length) if self.overflow == "truncate_text" and self.max_length else length
 
@@ -206,7 +206,7 @@ class LlavaDataCollator:
         """
         samples, images, errors = [], {}, []
         for position, example in enumerate(examples):
-            if example is NOTHING:
+            if example is PLACEHOLDER_SAMPLE:
                 samples.append(self._blank())
                 continue
             if not isinstance(example, Mapping) or "messages" not in example:
@@ -254,7 +254,7 @@ class LlavaDataCollator:
         images = [] if images is None else images
         require_an_image_for_each_place(sample_id, conversation["messages"], images)
         encoded = encode_conversation(
-            self._arranged(conversation),
+            self._ordered(conversation),
             self.processor,
             max_length=self.max_length,
             overflow=self.overflow,
@@ -269,18 +269,18 @@ class LlavaDataCollator:
     def _keeps_order(self) -> bool:
         return self.first_turn_order == "random"
 
-    def _arranged(self, conversation: Conversation) -> list[dict]:
+    def _ordered(self, conversation: Conversation) -> list[dict]:
         """The messages with the images of the first question where the draw puts them."""
         messages = conversation["messages"]
         if not self._keeps_order:
             return messages
-        arranged, is_first = [], True
+        ordered, is_first = [], True
         for message in messages:
             if message["role"] == "user":
-                behind = is_first and _draws_behind(self.seed, _id(conversation))
-                message, is_first = {**message, "content": _with_images(message["content"], behind)}, False
-            arranged.append(message)
-        return arranged
+                after = is_first and _draws_after(self.seed, _id(conversation))
+                message, is_first = {**message, "content": _with_images(message["content"], after)}, False
+            ordered.append(message)
+        return ordered
 
     def _pad(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(sample["input_ids"]) for sample in samples)
@@ -337,16 +337,16 @@ def _id(conversation: Conversation) -> str:
     return str(conversation.get("id", "without id"))
 
 
-def _draws_behind(seed: int, sample_id: str) -> bool:
+def _draws_after(seed: int, sample_id: str) -> bool:
     """A coin toss that is the same in every process: Python's own `hash` of a string is not."""
     return bool(hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=1).digest()[0] & 1)
 
 
-def _with_images(content: Any, behind: bool) -> Any:
-    """The items of a user turn with its images in front of its text, or behind it."""
+def _with_images(content: Any, after: bool) -> Any:
+    """The items of a user turn with its images in front of its text, or after it."""
     if isinstance(content, str) or all(item["type"] == "text" for item in content):
         return content
     images = [item for item in content if item["type"] != "text"]
     text = "".join(item["text"] for item in content if item["type"] == "text").strip()
     texts = [{"type": "text", "text": text}] if text else []
-    return texts + images if behind else images + texts
+    return texts + images if after else images + texts

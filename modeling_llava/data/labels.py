@@ -225,7 +225,7 @@ def _encode(messages, processor, keep_image_order: bool, sample_id) -> _Encoded:
     if marks is not None:
         text, tokenizer = marks.rename(text), marks.tokenizer(tokenizer)
     backend = tokenizer.backend_tokenizer
-    # What an earlier call of the tokenizer left behind.
+    # What an earlier call of the tokenizer has set.
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -405,7 +405,7 @@ def render_sample(processor: ProcessorMixin, input_ids: list[int], labels: list[
     Args:
         processor ([`~transformers.ProcessorMixin`]): A LLaVA processor.
         input_ids (`list[int]`): Token ids, image tokens expanded.
-        labels (`list[int]`): As long; `IGNORE_INDEX` where nothing is learnt.
+        labels (`list[int]`): As long; `IGNORE_INDEX` where nothing is learned.
     """
     from rich.text import Text
 
@@ -414,25 +414,25 @@ def render_sample(processor: ProcessorMixin, input_ids: list[int], labels: list[
     text = Text()
     position = 0
     while position < len(input_ids):
-        token, learnt = input_ids[position], labels[position] != IGNORE_INDEX
+        token, learned = input_ids[position], labels[position] != IGNORE_INDEX
         end = position + 1
-        while end < len(input_ids) and (labels[end] != IGNORE_INDEX) == learnt:
+        while end < len(input_ids) and (labels[end] != IGNORE_INDEX) == learned:
             if token in special and input_ids[end] != token or token not in special and input_ids[end] in special:
                 break
             end += 1
         if token == processor.image_token_id:
             text.append(f"{processor.image_token} × {end - position}", "cyan")
         elif token in special:
-            text.append(tokenizer.convert_ids_to_tokens(token) * (end - position), "bold green" if learnt else "cyan")
+            text.append(tokenizer.convert_ids_to_tokens(token) * (end - position), "bold green" if learned else "cyan")
         else:
-            # Decoded behind what stands before it: a SentencePiece decoder drops the space at the start of a text.
+            # Decoded after what precedes it: a SentencePiece decoder drops the space at the start of a text.
             start = position
             while start > 0 and input_ids[start - 1] not in special and position - start < 8:
                 start -= 1
             before = _decode(tokenizer, input_ids[start:position])
             piece = _decode(tokenizer, input_ids[start:end])
             piece = piece[len(before) :] if piece.startswith(before) else _decode(tokenizer, input_ids[position:end])
-            text.append(piece, "bold green" if learnt else "dim")
+            text.append(piece, "bold green" if learned else "dim")
         position = end
     return text
 

@@ -27,7 +27,7 @@ _JSON = "arrow.json"
 class DataShard:
     """
     The part of the rows that one worker of one process takes. All rows of all sources and epochs are dealt out in rounds: a
-    round gives each shard one row. So no shard falls behind, whether epochs come out even or not; and since each round begins
+    round gives each shard one row. So no shard lags, whether epochs come out even or not; and since each round begins
     at another shard, none gets all the long, the bad, or the text-only rows of data in which they recur at intervals.
     """
 
@@ -120,7 +120,7 @@ class StreamedRows:
             dataset = dataset.shuffle(seed=seed, **{name: options[name] for name in options if name in known})
             dataset.set_epoch(epoch)
         if shard.world_size > 1:
-            # Parts that are not equally long go round from epoch to epoch, so that no process falls behind.
+            # Parts that are not equally long go round from epoch to epoch, so that no process lags.
             shard = replace(shard, rank=(shard.rank + epoch) % shard.world_size)
             dataset = split_dataset_by_node(dataset, shard.rank, shard.world_size)
         # Inside a worker `datasets` takes the worker's shards. Rows that have no id are then numbered by shard.

@@ -89,7 +89,7 @@ class Conversation(TypedDict):
     type: str | None
 
 
-NOTHING: Conversation = {"id": "nothing", "messages": [], "images": []}
+PLACEHOLDER_SAMPLE: Conversation = {"id": "nothing", "messages": [], "images": []}
 """Stands for a sample that is not there, where processes must have equally many: nothing is learned from it."""
 
 
@@ -215,7 +215,7 @@ def _weight(turn: Mapping, role: str, number: int) -> dict:
 
 
 def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
-    """The messages behind the system prompt that the row holds next to its turns, if it does."""
+    """The messages after the system prompt that the row holds next to its turns, if it does."""
     given = {key: row[key] for key in _SYSTEM_KEYS if row.get(key) and row[key] == row[key]}  # NaN is none
     if not given:
         return messages

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..io.images import ImageError, inside, is_no_path, where_looked
+from ..io.images import ImageError, inside, is_not_path, where_looked
 from .json_rows import JsonRows
 from .rows import ArrowRows, DataShard, ListRows, StreamedRows
-from .schema import NOTHING, BadSampleError, Conversation, DropCounter, from_row, summarize_drops
+from .schema import PLACEHOLDER_SAMPLE, BadSampleError, Conversation, DropCounter, from_row, summarize_drops
 
 
 logger = logging.getLogger(__name__)
@@ -133,13 +133,13 @@ class RowReader:
         conversation = from_row(row, index, type_name)
         if self.folder is not None:
             try:
-                conversation["images"] = [self._joined(image) for image in conversation["images"]]
+                conversation["images"] = [self._resolve_path(image) for image in conversation["images"]]
             except ImageError as error:
                 raise BadSampleError.of_image(conversation["id"], error) from None
         return conversation
 
-    def _joined(self, image: Any) -> Any:
-        if not isinstance(image, (str, os.PathLike)) or is_no_path(os.fspath(image)):
+    def _resolve_path(self, image: Any) -> Any:
+        if not isinstance(image, (str, os.PathLike)) or is_not_path(os.fspath(image)):
             return image
         return inside(os.fspath(image), self.folder, follow_symlinks=True)
 
@@ -236,7 +236,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
     def shared_by(self, rank: int, world_size: int, keep_places: bool = False) -> "ConversationStream":
         """
         The same stream, of which process `rank` takes its part. With `keep_places` a row that is dropped leaves
-        [`NOTHING`] in its place: processes that drop unequally many would otherwise be in different epochs.
+        [`PLACEHOLDER_SAMPLE`] in its place: processes that drop unequally many would otherwise be in different epochs.
         """
         stream = copy.copy(self)
         stream._rank, stream._world_size, stream._keeps_places = rank, world_size, keep_places
@@ -265,7 +265,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
                         raise
                     self._dropped.add(error, what)
                     if self._keeps_places:
-                        yield NOTHING
+                        yield PLACEHOLDER_SAMPLE
                     continue
                 if self._types is None or conversation["type"] in self._types:
                     yield conversation

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from ..data.schema import NOTHING
+from ..data.schema import PLACEHOLDER_SAMPLE
 from ..inference import LlavaPredictor
 from ..training.batches import FilledDataset
 from .benchmark import Benchmark
@@ -134,7 +134,7 @@ def spread(dataset: Any, number: int) -> list[dict]:
     if isinstance(dataset, FilledDataset):  # of several processes
         dataset = dataset.dataset
     if not hasattr(dataset, "__len__"):  # a stream
-        return [sample for sample in islice(dataset, number) if sample is not NOTHING]
+        return [sample for sample in islice(dataset, number) if sample is not PLACEHOLDER_SAMPLE]
     number = min(number, len(dataset))
     return [dataset[i * len(dataset) // number] for i in range(number)]
 

@@ -124,7 +124,7 @@ def find_image(
     return text, name
 
 
-def is_no_path(text: str) -> bool:
+def is_not_path(text: str) -> bool:
     """Whether a text in an image's place is a URL, the image itself in base64, or nothing."""
     return not text or "://" in text or _EMBEDDED.match(text) is not None
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
-from ..data.schema import NOTHING, TOO_LONG, BadSampleError, summarize_drops
+from ..data.schema import PLACEHOLDER_SAMPLE, TOO_LONG, BadSampleError, summarize_drops
 from ..data.sources import ConversationStream, load_conversations
 from ..kernels.packed_attention import VARLEN, packed_attention_error, use_varlen_attention
+from ..modeling_llava import LlavaForConditionalGeneration
 from .arguments import LlavaTrainingArguments
 
 
@@ -104,6 +105,8 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
         return "torch_compile would recompile for each length of a pack"
     if args.neftune_noise_alpha is not None:
         return "neftune_noise_alpha is scaled by the length of a row, which would be that of a pack"
+    if not isinstance(model, LlavaForConditionalGeneration):
+        return "transformers' own class builds an attention mask of tokens × tokens for a pack"
     language_model = model.model.language_model
     before = language_model.config._attn_implementation
     try:
@@ -148,11 +151,11 @@ class EndlessStream(IterableDataset):
             _set_epoch(self.stream, epoch)
             num_empty += 1
             for sample in self.stream:
-                if sample is NOTHING and num_empty:  # perhaps there is nothing else
+                if sample is PLACEHOLDER_SAMPLE and num_empty:  # perhaps there is nothing else
                     held_back += 1
                     continue
                 num_empty = 0
-                yield from itertools.repeat(NOTHING, held_back)
+                yield from itertools.repeat(PLACEHOLDER_SAMPLE, held_back)
                 held_back = 0
                 yield sample
             if num_empty <= 2 * num_shards:  # with fewer rows than shards, each has a row within so many epochs
@@ -197,7 +200,7 @@ class FilledDataset(Dataset):
         return -(-len(self.dataset) // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index] if index < len(self.dataset) else NOTHING
+        return self.dataset[index] if index < len(self.dataset) else PLACEHOLDER_SAMPLE
 
 
 @dataclass(eq=False)
@@ -217,7 +220,7 @@ class ShardedStream(IterableDataset):
     def __iter__(self) -> Iterator:
         stream = iter(self.stream)
         while samples := list(itertools.islice(stream, self.world_size)):
-            yield samples[self.rank] if self.rank < len(samples) else NOTHING
+            yield samples[self.rank] if self.rank < len(samples) else PLACEHOLDER_SAMPLE
 
 
 def _set_epoch(stream: Any, epoch: int) -> None:
@@ -373,7 +376,7 @@ def _length(collator: Any, max_length: int, conversation: Any) -> int:
 
 def _length_or_drop(collator: Any, args: LlavaTrainingArguments, conversation: Any) -> int:
     """For a stream: 0 for a sample that is to be dropped, which the collator counts."""
-    if conversation is NOTHING:
+    if conversation is PLACEHOLDER_SAMPLE:
         return 0
     try:
         return _length(collator, args.max_length, conversation)
