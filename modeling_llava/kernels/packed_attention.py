@@ -31,7 +31,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
-from transformers.utils.import_utils import is_tracing
 
 from ..compat import can_set_attention
 
@@ -40,28 +39,6 @@ logger = logging.get_logger(__name__)
 
 VARLEN = "varlen"
 """Name under which transformers finds this attention."""
-
-
-class DeferredMask:
-    """
-    An attention mask that is built when a layer needs it, and for a pack never: there it is `[T, T]`. transformers builds it before
-    its attention layers run, and cannot know that they go by `cu_seq_lens_q`.
-    """
-
-    def __init__(self, arguments: dict):
-        self.arguments = arguments
-        self.mask = None
-
-    def build(self) -> torch.Tensor | None:
-        """The mask of stock `sdpa`, `[batch_size, 1, T, T]`, the same object for every layer."""
-        if self.arguments is not None:
-            if not self.arguments["allow_is_causal_skip"] and not self.arguments.get("allow_is_bidirectional_skip"):
-                logger.warning_once(
-                    "position_ids restart inside a row, but no cu_seq_lens_q came with them: a dense mask of "
-                    f"{self.arguments['q_length']}² entries is built. Pass on everything that the collator returned."
-                )
-            self.mask, self.arguments = sdpa_mask(**self.arguments), None
-        return self.mask
 
 
 def mask_of_pack(language_model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor | None:
@@ -80,31 +57,12 @@ def mask_of_pack(language_model: PreTrainedModel, states: torch.Tensor) -> torch
     return None
 
 
-def varlen_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **arguments
-) -> torch.Tensor | DeferredMask | None:
-    """Stock `sdpa`'s mask, but deferred where the row may be a pack: no padding, no earlier tokens."""
-    arguments = {
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
-        "q_offset": q_offset, "kv_offset": kv_offset, "allow_is_causal_skip": True, **arguments,
-    }  # fmt: skip
-    may_be_pack = (
-        arguments.get("attention_mask") is None
-        and isinstance(q_offset, int)
-        and q_offset == 0
-        and 1 < q_length == kv_length
-        and not arguments.get("use_vmap", False)  # someone's own mask function: it is to be applied
-        and not is_tracing()
-    )
-    return DeferredMask(arguments) if may_be_pack else sdpa_mask(**arguments)
-
-
 def varlen_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | DeferredMask | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -122,7 +80,7 @@ def varlen_attention_forward(
     Args:
         query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, sequence_length, head_dim)`):
             After the rotary embedding. Fewer heads of keys and values than of queries are shared by groups (GQA).
-        attention_mask: What [`varlen_mask`] or [`mask_of_pack`] returned.
+        attention_mask: Of a pack what [`mask_of_pack`] returned, otherwise that of `sdpa`.
         dropout (`float`, *optional*, defaults to 0.0), scaling (`float`, *optional*, defaults to `head_dim ** -0.5`):
             Share of attention weights that are dropped; factor of the scores.
         sliding_window (`int`, *optional*): Tokens that a query sees, itself included, within its sample (Mistral).
@@ -139,10 +97,7 @@ def varlen_attention_forward(
             the language model does not hand `cu_seq_lens_q` to its attention layers.
     """
     if cu_seq_lens_q is None:
-        if isinstance(attention_mask, DeferredMask):
-            attention_mask = attention_mask.build()
-            attention_mask = None if attention_mask is None else attention_mask.to(query.device)
-        elif attention_mask is not None and attention_mask.numel() == 0:
+        if attention_mask is not None and attention_mask.numel() == 0:
             raise ValueError(
                 "The language model does not hand cu_seq_lens_q to its attention layers, so that a pack would need a mask of "
                 "all tokens × all tokens. Do not pack."
@@ -160,8 +115,8 @@ def varlen_attention_forward(
         )
     if isinstance(attention_mask, torch.Tensor) and attention_mask.numel():
         raise ValueError(
-            "A pack (cu_seq_lens_q) came with an attention_mask. Leave the mask out: a pack has no padding. (If you gave "
-            "none, torch.compile made it: a compiled model takes padded batches only.)"
+            "A pack (cu_seq_lens_q) came with an attention_mask. Leave the mask out: a pack has no padding. (If you gave none, "
+            "transformers made it: a language model alone takes `mask_of_pack`, a compiled one padded batches only.)"
         )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
@@ -304,7 +259,7 @@ def packed_attention_error(language_model: PreTrainedModel) -> float:
 
 
 AttentionInterface.register(VARLEN, varlen_attention_forward)
-AttentionMaskInterface.register(VARLEN, varlen_mask)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)
 
 __all__ = [
     "VARLEN",
@@ -312,5 +267,4 @@ __all__ = [
     "packed_attention_error",
     "use_varlen_attention",
     "varlen_attention_forward",
-    "varlen_mask",
 ]

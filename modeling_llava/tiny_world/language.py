@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..constants import IGNORE_INDEX
 from ..data.packing import pack_sequences
-from ..kernels.packed_attention import VARLEN
+from ..kernels.packed_attention import VARLEN, mask_of_pack
 from .responder import Question, choose_questions, list_questions, list_reasoning, write_description
 from .scenes import Scene, write_captions
 from .vision import optimize
@@ -126,6 +126,7 @@ def train_language_model(
         pack = pack_sequences(*zip(*documents))
         labels = pack.pop("labels")[0]
         num_tokens += len(labels)
+        pack["attention_mask"] = mask_of_pack(model.model, model.lm_head.weight)
         hidden = model.model(**pack, use_cache=False).last_hidden_state[0]  # [num_tokens, hidden]
         supervised = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
         return F.cross_entropy(model.lm_head(hidden[supervised]), labels[supervised + 1])

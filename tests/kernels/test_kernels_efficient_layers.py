@@ -47,7 +47,8 @@ def inputs():
     positions = torch.cat([torch.arange(n) for n in (9, 6, 15)])
     ids = torch.randint(3, 290, (1, 30), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "position_ids": positions[None], "cu_seq_lens_q": lens, "cu_seq_lens_k": lens,
-            "max_length_q": 15, "max_length_k": 15, "use_cache": False}  # fmt: skip
+            "max_length_q": 15, "max_length_k": 15, "use_cache": False,
+            "attention_mask": torch.empty(1, 1, 0, 0)}  # fmt: skip
 
 
 def step(model):

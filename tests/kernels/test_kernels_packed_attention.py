@@ -1,7 +1,6 @@
 """Packed attention against the same samples one by one, and against stock attention wherever nothing is packed."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -44,6 +43,7 @@ def pack(parts):
     inputs = {
         "input_ids": torch.cat(parts)[None],
         "position_ids": torch.cat([torch.arange(len(part)) for part in parts])[None],
+        "attention_mask": torch.empty(1, 1, 0, 0),  # `mask_of_pack`
     }
     lens = FlashAttentionKwargs(
         cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=int(lengths.max()), max_length_k=int(lengths.max())
@@ -162,22 +162,6 @@ def test_a_pack_builds_no_square_matrix():
     assert largest <= 400 * 96  # the widest activation: intermediate_size
 
 
-def test_restarting_positions_without_lengths_are_right_and_warned_of(caplog):
-    model = language_model("llama-gqa").eval()
-    parts = samples()
-    packed = pack(parts)
-    model.set_attn_implementation(VARLEN)
-    logging.getLogger("transformers").propagate = True
-    attention_module.logger.warning_once.cache_clear()
-    with torch.no_grad(), caplog.at_level("WARNING"):
-        expected = model(**packed, use_cache=False).logits
-        assert not caplog.records
-        bare = {name: packed[name] for name in ("input_ids", "position_ids")}
-        actual = model(**bare, use_cache=False).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert "no cu_seq_lens_q came with them" in caplog.text
-
-
 def test_only_the_language_model_is_switched_and_nothing_of_it_is_saved(tmp_path):
     model = LlavaForConditionalGeneration(tiny_config())
     tower_before = model.model.vision_tower.config._attn_implementation
@@ -198,7 +182,7 @@ def test_contradictions_are_refused():
     model.set_attn_implementation(VARLEN)
     packed = pack(samples())
     with pytest.raises(ValueError, match="Leave the mask out"):
-        model(**packed, attention_mask=torch.ones(1, 29, dtype=torch.long).index_fill(1, torch.tensor([28]), 0))
+        model(**{**packed, "attention_mask": torch.ones(1, 29, dtype=torch.long).index_fill(1, torch.tensor([28]), 0)})
     cache = model(packed["input_ids"][:, :4], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="29 queries but 33 keys"):
         model(**packed, past_key_values=cache)

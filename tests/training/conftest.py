@@ -10,6 +10,9 @@ from published import build
 from rich.console import Console
 
 from modeling_llava import LlavaForConditionalGeneration, LlavaProcessor
+from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments
+from modeling_llava.training.batches import load_datasets
+from modeling_llava.training.setup import load_model_and_processor
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava_v15_tiny_lora"
@@ -71,6 +74,21 @@ def settings(base_model, instructions, tmp_path) -> dict:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+
+
+@pytest.fixture
+def make_trainer(settings):
+    """Makes a trainer of the tiny model and the instructions, with these changes of the settings."""
+
+    def make(dataset=None, own_model=None, eval_dataset=None, **changes):
+        args = LlavaTrainingArguments(**{**settings, **changes})
+        model, processor = load_model_and_processor(args)
+        dataset = load_datasets(args)[0] if dataset is None else dataset
+        return LlavaTrainer(
+            own_model or model, args, train_dataset=dataset, eval_dataset=eval_dataset, processing_class=processor
+        )
+
+    return make
 
 
 @pytest.fixture

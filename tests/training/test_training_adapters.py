@@ -134,25 +134,6 @@ KINDS = {
 }
 
 
-def test_adapter_folder_names_the_stock_class(base, tmp_path):
-    """`AutoPeftModel` imports the class that an adapter names; here it must not find ours."""
-    trainer = train(base, tmp_path / "adapter", steps=1)
-    torch.save(logits(trainer.model), tmp_path / "expected.pt")
-    torch.save(tiny_batch(), tmp_path / "batch.pt")
-    script = """
-import sys, torch
-sys.modules["modeling_llava"] = None
-from peft import AutoPeftModel
-model = AutoPeftModel.from_pretrained("adapter").eval()
-assert type(model.get_base_model()).__module__ == "transformers.models.llava.modeling_llava"
-batch = {name: value for name, value in torch.load("batch.pt").items() if name != "labels"}
-with torch.no_grad():
-    assert (model(**batch).logits - torch.load("expected.pt")).abs().max() < 1e-5
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.slow
 def test_adapter_folders_load_in_plain_peft_and_in_plain_transformers(base, tmp_path):
     """On the stock class, in a process that never imports us: the same logits as the trained model."""
@@ -447,23 +428,6 @@ def logits_of(model, settings):
         return_tensors="pt",
     )
     return model.eval()(**batch).logits
-
-
-@pytest.mark.parametrize("settings", [{"lora_bias": "lora_only"}, {"adapter": "qlora"}])
-def test_merged_checkpoint_is_stock_and_gives_the_adapters_logits(base, tmp_path, settings):
-    trainer = train(base, tmp_path / "adapter", **settings)
-    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    merged, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "merged", output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert not is_quantised(merged)
-    from peft import PeftModel
-
-    expected = PeftModel.from_pretrained(load(base), tmp_path / "adapter")  # QLoRA: on unquantised weights
-    assert torch.allclose(logits(merged), logits(expected), atol=1e-5)
-    if "adapter" not in settings:
-        assert torch.allclose(logits(merged), logits(trainer.model), atol=1e-5)
 
 
 def test_a_merge_is_written_in_shards_or_not_at_all(base, tmp_path, monkeypatch):

@@ -18,12 +18,6 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
 
 
-def test_evaluation_takes_batches_of_the_training_size_unless_told_otherwise():
-    assert LlavaTrainingArguments(per_device_train_batch_size=3).per_device_eval_batch_size == 3
-    args = LlavaTrainingArguments(per_device_train_batch_size=3, per_device_eval_batch_size=5)
-    assert args.per_device_eval_batch_size == 5 and args.to_recipe()["per_device_eval_batch_size"] == 5
-
-
 def test_one_of_two_visible_gpus_is_used_and_accelerate_launch_is_named(two_gpus, caplog):
     with caplog.at_level(logging.WARNING):
         args = LlavaTrainingArguments(per_device_train_batch_size=2, global_batch_size=8)

@@ -74,15 +74,3 @@ def test_every_log_of_the_loss_says_how_fast_it_goes(settings, packing):
     assert logs[-1]["minutes_left"] == 0
     assert all(0 < entry["utilization"] <= 1 for entry in logs)
     assert packing != "batch" or logs[0]["utilization"] == 1
-
-
-def test_tensorboard_gets_loss_and_speed(settings, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    result = train({**settings, "report_to": "tensorboard"})
-    board = EventAccumulator(str(tmp_path / "board")).Reload()
-    written = [event.value for event in board.Scalars("train/loss")]
-    assert written == pytest.approx([entry["loss"] for entry in result.log_history if "loss" in entry])
-    assert {f"train/{name}" for name in SPEED} <= set(board.Tags()["scalars"])

@@ -15,8 +15,8 @@ from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.data.packing import PackedDataset
 from modeling_llava.kernels.packed_attention import VARLEN, packed_attention_error
-from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.batches import load_datasets, resolve_packing
+from modeling_llava.training import LlavaTrainingArguments, train
+from modeling_llava.training.batches import resolve_packing
 from modeling_llava.training.setup import core_model, load_model_and_processor, prepare_model
 
 
@@ -96,15 +96,15 @@ def test_a_pack_gives_the_loss_and_gradients_of_its_samples_one_by_one(settings,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_run_is_the_padded_run(settings, kind, quiet, tmp_path):
+def test_a_packed_run_is_the_padded_run(settings, kind, tmp_path):
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
     common = {
         **settings, **KINDS[kind], "max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
         "eval_size": 6, "eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    padded = train({**common, "packing": "none", "output_dir": str(tmp_path / "padded")}, console=quiet)
-    packed = train({**common, "output_dir": str(tmp_path / "packed")}, console=quiet)
+    padded = train({**common, "packing": "none", "output_dir": str(tmp_path / "padded")})
+    packed = train({**common, "output_dir": str(tmp_path / "packed")})
     recipe = (packed.output_dir / "recipe.yaml").read_text()
     assert "packing: batch" in recipe  # what auto became is on record
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-4) and len(losses(packed)) == 4
@@ -113,9 +113,9 @@ def test_a_packed_run_is_the_padded_run(settings, kind, quiet, tmp_path):
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
 
 
-def test_full_packs_are_filled_and_hold_every_sample_once(settings, caplog):
+def test_full_packs_are_filled_and_hold_every_sample_once(make_trainer, caplog):
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_for(settings, packing="full", pack_length=300, num_train_epochs=1, max_steps=-1)
+        trainer = make_trainer(packing="full", pack_length=300, num_train_epochs=1, max_steps=-1)
     assert "24 samples in" in caplog.text and "% filled" in caplog.text
     assert isinstance(trainer.train_dataset, PackedDataset)
     collator, seen = trainer.data_collator, []
@@ -128,42 +128,36 @@ def test_full_packs_are_filled_and_hold_every_sample_once(settings, caplog):
     assert trainer.train().global_step == -(-len(trainer.train_dataset) // 2)
 
 
-def test_full_packs_resume_where_they_stopped(settings, quiet, tmp_path):
+def test_full_packs_resume_where_they_stopped(settings, tmp_path):
     common = {**settings, "packing": "full", "pack_length": 300, "max_steps": 6, "save_steps": 3, "report_to": "none"}
-    whole = train({**common, "output_dir": str(tmp_path / "whole")}, console=quiet)
+    whole = train({**common, "output_dir": str(tmp_path / "whole")})
     assert (tmp_path / "whole" / "checkpoint-3").is_dir()
-    again = train({**common, "resume": str(tmp_path / "whole/checkpoint-3"), "output_dir": str(tmp_path / "again")}, console=quiet)  # fmt: skip
+    again = train({**common, "resume": str(tmp_path / "whole/checkpoint-3"), "output_dir": str(tmp_path / "again")})  # fmt: skip
     assert losses(again) == losses(whole)
 
 
-def test_full_packs_take_the_weights_of_types(settings):
-    trainer = trainer_for(settings, packing="full", type_weights={"conversation": 0, "detail": 1, "complex": 0})
+def test_full_packs_take_the_weights_of_types(make_trainer):
+    trainer = make_trainer(packing="full", type_weights={"conversation": 0, "detail": 1, "complex": 0})
     drawn = [sample for i in range(len(trainer.train_dataset)) for sample in trainer.train_dataset[i]]
     assert {sample["type"] for sample in drawn} == {"detail"} and len(drawn) == 8
 
 
-def test_samples_that_are_too_long_are_said_before_training(settings, quiet, caplog):
+def test_samples_that_are_too_long_are_said_before_training(settings, caplog):
     settings = {**settings, "packing": "full", "max_length": 60}
     with pytest.raises(ValueError, match="max_length is 60"):
-        train(settings, console=quiet)
+        train(settings)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="none of the 24 samples can be used"):
-        train({**settings, "overflow": "drop", "max_length": 5}, console=quiet)
+        train({**settings, "overflow": "drop", "max_length": 5})
     with caplog.at_level(logging.WARNING):
-        train({**settings, "overflow": "drop", "output_dir": settings["output_dir"] + "2"}, console=quiet)
+        train({**settings, "overflow": "drop", "output_dir": settings["output_dir"] + "2"})
     assert "too long" in caplog.text
 
 
 # What auto decides
 
 
-def trainer_for(settings, **changes):
-    args = LlavaTrainingArguments(**{**settings, **changes})
-    model, processor = load_model_and_processor(args)
-    return LlavaTrainer(model, args, train_dataset=load_datasets(args)[0], processing_class=processor)
-
-
-def test_auto_packs_where_the_language_model_allows_it(settings):
-    trainer = trainer_for(settings)
+def test_auto_packs_where_the_language_model_allows_it(make_trainer):
+    trainer = make_trainer()
     core = core_model(trainer.model)
     assert trainer.args.packing == "batch" and trainer.data_collator.packing
     assert core.model.language_model.config._attn_implementation == VARLEN
@@ -171,11 +165,11 @@ def test_auto_packs_where_the_language_model_allows_it(settings):
 
 
 @pytest.mark.parametrize("change", [{"attn_implementation": "sdpa"}, {"neftune_noise_alpha": 5.0}])
-def test_auto_pads_where_packs_need_a_dense_mask_or_get_other_noise(settings, change):
-    trainer = trainer_for(settings, **change)
+def test_auto_pads_where_packs_need_a_dense_mask_or_get_other_noise(make_trainer, change):
+    trainer = make_trainer(**change)
     assert trainer.args.packing == "none" and not trainer.data_collator.packing
     with pytest.raises(ValueError, match="attn_implementation=eager would build an attention mask.*Set packing=none"):
-        trainer_for(settings, attn_implementation="eager", packing="batch")
+        make_trainer(attn_implementation="eager", packing="batch")
 
 
 @pytest.fixture
@@ -238,24 +232,25 @@ def test_a_language_model_that_cannot_attend_within_samples_is_padded(settings, 
 # Grouping
 
 
-def test_grouped_batches_are_of_one_modality_and_come_back_after_a_resume(settings, instructions, quiet, tmp_path):
+def test_grouped_batches_are_of_one_modality_and_come_back_after_a_resume(
+    settings, make_trainer, instructions, tmp_path
+):
     grouped = {
         **settings, "train_sampling_strategy": "group_by_length", "group_by_modality": True, "packing": "none",
         "per_device_train_batch_size": 4, "max_steps": 9, "save_steps": 4, "save_total_limit": None,
     }  # fmt: skip
     evaluated = {"eval_data": str(instructions), "eval_strategy": "steps", "eval_steps": 5}
-    trainer = trainer_for(grouped)
+    trainer = make_trainer(**grouped)
     has_image = {row["id"]: "image" in row for row in json.loads(instructions.read_text())}
     order = list(trainer._get_train_sampler())
     batches = [[trainer.train_dataset[i]["id"] for i in order[s : s + 4]] for s in range(0, 24, 4)]
     assert sorted(i for batch in batches for i in batch) == sorted(has_image)
     assert sum(len({has_image[i] for i in batch}) == 1 for batch in batches) >= 5  # 20 with an image, 4 without
 
-    whole = train({**grouped, **evaluated, "output_dir": str(tmp_path / "whole")}, console=quiet)
+    whole = train({**grouped, **evaluated, "output_dir": str(tmp_path / "whole")})
     for checkpoint in ("checkpoint-4", "checkpoint-8"):  # within the first epoch (6 steps) and the second
         again = train(
-            {**grouped, "resume": str(tmp_path / "whole" / checkpoint), "output_dir": str(tmp_path / checkpoint)},
-            console=quiet,
+            {**grouped, "resume": str(tmp_path / "whole" / checkpoint), "output_dir": str(tmp_path / checkpoint)}
         )
         assert losses(again) == losses(whole)
 

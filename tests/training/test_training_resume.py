@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
-from modeling_llava.training.batches import load_datasets
+from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.checkpoints import (
     checkpoint_folders,
     find_resumable_checkpoint,
@@ -234,7 +233,7 @@ def test_resume_settings(settings, tmp_path, caplog):
     assert train({**settings, "save_steps": 1, "stage": "pretrain", "max_steps": 4}).global_step == 4
 
 
-def test_a_resumed_run_takes_its_own_learning_rates_and_weight_decay(settings, tmp_path):
+def test_a_resumed_run_takes_its_own_learning_rates_and_weight_decay(settings, tmp_path, make_trainer):
     """PyTorch's states hold both, and what was changed had no effect."""
     settings |= {
         "stage": "pretrain",
@@ -248,10 +247,7 @@ def test_a_resumed_run_takes_its_own_learning_rates_and_weight_decay(settings, t
     changed = {"learning_rate": 1e-5, "weight_decay": 0.5}
     rates, decay = {}, {}
     for name, own in (("kept", kept), ("changed", changed)):
-        args = LlavaTrainingArguments(**{**settings, **own, "output_dir": str(tmp_path / name)})
-        model, processor = load_model_and_processor(args)
-        data = load_datasets(args)[0]
-        trainer = LlavaTrainer(model, args, train_dataset=data, processing_class=processor)
+        trainer = make_trainer(**own, output_dir=str(tmp_path / name))
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
         rates[name] = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
         decay[name] = {group["weight_decay"] for group in trainer.optimizer.param_groups}

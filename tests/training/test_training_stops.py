@@ -49,7 +49,7 @@ def test_captions_and_templates_with_a_stop_are_left_alone(settings):
     assert processor_of_run(settings, "qwen2.5").chat_template == own.chat_template
 
 
-def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, quiet, caplog):
+def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     model = tmp_path / "model"
     copy("llava-hf", model)
@@ -58,21 +58,21 @@ def test_a_result_holds_the_stop_where_stock_reads_it(settings, tmp_path, quiet,
     changed = {**settings, "model": str(model), "max_length": 1024, "max_steps": 1, "preview_samples": 0}
     stop = AutoProcessor.from_pretrained(model).tokenizer.eos_token_id
 
-    full = train({**changed, "output_dir": str(tmp_path / "full")}, console=quiet)
+    full = train({**changed, "output_dir": str(tmp_path / "full")})
     assert GenerationConfig.from_pretrained(full.output_dir).eos_token_id == [stop, 0]
     assert answer_stop(AutoProcessor.from_pretrained(full.output_dir)) == "</s>"
     assert "generate_kwargs" not in caplog.text
 
-    adapter = train({**changed, "adapter": "lora", "output_dir": str(tmp_path / "adapter")}, console=quiet)
+    adapter = train({**changed, "adapter": "lora", "output_dir": str(tmp_path / "adapter")})
     assert f"'eos_token_id': [0, {stop}]" in caplog.text  # an adapter is loaded with its base's configuration
     assert GenerationConfig.from_pretrained(adapter.output_dir).eos_token_id == [0, stop]
     merged = merge_adapter(str(adapter.output_dir), str(tmp_path / "merged"))
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [0, stop]
 
 
-def test_a_text_that_ends_answers_is_named_for_stock(settings, quiet, caplog):
+def test_a_text_that_ends_answers_is_named_for_stock(settings, caplog):
     changed = {**settings, "chat_template": "vicuna_v0", "max_steps": 1, "preview_samples": 0}
-    train(changed, console=quiet)
+    train(changed)
     assert all(part in caplog.text for part in ("{'stop_strings': ['###']}", "tokenizer=", "generate_kwargs="))
 
 

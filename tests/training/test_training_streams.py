@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 from modeling_llava.data.collator import LlavaDataCollator
 from modeling_llava.data.packing import PackedStream
 from modeling_llava.data.sources import load_conversations
-from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, train
+from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.batches import EndlessStream, ShardedStream
-from modeling_llava.training.setup import load_model_and_processor
 
 
 def rows(number, first=0):
@@ -144,9 +143,7 @@ def test_what_is_to_be_done_at_the_end_of_an_epoch_is_warned_of(settings, caplog
 
 
 @pytest.mark.parametrize("packing, workers", [("none", 0), ("full", 0), ("batch", 2)])
-def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(
-    packing, workers, settings, tmp_path, quiet, monkeypatch
-):
+def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(packing, workers, settings, tmp_path, monkeypatch):
     common = {
         **settings, "streaming": True, "shuffle_buffer": 5, "packing": packing, "max_steps": 9, "save_steps": 8,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,  # an epoch is three steps, or fewer
@@ -154,7 +151,7 @@ def test_a_stream_resumes_where_it_stopped_beyond_its_first_epoch(
     }  # fmt: skip
 
     def train_in(folder, **changes):
-        result = train({**common, "output_dir": str(tmp_path / folder), **changes}, console=quiet)
+        result = train({**common, "output_dir": str(tmp_path / folder), **changes})
         return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
     whole = train_in("whole")
@@ -185,25 +182,21 @@ class OwnStream(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.parametrize("packing", ["batch", "full"])
-def test_any_stream_is_trained_on_and_evaluated(packing, settings):
-    args = LlavaTrainingArguments(**{**settings, "packing": packing, "max_steps": 8, "per_device_train_batch_size": 8})
-    model, processor = load_model_and_processor(args)
+def test_any_stream_is_trained_on_and_evaluated(packing, settings, make_trainer):
     source, folder = settings["data"], settings["image_folder"]
     own, known = OwnStream(source, folder), load_conversations(source, folder)
-    trainer = LlavaTrainer(model, args, train_dataset=own, eval_dataset=own, processing_class=processor)
+    trainer = make_trainer(own, eval_dataset=own, packing=packing, max_steps=8, per_device_train_batch_size=8)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate(known)["eval_loss"], rel=1e-6)
     trainer.train()  # beyond the stream's end
     assert trainer.state.global_step == 8 and "loss" in trainer.state.log_history[-2]
 
 
-def test_a_sample_of_a_packed_stream_that_is_too_long_is_dropped_and_counted_or_an_error(settings, caplog):
+def test_a_sample_of_a_packed_stream_that_is_too_long_is_dropped_and_counted_or_an_error(make_trainer):
     short = rows(8)
     long = {**rows(1, 9)[0], "messages": [{"role": "user", "content": "What? " * 300}, short[0]["messages"][1]]}
     for overflow in ("drop", "error"):
-        args = LlavaTrainingArguments(**{**settings, "packing": "full", "overflow": overflow})
-        model, processor = load_model_and_processor(args)
         stream = load_conversations([*short[:4], long, *short[4:]], streaming=True)
-        trainer = LlavaTrainer(model, args, train_dataset=stream, processing_class=processor)
+        trainer = make_trainer(stream, packing="full", overflow=overflow)
         if overflow == "error":
             with pytest.raises(ValueError, match="'9' has .* tokens, max_length is 256"):
                 trainer.train()
