@@ -45,8 +45,6 @@ IMAGE_FIELDS = (
 )  # fmt: skip
 """Of a CLIP tower's `preprocessor_config.json`, what LLaVA's image processor takes over."""
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-
 
 @dataclass
 class Conversion:
@@ -318,8 +316,6 @@ def make_generation_config(original: Original, processor: LlavaProcessor) -> Gen
     text, folders = original.text_config, (original.folder, original.tokenizer_folder)
     file = next((f / "generation_config.json" for f in folders if (f / "generation_config.json").is_file()), None)
     fields = read_json(file) if file else {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
-    if not fields.get("do_sample"):  # transformers 5 refuses to save a temperature that nothing uses
-        fields = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
     fields.pop("transformers_version", None)
     fields["pad_token_id"] = processor.tokenizer.pad_token_id
     config = GenerationConfig(**fields)

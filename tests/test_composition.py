@@ -1,9 +1,11 @@
 """Composing a LLaVA from a tower and a language model of many families."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from published import build_language, build_tower
 from tiny import tiny_text_config, tiny_vision_config
 from transformers import (
     AutoConfig,
@@ -91,6 +93,14 @@ def test_tied_language_model_stays_tied(tmp_path, golden):
     model.save_pretrained(tmp_path / "llava")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "llava")
     assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+def test_a_language_model_with_a_temperature_and_no_sampling_is_composed_and_saved(tmp_path):
+    """Vicuna's generation configuration: once its padding token is set, transformers 5 refuses to save it as it is."""
+    language = shutil.copytree(build_language("vicuna"), tmp_path / "language")
+    (language / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}))
+    model = LlavaForConditionalGeneration.from_vision_language_pretrained(str(build_tower()), str(language))
+    model.save_pretrained(tmp_path / "model")
 
 
 def test_fields_of_the_configuration_are_taken(tmp_path, golden):

@@ -103,6 +103,14 @@ def add_generation_stop(config: GenerationConfig, processor: ProcessorMixin) -> 
     """Make `config.eos_token_id` hold the chat template's stop token, so that stock transformers ends where it does."""
     if missing_stop(config, processor) and (token := stop_token_id(processor)) is not None:
         config.eos_token_id = [*_eos_token_ids(config), token] if _eos_token_ids(config) else token
+    drop_unused_sampling(config)
+
+
+def drop_unused_sampling(config: GenerationConfig) -> None:
+    """Vicuna's has a temperature and no `do_sample`: transformers 5 refuses to save that once a field was changed."""
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)
 
 
 def note_generation_stop(folder: str | os.PathLike, base: GenerationConfig, processor: ProcessorMixin) -> None:

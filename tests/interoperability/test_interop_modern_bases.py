@@ -11,7 +11,7 @@ import pytest
 from llama_cpp_runs import llava_with_llama_cpp, needs_llama_cpp, run_llama_cpp
 from PIL import Image
 from published import FORMS, QUESTION, build_language, build_tower
-from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, STOCK, llava, run
+from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, assert_stock_answers, llava
 
 from modeling_llava import LlavaProcessor
 
@@ -55,12 +55,7 @@ def test_chat_and_stock_transformers_give_the_answers(walked):
     done = llava(folder, *command, stdin=f"{QUESTION}\n")
     assert re.sub(r"<think>\s*</think>\s*", "", done.stdout).strip() == ANSWERS[1]
     for model in ("runs/my", "merged"):
-        images = [f"images/{colour}.png" for colour in COLOURS]
-        words = json.dumps([model, None, MOST, {"do_sample": False}, *images])
-        said = json.loads(run(folder, "-c", STOCK, words).stdout.splitlines()[-1])
-        assert [prompt for prompt, _, _ in said] == [FORMS[language].prompt] * 4
-        assert [text.removeprefix("<think>\n\n</think>\n\n") for _, text, _ in said] == ANSWERS
-        assert max(length for _, _, length in said) < MOST
+        assert_stock_answers(folder, model, FORMS[language].prompt, thought="<think>\n\n</think>\n\n")
 
 
 @needs_llama_cpp

@@ -4,15 +4,13 @@ publish; and stock transformers on the adapter and on the merged model, in proce
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from published import FORMS, QUESTION, copy
+from stock import run, stock_answers
 
 
 pytestmark = pytest.mark.slow
@@ -30,61 +28,22 @@ LEARN = [
     "report_to=none",
 ]
 
-STOCK = """
-import json, sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_llava":
-            raise ModuleNotFoundError("modeling_llava is not installed here")
-sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-
-folder, base, most, settings, *images = json.loads(sys.argv[1])
-if base is None:
-    pipe = pipeline("image-text-to-text", model=folder)
-else:
-    model = AutoModelForImageTextToText.from_pretrained(base)
-    model.load_adapter(folder)
-    pipe = pipeline("image-text-to-text", model=model, processor=AutoProcessor.from_pretrained(folder))
-settings["max_new_tokens"] = most
-said = []
-for image in images:
-    content = [{"type": "image", "path": image}, {"type": "text", "text": "QUESTION"}]
-    messages = [{"role": "user", "content": content}]
-    text = pipe(text=messages, return_full_text=False, generate_kwargs=settings)[0]["generated_text"]
-    inputs = pipe.processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(pipe.model.dtype)
-    length = pipe.model.generate(**inputs, **settings).shape[1] - inputs["input_ids"].shape[1]
-    said.append([pipe.processor.apply_chat_template(messages, add_generation_prompt=True), text.strip(), length])
-print(json.dumps(said))
-""".replace("QUESTION", QUESTION)
-
-
-def run(folder, *command, stdin=""):
-    environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        input=stdin, capture_output=True, text=True, cwd=folder, env=environment, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-3000:])
-    return done
-
 
 def llava(folder, *arguments, stdin=""):
     return run(folder, "-m", "modeling_llava.cli.main", *arguments, stdin=stdin)
 
 
-def assert_stock_answers(folder, model, form, base=None, **settings):
+def assert_stock_answers(folder, model, prompt, base=None, thought="", **settings):
     """Stock transformers is asked as published, gives each answer whole, and ends by itself."""
-    images = [f"images/{colour}.png" for colour in COLOURS]
-    words = json.dumps([str(model), base and str(base), MOST, {"do_sample": False, **settings}, *images])
-    said = json.loads(run(folder, "-c", STOCK, words).stdout.splitlines()[-1])
-    assert [prompt for prompt, _, _ in said] == [FORMS[form].prompt] * 4
-    assert [text for _, text, _ in said] == ANSWERS
-    assert max(length for _, _, length in said) < MOST
+    conversations = []
+    for colour in COLOURS:
+        content = [{"type": "image", "path": f"images/{colour}.png"}, {"type": "text", "text": QUESTION}]
+        conversations.append([{"role": "user", "content": content}, {"role": "assistant"}])
+    job = {"folder": model, "base": base, "most": MOST, "conversations": conversations, "settings": settings}
+    (said,) = stock_answers(folder, [job])
+    assert [turn["prompt"] for turn in said] == [prompt] * 4
+    assert [turn["text"].removeprefix(thought) for turn in said] == ANSWERS
+    assert max(len(turn["ids"]) for turn in said) < MOST
 
 
 def workplace(folder, form) -> Path:
@@ -130,11 +89,11 @@ def test_chat_answers_and_ends(trained):
 
 
 def test_the_stock_pipeline_answers_over_the_adapter(trained):
-    assert_stock_answers(trained, "runs/my", "llava-hf")
+    assert_stock_answers(trained, "runs/my", FORMS["llava-hf"].prompt)
 
 
 def test_the_stock_pipeline_answers_over_the_merged_model(merged):
-    assert_stock_answers(merged, "runs/my-merged", "llava-hf")
+    assert_stock_answers(merged, "runs/my-merged", FORMS["llava-hf"].prompt)
 
 
 def test_evaluation_finds_every_answer(trained):
@@ -158,6 +117,6 @@ def test_an_adapter_whose_base_lacks_the_stop_ends_with_what_training_prints(tmp
     said = train(folder, "lora")
     ends = re.search(r"eos_token_id\W+(\[[\d, ]+\])", said)
     assert ends, said[-2000:]
-    assert_stock_answers(folder, "runs/my", form, base=MODEL, eos_token_id=json.loads(ends[1]))
+    assert_stock_answers(folder, "runs/my", FORMS[form].prompt, base=MODEL, eos_token_id=json.loads(ends[1]))
     said = llava(folder, "publish", "runs/my", "me/my", "--dry-run", "--base-model", "me/base").stdout
     assert ends[1] in said.replace("\n", " ")

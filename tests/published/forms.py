@@ -2,9 +2,9 @@
 Tiny checkpoints in the form of what is published: every file, key, special token, chat template and generation configuration
 that a real repository has, over random weights and a vocabulary of some hundred pieces.
 
-    from published import FORMS, build, copy, every_form
+    from published import FORMS, build, copy, each_form
 
-    @every_form                                  # @pytest.mark.parametrize("form", …) over all of FORMS
+    @each_form()                                 # @pytest.mark.parametrize("form", …) over all of FORMS
     def test_…(form, tmp_path):
         folder = build(form)                     # written once per session, of read-only use; `form` or its name
         folder = copy(form, tmp_path / "model")  # a copy of its own
@@ -462,9 +462,7 @@ def _llava_hf(name: str, prompt: str | None = _VICUNA_PROMPT, train: dict | None
 def _write_xtuner(folder: Path) -> None:
     ids = {"bos_token_id": "<|begin_of_text|>", "eos_token_id": "<|end_of_text|>"}
     text = {**ids, "num_key_value_heads": 2, "rope_theta": 500000.0}
-    _write_llava_hf(
-        folder, chat_template=None, processor=None, vocabulary=_XTUNER, text=text, generation=ids
-    )  # fmt: skip
+    _write_llava_hf(folder, chat_template=None, processor=None, vocabulary=_XTUNER, text=text, generation=ids, side=28)
 
 
 FORMS: dict[str, Form] = {
@@ -486,7 +484,7 @@ FORMS: dict[str, Form] = {
         ),
         # xtuner/llava-llama-3-8b-v1_1-transformers: a template of strings; generation ends at <|end_of_text|> alone
         Form(
-            "xtuner-llama3", _write_xtuner, None, _ends("<|eot_id|>"), "<|eot_id|>", base_stops=False, image_tokens=576,
+            "xtuner-llama3", _write_xtuner, None, _ends("<|eot_id|>"), "<|eot_id|>", base_stops=False,
         ),
         # llava-hf/llava-interleave-qwen-*-hf: the stop stands behind what the template marks
         Form(
@@ -724,11 +722,10 @@ def each_form(fast: tuple[str, ...] = tuple(FORMS)):
     return pytest.mark.parametrize("form", parameters)
 
 
-every_form = each_form()
 every_original = pytest.mark.parametrize("original", ORIGINALS.values(), ids=ORIGINALS)
 
 
 __all__ = [
     "ANSWERS", "CONVERSATION", "FORMS", "LANGUAGES", "ORIGINALS", "QUESTION", "Form", "Language", "Original", "build",
-    "build_language", "build_original", "build_siglip", "build_tower", "copy", "each_form", "every_form", "every_original",
+    "build_language", "build_original", "build_siglip", "build_tower", "copy", "each_form", "every_original",
 ]  # fmt: skip
