@@ -89,17 +89,11 @@ def check_stock_ready(
 
     Args:
         folder (`str` or `Path`): The HF folder.
-        reference (`str`, `Path` or [`Original`], *optional*):
-            The original from which it was made; its logits must be equal.
-        base (`str` or `Path`, *optional*), vision_tower (`str` or `Path`, *optional*):
-            Of the reference.
-        logits (`bool`, *optional*, defaults to `True`):
-            Run the model on one image: some minutes for 7B on a CPU.
+        reference (`str`, `Path` or [`Original`], *optional*): The original from which it was made, for equal logits.
+        base, vision_tower (`str` or `Path`, *optional*): Of the reference.
+        logits (`bool`, *optional*, defaults to `True`): Run the model on one image: some minutes for 7B on a CPU.
         config_file (`Path`, *optional*): In place of `config.json`.
         dtype (`torch.dtype`, *optional*): To which the reference's weights were rounded.
-
-    Returns:
-        [`CheckReport`], with `is_stock_ready`.
 
     Raises:
         ValueError: the folder or the reference cannot be read.

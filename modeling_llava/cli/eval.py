@@ -41,14 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 def slice_of(line: str, out: str):
     """
-    The benchmark of a command line without `llava eval`, MODEL and --out, for a model that is being trained.
-
-    Args:
-        line (`str`): `vqa --questions q.jsonl --images val2014 --limit 200`.
-        out (`str`): Folder of the judge's ledger (LLaVA-Bench).
-
-    Returns:
-        [`~modeling_llava.evaluation.benchmark.Benchmark`]
+    The benchmark of a command line without `llava eval`, MODEL and --out, such as `vqa --questions q.jsonl --images val2014`,
+    for a model that is being trained. `out` is the folder of the judge's ledger (LLaVA-Bench).
 
     Raises:
         ValueError: not a benchmark, a wrong option, or an option that the training run decides.

@@ -73,12 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def require_address(host: str, port: int | None) -> None:
-    """
-    Checked before the model is loaded; Gradio would try a hundred ports at an address that is not this machine's.
-
-    Raises:
-        ValueError: the server cannot listen there.
-    """
+    """Raises ValueError if the server cannot listen there, before the model is loaded and Gradio tries a hundred ports."""
     import socket
 
     if port is not None and not 0 < port < 65536:

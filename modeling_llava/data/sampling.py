@@ -121,8 +121,11 @@ class TypeMixtureSampler(Sampler[int]):
 
     @classmethod
     def from_dataset(cls, dataset: Any, weights: dict[str, float], seed: int = 0) -> "TypeMixtureSampler":
-        """A sampler for a dataset of conversations, by their field `type`."""
-        return cls(conversation_types(dataset), weights, seed)
+        """A sampler for a dataset of conversations, by their field `type`, without decoding an image."""
+        types = getattr(dataset, "types", None)
+        if types is None:
+            types = [dataset[i].get("type") for i in range(len(dataset))]
+        return cls(types, weights, seed)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -143,14 +146,6 @@ class TypeMixtureSampler(Sampler[int]):
                 order[positions] = torch.cat(shuffled)[: len(positions)]
         self.epoch += 1
         return iter(order.tolist())
-
-
-def conversation_types(dataset: Any) -> list[str | None]:
-    """The field `type` of every conversation, without decoding an image."""
-    types = getattr(dataset, "types", None)
-    if types is not None:
-        return list(types)
-    return [dataset[i].get("type") for i in range(len(dataset))]
 
 
 def _listed(counts: dict[str | None, int]) -> str:

@@ -180,10 +180,7 @@ def push(
     that the Hub has are not uploaded twice.
 
     The arguments are those of `llava publish`. A tag that exists, and `private` for an existing public repository, are refused
-    before the upload. `endpoint` is another Hub than `HF_ENDPOINT` or the public one.
-
-    Returns:
-        `str`: its URL.
+    before the upload. `endpoint` is another Hub than `HF_ENDPOINT` or the public one. Returns the repository's URL.
 
     Raises:
         ValueError: the publication has problems, the repository is public, a tag is taken, or the Hub rejects something.

@@ -8,7 +8,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from modeling_llava.data.sampling import GroupedSampler, TypeMixtureSampler, conversation_types
+from modeling_llava.data.sampling import GroupedSampler, TypeMixtureSampler
 
 
 def mix(number=1003, seed=0):
@@ -133,4 +133,5 @@ def test_a_type_without_a_weight_and_a_weight_without_a_type_are_errors():
     with pytest.raises(ValueError, match=r"no weight for None \(1 samples\)"):
         TypeMixtureSampler([*TYPES, None], {"conversation": 1, "detail": 1, "complex": 1})
     rows = [{"type": "detail"}, {"type": None}, {}]
-    assert conversation_types(rows) == ["detail", None, None]
+    with pytest.raises(ValueError, match=r"no weight for None \(2 samples\)"):
+        TypeMixtureSampler.from_dataset(rows, {"detail": 1})
