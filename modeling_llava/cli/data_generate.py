@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 def make_config(args: argparse.Namespace):
     """`GenerateConfig` from arguments."""
-    from ..data_engine.languages import looks_like
     from ..data_engine.run import GenerateConfig
+    from ..data_engine.validate import looks_like
 
     try:
         mix = tuple(float(number) for number in args.mix.split(":"))

@@ -279,7 +279,9 @@ def test_a_file_that_is_not_an_image_is_left_out_of_the_datasets_folder_with_a_w
     data = load_dataset(str(out / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == 6 and found.missing_images == 3 and len(rows_of(out)) == 9
     assert len({row["images"][0].size for row in data}) == 2  # every image decodes
-    assert caplog.text.count("An image is left out") == 2  # once for the folder, once for the report, not once a sample
+    assert (
+        caplog.text.count("An image is left out") == 2
+    )  # once for the folder, once for the report, not once a sample
     folder = open_run(out)
     with Ledger(out / "ledger.jsonl") as ledger:
         again = write_output(folder, ledger, images=images, settings=BARE)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_llava.data_engine.near_duplicates import OVERLAP, QuestionIndex, count_question_words, question_words
+from modeling_llava.data_engine.samples import OVERLAP, QuestionIndex, count_question_words, question_words
 
 
 @pytest.mark.parametrize(

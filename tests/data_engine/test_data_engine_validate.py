@@ -3,9 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from modeling_llava.data_engine.languages import LANGUAGES, looks_like
 from modeling_llava.data_engine.replies import REASONS, RETRY_PROMPTS, Rejection, parse_description, parse_turns
-from modeling_llava.data_engine.validate import ValidationSettings, count_words, mention_of_source, validate
+from modeling_llava.data_engine.validate import (
+    LANGUAGES,
+    ValidationSettings,
+    count_words,
+    looks_like,
+    mention_of_source,
+    validate,
+)
 
 
 BENCH = Path(__file__).parents[3] / "shared" / "llava_bench_coco"
