@@ -15,6 +15,7 @@ from PIL import Image
 from ..io.files import write_atomic
 from ..io.images import ImageError, read_image
 from .predictor import Answer, LlavaPredictor
+from .prompts import messages_of_turns
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
@@ -215,18 +216,11 @@ def save_transcript(conversations: list[Conversation], path: str | os.PathLike, 
 def _as_rows(conversations: list[Conversation]) -> str:
     rows = []
     for number, conversation in enumerate(conversations, start=1):
-        messages = []
-        for turn, (question, answer) in enumerate(conversation.turns):
-            images = [{"type": "image"} for _ in conversation.images] if turn == 0 else []
-            messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        names = [_absolute(image.name) for image in conversation.images]
+        messages = messages_of_turns(conversation.turns, len(conversation.images))
+        names = [image.name for image in conversation.images]
+        names = [os.path.abspath(name) if os.path.exists(name) else name for name in names]
         rows.append({"id": f"chat-{number}", "messages": messages, "images": names})
     return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-
-
-def _absolute(name: str) -> str:
-    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _as_markdown(conversations: list[Conversation], model: str) -> str:

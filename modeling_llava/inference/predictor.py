@@ -15,7 +15,7 @@ from ..text.control_tokens import ControlTokens
 from .decoding import Decoder, Row
 from .decoding_settings import DecodingSettings, default_settings
 from .prefix_cache import Prefix, longest_match
-from .prompts import encode_images, encode_prompt, rows_of_samples
+from .prompts import encode_images, encode_prompt, messages_of_turns, rows_of_samples, system_message
 
 
 @dataclass(frozen=True)
@@ -296,13 +296,7 @@ class LlavaPredictor:
         return row
 
     def _messages(self, turns: list[tuple[str, str | None]], num_images: int) -> list[dict]:
-        messages = [] if self.system is None else [{"role": "system", "content": [_text_item(self.system)]}]
-        for number, (question, answer) in enumerate(turns):
-            images = [{"type": "image"}] * (num_images if number == 0 else 0)
-            messages.append({"role": "user", "content": [*images, _text_item(question)]})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": [_text_item(answer)]})
-        return messages
+        return [*system_message(self.system), *messages_of_turns(turns, num_images)]
 
     def _text(self, row: Row, settings: DecodingSettings) -> str:
         text = self.processor.tokenizer.decode([token for token in row.tokens if token not in self._unsaid])
@@ -347,7 +341,3 @@ def _content_key(reference: Any) -> tuple:
         info = os.stat(reference)
         return "file", os.path.abspath(reference), info.st_mtime_ns, info.st_size
     return image_key(reference)
-
-
-def _text_item(text: str) -> dict:
-    return {"type": "text", "text": text}

@@ -57,6 +57,22 @@ def encode_prompt(messages: list[dict], processor, **template_variables) -> list
     return ids
 
 
+def system_message(text: str | None) -> list[dict]:
+    """The messages before a conversation: one, or none where there is no system message."""
+    return [] if text is None else [{"role": "system", "content": [{"type": "text", "text": text}]}]
+
+
+def messages_of_turns(turns: list[tuple[str, str | None]], num_images: int) -> list[dict]:
+    """The messages of questions and answers; the images stand before the first question, `None` is an answer to come."""
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        images = [{"type": "image"} for _ in range(num_images)] if number == 0 else []
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
 def rows_of_samples(
     samples: Iterator[dict],
     decoder: Decoder,
@@ -69,7 +85,7 @@ def rows_of_samples(
     template_variables: dict,
 ) -> Iterator[Row]:
     """Rows to be answered, read as they are needed; see [`LlavaPredictor.answer_many`] for arguments and errors."""
-    own = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    own = system_message(system)
     while window := list(islice(samples, WINDOW_BATCHES * batch_size)):
         groups: dict[tuple, list[tuple[dict, list[int]]]] = {}
         for sample in window:

@@ -77,7 +77,8 @@ class Step:
         keys, values = self.cache.buffers(layer, key, value)
         keys[self.slots, :, self.columns] = key[0].transpose(0, 1)
         values[self.slots, :, self.columns] = value[0].transpose(0, 1)
-        output = query.new_empty((*query.shape[:3], value.shape[-1]))
+        shape = (1, query.shape[2], query.shape[1], value.shape[-1])
+        output = query.new_empty(shape).transpose(1, 2)  # laid out as the output projection reads it
         for start, end in self.alone:
             span = slice(start, end)
             output[:, :, span] = _causal_attention(
@@ -203,13 +204,10 @@ def partial_attention(query, key, value, mask, scaling):
     """
     rows = max(1, MAX_SCORES * query.shape[-2] // max(1, query[..., 0].numel() * key.shape[-2]))
     if rows < query.shape[-2]:
-        parts = [
-            partial_attention(
-                query[..., i : i + rows, :], key, value, None if mask is None else mask[..., i : i + rows, :], scaling
-            )
-            for i in range(0, query.shape[-2], rows)
-        ]
-        return torch.cat([part[0] for part in parts], dim=-2), torch.cat([part[1] for part in parts], dim=-2)
+        queries = query.split(rows, dim=-2)
+        masks = [None] * len(queries) if mask is None else mask.split(rows, dim=-2)
+        parts = [partial_attention(part, key, value, seen, scaling) for part, seen in zip(queries, masks)]
+        return tuple(torch.cat(states, dim=-2) for states in zip(*parts))
     scores = _product(query, key.transpose(-1, -2)).mul_(scaling)  # [*, num_queries, num_keys]
     if mask is not None:
         scores = scores.masked_fill_(~mask, -torch.inf)
@@ -321,8 +319,8 @@ def prune_last_layer(language_model, tokens: torch.Tensor, num_tokens: int):
 
 def supports_shared_prefix(language_model, device: torch.device) -> bool:
     """
-    Whether a language model, which computes its embeddings on `device`, has full or sliding-window attention only, takes it
-    from the interface, and computes a token's keys from this token and its position alone.
+    Whether a language model with its embeddings on `device` has full or sliding-window attention only, takes it from the
+    interface, and computes a token's keys from this token and its position alone.
     """
     config = language_model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -352,5 +350,5 @@ def _hands_on_steps(language_model, device: torch.device) -> bool:
 
 def _rope_types(config) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
-    every = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by kind of layer
-    return {one["rope_type"] for one in every if "rope_type" in one}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)]  # one for each kind of layer
+    return {one.get("rope_type") for one in [parameters, *by_kind]}

@@ -169,11 +169,3 @@ def test_a_device_that_is_not_there_is_one_error(device):
     with pytest.raises(ValueError, match='finds no device.*"cpu".*llava doctor'):
         usable_device(device)
     assert usable_device("cpu") == torch.device("cpu")
-
-
-def test_mistakes_are_clear(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a model"):
-        load_model("./no/such/model")
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="holds no model.*It holds: notes.txt"):
-        load_model(tmp_path)

@@ -10,20 +10,6 @@ from modeling_llava.inference.prefix_cache import Prefix, longest_match
 from modeling_llava.inference.shared_prefix import partial_attention
 
 
-def test_prefix_in_several_parts_is_one_softmax():
-    query, key, value = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
-    mask = torch.rand(5, 11) > 0.4
-    mask[:, 7] = True
-    mask[2, :7] = False  # nothing of the first part is seen
-    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
-    first = partial_attention(query, key[:, :, :7], value[:, :, :7], mask[:, :7], 0.3)
-    second = partial_attention(query, key[:, :, 7:], value[:, :, 7:], mask[:, 7:], 0.3)
-    total = torch.logaddexp(first[1], second[1])
-    merged = first[0] * (first[1] - total).exp() + second[0] * (second[1] - total).exp()
-    torch.testing.assert_close(merged, whole)
-    assert torch.isneginf(first[1][:, :, 2]).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_it_is_as_exact_as_sdpa(dtype):
     generator = torch.Generator().manual_seed(0)
