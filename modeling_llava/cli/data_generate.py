@@ -62,22 +62,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     model = make_chat_model(args, args.model, optional=())
     print(f"asking {args.model} at {model.base_url or 'OpenAI'}; Ctrl-C finishes requests in flight", file=sys.stderr)
-    summary = generate(
-        out,
-        model,
-        config,
-        **sources,
-        images=args.images,
-        limit=args.limit,
-        settings=run_settings(args, seed=args.seed),
-        max_tokens=args.max_tokens,
-        max_cost=args.max_cost,
-        prices=_prices_given(args),
-        output=_output_settings(args, out),
-        progress=True,
-        handle_interrupt=True,
-    )
-    return describe(args, summary)
+    budget = {"max_tokens": args.max_tokens, "max_cost": args.max_cost, "prices": _prices_given(args)}
+    how = {"settings": run_settings(args, seed=args.seed), "output": _output_settings(args, out)}
+    how |= {"images": args.images, "limit": args.limit, "progress": True, "handle_interrupt": True}
+    return describe(args, generate(out, model, config, **sources, **budget, **how))
 
 
 def make_config(args: argparse.Namespace):
