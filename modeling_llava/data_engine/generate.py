@@ -66,8 +66,7 @@ class Plan:
 
     def __init__(self, folder: RunFolder, ledger: Ledger, images: Path | None = None, limit: int | None = None):
         self.folder, self.ledger, self.images, self.limit = folder, ledger, images, limit
-        self.settled = self.missing_tasks = 0
-        self.missing: list[str] = []
+        self.settled, self.missing = 0, []  # tasks that were settled before; names of images that are not there
 
     def __iter__(self) -> Iterator[Task]:
         config, name, is_missing = self.folder.config, None, False
@@ -83,7 +82,6 @@ class Plan:
                 if is_missing:
                     self.missing.append(name)
             if is_missing:
-                self.missing_tasks += 1
                 continue
             seed = (zlib.crc32(task_id.encode()) + config.seed) % 2**31 if config.send_seed else None
             messages = self.folder.prompts[kind].messages(Context.from_dict(row))
@@ -206,7 +204,6 @@ def generate(
 
             def on_settled(task: Task, accepted: bool) -> None:
                 counts["accepted" if accepted else "rejected"] += 1
-                bar.total = len(settled) - plan.missing_tasks  # missing images are found on the way
                 bar.set_postfix(accepted=counts["accepted"], rejected=counts["rejected"], refresh=False)
                 bar.update(1)
 

@@ -8,7 +8,6 @@ from tiny_science import llava_eval, problems_of, science_problem
 from modeling_llava.cli.main import main
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import (
-    SCIENCEQA,
     answer_text,
     direct_question,
     question_text,
@@ -162,13 +161,6 @@ def test_table_by_hand():
     assert values == {"accuracy": (50.0, 4), "NAT": (100.0, 2), **halves, **wrong}
     assert scored.counts == {"unparsed": 1, "invalid_letter": 1}
     assert [row["status"] for row in scored.rows] == ["read", "read", "unparsed", "invalid_letter"]
-
-
-def test_published_rows_are_those_of_the_paper():
-    assert SCIENCEQA["LLaVA-13B"][-1] == 90.92
-    for row in SCIENCEQA.values():  # an average lies between the averages of its parts
-        for part in (row[:3], row[6:8]):
-            assert min(part) <= row[-1] <= max(part)
 
 
 @pytest.mark.parametrize(
