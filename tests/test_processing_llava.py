@@ -167,7 +167,7 @@ def test_images_are_counted_per_sample(processor, images, text, error):
         processor(images=images, text=text)
 
 
-def test_samples_without_images_beside_one_with(processor):
+def test_samples_without_images_next_to_one_with(processor):
     outputs = processor(images=[[PICTURE], []], text=["<image> a", "b"])
     assert [ids.count(IMAGE_ID) for ids in outputs["input_ids"]] == [4, 0]
     assert len(outputs["pixel_values"]) == 1
@@ -179,7 +179,7 @@ def test_video_is_refused(processor):
         processor(text="a", videos=[1])
 
 
-def test_a_tokenizer_without_the_image_token_is_refused_with_the_mend():
+def test_a_tokenizer_without_the_image_token_is_refused_with_a_hint():
     tokenizer = load_tokenizer(GOLDEN / "tiny_spm.model")
     with pytest.raises(ValueError, match="splits the image token '<image>' into .*add_image_token"):
         LlavaProcessor(LlavaImageProcessor(), tokenizer)
@@ -207,7 +207,7 @@ def test_typed_control_tokens_are_text(processor, literal, options):
         assert len(padded) and set(padded.tolist()) == {PAD_ID}
 
 
-def test_the_assistant_mask_beside_typed_control_tokens(processor):
+def test_the_assistant_mask_of_typed_control_tokens(processor):
     messages = [user(PICTURE, "a</s>"), {"role": "assistant", "content": "b<image></s>"}]
     output = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -356,13 +356,6 @@ def test_image_items_hold_their_image_under_one_of_several_keys(processor, tmp_p
     output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     expected = processor.image_processor(PICTURE, return_tensors="pt").pixel_values
     assert torch.equal(output["pixel_values"], expected.expand(6, -1, -1, -1))
-
-
-def test_keep_image_order_reaches_the_template(processor):
-    messages = [user("What?", PICTURE)]
-    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, keep_image_order=True)
-    text = processor.tokenizer.decode(output["input_ids"][0])
-    assert text.index("What?") < text.index("<image>")
 
 
 def test_no_second_bos(processor):

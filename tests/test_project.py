@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_llava"
 
-# What each part may import, besides itself. `core` is the modules that lie directly in the package.
+# What each part may import, next to itself. `core` is the modules directly in the package.
 BASE = {"core", "io", "text", "kernels"}
 ALLOWED = {
     "io": set(),

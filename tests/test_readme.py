@@ -25,7 +25,7 @@ def blocks(language, text=README):
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path, monkeypatch):
-    """A checkpoint in the same form, in a folder of the same name, beside a photo: the code runs with small changes."""
+    """A checkpoint in the same form, in a folder of the same name, next to a photo: the code runs with small changes."""
     copy("llava-hf", tmp_path / MODEL)
     picture(0).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

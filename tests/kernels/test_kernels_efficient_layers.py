@@ -1,4 +1,4 @@
-"""The lean language model against the stock one: the same numbers, and less that is kept."""
+"""The efficient language model against the stock one: the same numbers, and less that is kept."""
 
 import copy
 
@@ -59,8 +59,8 @@ def step(model):
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_step(lean, stock, tolerance=1e-5):
-    (logits, grads), (expected, expected_grads) = step(lean), step(stock)
+def assert_same_step(efficient, stock, tolerance=1e-5):
+    (logits, grads), (expected, expected_grads) = step(efficient), step(stock)
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
@@ -71,12 +71,12 @@ def assert_same_step(lean, stock, tolerance=1e-5):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_the_stock_ones(family, checkpointing):
     stock = language_model(family)
-    lean = copy.deepcopy(stock)
-    counts = make_efficient(lean.base_model)
+    efficient = copy.deepcopy(stock)
+    counts = make_efficient(efficient.base_model)
     assert (counts["norms"], counts["mlps"], counts["attentions"]) == FAMILIES[family]
     if checkpointing:
-        lean.gradient_checkpointing_enable()
-    assert_same_step(lean, stock)
+        efficient.gradient_checkpointing_enable()
+    assert_same_step(efficient, stock)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
@@ -95,14 +95,14 @@ def test_the_sliding_window_of_each_layer_stays(family):
     if family == "qwen2":
         window |= {"use_sliding_window": True, "max_window_layers": 1}
     stock = language_model(family, **window)
-    lean = copy.deepcopy(stock)
-    assert make_efficient(lean.base_model)["attentions"] == 2
-    assert_same_step(lean, stock)
+    efficient = copy.deepcopy(stock)
+    assert make_efficient(efficient.base_model)["attentions"] == 2
+    assert_same_step(efficient, stock)
     free = language_model(family)
-    assert not torch.allclose(step(free)[0], step(lean)[0], atol=1e-3)  # the window matters for these lengths
+    assert not torch.allclose(step(free)[0], step(efficient)[0], atol=1e-3)  # the window matters for these lengths
 
 
-def with_low_rank_matrices(dropout=0.0, dtype=torch.float32):
+def with_lora(dropout=0.0, dtype=torch.float32):
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=r".*_proj", init_lora_weights=False)
     model = get_peft_model(language_model(), config)
     for parameter in model.parameters():
@@ -112,13 +112,13 @@ def with_low_rank_matrices(dropout=0.0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_low_rank_matrices_give_the_same(dropout):
-    stock = with_low_rank_matrices(dropout)
-    lean = copy.deepcopy(stock)
-    counts = make_efficient(lean.get_base_model().base_model)
+def test_lora_layers_give_the_same(dropout):
+    stock = with_lora(dropout)
+    efficient = copy.deepcopy(stock)
+    counts = make_efficient(efficient.get_base_model().base_model)
     assert counts["loras"] == 14 and counts["mlps"] == counts["attentions"] == 2
     results = []
-    for model in (lean, stock):
+    for model in (efficient, stock):
         torch.manual_seed(3)  # the same draws of dropout
         results.append(step(model))
     (logits, grads), (expected, expected_grads) = results
@@ -127,12 +127,12 @@ def test_low_rank_matrices_give_the_same(dropout):
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_low_rank_matrices_beside_16_bit_weights_are_as_exact_as_pefts():
-    exact = step(with_low_rank_matrices())[1]
+def test_lora_on_16_bit_weights_is_as_exact_as_pefts():
+    exact = step(with_lora())[1]
     errors = []
-    for is_lean in (False, True):
-        model = with_low_rank_matrices(dtype=torch.bfloat16)
-        if is_lean:
+    for is_efficient in (False, True):
+        model = with_lora(dtype=torch.bfloat16)
+        if is_efficient:
             make_efficient(model.get_base_model().base_model)
         with torch.autocast("cpu", torch.bfloat16):
             grads = step(model)[1]
@@ -199,10 +199,10 @@ def kept_bytes(model):
 
 def test_less_is_kept():
     stock = language_model()
-    lean = copy.deepcopy(stock)
-    make_efficient(lean.base_model)
+    efficient = copy.deepcopy(stock)
+    make_efficient(efficient.base_model)
     # By hand, floats per position and layer, h = 64, i = 96: of its two norms and half of the last one stock keeps the
     # normalised states too (2.5 h), of the MLP silu(gate) and the product (2 i). The product is not given back to this
     # test's hooks where the MLP's own hooks replace it.
-    difference = (kept_bytes(stock) - kept_bytes(lean)) / (30 * 4 * 2)
+    difference = (kept_bytes(stock) - kept_bytes(efficient)) / (30 * 4 * 2)
     assert difference == pytest.approx(2.5 * 64 + 2 * 96, abs=5)

@@ -1,4 +1,4 @@
-"""The loss on two processes: data parallel and sharded, with unequal work, against one process."""
+"""The loss on two processes with unequal work and a sharded head, against one process; and within PEFT."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_batch, tiny_config, tiny_text_config
+from tiny import tiny_batch, tiny_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
@@ -21,10 +21,8 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-mode, folder, file = sys.argv[1:]
+folder, file = sys.argv[1:]
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 saved = torch.load(file, weights_only=False)
@@ -36,35 +34,27 @@ model = LlavaForConditionalGeneration(saved["config"]).train()
 model.load_state_dict(saved["weights"])
 model.model.vision_tower.requires_grad_(False)
 batch, num_items = saved["batches"][rank], saved["num_items"]
-if mode == "ddp":
-    step = DistributedDataParallel(model, find_unused_parameters=False)
-else:
-    for layer in model.model.language_model.layers:
-        fully_shard(layer)
-    if mode == "fsdp-head":
-        fully_shard(model.lm_head)
-    step = fully_shard(model)
+for part in (*model.model.language_model.layers, model.lm_head):
+    fully_shard(part)
+step = fully_shard(model)
 # Both average the processes' gradients, as Trainer knows: each loss counts double
 loss = step(**batch, num_items_in_batch=num_items).loss * 2
 loss.backward()
 total = loss.detach() / 2
 dist.all_reduce(total)
-gradients = {}
-for name, parameter in model.named_parameters():
-    if parameter.grad is not None:
-        gradients[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
 if rank == 0:
     torch.save({"loss": total, "gradients": gradients}, f"{folder}/result.pt")
 dist.destroy_process_group()
 """
 
 
-def run_on_two(mode, tmp_path, file):
+def run_on_two(tmp_path, file):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "worker.py"), mode, str(tmp_path), str(file)],
+            [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), str(file)],
             env={**environment, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -83,14 +73,9 @@ def run_on_two(mode, tmp_path, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-head"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_two_processes_give_the_gradients_of_one(mode, tied, tmp_path):
-    """Rank 1 has no image and far fewer supervised positions: another number of chunks, and nothing to project."""
-    if tied and mode == "fsdp-head":
-        pytest.skip("a tied head has no weights of its own to shard")
-    torch.manual_seed(0)
-    config = tiny_config(text=tiny_text_config(tie_word_embeddings=tied))
+def test_two_processes_with_a_sharded_head_give_the_gradients_of_one(tmp_path):
+    """Rank 1 has no image and far fewer supervised tokens: another number of chunks, and nothing to project."""
+    config = tiny_config()
     model = LlavaForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False)
     batches = [tiny_batch((1, 2)), tiny_batch((0, 0), supervised_from=20)]
@@ -102,7 +87,7 @@ def test_two_processes_give_the_gradients_of_one(mode, tied, tmp_path):
     loss = sum(model(**batch, num_items_in_batch=num_items).loss for batch in batches)
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.requires_grad}
-    result = run_on_two(mode, tmp_path, file)
+    result = run_on_two(tmp_path, file)
     torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-5)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained <= set(result["gradients"])
@@ -116,12 +101,12 @@ LINEAR = r"(.*language_model.*(proj))"
 @pytest.mark.parametrize(
     "lora, is_fast",
     [
-        ({"target_modules": LINEAR + "|lm_head"}, False),  # low-rank matrices beside the head
+        ({"target_modules": LINEAR + "|lm_head"}, False),  # LoRA on the head
         ({"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, True),
         ({"target_modules": LINEAR}, True),  # a frozen head
     ],
 )
-def test_a_head_within_peft_equals_logits_of_all_positions(monkeypatch, lora, is_fast):
+def test_a_head_within_peft_equals_logits_of_all_tokens(monkeypatch, lora, is_fast):
     for name in ("CHUNK_ELEMENTS", "MIN_CHUNK_ROWS", "MIN_CHUNK_ROWS_TRAINED"):
         monkeypatch.setattr(loss_module, name, 3)
     fast, linear_loss = [], loss_module._linear_loss
@@ -140,7 +125,7 @@ def test_a_head_within_peft_equals_logits_of_all_positions(monkeypatch, lora, is
     assert bool(fast) == is_fast
 
 
-def test_logits_of_all_positions_are_never_built_for_a_head_trained_by_peft(monkeypatch):
+def test_logits_of_all_tokens_are_never_built_for_a_head_trained_by_peft(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(loss_module, "MIN_CHUNK_ROWS_TRAINED", 4)
     hidden, head = torch.randn(30, 8, requires_grad=True), nn.Linear(8, 50, bias=False)

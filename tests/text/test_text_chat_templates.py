@@ -149,14 +149,6 @@ def test_where_images_and_line_breaks_go(content, first, kept):
     assert render("chatml", [user(*content)], keep_image_order=True) == f"{head}{kept}<|im_end|>\n"
 
 
-@pytest.mark.parametrize("file", MODELS)
-def test_a_llava_row_is_rendered_as_the_original_normalised_it(file):
-    for row in golden_rows(file, "v1"):
-        turns = zip(["user", "assistant"] * len(row["normalised"]), row["normalised"])
-        expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-        assert render("chatml", golden_messages(row)) == expected
-
-
 def test_plain_leaves_the_question_out():
     assert render("plain", [user(TEXT, IMAGE), assistant("a cat")]) == "<image>a cat\n"
     assert render("plain", [user(IMAGE, TEXT)], add_generation_prompt=True) == "<image>"

@@ -8,7 +8,6 @@ import sentencepiece
 from golden_text import GOLDEN, split_at, with_pieces, without_dummy_prefix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_llava.text.tokenization import add_image_token, load_tokenizer
@@ -118,7 +117,7 @@ print(json.dumps(outputs))
 def test_ids_survive_a_reload_that_never_imports_us(tmp_path, model_files):
     tokenizer = load_tokenizer(model_files["llama"], padding_side="left")
     add_image_token(tokenizer)
-    folders = [tmp_path / "alone", tmp_path / "beside a llava config"]
+    folders = [tmp_path / "alone", tmp_path / "with a llava config"]
     for folder in folders:
         tokenizer.save_pretrained(folder)
     (folders[1] / "config.json").write_text('{"model_type": "llava"}')
@@ -172,19 +171,6 @@ def test_a_llama_tokenizer_json_is_taken_as_it_is(tmp_path, pairs):
     assert loaded.encode(text, add_special_tokens=False) == expected
     assert loaded.init_kwargs["legacy"] is True
     assert loaded.sentencepiece_model == tokenizer.sentencepiece_model
-
-
-def test_other_tokenizers_are_left_to_autotokenizer(tmp_path):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(["a few words, and a few more words"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).encode("  a few   words<|end|>") == tokenizer.encode("  a few   words<|end|>")
 
 
 def test_add_image_token_counts_new_tokens_and_keeps_a_pad_token():

@@ -14,16 +14,15 @@ from tiny import tiny_batch, tiny_config, tiny_text_config
 from torch import nn
 
 from modeling_llava import LlavaForConditionalGeneration
-from modeling_llava.io.checkpoints import (
-    COMPONENTS,
+from modeling_llava.io.adapters import (
     UNQUANTISED_MODULES,
-    component_of,
     find_base,
     forbid_inference_packing,
     four_bit_config,
     is_quantised,
     load_adapter_for_inference,
 )
+from modeling_llava.io.checkpoints import COMPONENTS, component_of
 from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_adapter
 from modeling_llava.training import train as run
 from modeling_llava.training.setup import (
@@ -121,17 +120,11 @@ def test_a_target_outside_the_language_model_is_refused(tmp_path, target):
 
 
 KINDS = {
-    "lora": {},
-    "dora": {"use_dora": True},
-    "rslora": {"use_rslora": True},
-    "tower": {"train_vision_tower": True},
-    "bias": {"lora_bias": "lora_only"},
-    "lora_only": {"train_projector": "lora", "lora_vision_tower": True},
-    "frozen": {"train_projector": "frozen"},
-    "qlora": {"adapter": "qlora"},
-    "qlora_tower": {"adapter": "qlora", "train_vision_tower": True},
-    "qlora_dora": {"adapter": "qlora", "use_dora": True},
-}
+    "lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "tower": {"train_vision_tower": True},
+    "bias": {"lora_bias": "lora_only"}, "lora_only": {"train_projector": "lora", "lora_vision_tower": True},
+    "frozen": {"train_projector": "frozen"}, "qlora": {"adapter": "qlora"},
+    "qlora_tower": {"adapter": "qlora", "train_vision_tower": True}, "qlora_dora": {"adapter": "qlora", "use_dora": True},
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -402,7 +395,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_qlora(base, tmp_pat
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora_b)
 
 
-def test_training_goes_on_from_an_adapter(settings, tmp_path):
+def test_an_adapter_is_trained_further(settings, tmp_path):
     first = run({**settings, "adapter": "lora"})
     further = {**settings, "model": str(first.output_dir), "output_dir": str(tmp_path / "second"), "adapter": "lora"}
     model, _ = load_model_and_processor(LlavaTrainingArguments(**further))

@@ -42,7 +42,7 @@ def test_a_run_that_diverges_ends_and_its_last_good_checkpoint_stays(settings, t
 
 
 @pytest.mark.parametrize("form", [{}, {"streaming": True}])
-def test_a_run_that_learnt_nothing_writes_nothing_that_could_be_gone_on_from(settings, form):
+def test_a_run_that_learnt_nothing_writes_nothing_to_resume_from(settings, form):
     settings |= {"max_length": 5, "overflow": "drop", "preview_samples": 0, **form}
     with pytest.raises(ValueError, match=r"nothing was learnt in 2 .* samples dropped: . too long"):
         train(settings)

@@ -85,7 +85,7 @@ def test_a_pack_gives_the_loss_and_gradients_of_its_samples_one_by_one(settings,
         assert args.packing == "batch"
         batch = LlavaDataCollator(processor, packing=True)(chosen)
         assert int((batch["labels"] != -100).sum()) == num_items
-        for divisor in (num_items, None):  # what Trainer gives, and what the model counts by itself
+        for divisor in (num_items, None):  # what Trainer gives, and what the model counts
             loss = model(**batch, num_items_in_batch=divisor).loss
             loss.backward()
             grads = gradients(model)

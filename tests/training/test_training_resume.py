@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if it had not been: the same losses and the same weights, bit for bit."""
+"""A run that is killed resumes as if it had not been: the same losses and the same weights, bit for bit."""
 
 import json
 import shutil

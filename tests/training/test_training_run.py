@@ -1,9 +1,8 @@
-"""`train(recipe)`: what it writes, who can read it, and what goes on when it goes on."""
+"""`train(recipe)`: what it writes, who can read it, and what a resumed run takes up."""
 
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -59,31 +58,16 @@ def test_pretrain_writes_the_projector_and_finetune_takes_it(settings, base_mode
         train({**settings, "model": str(result.output_dir)})
 
 
-def test_full_finetuning_writes_a_stock_checkpoint(settings, base_model, tmp_path):
+def test_full_finetuning_writes_a_stock_checkpoint(settings, base_model):
     result = train({**settings, "train_vision_tower": True})
     assert keys(result.output_dir) == keys(base_model)
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (result.output_dir, base_model))
     for part in (config, before):  # transformers writes the tokenizer's, if the model has none
         part["text_config"].pop("pad_token_id")
     assert config == before  # use_cache and the like: training leaves no trace
-    script = f"""
-import sys, torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-model, info = LlavaForConditionalGeneration.from_pretrained(r"{result.output_dir}", output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"]
-processor = AutoProcessor.from_pretrained(r"{result.output_dir}")
-assert type(processor).__module__ == "transformers.models.llava.processing_llava", type(processor)
-assert "modeling_llava" not in sys.modules
-inputs = processor(text="USER: <image>\\nWhat? ASSISTANT:", images=torch.zeros(3, 42, 42), return_tensors="pt")
-with torch.no_grad():
-    torch.save(model.eval()(**inputs).logits, r"{tmp_path}/logits.pt")
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True)
-    model = AutoModelForImageTextToText.from_pretrained(result.output_dir).eval()
-    processor = AutoProcessor.from_pretrained(result.output_dir)
-    inputs = processor(text="USER: <image>\nWhat? ASSISTANT:", images=torch.zeros(3, 42, 42), return_tensors="pt")
-    with torch.no_grad():
-        assert torch.allclose(model(**inputs).logits, torch.load(tmp_path / "logits.pt"), atol=1e-5)
+    _, info = transformers.LlavaForConditionalGeneration.from_pretrained(result.output_dir, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert json.loads((result.output_dir / "processor_config.json").read_text())["processor_class"] == "LlavaProcessor"
 
 
 @BOTH_FORMS
@@ -97,7 +81,7 @@ def test_full_finetuning_in_mixed_precision_is_published_in_16_bit_and_resumable
     assert json.loads((result.output_dir / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_run_is_recorded_beside_the_weights(settings, instructions):
+def test_the_run_is_recorded_next_to_the_weights(settings, instructions):
     result = train({**settings, "save_steps": 1, "eval_size": 4, "hub_token": "secret"})
     for folder in (result.output_dir, result.output_dir / "checkpoint-1"):
         record = json.loads((folder / "run.json").read_text())
@@ -350,7 +334,7 @@ def test_loss_curve_needs_no_evaluation_and_says_when_it_has_nothing(tmp_path, m
     assert plot_loss_curve([], tmp_path / "a.png") is None
     history = [{"step": i, "loss": 3 / (i + 1)} for i in range(5)] + [{"step": 4, "eval_loss": 1.0}]
     assert plot_loss_curve(history, tmp_path / "b.png").is_file()
-    assert not list(tmp_path.glob(".*"))  # nothing is left beside it
+    assert not list(tmp_path.glob(".*"))  # no part of it is left
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot_loss_curve(history, tmp_path / "c.png") is None
 

@@ -3,7 +3,6 @@
 import json
 import logging
 
-import pytest
 from published import FORMS, build, copy
 from transformers import AutoProcessor, GenerationConfig
 
@@ -74,9 +73,3 @@ def test_a_text_that_ends_answers_is_named_for_stock(settings, caplog):
     changed = {**settings, "chat_template": "vicuna_v0", "max_steps": 1, "preview_samples": 0}
     train(changed)
     assert all(part in caplog.text for part in ("{'stop_strings': ['###']}", "tokenizer=", "generate_kwargs="))
-
-
-@pytest.mark.parametrize("form", ["llama3", "qwen3", "phi3", "gemma", "mistral"])
-def test_a_language_models_own_stop_is_taught(settings, form):
-    processor = processor_of_run(settings, form)
-    assert answer_stop(processor) == FORMS[form].stop
