@@ -34,14 +34,8 @@ from .compat import assert_in_graph, install_capturing_hooks, without_capturing_
 from .configuration_llava import LlavaConfig
 from .constants import CACHE
 from .generation_llava import LlavaGenerationMixin
-from .io.checkpoints import (
-    by_module_names,
-    load_adapter_for_inference,
-    name_stock_class_in_adapters,
-    require_all_loaded,
-    require_weights,
-    what_to_load,
-)
+from .io.adapters import load_adapter_for_inference, name_stock_class_in_adapters, what_to_load
+from .io.checkpoints import by_module_names, require_all_loaded, require_weights
 from .io.files import explained
 from .kernels.efficient_layers import without_later_layers
 from .kernels.linear_cross_entropy import causal_language_model_loss, is_sharded

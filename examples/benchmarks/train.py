@@ -145,7 +145,7 @@ def make_model(case: str, side: str):
     )
     model = model_class(config)
     if trains == "qlora":
-        from modeling_llava.io.checkpoints import UNQUANTISED_MODULES, forbid_inference_packing
+        from modeling_llava.io.adapters import UNQUANTISED_MODULES, forbid_inference_packing
 
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

@@ -56,7 +56,7 @@ def load_from_arguments(args: argparse.Namespace):
     from transformers.utils import logging
 
     from ..inference import load_model
-    from ..io.checkpoints import is_quantised
+    from ..io.adapters import is_quantised
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..io.checkpoints import four_bits_of
+    from ..io.adapters import four_bits_of
     from ..training import merge_adapter
 
     print(f"merging {args.adapter} into its base, read in 16 bit")

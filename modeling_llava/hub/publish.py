@@ -13,7 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import pipeline
 
-from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, find_base, load_processor
+from ..io.adapters import find_base
+from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, load_processor
 from ..io.files import HUB_NAME
 from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields

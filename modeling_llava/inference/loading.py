@@ -7,17 +7,14 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from ..io.checkpoints import (
-    checkpoint_kind,
+from ..io.adapters import (
     find_base,
     forbid_inference_packing,
     four_bit_config,
     four_bits_of,
-    has_processor,
     load_adapter_for_inference,
-    load_processor,
-    load_projector,
 )
+from ..io.checkpoints import checkpoint_kind, has_processor, load_processor, load_projector
 
 
 logger = logging.get_logger(__name__)

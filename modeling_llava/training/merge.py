@@ -16,20 +16,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..io.checkpoints import (
-    TODAYS_NAMES,
-    checkpoint_kind,
-    file_of,
-    find_base,
-    four_bit_config,
-    four_bits_of,
-    has_processor,
-    is_quantised,
-    load_processor,
-    load_projector,
-    resize_to_adapter,
-    saved_tensors,
-)
+from ..io.adapters import TODAYS_NAMES, find_base, four_bit_config, four_bits_of, is_quantised, resize_to_adapter
+from ..io.checkpoints import checkpoint_kind, file_of, has_processor, load_processor, load_projector, saved_tensors
 from ..io.files import write_atomic
 from ..text.stops import add_generation_stop
 from .setup import LANGUAGE_MODEL

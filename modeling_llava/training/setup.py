@@ -34,23 +34,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..io.checkpoints import (
-    COMPONENTS,
+from ..io.adapters import (
     DORA_MAGNITUDE,
     TODAYS_NAMES,
+    find_base,
+    forbid_inference_packing,
+    four_bit_config,
+    require_fits,
+    resize_to_adapter,
+)
+from ..io.checkpoints import (
+    COMPONENTS,
     base_name_to_record,
     base_of,
     checkpoint_kind,
     component_of,
     file_of,
-    find_base,
-    forbid_inference_packing,
-    four_bit_config,
     has_processor,
     load_processor,
     load_projector,
-    require_fits,
-    resize_to_adapter,
 )
 from ..io.files import atomic_path, read_config, write_atomic
 from ..text.chat_templates import chat_template_of, load_chat_template

@@ -13,14 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
 from modeling_llava.inference.loading import load_model
-from modeling_llava.io.checkpoints import (
-    checkpoint_kind,
-    find_base,
-    four_bits_of,
-    load_processor,
-    load_projector,
-    save_projector,
-)
+from modeling_llava.io.adapters import find_base, four_bits_of
+from modeling_llava.io.checkpoints import checkpoint_kind, load_processor, load_projector, save_projector
 from modeling_llava.training.merge import merge_adapter
 
 
