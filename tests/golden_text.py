@@ -24,6 +24,16 @@ TEMPLATES = {  # the original's name → ours
     "v1_mmtag": "v1_mmtag",
     "plain": "plain",
 }
+STOPS = {  # what follows an answer and is learned with it
+    "plain": "\n",
+    "vicuna_v0": "\n###",
+    "v0_mmtag": "\n###",
+    "vicuna_v1": "</s>",
+    "llava_v1": "</s>",
+    "v1_mmtag": "</s>",
+    "llama_2": " </s>",
+    "chatml": "<|im_end|>",
+}
 GOLDEN_CASES = [(file, version) for file in MODELS for version in TEMPLATES]
 
 

@@ -5,7 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sentencepiece
 import torch
-from golden_text import GOLDEN, GOLDEN_CASES, MODELS, TEMPLATES, decode, golden_messages, golden_rows, tiny_processor
+from golden_text import (
+    GOLDEN,
+    GOLDEN_CASES,
+    MODELS,
+    STOPS,
+    TEMPLATES,
+    decode,
+    golden_messages,
+    golden_rows,
+    tiny_processor,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,16 +29,6 @@ from modeling_llava.text.stops import answer_stop
 from modeling_llava.text.tokenization import add_image_token
 
 
-STOPS = {
-    "plain": "\n",
-    "vicuna_v0": "\n###",
-    "v0_mmtag": "\n###",
-    "vicuna_v1": "</s>",
-    "llava_v1": "</s>",
-    "v1_mmtag": "</s>",
-    "llama_2": " </s>",
-    "chatml": "<|im_end|>",
-}
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "tiny_spm.model"))
 CONTROL = {0: "<unk>", 1: "<s>", 2: "</s>", 700: "<image>", 701: "<pad>"}
 
