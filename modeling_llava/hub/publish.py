@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import pipeline
 
 from ..io.adapters import find_base
-from ..io.checkpoints import PROJECTOR_CONFIG_NAME, checkpoint_kind, load_processor
+from ..io.checkpoints import PROJECTOR_CONFIG_NAME, base_of, checkpoint_kind, load_processor
 from ..io.files import HUB_NAME
 from ..text.stops import needed_by_stock
 from .card_fields import check_card_fields
@@ -141,9 +141,10 @@ def ask_once(folder: str | os.PathLike, source: str | os.PathLike) -> str:
     if checkpoint_kind(folder) == "adapter":  # of which the source may name its base by a local path
         path = os.fspath(source)
         try:
-            find_base(path)
+            base_of(path)
         except ValueError as error:
             raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
+        find_base(path)  # whether it fits
     pipe = pipeline("image-text-to-text", model=path, processor=load_processor(folder))
     image = Image.new("RGB", (64, 64), (120, 160, 200))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]

@@ -132,10 +132,10 @@ def require_fits(path: str, base: str, base_revision: str | None = None, **hub) 
         "are missing": expected.keys() - shapes.keys(),
     }
     if found := [f"{len(names)} tensors {what} (such as {min(names)})" for what, names in faults.items() if names]:
+        convert = f" An adapter of another format is converted: llava convert {path} OUT --base BASE"
         raise ValueError(
             f"The adapter {path} does not fit the base {base}: {', '.join(found)}. Copy the adapter again, or give the model on which "
-            "it was trained with --base; an adapter of a language model alone, or of the original LLaVA, is converted: "
-            f"llava convert {path} OUT --base BASE"
+            f"it was trained with --base.{convert if surplus else ''}"
         )
 
 
