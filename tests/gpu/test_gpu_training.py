@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
+from modeling_llava.evaluation.callback import SampleAnswersCallback
 from modeling_llava.training import preset_names, read_recipe, train
 from modeling_llava.training.estimate import (
     CUDA_CONTEXT,
@@ -132,29 +133,32 @@ def long_rows(tmp_path, instructions):
     return path
 
 
-@pytest.mark.parametrize("checkpointing", ["on", "every_second", "off"])
-@pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("qlora-")])
-def test_peak_is_within_10_percent_of_the_estimate(
-    preset, checkpointing, wide_model, long_rows, instructions, tmp_path
-):
+# what `auto` takes for 7B on the card of the preset, and for 13B on one of 12 GB
+CHECKPOINTED = [("8gb", "on"), ("12gb", "every_second"), ("12gb", "offload"), ("16gb", "off"), ("24gb", "off")]
+
+
+@pytest.mark.parametrize("card, checkpointing", CHECKPOINTED)
+def test_peak_is_within_10_percent_of_the_estimate(card, checkpointing, wide_model, long_rows, instructions, tmp_path):
     """Under a cap that stands for the card: training, evaluation, answers, saving and resuming."""
-    recipe = read_recipe(preset) | {
+    from bitsandbytes.optim import GlobalOptimManager
+
+    recipe = read_recipe(f"qlora-{card}") | {
         "model": str(wide_model), "data": str(long_rows), "image_folder": str(instructions.parent), "eval_size": 2,
-        "output_dir": str(tmp_path / "run"), "max_steps": 2, "save_steps": 1, "global_batch_size": None, "sample_answers": 1,
+        "output_dir": str(tmp_path / "run"), "save_steps": 1, "global_batch_size": None, "sample_answers": 1,
         "gradient_accumulation_steps": 2, "activation_checkpointing": checkpointing, "dataloader_num_workers": 0,
-        "report_to": "none", "preview_samples": 0, "overflow": "truncate_text",
+        "report_to": "none", "preview_samples": 0, "eval_strategy": "steps", "eval_steps": 1,
     }  # fmt: skip
     value = {"on": True, "off": False}.get(checkpointing, checkpointing)
     settings = Settings(**recipe | {"activation_checkpointing": value, "supervised": 0.7, "images": 1})
     estimated = estimate(sizes_of(load_config(str(wide_model))), settings).total - CUDA_CONTEXT
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    cap = 1.1 * estimated
-    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
-    train(recipe)
-    gc.collect()
-    torch.cuda.empty_cache()
-    train(recipe | {"max_steps": 3})  # resumes
+    torch.cuda.set_per_process_memory_fraction(1.1 * estimated / torch.cuda.get_device_properties(0).total_memory)
+    for max_steps in (2, 3):  # then it resumes
+        train(recipe | {"max_steps": max_steps}, callbacks=[SampleAnswersCallback(1)])
+        GlobalOptimManager.get_instance().module_weight_config_triple.clear()  # it keeps the embeddings of every model
+        gc.collect()
+        torch.cuda.empty_cache()
     reserved = torch.cuda.max_memory_reserved()
     assert reserved == pytest.approx(estimated, rel=0.1), f"{reserved / GIB:.2f} GiB"
 
