@@ -26,6 +26,7 @@ from ..configuration_llava import LlavaConfig, count_additional_image_tokens, co
 from ..io.checkpoints import COMPONENTS, base_of, checkpoint_kind
 from ..modeling_llava import LlavaForConditionalGeneration
 from .arguments import LlavaTrainingArguments
+from .setup import tower_layers, unused_tower_parameters
 
 
 MIB, GIB = 2**20, 2**30
@@ -77,18 +78,22 @@ class ModelSizes:
 
     config: LlavaConfig
     tower: int
+    tower_used: int  # of it what reaches the loss: the most that is trained
+    tower_layers: int  # that reach the loss
     projector: int
     language_model: int  # with its head
     head: int
     embeddings: int  # the embedding matrix, and the head if it has its own
     layer_matrices: int  # linear layers of the language model but its head: what QLoRA keeps in 4 bits
     layer_rest: int  # norms and biases of the language model
-    linears: dict[str, list[tuple[int, int]]]  # component → (inputs, outputs) of its linear layers but the head
+    linears: dict[
+        str, list[tuple[int, int]]
+    ]  # component → (inputs, outputs) of its linear layers that reach the loss, but the head
     patches: int  # per image
     vision_tokens: int  # per image: patches and class token
 
     def lora(self, rank: int, component: str = "language_model") -> int:
-        """Parameters of the LoRA weights of every linear layer of a component."""
+        """Parameters of the LoRA weights of every linear layer of a component that reaches the loss."""
         return sum(rank * (inputs + outputs) for inputs, outputs in self.linears[component])
 
 
@@ -113,8 +118,14 @@ def sizes_of(config: PreTrainedConfig) -> ModelSizes:
             "nothing can be estimated."
         )
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    for unused in unused_tower_parameters(model):
+        unused.requires_grad_(False)
     linears = {
-        name: [(m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear)]
+        name: [
+            (m.in_features, m.out_features)
+            for m in part.modules()
+            if isinstance(m, nn.Linear) and m.weight.requires_grad
+        ]
         for name, part in parts.items()
     }
     matrices = sum(inputs * outputs for inputs, outputs in linears["language_model"])
@@ -125,6 +136,8 @@ def sizes_of(config: PreTrainedConfig) -> ModelSizes:
     return ModelSizes(
         config=config,
         tower=counts["vision_tower"],
+        tower_used=sum(p.numel() for p in parts["vision_tower"].parameters() if p.requires_grad),
+        tower_layers=tower_layers(model)[2] or vision.num_hidden_layers,
         projector=counts["multi_modal_projector"],
         language_model=language_model,
         head=head,
@@ -251,10 +264,11 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         # a scale per 64 weights: in 8 bits, with a float32 scale per 256 of those, or in float32
         matrices, of_matrices = 0.5 + (1 / 64 + 4 / (64 * 256) if settings.double_quant else 4 / 64), "4-bit"
     trains_tower, trains_projector = settings.train_vision_tower, settings.train_projector == "full"
-    of_tower, of_projector = (t + original if trained else c for trained in (trains_tower, trains_projector))
+    of_tower = sizes.tower * c + trains_tower * (sizes.tower * original + sizes.tower_used * (t - c))
     result.weights = {
-        f"vision tower, {_dtype(t if trains_tower else c)}": sizes.tower * of_tower,
-        f"projector, {_dtype(t if trains_projector else c)}": sizes.projector * of_projector,
+        f"vision tower, {_dtype(t if trains_tower else c)}": of_tower,
+        f"projector, {_dtype(t if trains_projector else c)}": sizes.projector
+        * (t + original if trains_projector else c),
         f"language model, layers, {of_matrices}": sizes.layer_matrices * matrices + sizes.layer_rest * frozen,
         f"embeddings, head, {_dtype(frozen)}": sizes.embeddings * frozen,
     }
@@ -264,7 +278,9 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
         lora = in_layers + settings.lora_vision_tower * sizes.lora(settings.lora_r, "vision_tower")
         lora += (settings.train_projector == "lora") * sizes.lora(settings.lora_r, "multi_modal_projector")
         result.weights[f"LoRA, rank {settings.lora_r}, {_dtype(t)}"] = lora * t
-    trained = trains_projector * sizes.projector + trains_tower * sizes.tower + (lora if trains_lora else in_layers)
+    trained = (
+        trains_projector * sizes.projector + trains_tower * sizes.tower_used + (lora if trains_lora else in_layers)
+    )
     result.trained_parameters = trained
     result.gradients = trained * t
     state = trained * _state_bytes(settings.optim, t)
@@ -283,10 +299,10 @@ def estimate(sizes: ModelSizes, settings: Settings) -> Estimate:
     outside = tokens * h * (3 * settings.residual_bytes + c)  # embeddings, last norm, hidden states
     outside += images * sizes.patches * (vision.hidden_size * feature_layers + 2 * h) * max(c, 4)
     if trains_tower or settings.lora_vision_tower:
-        of_layer, tower_layers = (8 * vision.hidden_size + 4 * vision.intermediate_size) * c, vision.num_hidden_layers
-        kept = tower_layers * of_layer
+        of_layer = (8 * vision.hidden_size + 4 * vision.intermediate_size) * c
+        kept = sizes.tower_layers * of_layer
         if settings.activation_checkpointing:
-            kept = tower_layers * vision.hidden_size * c + of_layer
+            kept = sizes.tower_layers * vision.hidden_size * c + of_layer
         outside += images * sizes.vision_tokens * kept
     # The peak is where the MLP's last product is differentiated, or just after it, when its inputs are freed
     at_down = ((3 if trains_lora and settings.lora_dropout else 2) * m + h) * c

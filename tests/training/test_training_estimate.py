@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.training import LlavaTrainingArguments
 from modeling_llava.training.estimate import Settings, estimate, load_config, sizes_of
-from modeling_llava.training.setup import add_adapter
+from modeling_llava.training.setup import prepare_model
 
 
 VISION = {
@@ -93,17 +93,33 @@ def test_evaluation_answers_and_larger_adapters_count():
     assert total(optim="adamw_torch") > total(optim="adamw_8bit") > total(optim="paged_adamw_8bit")
 
 
-@pytest.mark.parametrize("text", ["llama", "phi3", "qwen2"])
-def test_lora_weights_are_counted_as_peft_adds_them(text, tmp_path):
-    fused = {"pad_token_id": 0} if text == "phi3" else {}  # whose queries, keys and values are one linear layer
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"text": "phi3", "pad_token_id": 0},  # whose queries, keys and values are one linear layer
+        {"text": "qwen2"},
+        {"train_projector": "lora"},
+        {"train_projector": "frozen"},
+        {"lora_vision_tower": True},  # of three layers the last does not reach the loss
+        {"train_vision_tower": True},
+        {"adapter": "none", "train_vision_tower": True},
+        {"adapter": "none", "stage": "pretrain"},
+    ],
+    ids=str,
+)
+def test_weights_and_what_is_trained_are_those_of_the_model(settings, tmp_path):
+    recipe = {"adapter": "lora", "lora_r": 4, "precision": "bf16", **settings}
+    text = {**TEXT, "num_key_value_heads": 2, "pad_token_id": recipe.pop("pad_token_id", None)}
     config = LlavaConfig(
         vision_config=AutoConfig.for_model("clip_vision_model", **VISION),
-        text_config=AutoConfig.for_model(text, **{**TEXT, "num_key_value_heads": 2, **fused}),
+        text_config=AutoConfig.for_model(recipe.pop("text", "llama"), **text),
     )
-    args = LlavaTrainingArguments(str(tmp_path), adapter="lora", lora_r=4)
-    adapted = add_adapter(LlavaForConditionalGeneration(config), args)
-    added = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
-    assert sizes_of(config).lora(4) == added
+    args = LlavaTrainingArguments(str(tmp_path), **recipe)
+    parameters = list(prepare_model(LlavaForConditionalGeneration(config), args).parameters())
+    estimated = estimate(sizes_of(config), Settings.of(args))
+    assert estimated.trained_parameters == sum(p.numel() for p in parameters if p.requires_grad)
+    assert sum(estimated.weights.values()) == sum(p.numel() * p.element_size() for p in parameters)
 
 
 def test_a_configuration_without_a_size_is_named():
