@@ -214,7 +214,7 @@ def collate(samples: list, side: str, pixels) -> dict:
     import torch
 
     if side == "ours":
-        from modeling_llava.data.packing import pack_sequences
+        from modeling_llava.data.collator import pack_sequences
 
         return {
             **pack_sequences([ids for ids, _ in samples], [labels for _, labels in samples]),

@@ -12,7 +12,6 @@ from ..configuration_llava import count_image_tokens
 from ..constants import IGNORE_INDEX
 from ..processing_llava import num_image_tokens
 from .labels import conversation_length, encode_conversation
-from .packing import pack_sequences
 from .schema import (
     PLACEHOLDER_SAMPLE,
     TOO_LONG,
@@ -350,3 +349,52 @@ def _with_images(content: Any, after: bool) -> Any:
     text = "".join(item["text"] for item in content if item["type"] == "text").strip()
     texts = [{"type": "text", "text": text}] if text else []
     return texts + images if after else images + texts
+
+
+def pack_sequences(input_ids: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | int]:
+    """
+    Concatenate samples into one row.
+
+    Args:
+        input_ids (`Sequence[torch.LongTensor]`, each of shape `(length_i,)`):
+            Token ids, image tokens expanded. At least one sample, none of them empty.
+        labels (`Sequence[torch.LongTensor]`, each of shape `(length_i,)`): As long as their `input_ids`.
+
+    Returns:
+        `dict`: with T the sum of the lengths,
+
+        - `input_ids`, `labels`, `position_ids` (`torch.LongTensor` of shape `(1, T)`): positions restart at 0 with each
+          sample; the first label of each is `IGNORE_INDEX`, since the token before it belongs to another sample;
+        - `cu_seq_lens_q`, `cu_seq_lens_k` (`torch.IntTensor` of shape `(num_samples + 1,)`): where samples begin, and T;
+        - `max_length_q`, `max_length_k` (`int`): tokens of the longest sample.
+
+        The names are transformers' `FlashAttentionKwargs`. There is no `attention_mask`: nothing is padding.
+
+    Example:
+
+    ```python
+    >>> pack_sequences([tensor([1, 8, 9]), tensor([1, 7])], [tensor([-100, 8, 9]), tensor([-100, 7])])
+    {"input_ids":     [[1, 8, 9, 1, 7]],
+     "labels":        [[-100, 8, 9, -100, 7]],
+     "position_ids":  [[0, 1, 2, 0, 1]],
+     "cu_seq_lens_q": [0, 3, 5], "cu_seq_lens_k": [0, 3, 5], "max_length_q": 3, "max_length_k": 3}
+    ```
+    """
+    if not input_ids:
+        raise ValueError("A pack needs at least one sample.")
+    lengths = [len(ids) for ids in input_ids]
+    if any(len(row) != length for row, length in zip(labels, lengths)) or not all(lengths):
+        raise ValueError(f"Samples of {lengths} tokens came with labels of {[len(row) for row in labels]}.")
+    packed_labels = torch.cat(tuple(labels))  # a copy: the samples' own labels stay as they are
+    cu_seq_lens = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed_labels[cu_seq_lens[:-1].long()] = IGNORE_INDEX
+    longest = max(lengths)
+    return {
+        "input_ids": torch.cat(tuple(input_ids))[None],
+        "labels": packed_labels[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

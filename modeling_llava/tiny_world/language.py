@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..constants import IGNORE_INDEX
-from ..data.packing import pack_sequences
+from ..data.collator import pack_sequences
 from ..kernels.packed_attention import VARLEN, mask_of_pack
 from .responder import Question, choose_questions, list_questions, list_reasoning, write_description
 from .scenes import Scene, write_captions

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_llava.data.packing import PackedDataset, PackedStream, best_fit_packs, pack_sequences
+from modeling_llava.data.collator import pack_sequences
+from modeling_llava.data.packing import PackedDataset, PackedStream, best_fit_packs
 
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=120)
