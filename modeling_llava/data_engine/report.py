@@ -63,8 +63,7 @@ def write_report(
 def read_drop_list(path: str | Path) -> frozenset[str]:
     """The ids in a list that was downloaded from the report. ValueError if the file has another form."""
     try:
-        dropped = json.loads(Path(path).read_text("utf-8"))
-        names = dropped["drop"] if isinstance(dropped, dict) else dropped
+        names = json.loads(Path(path).read_text("utf-8"))["drop"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError
     except (ValueError, KeyError, TypeError):
