@@ -49,11 +49,8 @@ UNQUANTISED_MODULES = ["model.vision_tower", "model.multi_modal_projector", "lm_
 
 def what_to_load(path: str | os.PathLike, kwargs: dict) -> tuple[str, str | None, dict]:
     """
-    For `from_pretrained(path, **kwargs)` of a model: the full model, the adapter to put on it, if any, and what finds its files. Of
-    `kwargs`, what is the adapter's is taken out.
-
-    Raises:
-        ValueError: as [`find_base`].
+    For `from_pretrained(path, **kwargs)`: the full model, the adapter to put on it, if any, and what finds its files. What of
+    `kwargs` is the adapter's is taken out.
     """
     names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
     hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -77,12 +74,7 @@ def find_base(
     base_revision: str | None = None,
     **hub,
 ) -> tuple[str, str | None]:
-    """
-    The base of an adapter or a projector, and its revision; `base` and `base_revision` replace those that it names.
-
-    Raises:
-        ValueError: as [`base_of`]; or the weights are not for the base ([`require_fits`]).
-    """
+    """The base of an adapter or projector ([`base_of`]; or `base`), and its revision, seen to fit ([`require_fits`])."""
     path = os.fspath(path)
     if base is None:
         base, base_revision = base_of(path, revision, **hub)

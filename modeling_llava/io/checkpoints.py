@@ -72,11 +72,8 @@ def checkpoint_kind(
     path: str | os.PathLike, revision: str | None = None, config: PreTrainedConfig | None = None, **hub
 ) -> Literal["full", "adapter", "projector"]:
     """
-    What `path`, a folder or a Hub name, holds, by the names and the contents of its small files. `config` is given in place of
-    a `config.json`.
-
-    Raises:
-        FileNotFoundError, ValueError: it is neither of both, or holds nothing that can be loaded ([`require_llava`]).
+    What a folder or Hub name holds, by its small files; `config` is given in place of a `config.json`. FileNotFoundError or
+    ValueError if it is neither of both, or holds nothing that can be loaded ([`require_llava`]).
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
@@ -94,10 +91,8 @@ def checkpoint_kind(
 
 def require_llava(path: str | os.PathLike, **hub) -> bool:
     """
-    Whether a folder or Hub name is an adapter; `hub` are `revision`, `token` and other arguments of `cached_file`.
-
-    Raises:
-        ValueError: it is another model, in the original's format, or an adapter without weights; nothing large was read.
+    Whether a folder or Hub name is an adapter; `hub` are `revision`, `token` and other arguments of `cached_file`. ValueError if it
+    is another model, in the original's format, or an emptied adapter; nothing large is read.
     """
     path = os.fspath(path)
     config = read_config(file_of(path, "config.json", **hub))
@@ -188,10 +183,8 @@ def has_processor(path: str | os.PathLike, revision: str | None = None) -> bool:
 
 def load_processor(path: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
     """
-    The processor of a folder or Hub name. What older ones lack (`patch_size`) is the model's configuration's.
-
-    Raises:
-        FileNotFoundError, ValueError: it is neither of both, or holds no processor, or a damaged one.
+    The processor of a folder or Hub name; what older ones lack (`patch_size`) is the model's configuration's. FileNotFoundError or
+    ValueError if it holds none, or a damaged one.
     """
     path = os.fspath(path)
     _require_folder_or_hub_name(path)
@@ -230,10 +223,8 @@ def adapter_shapes(path: str, **hub) -> dict[str, list[int]]:
 
 def base_of(path: str | os.PathLike, revision: str | None = None, **hub) -> tuple[str, str | None]:
     """
-    The model on which an adapter or a projector was trained, and its branch, tag or commit (`None` for the main branch).
-
-    Raises:
-        ValueError: it names none, or one that is gone or is not a full LLaVA.
+    The model on which an adapter or a projector was trained, and its branch, tag or commit (`None`: the main branch). ValueError if
+    it names none, or one that is gone or is not a full LLaVA.
     """
     path = os.fspath(path)
     file = find_adapter_config_file(path, revision=revision, **hub) or file_of(
@@ -316,12 +307,7 @@ def by_module_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor])
 
 @torch.no_grad()
 def load_full_weights(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """
-    Copy the weights of a full checkpoint into a model that exists, without a second model in memory.
-
-    Raises:
-        ValueError: names or shapes of the file and of the model differ.
-    """
+    """Copy the weights of a full checkpoint into a model. ValueError where names or shapes differ."""
     targets = saved_tensors(model)
     own_storage = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     if any(tensor.untyped_storage().data_ptr() not in own_storage for tensor in targets.values()):
@@ -411,10 +397,8 @@ def save_projector(
 @torch.no_grad()
 def load_projector(model: PreTrainedModel, path: str | os.PathLike, revision: str | None = None) -> list[str]:
     """
-    Put what a pretrain run trained into a model; the names of the components that were replaced.
-
-    Raises:
-        ValueError: the folder is not a pretrain run's, or it was trained for a model of other sizes or features.
+    Put what a pretrain run trained into a model, or on the meta device see that it fits; the names of the components. ValueError if
+    the folder is not a pretrain run's, or for a model of other sizes or features.
     """
     path = os.fspath(path)
     config = read_config(file_of(path, PROJECTOR_CONFIG_NAME, revision))

@@ -62,13 +62,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 @contextmanager
 def atomic_path(path: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
     """
-    A path to write in place of `path`: it takes that name when the block ends, and is removed if the block raises.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file's name; one that is there is replaced.
-        sync (`bool`, *optional*, defaults to `False`):
-            Wait until the content is on the disk before it takes the name: it survives a power cut.
+    A path to write in place of `path`: it takes that name when the block ends, and is removed if the block raises. With `sync` its
+    content is on the disk before: it survives a power cut.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -96,10 +91,8 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 def lock(descriptor: int, wait: bool = False) -> bool:
     """
-    Lock an open file, or on POSIX an open folder, until it is closed or the process dies.
-
-    Returns:
-        `bool`: `False` if another process has it (never with `wait`); `True` also on a file system without locks.
+    Lock an open file, or on POSIX an open folder, until it is closed or the process dies; `False` if another process has it (never
+    with `wait`), `True` also on a file system without locks.
     """
     try:
         if os.name == "nt":

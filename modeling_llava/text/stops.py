@@ -27,10 +27,7 @@ _LOOPS = re.compile(r"\{%-?\s*(?:for\b(.*?)\bin\b(.*?)-?%\}|endfor\b)", re.DOTAL
 def answer_stop(processor: ProcessorMixin) -> str:
     """
     The stop with which the processor's chat template ends an answer: a special token such as `"</s>"`, or a text such as `"###"`;
-    `""` where only white space, or nothing, follows an answer.
-
-    Raises:
-        ValueError: there is no chat template, or it does not render a question and its answer.
+    `""` where only white space, or nothing, follows. ValueError if there is no template, or it does not render an answer.
     """
     return _stop_and_marks(processor)[0]
 

@@ -48,24 +48,17 @@ def merge_adapter(
     base stays on the disk (mapped), and a shard of the result is in memory at a time.
 
     Args:
-        adapter (`str`):
-            An adapter folder or Hub name, or the output folder of a pretrain run.
-        output (`str`):
-            Folder to be written; it must be new or empty.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Of the written weights; `"auto"` is the base's.
-        base (`str`, *optional*):
-            The base, if it is no longer where the adapter says.
-        revision (`str`, *optional*):
-            Branch, tag or commit of `adapter`.
+        adapter (`str`): An adapter folder or Hub name, or the output folder of a pretrain run.
+        output (`str`): Folder to be written; it must be new or empty.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of the written weights; `"auto"` is the base's.
+        base (`str`, *optional*): The base, if it is no longer where the adapter says.
+        revision (`str`, *optional*): Branch, tag or commit of `adapter`.
         as_trained (`bool`, *optional*, defaults to `False`):
             Round the language model to the 4 bits of its training (by the adapter's `recipe.yaml`) and back first, so that the
             result computes what was trained; otherwise the adapter meets weights that it has not seen.
 
     Raises:
-        ImportError: `as_trained` without bitsandbytes.
-        ValueError: `adapter` is a full model, or not finite; the base holds 4-bit weights; `output` is not empty; `as_trained` for an
-            adapter that was not trained on a 4-bit base.
+        ValueError: `adapter` is a full model, not finite, or does not fit; the base holds 4-bit weights; `output` is not empty.
     """
     kind = checkpoint_kind(adapter, revision)
     if kind == "full":

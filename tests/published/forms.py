@@ -19,20 +19,15 @@ that a real repository has, over random weights and a vocabulary of some hundred
 template's text for `CONVERSATION[:1]`), `learnt` (what each answer of `CONVERSATION` teaches), `stop`, `base_stops` (whether
 the published generation configuration ends there).
 
-Sources, all read on huggingface.co: llava-hf/llava-1.5-7b-hf and -13b-hf (config.json, generation_config.json,
-tokenizer_config.json, added_tokens.json, chat_template.json, sizes of the files per revision), copies of its processor_config.json,
-llava-hf/llava-interleave-qwen-*-hf, xtuner/llava-llama-3-8b-v1_1-transformers and -hf, lmsys/vicuna-*-v1.5,
-mmaaz60/LLaVA-7B-Lightening-v1-1, wojtab/llava-7b-v0-4bit-128g and JefferyZhan/Griffon (copies of liuhaotian's configurations),
-google/gemma-2b-it, microsoft/Phi-3-mini-4k-instruct (copies).
+Sources, read on huggingface.co: llava-hf/llava-1.5-*-hf (with the sizes of its files per revision), llava-interleave-qwen-*-hf,
+xtuner/llava-llama-3-8b-v1_1-transformers and -hf, lmsys/vicuna-*-v1.5, mmaaz60/LLaVA-7B-Lightening-v1-1, wojtab/llava-7b-v0-4bit-128g
+and JefferyZhan/Griffon (copies of liuhaotian's configurations), google/gemma-2b-it, microsoft/Phi-3-mini-4k-instruct. From memory: the
+language models' templates (their behaviour) and tokenizer_config.json, the sampling values of Llama-3's, Qwen's and Mistral's generation
+configurations, bakLlava's and xtuner's processor files, v0's tokenizer_config.json, and whether llava-hf's config.json has
+`image_seq_length`: both kinds are here.
 
-From memory, not looked up: the language models' templates (their behaviour) and tokenizer_config.json; the sampling values
-of Llama-3's, Qwen's and Mistral's generation configurations; that the newest llava-hf tokenizer_config.json names the image
-token; bakLlava's chat template and processor files; the processor files of xtuner's repository; v0's tokenizer_config.json
-and special_tokens_map.json (whose 97 bytes speak for `</s>` as its BOS token: not rebuilt here). Whether llava-hf's
-config.json has `image_seq_length` today is not known: both kinds are here.
-
-What differs from the real ones on purpose: sizes, ids, and shards of a few kilobytes. Forms without `image_seq_length` keep
-336 pixels and 576 tokens per image, its default; the others have 28 pixels and 4 tokens.
+What differs on purpose: sizes, ids, and shards of a few kilobytes. Forms without `image_seq_length` keep 336 pixels and 576 tokens
+per image, its default; the others have 28 pixels and 4 tokens.
 """
 
 import atexit
