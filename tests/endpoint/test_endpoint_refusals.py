@@ -1,9 +1,9 @@
 """Requests that the endpoint refuses each time (HTTP 400): the request's fault, or that of the settings."""
 
 import asyncio
-import json
 
 import pytest
+from test_endpoint_batch import output_line
 
 from modeling_llava.endpoint import (
     Ledger,
@@ -134,22 +134,14 @@ def test_others_that_wait_for_a_limit_are_not_taken_for_refused(tmp_path):
     assert (done.stopped, done.accepted, done.rejected) == ("done", 3, 9)
 
 
-def lines_of(requests, refused):
-    for number, line in enumerate(requests):
-        body = {"choices": [{"message": {"content": "good"}}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
-        if number in refused:
-            body = {"error": {"message": "filtered"}}
-        response = {"status_code": 400 if number in refused else 200, "body": body}
-        yield json.dumps({"custom_id": json.loads(line)["custom_id"], "response": response, "error": None})
-
-
 def test_what_a_batch_refuses_is_settled_where_it_answers_others(tmp_path):
     pytest.importorskip("openai")
     model, judge, refused = OpenAIModel("m", base_url="http://localhost:1/v1"), lambda *_: Verdict(), range(30)
     with Ledger(tmp_path / "l") as ledger:
         for numbers in (range(40), range(40), refused):
             lines = write_batch(tasks(range(40)), model, ledger, tmp_path / "out").files[0].read_text().splitlines()
-            (tmp_path / "r").write_text("\n".join(lines_of(lines, numbers)))
+            results = [output_line(text, status=400 if n in numbers else 200) for n, text in enumerate(lines)]
+            (tmp_path / "r").write_text("\n".join(results))
             read = read_batch(tasks(range(40)), [tmp_path / "r"], ledger, judge=judge)
             if numbers != refused:  # all of it refused: a setting, whenever it happens
                 assert (read.refused, read.faults) == (0, {"400": 40})

@@ -57,19 +57,10 @@ def test_scores_are_metrics_of_every_evaluation_and_training_is_the_same(tmp_pat
     assert "eval_pope_accuracy" in trainer.evaluate()  # where metric_for_best_model looks
 
 
-def test_modes_are_restored(tmp_path, benchmarks):
-    processor = tiny_processor()
-    model = tiny_llava(processor).train()
-    model.model.vision_tower.eval()
-    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    trainer = Trainer(model, arguments, processing_class=processor)
-    EvaluationCallback(benchmarks[:1]).on_evaluate(arguments, trainer.state, None, {}, model, processor)
-    assert model.training and not model.model.vision_tower.training
-
-
 def test_each_process_answers_a_shard_and_all_know_the_scores(tmp_path, benchmarks, monkeypatch):
     processor = tiny_processor()
-    model, state = tiny_llava(processor), SimpleNamespace(log_history=[], global_step=1, epoch=1.0)
+    model, state = tiny_llava(processor).train(), SimpleNamespace(log_history=[], global_step=1, epoch=1.0)
+    model.model.vision_tower.eval()
     metrics, shards, sent = [{}, {}], [], []
     monkeypatch.setattr(callback, "gather_object", lambda found: shards.append(found) or [*shards[0], *shards[-1]])
     monkeypatch.setattr(callback, "broadcast_object_list", lambda one: sent.append(one[0]) or [one[0] or {}])
@@ -81,6 +72,7 @@ def test_each_process_answers_a_shard_and_all_know_the_scores(tmp_path, benchmar
     assert [sorted(name for name, _ in shard) for shard in shards] == [["r/1", "r/3"], ["r/0", "r/2"]]
     assert sent[0] is None and sent[1] == metrics[0] and "eval_pope_accuracy" in metrics[0]
     assert not (tmp_path / "1").exists() and (tmp_path / "0" / "benchmarks.jsonl").exists()
+    assert model.training and not model.model.vision_tower.training  # the modes are restored
 
 
 def test_sharded_weights_are_refused_before_the_first_step(benchmarks):

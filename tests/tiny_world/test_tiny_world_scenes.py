@@ -23,17 +23,13 @@ def test_held_out_pairs_are_in_held_out_scenes_alone_and_both_halves_of_each_are
         assert len(HELD_OUT & set(pairs_of(scene))) == 1
 
 
-def test_within_a_scene_every_question_has_one_answer():
-    for scene in draw_scenes(300, 1, "train"):
+def test_within_a_scene_every_question_has_one_answer_and_boxes_are_in_their_cells():
+    for scene in draw_scenes(500, 2, "train"):
         things = scene.things
         assert len({t.category for t in things}) == len({t.colour for t in things}) == len(things)
         assert len({(t.row, t.column) for t in things}) == len(things)
         assert sum(t.size == "large" for t in things) <= 1
-
-
-def test_boxes_lie_inside_the_image_and_in_their_cell():
-    for scene in draw_scenes(500, 2, "train"):
-        for thing in scene.things:
+        for thing in things:
             x, y, width, height = box_of(thing, 160, 160)
             assert 0 <= x and 0 <= y and x + width <= 160 and y + height <= 160
             assert thing.column == ("left", "middle", "right")[int((x + width / 2) // (160 / 3))]
