@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from published import ANSWERS, CONVERSATION, QUESTION, build, each_form, templates
+from published import ANSWERS, CONVERSATION, FORMS, QUESTION, build, every_form, templates
 from tiny_predictor import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
@@ -46,7 +46,7 @@ def test_templates_have_the_size_of_the_published_files(template, size):
     assert len(json.dumps({"chat_template": template}, indent=2)) == size
 
 
-@each_form()
+@every_form
 def test_labels_are_each_answer_and_its_stop_and_prompts_are_the_published_ones(form, tmp_path):
     _, processor = load_model_and_processor(LlavaTrainingArguments(**settings(form, tmp_path)))
     encoded = encode_conversation(CONVERSATION, processor)
@@ -70,8 +70,9 @@ def data(tmp_path):
     return {"data": str(tmp_path / "data.json"), "image_folder": str(tmp_path), "max_length": 1024}
 
 
-@each_form(fast=("llava-hf", "llava-hf-2024", "interleave-qwen", "llama3", "gemma"))
-def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(form, data, tmp_path):
+@pytest.mark.parametrize("name", ["llava-hf", "llava-hf-2024", "interleave-qwen", "llama3", "gemma"])
+def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(name, data, tmp_path):
+    form = FORMS[name]
     steps = {"max_steps": 1, "learning_rate": 1e-3, "precision": "fp32", "save_strategy": "no"}
     train(settings(form, tmp_path / "run", **data, **steps))
     stock = StockLlava.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()

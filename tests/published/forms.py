@@ -2,9 +2,9 @@
 Tiny checkpoints in the form of what is published: every file, key, special token, chat template and generation configuration
 that a real repository has, over random weights and a vocabulary of some hundred pieces.
 
-    from published import FORMS, build, copy, each_form
+    from published import FORMS, build, copy, every_form
 
-    @each_form()                                 # @pytest.mark.parametrize("form", …) over all of FORMS
+    @every_form                                  # @pytest.mark.parametrize("form", …) over all of FORMS
     def test_…(form, tmp_path):
         folder = build(form)                     # written once per session, of read-only use; `form` or its name
         folder = copy(form, tmp_path / "model")  # a copy of its own
@@ -709,18 +709,11 @@ def build_siglip(language: str, wide: bool = False) -> Path:
     return _once("siglip-wide" if wide else "siglip", language, write)
 
 
-def each_form(fast: tuple[str, ...] = tuple(FORMS)):
-    """Parametrises a test over `FORMS`; those that are not `fast` are slow tests."""
-    parameters = [
-        pytest.param(form, id=name, marks=[] if name in fast else [pytest.mark.slow]) for name, form in FORMS.items()
-    ]
-    return pytest.mark.parametrize("form", parameters)
-
-
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 every_original = pytest.mark.parametrize("original", ORIGINALS.values(), ids=ORIGINALS)
 
 
 __all__ = [
     "ANSWERS", "CONVERSATION", "FORMS", "LANGUAGES", "ORIGINALS", "QUESTION", "Form", "Language", "Original", "build",
-    "build_language", "build_original", "build_siglip", "build_tower", "copy", "each_form", "every_original",
+    "build_language", "build_original", "build_siglip", "build_tower", "copy", "every_form", "every_original",
 ]  # fmt: skip
