@@ -26,20 +26,21 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "images_per_sample, new_image, options",
+    "images_per_sample, new_image, options, static",
     [
-        ((1,), False, {}),
-        ((2,), True, {}),
-        ((1, 1), True, {}),
-        ((1,), True, {"num_beams": 2}),
-        ((1,), True, {"prefill_chunk_size": 5}),
+        ((1,), False, {}, False),
+        ((1,), False, {}, True),
+        ((2,), True, {}, False),
+        ((1, 1), True, {}, False),
+        ((1,), True, {"num_beams": 2}, False),
+        ((1,), True, {"prefill_chunk_size": 5}, False),
     ],
 )
-def test_a_kept_cache_takes_the_whole_conversation_again(model, images_per_sample, new_image, options):
+def test_a_kept_cache_takes_the_whole_conversation_again(model, images_per_sample, new_image, options, static):
     batch = without_labels(tiny_batch(images_per_sample))
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    size = len(images_per_sample)
-    cache = DynamicCache(config=model.config.text_config)
+    size, text_config = len(images_per_sample), model.config.text_config
+    cache = StaticCache(config=text_config, max_cache_len=64) if static else DynamicCache(config=text_config)
     first = model.generate(**batch, past_key_values=cache, **GREEDY)
     turn = torch.randint(3, 290, (size, 9), generator=torch.Generator().manual_seed(2))
     pixel_values = batch["pixel_values"]
@@ -51,7 +52,8 @@ def test_a_kept_cache_takes_the_whole_conversation_again(model, images_per_sampl
     ids = torch.cat([first, turn], dim=1)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
     expected = model.generate(**whole, **GREEDY, **options)
-    cache.batch_repeat_interleave(options.get("num_beams", 1))
+    if "num_beams" in options:
+        cache.batch_repeat_interleave(options["num_beams"])
     assert torch.equal(model.generate(**whole, past_key_values=cache, **GREEDY, **options), expected)
 
 
@@ -70,15 +72,6 @@ def test_a_kept_cache_still_takes_the_new_tokens_alone(model):
     rest = ids[:, cache.get_seq_length() :]
     answer = model.generate(input_ids=rest, attention_mask=mask, pixel_values=new, past_key_values=cache, **GREEDY)
     assert torch.equal(answer[:, rest.shape[1] :], expected[:, ids.shape[1] :])
-
-
-def test_a_static_cache_takes_the_whole_conversation_again(model):
-    batch = without_labels(tiny_batch((1,)))
-    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    first = model.generate(**batch, past_key_values=cache, **GREEDY)
-    ids = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
-    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch["pixel_values"]}
-    assert torch.equal(model.generate(**whole, past_key_values=cache, **GREEDY), model.generate(**whole, **GREEDY))
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 10])

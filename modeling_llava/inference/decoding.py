@@ -36,12 +36,7 @@ _MAKING = threading.Lock()
 def model_lock(model: nn.Module):
     """
     The lock that every predictor over a model holds while it computes a token: meanwhile the model attends in another way and
-    some layers compute less. Hold it for other uses of the model in another thread, such as `generate`:
-
-    ```python
-    >>> with model_lock(model):
-    ...     model.generate(**inputs)
-    ```
+    some layers compute less. Hold it (`with model_lock(model):`) for other uses of the model in another thread.
 
     Args:
         model: A LLaVA, or a `PeftModel` around it: both are one model.
@@ -160,16 +155,14 @@ class Decoder:
             prefix.features = []
         return prefix
 
-    def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int | None = None) -> Iterator[Row]:
+    def run(self, rows: Iterable[Row], settings: DecodingSettings, batch_size: int) -> Iterator[Row]:
         """
-        Answers rows, at most `batch_size` of them at a time (by default `max_rows`), and no more than memory has room for;
-        one always is. Yields a row each time it has got a token; `row.finish_reason` says whether it was the last one.
-        `rows` is read as others finish, so it may be longer than memory.
+        Answers rows, at most `batch_size` of them at a time, and no more than memory has room for; one always is. Yields a
+        row each time it has got a token; `row.finish_reason` says whether it was the last one. `rows` is read as others
+        finish, so it may be longer than memory.
 
         Rows that are answered one at a time begin with a copy of their prefix: a token then costs what it costs `generate`.
         """
-        if batch_size is None:
-            batch_size = self.max_rows
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if not self.shares_prefixes:

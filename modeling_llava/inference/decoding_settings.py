@@ -43,12 +43,11 @@ class DecodingSettings:
         max_new_tokens (`int`, defaults to 512): Tokens of an answer at most, its end token included.
         do_sample (`bool`, defaults to `False`): Draw tokens rather than take the likeliest.
         temperature, top_k, top_p: As in transformers' `GenerationConfig`; they need `do_sample`.
-        repetition_penalty (`float`, defaults to 1.0): As in `GenerationConfig`; over prompt and answer.
-        no_repeat_ngram_size (`int`, defaults to 0): As in `GenerationConfig`; over prompt and answer.
+        repetition_penalty, no_repeat_ngram_size: As in `GenerationConfig`; over prompt and answer.
         min_new_tokens (`int`, defaults to 0): Tokens of an answer before an end token may come.
         seed (`int`, defaults to 0):
             With `do_sample`. Every row draws from a generator of its own, made of the seed and the row's id: an answer
-            does not depend on what else is in the batch, nor on where an interrupted run resumed.
+            depends neither on the batch nor on where an interrupted run resumed.
         stop_strings (`tuple[str, ...]`): An answer ends before the first of them (`###` of LLaVA v0).
         end_token_ids (`tuple[int, ...]`): An answer ends with one of these.
 

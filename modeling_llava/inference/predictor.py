@@ -256,12 +256,13 @@ class LlavaPredictor:
             ValueError: a sample whose image is missing or unreadable, or whose messages and images do not match; it is named.
         """
         settings = self._settings(settings)
+        batch_size = self.decoder.max_rows if batch_size is None else batch_size
         rows = rows_of_samples(
             iter(samples),
             self.decoder,
             self.processor,
             system=self.system,
-            batch_size=self.decoder.max_rows if batch_size is None else batch_size,
+            batch_size=batch_size,
             image_folder=image_folder,
             follow_symlinks=follow_symlinks,
             template_variables=template_variables or {},

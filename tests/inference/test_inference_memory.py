@@ -88,7 +88,7 @@ def test_buffers_change_shape_with_the_rows_and_answers_do_not(model, processor,
 
     def tokens(prompts):
         rows = [Row(i, ids) for i, ids in enumerate(prompts)]
-        list(decoder.run(rows, DecodingSettings(max_new_tokens=NEW_TOKENS)))
+        list(decoder.run(rows, DecodingSettings(max_new_tokens=NEW_TOKENS), decoder.max_rows))
         return [row.tokens for row in rows]
 
     expected = [tokens([prompt])[0] for prompt in prompts]

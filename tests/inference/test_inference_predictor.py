@@ -70,14 +70,18 @@ def test_a_batch_does_not_hold_the_prefix_per_question(monkeypatch):
     assert 0 < caches[0].nbytes < 12 * 256 * key_value_bytes(model.config.get_text_config(), torch.float32)
 
 
-def test_conversation_equals_generate_on_the_whole_conversation(predictor, model, processor):
+def test_conversation_equals_generate_on_the_whole_conversation(predictor, model, processor, passes):
     image = picture(3)
     predictor.set_image(image)
     messages = []
     for number, question in enumerate(QUESTIONS):
         messages.append(user_turn(question, [image] if number == 0 else []))
         expected = generated(model, processor, messages, 10)
+        passes.tokens.clear()
         assert predictor.ask(question, keep_history=True, max_new_tokens=10) == expected
+        # The answer's text may be cut into other tokens than those that were generated: at most the answer is computed anew.
+        whole, prefix = prompt_lengths(processor, *messages)
+        assert passes.tokens[0] <= whole - prefix - 10 * (number > 0)
         messages.append(assistant_turn(expected))
     assert [question for question, _ in predictor.history] == QUESTIONS
     alone = generated(model, processor, [user_turn(QUESTIONS[1], [image])], 10)
@@ -85,17 +89,6 @@ def test_conversation_equals_generate_on_the_whole_conversation(predictor, model
     assert len(predictor.history) == len(QUESTIONS)
     predictor.forget_history()
     assert predictor.ask(QUESTIONS[1], keep_history=True, max_new_tokens=10) == alone
-
-
-def test_conversation_uses_what_it_has_computed(predictor, processor, passes):
-    predictor.set_image(picture(3))
-    predictor.ask(QUESTIONS[0], keep_history=True, max_new_tokens=6)
-    turns = [user_turn(QUESTIONS[0], [None]), assistant_turn(predictor.history[0][1]), user_turn(QUESTIONS[2])]
-    whole, prefix = prompt_lengths(processor, *turns)
-    passes.tokens.clear()
-    predictor.ask(QUESTIONS[2], keep_history=True, max_new_tokens=1)
-    # The answer's text may be cut into other tokens than those that were generated: at most the answer is computed anew.
-    assert passes.tokens[0] < whole - prefix - 10
 
 
 def test_several_images_and_none(predictor, model, processor):
@@ -239,9 +232,10 @@ def test_images_set_again_are_found_and_the_oldest_are_dropped(model, processor,
     predictor = LlavaPredictor(model, processor, max_cached_images=2)
     assert encoded(predictor, 1, 2, 1, 2, 3, 2, 1) == 4  # 1, 2, 3, and 1 again
     picture(1).save(tmp_path / "a.png")
-    assert encoded(predictor, tmp_path / "a.png", str(tmp_path / "a.png")) == 1
+    references = [tmp_path / "a.png", str(tmp_path / "a.png"), {"path": str(tmp_path / "a.png")}]
+    assert encoded(predictor, *references) == 1
     picture(9).save(tmp_path / "a.png", compress_level=0)
-    assert encoded(predictor, tmp_path / "a.png") == 1  # the file has changed
+    assert encoded(predictor, *reversed(references)) == 1  # the file has changed
     _, prefix = prompt_lengths(processor, user_turn("What?", [picture(1)]))
     of_one = prefix * key_value_bytes(model.config.get_text_config(), torch.float32)
     predictor = LlavaPredictor(model, processor, max_cached_bytes=3 * of_one)
@@ -281,10 +275,8 @@ def test_an_image_that_cannot_be_read_leaves_the_one_before(predictor, tmp_path)
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens"),
         ("a", {"end_token_ids": 2}, "end_token_ids"),
         ("a", {"stop_strings": "###"}, "stop_strings"),
-        ("a", {"repetition_penalty": 0.0}, "penalty"),
         ("a", {"min_new_tokens": -1}, "min_new_tokens"),
         ("a", {"do_sample": True, "top_p": 0.0}, "top_p"),
-        ("a", {"do_sample": True, "top_k": 0}, "top_k"),
         ("a", {"do_sample": True, "temperature": 0}, "temperature"),
         ("a", {"temperature": 0.7}, "do_sample=True"),
         ("a", {"top_k": 5}, "do_sample=True"),
@@ -344,9 +336,11 @@ def test_sampling_depends_on_seed_and_row_only(predictor):
     assert predictor.ask(QUESTIONS, seed=1, batch_size=2, **settings) == first
     assert predictor.ask(QUESTIONS[:2], seed=1, **settings) == first[:2]
     assert predictor.ask(QUESTIONS, seed=2, **settings) != first
-    assert predictor.ask(QUESTIONS, max_new_tokens=8, do_sample=True, top_k=1) == predictor.ask(
-        QUESTIONS, max_new_tokens=8
-    )
+    greedy = predictor.ask(QUESTIONS, max_new_tokens=8)
+    assert predictor.ask(QUESTIONS, max_new_tokens=8, do_sample=True, top_k=1) == greedy
+    assert predictor.ask(QUESTIONS, max_new_tokens=8, temperature=0) == greedy
+    predictor.settings = DecodingSettings(max_new_tokens=8, do_sample=True, temperature=30.0, top_k=50)
+    assert predictor.ask(QUESTIONS, do_sample=False) == greedy
 
 
 def test_model_and_processor_that_do_not_belong_together(model):
@@ -354,14 +348,6 @@ def test_model_and_processor_that_do_not_belong_together(model):
     other.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="5 image tokens but its images yield 4"):
         LlavaPredictor(model, other).set_image(picture(1))
-
-
-def test_greedy_answers_can_be_asked_of_a_predictor_that_samples(predictor):
-    predictor.set_image(picture(1))
-    greedy = predictor.ask("What?", max_new_tokens=4)
-    assert predictor.ask("What?", max_new_tokens=4, temperature=0) == greedy
-    predictor.settings = DecodingSettings(max_new_tokens=4, do_sample=True, temperature=30.0, top_k=50)
-    assert predictor.ask("What?", do_sample=False) == greedy
 
 
 LANGUAGE_MODEL_PARTS = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
@@ -408,10 +394,3 @@ def test_the_same_values_under_another_palette_or_orientation_are_another_pictur
         fresh.reset()
         fresh.set_image(after)
         assert predictor.ask(QUESTIONS[0], max_new_tokens=8) == fresh.ask(QUESTIONS[0], max_new_tokens=8)
-    reference = {"path": str(tmp_path / "c.png")}
-    answers = []
-    for seed in (1, 7):
-        picture(seed).save(tmp_path / "c.png")
-        predictor.set_image(reference)
-        answers.append(predictor.ask(QUESTIONS[0], max_new_tokens=8))
-    assert answers[0] != answers[1]
