@@ -93,7 +93,7 @@ def _print_answers(callback) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    answered = getattr(callback, "answered", {})
+    answered = getattr(callback, "answered", None)  # none of a stream without evaluation data
     if not answered:
         return
     before, after = answered[min(answered)], answered[max(answered)]

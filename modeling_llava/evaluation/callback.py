@@ -89,6 +89,7 @@ class SampleAnswersCallback(TrainerCallback):
 
     def __init__(self, num_samples: int = 8):
         self.num_samples = num_samples
+        self.answered: dict[int, list[tuple[str, str, str]]] = {}  # step → question, reference, answer
 
     def on_train_begin(self, args, state, control, **kwargs):
         if getattr(args, "is_sharded", False) and state.is_world_process_zero:
@@ -106,6 +107,7 @@ class SampleAnswersCallback(TrainerCallback):
         for sample, question in zip(samples, questions):
             asked = question["messages"]
             rows.append((_text(asked[-1]), _text(sample["messages"][len(asked)]), answers[question["id"]]))
+        self.answered[state.global_step] = rows
         page = Path(args.output_dir) / "sample_answers" / f"step-{state.global_step}.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         write_sample_page(page, f"Step {state.global_step}", samples, rows)

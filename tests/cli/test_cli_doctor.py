@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from modeling_llava.cli.main import main
 def test_report_is_about_this_machine(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["torch"] == metadata.version("torch")
     assert len(report["gpus"]) >= torch.cuda.device_count()
     assert report["problems"] == []
     assert report["cpu"]["memory_gib"] > 0 and report["disk_free_gib"] > 0

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import warning_once
 
 from modeling_llava import LlavaForConditionalGeneration
+from modeling_llava.constants import is_older
 from modeling_llava.data import LlavaDataCollator, load_conversations
 from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.setup import load_model_and_processor
@@ -64,8 +65,12 @@ def test_plain_trainer_gives_logits_and_labels_to_compute_metrics(plain_trainer)
 
         return found, plain_trainer(stock, metrics).evaluate()
 
-    (ours, scores), (stock, expected) = shapes(False), shapes(True)
-    assert ours == stock and ours["shapes"][1][0] == 24
+    ours, scores = shapes(False)
+    assert ours["shapes"][1][0] == 24
+    if not is_older(transformers.__version__, "5.24"):
+        pytest.skip("stock's evaluation gathers outputs that hold None, which raises in 5.24")
+    stock, expected = shapes(True)
+    assert ours == stock
     for name in ("eval_loss", "eval_accuracy"):
         assert scores[name] == pytest.approx(expected[name], abs=1e-4)
 
