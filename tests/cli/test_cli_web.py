@@ -81,21 +81,17 @@ def test_visitors_read_a_folders_name_and_not_where_it_lies(folder):
     assert _title("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
-def test_without_gradio_the_extra_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+@pytest.mark.parametrize("version, fix", [(None, "install 'modeling-llava[web]'"), ("5.50.0", "≥ 6.24, 5.50.0 is")])
+def test_without_gradio_or_with_an_old_one_the_fix_is_named(folder, capsys, monkeypatch, version, fix):
+    if version is None:
+        monkeypatch.setitem(sys.modules, "gradio", None)
+    else:
+        monkeypatch.setattr(pytest.importorskip("gradio"), "__version__", version)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
     assert main(["web", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert "pip install 'modeling-llava[web]'" in error.splitlines()[-1] and "Loading" not in error
-
-
-def test_an_old_gradio_is_named(folder, capsys, monkeypatch):
-    monkeypatch.setattr(pytest.importorskip("gradio"), "__version__", "5.50.0")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    assert main(["web", str(folder)]) == 2
-    assert "requires gradio ≥ 6.24, 5.50.0 is installed" in capsys.readouterr().err.splitlines()[-1]
+    assert fix in error.splitlines()[-1] and "Loading" not in error
 
 
 @contextlib.contextmanager

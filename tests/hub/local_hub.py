@@ -225,13 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         content = files[file]
         etag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted:
-            start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            return self._send(content[start : end + 1], 206, headers)
-        self._send(content, 200, headers)
+        self._send(content, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit})
 
     _REPO = r"(?P<repo>[^/]+/[^/]+)"
     _KIND = r"/api/(?P<kind>models|datasets)/" + _REPO
