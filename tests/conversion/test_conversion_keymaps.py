@@ -1,4 +1,4 @@
-"""The key table: bijective, equal to stock transformers' names, and strict with every difference."""
+"""The key table: equal to stock transformers' names, and strict with every difference."""
 
 import re
 
@@ -10,7 +10,6 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from modeling_llava import conversion
 from modeling_llava.conversion.keymaps import (
-    TOWER_PREFIXES,
     Projector,
     canonical_hf_key,
     key_table,
@@ -19,22 +18,6 @@ from modeling_llava.conversion.keymaps import (
     rename_all,
 )
 from modeling_llava.conversion.tensors import in_memory
-
-
-TEXT, VISION = tiny_text_config(), tiny_vision_config()
-
-
-@pytest.mark.parametrize("tower", TOWER_PREFIXES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layers, is_numbered", [(1, False), (1, True), (2, True), (5, True)])
-def test_every_name_is_there_once_in_every_form(layers, is_numbered, bias, tower):
-    table = key_table(TEXT, VISION, Projector(layers, 32, 64, bias, is_numbered), tower)
-    for form in ("original", "hf"):
-        names = [getattr(entry, form) for entry in table if getattr(entry, form) is not None]
-        assert len(names) == len(set(names))
-    # what the original lacks is exactly the identity of a single layer
-    without_original = {entry.hf for entry in table if entry.original is None}
-    assert len(without_original) == (0 if layers > 1 else 1 + bias)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +42,7 @@ def test_hf_column_is_what_stock_transformers_has(text, bias):
 
 
 def test_match_lists_every_difference_at_once():
-    shapes = {entry.original: entry.shape for entry in language_entries(TEXT)}
+    shapes = {entry.original: entry.shape for entry in language_entries(tiny_text_config())}
     tensors = {name: in_memory(torch.zeros(shape), f"'{name}' of a.bin") for name, shape in shapes.items()}
     match_keys(shapes, tensors, "SRC")
     del tensors["model.norm.weight"]

@@ -92,23 +92,10 @@ def test_adapter_that_does_not_fit_is_one_clear_error(change, message):
 def delta_and_base():
     shapes = {"model.embed_tokens.weight": (10, 4), "model.norm.weight": (4,), "lm_head.weight": (10, 4)}
     base = {key: torch.randn(shape) + 2 for key, shape in shapes.items()}
-    delta = {key: torch.randn(shape) for key, shape in shapes.items()}
-    target = {key: base[key] + delta[key] for key in base} | {"model.mm_projector.weight": torch.randn(4, 3)}
-    delta["model.mm_projector.weight"] = target["model.mm_projector.weight"]
+    delta = {key: torch.randn(shape) for key, shape in shapes.items()} | {"model.mm_projector.weight": torch.randn(4, 3)}
     for key in ("model.embed_tokens.weight", "lm_head.weight"):  # the image tokens' rows
-        rows = torch.randn(3, 4)
-        delta[key], target[key] = torch.cat([delta[key], rows]), torch.cat([target[key], rows])
-    return delta, base, target
-
-
-def test_delta_and_base_give_the_target_with_its_longer_vocabulary():
-    delta, base, target = delta_and_base()
-    base["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    summed = whole(add_delta(lazy(delta), lazy(base), "D"))
-    assert summed.keys() == target.keys()
-    for key, value in target.items():
-        assert torch.allclose(summed[key], value, atol=1e-6)
-    assert torch.equal(summed["lm_head.weight"][10:], target["lm_head.weight"][10:])
+        delta[key] = torch.cat([delta[key], torch.randn(3, 4)])
+    return delta, base
 
 
 @pytest.mark.parametrize(
@@ -122,7 +109,7 @@ def test_delta_and_base_give_the_target_with_its_longer_vocabulary():
     ],
 )
 def test_wrong_base_of_a_delta_is_one_clear_error(change, message):
-    delta, base, _ = delta_and_base()
+    delta, base = delta_and_base()
     change(delta, base)
     with pytest.raises(ValueError, match=message):
         add_delta(lazy(delta, "delta.bin"), lazy(base), "DELTA")
