@@ -186,7 +186,8 @@ class LlavaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: it is another model, one in the original's format, or without all of its weights (with
-                `ignore_mismatched_sizes=True`, those are drawn at random), or an adapter that does not fit its base.
+                `ignore_mismatched_sizes=True` those are drawn at random, and with `output_loading_info=True` missing ones are
+                told as in transformers), or an adapter that does not fit its base.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
@@ -195,13 +196,13 @@ class LlavaPreTrainedModel(PreTrainedModel):
             kwargs.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes")
         )
         with explained(path):
-            if not is_random_allowed:
+            if not (is_random_allowed or gives_info):
                 require_weights(path, cls, kwargs.get("config"))
             model, info = super().from_pretrained(
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         if not is_random_allowed:
-            require_all_loaded(path, info)
+            require_all_loaded(path, {**info, "missing_keys": set()} if gives_info else info)
         if adapter is not None:
             load_adapter_for_inference(model, adapter, **hub)
         return (model, info) if gives_info else model

@@ -17,7 +17,7 @@ from modeling_llava.text.stops import answer_stop, needed_by_stock
 from modeling_llava.training import train
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KINDS = {"full": "none", "lora": "lora", "qlora": "qlora"}
 LIKE_LLAVA_HF = ("llava-hf-2023", "llava-hf-2024", "llava-hf-resaved", "bakllava")
