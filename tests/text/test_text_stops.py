@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from golden_text import tiny_processor
+from golden_text import STOPS, tiny_processor
 from tiny import tiny_config
 from transformers import GenerationConfig
 from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
@@ -22,17 +22,6 @@ from modeling_llava.text.stops import (
     teaches_no_stop,
 )
 
-
-STOPS = {
-    "plain": "",
-    "vicuna_v0": "###",
-    "v0_mmtag": "###",
-    "vicuna_v1": "</s>",
-    "llava_v1": "</s>",
-    "v1_mmtag": "</s>",
-    "llama_2": "</s>",
-    "chatml": "<|im_end|>",
-}
 
 PUBLISHED = (  # the form of llava-hf/llava-1.5-*-hf
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -84,7 +73,7 @@ def render(template, messages, prompt=False, processor_class=StockLlavaProcessor
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_the_stop_of_every_template_of_ours(name):
     processor = tiny_processor(template=name)
-    assert answer_stop(processor) == STOPS[name]
+    assert answer_stop(processor) == STOPS[name].strip()
     assert not teaches_no_stop(processor)  # captions need none
 
 
@@ -162,7 +151,8 @@ def test_the_generation_configuration_gets_the_stop_token(eos, template, expecte
 
 def test_an_adapter_notes_what_its_base_does_not_say(tmp_path):
     for template, wanted in (("vicuna_v1", ([7, 2], None)), ("vicuna_v0", (7, ["###"]))):
-        base = GenerationConfig(eos_token_id=7, temperature=0.9)  # as Vicuna's: without do_sample it cannot be saved again
+        # as Vicuna's: without do_sample it cannot be saved again
+        base = GenerationConfig(eos_token_id=7, temperature=0.9)
         note_generation_stop(tmp_path, base, tiny_processor(template=template))
         noted = GenerationConfig.from_pretrained(tmp_path)
         assert (noted.eos_token_id, noted.stop_strings) == wanted
