@@ -12,13 +12,8 @@ from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.arguments import best_precision
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """As transformers counts them where two GPUs are visible and no launcher was used."""
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-
-
-def test_one_of_two_visible_gpus_is_used_and_accelerate_launch_is_named(two_gpus, caplog):
+def test_one_of_two_visible_gpus_is_used_and_accelerate_launch_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))  # visible, without a launcher
     with caplog.at_level(logging.WARNING):
         args = LlavaTrainingArguments(per_device_train_batch_size=2, global_batch_size=8)
     assert args.n_gpu == 1
