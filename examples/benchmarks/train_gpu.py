@@ -57,12 +57,15 @@ PLANS = {
 }
 SIDES = ("stock", "ours")
 PEAKS = {
-    **{"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "A6000": 155, "V100": 125, "T4": 65},
-    **{"5090": 209, "5080": 113, "5070 Ti": 88, "5070": 62, "4090": 165, "4080 SUPER": 104, "4080": 97, "4070 Ti": 80},
-    **{"4070": 58, "4060 Ti": 44, "4060": 30, "3090 Ti": 80, "3090": 71, "3080 Ti": 68, "3080": 60, "3070 Ti": 44},
-    **{"3070": 41, "3060 Ti": 32, "3060": 25, "2080 Ti": 54},
-}
-"""16-bit TFLOP/s with float32 accumulation, without sparsity, by a part of the GPU's name; --tflops gives another GPU's."""
+    "H200": 989, "H100": 989, "H100 PCIe": 756, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "A6000": 155, "V100": 125, "T4": 65,
+    "5090": 209, "5080": 113, "5070 Ti": 88, "5070": 62, "4090": 165, "4080 SUPER": 104, "4080": 97, "4070 Ti SUPER": 88, "4070 Ti": 80,
+    "4070 SUPER": 71, "4070": 58, "4060 Ti": 44, "4060": 30, "3090 Ti": 80, "3090": 71, "3080 Ti": 68, "3080": 60, "3070 Ti": 44,
+    "3070": 41, "3060 Ti": 32, "3060": 25, "2080 Ti": 54,
+}  # fmt: skip
+"""
+16-bit TFLOP/s of the tensor cores with float32 accumulation, without sparsity, by a part of the GPU's name. From the tables of NVIDIA's
+white papers on Turing, Ampere (GA100, GA102), Ada, Hopper and Blackwell; --tflops gives another GPU's, such as a laptop's.
+"""
 
 
 def draw_batches(workload: str, config) -> list:
@@ -281,7 +284,7 @@ def main() -> int:
     about, out = train.machine(), Path(args.out)
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     parts = sorted(PEAKS, key=len, reverse=True)  # "3090 Ti" before "3090"
-    known = (PEAKS[part] for part in parts if re.search(rf"\b{part}\b", about["gpu"] or ""))
+    known = (PEAKS[part] for part in parts if re.search(rf"\b{part}\b(?! Laptop)", about["gpu"] or ""))
     peak = args.tflops or next(known, None)
     report = json.loads(out.read_text()) if out.is_file() else {}
     same = report.get("plan") == args.plan and report["machine"]["gpu"] == about["gpu"]
