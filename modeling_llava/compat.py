@@ -66,11 +66,7 @@ def set_last_learning_rate(scheduler: torch.optim.lr_scheduler.LRScheduler, grou
 
 
 def register_auto_classes() -> None:
-    """
-    Make transformers' Auto classes, pipelines and checkpoint loading use our classes for `model_type` "llava". Idempotent.
-
-    Each step answers one way in which transformers would otherwise pass over our classes, some of them in silence.
-    """
+    """Make transformers' Auto classes, pipelines and checkpoint loading use our classes for `model_type` "llava". Idempotent."""
     from .configuration_llava import LlavaConfig
     from .image_processing_llava import LlavaImageProcessor
     from .modeling_llava import LlavaForConditionalGeneration, LlavaModel
@@ -118,10 +114,8 @@ def renamed_tokenizer(tokenizer, backend, names: dict[str, str]):
 
 def install_capturing_hooks(model: PreTrainedModel) -> None:
     """
-    Hook the vision tower of `model` for its hidden states, once.
-
-    transformers does it during the first call, under a lock that `torch.compile` cannot trace. Unpickling calls no constructor,
-    where transformers notes what every part can collect: that is noted here too.
+    Hook the vision tower of `model` for its hidden states, once: transformers does it during the first call, under a lock that
+    `torch.compile` cannot trace. It notes in the constructor, which unpickling does not call, what every part can collect.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

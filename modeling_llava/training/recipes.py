@@ -38,8 +38,7 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
     Read a recipe with its bases and overrides, check every key and convert every value. Nothing is loaded.
 
     Args:
-        recipe (`str` or `os.PathLike`):
-            Path of a YAML file, or the name of a preset of this package (`qlora`).
+        recipe (`str` or `os.PathLike`): Path of a YAML file, or the name of a preset of this package (`qlora`).
         overrides (`list[str]`, *optional*):
             `key=value` pairs; values are YAML. `type_weights.detail=2` sets one entry of a mapping.
 
@@ -48,8 +47,7 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a preset.
-        ValueError: the file is not a flat mapping, a recipe is its own base, a key is unknown, or a value is not one of
-            its setting's choices.
+        ValueError: not a flat mapping, its own base, an unknown key, or not one of a setting's choices.
         TypeError: a value has the wrong type.
     """
     path = _find(str(recipe), Path.cwd())
@@ -113,11 +111,8 @@ _OTHER_NAMES = {  # of other trainers; too different in spelling for `get_close_
 
 def convert_value(key: str, value: Any, source: str) -> Any:
     """
-    Check a value against the type of its setting, and undo two rules of YAML 1.1: `2e-5` (no dot) is text, `no` is false.
-
-    Raises:
-        TypeError: the value has another type.
-        ValueError: the value is not one of the setting's choices.
+    A value in the type of its setting: two rules of YAML 1.1 are undone, `2e-5` (no dot) is text and `no` is false. Raises TypeError for
+    another type, ValueError for what is not one of the setting's choices.
     """
     accepted, choices = _accepted_types()[key], _settings()[key].metadata.get("choices")
     converted = _convert(value, accepted)

@@ -68,14 +68,10 @@ def train(
     Train a LLaVA.
 
     Args:
-        recipe (`str`, `dict` or [`LlavaTrainingArguments`]):
-            Path of a recipe, name of a preset, its settings, or the arguments.
-        overrides (`Sequence[str]`, *optional*):
-            `key=value` pairs that replace settings of a recipe file.
-        callbacks (`Sequence[TrainerCallback]`, *optional*):
-            More callbacks, such as one that answers questions at each evaluation.
-        console (`rich.console.Console`, *optional*):
-            Where the table of components and the samples are printed; the terminal by default.
+        recipe (`str`, `dict` or [`LlavaTrainingArguments`]): Path of a recipe, name of a preset, its settings, or the arguments.
+        overrides (`Sequence[str]`, *optional*): `key=value` pairs that replace settings of a recipe file.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): More callbacks, such as one that answers questions at each evaluation.
+        console (`rich.console.Console`, *optional*): Where the preview is printed; the terminal by default.
 
     Returns:
         [`TrainResult`]
