@@ -13,18 +13,19 @@ from transformers import AutoModelForCausalLM
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 GOLDEN_CASES = {
-    "llava_v15_tiny": {"source": "llava_v15_tiny"},
-    "llava_v1_tiny": {"source": "llava_v1_tiny"},
-    "llava_v15_tiny_lora": {"source": "llava_v15_tiny_lora/llava-lora", "base": "llava_v15_tiny_lora/language_model"},
-    "llava_v15_tiny_projector": {"source": "PROJECTOR/projector", "base": "PROJECTOR/language_model"},
-    "llava_v1_tiny_delta": {"source": "llava_v1_tiny_delta/delta", "base": "llava_v1_tiny_delta/language_model"},
+    "llava_v15_tiny": "",
+    "llava_v1_tiny": "",
+    "llava_v15_tiny_lora": "llava-lora",
+    "llava_v15_tiny_projector": "projector",
+    "llava_v1_tiny_delta": "delta",
 }
-"""Name → arguments of `convert_original_to_hf`, relative to the golden folder."""
+"""Name → folder of what is converted; that of a part lies next to its `language_model`."""
 
 
 def golden_arguments(name: str) -> dict[str, Path]:
-    paths = GOLDEN_CASES[name].items()
-    return {key: GOLDEN / path.replace("PROJECTOR", "llava_v15_tiny_projector") for key, path in paths}
+    """Of `convert_original_to_hf`."""
+    source = GOLDEN / name / GOLDEN_CASES[name]
+    return {"source": source, "base": source.parent / "language_model"} if GOLDEN_CASES[name] else {"source": source}
 
 
 def original_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,22 +65,21 @@ def rewrite(folder: Path, change, form: str = "safetensors") -> None:
     elif form == "bin":
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
-        names = list(tensors)
-        groups = [names[0::3], names[1::3], names[2::3]]
         weight_map = {}
-        for i, group in enumerate(groups, start=1):
-            shard = f"pytorch_model-{i:05d}-of-00003.bin"
-            torch.save({name: tensors[name] for name in group}, folder / shard)
+        for i in range(3):
+            shard = f"pytorch_model-{i + 1:05d}-of-00003.bin"
+            group = dict(list(tensors.items())[i::3])
+            torch.save(group, folder / shard)
             weight_map |= dict.fromkeys(group, shard)
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), "utf-8")
 
 
-def random_language_model(model_type: str = "llama", hidden: int = 64, seed: int = 0):
+def random_language_model(model_type: str = "llama", hidden: int = 64):
     """A tiny LLaMA or Mistral with grouped queries, of transformers, with random weights (norms included)."""
     fields = {"hidden_size": hidden, "vocab_size": 700, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
     fields |= {"sliding_window": None} if model_type == "mistral" else {}
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_text_config(model_type, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,22 +87,20 @@ def random_language_model(model_type: str = "llama", hidden: int = 64, seed: int
     return model.eval()
 
 
-def random_projector(layers: int = 2, width: int = 32, hidden: int = 64, seed: int = 1) -> dict[str, torch.Tensor]:
+def random_projector(layers: int) -> dict[str, torch.Tensor]:
     """The original's projector tensors: one layer is `mm_projector`, several are `mm_projector.0`, `.2`, …"""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     tensors = {}
     for i in range(layers):
         name = "model.mm_projector" if layers == 1 else f"model.mm_projector.{2 * i}"
-        tensors[f"{name}.weight"] = torch.randn(hidden, width if i == 0 else hidden, generator=generator) * 0.3
-        tensors[f"{name}.bias"] = torch.randn(hidden, generator=generator) * 0.1
+        tensors[f"{name}.weight"] = torch.randn(64, 64 if i else 32, generator=generator) * 0.3
+        tensors[f"{name}.bias"] = torch.randn(64, generator=generator) * 0.1
     return tensors
 
 
-def random_original(
-    folder: Path, *, model_type: str = "llama", projector_layers: int = 2, seed: int = 0, **config
-) -> Path:
+def random_original(folder: Path, model_type: str = "llama", projector_layers: int = 2, **config) -> Path:
     """An original full checkpoint with a random language model, the golden tower and the golden tokenizer."""
-    model = random_language_model(model_type=model_type, seed=seed)
+    model = random_language_model(model_type)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(GOLDEN / "llava_v15_tiny" / "vision_tower", folder / "vision_tower")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):

@@ -57,43 +57,44 @@ def test_streamed_logits_are_those_of_a_model_in_memory(golden_hf):
     assert torch.allclose(before, whole[..., :700], atol=1e-5)
 
 
+def weights(edit):
+    return lambda folder: change(folder, edit)
+
+
+def field(file, **fields):
+    return lambda folder: edit_json(folder / file, **fields)
+
+
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("edit", "item", "said"),
     [
-        (lambda t: t.pop("language_model.model.norm.weight"), "1 missing_keys"),
-        (lambda t: t.update({"language_model.model.more.weight": torch.ones(2)}), "1 unexpected_keys"),
-        (lambda t: t.update({"multi_modal_projector.linear_1.weight": torch.ones(64, 31)}), "linear_1"),
+        (weights(lambda t: t.pop("language_model.model.norm.weight")), "keys", "1 missing_keys"),
+        (weights(lambda t: t.update({"language_model.model.more": torch.ones(2)})), "keys", "1 unexpected_keys"),
+        (
+            weights(lambda t: t.update({"multi_modal_projector.linear_1.weight": torch.ones(64, 31)})),
+            "keys",
+            "linear_1",
+        ),
+        (weights(lambda t: t["multi_modal_projector.linear_1.bias"].fill_(float("nan"))), "logits", "not finite"),
+        # The tower says how many image tokens there are, whatever the processor's settings make of it.
+        (field("config.json", image_seq_length=10), "image tokens", "writes 9 for an image of 42x42 pixels"),
+        (field("config.json", vision_feature_select_strategy="full"), "image tokens", "strategy is 'default'"),
+        (field("processor_config.json", patch_size=7), "image tokens", "patch_size is 7"),
+        (field("processor_config.json", patch_size=None), "image tokens", "patch_size is None"),
+        (field("processor_config.json", num_additional_image_tokens=0), "image tokens", "image_tokens is 0"),
+        (template("{{ raise_exception('no') }}"), "template", "no"),
+        (template("nothing of the question"), "template", "no"),
     ],
 )
-def test_keys_that_stock_transformers_does_not_find(broken, edit, message):
-    change(broken, edit)
+def test_what_is_wrong_with_a_folder_is_found(broken, edit, item, said):
+    edit(broken)
     report = check_stock_ready(broken)
-    assert state_of(report)["keys"] == "failed" and message in report.failures()
+    assert state_of(report)[item] == "failed" and said in report.failures()
     assert not report.is_stock_ready and not report.is_sound
-
-
-@pytest.mark.parametrize(
-    "file, field, said",
-    [
-        ("config.json", {"image_seq_length": 10}, "the processor writes 9 for an image of 42x42 pixels"),
-        ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'default'"),
-        ("processor_config.json", {"patch_size": 7}, "patch_size is 7"),
-        ("processor_config.json", {"patch_size": None}, "patch_size is None"),
-        ("processor_config.json", {"num_additional_image_tokens": 0}, "num_additional_image_tokens is 0"),
-    ],
-)
-def test_processor_and_model_that_disagree_about_image_tokens(broken, file, field, said):
-    """The tower says how many there are, whatever the processor's settings make of it."""
-    edit_json(broken / file, **field)
-    report = check_stock_ready(broken)
-    assert state_of(report)["image tokens"] == "failed" and said in report.failures()
-
-
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "nothing of the question"])
-def test_template_that_fails(broken, template):
-    (broken / "chat_template.jinja").write_text(template)
-    report = check_stock_ready(broken)
-    assert state_of(report)["template"] == "failed" and "no" in report.failures()
 
 
 @pytest.mark.parametrize(
@@ -109,12 +110,6 @@ def test_folder_that_computes_something_else_than_the_original_is_found(broken, 
         fields = {key: config[key] | value if isinstance(value, dict) else value for key, value in fields.items()}
         edit_json(broken / "config.json", **fields)
     assert state_of(check_stock_ready(broken, reference=SOURCE))["logits"] == "failed"
-
-
-def test_not_a_number_is_found(broken):
-    change(broken, lambda t: t["multi_modal_projector.linear_1.bias"].fill_(float("nan")))
-    report = check_stock_ready(broken)
-    assert state_of(report)["logits"] == "failed" and "not finite" in report.failures()
 
 
 def test_conversion_whose_check_fails_leaves_no_folder(tmp_path, monkeypatch):

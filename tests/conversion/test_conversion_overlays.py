@@ -92,7 +92,7 @@ def test_adapter_that_does_not_fit_is_one_clear_error(change, message):
 def delta_and_base():
     shapes = {"model.embed_tokens.weight": (10, 4), "model.norm.weight": (4,), "lm_head.weight": (10, 4)}
     base = {key: torch.randn(shape) + 2 for key, shape in shapes.items()}
-    delta = {key: torch.randn(shape) for key, shape in shapes.items()} | {"model.mm_projector.weight": torch.randn(4, 3)}
+    delta = {key: torch.randn(shape) for key, shape in shapes.items()}
     for key in ("model.embed_tokens.weight", "lm_head.weight"):  # the image tokens' rows
         delta[key] = torch.cat([delta[key], torch.randn(3, 4)])
     return delta, base
