@@ -226,6 +226,10 @@ def config_of(folder, **fields):
         (lambda f: (f / "config.json").write_text("{}"), "config.json of .* is empty"),
         (lambda f: (f / "config.json").unlink(), "holds no model"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"),
+            "of its kind",
+        ),
         (lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"), "holds no weights"),
     ],
 )
