@@ -6,14 +6,16 @@ import subprocess
 import sys
 
 
-STOCK = """
-import json, os, sys
+WITHOUT_US = """
+import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "modeling_llava":
             raise ModuleNotFoundError("modeling_llava is not installed here")
 sys.meta_path.insert(0, Absent())
-import torch
+"""
+STOCK = """
+import json, os, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, pipeline
 
@@ -54,7 +56,7 @@ def run(folder, *command, stdin=""):
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        input=stdin, capture_output=True, text=True, cwd=folder, env=environment, timeout=500,
+        input=stdin, capture_output=True, text=True, cwd=folder, env=environment, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-3000:])
     return done
@@ -65,5 +67,5 @@ def stock_answers(cwd, jobs: list[dict]) -> list[list[dict]]:
     What stock answers to each user's turn: `prompt`, `text` and `ids`. A job has `folder`, `base` (`None`: by the pipeline; else
     by PEFT, with the generation configuration that lies in the adapter's folder), `most` tokens, `conversations` and `settings`.
     """
-    lines = run(cwd, "-c", STOCK, stdin=json.dumps(jobs, default=str)).stdout.splitlines()
+    lines = run(cwd, "-c", WITHOUT_US + STOCK, stdin=json.dumps(jobs, default=str)).stdout.splitlines()
     return [json.loads(line) for line in lines if line.startswith("[")]

@@ -11,40 +11,28 @@ import pytest
 from llama_cpp_runs import llava_with_llama_cpp, needs_llama_cpp, run_llama_cpp
 from PIL import Image
 from published import FORMS, QUESTION, build_language, build_tower
-from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, assert_stock_answers, llava
+from test_interop_readme_path import ANSWERS, COLOURS, LEARN, MOST, assert_stock_answers, llava, workplace
 
 from modeling_llava import LlavaProcessor
 
 
 pytestmark = pytest.mark.slow
 
-DATA = ["data=my.json", "image_folder=images"]
-
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2.5", "qwen3"])
 def walked(request, tmp_path_factory):
     """Folder of the walk up to the merged model, and the language model's name."""
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "images").mkdir()
-    for colour, pixel in COLOURS.items():
-        Image.new("RGB", (28, 28), pixel).save(folder / "images" / f"{colour}.png")
-    for file, question, answers in (("captions", "<image>", COLOURS), ("my", f"<image>\n{QUESTION}", ANSWERS)):
-        rows = [
-            {
-                "id": colour,
-                "image": f"{colour}.png",
-                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
-            }
-            for colour, answer in zip(COLOURS, answers)
-        ]
-        (folder / f"{file}.json").write_text(json.dumps(rows))
+    folder = workplace(tmp_path_factory.mktemp(request.param), size=(28, 28))
+    rows = json.loads((folder / "my.json").read_text())
+    for row in rows:
+        row["conversations"] = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": row["id"]}]
+    (folder / "captions.json").write_text(json.dumps(rows))
     parts = build_tower("siglip"), build_language(request.param, wide=True)
     llava(folder, "init", *parts, "start", "--chat-template", "own")
-    captions = ["data=captions.json", "image_folder=images", "output_dir=runs/pretrain"]
-    llava(folder, "train", "pretrain", "model=start", *captions, *LEARN, "max_steps=2")
-    options = ["model=start", "projector=runs/pretrain", "output_dir=runs/my"]
-    llava(folder, "train", "qlora", *options, *DATA, *LEARN)
+    options = ["model=start", "image_folder=images", *LEARN]
+    llava(folder, "train", "pretrain", *options, "data=captions.json", "output_dir=runs/pretrain", "max_steps=2")
+    llava(folder, "train", "qlora", *options, "data=my.json", "projector=runs/pretrain", "output_dir=runs/my")
     llava(folder, "merge", "runs/my", "merged")
     return folder, request.param
 

@@ -46,13 +46,12 @@ def assert_stock_answers(folder, model, prompt, base=None, thought="", **setting
     assert max(len(turn["ids"]) for turn in said) < MOST
 
 
-def workplace(folder, form) -> Path:
-    """What somebody has who follows the README: a checkpoint, images, `my.json`, questions."""
-    copy(form, folder / MODEL)
+def workplace(folder, size=(40, 30)) -> Path:
+    """What somebody has who follows the README: images, `my.json`, questions."""
     (folder / "images").mkdir()
     rows, questions = [], []
     for (colour, pixel), answer in zip(COLOURS.items(), ANSWERS):
-        Image.new("RGB", (40, 30), pixel).save(folder / "images" / f"{colour}.png")
+        Image.new("RGB", size, pixel).save(folder / "images" / f"{colour}.png")
         turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
         rows.append({"id": colour, "image": f"{colour}.png", "conversations": turns})
         questions.append({"question_id": colour, "image": f"{colour}.png", "question": QUESTION, "answer": answer})
@@ -70,7 +69,8 @@ def train(folder, preset):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
-    folder = workplace(tmp_path_factory.mktemp("readme"), "llava-hf")
+    folder = workplace(tmp_path_factory.mktemp("readme"))
+    copy("llava-hf", folder / MODEL)
     train(folder, "qlora")
     return folder
 
@@ -88,12 +88,9 @@ def test_chat_answers_and_ends(trained):
     assert int(re.search(r"(\d+) tokens ·", done.stderr)[1]) < MOST
 
 
-def test_the_stock_pipeline_answers_over_the_adapter(trained):
-    assert_stock_answers(trained, "runs/my", FORMS["llava-hf"].prompt)
-
-
-def test_the_stock_pipeline_answers_over_the_merged_model(merged):
-    assert_stock_answers(merged, "runs/my-merged", FORMS["llava-hf"].prompt)
+def test_the_stock_pipeline_answers_over_adapter_and_merged_model(merged):
+    for model in ("runs/my", "runs/my-merged"):
+        assert_stock_answers(merged, model, FORMS["llava-hf"].prompt)
 
 
 def test_evaluation_finds_every_answer(trained):
@@ -108,15 +105,14 @@ def test_the_merged_model_is_fit_to_be_published(merged):
     assert "It is" in done.stdout  # it has been asked, as its users will
 
 
-@pytest.mark.parametrize("form", ["gemma"])
-def test_an_adapter_whose_base_lacks_the_stop_ends_with_what_training_prints(tmp_path, form):
+def test_an_adapter_whose_base_lacks_the_stop_ends_with_what_training_prints(tmp_path):
     """Its base's generation configuration is what an adapter's users get, and that one ends at `<eos>` alone."""
-    folder = workplace(tmp_path, form)
-    path = folder / MODEL / "generation_config.json"
+    folder = workplace(tmp_path)
+    path = copy("gemma", folder / MODEL) / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 1}))
     said = train(folder, "lora")
     ends = re.search(r"eos_token_id\W+(\[[\d, ]+\])", said)
     assert ends, said[-2000:]
-    assert_stock_answers(folder, "runs/my", FORMS[form].prompt, base=MODEL, eos_token_id=json.loads(ends[1]))
+    assert_stock_answers(folder, "runs/my", FORMS["gemma"].prompt, base=MODEL, eos_token_id=json.loads(ends[1]))
     said = llava(folder, "publish", "runs/my", "me/my", "--dry-run", "--base-model", "me/base").stdout
     assert ends[1] in said.replace("\n", " ")

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from PIL import Image
-from published import FORMS, copy, templates
+from published import FORMS, copy, template
 from stock import stock_answers
 
 from modeling_llava.data import encode_conversation
@@ -25,8 +25,8 @@ FAMILIES = {name: (name, None) for name in FORMS if name not in LIKE_LLAVA_HF}  
 NAMED = [name for name in CHAT_TEMPLATES if name not in ("plain", "vicuna_v1")]
 FAMILIES |= {name: ("qwen2.5" if name == "chatml" else "vicuna", name) for name in NAMED}
 FAMILIES |= {
-    "llava-hf-2023": ("llava-hf", templates.LLAVA_HF_FIRST),
-    "llava-hf-2024": ("llava-hf", templates.LLAVA_HF_UNMARKED),
+    "llava-hf-2023": ("llava-hf", template("llava-hf-first")),
+    "llava-hf-2024": ("llava-hf", template("llava-hf-unmarked")),
 }
 BY_TEXT = {"vicuna_v0", "v0_mmtag"}
 """Families whose answers end with `###`, which stock has to be given."""
@@ -66,17 +66,17 @@ def answered(conversations, tmp_path_factory, request):
     chosen = {item.callspec.params["family"] for item in request.session.items if "answered" in item.fixturenames}
     ours, jobs = {}, []
     for family in FAMILIES.keys() & chosen:
-        form, template = FAMILIES[family]
+        form, chat_template = FAMILIES[family]
         base = copy(form, folder / family / "base")
-        if template is not None and "{" in template:
-            (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-            template = None
+        if chat_template is not None and "{" in chat_template:
+            (base / "chat_template.json").write_text(json.dumps({"chat_template": chat_template}))
+            chat_template = None
         for kind, adapter in KINDS.items():
             run = folder / family / kind
             train({
                 "model": str(base), "data": str(folder / "data.json"), "output_dir": str(run), "adapter": adapter,
                 "max_steps": 100 if family == "gemma" else 30, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "lora_r": 16,
-                "precision": "fp32", "max_length": 1024, "chat_template": template, "save_strategy": "no",
+                "precision": "fp32", "max_length": 1024, "chat_template": chat_template, "save_strategy": "no",
                 "preview_samples": 0, "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0,
             })  # fmt: skip
             needed = needed_by_stock(run, "full" if kind == "full" else "adapter")

@@ -13,42 +13,28 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tiny_predictor import assistant_turn, generated, picture, published_llava, user_turn
+from stock import WITHOUT_US
+from tiny_predictor import generated, picture, published_llava, user_turn
 
 
-# What a machine without `modeling-llava` is.
-WITHOUT_US = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_llava":
-            raise ModuleNotFoundError("modeling_llava is not installed here")
-sys.meta_path.insert(0, Absent())
-from transformers.cli.transformers import main
-main()
-"""
+pytestmark = pytest.mark.slow
+
+COMMAND = [sys.executable, "-c", f"{WITHOUT_US}\nfrom transformers.cli.transformers import main\nmain()"]
 QUESTION = "What is it?"
 
 
 @pytest.fixture(scope="module")
-def model_and_processor():
-    return published_llava()
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served") / "model"
 
 
 @pytest.fixture(scope="module")
-def folder(model_and_processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served") / "model"
-    for part in model_and_processor:
-        part.save_pretrained(folder)
-    return folder
-
-
-def transformers_command(*arguments):
-    return [sys.executable, "-c", WITHOUT_US, *map(str, arguments)]
+def model_and_processor(folder):
+    return published_llava(folder=folder)
 
 
 @pytest.fixture(scope="module")
-def served(folder):
+def served(folder, model_and_processor):
     """The address of `transformers serve`."""
     for module in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(module, reason="what `transformers serve` needs is not installed (transformers[serving])")
@@ -56,10 +42,9 @@ def served(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder.parent / "serve.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = transformers_command("serve", folder, "--port", port, "--host", "127.0.0.1", "--device", "cpu")
+    command = [*COMMAND, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 600
@@ -76,58 +61,37 @@ def served(folder):
         process.wait(240)
 
 
-def post(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=600) as response:
-        return response.read().decode()
-
-
-def image_item(image):
+def test_a_picture_is_answered_through_chat_completions_streamed_or_not(served, folder, model_and_processor):
     file = io.BytesIO()
-    image.save(file, "PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
+    picture(1).save(file, "PNG")
+    image = {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}
+    content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
+    body = {
+        "model": str(folder),
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+        "temperature": 0,
     }
 
+    def post(**settings):
+        headers = {"Content-Type": "application/json"}
+        data = json.dumps({**body, **settings}).encode()
+        request = urllib.request.Request(f"{served}/v1/chat/completions", data, headers)
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return response.read().decode()
 
-def request_body(folder, messages, **settings):
-    return {"model": str(folder), "messages": messages, "max_tokens": 8, "temperature": 0, **settings}
-
-
-@pytest.mark.slow
-def test_a_picture_is_answered_through_chat_completions(served, folder, model_and_processor):
-    image = picture(1)
-    messages = [{"role": "user", "content": [image_item(image), {"type": "text", "text": QUESTION}]}]
-    answer = json.loads(post(f"{served}/v1/chat/completions", request_body(folder, messages)))
-    first = generated(*model_and_processor, [user_turn(QUESTION, [image])], 8)
-    assert answer["choices"][0]["message"]["content"].strip() == first
+    expected = generated(*model_and_processor, [user_turn(QUESTION, [picture(1)])], 8)
+    answer = json.loads(post())
+    assert answer["choices"][0]["message"]["content"].strip() == expected
     assert answer["usage"]["completion_tokens"] == 8
-
-    # The conversation goes on; another picture has another answer.
-    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
-    answer = json.loads(post(f"{served}/v1/chat/completions", request_body(folder, messages)))
-    turns = [user_turn(QUESTION, [image]), assistant_turn(first), user_turn("Why?")]
-    assert answer["choices"][0]["message"]["content"].strip() == generated(*model_and_processor, turns, 8)
-    messages = [{"role": "user", "content": [image_item(picture(2)), {"type": "text", "text": QUESTION}]}]
-    answer = json.loads(post(f"{served}/v1/chat/completions", request_body(folder, messages)))
-    second = generated(*model_and_processor, [user_turn(QUESTION, [picture(2)])], 8)
-    assert answer["choices"][0]["message"]["content"].strip() == second != first
-
-
-@pytest.mark.slow
-def test_answers_are_streamed(served, folder, model_and_processor):
-    messages = [{"role": "user", "content": [image_item(picture(1)), {"type": "text", "text": QUESTION}]}]
-    lines = post(f"{served}/v1/chat/completions", request_body(folder, messages, stream=True)).splitlines()
+    lines = post(stream=True).splitlines()
     events = [json.loads(line[5:]) for line in lines if line.startswith("data:") and "[DONE]" not in line]
     pieces = [event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]]
-    assert "".join(pieces).strip() == generated(*model_and_processor, [user_turn(QUESTION, [picture(1)])], 8)
-    assert sum(bool(piece) for piece in pieces) > 1
+    assert "".join(pieces).strip() == expected and sum(bool(piece) for piece in pieces) > 1
 
 
-@pytest.mark.slow
 def test_transformers_chat_talks_to_it(served, folder, model_and_processor):
-    command = transformers_command("chat", folder, f"{served}/v1", "max_new_tokens=8", "do_sample=False")
+    command = [*COMMAND, "chat", str(folder), f"{served}/v1", "max_new_tokens=8", "do_sample=False"]
     typed = f"{QUESTION}\nn\n!exit\n"  # n: do not go on after the cut
     # In offline mode huggingface_hub's client calls no server at all, not even one on this machine.
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}

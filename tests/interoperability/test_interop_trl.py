@@ -65,9 +65,7 @@ def dataset(rows):
 
 
 def trainer(model, processor, dataset, folder, **settings):
-    options = {
-        name: settings.pop(name) for name in ("peft_config", "data_collator", "compute_loss_func") if name in settings
-    }
+    options = {name: settings.pop(name) for name in ("peft_config", "data_collator") if name in settings}
     arguments = trl.SFTConfig(
         str(folder),
         **{
@@ -97,6 +95,7 @@ def test_sft_trainer_trains_model_and_processor_as_they_are(model, processor, da
     assert all("mean_token_accuracy" in entry for entry in training.state.log_history if "loss" in entry)
     for part in ("language_model", "multi_modal_projector", "vision_tower"):
         assert any(part in name and not torch.equal(p, before[name]) for name, p in model.named_parameters()), part
+    assert training.evaluate(eval_dataset=dataset)["eval_loss"] > 0
     training.save_model(tmp_path / "out")
     stock, info = StockLlava.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -137,17 +136,14 @@ def test_lora_through_sft_trainer(model, processor, dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"gradient_accumulation_steps": 2}, {"do_eval": True}],
+    [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"gradient_accumulation_steps": 2}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_its_other_losses_find_the_logits_that_they_need(model, processor, dataset, tmp_path, settings):
-    evaluate = settings.pop("do_eval", False)
     training = trainer(model, processor, dataset, tmp_path, max_steps=1, **settings)
     training.train()
     losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
     assert len(losses) == 1 and 0 < losses[0] < 100
-    if evaluate:
-        assert training.evaluate(eval_dataset=dataset)["eval_loss"] > 0
 
 
 def test_its_collator_leaves_out_the_first_token_and_ours_does_not(model, processor, dataset, rows, tmp_path):
@@ -155,31 +151,21 @@ def test_its_collator_leaves_out_the_first_token_and_ours_does_not(model, proces
     TRL tokenizes a rendered conversation without the tokenizer's own BOS, since most templates write one; LLaVA's do not,
     stock's neither. Everything after it is equal. With our collator the batch is as in our own training.
     """
-    turns = list(zip(QUESTIONS[:2], ANSWERS[:2], rows[:2]))
-    expected = [
-        encode_conversation([user_turn(question, row["images"]), assistant_turn(answer)], processor)
-        for question, answer, row in turns
-    ]
-    assert all(sample["input_ids"][0] == processor.tokenizer.bos_token_id for sample in expected)
-    theirs = trainer(model, processor, dataset, tmp_path).data_collator([dict(row) for row in rows[:2]])
-    for number, sample in enumerate(expected):
-        length = int(theirs["attention_mask"][number].sum())
-        assert torch.equal(theirs["input_ids"][number, :length], sample["input_ids"][1:])
-        assert torch.equal(theirs["labels"][number, :length], sample["labels"][1:])
-
-    training = trainer(
-        model, processor, dataset, tmp_path, data_collator=LlavaDataCollator(processor), remove_unused_columns=False
-    )
     conversations = [
         {"messages": [user_turn(question, row["images"]), assistant_turn(answer)], "images": row["images"]}
-        for question, answer, row in turns
+        for question, answer, row in zip(QUESTIONS[:2], ANSWERS, rows)
     ]
-    batch = training.data_collator(conversations)
-    for number, sample in enumerate(expected):
-        length = int(batch["attention_mask"][number].sum())
-        assert torch.equal(batch["input_ids"][number, :length], sample["input_ids"])
-        assert torch.equal(batch["labels"][number, :length], sample["labels"])
-        assert (batch["labels"][number, length:] == IGNORE_INDEX).all()
+    expected = [encode_conversation(conversation["messages"], processor) for conversation in conversations]
+    assert all(sample["input_ids"][0] == processor.tokenizer.bos_token_id for sample in expected)
+    theirs = trainer(model, processor, dataset, tmp_path).data_collator([dict(row) for row in rows[:2]])
+    options = {"data_collator": LlavaDataCollator(processor), "remove_unused_columns": False}
+    ours = trainer(model, processor, dataset, tmp_path, **options).data_collator(conversations)
+    for batch, first in ((theirs, 1), (ours, 0)):
+        for number, sample in enumerate(expected):
+            length = int(batch["attention_mask"][number].sum())
+            assert torch.equal(batch["input_ids"][number, :length], sample["input_ids"][first:])
+            assert torch.equal(batch["labels"][number, :length], sample["labels"][first:])
+            assert (batch["labels"][number, length:] == IGNORE_INDEX).all()
 
 
 # The examples
@@ -238,23 +224,17 @@ def test_samples_that_see_each_other_fail_the_parity_table(data, words):
     assert run["main"]([*words, "--data", str(data / "sft.json"), "--parity", "5"]) == 1
 
 
-def preferences(data, folder, model, processor):
-    """The log of four steps of examples/trl/dpo.py."""
-    run = example("dpo")
-    torch.manual_seed(0)
-    dataset = run["read_preferences"](str(data / "preferences.json"), str(data))
-    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
-    trainer = run["train"](model, processor, dataset, output_dir=str(folder), save_strategy="no", **settings)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_preference_training_widens_the_margin_and_stock_gives_the_same_numbers(data, tmp_path):
-    source = build("llava-hf")
+    source, run = build("llava-hf"), example("dpo")
+    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
     sides = {"ours": (AutoModelForImageTextToText, AutoProcessor), "stock": (StockLlava, StockProcessor)}
     logs = {}
     for side, (model_class, processor_class) in sides.items():
-        model = model_class.from_pretrained(source, dtype="float32")
-        logs[side] = preferences(data, tmp_path / side, model, processor_class.from_pretrained(source))
+        torch.manual_seed(0)
+        parts = model_class.from_pretrained(source, dtype="float32"), processor_class.from_pretrained(source)
+        dataset = run["read_preferences"](str(data / "preferences.json"), str(data))
+        trained = run["train"](*parts, dataset, output_dir=str(tmp_path / side), save_strategy="no", **settings)
+        logs[side] = [entry for entry in trained.state.log_history if "loss" in entry]
     margins = [entry["rewards/margins"] for entry in logs["ours"]]
     assert margins[0] == 0 and margins == sorted(margins) and margins[-1] > 0.1
     for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm"):
