@@ -153,8 +153,6 @@ def test_several_sources_and_types(folder, processor):
     first, second = write(folder, good_rows(2), "a.json"), write(folder, good_rows(3)[2:], "b.jsonl")
     report = check(folder, {"detail": first, "complex": second}, processor)
     assert report.types == {"detail": 2, "complex": 1}
-    both = check_data([str(first), str(second)], processor, folder / "images", show_progress=False)
-    assert both.samples == 3 and both.types == {"without type": 3}
 
 
 def test_broken_lines_and_datasets(folder, processor):
@@ -225,6 +223,3 @@ def test_wrong_arguments(folder, processor):
         check(folder, good_rows(), processor, batch_size=0)
     with pytest.raises(ValueError, match="max_length is -1"):
         check(folder, good_rows(), processor, max_length=-1)
-    (folder / "cut.json").write_text(json.dumps(good_rows())[:-10])
-    with pytest.raises(ValueError, match="cut.json .*in row 5"):
-        check(folder, folder / "cut.json", processor)
