@@ -73,18 +73,6 @@ def test_ids_and_labels_are_the_original_codes(file, version):
             assert encoded["labels"].tolist() == row["labels"], row["id"]
 
 
-@pytest.mark.parametrize("file, version", [case for case in GOLDEN_CASES if case[1].startswith("v0")])
-def test_v0_supervises_exactly_answers_and_stops(file, version):
-    # There the original's spans drift into the headers, so the rule is the paper's (Table 2).
-    processor = tiny_processor(MODELS[file], TEMPLATES[version])
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / MODELS[file]))
-    for row in golden_rows(file, version):
-        encoded = encode_conversation(golden_messages(row), processor)
-        texts = [decode(pieces, run, {}) for run in supervised_runs(encoded)]
-        answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
-        assert texts == [f" {answer}\n###" for answer in answers], row["id"]
-
-
 FRAGMENTS = [
     *("the kettle", "a", " ", "   ", "\n", "\t", "é", "이", "🐈", "###", "Human:", "USER:", "image", "s>", ">", "<"),
     *("</s>", "<s>", "<image>", "<unk>", "<pad>", "<<s>s>", "</", "<ima", "ge>", "[INST]", "<|im_end|>", "\U000f0000"),
@@ -121,33 +109,6 @@ def test_random_conversations_keep_the_invariants(processors, name, turns, syste
     texts = [decode(PIECES, run, CONTROL) for run in supervised_runs(encoded)]
     space = "" if name == "chatml" else " "
     assert texts == [f"{space}{answer}{STOPS[name]}" for _, answer in turns]
-
-
-@settings(max_examples=150, deadline=None)
-@given(turns=TURNS)
-def test_random_conversations_are_sentencepiece_between_the_templates_control_tokens(processors, turns):
-    messages = [message for content, answer in turns for message in (user(*content), assistant(answer))]
-    encoded = encode_conversation(messages, processors["vicuna_v1"], num_image_tokens=1)
-    system = render_system(processors["vicuna_v1"])
-    stretches, controls = [system + " USER: "], []
-    for i, (content, answer) in enumerate(turns):
-        if i:
-            stretches.append("USER: ")
-        images = [item for item in content if item is IMAGE]
-        text = "".join(item for item in content if item is not IMAGE)
-        for number in range(len(images)):
-            controls.append(700)
-            stretches.append("\n" if number < len(images) - 1 or text.strip() else "")
-        stretches[-1] += (text.strip() if images else text) + f" ASSISTANT: {answer}"
-        controls.append(2)
-    expected = [1]
-    for stretch, control in zip(stretches, controls):
-        expected += [*PIECES.encode(stretch), control]
-    assert encoded["input_ids"].tolist() == expected
-
-
-def render_system(processor):
-    return processor.apply_chat_template([user("x")]).split(" USER:")[0]
 
 
 @pytest.fixture(scope="module")
@@ -202,17 +163,6 @@ def test_a_longer_conversation_raises_is_dropped_or_loses_its_end(processors):
     cut = encode_conversation(messages, processor, max_length=length - 5, overflow="truncate_text")
     assert torch.equal(cut["input_ids"], whole["input_ids"][:-5])
     assert torch.equal(cut["labels"], whole["labels"][:-5])
-
-
-def test_truncation_never_cuts_an_image(processors):
-    processor = processors["vicuna_v1"]
-    messages = [user("One."), assistant("Two."), user(IMAGE, "Three?"), assistant("Four.")]
-    ids = encode_conversation(messages, processor)["input_ids"].tolist()
-    last = len(ids) - ids[::-1].index(processor.image_token_id)
-    cut = encode_conversation(messages, processor, max_length=last, overflow="truncate_text")
-    assert cut["input_ids"].tolist() == ids[:last]
-    with pytest.raises(ValueError, match=f"max_length={last - 1} would keep 3"):
-        encode_conversation(messages, processor, max_length=last - 1, overflow="truncate_text")
 
 
 def test_a_cut_within_an_answer_is_said(processors, caplog):
