@@ -182,17 +182,6 @@ def test_parquet_folder_and_file(parquet_folder):
     assert ids(load_conversations(parquet_folder / "part-1.parquet")) == ["s4", "s5", "s6", "s7"]
 
 
-def test_llava_rows_in_a_datasets_object():
-    rows = [llava_row(0, type="detail"), {**text_row(1), "image": None, "type": None}]
-    dataset = load_conversations(Dataset.from_list(rows))
-    assert dataset[0]["images"] == ["0.jpg"] and dataset[1]["images"] == []
-    assert dataset.types == ["detail", None] and dataset.num_images.tolist() == [1, 0]
-    rows[0]["image"] = png(9, 9, 9)
-    dataset = load_conversations(Dataset.from_list(rows).cast_column("image", Image()))
-    assert dataset.num_images.tolist() == [1, 0] and dataset[1]["images"] == []
-    assert load_image(dataset[0]["images"][0]).getpixel((0, 0)) == (9, 9, 9)
-
-
 @pytest.mark.parametrize("form", ["struct", "binary", "items"])
 def test_images_in_parquet_are_found_without_reading_them(form, tmp_path):
     image = png(9, 9, 9)["bytes"] if form == "binary" else png(9, 9, 9)
