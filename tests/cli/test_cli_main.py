@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -49,6 +50,12 @@ def test_ctrl_c_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run", interrupted)
     assert main(["doctor"]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_warnings_for_other_packages_programmers_are_not_passed_on(monkeypatch, recwarn):
+    monkeypatch.setattr("modeling_llava.cli.doctor.run", lambda args: warnings.warn("is old", FutureWarning))
+    main(["doctor"])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
