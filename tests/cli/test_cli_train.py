@@ -40,21 +40,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, adapter, out):
-    settings = {
-        "adapter": adapter, "model": folder / "model", "data": folder / "data.json", "image_folder": folder, "max_steps": 1,
-        "per_device_train_batch_size": 2, "lora_r": 4, "lora_alpha": 8, "save_strategy": "no", "disable_tqdm": "true",
-        "report_to": "none", "output_dir": out, "preview_samples": 0, "dataloader_num_workers": 0, "use_cpu": "true",
-        "activation_checkpointing": "false", "optim": "adamw_torch",
-    }  # fmt: skip
-    return main(["train", "lora", *(f"{name}={value}" for name, value in settings.items())])
-
-
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
-def test_next_command_of_an_adapter_loads_it_as_it_was_trained(adapter, folder, capsys, monkeypatch, caplog):
+def test_next_command_of_an_adapter_loads_it_as_it_was_trained(adapter, folder, recipe, capsys, monkeypatch, caplog):
     pytest.importorskip("bitsandbytes")
     out = folder / adapter
-    assert train(folder, adapter, out) == 0
+    words = ["use_cpu=true", "activation_checkpointing=false", "optim=adamw_torch", "save_strategy=no"]
+    assert main(recipe(4, f"adapter={adapter}", f"output_dir={out}", *words)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
     assert ("4-bit" in line and "--no-4bit" in line) == (adapter == "qlora")
     llava, *command = shlex.split(line.removeprefix("next: ").partition("   (")[0])
