@@ -94,25 +94,6 @@ def test_a_defect_keeps_its_traceback():
     assert one_line(KeyError("x"), "chat") is None and one_line(RuntimeError("shape mismatch"), "chat") is None
 
 
-@pytest.mark.slow
-def test_what_other_packages_tell_their_programmers_is_not_passed_on(folder, tmp_path):
-    picture(0).save(tmp_path / "a.png")
-    (tmp_path / "my.json").write_text(
-        '[{"id": "1", "image": "a.png", "conversations": '
-        '[{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "Noise."}]}]'
-    )
-    settings = {"model": folder, "data": "my.json", "image_folder": ".", "output_dir": "out", "use_cpu": "true",
-                "max_steps": 1, "lora_r": 2, "dataloader_num_workers": 0, "report_to": "none"}  # fmt: skip
-    words = [f"{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "modeling_llava.cli.main", "train", "lora", *words],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    for noise in ("FutureWarning", "kernels-community", "UserWarning"):
-        assert noise not in done.stderr + done.stdout
-
-
 def test_an_old_transformers_is_one_line_with_the_command_that_fixes_it(folder, capsys, monkeypatch):
     monkeypatch.setattr("modeling_llava.constants.installed", lambda package: "5.17.0")
     for command in (["chat", str(folder)], ["estimate", "qlora", f"model={folder}"], ["data", "check", "my.json"]):
