@@ -1,6 +1,6 @@
 """`llava chat`: from a script on stdin, and at a real (pseudo) terminal."""
 
-import contextlib
+import functools
 import gc
 import io
 import json
@@ -207,82 +207,43 @@ def test_ctrl_c_twice_or_the_end_of_input_leaves(monkeypatch, capsys):
         assert capsys.readouterr().err.count("Ctrl-C once more") == 2
 
 
-class PseudoTerminal:
-    """A child process at a terminal of its own, what it wrote, and what is typed."""
-
-    def __init__(self, arguments, environment):
-        import pty
-
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored, and hands that on
-            os.execve(sys.executable, [sys.executable, "-m", "modeling_llava.cli.main", *arguments], environment)
-        self.output = ""
-        self.seen = 0
-
-    def read(self):
-        with contextlib.suppress(OSError):  # the child has left
-            return os.read(self.descriptor, 65536).decode(errors="replace")
-        return ""
-
-    def wait_for(self, text):
-        """Reads until `text` appears after what was waited for before."""
-        while text not in self.output[self.seen :]:
-            piece = self.read()
-            assert piece, f"left without {text!r}: {self.output[-2000:]!r}"
-            self.output += piece
-        self.seen = self.output.index(text, self.seen) + len(text)
-
-    def type(self, text):
-        os.write(self.descriptor, text.encode())
-
-    def end(self):
-        """Whatever state it is in."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.descriptor)
-
-    def leave(self):
-        """Returns the exit code."""
-        self.type("/quit\r")
-        while piece := self.read():
-            self.output += piece
-        pid, self.pid = self.pid, None
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo terminal is needed")
 @pytest.mark.parametrize("model_and_processor", ["llava-hf"], indirect=True)
 def test_at_a_terminal(folder, tmp_path, model_and_processor, request):
+    pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed")
     image = folder.parent / "1.png"
     environment = {**os.environ, "HOME": str(tmp_path), "TERM": "xterm", "COLUMNS": "100"}
-    terminal = PseudoTerminal(["chat", str(folder), "--max-new-tokens", "3000"], environment)
-    request.addfinalizer(terminal.end)
-    terminal.wait_for("/help tells the rest")
-    terminal.type(f"{image.parent}/1\t\r")  # completed
-    terminal.wait_for("(40×30)")
-    terminal.type(f"'{image}'\r")  # as a terminal pastes a dragged file
-    terminal.wait_for("(40×30)")
-    terminal.type("What is it?\r")
+    words = ["-m", "modeling_llava.cli.main", "chat", str(folder), "--max-new-tokens", "3000"]
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    options = {"env": environment, "encoding": "utf-8", "timeout": None, "preexec_fn": interruptible}
+    terminal = pexpect.spawn(sys.executable, words, logfile=io.StringIO(), **options)
+    request.addfinalizer(terminal.close)
+    terminal.expect_exact("/help tells the rest")
+    terminal.send(f"{image.parent}/1\t\r")  # completed
+    terminal.expect_exact("(40×30)")
+    terminal.send(f"'{image}'\r")  # as a terminal pastes a dragged file
+    terminal.expect_exact("(40×30)")
+    terminal.send("What is it?\r")
     whole = answer(model_and_processor, "What is it?", [picture(1)], length=60)
     begin = whole[:8]
-    terminal.wait_for(begin)
-    terminal.type("\x03")
-    terminal.wait_for("Stopped.")
-    terminal.type(f"/save {tmp_path}/chat.md\r")
-    terminal.wait_for("Written")
+    terminal.expect_exact(begin)
+    terminal.send("\x03")
+    terminal.expect_exact("Stopped.")
+    terminal.send(f"/save {tmp_path}/chat.md\r")
+    terminal.expect_exact("Written")
     said = (tmp_path / "chat.md").read_text().split("> What is it?\n\n")[1].strip()
     assert said and (said.startswith(whole) or whole.startswith(said))
-    terminal.type("/reset\r")
-    terminal.wait_for("A new conversation")
-    terminal.type("\x1b[A" * 3 + "\r")  # the third line before: asked again, from the history
-    terminal.wait_for("What is it?")
-    terminal.wait_for(begin)  # not before it answers: until then, Ctrl-C means another thing
-    terminal.type("\x03")
-    terminal.wait_for("Stopped.")
-    assert terminal.leave() == 0
+    terminal.send("/reset\r")
+    terminal.expect_exact("A new conversation")
+    terminal.send("\x1b[A" * 3 + "\r")  # the third line before: asked again, from the history
+    terminal.expect_exact("What is it?")
+    terminal.expect_exact(begin)  # not before it answers: until then, Ctrl-C means another thing
+    terminal.send("\x03")
+    terminal.expect_exact("Stopped.")
+    terminal.send("/quit\r")
+    terminal.expect(pexpect.EOF)
+    assert terminal.wait() == 0
     history = tmp_path / ".llava_history"
     assert "What is it?" in history.read_text() and history.stat().st_mode & 0o077 == 0
-    assert "Traceback" not in terminal.output
+    assert "Traceback" not in terminal.logfile.getvalue()
