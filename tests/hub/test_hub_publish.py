@@ -181,13 +181,18 @@ def test_a_branch_is_made_and_main_stays(hub, model_folder):
     assert "config.json" in hub.files("tester/my-llava", revision="trial")
 
 
+def adapter_of(base, folder, **settings):
+    """A folder with an adapter, and its configuration."""
+    config = {"base_model_name_or_path": str(base), "peft_type": "LORA", **settings}
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(safetensors({}))
+    (folder / "adapter" / "processor_config.json").write_text("{}")
+    return folder / "adapter", config
+
+
 def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"base_model_name_or_path": str(model_folder), "r": 8, "lora_alpha": 16, "peft_type": "LORA"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (adapter / "adapter_model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
-    (adapter / "processor_config.json").write_text("{}")
+    adapter, config = adapter_of(model_folder, tmp_path, r=8, lora_alpha=16)
     with pytest.raises(ValueError, match="--base-model"):
         gather(adapter, "tester/adapter")
     publication = gather(adapter, "tester/adapter", base_models=["org/base"])
@@ -197,16 +202,6 @@ def test_an_adapter_names_its_base_by_its_hub_name(hub, tmp_path, model_folder):
     assert json.loads((adapter / "adapter_config.json").read_text()) == config
     card = (publication.folder / "README.md").read_text()
     assert "base_model_relation: adapter" in card and "rank 8, alpha 16" in card
-
-
-def test_a_data_set_is_published_as_one(hub, tmp_path):
-    folder = tmp_path / "data-set"
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "train.parquet").write_bytes(parquet(text=["A dog."]))
-    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Data\n")
-    (folder / "ledger.jsonl").write_text("{}\n")
-    push(gather(folder, "tester/data"), endpoint=hub.url)
-    assert set(hub.files("tester/data", "dataset")) == {"README.md", "data/train.parquet", "ledger.jsonl"}
 
 
 def test_a_run_of_the_data_engine_is_published_as_its_data_set(hub, tmp_path):
@@ -243,7 +238,6 @@ def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
     for source, words, said in (
         (tmp_path / "nowhere", ["tester/x"], "is not a folder"),
         (tmp_path / "other", ["tester/x"], "holds neither a model .* nor a data set.*notes.txt"),
-        (model_folder, ["a/b/c"], "not a name on the Hub"),
         (model_folder, ["tester/x", tmp_path / "other"], "was not made by this command"),
         (model_folder, ["tester/x", model_folder / "inside"], "are inside each other"),
         (inside, ["tester/x", gathered], "are inside each other"),
@@ -252,9 +246,6 @@ def test_wrong_places_and_names_are_one_clear_error(tmp_path, model_folder):
             gather(source, *words)
     with pytest.raises(ValueError, match="'/home/me/base' is not a name on the Hub"):
         gather(model_folder, "tester/x", base_models=["/home/me/base"])
-    with pytest.raises(ValueError, match="cannot publish: 1 problems"):
-        (model_folder / "chat_template.jinja").unlink()
-        push(gather(model_folder, "tester/x"))
     assert (inside / "config.json").is_file()
 
 
@@ -272,11 +263,7 @@ def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, mode
     assert "the model cannot be loaded: keys: " in said(model_folder, "tester/x")
     (model_folder / "chat_template.jinja").unlink()
     assert "cannot publish: 1 problems" in said(model_folder, "tester/x")
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
-    (adapter / "adapter_model.safetensors").write_bytes(safetensors({}))
-    (adapter / "processor_config.json").write_text("{}")
+    adapter, _ = adapter_of("/gone/base", tmp_path)
     message = said(adapter, "tester/x", "--base-model", "owner/base")
     assert "was trained on /gone/base, which is not there" in message and "--no-run" in message
 
@@ -313,10 +300,7 @@ def test_what_stock_needs_to_end_an_answer_is_said_and_stands_in_the_card(tmp_pa
 
 
 def test_an_adapters_note_of_its_stop_is_said(tmp_path):
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
-    (adapter / "adapter_model.safetensors").write_bytes(safetensors({}))
+    adapter, _ = adapter_of("org/base", tmp_path)
     (adapter / "generation_config.json").write_text('{"stop_strings": ["###"]}')
     publication = gather(adapter, "tester/adapter", base_models=["org/base"])
     assert publication.generate_kwargs == {"stop_strings": ["###"]} and "generation_config.json" in publication.files
