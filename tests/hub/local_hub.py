@@ -140,8 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         for item in json.loads(body)["objects"]:
             entry = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.hub.objects:
-                upload = {"href": f"{self.hub.url}/lfs-storage/{item['oid']}", "header": {}}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs-verify", "header": {}}}
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs-storage/{item['oid']}", "header": {}}}
             objects.append(entry)
         self._json({"transfer": "basic", "objects": objects})
 
@@ -151,9 +150,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = body
         self.hub.uploads.append(oid)
         self._send(b"")
-
-    def _lfs_verify(self, body):
-        self._json({}, 200 if json.loads(body)["oid"] in self.hub.objects else 404)
 
     def _commit(self, body, repo, repository, revision):
         files = dict(repository["revisions"][revision])
@@ -236,7 +232,6 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", _KIND + "/preupload/(?P<revision>[^/]+)", _preupload),
         ("POST", "/(?:datasets/)?" + _REPO + r"\.git/info/lfs/objects/batch", _lfs_batch),
         ("PUT", "/lfs-storage/(?P<oid>[0-9a-f]+)", _lfs_put),
-        ("POST", "/lfs-verify", _lfs_verify),
         ("POST", _KIND + "/commit/(?P<revision>[^/]+)", _commit),
         ("POST", _KIND + "/branch/(?P<branch>[^/]+)", _branch),
         ("POST", _KIND + "/tag/(?P<revision>[^/]+)", _tag),
