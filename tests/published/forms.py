@@ -15,9 +15,7 @@ that a real repository has, over random weights and a vocabulary of some hundred
 | `LANGUAGES` | language models with their own templates and generation configurations | `build_language` |
 | `ORIGINALS` | folders of the original code | `build_original` |
 
-`build_tower()` is a CLIP tower of 28 pixels. A `Form` says what must come out, written by hand: `prompt` (the published
-template's text for `CONVERSATION[:1]`), `learnt` (what each answer of `CONVERSATION` teaches), `stop`, `base_stops` (whether
-the published generation configuration ends there).
+`build_tower()` is a CLIP tower of 28 pixels. A `Form` says what must come out, written by hand.
 
 Sources, read on huggingface.co: llava-hf/llava-1.5-*-hf (with the sizes of its files per revision), llava-interleave-qwen-*-hf,
 xtuner/llava-llama-3-8b-v1_1-transformers and -hf, lmsys/vicuna-*-v1.5, mmaaz60/LLaVA-7B-Lightening-v1-1, wojtab/llava-7b-v0-4bit-128g
@@ -30,13 +28,12 @@ What differs on purpose: sizes, ids, and shards of a few kilobytes. Forms withou
 per image, its default; the others have 28 pixels and 4 tokens.
 """
 
-import atexit
 import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -56,7 +53,6 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 from transformers.models.llava.processing_llava import LlavaProcessor as StockProcessor
 
-from . import templates
 from .vocabularies import HUGE, Vocabulary, write_json
 
 
@@ -71,6 +67,11 @@ CONVERSATION = [
 ]
 
 
+def template(name: str) -> str:
+    """A chat template of `templates/`: of llava-hf the published bytes, of language models the same behaviour."""
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text("utf-8")
+
+
 @dataclass(frozen=True)
 class Form:
     """
@@ -81,7 +82,6 @@ class Form:
             folder has no template that knows images.
         learnt (`tuple[str, str]`): Decoded labels of the two answers of `CONVERSATION`.
         stop (`str`): The token that ends an answer.
-        base_stops (`bool`): Whether the published `generation_config.eos_token_id` holds it.
         image_tokens (`int`): Per image.
         train (`dict`): Settings that `llava train` needs for it.
     """
@@ -91,7 +91,6 @@ class Form:
     prompt: str | None
     learnt: tuple[str, str]
     stop: str
-    base_stops: bool = True
     image_tokens: int = 4
     train: dict | None = None
 
@@ -134,8 +133,7 @@ VICUNA = Vocabulary("sentencepiece", config={**_LLAMA, "padding_side": "right", 
 LLAVA_HF = Vocabulary(
     "sentencepiece", ("<image>", "<pad>"), config={**_LLAVA_HF, "add_prefix_space": None}, model=True
 )
-LLAMA3 = Vocabulary("bytes", _LLAMA3_TOKENS, config=_LLAMA3, template=templates.LLAMA3)
-QWEN2 = Vocabulary("bytes", _QWEN_TOKENS, config=_QWEN, template=templates.QWEN2)
+LLAMA3 = Vocabulary("bytes", _LLAMA3_TOKENS, config=_LLAMA3, template=template("llama3"))
 
 
 # Language models
@@ -176,15 +174,8 @@ LANGUAGES: dict[str, Language] = {
             "temperature": 0.6, "max_length": 4096, "top_p": 0.9, "transformers_version": "4.40.0.dev0",
         },
     ),
-    "qwen2": Language(
-        QWEN2,
-        "qwen2",
-        {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "num_key_value_heads": 4},
-        _QWEN_SAMPLING,
-        padded=128,
-    ),
     "qwen2.5": Language(
-        replace(QWEN2, template=templates.QWEN25),
+        Vocabulary("bytes", _QWEN_TOKENS, config=_QWEN, template=template("qwen2.5")),
         "qwen2",
         {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "num_key_value_heads": 2},
         _QWEN_SAMPLING,
@@ -193,7 +184,7 @@ LANGUAGES: dict[str, Language] = {
     "qwen3": Language(
         Vocabulary(
             "bytes", (*_QWEN_TOKENS, "<think>", "</think>"), config={**_QWEN, "model_max_length": 131072},
-            template=templates.QWEN3,
+            template=template("qwen3"),
         ),
         "qwen3",
         {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>", "num_key_value_heads": 2, "head_dim": 16,
@@ -203,7 +194,7 @@ LANGUAGES: dict[str, Language] = {
     ),
     "mistral": Language(
         Vocabulary(
-            "sentencepiece", config={**_LLAMA, "padding_side": "right", "pad_token": None}, template=templates.MISTRAL,
+            "sentencepiece", config={**_LLAMA, "padding_side": "right", "pad_token": None}, template=template("mistral"),
             model=True,
         ),
         "mistral",
@@ -215,7 +206,7 @@ LANGUAGES: dict[str, Language] = {
             "sentencepiece", _PHI3_TOKENS, _PHI3_TOKENS[1:],
             {**_LLAMA, "add_bos_token": False, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
              "model_max_length": 4096},
-            templates.PHI3, model=True,
+            template("phi3"), model=True,
         ),
         "phi3",
         {"bos_token_id": "<s>", "eos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"},
@@ -235,7 +226,7 @@ LANGUAGES: dict[str, Language] = {
                 "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer",
                 "use_default_system_prompt": False,
             },
-            template=templates.GEMMA,
+            template=template("gemma"),
         ),
         "gemma",
         {"bos_token_id": "<bos>", "eos_token_id": "<eos>", "pad_token_id": "<pad>", "head_dim": 16,
@@ -354,22 +345,19 @@ def _write_llava_hf(
     generation = generation or {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
     fields = {"_from_model_config": True, **_to_ids(generation, vocabulary), "transformers_version": "4.36.0.dev0"}
     write_json(folder / "generation_config.json", fields)
-    write_json(folder / "preprocessor_config.json", _preprocessor(side))
-    vocabulary.write(folder, **tokenizer)
-    if processor is not None:
-        write_json(folder / "processor_config.json", {**processor, "processor_class": "LlavaProcessor"})
-    if chat_template is not None:
-        write_json(folder / "chat_template.json", {"chat_template": chat_template})
-
-
-def _preprocessor(side: int) -> dict:
-    return {
+    preprocessor = {
         "crop_size": {"height": side, "width": side}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
         "do_rescale": True, "do_resize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_processor_type": "CLIPImageProcessor", "image_std": [0.26862954, 0.26130258, 0.27577711],
         "processor_class": "LlavaProcessor", "resample": 3, "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": side},
     }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    vocabulary.write(folder, **tokenizer)
+    if processor is not None:
+        write_json(folder / "processor_config.json", {**processor, "processor_class": "LlavaProcessor"})
+    if chat_template is not None:
+        write_json(folder / "chat_template.json", {"chat_template": chat_template})
 
 
 _PROCESSOR = {
@@ -382,7 +370,7 @@ def _write_resaved(folder: Path) -> None:
     source = build("llava-hf")
     StockLlava.from_pretrained(source, dtype="auto").save_pretrained(folder)
     parts = CLIPImageProcessor.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    StockProcessor(*parts, chat_template=templates.LLAVA_HF, **_PROCESSOR).save_pretrained(folder)
+    StockProcessor(*parts, chat_template=template("llava-hf"), **_PROCESSOR).save_pretrained(folder)
 
 
 def _write_interleave(folder: Path) -> None:
@@ -414,7 +402,7 @@ def _write_interleave(folder: Path) -> None:
     vocabulary.write(folder, processor_class="LlavaProcessor", padding_side="left")
     processor = {**_PROCESSOR, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
     write_json(folder / "processor_config.json", {**processor, "processor_class": "LlavaProcessor"})
-    write_json(folder / "chat_template.json", {"chat_template": templates.INTERLEAVE_QWEN})
+    write_json(folder / "chat_template.json", {"chat_template": template("interleave-qwen")})
 
 
 def _compose(folder: Path, language: str, chat_template: str, tower: str = "clip", wide: bool = False) -> None:
@@ -427,15 +415,15 @@ def _compose(folder: Path, language: str, chat_template: str, tower: str = "clip
     LlavaProcessor.from_vision_language_pretrained(*parts, chat_template).save_pretrained(folder)
 
 
-def _composed(language: str, prompt: str, stop: str, learnt=None, base_stops=True, chat_template="own") -> Form:
+def _composed(language: str, prompt: str, stop: str, learnt=None, chat_template="own") -> Form:
     def write(folder: Path) -> None:
         _compose(folder, language, chat_template)
 
-    return Form(language, write, prompt, learnt or _ends(stop), stop, base_stops)
+    return Form(language, write, prompt, learnt or _ends(stop), stop)
 
 
 _XTUNER = Vocabulary(
-    "bytes", (*_LLAMA3_TOKENS, "<image>", "<pad>"), template=templates.LLAMA3,
+    "bytes", (*_LLAMA3_TOKENS, "<image>", "<pad>"), template=template("llama3"),
     config={**_LLAMA3, "eos_token": "<|end_of_text|>", "pad_token": "<pad>", "processor_class": "LlavaProcessor"},
 )  # fmt: skip
 _VICUNA_PROMPT = f"USER: <image>\n{QUESTION} ASSISTANT:"
@@ -465,22 +453,20 @@ FORMS: dict[str, Form] = {
     for form in [
         # llava-hf/llava-1.5-*-hf: since December 2024, in July 2024, as it was in December 2023, and saved again today
         _llava_hf(
-            "llava-hf", chat_template=templates.LLAVA_HF, processor=_PROCESSOR, image_token="<image>",
+            "llava-hf", chat_template=template("llava-hf"), processor=_PROCESSOR, image_token="<image>",
             extra_special_tokens={"image_token": "<image>"}, side=28,
         ),
-        _llava_hf("llava-hf-2024", chat_template=templates.LLAVA_HF_UNMARKED, processor=None),
+        _llava_hf("llava-hf-2024", chat_template=template("llava-hf-unmarked"), processor=None),
         _llava_hf("llava-hf-2023", None, {"chat_template": "vicuna_v1"}, chat_template=None, processor=None),
         Form("llava-hf-resaved", _write_resaved, _VICUNA_PROMPT, _ends("</s>"), "</s>"),
         # llava-hf/bakLlava-v1-hf: Mistral behind the same files
         _llava_hf(
-            "bakllava", chat_template=templates.LLAVA_HF, processor=_PROCESSOR,
+            "bakllava", chat_template=template("llava-hf"), processor=_PROCESSOR,
             text={"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2,
                   "sliding_window": None, "_name_or_path": "mistralai/Mistral-7B-v0.1"},
         ),
         # xtuner/llava-llama-3-8b-v1_1-transformers: a template of strings; generation ends at <|end_of_text|> alone
-        Form(
-            "xtuner-llama3", _write_xtuner, None, _ends("<|eot_id|>"), "<|eot_id|>", base_stops=False,
-        ),
+        Form("xtuner-llama3", _write_xtuner, None, _ends("<|eot_id|>"), "<|eot_id|>"),
         # llava-hf/llava-interleave-qwen-*-hf: the stop stands behind what the template marks
         Form(
             "interleave-qwen", _write_interleave, _CHATML_PROMPT, _ends("<|im_end|>", before="\n"), "<|im_end|>",
@@ -492,8 +478,12 @@ FORMS: dict[str, Form] = {
             "</s>", chat_template="vicuna_v1",
         ),
         _composed("llama3", _LLAMA3_PROMPT, "<|eot_id|>"),
-        _composed("qwen2", f"<|im_start|>system\n{templates.QWEN2_SYSTEM}<|im_end|>\n{_CHATML_PROMPT}", "<|im_end|>"),
-        _composed("qwen2.5", f"<|im_start|>system\n{templates.QWEN25_SYSTEM}<|im_end|>\n{_CHATML_PROMPT}", "<|im_end|>"),
+        _composed(
+            "qwen2.5",
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+            f"{_CHATML_PROMPT}",
+            "<|im_end|>",
+        ),
         _composed(
             "qwen3", _CHATML_PROMPT, "<|im_end|>", _ends("<|im_end|>", last="<think>\n\n</think>\n\n"),
         ),
@@ -501,7 +491,6 @@ FORMS: dict[str, Form] = {
         _composed("phi3", f"<|user|>\n<image>\n{QUESTION}<|end|>\n<|assistant|>\n", "<|end|>"),
         _composed(
             "gemma", f"<bos><start_of_turn>user\n<image>\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>",
-            base_stops=False,
         ),
     ]
 }  # fmt: skip
@@ -547,11 +536,7 @@ def _golden(
 
 
 _2023 = ("attention_bias", "attention_dropout", "rope_theta", "tokenizer_model_max_length", "tokenizer_padding_side")
-_FIRST = {
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": -1,
-}  # LLaMA's first conversion, in deltas of April 2023
+_FIRST = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # LLaMA's first conversion, April 2023
 
 
 def _write_projector_file(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -587,13 +572,8 @@ def _write_v0_delta(folder: Path) -> None:
         "mm_use_im_start_end", "use_mm_proj", "tune_mm_mlp_adapter",
     )  # fmt: skip
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "max_sequence_length": 2048,
-        "vocab_size": 704,
-    }
-    fields |= {name: config[name] for name in kept if name in config}
+    fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_sequence_length": 2048}
+    fields |= {"vocab_size": 704, **{name: config[name] for name in kept if name in config}}
     write_json(folder / "config.json", {**fields, "transformers_version": "4.28.0.dev0", **_FIRST})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **_FIRST})
     _edit(folder / "tokenizer_config.json", ("added_tokens_decoder", "additional_special_tokens", "legacy"))
@@ -659,14 +639,12 @@ ORIGINALS: dict[str, Original] = {
 
 
 @functools.cache
-def _session() -> Path:
-    folder = tempfile.mkdtemp(prefix="published-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def _session() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="published-", ignore_cleanup_errors=True)
 
 
 def _once(kind: str, name: str, write: Callable[[Path], None]) -> Path:
-    folder = _session() / kind / name
+    folder = Path(_session().name) / kind / name
     if not folder.exists():
         with torch.random.fork_rng():
             unfinished = folder.with_name(f"{name}.unfinished")
@@ -715,5 +693,5 @@ every_original = pytest.mark.parametrize("original", ORIGINALS.values(), ids=ORI
 
 __all__ = [
     "ANSWERS", "CONVERSATION", "FORMS", "LANGUAGES", "ORIGINALS", "QUESTION", "Form", "Language", "Original", "build",
-    "build_language", "build_original", "build_siglip", "build_tower", "copy", "every_form", "every_original",
+    "build_language", "build_original", "build_siglip", "build_tower", "copy", "every_form", "every_original", "template",
 ]  # fmt: skip

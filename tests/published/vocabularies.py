@@ -53,16 +53,9 @@ class Vocabulary:
         vocabulary, merges = _base(self.kind)
         controls = {"sentencepiece": 3, "gemma": 6, "bytes": 0}[self.kind]
         tokens = [*list(vocabulary)[:controls], *self.added]
+        flags = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
         added = [
-            {
-                "id": i,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": token in self.rstrip,
-                "normalized": False,
-                "special": True,
-            }
+            {"id": i, "content": token, "rstrip": token in self.rstrip, **flags}
             for i, token in zip(self.ids(*tokens), tokens)
         ]
         config = {**self.config, **changes}
@@ -75,7 +68,14 @@ class Vocabulary:
             "added_tokens": added,
             **_pipeline(self.kind),
             "post_processor": _begin_with(bos, self.ids(bos)[0]) if begins else None,
-            "model": _bpe(self.kind, vocabulary, merges),
+            "model": {
+                "type": "BPE",
+                "unk_token": None if self.kind == "bytes" else "<unk>",
+                "fuse_unk": self.kind != "bytes",
+                "byte_fallback": self.kind != "bytes",
+                "vocab": vocabulary,
+                "merges": [" ".join(pair) for pair in merges],  # as files of before 2024-10 hold them
+            },
         }
         if self.kind == "bytes" and not begins:
             description["post_processor"] = {
@@ -129,22 +129,6 @@ def _base(kind: str) -> tuple[dict[str, int], list[list[str]]]:
         pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *pieces[3:]]
         ids = {piece: i for i, piece in enumerate(pieces)}
     return ids, merges
-
-
-def _bpe(kind: str, vocabulary: dict, merges: list) -> dict:
-    spm = kind != "bytes"
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": "<unk>" if spm else None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": spm,
-        "byte_fallback": spm,
-        "ignore_merges": False,
-        "vocab": vocabulary,
-        "merges": [" ".join(pair) for pair in merges],  # as files of before 2024-10 hold them
-    }
 
 
 def _pipeline(kind: str) -> dict:
