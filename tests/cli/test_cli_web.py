@@ -1,6 +1,5 @@
 """`llava web` from outside: the command, and a real browser (headless Chromium) that uploads, asks and reads."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -94,17 +93,17 @@ def test_without_gradio_or_with_an_old_one_the_fix_is_named(folder, capsys, monk
     assert fix in error.splitlines()[-1] and "Loading" not in error
 
 
-@contextlib.contextmanager
-def served(model, folder, *arguments):
+@pytest.fixture(scope="module")
+def site(folder, tmp_path_factory):
     """The command, running; its address."""
     pytest.importorskip("gradio", reason="Gradio is not installed (extra `web`)")
-    log, temporary = folder / "web.log", folder / "temporary"
-    temporary.mkdir()
+    temporary = tmp_path_factory.mktemp("site")
+    log = temporary / "web.log"
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(model), "--port", port, *arguments]
+    command = [sys.executable, "-m", "modeling_llava.cli.main", "web", str(folder), "--port", port]
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -120,36 +119,24 @@ def served(model, folder, *arguments):
     assert not list(temporary.glob("llava-web-*"))  # images of visitors do not stay
 
 
-@pytest.fixture(scope="module")
-def site(folder, tmp_path_factory):
-    with served(folder, tmp_path_factory.mktemp("site")) as address:
-        yield address
-
-
 @pytest.fixture
-def open_browser(tmp_path):
-    """`open_browser()` is a new headless Chromium with a profile of its own."""
+def browser(tmp_path):
+    """Headless Chromium with a profile of its own."""
     selenium = pytest.importorskip("selenium", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not browser or not driver:
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not program or not driver:
         pytest.skip("chromium and chromedriver (Debian: chromium, chromium-driver) are not installed")
     from selenium.webdriver.chrome.service import Service
 
-    opened = []
-
-    def open_one():
-        options = selenium.webdriver.ChromeOptions()
-        options.binary_location = browser
-        for flag in [*BROWSER_FLAGS, f"--user-data-dir={tmp_path / f'profile-{len(opened)}'}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        opened.append(selenium.webdriver.Chrome(options=options, service=Service(driver)))
-        opened[-1].set_page_load_timeout(240)
-        return opened[-1]
-
-    yield open_one
-    for one in opened:
-        one.quit()
+    options = selenium.webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in [*BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = selenium.webdriver.Chrome(options=options, service=Service(driver))
+    browser.set_page_load_timeout(240)
+    yield browser
+    browser.quit()
 
 
 class Page:
@@ -189,11 +176,6 @@ class Page:
     def upload(self, path):
         self.find("#image input[type=file]")[0].send_keys(str(path))
 
-    def upload_another(self, path):
-        self.find("#image button[aria-label='Remove Image']")[0].click()
-        self.wait(lambda: self.find("#image input[type=file]"))
-        self.upload(path)
-
     def type(self, text):
         self.find("#question textarea")[0].send_keys(text)
 
@@ -227,11 +209,10 @@ class Page:
 
 
 @pytest.mark.slow
-def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
+def test_in_a_real_browser(site, browser, tmp_path, model_and_processor):
     red = square("red")
     red.save(tmp_path / "red.png")
     (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
-    browser = open_browser()
     page = Page(browser, site)
     page.upload(tmp_path / "red.png")
     page.wait(lambda: "4 image tokens" in page.status())
@@ -267,7 +248,9 @@ def test_in_a_real_browser(site, open_browser, tmp_path, model_and_processor):
     # A new chat; what is not an image is named; an example keeps the question that was typed.
     page.press("reset")
     page.wait(lambda: page.said() == [] and "4 image tokens" in page.status() and not page.enabled("retry"))
-    page.upload_another(tmp_path / "bomb.png")
+    page.find("#image button[aria-label='Remove Image']")[0].click()
+    page.wait(lambda: page.find("#image input[type=file]"))
+    page.upload(tmp_path / "bomb.png")
     page.wait(lambda: "has far more than 50.0 million pixels" in page.find("body")[0].text)
     page.wait(lambda: page.status() == "No image: the one above cannot be read.")
     page.find("#image button[aria-label='Remove Image']")[0].click()
@@ -300,52 +283,3 @@ def test_it_listens_on_this_machine_alone(site):
     listening = {row.split()[1] for row in table.read_text().splitlines()[1:] if row.split()[3] == "0A"}
     assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
     assert urllib.request.urlopen(site).status == 200
-
-
-@pytest.mark.heavy
-def test_a_trained_model_on_the_page(open_browser, tmp_path):
-    """
-    Trains a quickstart and talks to it on the page. `LLAVA_QUICKSTART=FOLDER` takes one that is trained already,
-    `LLAVA_SCREENSHOTS=FOLDER` keeps there what was seen.
-    """
-    screenshots = Path(os.environ.get("LLAVA_SCREENSHOTS", tmp_path / "screenshots"))
-    screenshots.mkdir(parents=True, exist_ok=True)
-    quickstart = Path(os.environ.get("LLAVA_QUICKSTART", tmp_path / "quickstart"))
-    assert main(["quickstart", "--out", str(quickstart)]) == 0
-    (tmp_path / "tiny-llava").symlink_to(quickstart.resolve() / "model")  # its name is on the page
-    pictures = quickstart / "world" / "unseen" / "images"
-    beach, town = sorted(pictures.iterdir())[0], sorted(pictures.iterdir())[3]
-    (tmp_path / "holiday.png").write_bytes(png_header(60_000, 60_000))
-
-    def ask(page, question):
-        before = len(page.said())
-        page.type(question + "\n")
-        page.wait(lambda: len(page.said()) == before + 2 and "per second" in page.status() and page.enabled("ask"))
-
-    def keep(page, name):
-        time.sleep(0.5)  # what fades in
-        page.browser.save_screenshot(str(screenshots / f"{name}.png"))
-
-    with served(tmp_path / "tiny-llava", tmp_path, "--examples", str(pictures)) as address:
-        page = Page(open_browser(), address)
-        keep(page, "1_begin")
-        page.upload(beach)
-        page.wait(lambda: "image tokens" in page.status())
-        ask(page, "What is shown in this picture?")
-        ask(page, "What colour is the ball?")
-        keep(page, "2_asked_twice")
-        assert "beach" in page.said()[1] and page.said()[3] == "The ball is green."
-
-        other = Page(open_browser(), address)
-        other.upload(town)
-        other.wait(lambda: "image tokens" in other.status())
-        ask(other, "What is shown in this picture?")
-        keep(other, "3_somebody_else")
-        assert "heart" in other.said()[1] and len(page.said()) == 4
-
-        page.press("retry")
-        page.wait(lambda: page.enabled("ask") and "per second" in page.status())
-        assert page.said()[3] == "The ball is green."
-        page.upload_another(tmp_path / "holiday.png")
-        page.wait(lambda: "has far more than" in page.find("body")[0].text)
-        keep(page, "4_decompression_bomb")
