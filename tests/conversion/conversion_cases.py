@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
 
 GOLDEN_CASES = {
     "llava_v15_tiny": "",
@@ -38,6 +39,14 @@ def original_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def same(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tensors under the same keys, bit for bit."""
+    first, second = original_tensors(first), original_tensors(second)
+    return first.keys() == second.keys() and all(
+        value.dtype == second[key].dtype and torch.equal(value, second[key]) for key, value in first.items()
+    )
+
+
 def copy_original(target: Path, name: str = "llava_v15_tiny", **config) -> Path:
     """A copy of a golden full checkpoint (tower inside its folder) with fields of its configuration changed."""
     shutil.copytree(GOLDEN / name, target)
@@ -56,12 +65,13 @@ REMOVED = object()
 
 
 def rewrite(folder: Path, change, form: str = "safetensors") -> None:
-    """Replace the weights of a one-file original by `change(tensors)`, as safetensors, one `.bin` or sharded `.bin`."""
+    """Replace the weights of a one-file checkpoint by `change(tensors)`, as safetensors, one `.bin` or sharded `.bin`."""
     tensors = change(original_tensors(folder))
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         path.unlink()
     if form == "safetensors":
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     elif form == "bin":
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
@@ -102,7 +112,7 @@ def random_original(folder: Path, model_type: str = "llama", projector_layers: i
     """An original full checkpoint with a random language model, the golden tower and the golden tokenizer."""
     model = random_language_model(model_type)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(GOLDEN / "llava_v15_tiny" / "vision_tower", folder / "vision_tower")
+    shutil.copytree(TOWER, folder / "vision_tower")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(GOLDEN / "llava_v15_tiny" / name, folder / name)
     tensors = {key: value.clone() for key, value in model.state_dict().items()} | random_projector(projector_layers)
@@ -114,10 +124,9 @@ def random_original(folder: Path, model_type: str = "llama", projector_layers: i
         "num_key_value_heads": model.config.num_key_value_heads,
         "max_position_embeddings": model.config.max_position_embeddings,
         "rms_norm_eps": model.config.rms_norm_eps,
+        "sliding_window": None,
         "mm_projector_type": "linear" if projector_layers == 1 else f"mlp{projector_layers}x_gelu",
         **config,
     }
-    if model_type == "mistral":
-        fields |= {"sliding_window": None}
     (folder / "config.json").write_text(json.dumps(fields, indent=2), "utf-8")
     return folder

@@ -98,17 +98,15 @@ def test_what_is_wrong_with_a_folder_is_found(broken, edit, item, said):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"vision_feature_layer": -1}, {"projector_hidden_act": "relu"}, {"text_config": {"rms_norm_eps": 0.1}}, None],
+    "edit",
+    [
+        field("config.json", vision_feature_layer=-1),
+        field("config.json", projector_hidden_act="relu"),
+        weights(lambda t: t["language_model.model.layers.1.mlp.down_proj.weight"][5].add_(0.5)),
+    ],
 )
-def test_folder_that_computes_something_else_than_the_original_is_found(broken, fields):
-    if fields is None:
-        change(broken, lambda t: t["language_model.model.layers.1.mlp.down_proj.weight"][5].add_(0.5))
-        assert check_stock_ready(broken).is_stock_ready  # without the original it is a fine checkpoint
-    else:
-        config = json.loads((broken / "config.json").read_text())
-        fields = {key: config[key] | value if isinstance(value, dict) else value for key, value in fields.items()}
-        edit_json(broken / "config.json", **fields)
+def test_folder_that_computes_something_else_than_the_original_is_found(broken, edit):
+    edit(broken)
     assert state_of(check_stock_ready(broken, reference=SOURCE))["logits"] == "failed"
 
 

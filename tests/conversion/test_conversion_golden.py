@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import run_golden
-import torch
-from conversion_cases import GOLDEN, GOLDEN_CASES, golden_arguments, original_tensors
+from conversion_cases import GOLDEN, GOLDEN_CASES, golden_arguments, same
 
 from modeling_llava.conversion import convert_hf_to_original, convert_original_to_hf
 
@@ -67,10 +66,7 @@ def test_original_to_hf_to_original_gives_back_every_byte(name, converted, tmp_p
     conversion = convert_hf_to_original(converted / name, tmp_path / "back")
     assert conversion.check.is_sound
     for part in ("", "vision_tower"):
-        before, after = original_tensors(GOLDEN / name / part), original_tensors(tmp_path / "back" / part)
-        assert before.keys() == after.keys()
-        for key in before:
-            assert before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]), key
+        assert same(GOLDEN / name / part, tmp_path / "back" / part)
     for file in [*GOLDEN.joinpath(name).glob("*.json"), GOLDEN / name / "tokenizer.model"]:
         if file.name != "expected.json":
             assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -81,6 +77,4 @@ def test_what_was_folded_in_goes_back_as_a_whole_original(name, converted, tmp_p
     """There and back again: the whole original that a LoRA, projector or delta stands for gives the same HF folder."""
     convert_hf_to_original(converted / name, tmp_path / "original")
     convert_original_to_hf(tmp_path / "original", tmp_path / "hf", check=False)
-    first, second = original_tensors(converted / name), original_tensors(tmp_path / "hf")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert same(converted / name, tmp_path / "hf")

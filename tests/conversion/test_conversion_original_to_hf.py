@@ -9,6 +9,7 @@ import torch
 from conversion_cases import (
     GOLDEN,
     REMOVED,
+    TOWER,
     copy_original,
     edit_json,
     golden_arguments,
@@ -17,6 +18,7 @@ from conversion_cases import (
     random_original,
     random_projector,
     rewrite,
+    same,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,14 +29,6 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from modeling_llava.conversion import convert_hf_to_original, convert_original_to_hf
 from modeling_llava.conversion.originals import read_original
-
-
-TOWER = GOLDEN / "llava_v15_tiny" / "vision_tower"
-
-
-def same(first, second) -> bool:
-    first, second = original_tensors(first), original_tensors(second)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def question(folder, text="Why?", **options) -> str:
@@ -53,15 +47,6 @@ def test_every_kind_of_file_gives_the_same_checkpoint(tmp_path, golden_hf, form)
     rewrite(source, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, form)
     convert_original_to_hf(source, tmp_path / "out", check=False)
     assert same(tmp_path / "out", golden_hf)
-
-
-@pytest.mark.parametrize(
-    "kind, misleading", [("full", "llava-lora-delta"), ("lora", "llava-7b-full"), ("projector", "my-lora")]
-)
-def test_what_it_is_is_not_read_from_the_folders_name(tmp_path, kind, misleading):
-    arguments = golden_arguments("llava_v15_tiny" if kind == "full" else f"llava_v15_tiny_{kind}")
-    folder = shutil.copytree(arguments["source"], tmp_path / misleading)
-    assert read_original(folder, arguments.get("base"), TOWER).kind == kind
 
 
 def test_dtype_rounds_every_tensor_and_stands_in_the_configuration(tmp_path, golden_hf):
@@ -173,22 +158,16 @@ def make_tower(folder, form):
         text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         text |= {"vocab_size": 9, "eos_token_id": 2}
         config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
-        pair = CLIPModel(config).state_dict()
-        assert any(key.startswith("text_model.") for key in pair) and "visual_projection.weight" in pair
-        tensors = {key: value for key, value in pair.items() if not key.startswith("vision_model.")} | tensors
+        tensors = CLIPModel(config).state_dict() | tensors
         tensors["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
         config.save_pretrained(folder)
-    elif form == "bare":
-        tensors = {key.removeprefix("vision_model."): value for key, value in tensors.items()}
-    (folder / "model.safetensors").unlink()
-    if form == "bin":
-        torch.save(tensors, folder / "pytorch_model.bin")
     else:
-        save_file(tensors, folder / "model.safetensors")
+        tensors = {key.removeprefix("vision_model."): value for key, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-@pytest.mark.parametrize("form", ["pair", "bare", "bin"])
+@pytest.mark.parametrize("form", ["pair", "bare"])
 def test_tower_of_any_form_is_read(tmp_path, golden_hf, form):
     source = copy_original(tmp_path / "source", mm_vision_tower="openai/clip-vit-large-patch14-336")
     tower = make_tower(tmp_path / "tower", form)
@@ -197,8 +176,7 @@ def test_tower_of_any_form_is_read(tmp_path, golden_hf, form):
     assert same(tmp_path / "out", golden_hf)
 
 
-def test_tower_that_cannot_be_found_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_tower_that_cannot_be_found_is_one_clear_error(tmp_path):
     source = copy_original(tmp_path / "source", mm_vision_tower="openai/clip-vit-of-nowhere")
     with pytest.raises(OSError, match="vision tower 'openai/clip-vit-of-nowhere' is not a folder.*--vision-tower"):
         convert_original_to_hf(source, tmp_path / "out")
@@ -336,7 +314,7 @@ def test_wrong_base_is_one_clear_error_that_names_file_and_tensor(tmp_path, name
     with pytest.raises(ValueError, match=r"'model\.\S+weight' of \S+base/model\.safetensors .*Is --base") as error:
         convert_original_to_hf(output=tmp_path / "out", vision_tower=TOWER, **arguments)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_base_without_what_is_needed_is_refused(tmp_path, golden_hf):
@@ -379,7 +357,6 @@ def test_delta_without_its_base_is_suspected(tmp_path, caplog):
         ({"mm_vision_select_layer": -5}, "mm_vision_select_layer is -5, .* 4 hidden states"),
         ({"mm_vision_tower": REMOVED}, "names no mm_vision_tower.*--vision-tower"),
         ({"num_hidden_layers": 3}, r"9 missing: 'model\.layers\.2\.self_attn\.q_proj\.weight' \[64, 64\]"),
-        ({"num_hidden_layers": 1}, r"9 not known: 'model\.layers\.1\."),
         ({"intermediate_size": 128}, r"gate_proj\.weight' of .* is \[96, 64\], .* asks for \[128, 64\]"),
     ],
 )

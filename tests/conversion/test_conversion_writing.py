@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,15 +132,19 @@ def test_space_of_finished_shards_counts_when_a_conversion_resumes(tmp_path, mon
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("kind", ["file", "library"])
-def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_resumes(tmp_path, monkeypatch, kind):
-    """Others write too. `tokenizers`, written in Rust, raises a bare `Exception` for it."""
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device") if kind == "file" else Exception("No space left (os error 28)")
-
-    where = (writing, "write_safetensors") if kind == "file" else (LlavaProcessor, "save_pretrained")
-    monkeypatch.setattr(*where, full)
+@pytest.mark.parametrize(
+    "place, name, error",
+    [
+        (writing, "write_safetensors", OSError(28, "No space left on device")),
+        (
+            LlavaProcessor,
+            "save_pretrained",
+            Exception("No space left (os error 28)"),
+        ),  # as Rust's tokenizers raises it
+    ],
+)
+def test_disk_that_fills_up_is_one_clear_error_and_the_next_run_resumes(tmp_path, monkeypatch, place, name, error):
+    monkeypatch.setattr(place, name, Mock(side_effect=error))
     with pytest.raises(OSError, match=r"The disk of .*out\.partial.* is full"):
         convert_original_to_hf(SOURCE, tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
@@ -154,11 +159,7 @@ def test_disk_that_fills_up_on_the_way_is_one_clear_error_and_the_next_run_resum
 @pytest.mark.parametrize("change", ["options", "source"])
 def test_rerun_with_other_options_or_sources_starts_again(tmp_path, monkeypatch, change):
     source = copy_original(tmp_path / "source")
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(OutputFolder, "commit", interrupt)
+    monkeypatch.setattr(OutputFolder, "commit", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         convert_original_to_hf(source, tmp_path / "out", check=False)
     monkeypatch.undo()
