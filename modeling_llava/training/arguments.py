@@ -253,6 +253,9 @@ class LlavaTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = _default(2, "Checkpoints kept; older ones are deleted.")
     remove_unused_columns: bool = _default(False, "Always False: conversations become model inputs in the collator.")
+    dataloader_persistent_workers: bool | None = _default(
+        None, "Keep the data loader's workers from one evaluation to the next; by default where there are any."
+    )
 
     def __post_init__(self):
         for setting in fields(self):

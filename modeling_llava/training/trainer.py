@@ -112,6 +112,9 @@ class LlavaTrainer(CheckpointingTrainer):
             )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = not self._has_own_forward
+        args.dataloader_persistent_workers = (
+            bool(args.dataloader_num_workers) and args.dataloader_persistent_workers is not False
+        )
         if data_collator is None and processing_class is not None:
             data_collator = default_collator(processing_class, args, core_model(model))
         self.data_record = data_record
@@ -226,9 +229,21 @@ class LlavaTrainer(CheckpointingTrainer):
             in_order=self.args.dataloader_in_order,
         )
         device = None if is_training else self.accelerator.device
-        return prepare_data_loader(
+        loader = prepare_data_loader(
             loader, device, num_processes=1, process_index=0, put_on_device=not is_training, dispatch_batches=False
         )
+        if dataloader_key is not None:
+            self._eval_dataloaders = {**getattr(self, "_eval_dataloaders", {}), dataloader_key: loader}
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `Trainer`, which for every dataset gives the loader of the first, if its workers persist."""
+        if eval_dataset is not self._evaluated_dataset and not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+            self._evaluated_dataset = eval_dataset
+        return super().get_eval_dataloader(eval_dataset)
+
+    _evaluated_dataset: Any = None
 
     def _prepare_input(self, data):
         """As in `Trainer`, which waits for the device at each tensor that it copies there."""

@@ -1,5 +1,6 @@
 """`LlavaTrainer` as people call it in a notebook: arguments used twice, `model_init`, single steps, saving on one process."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,19 @@ def test_micro_batches_of_a_step_wait_in_main_memory(settings, make, monkeypatch
     trainer = make(LlavaTrainingArguments(**settings, gradient_accumulation_steps=2))
     monkeypatch.setattr("accelerate.data_loader.send_to_device", lambda *args, **kwargs: pytest.fail("moved at once"))
     assert len(list(trainer.get_train_dataloader())) == 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the collator is not picklable")
+def test_workers_persist_from_one_evaluation_to_the_next(settings, make):
+    args = LlavaTrainingArguments(**settings, dataloader_num_workers=1, dataloader_multiprocessing_context="fork")
+    trainer = make(args, data_collator=lambda rows: {"worker": torch.tensor([os.getpid()] * len(rows))})
+
+    def workers(dataset=None):
+        return torch.cat([batch["worker"] for batch in trainer.get_eval_dataloader(dataset)]).tolist()
+
+    first, again, other = workers(), workers(), workers(trainer.eval_dataset.select([0, 1]))
+    assert set(first) == set(again) and os.getpid() not in first
+    assert (len(first), len(other), len(workers())) == (24, 2, 24)  # not the loader of the dataset before
 
 
 def test_state_of_a_paged_optimizer_is_paged_again_on_resume(settings, make, monkeypatch):
