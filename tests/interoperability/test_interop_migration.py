@@ -23,12 +23,14 @@ def test_every_recipe_key_is_a_setting():
     assert len(keys) > 20 and set(keys) <= settings, set(keys) - settings
 
 
-def test_every_template_is_there():
+def test_every_template_and_recipe_is_there():
     row = next(row for row in PAGE.splitlines() if "`chat_template`" in row)
     names = re.findall(r"`(\w+)`", row.split("|")[3])
     assert len(names) == 8
     for name in names:
         load_chat_template(name)
+    for path in re.findall(r"examples/recipes/\S+\.yaml", PAGE):
+        assert (Path(__file__).parents[2] / path).is_file(), path
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"llava (\w+)", PAGE)) & set(COMMANDS)))
@@ -44,8 +46,3 @@ def test_every_option_of_a_command_is_there(command):
         if snippet.startswith(f"llava {command}"):
             options = re.findall(r"(?<!\S)--[\w-]+", snippet)
             assert set(options) <= known, set(options) - known
-
-
-def test_the_recipe_it_names_is_there():
-    for path in re.findall(r"examples/recipes/\S+\.yaml", PAGE):
-        assert (Path(__file__).parents[2] / path).is_file(), path

@@ -10,7 +10,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration as StockLlava
 
 from modeling_llava.data import encode_conversation
-from modeling_llava.inference import LlavaPredictor
 from modeling_llava.training import LlavaTrainingArguments, train
 from modeling_llava.training.setup import load_model_and_processor
 
@@ -49,24 +48,19 @@ def test_labels_are_each_answer_and_its_stop_and_prompts_are_the_published_ones(
     prompt = processor.apply_chat_template(CONVERSATION[:1], add_generation_prompt=True)
     assert form.prompt in (None, prompt)
     asked = [{"role": "user", "content": [{"type": "image", "image": picture(0)}, *CONVERSATION[0]["content"][1:]]}]
-    ids = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-    assert encoded["input_ids"][: len(ids[0])].tolist() == ids[0]  # what is asked is what was learnt
+    inputs = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
+    (ids,) = inputs["input_ids"]
+    assert encoded["input_ids"][: len(ids)].tolist() == ids  # what is asked is what was learnt
 
 
-@pytest.fixture
-def data(tmp_path):
+@pytest.mark.parametrize("name", ["llava-hf", "llava-hf-2024", "interleave-qwen", "llama3", "gemma"])
+def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(name, tmp_path):
+    form = FORMS[name]
     picture(1).save(tmp_path / "0.png")
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWERS[0]}]
     row = {"id": "a", "image": "0.png", "conversations": turns}
     (tmp_path / "data.json").write_text(json.dumps([row]))
-    return {"data": str(tmp_path / "data.json"), "image_folder": str(tmp_path), "max_length": 1024}
-
-
-@pytest.mark.parametrize("name", ["llava-hf", "llava-hf-2024", "interleave-qwen", "llama3", "gemma"])
-def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(name, data, tmp_path):
-    form = FORMS[name]
+    data = {"data": str(tmp_path / "data.json"), "image_folder": str(tmp_path), "max_length": 1024}
     steps = {"max_steps": 1, "learning_rate": 1e-3, "precision": "fp32", "save_strategy": "no"}
     train(settings(form, tmp_path / "run", **data, **steps))
     stock = StockLlava.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
@@ -80,10 +74,5 @@ def test_what_a_step_of_training_saves_is_answered_alike_by_stock_and_ours(name,
     )
     greedy = {"max_new_tokens": 6, "do_sample": False}
     ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "run", dtype=torch.float32).eval()
-    assert isinstance(ours, StockLlava) is False
-    expected = stock.generate(**inputs, **greedy)
-    assert torch.equal(ours.generate(**inputs, **greedy), expected)
-    predictor = LlavaPredictor(ours, processor)
-    predictor.set_image(picture(1))
-    answer = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert predictor.ask(QUESTION, **greedy) == answer
+    assert not isinstance(ours, StockLlava)
+    assert torch.equal(ours.generate(**inputs, **greedy), stock.generate(**inputs, **greedy))

@@ -35,26 +35,20 @@ QUESTIONS = ("What colour is it?", "Why is that?")
 MOST = 40
 
 
-def answers_of(colour):
-    return f"It is {colour}, quite.", f"the picture shows {colour}."
-
-
-def conversation(colour, other, folder):
-    first = [{"type": "image", "path": str(folder / f"{name}.png")} for name in (colour, other)]
-    turns = [[*first, {"type": "text", "text": QUESTIONS[0]}], [{"type": "text", "text": QUESTIONS[1]}]]
-    messages = []
-    for content, answer in zip(turns, answers_of(colour)):
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for colour, pixel in COLOURS.items():
-        Image.new("RGB", (28, 28), pixel).save(folder / f"{colour}.png")
-    return [conversation(*pair, folder) for pair in zip(COLOURS, [*list(COLOURS)[1:], "red"])]
+    conversations = []
+    for colour, other in zip(COLOURS, [*list(COLOURS)[1:], "red"]):
+        Image.new("RGB", (28, 28), COLOURS[colour]).save(folder / f"{colour}.png")
+        messages = []
+        for question, answer in zip(QUESTIONS, (f"It is {colour}, quite.", f"the picture shows {colour}.")):
+            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        images = [{"type": "image", "path": str(folder / f"{name}.png")} for name in (colour, other)]
+        messages[0]["content"] = images + messages[0]["content"]
+        conversations.append(messages)
+    return conversations
 
 
 @pytest.fixture(scope="module")

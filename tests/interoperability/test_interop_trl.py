@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import build
-from tiny_predictor import assistant_turn, picture, published_llava, tiny_llava, tiny_processor, user_turn
+from tiny_predictor import assistant_turn, picture, tiny_llava, tiny_processor, user_turn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers import LlavaForConditionalGeneration as StockLlava
 from transformers import LlavaProcessor as StockProcessor
@@ -24,23 +24,14 @@ QUESTIONS = ["What is it?", "Which colour has it?", "Is it far away?", "Why?"]
 ANSWERS = ["It is noise.", "It has all of them.", "No, it is near.", "Because it was drawn so."]
 
 
-@pytest.fixture(params=["ours", "llava-hf"])
-def pair(request):
-    """Model and processor."""
-    if request.param == "llava-hf":
-        return published_llava()
-    processor = tiny_processor()
-    return tiny_llava(processor), processor
+@pytest.fixture
+def processor():
+    return tiny_processor()
 
 
 @pytest.fixture
-def processor(pair):
-    return pair[1]
-
-
-@pytest.fixture
-def model(pair):
-    return pair[0]
+def model(processor):
+    return tiny_llava(processor)
 
 
 @pytest.fixture(scope="module")

@@ -536,6 +536,10 @@ def _golden(
 
 
 _2023 = ("attention_bias", "attention_dropout", "rope_theta", "tokenizer_model_max_length", "tokenizer_padding_side")
+_LATER = (
+    *_2023, "mm_projector_type", "mm_vision_select_feature", "image_aspect_ratio", "num_key_value_heads",
+    "mm_use_im_patch_token",
+)  # fmt: skip
 _FIRST = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # LLaMA's first conversion, April 2023
 
 
@@ -566,15 +570,10 @@ def _write_v0_delta(folder: Path) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
     added = {"<im_end>": 703, "<im_patch>": 701, "<im_start>": 702, "[PAD]": 700}
     write_json(folder / "added_tokens.json", added)
-    kept = (
-        "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "num_attention_heads", "num_hidden_layers",
-        "rms_norm_eps", "use_cache", "tie_word_embeddings", "mm_vision_tower", "mm_vision_select_layer", "mm_hidden_size",
-        "mm_use_im_start_end", "use_mm_proj", "tune_mm_mlp_adapter",
-    )  # fmt: skip
-    config = json.loads((folder / "config.json").read_text("utf-8"))
     fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_sequence_length": 2048}
-    fields |= {"vocab_size": 704, **{name: config[name] for name in kept if name in config}}
-    write_json(folder / "config.json", {**fields, "transformers_version": "4.28.0.dev0", **_FIRST})
+    fields |= {"vocab_size": 704, "transformers_version": "4.28.0.dev0"}
+    later = (*_LATER, "max_position_embeddings", "rope_scaling", "pretraining_tp", "image_grid_pinpoints")
+    _edit(folder / "config.json", later, **fields, **_FIRST)
     write_json(folder / "generation_config.json", {"_from_model_config": True, **_FIRST})
     _edit(folder / "tokenizer_config.json", ("added_tokens_decoder", "additional_special_tokens", "legacy"))
     write_json(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]",
@@ -620,8 +619,7 @@ ORIGINALS: dict[str, Original] = {
         Original(
             "v1-2023",
             _golden(
-                "llava_v1_tiny", _FIRST, (*_2023, "mm_projector_type", "mm_vision_select_feature", "image_aspect_ratio",
-                "num_key_value_heads", "mm_use_im_patch_token"), model_type="llava", transformers_version="4.28.0.dev0",
+                "llava_v1_tiny", _FIRST, _LATER, model_type="llava", transformers_version="4.28.0.dev0",
                 max_sequence_length=2048, **_FIRST,
             ),
             "</s>",
