@@ -1,5 +1,5 @@
 import pytest
-from tiny import tiny_config, tiny_text_config
+from tiny import tiny_config
 from transformers import CLIPVisionConfig
 from transformers import LlavaConfig as StockConfig
 
@@ -11,7 +11,6 @@ from modeling_llava.configuration_llava import count_image_tokens
     "size, patch, additional, strategy, expected",
     [
         (336, 14, 1, "default", 576),  # CLIP ViT-L/14-336: 24², the class token dropped
-        (224, 14, 1, "default", 256),
         (336, 14, 1, "full", 577),
         (384, 14, 0, "full", 729),  # SigLIP so400m: 27² (384 // 14), no class token
         (335, 14, 1, "default", 529),  # a remainder of pixels makes no patch
@@ -40,10 +39,6 @@ def test_saved_configuration_loads_in_stock_and_back(tmp_path):
     again = LlavaConfig.from_pretrained(tmp_path / "stock")
     assert again.projector_num_layers == 1
     assert isinstance(again.vision_config, CLIPVisionConfig)
-
-
-def test_tied_language_model_ties_llava():
-    assert tiny_config(text=tiny_text_config(tie_word_embeddings=True)).tie_word_embeddings is True
 
 
 @pytest.mark.parametrize("wrong", [{"projector_num_layers": 0}, {"projector_num_layers": 1}])

@@ -77,21 +77,6 @@ def test_stock_transformers_gives_the_golden_ids_and_labels_from_saved_files(tmp
             assert [i if on else -100 for i, on in zip(ids, mask)] == row["labels"], (version, row["id"])
 
 
-@pytest.mark.parametrize(
-    "folder, image_wrap", [("llava_v15_tiny", None), ("llava_v1_tiny", ("<im_start>", "<im_end>"))]
-)
-def test_prompts_and_ids_of_the_original_checkpoints(folder, image_wrap):
-    tokenizer = load_tokenizer(GOLDEN / folder)
-    add_image_token(tokenizer)
-    processor = tiny_processor(tokenizer=tokenizer, template=load_chat_template("vicuna_v1", image_wrap=image_wrap))
-    for expected in json.loads((GOLDEN / folder / "expected.json").read_text()):
-        content = [{"type": "image", "path": str(GOLDEN / folder / expected["image"])}]
-        messages = [user(*content, {"type": "text", "text": expected["question"]})]
-        assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected["prompt"]
-        ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)[0]
-        assert [-200 if i == tokenizer.image_token_id else i for i in ids] == expected["input_ids"]
-
-
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_string_content_and_content_lists_render_alike(name):
     lists = [user(TEXT), assistant("A cat."), user({"type": "text", "text": "Why?"}), assistant("Its ears.")]
@@ -107,8 +92,7 @@ def test_a_system_message_replaces_the_default_and_an_empty_one_removes_it(name)
     listed = render(name, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *messages])
     none = render(name, [{"role": "system", "content": ""}, *messages])
     assert own == listed
-    assert "Be brief." in own and "assistant." in default
-    assert "Be brief." in own and "Be brief." not in default + none
+    assert "Be brief." in own and "assistant." in default and "Be brief." not in default + none
     if name == "llama_2":
         assert "<<SYS>>" in own and "<<SYS>>" not in none
     else:
@@ -129,7 +113,6 @@ def test_a_chatml_system_message():
         ([IMAGE, TEXT], "<image>\nWhat is this?", "<image>\nWhat is this?"),
         ([TEXT, IMAGE], "<image>\nWhat is this?", "What is this?\n<image>"),
         ([IMAGE], "<image>", "<image>"),
-        ([IMAGE, IMAGE], "<image>\n<image>", "<image>\n<image>"),
         ([IMAGE, IMAGE, TEXT], "<image>\n<image>\nWhat is this?", "<image>\n<image>\nWhat is this?"),
         ([IMAGE, TEXT, IMAGE], "<image>\n<image>\nWhat is this?", "<image>\nWhat is this?\n<image>"),
         (
