@@ -89,48 +89,40 @@ def test_prompt_lookup_drafts_no_image_token(model, num_tokens):
 SMALL = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32, page_size=16)
 PAGED = GenerationConfig(**{**GREEDY, "eos_token_id": -1})
 TEXT = [[1, 5, 9, 30, 31], [1, 77, 78], [1, 4, 4, 4, 4, 100, 200, 3]]
+BATCHING = {"generation_config": PAGED, "continuous_batching_config": SMALL}
 
 
 def test_continuous_batching_answers_text_as_generate_does(model):
     expected = [model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() for ids in TEXT]
-    results = model.generate_batch(TEXT, generation_config=PAGED, continuous_batching_config=SMALL)
+    results = model.generate_batch(TEXT, **BATCHING)
     assert [result.generated_tokens for result in results.values()] == expected
     ids = torch.tensor(TEXT[:1])
-    answer = model.generate(
-        ids, cache_implementation="paged", generation_config=PAGED, continuous_batching_config=SMALL
-    )
+    answer = model.generate(ids, cache_implementation="paged", **BATCHING)
     assert answer.flatten().tolist() == TEXT[0] + expected[0]
 
 
 def test_continuous_batching_refuses_images(model):
     batch = without_labels(tiny_batch((1,)))
     with pytest.raises(ValueError, match="text alone"):
-        model.generate_batch(
-            [*TEXT, batch["input_ids"][0].tolist()], generation_config=PAGED, continuous_batching_config=SMALL
-        )
+        model.generate_batch([*TEXT, batch["input_ids"][0].tolist()], **BATCHING)
     with pytest.raises(ValueError, match="text alone"):
-        model.generate(
-            **batch, cache_implementation="paged", generation_config=PAGED, continuous_batching_config=SMALL
-        )
+        model.generate(**batch, cache_implementation="paged", **BATCHING)
     with pytest.raises(ValueError, match="text alone"):
-        model.generate_batch(
-            TEXT, pixel_values=batch["pixel_values"], generation_config=PAGED, continuous_batching_config=SMALL
-        )
-    manager = model.init_continuous_batching(generation_config=PAGED, continuous_batching_config=SMALL)
+        model.generate_batch(TEXT, pixel_values=batch["pixel_values"], **BATCHING)
+    manager = model.init_continuous_batching(**BATCHING)
     with pytest.raises(ValueError, match="text alone"):
         manager.add_request(batch["input_ids"][0].tolist())
 
 
 def test_continuous_batching_refuses_padding_and_packed_attention(model):
     """The first would be read as text, and in a pack no key before the pass would be seen."""
-    options = {"generation_config": PAGED, "continuous_batching_config": SMALL}
     ids = torch.tensor([[0, 0, 1, 5], [1, 77, 78, 9]])
     for padded in ({}, {"attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}):
         with pytest.raises(ValueError, match="padding"):
-            model.generate(ids, cache_implementation="paged", **padded, **options)
+            model.generate(ids, cache_implementation="paged", **padded, **BATCHING)
     model.set_attn_implementation({"text_config": "varlen"})
     with pytest.raises(ValueError, match="varlen"):
-        model.generate_batch(TEXT, **options)
+        model.generate_batch(TEXT, **BATCHING)
 
 
 @pytest.mark.parametrize("image_token_id", [299, -200])

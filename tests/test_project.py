@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -34,9 +35,6 @@ ALLOWED = {
     "cli": BASE | {"data", "training", "inference", "endpoint", "data_engine", "tiny_world", "evaluation", "hub",
             "conversion"},
 }  # fmt: skip
-OPTIONAL = {
-    "peft", "bitsandbytes", "openai", "gradio", "matplotlib", "spacy", "ray", "gguf", "llama_cpp", "torchvision"
-}  # fmt: skip
 FREE = {"compat", "configuration_llava", "constants"}
 """Modules that everything may import, a leaf too."""
 
@@ -50,29 +48,17 @@ def modules():
 
 
 def imported_names(path, relative, top):
-    """Absolute dotted names of everything a file imports, and whether the import stands at the top level."""
+    """Absolute dotted names of everything a file imports."""
     tree = ast.parse(path.read_text("utf-8"))
     package = ["modeling_llava", *([top] if top else []), *relative.parts[:-1]]
-    inside = {
-        id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)
-    }
-    typing = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.unparse(f.test)
-        for n in ast.walk(f)
-    }
     for node in ast.walk(tree):
-        at_top = id(node) not in inside and id(node) not in typing
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, at_top
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
-            yield name, at_top
-            for alias in node.names:
-                yield f"{name}.{alias.name}", at_top
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
 def part_of(name):
@@ -85,23 +71,13 @@ def part_of(name):
 def test_imports_point_one_way():
     wrong = []
     for path, relative, part, top in modules():
-        for name, _ in imported_names(path, relative, top):
+        for name in imported_names(path, relative, top):
             target = part_of(name)
             if target is None or target == part or target in ALLOWED[part]:
                 continue
             if target == "core" and name.split(".")[1] in FREE:
                 continue
             wrong.append(f"{path.relative_to(ROOT)} ({part}) imports {name} ({target})")
-    assert not wrong, "\n".join(wrong)
-
-
-def test_optional_packages_are_imported_where_they_are_used():
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {name} at its top"
-        for path, relative, _, top in modules()
-        for name, at_top in imported_names(path, relative, top)
-        if at_top and name.split(".")[0] in OPTIONAL
-    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -197,17 +173,6 @@ def test_every_command_has_help_that_says_what_it_does():
         look(name, dict(commands_of(build_parser(name)))[name])
 
 
-def test_an_unknown_command_and_a_typed_path_are_one_line(tmp_path, capsys):
-    from modeling_llava.cli.main import main
-
-    with pytest.raises(SystemExit, match="2"):
-        main(["chart"])
-    for words in (["train", str(tmp_path / "nowhere.yaml")], ["init", "/a", "/b", str(tmp_path / "c")]):
-        capsys.readouterr()
-        assert main(words) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
-
-
 def test_nothing_names_a_place_of_one_machine():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
@@ -217,20 +182,6 @@ def test_nothing_names_a_place_of_one_machine():
     wrong = []
     for name in tracked.stdout.splitlines():
         path = ROOT / name
-        if path.suffix not in (
-            ".py",
-            ".md",
-            ".yaml",
-            ".yml",
-            ".toml",
-            ".cff",
-            ".txt",
-            ".json",
-            ".ipynb",
-            ".jinja",
-            "",
-        ):
-            continue
         if "golden" in path.parts or not path.is_file() or path.stat().st_size > 2**20:
             continue
         text = path.read_text("utf-8", errors="ignore")
@@ -249,9 +200,7 @@ def test_the_wheel_alone_works_in_an_empty_folder(tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
-    site = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
     here = next(path for path in sys.path if path.endswith("site-packages"))
     # its packages, after the wheel's own; without this checkout's editable install
     Path(site, "dependencies.pth").write_text(here + "\n")
@@ -271,9 +220,7 @@ def test_the_wheel_alone_works_in_an_empty_folder(tmp_path):
     )
     places = run(python, "-c", program).split()
     assert all(str(tmp_path / "env") in place for place in places), places
-    files = subprocess.run(
-        [python, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True
-    ).stdout
+    files = ZipFile(wheel).namelist()
     for needed in ("text/templates/vicuna_v1.jinja", "hub/model_card_template.md", "presets/qlora.yaml", "py.typed"):
         assert f"modeling_llava/{needed}" in files, needed
-    assert "tests/" not in files
+    assert not any(name.startswith("tests/") for name in files)

@@ -28,16 +28,16 @@ def test_names_that_are_not_there_and_packages_that_are_not_installed():
     assert "LlavaModel" in dir(modeling_llava) and installed("a-package-of-nobody") is None
 
 
-def test_import_says_nothing_and_needs_neither_torchvision_nor_bitsandbytes(tmp_path):
+def test_import_of_every_module_says_nothing_and_needs_no_optional_package(tmp_path):
     result = run(
         """
-        import sys
-        for name in ("torchvision", "bitsandbytes", "peft", "openai", "gradio", "matplotlib", "spacy", "ray"):
-            sys.modules[name] = None  # importing it raises ImportError
-        import modeling_llava
-        from modeling_llava import (
-            LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaModel, LlavaProcessor,
-        )
+        import importlib, pkgutil, sys
+        optional = ("torchvision", "bitsandbytes", "peft", "openai", "gradio", "matplotlib", "spacy", "ray", "gguf", "llama_cpp")
+        sys.modules |= dict.fromkeys(optional)  # importing one raises ImportError
+        import modeling_llava, modeling_llava.conversion
+        for package in (modeling_llava, modeling_llava.conversion):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)
         """,
         cwd=tmp_path,
     )

@@ -27,19 +27,23 @@ FAMILIES = {
 }
 
 
-def language_model(model_type="llama", dtype=torch.float32, **config):
+SETTINGS = {  # windows are shorter than the samples
+    "llama with biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+def language_model(family="llama"):
     torch.manual_seed(0)
-    if model_type == "llama with biases":
-        model_type, config = "llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}
-    model = AutoModelForCausalLM.from_config(
-        tiny_text_config(model_type, pad_token_id=0, **config), attn_implementation=VARLEN
-    )
+    config = tiny_text_config(family.split()[0], pad_token_id=0, **SETTINGS.get(family, {}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.5)  # ones would hide what they are multiplied with
         if name.endswith("proj.bias"):
             torch.nn.init.normal_(parameter)
-    return model.to(dtype).train()
+    return model.train()
 
 
 def inputs():
@@ -53,6 +57,7 @@ def inputs():
 
 def step(model):
     model.zero_grad()
+    torch.manual_seed(3)  # the same draws of dropout
     logits = model(**inputs()).logits
     loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), inputs()["input_ids"][0, 1:])
     loss.backward()
@@ -79,29 +84,6 @@ def test_logits_and_gradients_are_the_stock_ones(family, checkpointing):
     assert_same_step(efficient, stock)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-def test_the_norm_that_cuda_gets_is_the_stock_one_but_for_rounding(dtype, tolerance):
-    norm = language_model(dtype=dtype).model.norm
-    hidden = torch.randn(3, 5, 64).to(dtype).requires_grad_()
-    ours = torch.nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    gradients = [torch.autograd.grad(out.float().pow(2).sum(), (hidden, norm.weight)) for out in (ours, norm(hidden))]
-    for actual, expected in zip((ours, *gradients[0]), (norm(hidden), *gradients[1])):
-        assert actual.dtype == dtype and (actual - expected).norm() < 2 * tolerance * expected.norm()
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_the_sliding_window_of_each_layer_stays(family):
-    window = {"sliding_window": 4}
-    if family == "qwen2":
-        window |= {"use_sliding_window": True, "max_window_layers": 1}
-    stock = language_model(family, **window)
-    efficient = copy.deepcopy(stock)
-    assert make_efficient(efficient.base_model)["attentions"] == 2
-    assert_same_step(efficient, stock)
-    free = language_model(family)
-    assert not torch.allclose(step(free)[0], step(efficient)[0], atol=1e-3)  # the window matters for these lengths
-
-
 def with_lora(dropout=0.0, dtype=torch.float32):
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=r".*_proj", init_lora_weights=False)
     model = get_peft_model(language_model(), config)
@@ -117,14 +99,7 @@ def test_lora_layers_give_the_same(dropout):
     efficient = copy.deepcopy(stock)
     counts = make_efficient(efficient.get_base_model().base_model)
     assert counts["loras"] == 14 and counts["mlps"] == counts["attentions"] == 2
-    results = []
-    for model in (efficient, stock):
-        torch.manual_seed(3)  # the same draws of dropout
-        results.append(step(model))
-    (logits, grads), (expected, expected_grads) = results
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert_same_step(efficient, stock)
 
 
 def test_lora_on_16_bit_weights_is_as_exact_as_pefts():

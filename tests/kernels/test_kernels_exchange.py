@@ -61,14 +61,6 @@ def test_the_report_and_print_show_what_runs(make):
 
 
 @each_kind
-def test_with_and_without_kernels_losses_and_gradients_are_equal(make):
-    model = make()
-    expected = step(model)
-    apply_kernels(model)
-    assert_same_step(model, expected)
-
-
-@each_kind
 def test_answers_in_eval_are_the_originals_to_the_last_bit(make):
     model = make().eval()
     batch = {name: tensor for name, tensor in tiny_batch().items() if name != "labels"}

@@ -1,7 +1,5 @@
 """What ends an answer: found in any template, taught where a template has none, and written where stock reads it."""
 
-import copy
-
 import pytest
 from golden_text import STOPS, tiny_processor
 from tiny import tiny_config
@@ -79,10 +77,10 @@ def test_the_stop_of_every_template_of_ours(name):
 
 @pytest.mark.parametrize("template, blank", WITHOUT_STOP.values(), ids=WITHOUT_STOP)
 class TestATemplateWithoutAStop:
-    def test_has_no_stop_and_stops_no_answer_of_the_predictor(self, template, blank, tiny_llava_model):
+    def test_has_no_stop_and_stops_no_answer_of_the_predictor(self, template, blank):
         processor = tiny_processor(template=template)
         assert answer_stop(processor) == "" and teaches_no_stop(processor)
-        assert default_settings(tiny_llava_model, processor).stop_strings == ()
+        assert default_settings(LlavaForConditionalGeneration(tiny_config()), processor).stop_strings == ()
 
     def test_keeps_all_that_it_writes_but_the_blank_and_the_generation_prompt_byte_for_byte(self, template, blank):
         changed = end_answers_with_eos(template, tiny_processor().tokenizer.special_tokens_map)
@@ -159,10 +157,3 @@ def test_an_adapter_notes_what_its_base_does_not_say(tmp_path):
         assert (base.eos_token_id, base.stop_strings, base.temperature) == (7, None, 0.9)
     note_generation_stop(tmp_path / "enough", GenerationConfig(eos_token_id=2), tiny_processor(template="vicuna_v1"))
     assert not (tmp_path / "enough").exists()
-
-
-@pytest.fixture
-def tiny_llava_model():
-    model = LlavaForConditionalGeneration(tiny_config())
-    model.generation_config = copy.copy(model.generation_config)
-    return model

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import sentencepiece
@@ -19,16 +17,6 @@ MODELS = ["tiny_spm", "tiny_spm_ws", *RUNS_OF_SPACES]
 FRAGMENTS = [
     " ", "  ", "    ", "\n", "\t", "the", "a", "e", "he", "t", "ing", "an", ".", "é", "이", "🐈", "▁", "<s", "x",
 ]  # fmt: skip
-INDENTED = [
-    "def f(x):\n    if x:\n        return  x\n\telse:\n            pass",
-    "    four spaces first",
-    " one space first",
-    "                                 many",
-    "trailing      ",
-    "a  b   c    d     e      f       g        h         i",
-    "\n\n   \n  \n \n",
-    "",
-]
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +54,6 @@ def test_ids_equal_sentencepiece_on_random_unicode(pairs, text):
     assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
 
 
-@pytest.mark.parametrize("text", INDENTED)
-def test_ids_equal_sentencepiece_on_indented_text(pairs, text):
-    for tokenizer, reference in pairs.values():
-        assert tokenizer.encode(text) == [1, *reference.encode(text)]
-
-
-def test_every_stretch_between_special_tokens_gets_its_space(pairs):
-    tokenizer, reference = pairs["tiny_spm_ws"]
-    text = "one</s>  two</s>three <s> \n four"
-    expected = []
-    for piece in split_at(text, ["</s>", "<s>"]):
-        expected += {"</s>": [2], "<s>": [1]}.get(piece) or reference.encode(piece)
-    assert tokenizer.encode(text, add_special_tokens=False) == expected
-
-
 def test_without_legacy_only_the_first_stretch_gets_a_space(tmp_path, model_files):
     shutil.copy(model_files["llama"], tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"legacy": false, "tokenizer_class": "LlamaTokenizer"}')
@@ -96,50 +69,6 @@ def test_without_legacy_only_the_first_stretch_gets_a_space(tmp_path, model_file
     assert tokenizer.encode(text, add_special_tokens=False) == expected
     tokenizer.save_pretrained(tmp_path / "saved")
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved").encode(text) == [1, *expected]
-
-
-STOCK_RELOAD = """
-import json, sys
-from transformers import AutoTokenizer
-folders, again, texts = json.loads(sys.stdin.read())
-outputs = []
-for folder in folders:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(again)
-    reloaded = AutoTokenizer.from_pretrained(again)
-    outputs.append([[t.encode(text) for text in texts] for t in (tokenizer, reloaded)]
-                   + [[tokenizer.image_token_id, tokenizer.pad_token_id, tokenizer.padding_side]])
-assert not any(name.split(".")[0] == "modeling_llava" for name in sys.modules)
-print(json.dumps(outputs))
-"""
-
-
-def test_ids_survive_a_reload_that_never_imports_us(tmp_path, model_files):
-    tokenizer = load_tokenizer(model_files["llama"], padding_side="left")
-    add_image_token(tokenizer)
-    folders = [tmp_path / "alone", tmp_path / "with a llava config"]
-    for folder in folders:
-        tokenizer.save_pretrained(folder)
-    (folders[1] / "config.json").write_text('{"model_type": "llava"}')
-    texts = [*INDENTED, "USER: <image>\n    What</s>  USER: that", "<image> a", "<s>  <pad>b"]
-    result = subprocess.run(
-        [sys.executable, "-c", STOCK_RELOAD],
-        input=json.dumps([[str(folder) for folder in folders], str(tmp_path / "again"), texts]),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    reference = sentencepiece.SentencePieceProcessor(model_file=model_files["llama"])
-    ids = {"<image>": 714, "<pad>": 715, "<s>": 1, "</s>": 2}
-    expected = []
-    for text in texts:
-        pieces = split_at(text, ids)
-        expected.append([1, *(i for p in pieces for i in ([ids[p]] if p in ids else reference.encode(p)))])
-    for once, twice, settings_ in json.loads(result.stdout):
-        assert once == expected
-        assert twice == expected
-        assert settings_ == [714, 715, "left"]
 
 
 def test_the_sentencepiece_model_is_saved_too(tmp_path, model_files):
