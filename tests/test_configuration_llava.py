@@ -4,20 +4,6 @@ from transformers import CLIPVisionConfig
 from transformers import LlavaConfig as StockConfig
 
 from modeling_llava import LlavaConfig
-from modeling_llava.configuration_llava import count_image_tokens
-
-
-@pytest.mark.parametrize(
-    "size, patch, additional, strategy, expected",
-    [
-        (336, 14, 1, "default", 576),  # CLIP ViT-L/14-336: 24², the class token dropped
-        (336, 14, 1, "full", 577),
-        (384, 14, 0, "full", 729),  # SigLIP so400m: 27² (384 // 14), no class token
-        (335, 14, 1, "default", 529),  # a remainder of pixels makes no patch
-    ],
-)
-def test_image_tokens_of_known_towers(size, patch, additional, strategy, expected):
-    assert count_image_tokens(size, size, patch, additional, strategy) == expected
 
 
 def test_default_configuration_is_llava_15():

@@ -108,7 +108,8 @@ def test_every_way_to_count_image_tokens_agrees(patches, strategy, additional):
     processor.vision_feature_select_strategy, processor.num_additional_image_tokens = strategy, additional
     expected = patches**2 + additional - (strategy == "default")
     assert processor.num_image_tokens == num_image_tokens(stock_twin(processor)) == expected
-    assert count_image_tokens(14 * patches, 14 * patches, 14, additional, strategy) == expected
+    side = 14 * patches + 13  # a remainder of pixels makes no patch
+    assert count_image_tokens(side, side, 14, additional, strategy) == expected
     assert processor(images=PICTURE, text="<image>")["input_ids"][0].count(IMAGE_ID) == expected
     data = processor._get_num_multimodal_tokens(image_sizes=[(30, 40), (500, 20)])
     assert data["num_image_tokens"] == [expected] * 2 and data["num_image_patches"] == [1, 1]

@@ -58,15 +58,6 @@ def test_label_smoothing_equals_torch(small_chunks, wrapped):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_head_gets_no_gradient(small_chunks):
-    hidden, head, labels = example()
-    head.requires_grad_(False)
-    causal_language_model_loss(hidden, labels, head).backward()
-    assert head.weight.grad is None
-    assert hidden.grad[:, 5:-1].abs().sum() > 0
-    assert hidden.grad[:, :4].abs().sum() == 0  # position 4 predicts the first supervised token, position 5
-
-
 def test_a_graph_that_is_kept_gives_its_gradients_again_and_one_that_is_not_is_refused_as_by_torch(small_chunks):
     hidden, head, labels = example()
     parameters = [hidden, head.weight]

@@ -132,11 +132,6 @@ def test_where_images_and_line_breaks_go(content, first, kept):
     assert render("chatml", [user(*content)], keep_image_order=True) == f"{head}{kept}<|im_end|>\n"
 
 
-def test_plain_leaves_the_question_out():
-    assert render("plain", [user(TEXT, IMAGE), assistant("a cat")]) == "<image>a cat\n"
-    assert render("plain", [user(IMAGE, TEXT)], add_generation_prompt=True) == "<image>"
-
-
 def test_mmtag_and_image_wrap_stand_around_the_image_token():
     messages = [user(IMAGE, TEXT)]
     assert "USER: <Image><image></Image>\nWhat" in render("v1_mmtag", messages)
