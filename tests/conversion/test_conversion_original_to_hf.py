@@ -249,13 +249,14 @@ def test_rows_that_are_there_already_are_not_touched(tmp_path):
     assert config.image_token_id == 700 and config.text_config.vocab_size == 768
 
 
-@pytest.mark.parametrize("rows", ["all", "new"])
-def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
+@pytest.mark.parametrize("rows, has_patch", [("all", True), ("new", True), ("new", False)])
+def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows, has_patch):
     """`mm_use_im_start_end` in stage 1: the original saves the embedding (or its new rows) with the projector."""
     arguments = golden_arguments("llava_v15_tiny_projector")
     source = tmp_path / "projector"
     shutil.copytree(arguments["source"], source)
-    edit_json(source / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True, mm_vision_tower=str(TOWER))
+    marks = {"mm_use_im_start_end": True, "mm_use_im_patch_token": has_patch}
+    edit_json(source / "config.json", mm_vision_tower=str(TOWER), **marks)
     base = original_tensors(arguments["base"])["model.embed_tokens.weight"]
     patch, trained = torch.randn(1, 64), torch.randn(2, 64)
     embedding = torch.cat([base, patch, trained]) if rows == "all" else trained
@@ -264,10 +265,12 @@ def test_projector_with_the_rows_of_its_image_tokens(tmp_path, rows):
     conversion = convert_original_to_hf(source, tmp_path / "out", base=arguments["base"])
     assert conversion.check.is_stock_ready, str(conversion.check)
     tokenizer = LlavaProcessor.from_pretrained(tmp_path / "out").tokenizer
-    ids = tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>", "<image>"])
-    assert ids == [700, 701, 702, 703]
+    added = ["<im_patch>"] * has_patch + ["<im_start>", "<im_end>", "<image>"]
+    assert tokenizer.convert_tokens_to_ids(added) == list(range(700, 700 + len(added)))
     new = original_tensors(tmp_path / "out")["language_model.model.embed_tokens.weight"]
-    assert torch.equal(new[:700], base) and torch.equal(new[701:703], trained)
+    assert torch.equal(new[:700], base) and torch.equal(new[700 + has_patch : 702 + has_patch], trained)
+    if has_patch:  # a row that was not trained is the mean of the others
+        assert torch.allclose(new[700], patch if rows == "all" else base.mean(0))
     assert "USER: <im_start><image><im_end>\nWhy?" in question(tmp_path / "out")
 
 

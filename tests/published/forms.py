@@ -604,8 +604,7 @@ def _write_original_llama3(folder: Path) -> None:
 ORIGINALS: dict[str, Original] = {
     original.name: original
     for original in [
-        # liuhaotian/llava-v1.5-*: `model_type` llava_llama today, llava in 2023
-        Original("v1.5", _golden("llava_v15_tiny", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}), "</s>"),
+        # liuhaotian/llava-v1.5-* in 2023: `model_type` is llava, llava_llama today (as in the golden checkpoints)
         Original(
             "v1.5-2023",
             _golden(
@@ -614,7 +613,6 @@ ORIGINALS: dict[str, Original] = {
             ),
             "</s>",
         ),
-        Original("v1", _golden("llava_v1_tiny"), "</s>"),
         # liuhaotian/LLaVA-Lightning-7B-delta-v1-1 after its delta was added
         Original(
             "v1-2023",
