@@ -16,23 +16,17 @@ def read_notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def texts(cells):
-    """What cells printed, and the text of what they show."""
-    for cell in cells:
-        for output in cell.outputs:
-            yield output.get("text", "") or "\n".join(map(str, output.get("data", {}).values()))
+def printed_by(outputs):
+    return "\n".join(output.get("text", "") or str(output.get("data")) for output in outputs)
 
 
 def test_it_was_committed_as_it_ran():
-    cells = code_cells(read_notebook())
+    cells = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 4
-    printed = "\n".join(texts(cells))
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    printed = printed_by(outputs)
     assert "modeling_llava was imported: False" in printed and "Nothing was sent" in printed
     assert not re.search(r"/(home|root|tmp|work)/|Traceback", printed)
 
@@ -45,12 +39,11 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS_SCALE", "0.02")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = read_notebook()
-    nbclient.NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=where).execute()
     folder = tmp_path / "my-llava"
     assert list(folder.glob("*to-publish/README.md"))
     assert (folder / "report" / "report.md").is_file()
-    printed = "\n".join(texts(code_cells(notebook)))
+    printed = printed_by(output for cell in notebook.cells for output in cell.get("outputs", []))
     assert "modeling_llava was imported: False" in printed and "Nothing was uploaded" in printed
     assert not re.search(r"^llava \w+: error", printed, re.MULTILINE)

@@ -4,6 +4,7 @@ import json
 import subprocess
 from importlib import metadata
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ def test_report_is_about_this_machine(capsys):
     assert report["cpu"]["memory_gib"] > 0 and report["disk_free_gib"] > 0
     assert {"qlora", "plots", "engine", "ray", "eval", "web", "gguf"} <= report["extras"].keys()
     assert report["four_bit"].startswith("works") == (report["extras"]["qlora"]["bitsandbytes"] is not None)
+    with mock.patch("bitsandbytes.nn.Linear4bit", side_effect=OSError("libcudart.so.13")):
+        assert doctor._try_four_bit(on_gpu=False) == "fails: OSError: libcudart.so.13"
 
 
 def test_old_and_missing_packages_are_problems_with_their_fix(monkeypatch, capsys):

@@ -14,9 +14,17 @@ from modeling_llava.cli.main import main
 MODEL = "model=llava-hf/llava-1.5-7b-hf"
 
 
-@pytest.mark.parametrize("words, message", [(["qlora"], "model is not set"), (["qlora", "model=/nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "model is not set"),
+        ("model=/nowhere", "nowhere"),
+        (f"{MODEL} --measured nowhere", "nowhere/train_results.json does not exist"),
+        (f"{MODEL} --samples-per-second 0", "above 0"),
+    ],
+)
 def test_a_mistake_is_one_line(words, message, capsys):
-    assert main(["estimate", *words]) == 2
+    assert main(["estimate", "qlora", *words.split()]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@ import base64
 import io
 import os
 import unicodedata
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,6 +124,10 @@ def test_exif_orientation_is_applied_as_transformers_does(orientation, tmp_path)
 def test_broken_exif_does_not_cost_the_image(tmp_path):
     smooth().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12broken", quality=95)
     assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
+    with mock.patch.object(Image.Image, "getexif", side_effect=SyntaxError("not a TIFF file")):
+        assert_same(load_image("a.jpg", tmp_path), smooth(), tolerance=8)
+    with mock.patch.object(Image, "open", side_effect=MemoryError), pytest.raises(MemoryError):
+        load_image("a.jpg", tmp_path)  # is not a damaged image
 
 
 def test_references_of_every_kind(tmp_path):

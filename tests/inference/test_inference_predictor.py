@@ -344,6 +344,8 @@ def test_sampling_depends_on_seed_and_row_only(predictor):
 
 
 def test_model_and_processor_that_do_not_belong_together(model):
+    with pytest.raises(ValueError, match="max_cached_images"):
+        LlavaPredictor(model, tiny_processor(), max_cached_images=-1)
     other = tiny_processor()
     other.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="5 image tokens but its images yield 4"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_text_config
 from tiny_predictor import tiny_llava, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
@@ -14,7 +15,13 @@ from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
 from modeling_llava.inference.loading import load_model
 from modeling_llava.io.adapters import find_base, four_bits_of
-from modeling_llava.io.checkpoints import checkpoint_kind, load_processor, load_projector, save_projector
+from modeling_llava.io.checkpoints import (
+    checkpoint_kind,
+    load_processor,
+    load_projector,
+    save_projector,
+    saved_tensors,
+)
 from modeling_llava.training.merge import merge_adapter
 
 
@@ -343,3 +350,9 @@ def test_estimate_names_what_is_not_a_llava(golden, capsys):
         golden / "llava_v15_tiny_lora" / "language_model"
     )  # the adapter calls it "language_model", which lies next to it
     assert f"OUT --base {base}" in capsys.readouterr().err
+
+
+def test_a_state_dict_of_experts_that_are_fused_in_memory_is_refused():
+    model = LlavaForConditionalGeneration(tiny_config(text=tiny_text_config("mixtral", num_local_experts=2)))
+    with pytest.raises(ValueError, match="fused with others"):
+        model.load_state_dict(saved_tensors(model))

@@ -117,13 +117,17 @@ def test_a_stop_behind_the_marks_is_taught_too():
     assert (labels == processor.tokenizer.eos_token_id).sum() == 2
 
 
-def test_a_template_whose_answers_cannot_be_found_is_refused():
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text | upper }} {% endfor %}"
-    with pytest.raises(ValueError, match="changes it"):
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ("m.content[-1].text | upper ~ ' '", "changes it"),
+        ("m.content[-1].text ~ (' ' if m.content[-1].text.endswith('.') else '!')", "not of a form"),
+    ],
+)
+def test_a_template_whose_answers_cannot_be_found_or_ended_is_refused(answer, message):
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ {answer} }}}}{{% endfor %}}"
+    with pytest.raises(ValueError, match=message):
         end_answers_with_eos(template, tiny_processor().tokenizer.special_tokens_map)
-
-
-def test_without_an_eos_token_no_answer_can_end():
     with pytest.raises(ValueError, match="no EOS token"):
         end_answers_with_eos(PUBLISHED, {"bos_token": "<s>"})
 

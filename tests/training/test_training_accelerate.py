@@ -32,8 +32,7 @@ def test_accelerate_reads_the_configuration_as_meant(name):
     assert shared.items() <= settings.items()
     if engine == "FSDP":
         # accelerate takes these from flags of the same names, and passes over those that it does not know
-        flags = {action.dest for action in launch_command_parser()._actions}
-        assert set(settings) <= flags
+        assert set(settings) <= {action.dest for action in launch_command_parser()._actions}
         assert settings["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
 
 
