@@ -1,7 +1,7 @@
 """
 Asking: stock transformers' LLaVA, `generate` per question or in padded batches, against `LlavaPredictor`.
 
-    OMP_NUM_THREADS=2 python examples/benchmarks/inference.py                  # all cases, 5 rounds: a quarter of an hour
+    OMP_NUM_THREADS=2 python examples/benchmarks/inference.py                  # all cases, 5 rounds: half an hour
     OMP_NUM_THREADS=2 python examples/benchmarks/inference.py --only 10 --rounds 9
 
 Both sides get the same weights (float32), the same pictures and questions, and go all the way from a picture and a text to
