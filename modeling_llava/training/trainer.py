@@ -139,9 +139,8 @@ class LlavaTrainer(CheckpointingTrainer):
         self.add_callback(self._speed)
         if args.activation_checkpointing in ("every_second", "offload"):
             self.add_callback(CheckpointLanguageModel())
-        self.label_smoother = (
-            None  # it would take the labels away from the model, and compare the logits of token t with label t
-        )
+        # It would take the labels away from the model, and compare the logits of token t with label t.
+        self.label_smoother = None
 
     kernel_report: KernelReport | None = None
     """What was exchanged by kernels; `None` with `kernels=False`."""
