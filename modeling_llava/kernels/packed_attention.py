@@ -191,9 +191,8 @@ def _sdpa_per_segment(query, key, value, lengths, dropout, scaling, sliding_wind
     for q, k, v in zip(*parts):  # each [1, heads, segment_length, head_dim]
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:
-            positions = torch.arange(q.shape[2], device=q.device)
-            distance = positions[:, None] - positions  # [segment_length, segment_length]
-            mask = (distance >= 0) & (distance < sliding_window)
+            whole = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+            mask = whole.tril().triu(1 - sliding_window)  # [segment_length, segment_length], a byte each
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **arguments))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]  # [num_tokens, heads, head_dim]
 
