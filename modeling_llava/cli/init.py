@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--feature-layer", type=int, default=-2, help="hidden state of the tower to project (default: -2)")
     add("--crop", action="store_true", help="crop images to a square (LLaVA v1) instead of padding them")
     add("--dtype", default="auto", help="float32, bfloat16, float16, or auto: the language model's")
+    add("--seed", type=int, default=42, help="of the projector's random weights (default: 42)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from rich.console import Console
+    from transformers import set_seed
 
     from .. import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("OUT cannot be the current folder: give a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty. Choose another folder.")
+    set_seed(args.seed)
     console.print(f"Composing {args.vision} and {args.language} …")
     processor = LlavaProcessor.from_vision_language_pretrained(
         args.vision, args.language, chat_template=args.chat_template, do_pad=not args.crop

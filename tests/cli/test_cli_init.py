@@ -1,5 +1,6 @@
 """`llava init`, from folders to a model that stock transformers loads and answers with."""
 
+import json
 import shutil
 
 import pytest
@@ -33,11 +34,12 @@ def test_init_composes_a_model_that_the_pipeline_answers_with(parts, tmp_path, c
 
 
 def test_settings_reach_the_model(parts, tmp_path):
-    out = tmp_path / "llava"
+    out, again, other = tmp_path / "llava", tmp_path / "again", tmp_path / "other"
     options = ["--projector-layers", "1", "--feature-layer", "-1", "--dtype", "bfloat16", "--crop"]
     assert main(["init", *parts, str(out), "--chat-template", "chatml", *options]) == 0
-    import json
-
+    assert main(["init", *parts, str(again), *options]) == main(["init", *parts, str(other), *options, "--seed", "1"]) == 0
+    weights, same, others = ((folder / "model.safetensors").read_bytes() for folder in (out, again, other))
+    assert weights == same != others  # the projector is drawn anew, and equal for equal seeds
     config = json.loads((out / "config.json").read_text())
     assert config["projector_num_layers"] == 1 and config["projector_hidden_act"] == "linear"
     assert config["vision_feature_layer"] == -1 and config["dtype"] == "bfloat16"
