@@ -69,7 +69,7 @@ def answered(conversations, tmp_path_factory, request):
             run = folder / family / kind
             train({
                 "model": str(base), "data": str(folder / "data.json"), "output_dir": str(run), "adapter": adapter,
-                "max_steps": 100 if family == "gemma" else 30, "learning_rate": 5e-3, "per_device_train_batch_size": 4, "lora_r": 16,
+                "max_steps": 80, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "lora_r": 16,
                 "precision": "fp32", "max_length": 1024, "chat_template": chat_template, "save_strategy": "no",
                 "preview_samples": 0, "report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0,
             })  # fmt: skip
