@@ -32,7 +32,12 @@ class Reply:
     left_out: tuple[str, ...] = ()  # parameters that were not sent because the endpoint does not support them
 
 
-_THOUGHTS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+_THOUGHTS = re.compile(
+    r"""<(?P<end>/)?(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[(?P<END>/)?THINK\] | ◁(?P<close>/)?think▷
+    | <\|(?:begin|(?P<last>end))_of_thought\|> | <\|channel\|>(?:analysis|(?P<final>final))<\|message\|>""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Where the thoughts of a reasoning model begin and, by a group, where they end; gpt-oss ends them with its final channel."""
 
 
 def remove_thoughts(text: str) -> str:
@@ -40,7 +45,7 @@ def remove_thoughts(text: str) -> str:
     templates write the first into the prompt)."""
     kept, thinking, start = "", False, 0
     for tag in _THOUGHTS.finditer(text):
-        if tag[1] or tag[2]:
+        if tag.lastgroup:
             kept = kept if thinking else ""
             thinking = False
         elif not thinking:

@@ -187,6 +187,10 @@ def parse_completion(body: Any) -> Reply:
             raise TypeError(f"content is {type(text).__name__}")
         # A lone surrogate, which JSON can escape, cannot be written as text.
         text = remove_thoughts(text.encode("utf-8", "replace").decode())
+        if finish.lower() in {"error", "abort"}:  # after the status was sent; the text may end anywhere
+            said = error_words(choice.get("error")) or f"finish_reason {finish!r}"
+            raise PassingFault("malformed", f"the reply was broken off: {said}", maybe_paid=True)
+        finish = "length" if finish.lower() in {"length", "max_tokens", "model_length"} else finish
         reply = Reply(text, finish, _usage(body.get("usage")), str(body.get("model") or ""))
     except (KeyError, IndexError, TypeError, AttributeError) as malformed:
         what = error_words(error) or f"{type(malformed).__name__}: {malformed}"

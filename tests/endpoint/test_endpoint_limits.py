@@ -116,7 +116,12 @@ def test_a_refusal_and_a_reply_in_parts_are_replies():
     assert (reply.text, reply.finish_reason, reply.usage) == ("I won't.", "content_filter", None)
 
 
-@pytest.mark.parametrize("body", [None, {}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}])
+BROKEN_OFF = {"finish_reason": "error", "error": {"message": "overloaded"}, "message": {"content": "The dog"}}
+
+
+@pytest.mark.parametrize(
+    "body", [None, {}, *({"choices": choices} for choices in ([], [{"message": {"content": 3}}], [BROKEN_OFF]))]
+)
 def test_what_is_not_a_completion_is_a_passing_fault(body):
     with pytest.raises(PassingFault) as caught:
         parse_completion(body)
@@ -124,8 +129,7 @@ def test_what_is_not_a_completion_is_a_passing_fault(body):
 
 
 @pytest.mark.parametrize(
-    "code, type_, kind",
-    [(429, PassingFault, "429"), ("400", RequestFault, "400"), ([], PassingFault, "malformed")],
+    "code, type_, kind", [(429, PassingFault, "429"), ("400", RequestFault, "400"), ([], PassingFault, "malformed")]
 )
 def test_an_error_that_comes_with_status_200_means_what_its_code_says(code, type_, kind):
     with pytest.raises(EndpointFault, match="the reason") as caught:
@@ -164,6 +168,8 @@ def test_the_endpoints_own_words_are_kept_in_whatever_form_they_come(status, bod
         ("<think>a<think>b</think>c</think>8 9", "8 9"),
         ("<Thinking>a</Thinking>8 9\n<think>b</think>\nFine.", "8 9\n\nFine."),
         ("[THINK]3 4[/THINK]8 9", "8 9"),
+        ("◁think▷3◁/think▷<seed:think>4</seed:think><|begin_of_thought|>5<|end_of_thought|>8 9", "8 9"),
+        ("<|channel|>analysis<|message|>3 4<|end|><|start|>assistant<|channel|>final<|message|>8 9", "8 9"),
         (" I think <b> that. ", " I think <b> that. "),
     ],
 )
@@ -174,8 +180,9 @@ def test_a_reply_is_what_stands_outside_of_thoughts(text, left):
 
 
 @pytest.mark.parametrize("content", [None, "", "<think>\nLet me see"])
-def test_a_reply_that_was_cut_before_its_text_is_refused_as_that_and_was_paid(content):
-    body = {"choices": [{"finish_reason": "length", "message": {"content": content, "reasoning_content": "…"}}]}
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS"])
+def test_a_reply_that_was_cut_before_its_text_is_refused_as_that_and_was_paid(content, reason):
+    body = {"choices": [{"finish_reason": reason, "message": {"content": content, "reasoning_content": "…"}}]}
     with pytest.raises(RequestFault, match="--max-reply-tokens") as caught:
         parse_completion(body)
     assert caught.value.kind == "cut" and caught.value.maybe_paid
