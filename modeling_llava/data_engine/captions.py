@@ -13,7 +13,7 @@ from typing import Any
 from ..constants import IMAGE_TOKEN
 from ..data.json_rows import JsonRows
 from ..io.files import atomic_path
-from .coco import coco_item, coco_name, image_and_id, is_coco, items_of, one_line, stray_annotation
+from .coco import add_by_id, coco_item, coco_name, image_and_id, is_coco, items_of, one_line, stray_annotation
 from .concepts import ConceptSettings, choose_captions, count_phrases
 from .noun_phrases import DEFAULT_MODEL, extract_shards, read_shards
 from .plots import plot_concepts
@@ -65,7 +65,7 @@ def _coco_rows(path: Path) -> Iterator[CaptionRow]:
     images = {}
     for key, item in items_of(path, "images"):
         with coco_item(path, key, item):
-            images[item["id"]] = coco_name(item, "file_name")
+            add_by_id(images, item, coco_name(item, "file_name"))
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions, a JSON array, or one JSON object per line.")
     for key, item in items_of(path, "annotations"):

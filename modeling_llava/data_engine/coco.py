@@ -70,6 +70,17 @@ def corners_of(values: Any) -> list[float]:
     return numbers
 
 
+def is_crowd(item: dict[str, Any]) -> bool:
+    """Whether a box is around a crowd: COCO's `iscrowd`, 0 or 1, also as text."""
+    return bool(int(item.get("iscrowd") or 0))
+
+
+def add_by_id(found: dict[Any, Any], item: dict[str, Any], value: Any) -> None:
+    """`found[item["id"]] = value`; a ValueError if another item has that id, as in files that were joined."""
+    if found.setdefault(item["id"], value) != value:
+        raise ValueError(f"its id is also that of {found[item['id']]!r}")
+
+
 @contextmanager
 def coco_item(path: Path, key: str, item: Any) -> Iterator[None]:
     """Raises errors about an item of a COCO file with the file and the item."""
@@ -98,13 +109,13 @@ def read_coco(path: Path) -> tuple[dict[Any, tuple[str, Any, Any]], dict[Any, st
     for key, item in items_of(path, "images", "categories", "annotations"):
         with coco_item(path, key, item):
             if key == "images":
-                images[item["id"]] = (coco_name(item, "file_name"), item.get("width"), item.get("height"))
+                add_by_id(images, item, (coco_name(item, "file_name"), item.get("width"), item.get("height")))
             elif key == "categories":
-                categories[item["id"]] = coco_name(item, "name")
+                add_by_id(categories, item, coco_name(item, "name"))
             else:
                 kept = item.get("caption", ())
                 if "caption" not in item and "bbox" in item:
-                    kept = (item["category_id"], *corners_of(item["bbox"]), bool(item.get("iscrowd", 0)))
+                    kept = (item["category_id"], *corners_of(item["bbox"]), is_crowd(item))
                 annotations.setdefault(item["image_id"], []).append(kept)
     if not images:
         raise ValueError(f"{path} has no 'images'. Expected COCO captions or instances, or one JSON object per line.")

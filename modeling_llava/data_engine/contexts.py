@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.json_rows import JsonRows
-from .coco import corners_of, image_and_id, is_coco, one_line, read_coco, stem_of, stray_annotation
+from .coco import corners_of, image_and_id, is_coco, is_crowd, one_line, read_coco, stem_of, stray_annotation
 
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def context_from_row(row: dict[str, Any], counts: ContextCounts, where: str = "r
     boxes = []
     for item in items:
         try:
-            category, corners, crowd = item["category"], corners_of(item["bbox"]), bool(item.get("iscrowd"))
+            category, corners, crowd = item["category"], corners_of(item["bbox"]), is_crowd(item)
             if not category.strip():
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):

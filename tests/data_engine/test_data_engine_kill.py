@@ -71,8 +71,7 @@ def kill_and_resume(context, out, kills, number, *, honours_keys, seed):
 
 
 @pytest.mark.parametrize(
-    "kills, number",
-    [pytest.param(6, 40, id="6"), pytest.param(50, 700, id="50", marks=pytest.mark.slow)],
+    "kills, number", [pytest.param(6, 40, id="6"), pytest.param(50, 700, id="50", marks=pytest.mark.slow)]
 )
 def test_kill_9_at_random_moments_loses_nothing_and_pays_nothing_twice(tmp_path, context, kills, number):
     server, summary, killed = kill_and_resume(context, tmp_path, kills, number, honours_keys=True, seed=kills)
