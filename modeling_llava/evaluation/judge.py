@@ -4,6 +4,7 @@ answers, and gives each a score from 1 to 10. A review that cannot be parsed is 
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,18 +20,21 @@ _OF_TEN = r"\s*(?:/|(?:out\s+)?of)\s*10(?![0-9])"
 _BETWEEN = r"(?:\s*[,;|]\s*|\s+and\s+|\s+)"
 _PAIR = re.compile(
     rf"""
-    (?:(?:the\s+)?(?:final\s+)?(?:scores?|ratings?)\s*(?::|=|\bare\b|\n)\s*)?
+    (?:[^\n0-9:]{{0,60}}\b(?:scores?|ratings?)\b[^\n0-9:]{{0,60}}(?::|=|\bare\b|\n)\s*)?
     (?: {_NUMBER}{_BETWEEN}{_NUMBER} | {_NUMBER}{_OF_TEN}{_BETWEEN}{_NUMBER}{_OF_TEN} )
-    [^\S\n]*[.;]?[^\S\n]*(?:\Z|\n(?!\s*{_NUMBER}\s*$))      # a line of another number would be a third score
+    [^\S\n]*[.;]?[^\S\n]*(?:\Z|\n(?!\s*{_NUMBER}(?:,[0-9])?\s*$))  # a line of another number would be a third score
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
-_LABEL = r"\b(?:assistant|answer|response|score)\s*([12AB])(?:'s\s+score)?\s*(?::|=|\bis\b)\s*"
+_LABEL = (
+    r"(?:\b(?:the\s+)?(?:score|rating)\s+(?:of|for)\s+)?\b(?:assistant|answer|response|score|rating)\s*([12AB])(?:'s)?\s*"
+    r"(?:score|rating)?(?:\s*(?::|=|\b(?:is|gets|scored)\b)\s*|\s+[-\u2013\u2014]\s+)"
+)
 _LABELLED = re.compile(
     rf"{_LABEL}{_NUMBER}(?:{_OF_TEN})?(?=[^\S\n]*[.,;]?[^\S\n]*(?:$|(?:and\s+)?{_LABEL}))",
     re.IGNORECASE | re.MULTILINE,
 )
-_MARKUP = re.compile(r"""[*_`#(){}\[\]"]""")
+_MARKUP = re.compile(r"""</?\w+>|^```\w*|\\boxed|[*_`#(){}\[\]"]""", re.MULTILINE)
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 """What the published evaluation tells the judge first."""
@@ -47,7 +51,7 @@ def parse_scores(review: str) -> tuple[float, float] | None:
     labelled score for each answer. `"8 9"`, `"**8/10 9/10**"`, `"Assistant 1: 8, Assistant 2: 9"` are scores; `"8"`, `"8 9 7"`,
     `"8/9"`, `"0 11"` are not.
     """
-    review = _MARKUP.sub("", review).strip()
+    review = _MARKUP.sub("", unicodedata.normalize("NFKC", review)).strip()
     if match := _PAIR.match(review):
         first, second = (float(match[n] or match[n + 2]) for n in (1, 2))
     else:
@@ -97,6 +101,11 @@ def accept_review(task: Task, reply: Reply) -> Verdict:
     if parse_scores(reply.text) is not None:
         return Verdict()
     return Verdict("no_scores", f"first line: {reply.text.strip()[:80]!r}", RETRY_PROMPT)
+
+
+def accept_text(task: Task, reply: Reply) -> Verdict:
+    """Accepts a reply that has a text; an empty one is asked for once more."""
+    return Verdict() if reply.text.strip() else Verdict("empty", "", "Your reply was empty. Answer the question.")
 
 
 def rules_hash(rules: dict[str, dict[str, str]]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..endpoint import ChatModel, Task
 from .benchmark import Benchmark, question_sample
-from .judge import Asked, accept_review, ask_all, parse_scores, review_task, rule_for, rules_hash
+from .judge import Asked, accept_review, accept_text, ask_all, parse_scores, review_task, rule_for, rules_hash
 from .results import Scored, fields_of, hash_files, id_of, read_rows, score_of, text_of
 
 
@@ -107,13 +107,14 @@ def ask_references(
 ) -> list[Question]:
     """
     The questions with the answers of a language-only model, which is given captions and boxes in place of the image. A question
-    without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`. `asking`: options of [`ask_all`].
+    without a reply raises ([`Asked.require_all`]); with `partial` its reference is `None`, as it is after two empty replies.
+    `asking`: options of [`ask_all`].
     """
     tasks, system = [], {"role": "system", "content": REFERENCE_INSTRUCTION}
     for question in questions:
         messages = [system, {"role": "user", "content": f"{question.context}\n\n{question.text}"}]
         tasks.append(Task(question.id, messages, max_tokens, temperature=0.0))
-    asked = ask_all(tasks, model, folder, "references", **asking)
+    asked = ask_all(tasks, model, folder, "references", accept=accept_text, **asking)
     asked.require_all(len(tasks), "questions", folder, partial=partial)
     return [replace(question, reference=asked.replies.get(question.id)) for question in questions]
 

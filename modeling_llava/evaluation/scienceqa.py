@@ -274,7 +274,7 @@ def _problem(problem_id: str, row: dict, source: str) -> Problem:
                 "'answer' is the number of the right one (from 0), 'grade' is like 'grade7', the rest is text."
             )
     split, image = str(row.get("split") or ""), row.get("image")
-    if isinstance(image, str):
+    if isinstance(image, str) and image:
         image = "/".join(filter(None, (split, problem_id, image)))
     grade = int(number[1] or 0)
     return Problem(problem_id, split, choices=tuple(choices), answer=answer, image=image or None, grade=grade, **texts)

@@ -1,6 +1,7 @@
 """Which choice an answer to a ScienceQA problem names."""
 
 import re
+import unicodedata
 
 from ..endpoint import remove_thoughts
 
@@ -12,26 +13,28 @@ ANSWER_RULE = (
     "(<think>) do not count. Everything else is counted as unparsed, a letter beyond the choices as invalid; both are wrong."
 )
 
+_MARKUP = re.compile(r"<\|\w+\|>|</?\w+>|(?<=\() | (?=\))|[$\u200b\ufeff]")
 _LETTER = r"[\"'`*([\u201c]*([A-Z])"
 _STATED = re.compile(
     rf"""
-    \b(?:answer|(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:option|choice))\s+is\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
+    \b(?:answer(?:\sto\sth(?:e|is)\squestion)?|(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:option|choice))
+    \s+(?:is|(?:would|should|must)\sbe)\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
     (?: [])*`\u201d]                    # (B)  **B**
       | [.,;:!?"'\u2026\u3002\uff0c](?!\w\.|(?<=')\w)    # B.  but not A.M., nor D'oh
       | \s*$
       | (?<![AI])(?=\s)                 # "The answer is a dog" names no choice
       | (?=\s(?:[(\u2013\u2014-]|because\b|since\b))    # A (Ohio)
     )
-    | ^[ #*]{{0,9}}(?:the\s)?(?:(?:correct|final)\s)?answer\*{{0,2}}\s?:\*{{0,2}}\s?{_LETTER}(?:[])*`.\s]*$|[.:)]\*{{0,2}}\s)
+    | ^[ #*]{{0,9}}(?:(?:the|my)\s)?(?:(?:correct|final)\s)?answer\*{{0,2}}\s?[:=-]\*{{0,2}}\s?{_LETTER}(?:[])*`.\s]*$|[.:)]\*{{0,2}}\s)
     """,
     re.I | re.M | re.X,
 )
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\w*\{|\\math\w*\{)?\s*\(?([A-Z])(?:[.):][^{}]*)?\s*\}", re.I)
 _CHOSEN = re.compile(
     rf"""
-    (?: \b(?i:it(?:'s|\u2019s|\sis)|i(?:'d|\u2019d|\swould)?\s(?:choose|pick|select|say|go\swith))\s(?i:(?:option|choice|answer)\s)?
-      | \b(?i:(?:option|choice)\s)?(?={_LETTER}[])*\"'`]*\s(?i:is\s(?:the\s)?(?:correct|right|best)\b)) )
-    {_LETTER}(?:[])*`\"]|[.,;:!?](?!\w)|\s*$|(?=\s(?:\(|because\b|since\b|is\s(?:the\s)?(?:correct|right|best)\b)))
+    (?: \b(?i:it(?:'s|\u2019s|\sis)|i(?:'d|\u2019d|\swould)?\s(?:choose|pick|select|say|think|go\swith))\s(?i:(?:option|choice|answer)\s)?
+      | \b(?i:(?:option|choice)\s)?(?={_LETTER}[])*\"'`]*\s(?i:is\s(?:the\s)?(?:correct|right|best|answer)\b)) )
+    {_LETTER}(?:[])*`\"]|[.,;:!?](?!\w)|\s*$|(?=\s(?:\(|because\b|since\b|is\s(?:the\s)?(?:correct|right|best|answer)\b)))
     """,
     re.M | re.X,
 )
@@ -43,15 +46,18 @@ _SEVERAL = re.compile(
     re.X,
 )
 _AFTER_ANOTHER = re.compile(r"\b[A-Z][)*]*,?\s?(?:/|&|n?or\b|and\b)\s?[(*]*\Z")
-_WHOLE = re.compile(rf"(?:(?:answer|option)\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:\u201d]{{0,3}}", re.I)
-_BEGINNING = re.compile(r"^\s*(?:(?:answer|option)\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M)
+_WHOLE = re.compile(rf"(?:(?:answer|option|choice)\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:\u201d]{{0,3}}", re.I)
+_BEGINNING = re.compile(
+    r"^\s*(?:(?:answer|option|choice)\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M
+)
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 
 
 def find_letter(text: str) -> str | None:
     """The letter, A to Z, that an answer names by [`ANSWER_RULE`], even if there is no such choice."""
     # Without runs of spaces every pattern takes linear time.
-    text = re.sub(r"(?: ?\n)+ ?", "\n", re.sub(r"[^\S\n]+", " ", remove_thoughts(text))).strip()
+    text = re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFKC", remove_thoughts(text)))
+    text = _MARKUP.sub("", re.sub(r"(?: ?\n)+ ?", "\n", text)).strip()
     statements = [*_STATED.finditer(text), *_BOXED.finditer(text)] or list(_CHOSEN.finditer(text))
     for found in statements:
         start, end = found.span(found.lastindex)

@@ -11,13 +11,7 @@ from tiny_science import llava_eval
 
 from modeling_llava.endpoint import RequestFault
 from modeling_llava.evaluation.judge import read_rules
-from modeling_llava.evaluation.llava_bench import (
-    JudgeSettings,
-    ask_references,
-    judge_answers,
-    read_questions,
-    score,
-)
+from modeling_llava.evaluation.llava_bench import JudgeSettings, ask_references, judge_answers, read_questions, score
 from modeling_llava.evaluation.results import read_results
 
 
@@ -110,7 +104,10 @@ def refuse(messages):
 
 
 def test_a_question_without_a_reference_is_named_and_with_partial_without_a_score(bench, scripted, tmp_path):
-    model, questions = scripted(refuse), read_questions(*files_of(bench, None))
+    questions = read_questions(*files_of(bench, None))
+    silent = ask_references(questions, scripted(lambda messages: " ", "silent"), tmp_path / "judge")
+    assert {question.reference for question in silent} == {None}
+    model = scripted(refuse)
     with pytest.raises(ValueError, match="1 of 6 questions are refused by the endpoint, '2' for one .400: filtered"):
         ask_references(questions, model, tmp_path / "judge")
     asked = ask_references(questions, model, tmp_path / "judge", partial=True)
@@ -127,13 +124,8 @@ def test_a_review_that_the_judge_refuses_is_counted_as_without_reply_and_never_a
     for _ in range(2):
         reviews = judge_answers(questions, answers, model, tmp_path / "judge", how)
         scored = score(questions, answers, reviews, model, how)
-        assert list(scored.counts.values()) == [
-            6,
-            5,
-            0,
-            1,
-            1,
-        ]  # reviews, with, without scores, without reply; questions
+        # reviews, with, without scores, without reply; questions
+        assert list(scored.counts.values()) == [6, 5, 0, 1, 1]
         assert scored.scores["relative"]["value"] == pytest.approx(75)
     assert len(model.asked) == 6
 

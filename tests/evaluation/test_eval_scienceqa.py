@@ -43,6 +43,12 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("The answer is $\\boxed{\\text{B. Ohio}}$.", 3, 1),
         ("<think>Is it A? The answer is A.</think>\nOhio. The answer is B.", 3, 1),
         ("The answer is A. No.</think>B", 3, 1),
+        ("<answer>\uff08\uff22\uff09</answer><|im_end|>", 3, 1),  # full width
+        ("The answer to the question would be ( B ).", 3, 1),
+        ("My answer - $B$", 3, 1),
+        ("Choice B", 3, 1),
+        ("I think B.", 3, 1),
+        ("B is the answer.", 3, 1),
         # not read
         ("Answer is B or C", 3, None),
         ("It's a magnet.", 3, None),

@@ -10,11 +10,7 @@ from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
 from modeling_llava.endpoint.limits import Backoff
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import question_text
-from modeling_llava.evaluation.scienceqa_language import (
-    choose_shots,
-    language_tasks,
-    score_with_language_model,
-)
+from modeling_llava.evaluation.scienceqa_language import choose_shots, language_tasks, score_with_language_model
 
 
 def test_language_model_is_asked_with_worked_examples_and_no_picture(science):
