@@ -12,16 +12,26 @@ from .kernels.packed_attention import VARLEN
 
 class LlavaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        """As in transformers, but the assistant of an assisted generation sees the images too."""
+        """
+        As in transformers, but the assistant of an assisted generation sees the images too, and the first step of one reads only
+        what a kept cache does not hold, where the whole conversation is given again.
+        """
         image_outputs, past = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
         is_later_prompt = not is_first_iteration and isinstance(past, DynamicCache) and past.get_seq_length() == 0
-        if is_later_prompt and image_outputs is not None:
+        num_image_tokens = int((input_ids == self.config.image_token_id).sum()) if is_later_prompt else 0
+        if num_image_tokens:
             # An assistant, which transformers leaves without what the answering model made of the images. Features of
-            # another width say nothing here, so it drafts as if it had seen nothing.
+            # another width say nothing here, and those in the kept cache are gone: it drafts as if it had seen nothing.
             is_first_iteration, width = True, self.config.text_config.hidden_size
-            if image_outputs.pooler_output[0].shape[-1] != width:
-                blank = [features.new_zeros(len(features), width) for features in image_outputs.pooler_output]
-                kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=blank)}
+            features = [] if image_outputs is None else image_outputs.pooler_output
+            if sum(map(len, features)) != num_image_tokens or features[0].shape[-1] != width:
+                blank = torch.zeros(num_image_tokens, width, device=input_ids.device)
+                kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[blank])}
+        elif is_first_iteration and isinstance(past, DynamicCache) and kwargs.get("next_sequence_length") is None:
+            cached, positions = past.get_seq_length(), kwargs.get("position_ids")
+            is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] > cached > 0
+            if is_whole and not positions.flatten()[0]:  # a chunk of a prompt begins after what is cached
+                kwargs["next_sequence_length"] = input_ids.shape[1] - cached
         # transformers looks for `inputs_embeds` in the signature, and refuses them in `generate` where it is not there.
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

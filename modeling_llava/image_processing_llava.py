@@ -115,6 +115,8 @@ class LlavaImageProcessor(PilBackend):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
         rescaled = kwargs.get("do_rescale") and kwargs["rescale_factor"] > 1 / 256  # by a factor for 8 bits
+        if rescaled and image.dtype.kind == "b":
+            image = image.astype(np.uint8) * 255
         if rescaled and image.dtype.kind == "u" and image.dtype.itemsize == 2 and image.max(initial=0) > 255:
             image = (image >> 8).astype(np.uint8)
         if rescaled and kwargs["rescale_factor"] < 0.1 and image.dtype.kind == "f" and image.size:

@@ -34,6 +34,9 @@ def model():
         ((1, 1), True, {}, False),
         ((1,), True, {"num_beams": 2}, False),
         ((1,), True, {"prefill_chunk_size": 5}, False),
+        ((2,), False, {"prompt_lookup_num_tokens": 2}, False),
+        ((1,), True, {"prompt_lookup_num_tokens": 2}, False),
+        ((1,), True, {"assistant_model": "itself"}, False),
     ],
 )
 def test_a_kept_cache_takes_the_whole_conversation_again(model, images_per_sample, new_image, options, static):
@@ -51,6 +54,7 @@ def test_a_kept_cache_takes_the_whole_conversation_again(model, images_per_sampl
         pixel_values = torch.cat([images for pair in zip(old, new) for images in pair])
     ids = torch.cat([first, turn], dim=1)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
+    options = {name: model if value == "itself" else value for name, value in options.items()}
     expected = model.generate(**whole, **GREEDY, **options)
     if "num_beams" in options:
         cache.batch_repeat_interleave(options["num_beams"])

@@ -165,11 +165,8 @@ def test_images_are_counted_per_sample(processor, images, text, error):
         processor(images=images, text=text)
 
 
-def test_lists_of_no_images_give_no_pixels(processor):
+def test_lists_of_no_images_give_no_pixels_and_video_is_refused(processor):
     assert "pixel_values" not in processor(images=[[], []], text=["a", "b"])
-
-
-def test_video_is_refused(processor):
     with pytest.raises(ValueError, match="no video or audio"):
         processor(text="a", videos=[1])
 
@@ -312,7 +309,7 @@ def test_messages_of_any_loader_are_the_plain_ones(processor, container, filled,
 def test_text_that_only_begins_as_json_stays_text():
     assert plain_messages("[sic") == "[sic" and plain_messages('[{"role": "user"}]') == [{"role": "user"}]
     assert plain_messages([{"role": "user", "content": ["{sic", '{"type": "image"}']}]) == [
-        {"role": "user", "content": ["{sic", {"type": "image"}]}
+        {"role": "user", "content": [{"type": "text", "text": "{sic"}, {"type": "image"}]}
     ]
 
 

@@ -103,6 +103,7 @@ class StreamedRows:
     """A `datasets.IterableDataset`, sharded by `datasets`."""
 
     def __init__(self, dataset):
+        dataset = dataset.with_format(None)  # rows, not tables
         self.dataset = dataset.decode(False) if dataset.features else dataset
         self._json_columns = _json_columns(dataset.features)
 

@@ -27,7 +27,7 @@ from ..io.images import (
     open_image,
     open_size,
 )
-from ..text.chat_templates import as_list, plain_messages, turn_weight
+from ..text.chat_templates import as_list, is_absent, plain_messages, turn_weight
 
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,8 @@ def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Con
 
     Args:
         row (`Mapping`):
-            The row. `image` (or `images`, or a common name such as `image_path`) is a path, a `PIL.Image`, a
-            `{"bytes", "path"}`, or a list.
+            The row. `image` (or `images`, or a common name such as `image_path`) is a path, a `PIL.Image`, an array, a
+            `{"bytes", "path"}`, or a list. Image items with an `index` name the image that stands there.
         index (`int` or `str`): The row's number (from 0), its `id` if it has none.
         type (`str`, *optional*): The type of a row that names none.
 
@@ -145,7 +145,7 @@ def from_row(row: Mapping, index: int | str = 0, type: str | None = None) -> Con
     """
     if not isinstance(row, Mapping):
         raise BadSampleError(str(index), BAD_ROW, f"is {NEITHER_ROW}: {_short(row)}.")
-    row = _of_webdataset(row)
+    row = {key: None if is_absent(value) else value for key, value in _of_webdataset(row).items()}
     sample_id = str(index if row.get("id") is None else row["id"])
     try:
         messages, images = _read(row)
@@ -172,7 +172,7 @@ def _read(row: Mapping) -> tuple[list[dict], list]:
     turns = plain_messages(row[key])
     if not isinstance(turns, list):
         raise _Bad(BAD_ROW, f"has {key!r} that are not a list: {_short(turns)}.")
-    images, own, messages = _images(row), [], []
+    images, own, places, messages = _images(row), [], [], []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
             known = "neither {'from': …, 'value': …} nor {'role': …, 'content': …}"
@@ -181,12 +181,16 @@ def _read(row: Mapping) -> tuple[list[dict], list]:
         if isinstance(content, str):
             content = _cut(content) if images and role == "user" else _text(content)
         elif isinstance(content, list):
-            own += [item["image"] for item in content if isinstance(item, Mapping) and item.get("image") is not None]
+            items = [item for item in content if isinstance(item, Mapping)]
+            own += [item["image"] for item in items if item.get("image") is not None]
+            places += [item.get("index") for item in items if item.get("type") == "image"]
             content = [_item(item, role, number) for item in content]
         else:
             raise _Bad(BAD_ROW, f"has a turn {number} whose content is neither text nor a list: {_short(content)}.")
         messages.append({"role": role, "content": content, **_weight(turn, role, number)})
     images = images or own
+    if set(places) == set(range(len(images))):  # the items say which image stands where
+        images = [images[int(place)] for place in places]
     _require_all_read(row, turns, images)
     return messages, images
 
@@ -216,7 +220,7 @@ def _weight(turn: Mapping, role: str, number: int) -> dict:
 
 def _with_system(row: Mapping, messages: list[dict]) -> list[dict]:
     """The messages after the system prompt that the row holds next to its turns, if it does."""
-    given = {key: row[key] for key in _SYSTEM_KEYS if row.get(key) and row[key] == row[key]}  # NaN is none
+    given = {key: row[key] for key in _SYSTEM_KEYS if row.get(key)}
     if not given:
         return messages
     (key, text), *others = given.items()
@@ -294,10 +298,10 @@ def _images(row: Mapping) -> list:
 
 def _image_list(value: Any) -> list:
     """Without what is absent: null, an empty text, or the NaN that pandas fills a column with."""
-    images = as_list(value)
+    images = list(value) if getattr(value, "ndim", 0) == 4 else as_list(value)  # a batch
     if not isinstance(images, list):
         images = [] if isinstance(images, str) and not images else [images]
-    return [image for image in images if image is not None and not (isinstance(image, float) and image != image)]
+    return [image for image in images if not is_absent(image)]
 
 
 def _is_medium(value: Any) -> bool:

@@ -130,8 +130,8 @@ class LlavaPredictor:
         Encodes what the next questions are about, and starts a new conversation.
 
         Args:
-            image (`str`, `PIL.Image.Image`, `bytes`, a list of them, or `None`):
-                A path or URL, an image, the bytes of an image file; several images stand before the question in this order;
+            image (`str`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `bytes`, a list of them, or `None`):
+                A path or URL, an image or its array, the bytes of an image file; several images stand before the question in this order;
                 `None` for questions without an image.
 
         Raises:
@@ -335,7 +335,7 @@ def _content_key(reference: Any) -> tuple:
     """Equal for the same image: a file that has not changed, or the same pixels, upright and in RGB."""
     if isinstance(reference, Mapping) and reference.get("bytes") is None:
         reference = reference.get("path")
-    if isinstance(reference, Image.Image):
+    if isinstance(reference, Image.Image) or getattr(reference, "ndim", 0):
         image = read_image(reference)  # equal values are another image under another palette or orientation
         return "pixels", image.size, hashlib.blake2b(image.tobytes()).digest()
     if isinstance(reference, (str, os.PathLike)) and os.path.isfile(reference):

@@ -36,7 +36,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 # An image this long would take gigabytes once it is padded to a square or resized by its shorter side.
 _LONGEST_SIDE = 65_535  # pixels: the most that a JPEG holds
 _LONGEST_RATIO = 1_000
-_EMBEDDED = re.compile(r"data:[^,]*,|(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
+_EMBEDDED = re.compile(r"\s*(?i:data:)[^,]*,|\s*(?=(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{100,}\Z)")
 """What stands before an image in base64; without `data:…,` it is known by how PNG, JPEG, GIF and WebP begin."""
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -63,9 +63,9 @@ def read_image(reference: Any) -> Image.Image:
     Read one image.
 
     Args:
-        reference (`str`, `os.PathLike`, `PIL.Image.Image`, `bytes` or `dict`):
-            A path, an `http(s)`, `file` or `data` URL, base64 text, an image, the bytes of an image file, or
-            `{"bytes", "path"}`, as `datasets` holds an image.
+        reference (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `bytes` or `dict`):
+            A path, an `http(s)`, `file` or `data` URL, base64 text, an image, an array of 8 or 16 bits or of floating point
+            from 0 to 1 or 0 to 255, the bytes of an image file, or `{"bytes", "path"}`, as `datasets` holds an image.
 
     Returns:
         `PIL.Image.Image` of mode RGB, upright.
@@ -91,6 +91,10 @@ def find_image(
     """
     if isinstance(reference, Image.Image):
         return reference, f"given as a PIL image ({reference.mode})"
+    if getattr(reference, "ndim", 0) > 1:
+        name = f"given as {type(reference).__name__} of shape {tuple(reference.shape)}"
+        with _explained(reference, name):
+            return _of_array(reference), name
     path, name = None, f"given as {type(reference).__name__}"
     if isinstance(reference, Mapping):
         path, data = reference.get("path"), reference.get("bytes")
@@ -107,7 +111,7 @@ def find_image(
     name = repr(text) if len(text) < 200 else f"{text[:40]!r}…"
     if embedded := _EMBEDDED.match(text):
         try:
-            return io.BytesIO(base64.b64decode(text[embedded.end() :])), name
+            return io.BytesIO(base64.urlsafe_b64decode(urllib.parse.unquote(text[embedded.end() :]) + "==")), name
         except ValueError as error:
             raise ImageError(CORRUPT_IMAGE, name, f"is not base64: {error}") from None
     if text.lower().startswith("file://"):
@@ -290,18 +294,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        is_deep = mode != "I" or image.format in ("PNG", "PPM")  # another 32-bit file does not say its range
+        return Image.fromarray(_eight_bits(np.asarray(image), is_deep)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Grey values of 16 bits, 32 bits or floating point as `[H, W]` uint8. Pillow's own conversion would clip them."""
-    values = np.asarray(image)
+def _of_array(values: Any) -> Image.Image:
+    """An array or a tensor `[H, W]`, `[H, W, channels]` or `[channels, H, W]` as an image."""
+    if hasattr(values, "detach"):  # NumPy has no bfloat16
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4):
+        values = values.transpose(1, 2, 0)
+    values = values.squeeze(2) if values.shape[2:] == (1,) else values
+    return Image.fromarray(np.ascontiguousarray(_eight_bits(values)))
+
+
+def _eight_bits(values: np.ndarray, is_deep: bool = False) -> np.ndarray:
+    """Values of 1, 8, 16 (`is_deep`, or above 255) or 32 bits or floating point as uint8. Pillow would clip them."""
     low, high = values.min(), values.max()
-    if image.mode == "F":
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind == "f":
         if not np.isfinite([low, high]).all() or low < 0 or high > 255:
             raise ValueError(
                 f"floating-point values from {low:g} to {high:g}: 0 to 1 or 0 to 255 would have a meaning"
@@ -309,8 +326,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ValueError(f"integer values from {low} to {high}: 0 to 65535 would have a meaning")
-    if image.mode == "I" and high <= 255 and image.format not in ("PNG", "PPM"):
-        return values.astype(np.uint8)  # a 32-bit file does not say its range; those two are of 16 bits
+    if high <= 255 and not is_deep:
+        return values.astype(np.uint8)
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 

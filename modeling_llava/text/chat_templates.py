@@ -273,6 +273,8 @@ def as_list(value: Any) -> Any:
 
 def _plain_item(item: Any) -> Any:
     item = _read_json(item)
+    if isinstance(item, str):
+        return {"type": "text", "text": item}
     if not isinstance(item, Mapping):
         return item
     item = _without_none(item)
@@ -289,7 +291,12 @@ def _plain_item(item: Any) -> Any:
 
 
 def _without_none(values: Mapping) -> dict:
-    return {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in values.items() if not is_absent(value)}
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value is `None`, or the NaN that pandas puts in its place."""
+    return value is None or isinstance(value, float) and value != value
 
 
 def _read_json(value: Any) -> Any:

@@ -130,7 +130,11 @@ def test_items_may_hold_their_images_where_the_row_holds_none():
     conversation = from_messages_row({"messages": messages})
     assert conversation["images"] == [b"abc", "a.jpg", "https://x.org/a.jpg", "data:b", "data:b"]
     assert conversation["messages"][0]["content"] == [*[IMAGE] * 5, text("Compare.")]
-    assert from_messages_row({"messages": messages, "images": list("12345")})["images"] == list("12345")
+    row = {"messages": messages, "images": list("12345"), "conversations": float("nan")}
+    assert from_messages_row(row)["images"] == list("12345")
+    for item, place in zip(items, (4, 0, 2, 1, 3)):
+        item.update(type="image", index=place)
+    assert from_messages_row(row)["images"] == list("51324")
     del items[1]["path"]
     with pytest.raises(BadSampleError, match="marks 5 images in its user turns but comes with 4"):
         from_messages_row({"messages": [{"role": "user", "content": items}, messages[1]]})
@@ -141,6 +145,8 @@ def test_one_image_of_any_type_is_one_image(image):
     assert from_llava_row(llava_row("<image>", "A.", image=None, images=image))["images"][0] is image
     with pytest.raises(BadSampleError, match="both 'image' and 'images'"):
         from_llava_row({**llava_row("<image>", "A."), "images": image})
+    batch = {**llava_row("<image> <image>", "A."), "image": np.zeros((2, 2, 2, 3))}
+    assert len(from_llava_row(batch)["images"]) == 2
     assert from_llava_row({**llava_row("<image>", "A."), "images": []})["images"] == ["a.jpg"]
 
 
@@ -174,7 +180,7 @@ def test_weights_of_turns_are_kept_or_refused():
     for name, no in (("weight", 0), ("weight", 0.0), ("loss", False), ("train", False)):
         row["conversations"][1] = {"from": "gpt", "value": "WRONG.", name: no}
         assert [message.get("weight") for message in from_row(row)["messages"]] == [None, 0, None, None]
-    row["conversations"][1] = {"from": "gpt", "value": "Fine.", "weight": 1, "loss": None}
+    row["conversations"][1] = {"from": "gpt", "value": "Fine.", "weight": 1, "loss": float("nan")}
     assert all("weight" not in message for message in from_row(row)["messages"])
     for turn, weight in ((1, 0.5), (1, "no"), (0, 1)):
         changed = [dict(turn) for turn in row["conversations"]]

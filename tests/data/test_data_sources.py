@@ -346,7 +346,7 @@ def test_stream_gives_what_random_access_gives_whole_and_in_shares(kind, tmp_pat
         "rows": rows,
         "dataset": hf_dataset,
         "parquet": parquet_folder,
-        "iterable": hf_dataset.to_iterable_dataset(num_shards=3),
+        "iterable": hf_dataset.to_iterable_dataset(num_shards=3).with_format("arrow"),
     }[kind]
     shares = [ids(load_conversations(source, streaming=True, rank=rank, world_size=3)) for rank in range(3)]
     assert all(shares) and sorted(itertools.chain(*shares)) == sorted(f"s{i}" for i in range(12))

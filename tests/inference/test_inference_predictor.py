@@ -96,6 +96,8 @@ def test_several_images_and_none(predictor, model, processor):
     predictor.set_image(images)
     expected = [generated(model, processor, [user_turn(question, images)]) for question in QUESTIONS]
     assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected
+    predictor.set_image([numpy.asarray(image) for image in images])
+    assert predictor.ask(QUESTIONS, max_new_tokens=12) == expected and len(predictor._cache) == 1
     predictor.set_image(images[::-1])
     assert predictor.ask(QUESTIONS, max_new_tokens=12) != expected
     predictor.set_image(None)
@@ -254,7 +256,7 @@ def test_an_image_that_cannot_be_read_leaves_the_one_before(predictor, tmp_path)
     for image, named in (
         (tmp_path / "nowhere.png", "nowhere.png"),
         ([picture(2), str(tmp_path / "nowhere.png")], "nowhere.png"),
-        (numpy.zeros((4, 4, 3), numpy.uint8), "ndarray"),
+        (numpy.zeros((2, 4, 4, 3), numpy.uint8), "ndarray"),
         (Image.new("RGB", (0, 0)), "0×0 pixels"),
     ):
         with pytest.raises(ValueError, match=named):
