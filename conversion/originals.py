@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
@@ -113,7 +114,9 @@ def read_original(
     if embedding := tensors.get("model.embed_tokens.weight"):
         text_config.vocab_size = embedding.num_rows
         head = tensors.get("lm_head.weight")
-        if head and head.num_rows < embedding.num_rows:  # added tokens whose embeddings alone were kept
+        if head and text_config.tie_word_embeddings and torch.equal(head.tensor(), embedding.tensor()):
+            del tensors["lm_head.weight"]  # as torch.save writes a tied head
+        elif head and head.num_rows < embedding.num_rows:  # added tokens whose embeddings alone were kept
             tensors["lm_head.weight"] = extended(head, embedding.num_rows)
 
     tower_folder = find_tower(folder, config, vision_tower) if tower is None else folder

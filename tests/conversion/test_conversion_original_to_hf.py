@@ -82,9 +82,11 @@ def test_mistral_is_asked_as_the_original_asks_it(tmp_path):
     assert question(tmp_path / "out", add_generation_prompt=True) == "[INST] <image>\nWhy? [/INST]"
 
 
-def test_tied_head_stays_tied(tmp_path):
+@pytest.mark.parametrize("head", [False, True])  # whether the file has it, as torch.save writes it
+def test_tied_head_stays_tied(tmp_path, head):
     source = copy_original(tmp_path / "source", tie_word_embeddings=True)
-    rewrite(source, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    rewrite(source, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    rewrite(source, lambda tensors: {k: v for k, v in tensors.items() if head or k != "lm_head.weight"})
     conversion = convert_original_to_hf(source, tmp_path / "out")
     assert conversion.check.is_stock_ready, str(conversion.check)
     model = StockLlava.from_pretrained(tmp_path / "out")
