@@ -286,7 +286,7 @@ class _Run:
             self.not_before = max(self.not_before, time.monotonic() + wait)
         what = f"The endpoint has given no reply for {silent:.0f} s ({fault.kind}: {fault})"
         if silent > backoff.patience or wait > backoff.patience:
-            asked = f", and asks to wait {wait:.0f} s" if wait > backoff.patience else ""
+            asked = f", and asks to wait {wait:.0f} s" if (fault.retry_after or 0) > backoff.patience else ""
             self.stop("endpoint", f"{what}{asked}.")
             return False
         # Rate limits and an unreachable endpoint are retried for as long as the run has patience.

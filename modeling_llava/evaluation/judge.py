@@ -122,6 +122,7 @@ class Asked:
     refused: dict[str, str] = field(default_factory=dict)  # by the endpoint, with its reason; not asked again
     models: set[str] = field(default_factory=set)  # that replied, as the endpoint names them
     left_out: set[str] = field(default_factory=set)  # parameters that the endpoint does not take
+    cut: int = 0  # replies that end at their maximum length
     open: int = 0  # tasks without any reply; the next run asks them again
     message: str = ""  # why tasks are open
 
@@ -188,6 +189,7 @@ def ask_all(
                 asked.refused[task.id] = event["detail"]
                 continue
             asked.models.add(event["model"] or model.name)
+            asked.cut += event["finish"] == "length"
             asked.left_out.update(event.get("left_out", ()))
             (asked.replies if event["reason"] is None else asked.rejected)[task.id] = event["text"]
     return asked

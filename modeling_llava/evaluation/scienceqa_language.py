@@ -115,6 +115,7 @@ def score_with_language_model(
     scored = {name: score(problems, texts) for name, texts in answers.items()}
     for one in scored.values():
         one.more = {"answered_by": sorted(language.models), "no_reply": no_reply + len(undecided)}
+    scored["language"].counts["cut_at_max_reply_tokens"] = language.cut
     judged = [problem for problem in problems if problem.id in verdicts.replies]
     unread = [p for p in judged if parse_answer(verdicts.replies[p.id], len(p.choices)) is None]
     scored["judge"].counts |= {"judged": len(judged), "verdict_unparsed": len(unread)}

@@ -53,7 +53,7 @@ class ScriptedModel:
         text = self.answer(messages)
         if isinstance(text, Exception):
             raise text
-        return Reply(text, "stop", Usage(10, 5), self.model)
+        return Reply(text, "stop" if text else "length", Usage(10, 5), self.model)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_ensembles_by_hand(science, tmp_path, scripted):
     # They differ in 3, 4, 5, 6, 7 (in 8 both say the same): 3 and 6 the judge gets right; 4, 5 and 7 keep LLaVA's.
     assert right_in["judge"] == {"1", "2", "3", "4", "5", "6"}
     assert scored["judge"].counts["judged"] == 5 and scored["judge"].counts["verdict_unparsed"] == 3
-    assert scored["language"].counts["unparsed"] == 2
+    assert scored["language"].counts == {"unparsed": 2, "invalid_letter": 0, "cut_at_max_reply_tokens": 1}
     assert scored["language"].scores["accuracy"]["value"] == 37.5
     assert len(model.asked) == 8 + 5
     shown = [messages[-1]["content"] for messages in model.asked[8:]]
