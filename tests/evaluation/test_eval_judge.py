@@ -22,10 +22,9 @@ from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, Revie
         ('```json\n{"assistant_1": 8, "assistant_2": 9}\n```', (8.0, 9.0)),
         ("## Scores\n8 and 9", (8.0, 9.0)),
         ("8 9\n1. The first", (8.0, 9.0)),
-        ("(8, 9)", (8.0, 9.0)),
+        ("```json\n[(8, 9)]\n```", (8.0, 9.0)),
         ("8\n9", (8.0, 9.0)),
         ("Here are the scores:\n\n<score>\uff18 \uff19</score>", (8.0, 9.0)),  # full width
-        ("```json\n[8, 9]\n```", (8.0, 9.0)),
         ("Assistant 1 score: 8\nAssistant 2 - 9", (8.0, 9.0)),
         ("The score of Assistant 1 is 8 and the score of Assistant 2 is 9.", (8.0, 9.0)),
         ("", None),

@@ -33,7 +33,7 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("B. Ohio, by the map. The answer is C.", 3, 2),
         ("It attracts.\n\n**Answer: B**", 3, 1),
         ("LECTURE: a\nSOLUTION: b\n###\nANSWER: B.", 3, 1),
-        ("B\nbecause it is", 3, 1),
+        ("Choice B\nbecause it is", 3, 1),
         ("It attracts.\n**Answer**: (B) Ohio", 3, 1),
         ("**The correct answer is:** C", 3, 2),
         ("The answer is B\uff0cfor it attracts", 3, 1),
@@ -46,7 +46,6 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("<answer>\uff08\uff22\uff09</answer><|im_end|>", 3, 1),  # full width
         ("The answer to the question would be ( B ).", 3, 1),
         ("My answer - $B$", 3, 1),
-        ("Choice B", 3, 1),
         ("I think B.", 3, 1),
         ("B is the answer.", 3, 1),
         # not read
