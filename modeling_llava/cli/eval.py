@@ -93,7 +93,7 @@ def _add_vqa_arguments(parser: argparse.ArgumentParser) -> None:
     what = "JSONL: question_id, image, question, answers or answer; or the file of VQAv2, GQA, TextVQA or VizWiz"
     data.add_argument("--questions", required=True, metavar="F", help=what)
     data.add_argument("--annotations", metavar="F", help="file of the answers, if they are not with the questions")
-    what = "image name in official files (default: COCO_val2014_{image_id:012d}.jpg for VQAv2, else {image_id}.jpg)"
+    what = "image name in official files (default: COCO_val2014_{image_id:0>12}.jpg for VQAv2, else {image_id}.jpg)"
     data.add_argument("--image-name", metavar="F", help=what)
 
 

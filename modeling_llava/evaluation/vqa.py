@@ -22,7 +22,7 @@ from .results import Scored, fields_of, id_of, read_json, read_rows, score_of, s
 INSTRUCTION = "Answer the question using a single word or phrase."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 """The line that LLaVA-1.5 is asked before the instruction where a question may have no answer (VizWiz)."""
-COCO_IMAGE_NAME = "COCO_val2014_{image_id:012d}.jpg"
+COCO_IMAGE_NAME = "COCO_val2014_{image_id:0>12}.jpg"
 
 _NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), map(str, [0, *range(11)])))
 _ARTICLES = {"a", "an", "the"}
@@ -131,7 +131,7 @@ def _with_image(row: dict, name: str, place: str) -> dict:
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{place} has the image_id {row['image_id']!r}, which does not fit --image-name {name!r} ({error!r}). A name "
-                "is like COCO_val2014_{image_id:012d}.jpg."
+                "is like COCO_val2014_{image_id:0>12}.jpg."
             ) from None
     return {"question_id": row["image"], **row} if "image" in row else row
 
