@@ -18,6 +18,8 @@ ADAPTER_PREFIX = re.compile(r"(?:base_model\.model\.|model\.(?=model\.))(.+)")
 """PEFT's, and what some of the original's versions left of it."""
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+CHANGES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga")
+"""Values of `init_lora_weights` with which PEFT takes a part out of the base's weights before it adds the adapter."""
 BASE_LAYER = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 """PEFT saves the embedding or head below an adapter under this name, where it saves it."""
 
@@ -90,10 +92,12 @@ def fold_lora(
     modules to save), which replace the base's. `config` is its `adapter_config.json`, `source` its name for errors.
 
     Raises:
-        ValueError: not a LoRA adapter, or one of a kind that is not a sum (DoRA); a target that the base lacks; shapes
-            that do not fit.
+        ValueError: not a LoRA adapter, or one of a kind that is not a sum with the base (DoRA, PiSSA); a target that the
+            base lacks; shapes that do not fit.
     """
     kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
+    if start := CHANGES_BASE.match(str(config.get("init_lora_weights")).lower()):
+        kind = start[0]
     if kind != "LORA":
         raise ValueError(f"{source} is an adapter of kind {kind}; only LoRA can be folded in. Merge it with peft.")
     pairs: dict[str, dict[str, LazyTensor]] = {}

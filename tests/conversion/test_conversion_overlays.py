@@ -73,6 +73,7 @@ def lora(down: torch.Tensor, up: torch.Tensor, module: str = "h") -> dict[str, t
     ("change", "message"),
     [
         (lambda a, c: c.update(use_dora=True), "kind DoRA"),
+        (lambda a, c: c.update(init_lora_weights="pissa_niter_16"), "kind pissa"),
         (lambda a, c: c.update(peft_type="IA3"), "kind IA3"),
         (lambda a, c: c.pop("lora_alpha"), "no lora_alpha"),
         (lambda a, c: a.pop("base_model.model.h.lora_B.weight"), "lora_A of 'h' but not the other"),
