@@ -74,9 +74,11 @@ def read_questions(
     names (`COCO_val2014_000000460149.jpg`). A `ValueError` names file and row of what is missing or wrong.
     """
     context_of = {text_of(row, "image", place): _context(row, place) for row, place in read_rows(contexts)}
-    reference_of = {}
-    if references is not None:
-        reference_of = {id_of(row, place): text_of(row, "text", place) for row, place in read_rows(references)}
+    reference_of: dict[str, str] = {}
+    for row, place in read_rows(references) if references is not None else ():
+        question_id, text = id_of(row, place), text_of(row, "text", place)
+        if reference_of.setdefault(question_id, text) != text:
+            raise ValueError(f"{place} has another answer to question_id {question_id} than an earlier row.")
     read: dict[str, Question] = {}
     for row, place in read_rows(questions):
         question_id = id_of(row, place)

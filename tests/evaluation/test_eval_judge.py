@@ -25,8 +25,7 @@ from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, Revie
         ("```json\n[(8, 9)]\n```", (8.0, 9.0)),
         ("8\n9", (8.0, 9.0)),
         ("Here are the scores:\n\n<score>\uff18 \uff19</score>", (8.0, 9.0)),  # full width
-        ("Assistant 1 score: 8\nAssistant 2 - 9", (8.0, 9.0)),
-        ("The score of Assistant 1 is 8 and the score of Assistant 2 is 9.", (8.0, 9.0)),
+        ("Assistant 1 score - 8, and the score of Assistant 2 is 9.", (8.0, 9.0)),
         ("", None),
         ("8 9 7", None),
         ("8\n9\n7", None),

@@ -82,6 +82,7 @@ def test_in_the_wild_contexts_have_a_description(bench):
         ("contexts", {}, "line 3 has neither 'caption'"),
         ("contexts", {"captions": ["a"], "instances": [{"box": 1}]}, "line 3 has instances"),
         ("references", {"text": ""}, "line 7 has text = '', which is empty"),
+        ("references", {"question_id": 0}, "line 7 has another answer to question_id 0"),
     ],
 )
 def test_wrong_rows_are_named(bench, file, change, message):

@@ -6,8 +6,7 @@ import pytest
 from fault_server import FaultServer
 from tiny_science import llava_eval, problems_of
 
-from modeling_llava.endpoint import PassingFault, RequestFault, RunSettings
-from modeling_llava.endpoint.limits import Backoff
+from modeling_llava.endpoint import Backoff, PassingFault, RequestFault, RunSettings
 from modeling_llava.evaluation.results import read_results
 from modeling_llava.evaluation.scienceqa import question_text
 from modeling_llava.evaluation.scienceqa_language import choose_shots, language_tasks, score_with_language_model
