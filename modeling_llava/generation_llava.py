@@ -45,11 +45,23 @@ class LlavaGenerationMixin(GenerationMixin):
         return input_ids, self._without_cached_images(input_ids, kwargs)
 
     def _without_cached_images(self, input_ids: torch.LongTensor, kwargs: dict) -> dict:
-        """The arguments without the images whose tokens are in a kept cache, where the whole conversation is given again."""
+        """
+        The arguments without the images whose tokens are in a kept cache, where the whole conversation is given again.
+
+        Raises:
+            ValueError: the cache holds all of it or more, so that transformers would read a part again, or nothing.
+        """
         images, cache = (kwargs.get("mm_encoder_outputs") or {}).get("image"), kwargs.get(CACHE)
         num_cached = 0 if cache is None else int(cache.get_seq_length())
         only_new_tokens = kwargs["position_ids"].shape[-1] != input_ids.shape[1]
-        if images is None or num_cached == 0 or only_new_tokens:
+        if num_cached == 0 or only_new_tokens:
+            return kwargs
+        if num_cached >= input_ids.shape[1]:
+            raise ValueError(
+                f"The kept cache holds {num_cached} tokens and the prompt has {input_ids.shape[1]}, so none is new. Give the "
+                "whole conversation, or only its new tokens with the attention mask of all; or begin with an empty cache."
+            )
+        if images is None:
             return kwargs
         features = torch.cat(list(images.pooler_output))
         positions = (input_ids == self.config.image_token_id).nonzero()[:, 1]

@@ -76,6 +76,8 @@ def test_a_kept_cache_still_takes_the_new_tokens_alone(model):
     rest = ids[:, cache.get_seq_length() :]
     answer = model.generate(input_ids=rest, attention_mask=mask, pixel_values=new, past_key_values=cache, **GREEDY)
     assert torch.equal(answer[:, rest.shape[1] :], expected[:, ids.shape[1] :])
+    with pytest.raises(ValueError, match="none is new"):
+        model.generate(**batch, past_key_values=cache, **GREEDY)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 3, 10])

@@ -308,9 +308,8 @@ def test_messages_of_any_loader_are_the_plain_ones(processor, container, filled,
 
 def test_text_that_only_begins_as_json_stays_text():
     assert plain_messages("[sic") == "[sic" and plain_messages('[{"role": "user"}]') == [{"role": "user"}]
-    assert plain_messages([{"role": "user", "content": ["{sic", '{"type": "image"}']}]) == [
-        {"role": "user", "content": [{"type": "text", "text": "{sic"}, {"type": "image"}]}
-    ]
+    content = plain_messages([{"role": "user", "content": ["{sic", '{"type": "image"}']}])[0]["content"]
+    assert content == [{"type": "text", "text": "{sic"}, {"type": "image"}]
 
 
 def test_messages_of_an_arrow_table_are_the_plain_ones(processor):
