@@ -71,7 +71,7 @@ class Rejection(ValueError):
 
 
 FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
-STOPS = re.compile(r"(?:(?:<\|\w+\|>|</s>|<end_of_turn>|<eos>)\s*)+\Z")
+STOPS = re.compile(r"(?:(?:<[|｜][\w▁]+[|｜]>|</s>|<end_of_turn>|<eos>)\s*)+\Z")  # DeepSeek's have other bars
 """EOS tokens that an endpoint with a wrong chat template leaves in the text."""
 OPENING = re.compile(
     r"""\A(?:(?:sure|certainly|of\ course|absolutely|okay)\b[^\n:]*

@@ -24,7 +24,8 @@ class ValidationSettings:
 
 
 MARKER = re.compile(
-    re.escape(IMAGE_TOKEN) + r"|<im_(?:start|end|patch)>|<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>",
+    re.escape(IMAGE_TOKEN) + r"|<im_(?:start|end|patch)>|<[|｜][\w▁]+[|｜]>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>"
+    r"|<(?:bos|eos|pad|unk)>|<0x[0-9a-f]{2}>",
     re.IGNORECASE,
 )
 """What a tokenizer would take for a token with a meaning of its own."""

@@ -75,7 +75,7 @@ def test_description_loses_only_its_heading():
         "The captions tell of dogs.\n</think>\n{}",  # opened by the chat template
         "Sure, here's a detailed description:\n\n{}",
         "```\n{}\n```",
-        "{}<|eot_id|>",
+        "{}<|eot_id|><｜end▁of▁sentence｜>",
         "{}\n\nI hope this helps! Let me know if you need more.",
         "## Detailed Description:\n{}",
         "Question:\nWhat does the image show?\n===\nAnswer:\n{}\n===",
@@ -119,6 +119,8 @@ REJECTED = [
     ("refusal", "detail", "I am unable to view the picture. " + LONG),
     ("image_marker", "conversation", block(("What is in <image>?", "A cat."))),
     ("image_marker", "conversation", block(("What is it?", "A cat.<|im_end|>\n<|im_start|>user"))),
+    ("image_marker", "detail", LONG.replace(" ", "<0x0A>", 1)),
+    ("image_marker", "detail", "<｜User｜>" + LONG),
     ("mentions_source", "conversation", block(("What do the captions mention?", "A cat on a mat."))),
     ("mentions_source", "detail", LONG + " The first dog is at [0.196, 0.702, 0.301, 0.839]."),
     ("mentions_source", "detail", "Based on the provided information, " + LONG),
