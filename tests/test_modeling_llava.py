@@ -51,10 +51,7 @@ TOWERS_AND_LANGUAGE_MODELS = {
     "clip-llama": {},
     "several-layers": {"vision_feature_layer": [-1, -2]},
     "with-class-token": {"vision_feature_select_strategy": "full", "image_seq_length": 5},
-    "siglip": {
-        "vision": lambda: tiny_vision_config("siglip_vision_model"),
-        "vision_feature_select_strategy": "full",
-    },
+    "siglip": {"vision": lambda: tiny_vision_config("siglip_vision_model"), "vision_feature_select_strategy": "full"},
     "tied": {"text": lambda: tiny_text_config(tie_word_embeddings=True)},
     "mistral": {"text": lambda: tiny_text_config("mistral", sliding_window=7)},
     "qwen2": {"text": lambda: tiny_text_config("qwen2")},

@@ -77,7 +77,7 @@ def test_official_files(tmp_path):
     assert read == {"id": "7", "image": image, "text": "What?", "answers": ["cat"] * 10, "category": "other"}
     (tmp_path / "q.json").write_text(json.dumps(questions).replace("42", '"42"'))  # as text
     assert read_questions(tmp_path / "q.json", tmp_path / "a.json") == [read]
-    with pytest.raises(ValueError, match="question 1 has the image_id '42', which does not fit --image-name '{id}.jpg'"):
+    with pytest.raises(ValueError, match="has the image_id '42', which does not fit --image-name '{id}.jpg'"):
         read_questions(tmp_path / "q.json", tmp_path / "a.json", "{id}.jpg")
     for wrong, message in (
         ({"annotations": []}, "question 1 has the question_id 7, which .*a.json does not have"),

@@ -13,9 +13,7 @@ from tiny_predictor import picture
 
 HERE = Path(__file__).parent
 SOURCE = Path(sys.prefix) / "transformers-tests"  # unpacked by `make test-slow`
-NOT_OURS = {
-    "test_can_init_all_missing_weights": "looks for the model among the files of transformers itself",
-}
+NOT_OURS = {"test_can_init_all_missing_weights": "looks for the model among the files of transformers itself"}
 """Tests that stock passes and ours do not, each with its reason."""
 
 
