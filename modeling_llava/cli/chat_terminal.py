@@ -63,7 +63,7 @@ class Terminal:
         if not self.interactive:
             try:
                 for line in sys.stdin or ():
-                    if not self.handle(line.strip()):
+                    if not self.handle(line.removeprefix("\ufeff").strip()):  # of Windows' editors
                         break
             except BrokenPipeError:  # the reader has left; Python would complain again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -76,7 +76,7 @@ def test_commands(script, folder, tmp_path, model_and_processor):
     names = ("chat.json", "chat.md", "chat.json", f"../{tmp_path.name}/chat.md")
     lines += [f"/save {tmp_path}/{name}" for name in names]
     lines += ["/quit now", "never asked"]
-    code, out, err = script(lines, [folder, "--image", image, *ASK])
+    code, out, err = script(["\ufeff/reset", *lines], [folder, "--image", image, *ASK])
     a = answer(model_and_processor, "What is it?", [picture(1)])
     assert code == 0 and out == [a, a, a, answer(model_and_processor, "What is it?", [])]
     assert "A new conversation. About" in err and "About no image." in err and "/save FILE" in err
