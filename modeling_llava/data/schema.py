@@ -290,8 +290,8 @@ def _images(row: Mapping) -> list:
         raise _Bad(BAD_ROW, f"has both {keys[0]!r} and {keys[1]!r}: keep one of them.")
     images = given[keys[0]] if keys else []
     for image in images:
-        if isinstance(image, (int, float)):
-            give = "give a path, a PIL image, bytes, or {'bytes': …, 'path': …}"
+        if isinstance(image, (int, float, list)):  # `datasets` stores an array as lists, unless its feature is Image
+            give = "give a path, a PIL image, an array, bytes, or {'bytes': …, 'path': …}"
             raise _Bad(BAD_ROW, f"has the image {_short(image)}: {give}.")
     return images
 

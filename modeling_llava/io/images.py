@@ -106,7 +106,9 @@ def find_image(
             raise ImageError(CORRUPT_IMAGE, name, "is empty (0 bytes)")
         return io.BytesIO(reference), name
     if not isinstance(reference, (str, os.PathLike)) or not os.fspath(reference):
-        raise ImageError(BAD_ROW, name, "is not one: give a path, a PIL image, bytes, or {'bytes': …, 'path': …}")
+        raise ImageError(
+            BAD_ROW, name, "is not one: give a path, a PIL image, an array, bytes, or {'bytes': …, 'path': …}"
+        )
     text = os.fspath(reference)
     name = repr(text) if len(text) < 200 else f"{text[:40]!r}…"
     if embedded := _EMBEDDED.match(text):

@@ -206,6 +206,7 @@ BAD_ROWS = [
     ({"id": "s", "conversations": [{"from": ["human"], "value": "x"}]}, BAD_ROLES, "unknown role ['human']"),
     ({"id": "s", "messages": [{"role": {"a": 1}, "content": "x"}]}, BAD_ROLES, "unknown role {'a': 1}"),
     ({**llava_row("<image>", "A."), "image": 5}, BAD_ROW, "has the image 5: give a path"),
+    ({**llava_row("<image>", "A."), "image": [[[0, 9, 9]], [[9, 9, 0]]]}, BAD_ROW, "has the image [[0, 9, 9]]: give"),
     ({**llava_row("<image> <image>", "A."), "image": ["a.jpg", None]}, BAD_MARKERS, "comes with 1"),
     ({**llava_row("<image>", "A.", image=None), "image_path": "a", "img": "b"}, BAD_ROW, "'image_path' and 'img'"),
     (llava_row("<image>\nHi \ud83d", "A."), BAD_ROW, "half of a character, in turn 0"),
@@ -219,7 +220,6 @@ BAD_ROWS = [
     (messages_row([{"type": "video"}]), BAD_ROW, "neither an image nor a text"),
     (messages_row("Q", [IMAGE]), BAD_MARKERS, "images belong to the user"),
     (messages_row([IMAGE], "A."), BAD_MARKERS, "marks 1 image in its user turns but comes with 0"),
-    (messages_row("Q", "A.", "Q"), BAD_ROLES, "user, assistant, user"),
     ("text", BAD_ROW, "neither a LLaVA row"),
 ]
 
