@@ -17,10 +17,10 @@ from .results import hash_json, read_json
 LOWEST, HIGHEST = 1.0, 10.0
 _NUMBER = r"([0-9]{1,2}(?:\.[0-9]+)?)"
 _OF_TEN = r"\s*(?:/|(?:out\s+)?of)\s*10(?![0-9])"
-_BETWEEN = r"(?:\s*[,;|]\s*|\s+and\s+|\s+)"
+_BETWEEN = r"(?:\s*[,;|&]\s*|\s+and\s+|\s+)"
 _PAIR = re.compile(
     rf"""
-    (?:[^\n0-9:]{{0,60}}\b(?:scores?|ratings?)\b[^\n0-9:]{{0,60}}(?::|=|\bare\b|\n)\s*)?
+    (?:[^\n0-9:]{{0,60}}\b(?:scores?|ratings?)(?:\s+(?:for|of)\b[^\n0-9:]{{0,60}})?\s*(?::|=|\bare\b|\n)\s*)?
     (?: {_NUMBER}{_BETWEEN}{_NUMBER} | {_NUMBER}{_OF_TEN}{_BETWEEN}{_NUMBER}{_OF_TEN} )
     [^\S\n]*[.;]?[^\S\n]*(?:\Z|\n(?!\s*{_NUMBER}(?:,[0-9])?\s*$))  # a line of another number would be a third score
     """,
@@ -34,7 +34,7 @@ _LABELLED = re.compile(
     rf"{_LABEL}{_NUMBER}(?:{_OF_TEN})?(?=[^\S\n]*[.,;]?[^\S\n]*(?:$|(?:and\s+)?{_LABEL}))",
     re.IGNORECASE | re.MULTILINE,
 )
-_MARKUP = re.compile(r"""</?\w+>|^```\w*|\\boxed|[*_`#(){}\[\]"]""", re.MULTILINE)
+_MARKUP = re.compile(r"""</?\w+>|^```\w*|^\||\|$|\\boxed|[*_`#(){}\[\]"]""", re.MULTILINE)
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 """What the published evaluation tells the judge first."""

@@ -18,21 +18,22 @@ _LETTER = r"[\"'`*([\u201c]*([A-Z])"
 _STATED = re.compile(
     rf"""
     \b(?:answer(?:\sto\sth(?:e|is)\squestion)?|(?:the|my)\s+(?:(?:correct|right|best|final)\s+)?(?:option|choice))
-    \s+(?:is|(?:would|should|must)\sbe)\s?:?\*{{0,2}}\s?(?:(?:option|choice)\s+)?{_LETTER}
+    \s+(?:is|(?:would|should|must)\sbe)\s?:?\*{{0,2}}\s?(?:(?:option|choice|letter)\s+)?{_LETTER}
     (?: [])*`\u201d]                    # (B)  **B**
       | [.,;:!?"'\u2026\u3002\uff0c](?!\w\.|(?<=')\w)    # B.  but not A.M., nor D'oh
       | \s*$
       | (?<![AI])(?=\s)                 # "The answer is a dog" names no choice
       | (?=\s(?:[(\u2013\u2014-]|because\b|since\b))    # A (Ohio)
     )
-    | ^[ #*]{{0,9}}(?:(?:the|my)\s)?(?:(?:correct|final)\s)?answer\*{{0,2}}\s?[:=-]\*{{0,2}}\s?{_LETTER}(?:[])*`.\s]*$|[.:)]\*{{0,2}}\s)
+    | ^[ #*{{\"]{{0,9}}(?:(?:the|my)\s)?(?:(?:correct|final)\s)?(?:answer|option|choice)[*\"]{{0,2}}\s?[:=-]\*{{0,2}}\s?
+      {_LETTER}(?:[])*`\"}}.\s]*$|[.:)]\*{{0,2}}\s)
     """,
     re.I | re.M | re.X,
 )
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\w*\{|\\math\w*\{)?\s*\(?([A-Z])(?:[.):][^{}]*)?\s*\}", re.I)
 _CHOSEN = re.compile(
     rf"""
-    (?: \b(?i:it(?:'s|\u2019s|\sis)|i(?:'d|\u2019d|\swould)?\s(?:choose|pick|select|say|think|go\swith))\s(?i:(?:option|choice|answer)\s)?
+    (?: \b(?i:it(?:'s|\u2019s|\sis)|i(?:['\u2019](?:d|ll)|\swould|\swill)?\s(?:choose|pick|select|say|think|go\swith))\s(?i:(?:option|choice|answer)\s)?
       | \b(?i:(?:option|choice)\s)?(?={_LETTER}[])*\"'`]*\s(?i:is\s(?:the\s)?(?:correct|right|best|answer)\b)) )
     {_LETTER}(?:[])*`\"]|[.,;:!?](?!\w)|\s*$|(?=\s(?:\(|because\b|since\b|is\s(?:the\s)?(?:correct|right|best|answer)\b)))
     """,
@@ -46,9 +47,9 @@ _SEVERAL = re.compile(
     re.X,
 )
 _AFTER_ANOTHER = re.compile(r"\b[A-Z][)*]*,?\s?(?:/|&|n?or\b|and\b)\s?[(*]*\Z")
-_WHOLE = re.compile(rf"(?:(?:answer|option|choice)\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:\u201d]{{0,3}}", re.I)
+_WHOLE = re.compile(rf"(?:(?:answer|option|choice)\b\s?:?\*{{0,2}}\s?)?{_LETTER}[])*\"'`.:!\u201d]{{0,3}}", re.I)
 _BEGINNING = re.compile(
-    r"^\s*(?:(?:answer|option|choice)\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M
+    r"^\s*(?:(?:answer|option|choice)\b\s*:?\s*)?\**(?:\(([A-Z])\)|([A-Z])[.:)])\**(?=\s)", re.I | re.M
 )
 _IN_PARENTHESES = re.compile(r"\(([A-Z])\)")
 

@@ -28,6 +28,7 @@ from modeling_llava.evaluation.llava_bench import JudgeSettings, Question, Revie
         ("Assistant 1 score - 8, and the score of Assistant 2 is 9.", (8.0, 9.0)),
         ("", None),
         ("8 9 7", None),
+        ("Rating scale: 1, 10", None),
         ("8\n9\n7", None),
         ("8 11", None),
         ("Both are good.\n8 9", None),

@@ -47,10 +47,12 @@ from modeling_llava.evaluation.scienceqa_answers import parse_answer
         ("The answer to the question would be ( B ).", 3, 1),
         ("My answer - $B$", 3, 1),
         ("I think B.", 3, 1),
+        ('{"answer": "B"}', 3, 1),
         ("B is the answer.", 3, 1),
         # not read
         ("Answer is B or C", 3, None),
         ("It's a magnet.", 3, None),
+        ("Options:", 20, None),
         ("Neither A nor B is correct.", 3, None),
         ("\\boxed{A} or B", 3, None),
         ("<think>The answer is A.", 3, None),
