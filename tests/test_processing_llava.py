@@ -10,12 +10,7 @@ from golden_text import GOLDEN, tiny_processor
 from PIL import Image
 from published import build_tower
 from tiny import tiny_vision_config
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
-    SiglipImageProcessorPil,
-)
+from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionModel, SiglipImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor as StockLlavaProcessor
 
 from modeling_llava import LlavaImageProcessor, LlavaProcessor, processing_llava
