@@ -21,7 +21,7 @@ CUDA_TORCH = (
 )
 """A build for the GPU. `pip install torch` installs one on Linux, and one for the CPU on Windows."""
 
-OTHER_TORCH = "install a build of torch for an older CUDA: https://pytorch.org/get-started/locally"
+OTHER_TORCH = "install a build of torch for {} CUDA: https://pytorch.org/get-started/locally"
 BITSANDBYTES = "bitsandbytes is not installed: pip install 'modeling-llava[qlora]' (Linux, Windows)"
 
 
@@ -84,18 +84,16 @@ def _gpus(problems: list[str], memory_gib: float | None) -> list[dict]:
     import torch
 
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    architectures = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]  # such as sm_75, sm_90a
-    oldest = min((int(name[3:].rstrip("af")) for name in architectures), default=0)
+    architectures = [name for name in torch.cuda.get_arch_list() if name.startswith(("sm_", "compute_"))]
     gpus = []
     for card in cards:
         capability, total = f"{card.major}.{card.minor}", round(card.total_memory / 2**30, 1)
         gpus.append(
             {"name": card.name, "memory_gib": total, "compute_capability": capability, "bf16": card.major >= 8}
         )
-        if 10 * card.major + card.minor < oldest:
-            problems.append(
-                f"torch {torch.__version__} has kernels for {architectures}, not for {card.name}: {OTHER_TORCH}"
-            )
+        if architectures and not any(_runs_on(name, card.major, card.minor) for name in architectures):
+            other = OTHER_TORCH.format("a newer" if card.major >= 10 else "an older")
+            problems.append(f"torch {torch.__version__} has kernels for {architectures}, not for {card.name}: {other}")
     if gpus:
         return gpus
     if torch.backends.mps.is_available():
@@ -109,9 +107,16 @@ def _gpus(problems: list[str], memory_gib: float | None) -> list[dict]:
             problems.append(f"torch {torch.__version__} is a build for the CPU, but there is a GPU: {CUDA_TORCH}")
         elif driver.isdigit() and int(driver) < needed:
             problems.append(
-                f"CUDA {build} needs NVIDIA's driver {needed}, it is {driver}: update it, or {OTHER_TORCH}"
+                f"CUDA {build} needs NVIDIA's driver {needed}, it is {driver}: update it, or {OTHER_TORCH.format('an older')}"
             )
     return []
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether a GPU takes kernels for `sm_86` (those of its major version, from that minor one on) or PTX, `compute_90` (from there on)."""
+    kind, _, number = architecture.partition("_")
+    oldest = divmod(int(number.rstrip("af")), 10)
+    return oldest <= (major, minor) and (kind == "compute" or oldest[0] == major)
 
 
 def _try_four_bit(on_gpu: bool) -> str:

@@ -79,14 +79,24 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem_with_its_fix(cuda, driver, pro
     assert len(problems) == (problem is not None) and all(problem in found for found in problems)
 
 
-def test_a_gpu_older_than_torchs_kernels_is_a_problem(monkeypatch):
-    card = SimpleNamespace(name="GTX 1080", total_memory=8 * 2**30, major=6, minor=1)
+@pytest.mark.parametrize(
+    "name, version, built, fix",
+    [
+        ("GTX 1080", (6, 1), ["sm_75", "sm_90a", "sm_120", "compute_120"], "for an older CUDA"),
+        ("RTX 5090", (12, 0), ["sm_50", "sm_86", "sm_90"], "for a newer CUDA"),
+        ("RTX 5090", (12, 0), ["sm_86", "compute_90"], None),
+        ("RTX 4090", (8, 9), ["sm_75", "sm_86"], None),
+        ("MI300", (9, 4), ["gfx942"], None),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_a_problem(name, version, built, fix, monkeypatch):
+    card = SimpleNamespace(name=name, total_memory=8 * 2**30, major=version[0], minor=version[1])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
     monkeypatch.setattr(doctor, "_try_four_bit", lambda on_gpu: "fails")
-    (problem,) = doctor.diagnose()["problems"]
-    assert "not for GTX 1080" in problem
+    problems = doctor.diagnose()["problems"]
+    assert len(problems) == (fix is not None) and all(f"not for {name}: " in p and fix in p for p in problems)
 
 
 def test_oldest_transformers_is_that_of_setup(request):
