@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_callback import TrainerCallback
@@ -281,20 +281,22 @@ class LlavaTrainer(CheckpointingTrainer):
         if self._evaluated is not None and loss is not None and inputs.get("labels") is not None:
             count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
             total = torch.where(count > 0, loss * count, 0.0)  # stock's loss is NaN where nothing is supervised
-            self._evaluated = self._evaluated + torch.stack([total, count]).double()
+            self._evaluated.append(torch.stack([total, count]))
         return loss, logits, labels
 
-    _evaluated: torch.Tensor | None = None
-    """During an evaluation: sum of the losses, and number of supervised tokens."""
+    _evaluated: list[torch.Tensor] | None = None
+    """During an evaluation, of each batch: sum of the losses, and number of supervised tokens."""
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """
         As in `Trainer`, but the loss is the mean over all supervised tokens, whatever batch size, packing and number of processes;
         `Trainer` averages the means of batches.
         """
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._evaluated = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        # summed in float64 on the CPU: Apple's GPUs and Intel's consumer GPUs have none
+        sums = [torch.stack(self._evaluated).cpu().double().sum(dim=0)] if self._evaluated else []
+        total, count = sum(gather_object(sums), torch.zeros(2)).tolist()
         self._evaluated = None
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count

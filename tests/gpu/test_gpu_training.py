@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tiny_predictor import tiny_processor
-from transformers import CLIPVisionConfig, LlamaConfig, TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
 from modeling_llava import LlavaConfig, LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
@@ -102,19 +102,11 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
-    """As wide as LLaVA-1.5-7B, four layers deep, random."""
+    """As wide as LLaVA-1.5-7B, whose tower is the default, four layers deep, random."""
     folder = tmp_path_factory.mktemp("wide") / "model"
     processor = tiny_processor(side=336)
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     text = LlamaConfig(vocab_size=32064, num_hidden_layers=LAYERS)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id)
+    config = LlavaConfig(text_config=text, image_token_index=processor.image_token_id)
     with torch.device("cuda"):
         LlavaForConditionalGeneration(config).to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
