@@ -24,7 +24,7 @@ from ..constants import IGNORE_INDEX, IMAGE_TOKEN
 from ..text.stops import answer_stop
 from .check_report import DataReport, Found, summarize, write_report
 from .labels import encode_conversation
-from .schema import TOO_LONG, BadSampleError, image_key, load_image, read_image_size
+from .schema import TOO_LONG, BadSampleError, image_key, load_image, read_image_size, require_image_folder
 from .sources import RowReader, open_sources
 
 
@@ -73,8 +73,7 @@ def check_data(
         ValueError: A file cannot be read as a whole, such as a JSON list that is cut off.
         FileNotFoundError: The source or the image folder is not there.
     """
-    if image_folder is not None and not os.path.isdir(image_folder):
-        raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
+    require_image_folder(image_folder)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} samples: at least 1 is needed.")
     if max_length is not None and max_length < 1:

@@ -21,6 +21,7 @@ from .schema import (
     image_key,
     load_image,
     require_an_image_for_each_place,
+    require_image_folder,
 )
 
 
@@ -130,8 +131,7 @@ class LlavaDataCollator:
             raise ValueError("padding='max_length' needs a max_length.")
         if packing and (padding == "max_length" or pad_to_multiple_of):
             raise ValueError("packing=True leaves no padding: leave padding and pad_to_multiple_of out.")
-        if image_folder is not None and not os.path.isdir(image_folder):
-            raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
+        require_image_folder(image_folder)
         self.processor = processor
         self.max_length = max_length
         self.overflow = overflow

@@ -477,6 +477,11 @@ def _read_image(read: Callable, reference: Any, folder, sample_id: str, follow_s
         raise BadSampleError.of_image(sample_id, error) from error.__cause__
 
 
+def require_image_folder(image_folder: str | os.PathLike | None) -> None:
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise FileNotFoundError(f"the image folder {os.fspath(image_folder)!r} is not there.")
+
+
 def image_key(reference: Any) -> tuple:
     """A hashable that is equal for two references to the same image: by path, by bytes, or by object."""
     if isinstance(reference, Mapping):

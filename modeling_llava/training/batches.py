@@ -17,7 +17,14 @@ from tqdm import tqdm
 from ..data.collator import LlavaDataCollator
 from ..data.packing import PackedDataset, PackedStream, best_fit_packs
 from ..data.sampling import GroupedSampler, TypeMixtureSampler
-from ..data.schema import PLACEHOLDER_SAMPLE, TOO_LONG, BadSampleError, summarize_drops
+from ..data.schema import (
+    PLACEHOLDER_SAMPLE,
+    TOO_LONG,
+    BadSampleError,
+    read_image_size,
+    require_image_folder,
+    summarize_drops,
+)
 from ..data.sources import ConversationStream, load_conversations
 from ..kernels.packed_attention import VARLEN, packed_attention_error, use_varlen_attention
 from ..modeling_llava import LlavaForConditionalGeneration
@@ -31,6 +38,7 @@ def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
     """Training and evaluation data of a run, selected and split by its settings; `eval_size=auto` becomes a number."""
     if args.data is None:
         raise ValueError("data is not set. Give a LLaVA JSON file, or a dataset with `messages` and `images`.")
+    require_image_folder(args.image_folder)
     seed = args.sampling_seed
     reading = {"image_folder": args.image_folder, "on_bad_sample": args.on_bad_sample}
     train_dataset = load_conversations(
@@ -47,6 +55,11 @@ def load_datasets(args: LlavaTrainingArguments) -> tuple[Any, Any]:
             raise ValueError(f"only_types names {', '.join(absent)}, but no sample of {args.data} has that type.")
     if args.max_samples is not None and args.max_samples < len(train_dataset):
         train_dataset = train_dataset.select(_shuffled(len(train_dataset), seed)[: args.max_samples])
+    if args.on_bad_sample == "raise" and not args.streaming:
+        samples = (train_dataset[index] for index in range(min(len(train_dataset), 100)))
+        if first := next((sample for sample in samples if sample["images"]), None):  # a wrong folder is wrong for all
+            where = {"image_folder": args.image_folder, "follow_symlinks": args.follow_symlinks}
+            read_image_size(first["images"][0], sample_id=first["id"], **where)
     eval_dataset = None
     if args.eval_data is not None:
         eval_dataset = load_conversations(args.eval_data, split=args.data_split, types=args.only_types, **reading)

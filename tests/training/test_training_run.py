@@ -314,9 +314,11 @@ def test_users_mistakes_are_one_clear_error(settings, tmp_path):
     for name in ("model", "output_dir", "data"):
         with pytest.raises(ValueError, match=f"{name} is not set"):
             train({k: v for k, v in settings.items() if k != name})
-    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not the output folder of a pretrain run"):
-        train({**settings, "projector": str(tmp_path / "empty")})
+        train({**settings, "projector": str(tmp_path)})
+    for folder, error in ((tmp_path, ValueError), (tmp_path / "absent", FileNotFoundError)):  # before the model
+        with pytest.raises(error, match="not there"):
+            load_datasets(LlavaTrainingArguments(**{**settings, "image_folder": str(folder)}))
 
 
 @PUBLISHED
