@@ -386,9 +386,10 @@ class LlavaTrainingArguments(TrainingArguments):
                 yield f"{name}={getattr(self, name)} must be at least 1."
         for name in (
             "learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "neftune_noise_alpha", "sample_answers",
+            "weight_decay", "dataloader_num_workers",
         ):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)} is below 0."
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:  # nor is NaN
+                yield f"{name}={getattr(self, name)} is not 0 or more."
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps."
         has_eval_data = self.eval_data is not None or self.eval_size not in (None, 0)

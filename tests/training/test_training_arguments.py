@@ -116,7 +116,7 @@ def test_every_setting_has_a_help_text():
         ({"train_sampling_strategy": "batch_rebalance", "data": "a.json"}, "Take group_by_length"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"global_batch_size": 0}, "global_batch_size=0 must be at least 1"),
-        ({"learning_rate": -1e-4}, "below 0"),
+        ({"learning_rate": float("nan")}, "not 0 or more"),
         ({"num_train_epochs": 0}, "above 0"),
         ({"eval_strategy": "steps", "eval_steps": 5, "data": "a.json"}, "Set eval_size or eval_data"),
     ],
