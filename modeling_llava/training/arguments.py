@@ -16,6 +16,8 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from ..kernels.packed_attention import VARLEN
+
 
 logger = logging.getLogger(__name__)
 
@@ -300,6 +302,17 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.global_batch_size is not None:
             self._resolve_global_batch_size()
 
+    def why_not_packed(self) -> str | None:
+        """Why samples cannot be packed with these settings, whatever the model is."""
+        attention = self.attn_implementation
+        if attention is not None and attention != VARLEN and "flash" not in attention:
+            return f"attn_implementation={attention} would build an attention mask of tokens × tokens for a pack"
+        if self.torch_compile:
+            return "torch_compile would recompile for each length of a pack"
+        if self.neftune_noise_alpha is not None:
+            return "neftune_noise_alpha is scaled by the length of a row, which would be that of a pack"
+        return None
+
     def _faults(self) -> Iterator[str]:
         """What contradicts itself in the settings of what is trained, a sentence each; likewise of the data and of the run."""
         if self.adapter != "none" and self.stage == "pretrain":
@@ -338,6 +351,8 @@ class LlavaTrainingArguments(TrainingArguments):
         size = self.eval_size
         if size not in (None, "auto") and not (isinstance(size, int | float) and size >= 0):
             yield f"eval_size={size}: give a share in (0, 1), a number of samples, or auto."
+        if self.packing in ("batch", "full") and (reason := self.why_not_packed()):
+            yield f"packing={self.packing}, but {reason}. Set packing=none."
         if self.pack_length is not None and self.packing not in ("full", "auto_full"):
             yield f"pack_length={self.pack_length} requires packing=full (it is {self.packing})."
         if self.pack_length is not None and self.pack_length < self.max_length:

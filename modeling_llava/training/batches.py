@@ -26,7 +26,7 @@ from ..data.schema import (
     summarize_drops,
 )
 from ..data.sources import ConversationStream, load_conversations
-from ..kernels.packed_attention import VARLEN, packed_attention_error, use_varlen_attention
+from ..kernels.packed_attention import packed_attention_error, use_varlen_attention
 from ..modeling_llava import LlavaForConditionalGeneration
 from .arguments import LlavaTrainingArguments
 
@@ -111,19 +111,14 @@ def resolve_packing(model: nn.Module, args: LlavaTrainingArguments, has_own_coll
 
 
 def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | None:
-    attention = args.attn_implementation
-    if attention is not None and attention != VARLEN and "flash" not in attention:
-        return f"attn_implementation={attention} would build an attention mask of tokens × tokens for a pack"
-    if args.torch_compile:
-        return "torch_compile would recompile for each length of a pack"
-    if args.neftune_noise_alpha is not None:
-        return "neftune_noise_alpha is scaled by the length of a row, which would be that of a pack"
+    if (reason := args.why_not_packed()) is not None:
+        return reason
     if not isinstance(model, LlavaForConditionalGeneration):
         return "transformers' own class builds an attention mask of tokens × tokens for a pack"
     language_model = model.model.language_model
     before = language_model.config._attn_implementation
     try:
-        if attention is None:
+        if args.attn_implementation is None:
             use_varlen_attention(model)
         if any(p.is_meta or hasattr(p, "ds_id") for p in language_model.parameters()):
             return None  # sharded or offloaded: no probe forward
@@ -134,7 +129,7 @@ def _why_not_packed(model: nn.Module, args: LlavaTrainingArguments) -> str | Non
         )
     except ValueError as error:  # an attention with features that the packed one lacks: Gemma 2, GPT-OSS
         reason = str(error).removesuffix(" Do not pack.").rstrip(".")
-    if attention is None:
+    if args.attn_implementation is None:
         model.set_attn_implementation({"text_config": before})
     return reason
 

@@ -32,7 +32,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from ..io.adapters import (
     DORA_MAGNITUDE,
@@ -73,7 +73,8 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
     The full model of a run, its revision, and the adapter that is trained further, if any.
 
     Raises:
-        ValueError: `model` is not set, is the output of a pretrain run, or is an adapter and `adapter="none"`.
+        ValueError: `model` is not set, is the output of a pretrain run, or is an adapter and `adapter="none"`; the projector does
+            not fit, or `lora_target` matches nothing.
         FileNotFoundError: `model` does not exist.
     """
     if args.model is None:
@@ -95,6 +96,10 @@ def base_and_adapter(args: LlavaTrainingArguments) -> tuple[str, str | None, str
         base, adapter = (args.model, args.model_revision), None
     if args.projector is not None:
         require_fits(args.projector, *base)
+    if args.lora_target is not None and adapter is None:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(base[0], revision=base[1])
+            lora_config(AutoModelForImageTextToText.from_config(config), args)
     return *base, adapter
 
 

@@ -27,6 +27,7 @@ from modeling_llava.training import LlavaTrainer, LlavaTrainingArguments, merge_
 from modeling_llava.training import train as run
 from modeling_llava.training.setup import (
     add_adapter,
+    base_and_adapter,
     initial_lora,
     load_adapter,
     load_model_and_processor,
@@ -113,10 +114,9 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_no_other(tmp_pa
 
 
 @pytest.mark.parametrize("target", [r".*q_proj", r"model\.language_model\.nothing"])
-def test_a_target_outside_the_language_model_is_refused(tmp_path, target):
-    model = LlavaForConditionalGeneration(tiny_config())
+def test_a_target_outside_the_language_model_is_refused_before_a_model_is_loaded(base, tmp_path, target):
     with pytest.raises(ValueError, match="outside of the language model|matches no module"):
-        add_adapter(model, arguments(tmp_path, adapter="lora", lora_target=target))
+        base_and_adapter(arguments(tmp_path, adapter="lora", lora_target=target, model=base))
 
 
 KINDS = {
