@@ -257,7 +257,7 @@ def test_a_resumed_run_takes_its_own_learning_rates_and_weight_decay(settings, t
 
 
 @pytest.mark.parametrize(
-    "change", [{"lora_r": 2}, {"train_vision_tower": True}, {"use_dora": True}, {"lora_target": r".*q_proj"}]
+    "change", [{"lora_r": 2}, {"train_vision_tower": True}, {"use_dora": True}, {"lora_target": ["q_proj"]}]
 )
 def test_a_checkpoint_of_other_trained_weights_is_named_before_a_model_is_loaded(settings, monkeypatch, change):
     settings = {**settings, "adapter": "lora", "lora_r": 4, "save_steps": 1, "max_steps": 1}
