@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ..hub.card_fields import check_card_fields
-    from ..hub.publish import ask_once, check_names, check_refs, gather, push
+    from ..hub.publish import ask_once, check_names, check_refs, gather, push, require_base
 
     console = Console(markup=False, highlight=False, soft_wrap=True)  # names and answers may have brackets
     source = Path(args.model)
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"note: {needs}; the card says so.", style="yellow")
         if publication.kind in ("full", "adapter") and not args.no_run:
             console.print(f"The pipeline answers: {ask_once(publication.folder, source)!r}")
+        if publication.kind == "projector" and not args.no_run:
+            require_base(source)
         if args.dry_run:
             console.print(f"Nothing was uploaded. The publication is in {publication.folder}; read its README.md.")
             return 0

@@ -130,21 +130,26 @@ def gather(
     )
 
 
+def require_base(source: str | os.PathLike) -> None:
+    """ValueError if the base of an adapter or a projector is missing, or does not fit it."""
+    try:
+        base_of(source)
+    except ValueError as error:
+        raise ValueError(f"{error} Or publish it without trying it first (--no-run).") from None
+    find_base(source)
+
+
 def ask_once(folder: str | os.PathLike, source: str | os.PathLike) -> str:
     """
     Ask a gathered model, or an adapter gathered from `source`, about a plain image, through the pipeline that its users call.
 
     Raises:
-        ValueError: an adapter's base is missing.
+        ValueError: an adapter's base is missing, or does not fit it.
     """
     path = os.fspath(folder)
     if checkpoint_kind(folder) == "adapter":  # of which the source may name its base by a local path
         path = os.fspath(source)
-        try:
-            base_of(path)
-        except ValueError as error:
-            raise ValueError(f"{error} Or publish it without asking it a question first (--no-run).") from None
-        find_base(path)  # whether it fits
+        require_base(path)
     pipe = pipeline("image-text-to-text", model=path, processor=load_processor(folder))
     image = Image.new("RGB", (64, 64), (120, 160, 200))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]

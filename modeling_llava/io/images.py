@@ -229,7 +229,7 @@ def _why_unreadable(error: Exception, source: Any) -> str:
         return f"is not an image: it begins with {head!r}{hint}"
     if isinstance(error, PermissionError):
         return "may not be read by this user"
-    if "truncated" in str(error) or isinstance(error, EOFError):
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return f"is cut off ({error}): copy or download it again"
     return f"cannot be decoded ({type(error).__name__}: {error})"
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -349,7 +350,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.eval_data is not None and self.eval_size is not None:
             yield "eval_data and eval_size are both given. Keep one: own data, or a part of `data`."
         size = self.eval_size
-        if size not in (None, "auto") and not (isinstance(size, int | float) and size >= 0):
+        if size not in (None, "auto") and not (isinstance(size, int | float) and 0 <= size < math.inf):
             yield f"eval_size={size}: give a share in (0, 1), a number of samples, or auto."
         if self.packing in ("batch", "full") and (reason := self.why_not_packed()):
             yield f"packing={self.packing}, but {reason}. Set packing=none."
@@ -405,7 +406,7 @@ class LlavaTrainingArguments(TrainingArguments):
         ):  # fmt: skip
             if getattr(self, name) is not None and not getattr(self, name) >= 0:  # nor is NaN
                 yield f"{name}={getattr(self, name)} is not 0 or more."
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             yield f"num_train_epochs={self.num_train_epochs}: give a number above 0, or set max_steps."
         has_eval_data = self.eval_data is not None or self.eval_size not in (None, 0)
         evaluates = IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO

@@ -141,6 +141,7 @@ def why_incomplete(checkpoint: str | os.PathLike) -> str | None:
     for what, names in (
         ("weights", ("*.safetensors", "pytorch_model_fsdp*", "global_step*")),
         ("optimizer state (save_only_model)", ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")),
+        ("state of the schedule", (SCHEDULER_NAME, "global_step*")),  # without it Trainer resumes without either
     ):
         if not any(any(checkpoint.glob(name)) for name in names):
             return f"it holds no {what}"

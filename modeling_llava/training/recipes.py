@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_recipe(recipe: str | os.PathLike, overrides: list[str] | tuple[str, ...
         if not separator or not key:
             raise ValueError(f"{override!r} is not of the form key=value.")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"The value of {override!r} is not YAML: {_one_line(error)}.") from None
         key, _, entry = key.partition(".")
@@ -116,7 +117,7 @@ def convert_value(key: str, value: Any, source: str) -> Any:
     """
     accepted, choices = _accepted_types()[key], _settings()[key].metadata.get("choices")
     converted = _convert(value, accepted)
-    if converted is _WRONG:
+    if converted is _WRONG or isinstance(converted, list) and not all(isinstance(item, str) for item in converted):
         names = " or ".join(sorted({"nothing" if t is type(None) else _TYPE_NAMES[t] for t in accepted}))
         listed = f": one of {', '.join(choices)}" if choices else ""
         raise TypeError(f"{source}: {key}={value!r} should be {names}{listed}.")
@@ -154,7 +155,7 @@ def _whole(number: float) -> int:
 
 
 _TYPE_NAMES = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts", dict: "a mapping"
 }  # fmt: skip
 
 
@@ -196,7 +197,12 @@ def _find(name: str, folder: Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may occur only once; by default the last one silently wins."""
+    """YAML in which a key may occur only once (by default the last one silently wins), with the numbers of YAML 1.2."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -204,6 +210,13 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+for _kind, _number in (  # by YAML 1.1 010 is 8, 4:16 is 256, and 1e-4 is text
+    ("int", r"[-+]?(0|[1-9][0-9]*)$"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=e))(e[-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_number, re.IGNORECASE), [*"-+.0123456789"])
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -218,6 +218,7 @@ def test_paths_that_leave_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (encoded(noise(200, 200), "JPEG")[:100], "cut off"),
         (encoded(noise(200, 200), "JPEG")[:9000], "cut off"),
         (encoded(noise(200, 200))[:9000], "cut off"),
         (b"", "empty (0 bytes)"),

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from modeling_llava import LlavaForConditionalGeneration
 from modeling_llava.cli.main import main
 from modeling_llava.hub.publish import gather, push
+from modeling_llava.io.checkpoints import save_projector
 
 
 @pytest.mark.parametrize("bare_model", [None, "llava-hf"], ids=["ours", "llava-hf"], indirect=True)
@@ -259,6 +260,11 @@ def test_the_commands_mistakes_are_named_before_a_model_is_loaded(tmp_path, mode
     assert "cut.json is not JSON" in said(model_folder, "tester/x", "--results", tmp_path / "cut.json")
     assert "list.json holds no JSON object" in said(model_folder, "tester/x", "--results", tmp_path / "list.json")
     assert "'a/b/c' is not a name on the Hub" in said(model_folder, "a/b/c", "--merge")
+    model = LlavaForConditionalGeneration.from_pretrained(model_folder).requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_()
+    save_projector(model, tmp_path / "projector")
+    save_file({"unknown": torch.zeros(1)}, tmp_path / "projector" / "projector.safetensors")
+    assert "4 weights are missing" in said(tmp_path / "projector", "tester/x", "--base-model", "owner/base")
     save_file({"unknown": torch.zeros(1)}, model_folder / "model.safetensors")
     assert "the model cannot be loaded: keys: " in said(model_folder, "tester/x")
     (model_folder / "chat_template.jinja").unlink()

@@ -117,6 +117,7 @@ def test_every_setting_has_a_help_text():
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"global_batch_size": 0}, "global_batch_size=0 must be at least 1"),
         ({"learning_rate": float("nan")}, "not 0 or more"),
+        ({"num_train_epochs": float("nan")}, "above 0"),
         ({"num_train_epochs": 0}, "above 0"),
         ({"eval_strategy": "steps", "eval_steps": 5, "data": "a.json"}, "Set eval_size or eval_data"),
     ],

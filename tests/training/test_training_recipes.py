@@ -19,22 +19,13 @@ def recipe(tmp_path):
     return write
 
 
-def test_numbers_without_a_dot_are_numbers(recipe, tmp_path):
+def test_numbers_are_those_of_yaml_1_2_and_no_is_text_where_text_is_expected(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("learning_rate: 2e-5\nmax_steps: 3\nweight_decay: 0\n")
-    assert yaml.safe_load(path.read_text())["learning_rate"] == "2e-5"  # YAML 1.1
-    assert read_recipe(path, ["adam_epsilon=1e-6"]) == {
-        "learning_rate": 2e-5,
-        "max_steps": 3,
-        "weight_decay": 0.0,
-        "adam_epsilon": 1e-6,
-    }
-
-
-def test_no_is_text_where_text_is_expected(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("eval_strategy: no\nbf16: no\nfsdp: true\n")
-    assert read_recipe(path) == {"eval_strategy": "no", "bf16": False, "fsdp": True}
+    path.write_text("learning_rate: 2e-5\nmax_steps: 010\nweight_decay: 0\neval_strategy: no\nbf16: no\nfsdp: true\n")
+    assert yaml.safe_load(path.read_text())["learning_rate"] == "2e-5"  # YAML 1.1, in which 010 is 8
+    numbers = {"learning_rate": 2e-5, "max_steps": 10, "weight_decay": 0.0, "adam_epsilon": 1e-6}
+    expected = {**numbers, "lr_scheduler_kwargs": {"min_lr": 1e-6}, "eval_strategy": "no", "bf16": False, "fsdp": True}
+    assert read_recipe(path, ["adam_epsilon=1e-6", "lr_scheduler_kwargs.min_lr=1e-6"]) == expected
 
 
 def test_later_wins_base_recipe_command_line(recipe):
@@ -65,7 +56,8 @@ def test_circular_bases_are_an_error(recipe):
         ("stage", 3, "should be text"),
         ("packing", True, "should be text: one of auto, auto_full, none, batch, full"),
         ("max_length", None, "should be a whole number"),
-        ("only_types", 3, "should be a list or nothing"),
+        ("only_types", 3, "should be a list of texts or nothing"),
+        ("lora_target", [1, 2], "should be a list of texts or nothing or text"),
     ],
 )
 def test_wrong_type_is_named(recipe, key, value, message):

@@ -181,11 +181,11 @@ def test_a_checkpoint_that_is_cut_off_anywhere_is_not_picked(settings, tmp_path)
             assert find_resumable_checkpoint(run).name == "checkpoint-2"
         (newest / name).write_bytes(whole)
     assert why_incomplete(newest) is None
-    weights = (newest / "adapter_model.safetensors").rename(tmp_path / "weights")
-    assert "no weights" in why_incomplete(newest)
-    weights.rename(newest / "adapter_model.safetensors")
+    for name, what in zip(files[1:4], ("no weights", "no optimizer state", "no state of the schedule")):
+        kept = (newest / name).rename(tmp_path / name)
+        assert what in why_incomplete(newest)
+        kept.rename(newest / name)
     (newest / "optimizer.pt").unlink()
-    assert "no optimizer state" in why_incomplete(newest)
     shutil.rmtree(run / "checkpoint-1"), shutil.rmtree(run / "checkpoint-2")
     assert find_resumable_checkpoint(run) is None
     assert find_resumable_checkpoint(tmp_path / "nothing") is None
