@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tag", action="append", metavar="TAG", help="git tag for the commit (repeatable)")
     add("--message", default="Upload with llava publish", help="first line of the commit")
     add("--out", help="folder to gather in (default: MODEL-to-publish)")
-    add("--no-run", action="store_true", help="do not load the model and ask it a question first")
+    add("--no-run", action="store_true", help="do not try the model first, by a question or on its base")
 
 
 def run(args: argparse.Namespace) -> int:

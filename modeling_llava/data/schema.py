@@ -188,9 +188,9 @@ def _read(row: Mapping) -> tuple[list[dict], list]:
         else:
             raise _Bad(BAD_ROW, f"has a turn {number} whose content is neither text nor a list: {_short(content)}.")
         messages.append({"role": role, "content": content, **_weight(turn, role, number)})
+    if all(place in range(len(images)) for place in places) and len(set(places)) == len(images):
+        images = [images[int(place)] for place in places]  # the items say which image of the row stands where
     images = images or own
-    if set(places) == set(range(len(images))):  # the items say which image stands where
-        images = [images[int(place)] for place in places]
     _require_all_read(row, turns, images)
     return messages, images
 

@@ -127,14 +127,14 @@ def test_items_may_hold_their_images_where_the_row_holds_none():
     items += [{"type": "image_url", "image_url": url} for url in ({"url": "data:b", "detail": None}, "data:b")]
     question = {**text("Compare."), "image_url": None}
     messages = [{"role": "user", "content": [*items, question]}, {"role": "assistant", "content": "Fine."}]
-    conversation = from_messages_row({"messages": messages})
-    assert conversation["images"] == [b"abc", "a.jpg", "https://x.org/a.jpg", "data:b", "data:b"]
-    assert conversation["messages"][0]["content"] == [*[IMAGE] * 5, text("Compare.")]
+    own = from_messages_row({"messages": messages})
+    assert own["images"] == [b"abc", "a.jpg", "https://x.org/a.jpg", "data:b", "data:b"]
+    assert own["messages"][0]["content"] == [*[IMAGE] * 5, text("Compare.")]
     row = {"messages": messages, "images": list("12345"), "conversations": float("nan")}
     assert from_messages_row(row)["images"] == list("12345")
     for item, place in zip(items, (4, 0, 2, 1, 3)):
         item.update(type="image", index=place)
-    assert from_messages_row(row)["images"] == list("51324")
+    assert from_messages_row(row)["images"] == list("51324") and from_messages_row({"messages": messages}) == own
     del items[1]["path"]
     with pytest.raises(BadSampleError, match="marks 5 images in its user turns but comes with 4"):
         from_messages_row({"messages": [{"role": "user", "content": items}, messages[1]]})
